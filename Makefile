@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target does its own set-up, once, in $(VENV). Nothing but Python 3.11 or 3.12, pip and make is asked of the machine.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+
+# 3.11 first: it is the version with most wheels for the pinned torch.
+ifeq ($(origin PYTHON),undefined)
+PYTHON := $(shell for p in python3.11 python3.12 python3 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' >/dev/null 2>&1 && { command -v $$p; break; }; done)
+endif
+
+.NOTPARALLEL:
+.PHONY: help quickstart test lint format test-gpu clean setup-run setup-dev setup-test
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+
+quickstart: setup-run ## prime the embedded teacher and print its table
+	@$(BIN)/hmf quickstart
+
+test: setup-test lint ## linters, layering, types and all tests
+	@$(BIN)/python -m pytest
+
+lint: setup-dev ## style, spelling, layering and types
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/codespell
+	@$(BIN)/lint-imports
+	@$(BIN)/mypy
+
+format: setup-dev ## rewrite the sources in the house style
+	@$(BIN)/ruff check --fix-only --quiet
+	@$(BIN)/ruff format
+
+test-gpu: ## the tests that need CUDA or vLLM, with the python on the path
+	@python -m pytest -m "gpu or vllm"
+
+clean: ## remove the environment and all caches; runs/ stays
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+setup-run setup-dev setup-test: setup-%: $(BIN)/python
+	@$(BIN)/python tools/install.py $*
+
+# Debian's python3 comes without ensurepip: then the pip of the machine fills the new environment.
+$(BIN)/python:
+	$(if $(PYTHON),,$(error Python 3.11 or 3.12 is needed and none was found: install one, or name it by `make PYTHON=...`))
+	@echo "[install] a virtual environment in $(VENV), by $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV) && $(PYTHON) -m venv --without-pip $(VENV) \
+		&& $(PYTHON) -m pip --python $@ --quiet install pip; } || { rm -rf $(VENV); exit 1; }
