@@ -28,7 +28,7 @@ lint: setup-dev ## style, spelling, layering and types
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/codespell
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/mypy
 
 format: setup-dev ## rewrite the sources in the house style

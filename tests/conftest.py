@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all tests share: no network, one thread, skips that say why, the parity cases, a tiny teacher."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny: more threads only wait for each other
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items):
+    missing = {}
+    if not torch.cuda.is_available():
+        missing["gpu"] = "needs a CUDA device"
+    if importlib.util.find_spec("vllm") is None:
+        missing["vllm"] = "needs vLLM, which `make test` installs"
+    for item in items:
+        for marker, reason in missing.items():
+            if marker in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def parity_dir() -> Path:
+    """The folder of stored cases of the published software: $HMF_PARITY, or shared/parity beside the repository."""
+    path = Path(os.environ.get("HMF_PARITY") or ROOT.parent / "shared" / "parity")
+    if not path.is_dir():
+        pytest.skip(f"no parity cases at {path}: set HMF_PARITY to their folder")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3_config():
+    """A Qwen3 of 4 layers, 4 query and 2 key/value heads of 16, vocabulary 128."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3_dir(tiny_qwen3_config, tmp_path_factory) -> Path:
+    """That model with random float32 weights, saved; a test that changes a model loads its own copy from here."""
+    from transformers import Qwen3ForCausalLM
+
+    path = tmp_path_factory.mktemp("tiny_qwen3")
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(tiny_qwen3_config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def tiny_qwen3(tiny_qwen3_dir):
+    """That model, loaded anew for each test, in eval mode."""
+    from transformers import Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM.from_pretrained(tiny_qwen3_dir).eval()
