@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of every layer kind: the only place that holds a default.
+
+Each options class mirrors one dict of the published `config.json` (`gdn_config`, ...). The *derived* fields repeat
+dimensions of the base model; they are written for readers of the file and recomputed, never trusted, at load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hmf.errors import HmfError, unknown_name
+
+
+class LayerOptions(BaseModel):
+    """Base of the options classes. `derived` names the fields that come from the base model's config."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    derived: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def dimensions(cls, base: Any) -> dict[str, Any]:
+        """The derived fields, from the attributes of a base model's config."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_base(cls, base: Any, options: Mapping[str, Any] | None = None, source: str = "config.json") -> Any:
+        """Options for the model described by `base` (a Hugging Face config); unknown or wrong ones raise HmfError."""
+        user = {key: value for key, value in (options or {}).items() if key not in cls.derived}
+        known = cls.model_fields.keys() - cls.derived
+        for key in user:
+            if key not in known:
+                raise HmfError(f"{source}: {unknown_name('key', key, known)}")
+        try:
+            return cls(**user, **cls.dimensions(base))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise HmfError(f"{source}: {'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})") from None
+
+
+def base_head_dim(base: Any) -> int:
+    return getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
+
+
+class _LinearOptions(LayerOptions):
+    """Shapes shared by GDN and GKA. Expanded heads H = max(num_q_heads, num_k_heads, num_v_heads)."""
+
+    derived = frozenset({"hidden_size", "head_dim", "num_q_heads", "num_k_heads", "num_v_heads"})
+    hidden_size: int
+    head_dim: int
+    num_q_heads: int
+    num_k_heads: int
+    num_v_heads: int
+    use_gate: bool = True
+    conv_size: int = 4
+    kv_proj_rank: int | None = None
+    kv_learnable_residual: bool = False
+
+    @property
+    def num_heads(self) -> int:
+        return max(self.num_q_heads, self.num_k_heads, self.num_v_heads)
+
+    @classmethod
+    def dimensions(cls, base: Any) -> dict[str, Any]:
+        return {
+            "hidden_size": base.hidden_size,
+            "head_dim": base_head_dim(base),
+            "num_q_heads": base.num_attention_heads,
+            "num_k_heads": base.num_key_value_heads,
+            "num_v_heads": base.num_key_value_heads,
+        }
+
+
+class GDNOptions(_LinearOptions):
+    """Gated DeltaNet (arXiv 2412.06464), `gdn_config`."""
+
+    use_short_conv: bool = True
+    allow_neg_eigval: bool = False
+    conv_bias: bool = False
+    norm_eps: float = 1e-5
+
+
+class GKAOptions(_LinearOptions):
+    """Gated KalmaNet (arXiv 2511.21016), `gka_config`."""
+
+    use_alpha_connection: bool = True
+    use_v_conv: bool = True
+    use_forgetting_gate: bool = True
+    use_forgetting_gate_kk: bool = True
+    use_beta_gate: bool = True
+    gla_rescale: bool = True
+    solver_type: Literal["chebyshev"] = "chebyshev"
+    bp_lambda: bool = True
+    num_iter: int = 30
+    ridge_strength: float = 0.02
+    norm_eps: float = 1e-6
+    chunk_size: int = 64
+
+
+class Mamba2Options(LayerOptions):
+    """Mamba2 in attention's shape (arXiv 2405.21060), `mamba2_config`."""
+
+    derived = frozenset(
+        {"d_model", "d_inner", "d_xb", "intermediate_size", "hidden_act", "rms_norm_eps", "n_layer", "ssm_cfg"}
+    )
+    d_model: int
+    d_inner: int
+    d_xb: int
+    intermediate_size: int
+    hidden_act: str
+    rms_norm_eps: float
+    n_layer: int
+    ssm_cfg: dict[str, int]
+    use_qk_norm: bool = True
+    use_pos_emb: bool = False
+
+    @classmethod
+    def dimensions(cls, base: Any) -> dict[str, Any]:
+        head_dim = base_head_dim(base)
+        return {
+            "d_model": base.hidden_size,
+            "d_inner": base.num_attention_heads * head_dim,
+            "d_xb": base.num_key_value_heads * head_dim,
+            "intermediate_size": base.intermediate_size,
+            "hidden_act": base.hidden_act,
+            "rms_norm_eps": base.rms_norm_eps,
+            "n_layer": base.num_hidden_layers,
+            "ssm_cfg": {"expand": 1, "ngroups": base.num_attention_heads, "d_state": head_dim},
+        }
+
+
+class BMojoFOptions(LayerOptions):
+    """B'MOJO-F (arXiv 2407.06324), `bmojo_config`; the inner layer's own dict stands beside it."""
+
+    derived = frozenset({"hidden_size", "num_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"})
+    hidden_size: int
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    window_size: int = 2048
+    tie_attn_weights: bool = True
+    ssm_mixer: Literal["mamba2", "gdn", "gka", "gated_deltanet", "gated_kalmanet"] = "mamba2"
+
+    @property
+    def inner_symbol(self) -> str:
+        """Symbol of the recurrent layer that makes the fading tokens."""
+        return {"mamba2": "M2", "gdn": "GDN", "gated_deltanet": "GDN"}.get(self.ssm_mixer, "GKA")
+
+    @classmethod
+    def dimensions(cls, base: Any) -> dict[str, Any]:
+        return {
+            "hidden_size": base.hidden_size,
+            "num_heads": base.num_attention_heads,
+            "num_key_value_heads": base.num_key_value_heads,
+            "head_dim": base_head_dim(base),
+            "rms_norm_eps": base.rms_norm_eps,
+        }
+
+
+class SWAOptions(LayerOptions):
+    """Sliding-window attention, `swa_config`."""
+
+    window_size: int = 2048
+
+    @classmethod
+    def dimensions(cls, base: Any) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """Names of one layer kind in the published format, on the command line and in a decoder layer."""
+
+    symbol: str
+    name: str
+    config_key: str
+    module_name: str
+    options: type[LayerOptions]
+
+
+LAYER_KINDS: dict[str, LayerKind] = {
+    kind.symbol: kind
+    for kind in (
+        LayerKind("GDN", "gdn", "gdn_config", "gdn", GDNOptions),
+        LayerKind("GKA", "gka", "gka_config", "gka", GKAOptions),
+        LayerKind("M2", "mamba2", "mamba2_config", "mamba", Mamba2Options),
+        LayerKind("BMF", "bmojo", "bmojo_config", "bmojo_f", BMojoFOptions),
+        LayerKind("SWA", "swa", "swa_config", "swa", SWAOptions),
+    )
+}
+
+
+def layer_options(config: Any, symbol: str) -> Any:
+    """Options of layer kind `symbol` for a hybrid config (any object with the config's attributes).
+
+    The optional top-level dict `<name>_overrides` (published: `gka_overrides`) is merged over the stored one.
+    """
+    kind = LAYER_KINDS[symbol]
+    stored = dict(getattr(config, kind.config_key, None) or {})
+    overrides = getattr(config, f"{kind.name}_overrides", None) or {}
+    return kind.options.from_base(config, {**stored, **overrides}, source=f"config.json: {kind.config_key}")
+
+
+def needed_kinds(config: Any, symbols: tuple[str, ...]) -> list[LayerKind]:
+    """The kinds whose dicts a config with these `symbols` must hold (B'MOJO-F adds its inner layer's)."""
+    found = [LAYER_KINDS[symbol] for symbol in dict.fromkeys(symbols) if symbol in LAYER_KINDS]
+    for kind in list(found):
+        if issubclass(kind.options, BMojoFOptions):
+            inner = LAYER_KINDS[layer_options(config, kind.symbol).inner_symbol]
+            if inner not in found:
+                found.append(inner)
+    return found

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place that chooses which implementation of an op runs.
+
+Every op has a `reference` (the definition), a `chunked` version in plain PyTorch and, on CUDA, a `fast` one. The
+environment variable HMF_OPS names one of the three for all ops, for debugging and for `hmf doctor`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hmf.errors import HmfError, unknown_name
+
+VERSIONS = ("reference", "chunked", "fast")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    version: str
+    function: Callable
+    requires: str | None  # a package, imported only when the version is used
+
+
+_IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {}
+
+
+def implementation(op: str, version: str, requires: str | None = None):
+    """Register the decorated function as `version` of `op`."""
+
+    def register(function: Callable) -> Callable:
+        _IMPLEMENTATIONS.setdefault(op, {})[version] = Implementation(version, function, requires)
+        return function
+
+    return register
+
+
+def implementations(op: str) -> dict[str, Implementation]:
+    return dict(_IMPLEMENTATIONS[op])
+
+
+def ops() -> list[str]:
+    return sorted(_IMPLEMENTATIONS)
+
+
+def choose(op: str, device_type: str, requires_grad: bool, dtype: torch.dtype) -> tuple[Implementation, str]:
+    """The implementation that runs for such tensors, and why, in one line."""
+    versions = _IMPLEMENTATIONS[op]
+    if forced := os.environ.get("HMF_OPS"):
+        if forced not in VERSIONS:
+            raise HmfError(f"HMF_OPS: {unknown_name('version', forced, VERSIONS)}")
+        if forced not in versions:
+            raise HmfError(f"HMF_OPS={forced}: op {op!r} has only {', '.join(versions)}; unset HMF_OPS or name one of them")
+        return versions[forced], "named by HMF_OPS"
+    fast = versions.get("fast")
+    if fast is None:
+        return versions["chunked"], "the op has no GPU kernel"
+    if device_type != "cuda":
+        return versions["chunked"], f"no GPU kernel on {device_type}"
+    if dtype == torch.float64:
+        return versions["chunked"], "float64 tensors"
+    if fast.requires and not _installed(fast.requires):
+        return versions["chunked"], f"{fast.requires} is not installed (pip install 'hybrid-model-factory[train]')"
+    if requires_grad and (reason := known_bad_backward(op)):
+        return versions["chunked"], reason
+    return fast, "CUDA tensors"
+
+
+def resolve(op: str, sample: torch.Tensor) -> Callable:
+    """The function to call for `op` on tensors like `sample`; a slow fallback on a GPU warns once."""
+    grad = torch.is_grad_enabled() and sample.requires_grad
+    chosen, why = choose(op, sample.device.type, grad, sample.dtype)
+    if chosen.version == "chunked" and sample.device.type == "cuda" and "fast" in _IMPLEMENTATIONS[op] and sample.dtype != torch.float64:
+        _warn_once(f"{op}: running the plain PyTorch version on the GPU: {why}")
+    return chosen.function
+
+
+def known_bad_backward(op: str) -> str | None:
+    """Why the fast backward of `op` gives wrong gradients on this machine, or None."""
+    if op != "gdn" or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return None
+    import triton
+    from packaging.version import Version
+
+    if Version("3.4") <= Version(triton.__version__) <= Version("3.7.0") and not _installed("tilelang"):
+        return f"the kernel's backward is wrong on Hopper with Triton {triton.__version__}; pip install tilelang"
+    return None
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """States and sums are float32, or float64 for float64 inputs."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@functools.cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)

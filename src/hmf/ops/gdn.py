@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gated delta rule of Gated DeltaNet (arXiv 2412.06464): definition, chunked form and GPU kernels.
+
+Per head, with a state S [K, V] that maps keys to values:
+    S <- exp(g_t) S;   S <- S + beta_t k_t (v_t - S^T k_t)^T;   o_t = S^T q_t / sqrt(K)
+
+All versions take q, k [B, T, H, K], v [B, T, H, V] with heads expanded and q, k normalised; g (log decay) and
+beta [B, T, H]; initial_state [S, H, K, V] or None; cu_seqlens [S+1] or None (then B = 1 row of S packed documents).
+They return o [B, T, H, V] in v.dtype and the final state [S, H, K, V] in float32 (float64 for float64 inputs).
+
+Legend: B batch, T tokens, S sequences, N chunks, C chunk_size, H heads, K/V key/value head dims.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import dispatch
+from .varlen import ChunkLayout, sequence_lengths
+
+Result = tuple[torch.Tensor, torch.Tensor]
+
+
+def gated_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> Result:
+    """The gated delta rule by the best implementation for the tensors' device (see the module's head)."""
+    return dispatch.resolve("gdn", q)(q, k, v, g, beta, initial_state, cu_seqlens)
+
+
+def step(q, k, v, g, beta, state) -> Result:
+    """One token a sequence: q, k [S, H, K], v [S, H, V], g, beta [S, H], state [S, H, K, V] -> (o [S, H, V], state)."""
+    state = state * g.exp()[..., None, None]
+    error = v - torch.einsum("shkv,shk->shv", state, k)
+    state = state + torch.einsum("shk,shv->shkv", k, error * beta[..., None])
+    return torch.einsum("shkv,shk->shv", state, q) * q.shape[-1] ** -0.5, state
+
+
+@dispatch.implementation("gdn", "reference")
+def reference(q, k, v, g, beta, initial_state=None, cu_seqlens=None) -> Result:
+    """Token by token: the definition."""
+    batch, tokens, heads, _ = q.shape
+    out_dtype, compute = v.dtype, dispatch.compute_dtype(v)
+    q, k, v, g, beta = (x.to(compute).flatten(0, 1) for x in (q, k, v, g, beta))
+    outputs, states, first = [], [], 0
+    for s, length in enumerate(sequence_lengths(batch, tokens, cu_seqlens)):
+        state = k.new_zeros(1, heads, k.shape[-1], v.shape[-1]) if initial_state is None else initial_state[s : s + 1].to(compute)
+        for t in range(first, first + length):
+            at = slice(t, t + 1)
+            o, state = step(q[at], k[at], v[at], g[at], beta[at], state)
+            outputs.append(o)
+        states.append(state)
+        first += length
+    o = torch.cat(outputs) if outputs else v
+    return o.unflatten(0, (batch, tokens)).to(out_dtype), torch.cat(states)
+
+
+@dispatch.implementation("gdn", "chunked")
+def chunked(q, k, v, g, beta, initial_state=None, cu_seqlens=None, chunk_size: int = 64) -> Result:
+    """Matrix products inside chunks, a scan over chunks: the WY form of the paper's section 3.3.
+
+    Within a chunk the corrected values u solve a unit lower-triangular system; what the incoming state adds is w.
+    """
+    out_dtype, compute = v.dtype, dispatch.compute_dtype(v)
+    batch, tokens, heads, key_dim = q.shape
+    if tokens == 1 and cu_seqlens is None:
+        state = k.new_zeros(batch, heads, key_dim, v.shape[-1], dtype=compute) if initial_state is None else initial_state.to(compute)
+        o, state = step(*(x[:, 0].to(compute) for x in (q, k, v, g, beta)), state)
+        return o[:, None].to(out_dtype), state
+    layout = ChunkLayout(batch, tokens, cu_seqlens, chunk_size)
+    q, k, v = (layout.split(x).to(compute).transpose(1, 2) for x in (q, k, v))  # [N, H, C, K|V]
+    g, beta = (layout.split(x).to(compute).transpose(1, 2) for x in (g, beta))  # [N, H, C]
+    q = q * key_dim**-0.5
+
+    decay_in = g.cumsum(-1)  # log decay from the chunk's start to token i, i included
+    total = decay_in[..., -1:]
+    ones = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=q.device)
+    # Masked before exp: above the diagonal the difference is positive and may overflow.
+    decay = (decay_in[..., :, None] - decay_in[..., None, :]).masked_fill(ones.triu(1), float("-inf")).exp()
+    k_beta = k * beta[..., None]
+    system = (k_beta @ k.mT * decay).tril(-1)
+    rhs = torch.cat([v * beta[..., None], k_beta * decay_in.exp()[..., None]], dim=-1)
+    u, w = torch.linalg.solve_triangular(system, rhs, upper=False, unitriangular=True).split(
+        [v.shape[-1], key_dim], dim=-1
+    )
+    within = q @ k.mT * decay
+    q_in = q * decay_in.exp()[..., None]
+    k_out = k * (total - decay_in).exp()[..., None]
+    carry = total.exp()[..., None]
+
+    if initial_state is None:
+        state = k.new_zeros(layout.num_sequences, heads, key_dim, v.shape[-1])
+    else:
+        state = initial_state.to(compute)[layout.order]
+    outputs, done = [], []
+    for at in layout.steps:
+        active = at.stop - at.start
+        done.append(state[active:])
+        state = state[:active]
+        values = u[at] - w[at] @ state
+        outputs.append(q_in[at] @ state + within[at] @ values)
+        state = carry[at] * state + k_out[at].mT @ values
+    state = torch.cat([state, *reversed(done)])
+    final = torch.empty_like(state).index_copy(0, torch.tensor(layout.order, device=state.device), state)
+    o = torch.cat(outputs).transpose(1, 2) if outputs else v.transpose(1, 2)
+    return layout.merge(o).to(out_dtype), final
+
+
+@dispatch.implementation("gdn", "fast", requires="fla")
+def fast(q, k, v, g, beta, initial_state=None, cu_seqlens=None) -> Result:
+    """flash-linear-attention's Triton kernels (CUDA)."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+
+    one_token = q.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled()
+    kernel = fused_recurrent_gated_delta_rule if one_token else chunk_gated_delta_rule
+    state = None if initial_state is None else initial_state.float().contiguous()
+    return kernel(
+        q.contiguous(), k.contiguous(), v.contiguous(), g.float().contiguous(), beta.contiguous(),
+        initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
