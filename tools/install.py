@@ -55,8 +55,8 @@ def install_torch() -> None:
         try:
             return pip(f"{torch}+cpu")
         except SystemExit as error:
-            if "No matching distribution" not in str(error):
-                raise
+            if not any(text in str(error) for text in ("No matching distribution", "ResolutionImpossible")):
+                raise  # the network or the disk, not the choice of build
         say("pip finds no CPU build of torch: taking the standard one with its GPU libraries, gigabytes, many minutes")
         say("to spare that, stop and let pip know PyTorch's CPU index (PIP_EXTRA_INDEX_URL) or a folder with the wheel")
     else:
