@@ -6,9 +6,11 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
 # 3.11 first: it is the version with most wheels for the pinned torch.
+ALLOWED := -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' >/dev/null 2>&1
 ifeq ($(origin PYTHON),undefined)
-PYTHON := $(shell for p in python3.11 python3.12 python3 python; do \
-	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' >/dev/null 2>&1 && { command -v $$p; break; }; done)
+PYTHON := $(shell for p in python3.11 python3.12 python3 python; do $$p $(ALLOWED) && { command -v $$p; break; }; done)
+else
+override PYTHON := $(shell $(PYTHON) $(ALLOWED) && command -v $(PYTHON))
 endif
 
 .NOTPARALLEL:
@@ -47,7 +49,8 @@ setup-run setup-dev setup-test: setup-%: $(BIN)/python
 
 # Debian's python3 comes without ensurepip: then the pip of the machine fills the new environment.
 $(BIN)/python:
-	$(if $(PYTHON),,$(error Python 3.11 or 3.12 is needed and none was found: install one, or name it by `make PYTHON=...`))
+	$(if $(PYTHON),,$(error Python 3.11 or 3.12 is needed and was not found: install one, or name it by PYTHON=...))
 	@echo "[install] a virtual environment in $(VENV), by $(PYTHON)"
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV) && $(PYTHON) -m venv --without-pip $(VENV) \
-		&& $(PYTHON) -m pip --python $@ --quiet install pip; } || { rm -rf $(VENV); exit 1; }
+		&& $(PYTHON) -m pip --python $@ --quiet install pip; } \
+		|| { rm -rf $(VENV); echo "[install] $(PYTHON) can make no virtual environment: install its venv package"; exit 1; }
