@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every token mixer shares: padding and packing, its cache, its float32 parameters, its start from attention.
+
+Legend: B batch, T tokens, S sequences (rows or packed documents), D hidden_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from hmf.config.layers import layer_options
+from hmf.errors import HmfError
+
+from .layout import PackedLayout
+
+States = dict[str, torch.Tensor]
+
+
+@dataclass
+class Start:
+    """Where each tensor of a mixer came from, and what became of each tensor of the attention it started from."""
+
+    copied: dict[str, str] = field(default_factory=dict)  # tensor -> attention tensor
+    derived: dict[str, tuple[str, ...]] = field(default_factory=dict)  # tensor -> attention tensors
+    initialised: list[str] = field(default_factory=list)
+    unused: dict[str, str] = field(default_factory=dict)  # attention tensor -> why
+
+    def under(self, prefix: str) -> Start:
+        """The same report for a mixer that is the child `prefix` of another."""
+        return Start(
+            {f"{prefix}.{name}": source for name, source in self.copied.items()},
+            {f"{prefix}.{name}": sources for name, sources in self.derived.items()},
+            [f"{prefix}.{name}" for name in self.initialised],
+            dict(self.unused),
+        )
+
+    def merge(self, other: Start) -> None:
+        """Add another report on the same attention; a tensor that either one uses is used."""
+        self.copied |= other.copied
+        self.derived |= other.derived
+        self.initialised += other.initialised
+        self.unused = {name: why for name, why in (self.unused | other.unused).items() if name not in self.used()}
+
+    def used(self) -> set[str]:
+        return set(self.copied.values()) | {name for names in self.derived.values() for name in names}
+
+    def check(self, mixer: nn.Module, attention: nn.Module) -> None:
+        """Every tensor on both sides is accounted for exactly once, or HmfError."""
+        filled = [*self.copied, *self.derived, *self.initialised]
+        have = dict(mixer.named_parameters()).keys()
+        if left := sorted(have ^ set(filled)) or sorted(name for name in filled if filled.count(name) > 1):
+            raise HmfError(f"{type(mixer).__name__}: tensors without one clear start: {', '.join(left)}")
+        given = dict(attention.named_parameters()).keys()
+        if left := sorted(given ^ (self.used() | self.unused.keys())):
+            raise HmfError(f"{type(attention).__name__}: tensors neither used nor accounted for: {', '.join(left)}")
+
+
+class Mixer(nn.Module):
+    """A layer that replaces `self_attn` in a decoder layer: hidden_states in, mixed hidden_states out.
+
+    A subclass implements `mix`, which knows nothing of padding, caches or parallelism, and `init_from_attention`.
+    """
+
+    symbol: ClassVar[str]
+    # Parameters that a cast to bfloat16 or float16 leaves in float32: rounding them moves every decay.
+    float32_parameters: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: Any, layer_idx: int):
+        super().__init__()
+        self.options = self.options_for(config)
+        self.layer_idx = layer_idx
+
+    @classmethod
+    def options_for(cls, config: Any) -> Any:
+        """This kind's options in a hybrid config, with the base model's dimensions."""
+        return layer_options(config, cls.symbol)
+
+    def mix(
+        self,
+        hidden_states: torch.Tensor,
+        states: States | None,
+        cu_seqlens: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, States]:
+        """One pass over whole tokens: no padding.
+
+        hidden_states [B, T, D], or [1, N, D] with cu_seqlens [S+1]; states, each [S, ...], left by the same method on
+        the tokens before, or None at the start; position_embeddings (cos, sin), each [B, T, head_dim] alike.
+        Returns the output in hidden_states' shape and the states after the last token of each sequence.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        layout: PackedLayout | None = None,
+        past_key_values: Any = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """hidden_states [B, T, D] -> ([B, T, D], None), in the place of a Hugging Face attention.
+
+        layout says which tokens are real and where documents begin (None: all rows whole); past_key_values is a cache
+        whose layer `layer_idx` is a `MixerCacheLayer`.
+        """
+        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        states = cache.states if cache is not None and cache.is_initialized else None
+        if layout is None:
+            output, states = self.mix(hidden_states, states, None, position_embeddings)
+        else:
+            if position_embeddings is not None:
+                position_embeddings = tuple(layout.pack(x) for x in position_embeddings)
+            output, states = self.mix(layout.pack(hidden_states), states, layout.cu_seqlens, position_embeddings)
+            output = layout.unpack(output)
+        if cache is not None:
+            cache.store(states, hidden_states.shape[1])
+        return output, None
+
+    def init_from_attention(self, attention: nn.Module, generator: torch.Generator, std: float) -> Start:
+        """Fill every parameter from a trained attention (Stage 0); random ones from `generator`, matrices with `std`.
+
+        Returns where each tensor came from.
+        """
+        raise NotImplementedError
+
+    def init_recurrence(self, generator: torch.Generator | None = None) -> None:
+        """Fill the directly owned parameters (decay, step size); a mixer without any has nothing to do."""
+
+    def _apply(self, fn, recurse=True):
+        kept = {name: getattr(self, name) for name in self.float32_parameters if getattr(self, name, None) is not None}
+        kept = {name: parameter.data for name, parameter in kept.items()}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            parameter = getattr(self, name)
+            if parameter.dtype.itemsize < 4 <= before.dtype.itemsize:
+                parameter.data = before.to(parameter.device)
+        return self
+
+
+def init_decay(A_log: nn.Parameter, dt_bias: nn.Parameter, generator: torch.Generator | None = None) -> None:
+    """A_log = log U(0, 16); dt_bias = softplus^-1(dt) with dt log-uniform in [1e-3, 0.1] (Mamba's start, arXiv 2312.00752)."""
+    with torch.no_grad():
+        shape, device = A_log.shape, A_log.device
+        # uniform draws from [0, 1): keep the log finite
+        uniform = torch.rand(shape, generator=generator).clamp_min(1e-6) * 16
+        low, high = torch.tensor(1e-3).log(), torch.tensor(0.1).log()
+        dt = (torch.rand(shape, generator=generator) * (high - low) + low).exp()
+        A_log.copy_(uniform.log().to(device))
+        dt_bias.copy_((dt + torch.log(-torch.expm1(-dt))).to(device))

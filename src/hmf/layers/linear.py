@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Gated DeltaNet and Gated KalmaNet share: projections, short convs, head expansion, decay, gated output.
+
+Legend: B batch, T tokens, H expanded heads, Hk key/value heads, K head_dim, D hidden_size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hmf.ops import short_conv
+
+from .base import Mixer, Start, States, init_decay
+
+
+class LowRank(nn.Module):
+    """linearB(silu(linearA(x))): what `kv_proj_rank` adds to the repeated key or value heads."""
+
+    def __init__(self, inputs: int, rank: int, outputs: int):
+        super().__init__()
+        self.linearA = nn.Linear(inputs, rank, bias=False)
+        self.linearB = nn.Linear(rank, outputs, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linearB(F.silu(self.linearA(x)))
+
+
+class LinearMixer(Mixer):
+    """Base of the delta-rule family. A subclass names its convolutions and its decay projection."""
+
+    float32_parameters = ("A_log", "dt_bias")
+    decay_name: ClassVar[str]
+
+    def __init__(self, config: Any, layer_idx: int, convs: dict[str, bool], use_decay: bool = True):
+        """convs: which of q, k, v have a short convolution, and whether it has a bias."""
+        super().__init__(config, layer_idx)
+        o = self.options
+        widths = {"q": o.num_q_heads * o.head_dim, "k": o.num_k_heads * o.head_dim, "v": o.num_v_heads * o.head_dim}
+        for name, width in widths.items():
+            self.add_module(f"{name}_proj", nn.Linear(o.hidden_size, width, bias=False))
+        for name, bias in convs.items():
+            conv = nn.Conv1d(widths[name], widths[name], o.conv_size, groups=widths[name], bias=bias)
+            self.add_module(f"{name}_conv1d", conv)
+        if use_decay:
+            self.add_module(self.decay_name, nn.Linear(o.hidden_size, o.num_heads, bias=False))
+            self.A_log = nn.Parameter(torch.zeros(o.num_heads, dtype=torch.float32))
+            self.dt_bias = nn.Parameter(torch.zeros(o.num_heads, dtype=torch.float32))
+        inner = o.num_heads * o.head_dim
+        if o.use_gate:
+            self.g_proj = nn.Linear(o.hidden_size, inner, bias=False)
+        self.o_norm = nn.RMSNorm(o.head_dim, eps=o.norm_eps)
+        self.o_proj = nn.Linear(inner, o.hidden_size, bias=False)
+        if o.kv_proj_rank:
+            self.proj_k = LowRank(widths["k"], o.kv_proj_rank, inner)
+            self.proj_v = LowRank(widths["v"], o.kv_proj_rank, inner)
+            if o.kv_learnable_residual:
+                self.k_rep = nn.Parameter(torch.zeros(o.num_heads, o.num_k_heads))
+                self.v_rep = nn.Parameter(torch.zeros(o.num_heads, o.num_v_heads))
+
+    def project(
+        self, name: str, hidden_states: torch.Tensor, states: States | None, cu_seqlens: torch.Tensor | None, new: States
+    ) -> torch.Tensor:
+        """q, k or v, after its convolution if it has one, as [B, T, heads, K]; the conv state goes to `new`."""
+        x = getattr(self, f"{name}_proj")(hidden_states)
+        conv = getattr(self, f"{name}_conv1d", None)
+        if conv is not None:
+            before = None if states is None else states[f"conv_{name}"]
+            x, new[f"conv_{name}"] = short_conv(x, conv.weight, conv.bias, before, cu_seqlens)
+        elif self.activates(name):
+            x = F.silu(x)
+        return x.unflatten(-1, (-1, self.options.head_dim))
+
+    def activates(self, name: str) -> bool:
+        """Whether projection `name` keeps its SiLU when it has no convolution."""
+        return True
+
+    def expand(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Key or value heads [B, T, Hk, K] -> [B, T, H, K]: repeated or mixed, plus the low-rank term."""
+        heads, given = self.options.num_heads, x.shape[-2]
+        if heads == given:
+            return x
+        mix = getattr(self, f"{name}_rep", None)
+        repeated = x.repeat_interleave(heads // given, dim=-2) if mix is None else torch.einsum("hg,btgk->bthk", mix, x)
+        low_rank = getattr(self, f"proj_{name}", None)
+        return repeated if low_rank is None else repeated + low_rank(x.flatten(-2)).view_as(repeated)
+
+    def decay(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Log decay g <= 0, [B, T, H] in float32 (float64 for float64 weights)."""
+        raw = getattr(self, self.decay_name)(hidden_states).to(self.A_log.dtype)
+        return -self.A_log.exp() * F.softplus(raw + self.dt_bias)
+
+    def output(self, o: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Per-head RMSNorm, gate after it, output projection: o [B, T, H, K] -> [B, T, D]."""
+        compute = torch.promote_types(o.dtype, torch.float32)
+        y = F.rms_norm(o.to(compute), o.shape[-1:], self.o_norm.weight.to(compute), self.o_norm.eps)
+        if self.options.use_gate:
+            y = y * F.silu(self.g_proj(hidden_states).view_as(y).to(compute))
+        return self.o_proj(y.to(hidden_states.dtype).flatten(-2))
+
+    def init_recurrence(self, generator: torch.Generator | None = None) -> None:
+        if hasattr(self, "A_log"):
+            init_decay(self.A_log, self.dt_bias, generator)
+        if hasattr(self, "k_rep"):
+            for name in ("k", "v"):  # start as the plain repeat
+                weight = getattr(self, f"{name}_rep")
+                with torch.no_grad():
+                    weight.copy_(torch.eye(weight.shape[1]).repeat_interleave(weight.shape[0] // weight.shape[1], 0))
+
+    @torch.no_grad()
+    def init_from_attention(self, attention: nn.Module, generator: torch.Generator, std: float) -> Start:
+        """Projections from the attention, the gate from half of W_o^T + W_v with each row repeated H/Hkv times."""
+        start = Start()
+        given = dict(attention.named_parameters())
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            getattr(self, name).weight.copy_(given[f"{name}.weight"])
+            start.copied[f"{name}.weight"] = f"{name}.weight"
+        if self.options.use_gate:
+            transposed, values = given["o_proj.weight"].T, given["v_proj.weight"]
+            self.g_proj.weight.copy_((transposed + values.repeat_interleave(transposed.shape[0] // values.shape[0], 0)) / 2)
+            start.derived["g_proj.weight"] = ("o_proj.weight", "v_proj.weight")
+        self.o_norm.weight.fill_(1.0)
+        self.init_recurrence(generator)
+        for name, parameter in self.named_parameters():
+            if name in start.copied or name in start.derived:
+                continue
+            start.initialised.append(name)
+            if parameter.dim() > 1 and not name.endswith("_rep"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            elif name.endswith(".bias"):
+                parameter.zero_()
+        for name in given.keys() - start.used():
+            start.unused[name] = "no q/k norm in this layer" if "norm" in name else "this layer's projections have no bias"
+        return start

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one table of layer types: published symbol -> mixer class."""
+
+from __future__ import annotations
+
+from hmf.errors import HmfError, unknown_name
+
+from .base import Mixer
+from .gdn import GatedDeltaNet
+
+MIXERS: dict[str, type[Mixer]] = {cls.symbol: cls for cls in (GatedDeltaNet,)}
+
+
+def mixer_class(symbol: str) -> type[Mixer]:
+    """The mixer of a published symbol; HmfError for one without a layer."""
+    try:
+        return MIXERS[symbol]
+    except KeyError:
+        raise HmfError(unknown_name("layer type", symbol, MIXERS)) from None

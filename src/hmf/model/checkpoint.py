@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints in the published format: loading that accounts for every tensor, saving that is whole or not there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from hmf.errors import HmfError
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+# Files beside the weights that belong to the tokenizer or to generation; they travel unchanged, byte for byte.
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+
+
+class StrictLoading:
+    """`from_pretrained` that fails, with names, where transformers would warn and leave tensors at random."""
+
+    @classmethod
+    def from_pretrained(cls, source: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        logger = logging.get_logger("transformers.modeling_utils")
+        level = logger.level
+        logger.setLevel(logging.CRITICAL)  # its report of the same names would stand above our one line
+        try:
+            model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise HmfError(f"{source}: damaged weights ({error}); copy the file again") from None
+        finally:
+            logger.setLevel(level)
+        check_loading(str(source), info)
+        return (model, info) if output_loading_info else model
+
+
+def check_loading(source: str, info: dict[str, Any]) -> None:
+    """HmfError naming the tensors that transformers' loading report lists as missing, unexpected or misshapen."""
+    for key, said in (
+        ("missing_keys", "missing"), ("unexpected_keys", "not of this model"), ("mismatched_keys", "of another shape"),
+        ("error_msgs", "unreadable"),
+    ):  # fmt: skip
+        if names := sorted(map(str, info.get(key) or ())):
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            raise HmfError(f"{source}: tensors {said}: {', '.join(names[:4])}{more}")
+
+
+def require_checkpoint(source: str | Path) -> Path:
+    """`source` as a directory with a readable config and whole weight files, or HmfError naming what is not."""
+    folder = Path(source)
+    if not folder.is_dir():
+        raise HmfError(f"{folder}: no such directory; give a local checkpoint directory")
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise HmfError(f"{folder}: no config.json; this is not a checkpoint directory")
+    try:
+        json.loads(config_file.read_text())
+    except ValueError as error:
+        raise HmfError(f"{config_file}: not valid JSON ({error})") from None
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    elif (folder / "model.safetensors").is_file():
+        files = ["model.safetensors"]
+    else:
+        raise HmfError(f"{folder}: no weights ({' or '.join(WEIGHT_FILES)}); a checkpoint needs both config and weights")
+    for name in files:
+        if not (folder / name).is_file():
+            raise HmfError(f"{folder / name}: missing, though the index names it")
+        try:
+            with safe_open(folder / name, "pt"):
+                pass
+        except SafetensorError as error:
+            raise HmfError(f"{folder / name}: damaged ({error}); copy the file again") from None
+    return folder
+
+
+def load_config(source: str | Path) -> Any:
+    """The config of a checkpoint directory, a base's or a Hybrid's; HmfError where it does not parse."""
+    folder = require_checkpoint(source)
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except HmfError as error:
+        raise HmfError(str(error).replace("config.json", str(folder / "config.json"), 1)) from None
+    except (ValueError, TypeError) as error:
+        raise HmfError(f"{folder / 'config.json'}: {str(error).strip().splitlines()[0]}") from None
+
+
+def load_model(source: str | Path, dtype: str | torch.dtype = "auto", **kwargs: Any) -> PreTrainedModel:
+    """A causal language model, base or Hybrid, with every tensor accounted for. `dtype` "auto" is the stored one."""
+    folder = require_checkpoint(source)
+    config = load_config(folder)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=dtype, output_loading_info=True, **kwargs
+    )
+    check_loading(str(folder), info)
+    return model
+
+
+@contextmanager
+def new_directory(target: str | Path) -> Iterator[Path]:
+    """A fresh directory that appears as `target` only when the block ends well.
+
+    HmfError when `target` exists and is not empty; on any failure nothing is left behind.
+    """
+    target = Path(target)
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise HmfError(f"{target}: the output directory is in use; choose another or remove it first")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield work
+        if target.is_dir():
+            target.rmdir()
+        work.chmod(0o755)
+        work.rename(target)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def copy_companions(source: str | Path, target: str | Path) -> None:
+    """Copy tokenizer and generation files unchanged."""
+    for name in COMPANIONS:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, Path(target) / name)
+
+
+def save_checkpoint(model: PreTrainedModel, target: str | Path, companions: str | Path) -> None:
+    """Save `model` at `target` with the tokenizer and generation files of the directory `companions`."""
+    with new_directory(target) as folder:
+        model.save_pretrained(folder)
+        copy_companions(companions, folder)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Config classes of the Hybrids: a family's own config plus the pattern and one dict for each layer kind."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from hmf.config.layers import LAYER_KINDS, layer_options, needed_kinds
+from hmf.config.pattern import ATTENTION, Pattern
+from hmf.errors import HmfError
+
+from .families import Family
+
+STATE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class HybridConfigMixin:
+    """Put before a family's config class.
+
+    In memory `layer_types` holds transformers' own names ("full_attention", "linear_attention" for every mixer), which
+    caches and serving engines read; on disk it holds the pattern's symbols, as published.
+    """
+
+    family: Family
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        listed, self.layer_types = self.layer_types, None
+        super().__post_init__(**kwargs)
+        count = self.num_hidden_layers
+        if self.hybrid_override_pattern is None:
+            self.hybrid_override_pattern = "-".join([ATTENTION] * count)
+        pattern = self.pattern
+        if listed is not None and any(symbol in LAYER_KINDS for symbol in listed) and list(listed) != pattern.as_list():
+            raise HmfError(
+                f"config.json: layer_types {listed} and hybrid_override_pattern {str(pattern)!r} disagree; "
+                "delete layer_types, it is derived"
+            )
+        if self.state_dtype not in STATE_DTYPES:
+            raise HmfError(f"config.json: state_dtype {self.state_dtype!r} is none of {', '.join(STATE_DTYPES)}")
+        attention = self.layer_types or ["full_attention"] * count
+        self.layer_types = [
+            attention[i] if symbol == ATTENTION else "linear_attention" for i, symbol in enumerate(pattern.symbols)
+        ]
+        for kind in needed_kinds(self, pattern.symbols):
+            setattr(self, kind.config_key, layer_options(self, kind.symbol).model_dump())
+
+    @property
+    def pattern(self) -> Pattern:
+        return Pattern.parse(
+            self.hybrid_override_pattern, self.num_hidden_layers, source="config.json: hybrid_override_pattern"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        if self.family.lists_layer_types:
+            output["layer_types"] = self.pattern.as_list()
+        else:
+            output.pop("layer_types", None)
+        for key in [kind.config_key for kind in LAYER_KINDS.values()] + ["gka_overrides"]:
+            if output.get(key, ...) is None:
+                del output[key]
+        return output
+
+
+@functools.cache
+def hybrid_config_class(family: Family) -> type:
+    """`Hybrid<Family>Config`."""
+    optional_dicts = [kind.config_key for kind in LAYER_KINDS.values()] + ["gka_overrides"]
+    annotations: dict[str, Any] = {"hybrid_override_pattern": str | None, "state_dtype": str}
+    annotations |= dict.fromkeys(optional_dicts, dict | None)
+    annotations["layer_types"] = list[str] | None
+    namespace: dict[str, Any] = {
+        "__annotations__": annotations,
+        "__module__": __name__,
+        "__doc__": f"A {family.prefix} config with a layer pattern; see `HybridConfigMixin`.",
+        "model_type": family.hybrid_model_type,
+        "family": family,
+        "hybrid_override_pattern": None,
+        "state_dtype": "float32",
+        "layer_types": None,
+        **dict.fromkeys(optional_dicts),
+    }
+    return type(f"{family.hybrid_prefix}Config", (HybridConfigMixin, family.config_class()), namespace)

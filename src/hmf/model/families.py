@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base families: one row each. A family is a Hugging Face decoder whose layers call their mixer `self_attn`."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from hmf.errors import HmfError
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where transformers keeps a family, and what its Hybrid is called.
+
+    `module` is the package under `transformers.models`; `prefix` opens its class names (`Qwen3` -> `Qwen3Config`,
+    `Qwen3Model`, `Qwen3DecoderLayer`, `Qwen3ForCausalLM`).
+    """
+
+    model_type: str
+    prefix: str
+    lists_layer_types: bool = True  # whether the published config.json has the key `layer_types`
+
+    @property
+    def hybrid_model_type(self) -> str:
+        return f"hybrid_{self.model_type}"
+
+    @property
+    def hybrid_prefix(self) -> str:
+        return f"Hybrid{self.prefix}"
+
+    def config_class(self) -> type:
+        return getattr(self._module("configuration"), f"{self.prefix}Config")
+
+    def class_named(self, suffix: str) -> type:
+        """`Qwen3` + suffix from the family's modeling module."""
+        return getattr(self._module("modeling"), f"{self.prefix}{suffix}")
+
+    def output_class(self) -> type:
+        """What the family's decoder returns; a mixture of experts adds router logits."""
+        from transformers import modeling_outputs
+
+        is_moe = hasattr(self._module("modeling"), "load_balancing_loss_func")
+        return modeling_outputs.MoeModelOutputWithPast if is_moe else modeling_outputs.BaseModelOutputWithPast
+
+    def _module(self, kind: str) -> Any:
+        return importlib.import_module(f"transformers.models.{self.model_type}.{kind}_{self.model_type}")
+
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (Family("qwen3", "Qwen3"),)}
+
+
+def family_of(model_type: str, source: str = "config.json") -> Family:
+    """The family of a base or hybrid `model_type`; HmfError, with how to add one, for any other."""
+    try:
+        return FAMILIES[model_type.removeprefix("hybrid_")]
+    except KeyError:
+        raise HmfError(
+            f"{source}: model_type {model_type!r} is not among the supported families ({', '.join(sorted(FAMILIES))}); "
+            "add a row to FAMILIES in hmf/model/families.py as docs/families.md shows"
+        ) from None

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any family's decoder with mixers in place of some attentions, and the teacher beside them until export.
+
+The families' own modules do the work; what is ours is one forward for all of them and a decoder layer that hands its
+mixer to the family's layer where that expects `self_attn`.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from hmf.config.layers import LAYER_KINDS
+from hmf.config.pattern import ATTENTION
+from hmf.errors import HmfError
+from hmf.layers.base import Mixer
+from hmf.layers.layout import packed_layout
+from hmf.layers.registry import MIXERS, mixer_class
+
+from .cache import adopt
+from .checkpoint import StrictLoading
+from .configuration import hybrid_config_class
+from .families import Family
+
+STUDENT, TEACHER = "student", "teacher"
+
+
+class _WithMixer:
+    """A decoder layer seen with a mixer as its `self_attn`; everything else is the layer's own."""
+
+    def __init__(self, layer: nn.Module, mixer: nn.Module):
+        self._layer, self.self_attn = layer, mixer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
+@functools.cache
+def hybrid_layer_class(stock: type[nn.Module]) -> type[nn.Module]:
+    """A family's decoder layer with a mixer, named as published; a fused one keeps `self_attn` for the teacher."""
+
+    def __init__(self, config: Any, layer_idx: int):
+        super(cls, self).__init__(config, layer_idx)
+        if not config.pattern.fused:
+            del self.self_attn
+        symbol = config.pattern.symbols[layer_idx]
+        self.mixer_name = LAYER_KINDS[symbol].module_name
+        self.add_module(self.mixer_name, mixer_class(symbol)(config, layer_idx))
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, path: str = STUDENT, layout: Any = None, **kwargs: Any):
+        if path == TEACHER:
+            return super(cls, self).forward(hidden_states, *args, **kwargs)
+        view = _WithMixer(self, self.get_submodule(self.mixer_name))
+        return stock.forward(view, hidden_states, *args, layout=layout, **kwargs)
+
+    cls = type(f"Hybrid{stock.__name__}", (stock,), {"__init__": __init__, "forward": forward, "__module__": __name__})
+    return cls
+
+
+@dataclass
+class LayerInputs:
+    """What the layers of one forward pass share."""
+
+    hidden_states: torch.Tensor  # [B, T, D], the embeddings
+    masks: dict[str, torch.Tensor | None]  # by entry of config.layer_types
+    layout: Any
+    shared: dict[str, Any]  # position_ids, position_embeddings, past_key_values, use_cache and the caller's own
+
+
+class HybridModelMixin:
+    """Put before a family's decoder (`Qwen3Model`, ...)."""
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        stock = self.family.class_named("DecoderLayer")
+        for index in config.pattern.replaced:
+            self.layers[index] = hybrid_layer_class(stock)(config, index)
+        self.post_init()
+
+    def prepare(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> LayerInputs:
+        """Embeddings, positions, masks and cache, from the arguments of a Hugging Face decoder's forward."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None:
+            adopt(past_key_values, self.config)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        batch, tokens = inputs_embeds.shape[:2]
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise HmfError(f"attention_mask: needs [batch, tokens] for recurrent layers, got {tuple(attention_mask.shape)}")
+        if attention_mask is not None and tokens > 1 and bool(attention_mask.all()):
+            attention_mask = None
+        cu_seqlens = kwargs.get("cu_seq_lens_q")
+        if position_ids is None:
+            if cu_seqlens is not None:
+                lengths = cu_seqlens.diff()
+                first = torch.repeat_interleave(cu_seqlens[:-1], lengths)
+                position_ids = (torch.arange(tokens, device=inputs_embeds.device) - first)[None]
+            else:
+                position_ids = (torch.arange(tokens, device=inputs_embeds.device) + past)[None]
+        elif cu_seqlens is not None and bool(position_ids[0, cu_seqlens[:-1][cu_seqlens.diff() > 0].long()].any()):
+            raise HmfError("position_ids: must restart at 0 where cu_seq_lens_q starts a document")
+        layout = packed_layout((batch, tokens), attention_mask, position_ids, cu_seqlens, past > 0)
+        mask_arguments = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values if past else None,
+            "position_ids": position_ids,
+        }
+        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        kinds = set(self.config.layer_types) | ({"full_attention"} if self.config.pattern.fused else set())
+        masks = {kind: makers[kind](**mask_arguments) for kind in kinds if kind in makers}
+        shared = {
+            **kwargs,
+            "position_ids": position_ids,
+            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+        }
+        return LayerInputs(inputs_embeds, masks, layout, shared)
+
+    def run_layers(
+        self, hidden_states: torch.Tensor, inputs: LayerInputs, layers: range, path: str = STUDENT
+    ) -> torch.Tensor:
+        """hidden_states [B, T, D] through the given layers, replaced ones by their mixer or, on the teacher's path,
+        by their kept attention."""
+        symbols, types = self.config.pattern.symbols, self.config.layer_types
+        for index in layers:
+            if symbols[index] == ATTENTION:
+                own = {"attention_mask": inputs.masks[types[index]]}
+            elif path == TEACHER:
+                own = {"attention_mask": inputs.masks["full_attention"], "path": TEACHER}
+            else:
+                own = {"attention_mask": None, "layout": inputs.layout}
+            hidden_states = self.layers[index](hidden_states, **own, **inputs.shared)
+        return hidden_states
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """A Hugging Face decoder's forward on the student's path: input_ids [B, T] -> last_hidden_state [B, T, D]."""
+        inputs = self.prepare(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
+        )
+        hidden_states = self.run_layers(inputs.hidden_states, inputs, range(len(self.layers)))
+        return self.family.output_class()(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=inputs.shared["past_key_values"] if use_cache else None,
+        )
+
+
+class HybridCausalLMMixin(StrictLoading):
+    """Put before a family's causal language model (`Qwen3ForCausalLM`, ...)."""
+
+    # A state that has moved on cannot go back: transformers then refuses assisted generation.
+    _is_stateful = True
+    _can_compile_fullgraph = False
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.model = hybrid_classes(self.family).model(config)
+        self.post_init()
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any):
+        if generation_config.cache_implementation not in (None, "dynamic", "offloaded"):
+            raise HmfError(
+                f"cache_implementation={generation_config.cache_implementation!r} is not supported with recurrent "
+                "layers; leave it out"
+            )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if (cache := model_kwargs.get("past_key_values")) is not None:
+            adopt(cache, self.config)
+
+
+@dataclass(frozen=True)
+class HybridClasses:
+    config: type
+    model: type[PreTrainedModel]
+    causal_lm: type[PreTrainedModel]
+
+
+@functools.cache
+def hybrid_classes(family: Family) -> HybridClasses:
+    """`Hybrid<Family>Config`, `Hybrid<Family>Model` and `Hybrid<Family>ForCausalLM`."""
+    config = hybrid_config_class(family)
+    stock_layer = family.class_named("DecoderLayer").__name__
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super(type(self), self)._init_weights(module)
+        if isinstance(module, Mixer) and not any(p.is_meta for p in module.parameters(recurse=False)):
+            module.init_recurrence()
+
+    common = {
+        "__module__": __name__,
+        "config_class": config,
+        "family": family,
+        "_init_weights": _init_weights,
+        "_no_split_modules": [stock_layer, f"Hybrid{stock_layer}"],
+        "_keep_in_fp32_modules_strict": sorted({name for mixer in MIXERS.values() for name in mixer.float32_parameters}),
+    }
+    model = type(f"{family.hybrid_prefix}Model", (HybridModelMixin, family.class_named("Model")), dict(common))
+    causal_lm = type(
+        f"{family.hybrid_prefix}ForCausalLM", (HybridCausalLMMixin, family.class_named("ForCausalLM")), dict(common)
+    )
+    return HybridClasses(config, model, causal_lm)
