@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's configuration hook: refusals, and defaults that the checkpoint knows better than the user."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import CompilationConfig
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from . import support
+
+logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handler prints it
+
+OPERATOR = "hmf::recurrent_mix"
+
+
+class HybridConfig(VerifyAndUpdateConfig):
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Runs once at start, in the front end, before anything is loaded. Raises HmfError."""
+        support.check(vllm_config)
+        _set_state_dtypes(vllm_config)
+        # The operator is a seam between CUDA graphs for Hybrids only: other models keep vLLM's list.
+        compilation = vllm_config.compilation_config
+        object.__setattr__(compilation, "_attention_ops", [*CompilationConfig._attention_ops, OPERATOR])
+
+
+def _set_state_dtypes(vllm_config: Any) -> None:
+    """States are kept in the checkpoint's `state_dtype` (float32 if it names none) unless the user asks otherwise."""
+    cache = vllm_config.cache_config
+    wanted = getattr(vllm_config.model_config.hf_config, "state_dtype", None) or "float32"
+    for option in ("mamba_cache_dtype", "mamba_ssm_cache_dtype"):
+        given = getattr(cache, option)
+        if given == "auto":
+            setattr(cache, option, wanted)
+        elif getattr(torch, given).itemsize < getattr(torch, wanted).itemsize:
+            logger.warning_once(
+                "--%s %s stores recurrent states less precisely than the checkpoint asks (%s): outputs drift from it.",
+                option.replace("_", "-"), given, wanted,
+            )  # fmt: skip

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gated DeltaNet inside vLLM (arXiv 2412.06464; equations in `hmf.ops.gdn`).
+
+States of a request: the last conv_size - 1 inputs of the short convolutions of q, k and v [conv_size - 1, channels],
+and the recurrent state [H, K, V]. Heads are split over tensor-parallel ranks; where there are fewer key/value heads
+than ranks, each rank holds the one that its heads read.
+
+Legend: N tokens of the batch, S sequences, T tokens a sequence, H expanded heads (of this rank), D head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
+from vllm.model_executor.utils import set_weight_attrs
+
+from hmf.config.layers import GDNOptions
+from hmf.layers.gdn import l2_normalise
+from hmf.layers.linear import LowRank
+from hmf.ops import gated_delta_rule, short_conv
+
+from .parts import NormWeight, ShortConvWeights, rms_norm
+from .recurrent import RecurrentBackend, RecurrentMixer, State, Tensors, state_backend
+
+
+class GDNBackend(RecurrentBackend):
+    @staticmethod
+    def get_name() -> str:
+        return "HMF_GDN"
+
+
+class GatedDeltaNet(RecurrentMixer):
+    symbol = "GDN"
+    backend_type = state_backend("HMF_GDN", GDNBackend)
+
+    def __init__(self, config: Any, quant_config: QuantizationConfig | None, prefix: str):
+        super().__init__(config, prefix)
+        options: GDNOptions = self.options
+        model_dim, head_dim, heads = options.hidden_size, options.head_dim, options.num_heads
+        self.heads, self.kv_heads = heads // self.tp_size, max(1, options.num_k_heads // self.tp_size)
+
+        def column(outputs: int, name: str, quantised: bool = True) -> ColumnParallelLinear:
+            quant = quant_config if quantised else None
+            return ColumnParallelLinear(model_dim, outputs, bias=False, quant_config=quant, prefix=f"{prefix}.{name}")
+
+        self.qkv_proj = QKVParallelLinear(
+            model_dim, head_dim, options.num_q_heads, options.num_k_heads,
+            bias=False, quant_config=quant_config, prefix=f"{prefix}.qkv_proj",
+        )  # fmt: skip
+        self.b_proj = column(heads, "b_proj", quantised=False)
+        self.gk_proj = column(heads, "gk_proj", quantised=False)
+        if options.use_gate:
+            self.g_proj = column(heads * head_dim, "g_proj")
+        self.o_proj = RowParallelLinear(
+            heads * head_dim, model_dim, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
+        )
+        if options.use_short_conv:
+            streams = {"q": options.num_q_heads, "k": options.num_k_heads, "v": options.num_v_heads}
+            self.conv1d = ShortConvWeights(streams, head_dim, options.conv_size, options.conv_bias)
+        # The decay is computed in float32 whatever the model's dtype, and so are its parameters kept.
+        self.A_log = nn.Parameter(torch.empty(self.heads, dtype=torch.float32), requires_grad=False)
+        self.dt_bias = nn.Parameter(torch.empty(self.heads, dtype=torch.float32), requires_grad=False)
+        for parameter in (self.A_log, self.dt_bias):
+            set_weight_attrs(parameter, {"weight_loader": sharded_weight_loader(0)})
+        self.o_norm = NormWeight(head_dim)
+        if options.kv_proj_rank is not None:
+            kv_dim = options.num_k_heads * head_dim
+            self.proj_k = LowRank(kv_dim, options.kv_proj_rank, heads * head_dim)
+            self.proj_v = LowRank(kv_dim, options.kv_proj_rank, heads * head_dim)
+            if options.kv_learnable_residual:
+                self.k_rep = nn.Parameter(torch.empty(heads, options.num_k_heads), requires_grad=False)
+                self.v_rep = nn.Parameter(torch.empty(heads, options.num_v_heads), requires_grad=False)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return (self.heads, self.options.head_dim)
+
+    @staticmethod
+    def states(options: GDNOptions, tp_size: int) -> tuple[State, ...]:
+        head_dim, heads = options.head_dim, options.num_heads // tp_size
+        state = State((heads, head_dim, head_dim), recurrent=True)
+        if not options.use_short_conv:
+            return (state,)
+        streams = (options.num_q_heads, options.num_k_heads, options.num_v_heads)
+        channels = sum(max(1, count // tp_size) for count in streams) * head_dim
+        return State((options.conv_size - 1, channels), recurrent=False), state
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[Tensors, torch.Tensor | None]:
+        qkv, _ = self.qkv_proj(hidden_states)
+        beta = self.b_proj(hidden_states)[0].float().sigmoid()
+        if self.options.allow_neg_eigval:
+            beta = beta * 2.0
+        decay = -self.A_log.exp() * F.softplus(self.gk_proj(hidden_states)[0].float() + self.dt_bias)
+        gate = self.g_proj(hidden_states)[0] if self.options.use_gate else None
+        return (qkv, decay, beta), gate
+
+    def recur(self, inputs: Tensors, states: Tensors | None, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor, Tensors]:
+        qkv, decay, beta = inputs
+        before = states[-1] if states is not None else None
+        if self.options.use_short_conv:
+            window = states[0].transpose(1, 2) if states is not None else None
+            qkv, window = short_conv(qkv, self.conv1d.weight, self.conv1d.bias, window, cu_seqlens)
+            convs: Tensors = (window.transpose(1, 2),)
+        else:
+            qkv, convs = F.silu(qkv), ()
+        q, k, v = (x.unflatten(-1, (-1, self.options.head_dim)) for x in qkv.split(self._stream_sizes, dim=-1))
+        k, v = self._expand(k, "k"), self._expand(v, "v")
+        o, after = gated_delta_rule(l2_normalise(q), l2_normalise(k), v, decay, beta, before, cu_seqlens)
+        return o, (*convs, after)
+
+    def finish(self, mixed: torch.Tensor, rest: torch.Tensor | None) -> torch.Tensor:
+        out = rms_norm(mixed, self.o_norm.weight, self.options.norm_eps)
+        if rest is not None:
+            out = out * F.silu(rest.float()).view_as(out)
+        return self.o_proj(out.flatten(1).to(mixed.dtype))[0]
+
+    @property
+    def _stream_sizes(self) -> list[int]:
+        return [heads * self.options.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
+
+    def _expand(self, x: torch.Tensor, stream: str) -> torch.Tensor:
+        """Key or value heads [S, T, Hkv, D] -> [S, T, H, D]."""
+        if x.shape[2] == self.heads:
+            return x
+        if self.options.kv_proj_rank is None:
+            return x.repeat_interleave(self.heads // x.shape[2], dim=2)
+        low_rank = getattr(self, f"proj_{stream}")
+        learned = low_rank(x.flatten(2)).view(*x.shape[:2], self.heads, -1)
+        if self.options.kv_learnable_residual:
+            repeated = torch.einsum("stgd,hg->sthd", x, getattr(self, f"{stream}_rep"))
+        else:
+            repeated = x.repeat_interleave(self.heads // x.shape[2], dim=2)
+        return repeated + learned
+

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hybrids over vLLM's stock decoder stacks: one table row a family, no forward code.
+
+vLLM's stacks take their layer class as a parameter. A Hybrid's layer is the stock layer of its family whose attention,
+where the pattern says so, is swapped for a recurrent mixer; norms, MLP or experts, residuals and pipeline stages stay
+vLLM's.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import regex as re
+import torch
+from torch import nn
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsPP
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaModel
+from vllm.model_executor.models.mistral import MistralDecoderLayer, MistralModel
+from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer, Qwen2Model
+from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
+from vllm.model_executor.models.qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeModel
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    PPMissingLayer,
+    WeightsMapper,
+    extract_layer_index,
+    maybe_prefix,
+)
+from vllm.utils.torch_utils import get_dtype_size
+
+from hmf.config.layers import LAYER_KINDS, layer_options
+from hmf.config.pattern import ATTENTION
+
+from .recurrent import RecurrentMixer, state_dtypes
+from .support import layer_pattern, mixer_class
+from .weights import account, expected_tensors
+
+
+@dataclass(frozen=True)
+class Family:
+    """A stock decoder stack, its layer class, and the name of the stack's parameter that takes one."""
+
+    stack: type[nn.Module]
+    layer: type[nn.Module]
+    parameter: str
+
+
+@functools.cache
+def hybrid_layer(stock: type[nn.Module]) -> type[nn.Module]:
+    """`stock`, a vLLM decoder layer class, with the attention of some layers swapped as the pattern says."""
+
+    class HybridDecoderLayer(stock):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, prefix: str = "", **kwargs: Any):
+            super().__init__(*args, prefix=prefix, **kwargs)
+            vllm_config = get_current_vllm_config()
+            config = vllm_config.model_config.hf_config
+            symbol = layer_pattern(config).symbols[extract_layer_index(prefix)]
+            if symbol != ATTENTION:
+                # The stock layer has announced its attention to vLLM, which would give it a KV cache: take that back.
+                announced = vllm_config.compilation_config.static_forward_context
+                for name in [name for name in announced if name.startswith(f"{prefix}.self_attn.")]:
+                    del announced[name]
+                name = f"{prefix}.{LAYER_KINDS[symbol].module_name}"
+                self.self_attn = mixer_class(symbol)(config, vllm_config.quant_config, name)
+
+    return HybridDecoderLayer
+
+
+class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
+    """A Hybrid of any family. A subclass names its `family`."""
+
+    family: ClassVar[Family]
+    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    # Published names to the place of the mixer; the stock stack's mapper then joins q, k and v as for attention.
+    weights_mapper = WeightsMapper(
+        orig_to_new_regex={
+            re.compile(r"(layers\.\d+)\.(?:" + "|".join(k.module_name for k in LAYER_KINDS.values()) + r")\."): r"\1.self_attn."
+        },
+        orig_to_new_stacked={f".{stream}_conv1d.": (".conv1d.", stream) for stream in "qkv"},
+    )
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        _suit_stock_layers(config)
+        self.config = config
+        self.quant_config = vllm_config.quant_config
+        layer = {self.family.parameter: hybrid_layer(self.family.layer)}
+        self.model = self.family.stack(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"), **layer)
+        if get_pp_group().is_last_rank:
+            self.lm_head = ParallelLMHead(
+                config.vocab_size, config.hidden_size, quant_config=self.quant_config, prefix=maybe_prefix(prefix, "lm_head")
+            )
+            if config.tie_word_embeddings:
+                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        else:
+            self.lm_head = PPMissingLayer()
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model.embed_input_ids(input_ids)
+
+    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None):
+        """input_ids, positions [N] -> hidden states [N, D] after the last norm, or what the next stage needs."""
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load published tensors; raises HmfError that names every missing, unexpected or misshapen one."""
+        checked = account(weights, expected_tensors(self.config))
+        return AutoWeightsLoader(self).load_weights(checked, mapper=self.weights_mapper)
+
+    # ---- vLLM's questions about states; the first two come before the model exists
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
+        return tuple(state.shape for state in _largest_states(vllm_config))
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+        return state_dtypes(_largest_states(vllm_config), vllm_config)
+
+    def get_mamba_state_copy_funcs(self, mamba_types: set) -> dict:
+        """How the states of each type move between blocks: whole, as no speculative token ever shifts them."""
+        mixers = [module for module in self.modules() if isinstance(module, RecurrentMixer)]
+        return {mixer.mamba_type: (get_temporal_copy_spec,) * len(mixer.get_state_shape()) for mixer in mixers}
+
+
+def _largest_states(vllm_config: VllmConfig) -> tuple:
+    """The states of the layer type that needs most bytes: vLLM sizes its blocks by it."""
+    config, ranks = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
+
+    def bytes_of(states: tuple) -> int:
+        dtypes = state_dtypes(states, vllm_config)
+        return sum(math.prod(state.shape) * get_dtype_size(dtype) for state, dtype in zip(states, dtypes, strict=True))
+
+    symbols = set(layer_pattern(config).symbols) - {ATTENTION}
+    return max((mixer_class(s).states(layer_options(config, s), ranks) for s in symbols), key=bytes_of, default=())
+
+
+def _suit_stock_layers(config: Any) -> None:
+    """Attributes that vLLM's stock layers read under another name than transformers writes."""
+    # Qwen2's stack takes differing layer types for a sliding window over the first `max_window_layers`.
+    config.max_window_layers = config.num_hidden_layers
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("llama_4_scaling_beta") is not None:  # Ministral 3
+        keys = {"beta": "llama_4_scaling_beta", "original_max_position_embeddings": "original_max_position_embeddings"}
+        config.llama_4_scaling = {name: rope[key] for name, key in keys.items()}
+
+
+class HybridQwen2ForCausalLM(HybridForCausalLM):
+    family = Family(Qwen2Model, Qwen2DecoderLayer, "decoder_layer_type")
+
+
+class HybridQwen3ForCausalLM(HybridForCausalLM):
+    family = Family(Qwen2Model, Qwen3DecoderLayer, "decoder_layer_type")  # vLLM's Qwen3 stack is Qwen2's with this layer
+
+
+class HybridQwen3MoeForCausalLM(HybridForCausalLM):
+    family = Family(Qwen3MoeModel, Qwen3MoeDecoderLayer, "decoder_layer_type")
+
+
+class HybridLlamaForCausalLM(HybridForCausalLM):
+    family = Family(LlamaModel, LlamaDecoderLayer, "layer_type")
+
+
+class HybridMinistral3ForCausalLM(HybridForCausalLM):
+    family = Family(MistralModel, MistralDecoderLayer, "layer_type")

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every recurrent layer shares inside vLLM: state slots, batches of mixed requests, and one opaque operator.
+
+vLLM keeps the states of all requests in pools of slots, one row a slot. A forward pass gets a flat batch of tokens:
+first the requests that decode (one token each), then those that prefill (any number, perhaps continuing an earlier
+chunk or a cached prefix). A layer type only says how it projects, which states it has and how the recurrence runs;
+reading and writing slots, fresh requests and padding are handled here, once.
+
+Legend: N tokens of the batch, R requests, S sequences, T tokens a sequence, H heads, D model dim.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import nn
+from torch.library import Library
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc, get_temporal_copy_spec
+from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE, direct_register_custom_op
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadata, BaseMambaAttentionMetadataBuilder
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
+from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
+
+from hmf.config.layers import layer_options
+
+logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handler prints it
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+class State(NamedTuple):
+    """One state of one request on one rank; `recurrent` (else convolution) decides which option gives its dtype."""
+
+    shape: tuple[int, ...]
+    recurrent: bool
+
+
+class RecurrentMetadata(BaseMambaAttentionMetadata):
+    """Which requests decode or prefill, and their state slots."""
+
+
+class RecurrentMetadataBuilder(BaseMambaAttentionMetadataBuilder[RecurrentMetadata]):
+    metadata_cls = RecurrentMetadata
+    needs_causal_conv1d_metadata = False
+
+
+class RecurrentBackend(AttentionBackend):
+    """Base of the backends. Each layer type has its own, so that types with different states can share a model."""
+
+    @staticmethod
+    def get_builder_cls() -> type[RecurrentMetadataBuilder]:
+        return RecurrentMetadataBuilder
+
+    @classmethod
+    def is_ssm(cls) -> bool:
+        return True
+
+
+def state_backend(name: str, backend: type[RecurrentBackend]) -> MambaAttentionBackendEnum:
+    """The member of vLLM's table of state backends that stands for `backend`, made on first use."""
+    path = f"{backend.__module__}.{backend.__qualname__}"
+    if name not in MambaAttentionBackendEnum.__members__:
+        register_backend(name, path, is_mamba=True)
+    return MambaAttentionBackendEnum[name]
+
+
+def state_dtypes(states: tuple[State, ...], vllm_config: Any) -> tuple[torch.dtype, ...]:
+    """From the cache options, which `HybridConfig` has filled in from the checkpoint."""
+    cache = vllm_config.cache_config
+    recurrent, conv = (STR_DTYPE_TO_TORCH_DTYPE[n] for n in (cache.mamba_ssm_cache_dtype, cache.mamba_cache_dtype))
+    return tuple(recurrent if state.recurrent else conv for state in states)
+
+
+class RecurrentMixer(MambaBase, nn.Module):
+    """A recurrent token mixer at the place of a decoder layer's attention.
+
+    A subclass gives `symbol`, `backend_type`, `states`, `output_shape`, `project`, `recur` and `finish`.
+    """
+
+    symbol: ClassVar[str]  # in the layer pattern
+    backend_type: ClassVar[MambaAttentionBackendEnum]
+
+    def __init__(self, config: Any, prefix: str):
+        super().__init__()
+        vllm_config = get_current_vllm_config()
+        self.options = layer_options(config, self.symbol)
+        self.tp_size = get_tensor_model_parallel_world_size()
+        self.prefix = prefix
+        self._states = self.states(self.options, self.tp_size)
+        self._state_dtypes = state_dtypes(self._states, vllm_config)
+        self.kv_cache = tuple(torch.tensor([]) for _ in self._states)
+        layers = vllm_config.compilation_config.static_forward_context
+        if prefix in layers:
+            raise ValueError(f"duplicate layer name {prefix}")
+        layers[prefix] = self
+
+    # ---- what a layer type defines
+
+    @staticmethod
+    @abstractmethod
+    def states(options: Any, tp_size: int) -> tuple[State, ...]:
+        """The states of one request on one of `tp_size` ranks, in the order that `recur` takes them."""
+
+    @abstractmethod
+    def project(self, hidden_states: torch.Tensor) -> tuple[Tensors, Any]:
+        """hidden_states [N, D] -> (the recurrence's inputs, each [N, ...]; what `finish` needs besides its output)."""
+
+    @abstractmethod
+    def recur(self, inputs: Tensors, states: Tensors | None, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor, Tensors]:
+        """Run the recurrence: over rows [S, 1, ...], or over S documents packed in one row [1, T, ...].
+
+        `states` (None: zeros) has one float32 row a sequence, and so have the returned final states.
+        The output has the shape of the inputs' leading axes, then `output_shape`.
+        """
+
+    @abstractmethod
+    def finish(self, mixed: torch.Tensor, rest: Any) -> torch.Tensor:
+        """The recurrence's output [N, *output_shape] -> [N, D]."""
+
+    @property
+    @abstractmethod
+    def output_shape(self) -> tuple[int, ...]: ...
+
+    # ---- vLLM's questions
+
+    def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(state.shape for state in self._states)
+
+    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
+        return self._state_dtypes
+
+    def copy_functions(self) -> tuple[MambaStateCopyFunc, ...]:
+        """Every state is copied whole between blocks (no speculative tokens, so never from an offset)."""
+        return (get_temporal_copy_spec,) * len(self._states)
+
+    @property
+    def mamba_type(self) -> MambaAttentionBackendEnum:
+        return self.backend_type
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
+        cache = vllm_config.cache_config
+        if cache.enable_prefix_caching:
+            logger.info_once(
+                "Prefix caching: the smallest cacheable prefix is %d tokens; shorter prompts are computed each time.",
+                cache.mamba_block_size,
+            )
+        return super().get_kv_cache_spec(vllm_config)
+
+    # ---- the forward pass
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """hidden_states [N, D] -> [N, D]. The signature is that of the stock attention modules."""
+        inputs, rest = self.project(hidden_states)
+        mixed = hidden_states.new_empty(hidden_states.shape[0], *self.output_shape)
+        torch.ops.hmf.recurrent_mix(list(inputs), mixed, self.prefix)
+        return self.finish(mixed, rest)
+
+    def mix(self, inputs: Tensors, output: torch.Tensor, metadata: RecurrentMetadata | None) -> None:
+        """Write the recurrence's output of a whole batch, and advance the states of its requests."""
+        if metadata is None:  # a trial run without requests
+            output.zero_()
+            if output.device.type != "cpu":  # claims the memory that a first long prompt will need
+                bounds = torch.tensor([0, output.shape[0]], device=output.device)
+                self.recur(tuple(x[None] for x in inputs), None, bounds)
+            return
+        decodes, tokens = metadata.num_decodes, metadata.num_decode_tokens + metadata.num_prefill_tokens
+        output[tokens:].zero_()  # rows of padding
+        if decodes:
+            slots = metadata.state_indices_tensor_d[:decodes, 0].long()
+            states = tuple(pool[slots].float() for pool in self.kv_cache)
+            mixed, after = self.recur(tuple(x[:decodes, None] for x in inputs), states, None)
+            output[:decodes] = mixed[:, 0]
+            self._store(slots, after)
+        if metadata.num_prefills:
+            slots = metadata.state_indices_tensor_p.long()
+            known = metadata.has_initial_states_p
+            states = tuple(_started(pool[slots].float(), known) for pool in self.kv_cache)
+            mixed, after = self.recur(tuple(x[None, decodes:tokens] for x in inputs), states, metadata.query_start_loc_p)
+            output[decodes:tokens] = mixed[0]
+            self._store(slots, after)
+
+    def _store(self, slots: torch.Tensor, states: Tensors) -> None:
+        for pool, state in zip(self.kv_cache, states, strict=True):
+            state = state.to(pool.dtype)
+            if pool.device.type != "cpu":  # rows of padding in a CUDA graph point to the null slot: leave it as it is
+                padding = (slots == NULL_BLOCK_ID).view(-1, *[1] * (state.dim() - 1))
+                state = torch.where(padding, pool[slots], state)
+            pool[slots] = state
+
+
+def _started(state: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """Zeros for a fresh request: its slot still holds whatever the last owner left, NaN included."""
+    return torch.where(known.view(-1, *[1] * (state.dim() - 1)), state, 0.0)
+
+
+@eager_break_during_capture
+def _recurrent_mix(inputs: list[torch.Tensor], output: torch.Tensor, layer_name: str) -> None:
+    context = get_forward_context()
+    layer = context.no_compile_layers[layer_name]
+    metadata = context.attn_metadata
+    if metadata is not None:
+        metadata = metadata[layer_name]
+    layer.mix(tuple(inputs), output, metadata)
+
+
+def _recurrent_mix_shape(inputs: list[torch.Tensor], output: torch.Tensor, layer_name: str) -> None:
+    return
+
+
+OPERATOR = "hmf::recurrent_mix"
+_LIBRARY = Library("hmf", "FRAGMENT")
+# Opaque to torch.compile and a seam between CUDA graphs: inside, the work depends on the requests of the batch.
+direct_register_custom_op(
+    "recurrent_mix", _recurrent_mix, mutates_args=["output"], fake_impl=_recurrent_mix_shape, target_lib=_LIBRARY
+)

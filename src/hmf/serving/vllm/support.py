@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the plugin serves and what it refuses: one table that start-up enforces and the documentation prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+from hmf.config.layers import LAYER_KINDS, layer_options
+from hmf.config.pattern import ATTENTION, Pattern
+from hmf.errors import HmfError
+
+TESTED_VLLM = SpecifierSet(">=0.32.0,<0.33")
+
+ARCHITECTURES = (
+    "HybridQwen2ForCausalLM",
+    "HybridQwen3ForCausalLM",
+    "HybridQwen3MoeForCausalLM",
+    "HybridLlamaForCausalLM",
+    "HybridMinistral3ForCausalLM",
+)
+
+# Layer symbols with a vLLM layer, and the module and class that implement it (None: stock attention with a window).
+MIXERS: dict[str, str | None] = {"GDN": "hmf.serving.vllm.gdn:GatedDeltaNet"}
+
+Problem = Callable[[Any], str | None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. `problem` says why a vLLM configuration falls under a refusal, or None."""
+
+    feature: str
+    supported: bool
+    note: str = ""
+    problem: Problem | None = None
+
+
+def _when(condition: Callable[[Any], bool], line: str) -> Problem:
+    return lambda config: line if condition(config) else None
+
+
+def layer_pattern(hf_config: Any) -> Pattern:
+    """The layer pattern of a Hybrid's configuration; HmfError names the file and the key."""
+    text = getattr(hf_config, "hybrid_override_pattern", None)
+    if not isinstance(text, str):
+        raise HmfError("config.json: hybrid_override_pattern is missing; export the model again with `hmf export`")
+    return Pattern.parse(text, hf_config.num_hidden_layers, source="config.json: hybrid_override_pattern")
+
+
+def mixer_class(symbol: str) -> Any:
+    """The vLLM layer of a layer symbol that `MIXERS` has."""
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    return resolve_obj_by_qualname(MIXERS[symbol].replace(":", "."))
+
+
+def _fused(config: Any) -> str | None:
+    if layer_pattern(config.model_config.hf_config).fused:
+        return "this checkpoint still holds the teacher (Stage 0 or 1); run `hmf export` on it and serve the result"
+    return None
+
+
+def _unknown_layers(config: Any) -> str | None:
+    symbols = set(layer_pattern(config.model_config.hf_config).symbols) - {ATTENTION, *MIXERS}
+    if not symbols:
+        return None
+    return f"layers of type {', '.join(sorted(symbols))} have no vLLM layer yet; generate with Hugging Face instead"
+
+
+def _head_split(config: Any) -> str | None:
+    ranks, hf_config = config.parallel_config.tensor_parallel_size, config.model_config.hf_config
+    queries, keys = hf_config.num_attention_heads, hf_config.num_key_value_heads
+    if queries % ranks or (keys % ranks and ranks % keys):
+        return f"{queries} query and {keys} key/value heads do not split over {ranks} ranks; use a divisor of both"
+    if ranks == 1:
+        return None
+    for symbol in set(layer_pattern(hf_config).symbols) - {ATTENTION}:
+        if getattr(layer_options(hf_config, symbol), "kv_proj_rank", None) is not None:
+            return f"{LAYER_KINDS[symbol].config_key}.kv_proj_rank mixes all key/value heads; use --tensor-parallel-size 1"
+    return None
+
+
+TABLE: tuple[Row, ...] = (
+    Row("Gated DeltaNet layers, with all options of `gdn_config`", True),
+    Row("Continuous batching, chunked prefill, preemption, `n > 1`", True),
+    Row("Prefix caching", True, "`--mamba-cache-mode align`, which is also vLLM's choice"),
+    Row("Tool calls, reasoning parsers, streaming", True, "vLLM's own"),
+    Row("Other layer types", False, "generate with Hugging Face", _unknown_layers),
+    Row("Stage-0 and Stage-1 checkpoints", False, "`hmf export` first", _fused),
+    Row("Heads that do not split over the ranks", False, "use a divisor of the head counts", _head_split),
+    Row(
+        "Speculative decoding", False, "drop `--speculative-config`: recurrent states cannot be rolled back",
+        _when(lambda c: c.speculative_config is not None,
+              "speculative decoding is not supported: a recurrent state cannot be rolled back; drop --speculative-config"),
+    ),
+    Row(
+        "LoRA adapters", False, "merge the adapter into the checkpoint",
+        _when(lambda c: c.lora_config is not None,
+              "LoRA is not supported on Hybrids; merge the adapter into the checkpoint and drop --enable-lora"),
+    ),
+    Row(
+        "`--mamba-cache-mode all`", False, "use `align`",
+        _when(lambda c: c.cache_config.mamba_cache_mode not in ("none", "align"),
+              "--mamba-cache-mode keeps a state per block only as `align`; use --mamba-cache-mode align"),
+    ),
+    Row(
+        "KV transfer between engines", False, "drop `--kv-transfer-config`: states are not moved",
+        _when(lambda c: c.kv_transfer_config is not None,
+              "KV transfer does not move recurrent states; drop --kv-transfer-config"),
+    ),
+    Row(
+        "ReplaySSM", False, "drop `--use-replayssm`",
+        _when(lambda c: c.cache_config.use_replayssm, "ReplaySSM does not know these layers; drop --use-replayssm"),
+    ),
+    Row(
+        "Context parallelism", False, "use tensor parallelism",
+        _when(lambda c: max(c.parallel_config.decode_context_parallel_size,
+                            c.parallel_config.prefill_context_parallel_size) > 1,
+              "context parallelism does not split recurrent states; use --tensor-parallel-size"),
+    ),
+    Row(
+        "Expert load balancing", False, "drop `--enable-eplb`",
+        _when(lambda c: c.parallel_config.enable_eplb, "expert load balancing is not supported; drop --enable-eplb"),
+    ),
+    Row(
+        "Quantised weights", False, "serve the unquantised checkpoint",
+        _when(lambda c: c.model_config.quantization is not None,
+              "quantised weights are not supported; serve the unquantised checkpoint without --quantization"),
+    ),
+)  # fmt: skip
+
+
+def check(vllm_config: Any) -> None:
+    """Raise HmfError, one line, for the first row of the table that refuses this configuration."""
+    for row in TABLE:
+        if row.problem is not None and (problem := row.problem(vllm_config)):
+            raise HmfError(f"{vllm_config.model_config.model}: {problem}")
+
+
+def check_version() -> None:
+    """Raise HmfError when the installed vLLM is outside the tested range."""
+    import vllm
+
+    if not TESTED_VLLM.contains(vllm.__version__, prereleases=True):
+        raise HmfError(
+            f"the hmf plugin is tested with vLLM {TESTED_VLLM} and this is {vllm.__version__}; install a vLLM in that "
+            "range, or set VLLM_PLUGINS to a list without hmf to serve other models"
+        )
+
+
+def markdown() -> str:
+    """The table as documentation."""
+    lines = ["| feature | served | note |", "|---|---|---|"]
+    lines += [f"| {row.feature} | {'yes' if row.supported else 'refused'} | {row.note} |" for row in TABLE]
+    return "\n".join(lines)

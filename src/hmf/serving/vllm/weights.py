@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two-way accounting of a checkpoint's tensors: none missing, none unknown, none of a wrong shape."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from hmf.errors import HmfError
+
+# Computed from the configuration; old checkpoints carry it and every loader drops it.
+IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
+SHOWN = 5
+
+
+def expected_tensors(config: Any) -> dict[str, torch.Size]:
+    """Names and shapes of the tensors of a published checkpoint with this configuration, from the Hugging Face model."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+    expected: dict[str, torch.Size] = {}
+    for name, tensor in model.state_dict().items():
+        if name in tied:
+            continue
+        experts = EXPERTS.match(name)
+        if experts is None:
+            expected[name] = tensor.shape
+            continue
+        # Held as one tensor in memory, published one by one: gate and up [E, 2I, D] -> E times [I, D].
+        parts = ("gate_proj", "up_proj") if experts[2] == "gate_up_proj" else ("down_proj",)
+        count, rows, columns = tensor.shape
+        for expert in range(count):
+            for part in parts:
+                expected[f"{experts[1]}.{expert}.{part}.weight"] = torch.Size((rows // len(parts), columns))
+    return expected
+
+
+def account(
+    weights: Iterable[tuple[str, torch.Tensor]], expected: Mapping[str, torch.Size]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass `weights` on; at their end raise HmfError, one line, if they are not exactly the `expected` tensors."""
+    seen, unexpected, misshapen = set(), [], []
+    for name, tensor in weights:
+        if IGNORED.search(name):
+            continue
+        if name not in expected:
+            unexpected.append(name)
+        elif tensor.shape != expected[name]:
+            seen.add(name)
+            misshapen.append(f"{name} {list(tensor.shape)} instead of {list(expected[name])}")
+        else:
+            seen.add(name)
+            yield name, tensor
+    missing = [name for name in expected if name not in seen]
+    problems = [
+        f"{what}: {', '.join(names[:SHOWN])}{f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
+        if names
+    ]
+    if problems:
+        raise HmfError(f"the checkpoint's tensors do not fit its config.json; {'; '.join(problems)}")
