@@ -122,16 +122,25 @@ def _needle(rng: Random, tokenizer: PreTrainedTokenizerBase, length: int, split:
         facts.append((phrases.word(rng).capitalize(), value))
     stated = [statement.format(name=name, value=value) for name, value in facts]
     room = length - _OVERHEAD - len(stated) * 24
-    source = rng.choice(stdlib_documents(split)).text
-    # About four characters a token at most; a library line is rarely longer than 80.
-    start = source.rfind("\n", 0, rng.randrange(max(1, len(source) - 4 * length))) + 1
-    lines = [line[:100] for line in source[start : start + 6 * length].split("\n")]
+    lines = _library_lines(rng, split, characters=6 * length)  # more than fit: a token is three or four characters
     lines = lines[: max(1, _fitting(tokenizer, lines, room))]
     for text in stated:
         lines.insert(rng.randrange(len(lines) + 1), text)
     name, value = facts[0]
     user = "\n".join(lines) + "\n\n" + question.format(name=name)
     return _answered("needle", user, stated[0], value, thinking)
+
+
+def _library_lines(rng: Random, split: Split, characters: int) -> list[str]:
+    """Consecutive lines of library source, from a random place on, and of further files when the first one ends."""
+    library = stdlib_documents(split)
+    index = rng.randrange(len(library))
+    source = library[index].text
+    source = source[source.rfind("\n", 0, rng.randrange(len(source))) + 1 :]
+    while len(source) < characters:
+        index = (index + 1) % len(library)
+        source += library[index].text
+    return [line[:100] for line in source[:characters].split("\n")]
 
 
 def _fitting(tokenizer: PreTrainedTokenizerBase, lines: list[str], budget: int) -> int:

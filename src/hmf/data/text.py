@@ -32,8 +32,7 @@ class Document:
 
 def stdlib_documents(split: Split, max_bytes: int | None = None) -> list[Document]:
     """Source files of the running Python's standard library; see `folder_documents` for order and errors."""
-    root = sysconfig.get_paths()["stdlib"]
-    return _limited([document for document in _stdlib(root) if split_of(document.path) == split], max_bytes)
+    return _limited(_stdlib(sysconfig.get_paths()["stdlib"])[split], max_bytes)
 
 
 def documents(source: str | Path, split: Split | None = None, max_bytes: int | None = None) -> list[Document]:
@@ -77,14 +76,17 @@ def split_of(path: str) -> Split:
 
 
 @lru_cache(maxsize=1)
-def _stdlib(root: str) -> tuple[Document, ...]:
+def _stdlib(root: str) -> dict[str, list[Document]]:
     folder = Path(root)
     files = [
         path
         for path in folder.rglob("*.py")
         if not _SKIPPED_PARTS.intersection(path.relative_to(folder).parts) and not path.name.startswith("_sysconfig")
     ]
-    return tuple(_read(files, folder, folder))
+    parts: dict[str, list[Document]] = {"train": [], "heldout": []}
+    for document in _read(files, folder, folder):
+        parts[split_of(document.path)].append(document)
+    return parts
 
 
 def _read(files: list[Path], folder: Path, source: Path) -> list[Document]:

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenised documents and conversations in rows of one fixed length, without padding between them.
+
+A row is a dict of int64 tensors of shape [T]:
+    input_ids
+    labels         the same ids where the model is to predict them, else -100 (the model shifts them itself)
+    position_ids   count up from 0 within each document and restart at the next: they are the document boundaries
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from hmf.data import tasks
+from hmf.data.tasks import Sample
+from hmf.data.tokenizer import document_separator, encode_texts
+from hmf.errors import HmfError
+
+IGNORED = -100
+Row = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of one document and its labels, both of one length."""
+
+    ids: list[int]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def cut(self, start: int, stop: int) -> "Encoded":
+        """A part that stands alone: its first token has no context and is not supervised."""
+        return Encoded(self.ids[start:stop], [IGNORED, *self.labels[start + 1 : stop]])
+
+
+def encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
+    """Separator, text, separator; everything after the first token is supervised."""
+    return _document(encode_texts(tokenizer, [text])[0], document_separator(tokenizer))
+
+
+def encode_conversation(tokenizer: PreTrainedTokenizerBase, conversation: Sample) -> Encoded:
+    """The conversation as the model sees it when it answers: prompt (not supervised), then the last assistant turn.
+
+    Only the last turn is supervised, because templates strip the thinking of earlier ones. Prompt and turn are
+    tokenised apart, exactly as in generation.
+    """
+    prompt, text = conversation.prompt(tokenizer), conversation.text(tokenizer)
+    if not text.startswith(prompt):
+        raise HmfError("chat_template: a conversation does not start with its own prompt; mend the tokenizer's template")
+    # The template may write a newline after the turn; the turn itself ends with the end-of-turn token.
+    prompt_ids, turn_ids = encode_texts(tokenizer, [prompt, text[len(prompt) :].rstrip("\n")])
+    return Encoded(prompt_ids + turn_ids, [IGNORED] * len(prompt_ids) + turn_ids)
+
+
+class PackedDataset(Dataset[Row]):
+    """Rows that were packed beforehand."""
+
+    def __init__(self, rows: list[list[Encoded]]):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return _tensors(self.rows[index])
+
+
+def build_dataset(
+    documents: Iterable[str],
+    conversations: Iterable[Sample],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    seed: int,
+) -> PackedDataset:
+    """Packs every document and conversation exactly once, in an order given by `seed`.
+
+    Conversations stay whole where they fit into a row at all; documents are cut to fill what conversations leave.
+    The last row is filled up with separators that are not supervised.
+
+    Raises:
+        HmfError: there is nothing to pack.
+    """
+    separator = document_separator(tokenizer)
+    texts = [_document(ids, separator) for ids in encode_texts(tokenizer, list(documents) or [""])]
+    texts = [text for text in texts if len(text) > 2]
+    turns = [encode_conversation(tokenizer, conversation) for conversation in conversations]
+    if not texts and not turns:
+        raise HmfError("dataset: no text and no conversations; give at least one of them")
+    rng = Random(seed)
+    rng.shuffle(texts)
+    rng.shuffle(turns)
+    rows = pack(turns, texts, sequence_length, separator)
+    rng.shuffle(rows)
+    return PackedDataset(rows)
+
+
+def pack(
+    whole: Sequence[Encoded], divisible: Sequence[Encoded], sequence_length: int, filler: int
+) -> list[list[Encoded]]:
+    """Rows of exactly `sequence_length` tokens that hold every token of both sequences once.
+
+    Items of `whole` are cut only if they are longer than a row, or when nothing divisible is left to fill a row with.
+    """
+    rows: list[list[Encoded]] = []
+    row: list[Encoded] = []
+    room = sequence_length
+    # Reversed, so that the next item is at the end, where taking it and putting back its rest is cheap.
+    stream, waiting = list(reversed(divisible)), list(reversed(whole))
+
+    def place(item: Encoded, rest: list[Encoded]) -> None:
+        nonlocal row, room
+        if len(item) > room:
+            rest.append(item.cut(room, len(item)))
+            item = item.cut(0, room)
+        row.append(item)
+        room -= len(item)
+        if room == 0:
+            rows.append(row)
+            row, room = [], sequence_length
+
+    while waiting:
+        if stream and room < len(waiting[-1]) and room < sequence_length:
+            place(stream.pop(), stream)
+        else:
+            place(waiting.pop(), waiting)
+    while stream:
+        place(stream.pop(), stream)
+    if row:
+        place(Encoded([filler] * room, [IGNORED] * room), [])
+    return rows
+
+
+@dataclass
+class MixtureDataset(Dataset[Row]):
+    """Rows drawn from text and generated tasks without end: row i depends on `seed` and i alone.
+
+    Args:
+        texts: token ids of each document, as `encode_texts` gives them.
+        weights: relative frequency of each task by name.
+        text_share: share of the rows that hold text only; in the others, text fills what conversations leave.
+        rows: length of the data set.
+    """
+
+    texts: list[list[int]]
+    tokenizer: PreTrainedTokenizerBase
+    sequence_length: int
+    weights: dict[str, float]
+    rows: int
+    text_share: float = 0.3
+    seed: int = 0
+    _documents: list[Encoded] = field(init=False, repr=False)
+    _sizes: list[int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        separator = document_separator(self.tokenizer)
+        self._documents = [_document(ids, separator) for ids in self.texts]
+        self._sizes = [len(document) for document in self._documents]
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, index: int) -> Row:
+        rng = Random(f"{self.seed}:{index}")
+        row: list[Encoded] = []
+        room = self.sequence_length
+        if rng.random() >= self.text_share:
+            names, weights = list(self.weights), list(self.weights.values())
+            while room >= tasks.MIN_LENGTH:
+                task = rng.choices(names, weights)[0]
+                length = tasks.random_length(rng, room)
+                item = encode_conversation(
+                    self.tokenizer, tasks.sample(task, rng.getrandbits(62), self.tokenizer, length)
+                )
+                if len(item) > room:
+                    break
+                row.append(item)
+                room -= len(item)
+        while room:
+            # A document is as likely as it is long, and so is each place in it.
+            document = rng.choices(self._documents, self._sizes)[0]
+            start = rng.randrange(-room // 2, len(document))
+            row.append(document.cut(max(0, start), max(0, start) + room))
+            room -= len(row[-1])
+        rng.shuffle(row)
+        return _tensors(row)
+
+
+def cu_seqlens(position_ids: torch.Tensor) -> torch.Tensor:
+    """Document boundaries of packed rows laid end to end.
+
+    Args:
+        position_ids: [B, T] or [T], restarting at 0 with each document.
+    Returns:
+        int32 [S + 1]: the S documents' starts in the flattened B * T tokens, and B * T.
+    """
+    flat = position_ids.reshape(-1)
+    starts = torch.nonzero(flat == 0).reshape(-1)
+    return torch.cat([starts, starts.new_tensor([flat.numel()])]).to(torch.int32)
+
+
+def _document(ids: list[int], separator: int) -> Encoded:
+    return Encoded([separator, *ids, separator], [IGNORED, *ids, separator])
+
+
+def _tensors(row: Sequence[Encoded]) -> Row:
+    return {
+        "input_ids": torch.tensor([token for item in row for token in item.ids]),
+        "labels": torch.tensor([label for item in row for label in item.labels]),
+        "position_ids": torch.tensor([position for item in row for position in range(len(item))]),
+    }

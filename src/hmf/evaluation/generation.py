@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy on generated tasks: greedy answers, compared exactly."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hmf.data.tasks import Sample
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Share of exact answers out of `n`, and share of answers that did not end within the tokens allowed."""
+
+    accuracy: float
+    n: int
+    truncated: float
+
+
+def task_accuracy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[Sample],
+    batch_size: int = 16,
+    max_new_tokens: int = 160,
+) -> TaskScore:
+    """Generates the last turn of each sample from its prompt, in left-padded batches."""
+    answers = generate_answers(model, tokenizer, samples, batch_size, max_new_tokens)
+    correct = sum(sample.is_correct(text) for sample, (text, _) in zip(samples, answers, strict=True))
+    truncated = sum(not ended for _, ended in answers)
+    return TaskScore(correct / len(samples), len(samples), truncated / len(samples))
+
+
+@torch.inference_mode()
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[Sample],
+    batch_size: int = 16,
+    max_new_tokens: int = 160,
+) -> list[tuple[str, bool]]:
+    """Text of each answer, and whether it ended by itself."""
+    prompts = [sample.prompt(tokenizer) for sample in samples]
+    # Prompts of like lengths go together, so that little padding is computed.
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    answers: list[tuple[str, bool]] = [("", False)] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = tokenizer(
+            [prompts[index] for index in chosen],
+            add_special_tokens=False,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        ).to(model.device)
+        output = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )[:, batch["input_ids"].shape[1] :]
+        for index, ids in zip(chosen, output.tolist(), strict=True):
+            ended = tokenizer.eos_token_id in ids
+            ids = ids[: ids.index(tokenizer.eos_token_id)] if ended else ids
+            answers[index] = (tokenizer.decode(ids), ended)
+    return answers

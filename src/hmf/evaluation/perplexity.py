@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Perplexity and bits per byte of held-out documents."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hmf.data.tokenizer import document_separator, encode_texts
+from hmf.errors import HmfError
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """Perplexity per token, and bits per UTF-8 byte, which does not depend on the tokenizer."""
+
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+
+
+@torch.inference_mode()
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    window: int = 1024,
+    stride: int | None = None,
+    batch_size: int = 8,
+) -> TextScore:
+    """Scores every token of every document once; the first one is predicted from the document separator.
+
+    Args:
+        window: tokens that the model sees at once.
+        stride: tokens by which the window moves; None for windows that do not overlap. A smaller stride gives each
+            token more context and costs more.
+    Raises:
+        HmfError: no text, or a stride that skips tokens.
+    """
+    stride = window if stride is None else stride
+    if not 1 <= stride <= window:
+        raise HmfError(f"stride {stride}: tokens would be skipped; give 1 to {window}, the window")
+    windows = []  # (ids of at most window + 1 tokens, how many of the last are scored here)
+    scored_tokens = 0
+    for ids in encode_texts(tokenizer, list(documents) or [""]):
+        ids = [document_separator(tokenizer), *ids]
+        done = 1  # the separator itself is given
+        while done < len(ids):
+            # The first window scores all of its tokens; later ones move on by the stride.
+            end = min(len(ids), window + 1 if done == 1 else done + stride)
+            windows.append((ids[max(0, end - window - 1) : end], end - done))
+            done = end
+        scored_tokens += len(ids) - 1
+    if scored_tokens == 0:
+        raise HmfError("perplexity: no text to score; give at least one document that is not empty")
+    total_bytes = sum(len(document.encode()) for document in documents)
+    windows.sort(key=lambda item: len(item[0]), reverse=True)  # like lengths together: little padding
+    nats = 0.0
+    for start in range(0, len(windows), batch_size):
+        nats += _batch_nats(model, windows[start : start + batch_size], tokenizer.pad_token_id or 0)
+    return TextScore(
+        perplexity=math.exp(nats / scored_tokens),
+        bits_per_byte=nats / math.log(2) / total_bytes,
+        tokens=scored_tokens,
+        bytes=total_bytes,
+    )
+
+
+def _batch_nats(model: PreTrainedModel, windows: Sequence[tuple[list[int], int]], pad: int) -> float:
+    longest = max(len(ids) for ids, _ in windows)
+    # Padded on the right, where no real token can see it; unscored targets are masked.
+    input_ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in windows], device=model.device)
+    targets = torch.full_like(input_ids, -100)
+    for row, (ids, scored) in enumerate(windows):
+        targets[row, len(ids) - scored : len(ids)] = input_ids[row, len(ids) - scored : len(ids)]
+    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in windows], device=model.device)
+    logits = model(input_ids=input_ids[:, :-1], attention_mask=mask[:, :-1], use_cache=False).logits
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets[:, 1:].flatten(), reduction="sum")
+    return losses.item()

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All scores of a model in one dict: `evaluate_model`, and `python -m hmf.evaluation` around it."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hmf.data import tasks as generated
+from hmf.data import text
+from hmf.data.tokenizer import encode_texts
+from hmf.evaluation.generation import task_accuracy
+from hmf.evaluation.ngram import bits_per_byte
+from hmf.evaluation.perplexity import perplexity
+
+DEFAULT_TASKS = ("recall", "needle", "arithmetic", "tool_call")
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str] = DEFAULT_TASKS,
+    n: int = 100,
+    length: int = 1024,
+    *,
+    thinking: bool | None = None,
+    corpus: str = text.STDLIB,
+    max_bytes: int | None = 200_000,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Held-out text and task accuracy of a model, in evaluation mode and in the dtype that it has.
+
+    Args:
+        tasks: names of `hmf.data.tasks.TASKS`; may be empty.
+        n: samples of each task; they are the same for every model.
+        length: tokens of the longest conversations, and of the window for text.
+        thinking: with reasoning, without, or None for about half and half.
+        corpus: "stdlib", or a folder or file; its held-out part is scored.
+        max_bytes: held-out text at most; None for all, 0 for none.
+    Returns:
+        {"text": {perplexity, bits_per_byte, tokens, bytes}, "tasks": {name: {accuracy, n, truncated}}, "seconds"}
+    """
+    started = time.perf_counter()
+    was_training = model.training
+    model.eval()
+    result: dict[str, Any] = {}
+    if max_bytes is None or max_bytes > 0:
+        heldout = [document.text for document in text.documents(corpus, "heldout", max_bytes)]
+        result["text"] = asdict(perplexity(model, tokenizer, heldout, window=length, batch_size=batch_size))
+    result["tasks"] = {}
+    for task in tasks:
+        samples = [
+            generated.sample(task, seed + index, tokenizer, length, split="heldout", thinking=thinking)
+            for index in range(n)
+        ]
+        result["tasks"][task] = asdict(task_accuracy(model, tokenizer, samples, batch_size))
+    model.train(was_training)
+    return {**result, "length": length, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def baselines(
+    tokenizer: PreTrainedTokenizerBase, corpus: str = text.STDLIB, max_bytes: int | None = None
+) -> dict[str, float]:
+    """Bits per byte of order-3 models of bytes and of tokens, trained and scored on the corpus that models see."""
+    train = [document.text for document in text.documents(corpus, "train")]
+    heldout = [document.text for document in text.documents(corpus, "heldout", max_bytes)]
+    train_bytes, heldout_bytes = [[*t.encode()] for t in train], [[*t.encode()] for t in heldout]
+    size = sum(map(len, heldout_bytes))
+    tokens, heldout_tokens = encode_texts(tokenizer, train), encode_texts(tokenizer, heldout)
+    return {
+        "order3_bytes": bits_per_byte(train_bytes, heldout_bytes, 256, size),
+        "order3_tokens": bits_per_byte(tokens, heldout_tokens, len(tokenizer), size),
+    }
