@@ -72,6 +72,7 @@ class Mixer(nn.Module):
     def __init__(self, config: Any, layer_idx: int):
         super().__init__()
         self.options = self.options_for(config)
+        self.hidden_size = config.hidden_size
         self.layer_idx = layer_idx
 
     @classmethod
@@ -126,6 +127,13 @@ class Mixer(nn.Module):
         Returns where each tensor came from.
         """
         raise NotImplementedError
+
+    @torch.no_grad()
+    def state_bytes(self) -> int:
+        """Bytes that one sequence's states take, as computed (recurrent ones in float32)."""
+        weight = next(p for p in self.parameters() if p.dim() == 2)
+        _, states = self.mix(weight.new_zeros(1, 1, self.hidden_size), None, None, None)
+        return sum(x.numel() * x.element_size() for x in states.values())
 
     def init_recurrence(self, generator: torch.Generator | None = None) -> None:
         """Fill the directly owned parameters (decay, step size); a mixer without any has nothing to do."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import shutil
 import tempfile
@@ -31,28 +32,50 @@ class StrictLoading:
 
     @classmethod
     def from_pretrained(cls, source: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        logger = logging.get_logger("transformers.modeling_utils")
-        level = logger.level
-        logger.setLevel(logging.CRITICAL)  # its report of the same names would stand above our one line
-        try:
-            model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
-        except SafetensorError as error:
-            raise HmfError(f"{source}: damaged weights ({error}); copy the file again") from None
-        finally:
-            logger.setLevel(level)
+        # transformers raises or warns over several lines; the loading info holds the same names for our one line.
+        kwargs["ignore_mismatched_sizes"] = True
+        with _without_load_report():
+            try:
+                model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+            except SafetensorError as error:
+                raise HmfError(f"{source}: damaged weights ({error}); copy the file again") from None
         check_loading(str(source), info)
         return (model, info) if output_loading_info else model
 
 
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    logger = logging.get_logger("transformers.modeling_utils")
+
+    def is_no_report(record: Any) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(is_no_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_no_report)
+
+
 def check_loading(source: str, info: dict[str, Any]) -> None:
     """HmfError naming the tensors that transformers' loading report lists as missing, unexpected or misshapen."""
+    missing, extra = sorted(info.get("missing_keys") or ()), sorted(info.get("unexpected_keys") or ())
+    if missing and extra and (nearest := difflib.get_close_matches(missing[0], extra, n=1)):
+        raise HmfError(f"{source}: no tensor {missing[0]}, but there is {nearest[0]}; was it renamed?")
     for key, said in (
         ("missing_keys", "missing"), ("unexpected_keys", "not of this model"), ("mismatched_keys", "of another shape"),
         ("error_msgs", "unreadable"),
     ):  # fmt: skip
-        if names := sorted(map(str, info.get(key) or ())):
+        if names := sorted(_tensor(entry) for entry in info.get(key) or ()):
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             raise HmfError(f"{source}: tensors {said}: {', '.join(names[:4])}{more}")
+
+
+def _tensor(entry: Any) -> str:
+    """One entry of the loading report: a name, or (name, shape found, shape needed)."""
+    if isinstance(entry, tuple) and len(entry) == 3:
+        return f"{entry[0]} (found {list(entry[1])}, needs {list(entry[2])})"
+    return str(entry)
 
 
 def require_checkpoint(source: str | Path) -> Path:
@@ -100,9 +123,10 @@ def load_model(source: str | Path, dtype: str | torch.dtype = "auto", **kwargs: 
     """A causal language model, base or Hybrid, with every tensor accounted for. `dtype` "auto" is the stored one."""
     folder = require_checkpoint(source)
     config = load_config(folder)
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype, output_loading_info=True, **kwargs
-    )
+    with _without_load_report():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
     check_loading(str(folder), info)
     return model
 

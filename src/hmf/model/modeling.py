@@ -192,6 +192,17 @@ class HybridCausalLMMixin(StrictLoading):
         self.model = hybrid_classes(self.family).model(config)
         self.post_init()
 
+    def forward(self, *args: Any, objective: Any = None, **kwargs: Any) -> Any:
+        """The family's forward; with an `objective` (hmf.priming.objectives), its losses on this batch instead.
+
+        Training goes through here so that wrappers for several processes see every forward pass.
+        """
+        if objective is not None:
+            return objective(self, *args, **kwargs)
+        if self.config.pattern.fused and kwargs.get("labels") is not None:
+            raise HmfError("labels: a fused checkpoint is trained by distillation; `hmf export` it to train on labels")
+        return super().forward(*args, **kwargs)
+
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any):
         if generation_config.cache_implementation not in (None, "dynamic", "offloaded"):
             raise HmfError(

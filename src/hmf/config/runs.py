@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: one YAML file says what a run does. Unknown keys are errors that name the nearest valid one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hmf.errors import HmfError, unknown_name
+
+from .layers import LAYER_KINDS
+from .pattern import Pattern
+
+LayerTarget = Literal["none", "mixer", "decoder", "residuals", "all"]
+Recipe = TypeVar("Recipe", bound="Settings")
+
+
+class Settings(BaseModel):
+    """Base of every recipe section."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class HybridSettings(Settings):
+    """Which layers become what: exactly one of `pattern`, `layers` and `ratio`; the last two need `mixer`."""
+
+    mixer: str = "gdn"
+    ratio: float | None = None
+    layers: list[int] | None = None
+    pattern: str | None = None
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> HybridSettings:
+        given = [name for name in ("ratio", "layers", "pattern") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of ratio, layers and pattern, not {' and '.join(given) or 'none'}")
+        return self
+
+    def layer_pattern(self, num_layers: int) -> Pattern:
+        """The pattern for a base of `num_layers`; HmfError when it does not fit."""
+        if self.pattern is not None:
+            pattern = Pattern.parse(self.pattern, num_layers, source="pattern").with_fused(False)
+            if not pattern.replaced:
+                raise HmfError("pattern: no layer is replaced; put at least one mixer symbol in")
+            return pattern
+        return Pattern.generate(num_layers, self.mixer, self.ratio, self.layers)
+
+    def options_by_key(self) -> dict[str, dict[str, Any]]:
+        """`options` under the names that config.json uses."""
+        known = {kind.name: kind.config_key for kind in LAYER_KINDS.values()}
+        for name in self.options:
+            if name not in known:
+                raise HmfError(f"options: {unknown_name('layer kind', name, known)}")
+        return {known[name]: dict(values) for name, values in self.options.items()}
+
+
+class DataSettings(Settings):
+    """What the model reads: real text, and generated tasks in conversations (weights by task name)."""
+
+    text: str = "stdlib"  # "stdlib", or a folder or file of .py, .txt, .md
+    sequence_length: int = Field(1024, ge=16)
+    text_share: float = Field(1.0, ge=0, le=1)
+    tasks: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+
+
+class ObjectiveSettings(Settings):
+    """Stage 1: MSE before the head, and of layer outputs."""
+
+    layers: LayerTarget = "none"
+    pre_lm_head: bool = True
+
+
+class OptimiserSettings(Settings):
+    """AdamW with a warmup and a schedule by transformers' name."""
+
+    steps: int = Field(ge=1)
+    rows_per_step: int = Field(ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"] = "constant_with_warmup"
+    final_learning_rate_ratio: float = Field(0.1, ge=0, le=1)  # of cosine_with_min_lr
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta2: float = Field(0.95, gt=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    save_steps: int = Field(500, ge=1)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+
+
+class DistillSettings(Settings):
+    """Stage 1 as `hmf prime` runs it."""
+
+    data: DataSettings = Field(default_factory=DataSettings)
+    objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)
+    training: OptimiserSettings
+
+
+class DistillRecipe(DistillSettings):
+    """`hmf distill`: a fused checkpoint `model` is trained into `output`."""
+
+    model: Path
+    output: Path
+    seed: int = 0
+
+
+class EvaluateSettings(Settings):
+    """Held-out text and generated tasks."""
+
+    tasks: list[str] = Field(default_factory=list)
+    samples: int = Field(50, ge=1)
+    length: int = Field(1024, ge=96)
+    text_bytes: int = Field(100_000, ge=0)
+    thinking: bool | None = None
+    batch_size: int = Field(16, ge=1)
+
+
+class PrimeRecipe(Settings):
+    """`hmf prime`: init, distill, export and evaluate under one run folder."""
+
+    base: str  # a checkpoint directory, or "teacher" for the embedded one
+    output: Path
+    seed: int = 0
+    hybrid: HybridSettings
+    distill: DistillSettings
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+
+
+def load_recipe(path: str | Path, kind: type[Recipe]) -> Recipe:
+    """Read and check a YAML recipe; HmfError names the file, the key and the mend."""
+    path = Path(path)
+    if not path.is_file():
+        raise HmfError(f"{path}: no such recipe")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise HmfError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise HmfError(f"{path}: a recipe is a YAML mapping; it needs the keys {', '.join(kind.model_fields)}")
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise HmfError(f"{path}: {_first_problem(error, kind)}") from None
+
+
+def _first_problem(error: ValidationError, kind: type[BaseModel]) -> str:
+    # An unknown key explains a missing one better than the other way round.
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    problem = problems[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        section = _section(kind, problem["loc"][:-1])
+        prefix = ".".join(str(part) for part in problem["loc"][:-1])
+        return f"{prefix + ': ' if prefix else ''}{unknown_name('key', str(problem['loc'][-1]), section.model_fields)}"
+    if problem["type"] == "missing":
+        return f"{where}: is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = problem["input"]
+    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool | type(None)) else ""
+    return f"{where}: {message}{shown}"
+
+
+def _section(kind: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
+    for name in location:
+        annotation: Any = kind.model_fields[str(name)].annotation
+        if get_origin(annotation) is Union:
+            annotation = next(a for a in get_args(annotation) if isinstance(a, type) and issubclass(a, BaseModel))
+        kind = annotation
+    return kind

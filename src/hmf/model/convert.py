@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a base model to a fused one (teacher and student), and from that to a plain Hybrid. Tensors are shared, not copied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from hmf.config.layers import LAYER_KINDS
+from hmf.config.pattern import Pattern
+from hmf.errors import HmfError
+
+from .families import family_of
+from .modeling import hybrid_classes
+
+
+def hybrid_config(base: Any, pattern: Pattern, options: Mapping[str, Mapping[str, Any]] | None = None) -> Any:
+    """The Hybrid's config from a base or hybrid config; `options` by config key (`gdn_config`) overrides defaults."""
+    family = family_of(base.model_type)
+    classes = hybrid_classes(family)
+    fields = base.to_dict()
+    for key in ("model_type", "architectures", "layer_types", "transformers_version", *(options or {})):
+        fields.pop(key, None)
+    fields |= {"hybrid_override_pattern": str(pattern), "architectures": [classes.causal_lm.__name__], **(options or {})}
+    return classes.config(**fields)
+
+
+def hybridise(
+    base: PreTrainedModel, pattern: Pattern, options: Mapping[str, Mapping[str, Any]] | None = None
+) -> PreTrainedModel:
+    """A fused model on the tensors of `base`. Its mixers are not filled yet: `hmf.priming.stage0` does that."""
+    config = hybrid_config(base.config, pattern.with_fused(True), options)
+    model, missing = _rebuild(config, base)
+    names = {name for _, name in mixer_names(model)}
+    if left := sorted(name for name in missing if not names & set(name.split("."))):
+        raise HmfError(f"{type(base).__name__}: the base lacks {', '.join(left)}")
+    return model
+
+
+def drop_teacher(fused: PreTrainedModel) -> PreTrainedModel:
+    """The plain Hybrid of a fused model: every replaced layer without its attention."""
+    config = hybrid_config(fused.config, fused.config.pattern.with_fused(False))
+    prefixes = tuple(f"model.layers.{i}.self_attn." for i in fused.config.pattern.replaced)
+    model, missing = _rebuild(config, fused, dropped=prefixes)
+    if missing:
+        raise HmfError(f"{type(fused).__name__}: lacks {', '.join(sorted(missing))}")
+    return model
+
+
+def mixer_names(model: PreTrainedModel) -> list[tuple[int, str]]:
+    """(layer index, module name) of every mixer, in order."""
+    return [(i, LAYER_KINDS[model.config.pattern.symbols[i]].module_name) for i in model.config.pattern.replaced]
+
+
+def mixers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """(full name, module) of every mixer, in order."""
+    names = [f"model.layers.{index}.{name}" for index, name in mixer_names(model)]
+    return [(name, model.get_submodule(name)) for name in names]
+
+
+def _rebuild(config: Any, source: PreTrainedModel, dropped: tuple[str, ...] = ()) -> tuple[PreTrainedModel, set[str]]:
+    """A model of `config` on the tensors of `source`, and the names it still lacks; no tensor of source is lost."""
+    state = {name: x for name, x in source.state_dict().items() if not (dropped and name.startswith(dropped))}
+    with no_init_weights():
+        model = hybrid_classes(family_of(config.model_type)).causal_lm._from_config(config, dtype=source.dtype)
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    if unexpected:
+        raise HmfError(f"{type(source).__name__}: tensors without a place in the Hybrid: {', '.join(sorted(unexpected))}")
+    model.tie_weights()
+    model.generation_config = source.generation_config
+    return model.train(source.training), set(missing)
+
+
+def footprint(model: PreTrainedModel) -> dict[str, int]:
+    """parameters; kv_bytes_per_token and state_bytes of one sequence, attention's in the model's dtype, states in theirs."""
+    config = model.config
+    pattern = getattr(config, "pattern", None)
+    attention_layers = config.num_hidden_layers - (len(pattern.replaced) if pattern else 0)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv = attention_layers * 2 * config.num_key_value_heads * head_dim * model.dtype.itemsize
+    state = sum(mixer.state_bytes() for _, mixer in mixers(model)) if pattern else 0
+    return {"parameters": model.num_parameters(), "kv_bytes_per_token": kv, "state_bytes": state}

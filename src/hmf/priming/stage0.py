@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 0: fill every mixer of a fused model from the attention that it is to replace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hmf.config.pattern import Pattern
+from hmf.errors import HmfError
+from hmf.layers.base import Start
+from hmf.model.checkpoint import load_config, load_model, save_checkpoint
+from hmf.model.convert import hybridise, mixers
+from hmf.model.families import family_of
+
+
+@dataclass(frozen=True)
+class Stage0Report:
+    """Tensors of the new model by where they came from."""
+
+    pattern: Pattern
+    kept: int  # tensors of the base, all of them
+    starts: dict[str, Start]  # by mixer
+
+    def counts(self) -> dict[str, int]:
+        starts = self.starts.values()
+        return {
+            "kept from the base": self.kept,
+            "copied into mixers": sum(len(s.copied) for s in starts),
+            "derived from attention": sum(len(s.derived) for s in starts),
+            "initialised": sum(len(s.initialised) for s in starts),
+        }
+
+
+def initialise(model: PreTrainedModel, seed: int = 0) -> dict[str, Start]:
+    """Fill all mixers of a fused `model`; a layer's random tensors depend on `seed` and its index only.
+
+    Returns each mixer's report; HmfError when a tensor on either side is not accounted for.
+    """
+    starts = {}
+    for name, mixer in mixers(model):
+        attention = model.get_submodule(name.rpartition(".")[0]).self_attn
+        generator = torch.Generator().manual_seed(seed * 100_003 + mixer.layer_idx)
+        starts[name] = mixer.init_from_attention(attention, generator, model.config.initializer_range)
+        try:
+            starts[name].check(mixer, attention)
+        except HmfError as error:
+            raise HmfError(f"{name}: {error}") from None
+    return starts
+
+
+def make_stage0(
+    base: str | Path, pattern: Pattern, out: str | Path, options: dict[str, dict[str, Any]] | None = None, seed: int = 0
+) -> Stage0Report:
+    """`hmf init`: load `base`, hybridise, fill the mixers, save the fused checkpoint at `out` with base's tokenizer."""
+    if Path(out).is_dir() and any(Path(out).iterdir()):
+        raise HmfError(f"{out}: the output directory is in use; choose another or remove it first")
+    base_model = load_model(base)
+    model = hybridise(base_model, pattern, options)
+    kept = len(base_model.state_dict())
+    starts = initialise(model, seed)
+    save_checkpoint(model, out, companions=base)
+    return Stage0Report(model.config.pattern, kept, starts)
+
+
+def base_layers(base: str | Path) -> int:
+    """Number of layers of a supported base checkpoint; HmfError for another architecture or a Hybrid."""
+    config = load_config(base)
+    family_of(config.model_type, source=f"{base}/config.json")
+    if config.model_type.startswith("hybrid_"):
+        raise HmfError(f"{base}: is a Hybrid already ({config.hybrid_override_pattern}); start from its Transformer")
+    return config.num_hidden_layers
