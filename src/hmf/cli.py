@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: parse, build the settings, make one call. Errors of the user's are one line and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hmf.errors import HmfError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Turn a pre-trained Transformer into a Hybrid of attention and state-space layers, train it, evaluate it, serve it.",
+)
+
+Out = Annotated[Path, typer.Option(help="New directory for the result.")]
+RecipeFile = Annotated[Path, typer.Argument(help="YAML recipe; see recipes/.", metavar="RECIPE.yaml")]
+
+
+def epilog(*examples: str) -> str:
+    return "Examples:\n\n" + "\n\n".join(f"`{example}`" for example in examples)
+
+
+@app.command(epilog=epilog(
+    "hmf init teacher --mixer gdn --ratio 0.5 --out runs/stage0",
+    "hmf init ./Qwen3-8B --mixer gdn --layers 1,3,5-9 --out runs/stage0",
+    'hmf init ./Qwen3-8B --pattern "*-GDN-*-GDN" --out runs/stage0',
+))  # fmt: skip
+def init(
+    base: Annotated[str, typer.Argument(help='Checkpoint directory of a Transformer, or "teacher" for the embedded one.')],
+    out: Out,
+    mixer: Annotated[str, typer.Option(help="Layer type that replaces attention.")] = "gdn",
+    ratio: Annotated[float | None, typer.Option(help="Share of layers to replace, spread evenly.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers to replace, for example 1,3,5-7.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="One symbol a layer, joined by '-'.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the tensors that start at random.")] = 0,
+) -> None:
+    """Stage 0: make a fused checkpoint, mixers started from attention beside the frozen teacher."""
+    from pydantic import ValidationError
+
+    from hmf.config.pattern import parse_layer_list
+    from hmf.config.runs import HybridSettings
+    from hmf.pipeline import describe, resolve_base
+    from hmf.priming.stage0 import base_layers, make_stage0
+
+    chosen = list(parse_layer_list(layers)) if layers is not None else None
+    try:
+        settings = HybridSettings(mixer=mixer, ratio=ratio, layers=chosen, pattern=pattern)
+    except ValidationError:
+        raise HmfError("give exactly one of --ratio, --layers and --pattern") from None
+    source = resolve_base(base)
+    report = make_stage0(source, settings.layer_pattern(base_layers(source)), out, seed=seed)
+    typer.echo(describe(report))
+    typer.echo(f"saved {out}; next: hmf distill RECIPE.yaml with model: {out}")
+
+
+@app.command(epilog=epilog("hmf distill recipes/distill/recipe.yaml"))
+def distill(recipe: RecipeFile) -> None:
+    """Stage 1: train the mixers of a fused checkpoint to do what its attention does. Continues where it stopped."""
+    from hmf.config.runs import DistillRecipe, load_recipe
+    from hmf.pipeline import claim
+    from hmf.training.distill import distill as run
+
+    settings = load_recipe(recipe, DistillRecipe)
+    claim(settings.output, recipe.read_text(encoding="utf-8"))
+    saved = run(settings.model, settings.output, settings, settings.seed)
+    typer.echo(f"saved {saved}; next: hmf export {saved} --out {settings.output}/model")
+
+
+@app.command(epilog=epilog("hmf export runs/distill/stage1 --out runs/distill/model --dtype bfloat16"))
+def export(
+    fused: Annotated[Path, typer.Argument(help="Fused checkpoint: the result of init or distill.")],
+    out: Out,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; left out: as stored.")] = None,
+) -> None:
+    """Drop the teacher: write a plain Hybrid in the published format."""
+    import torch
+
+    from hmf.errors import unknown_name
+    from hmf.priming.export import export as run
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype is not None and dtype not in dtypes:
+        raise HmfError(f"--dtype: {unknown_name('dtype', dtype, dtypes)}")
+    run(fused, out, dtypes[dtype] if dtype else None)
+    typer.echo(f"saved {out}; load it with AutoModelForCausalLM after `import hmf`")
+
+
+@app.command(epilog=epilog("hmf prime recipes/quickstart/recipe.yaml"))
+def prime(recipe: RecipeFile) -> None:
+    """The whole job: init, distil, export, evaluate, under one run folder. Steps already done are not done again."""
+    from hmf.config.runs import PrimeRecipe, load_recipe
+    from hmf.pipeline import prime as run
+    from hmf.report.table import next_commands, print_scores
+
+    settings = load_recipe(recipe, PrimeRecipe)
+    scores = run(settings, recipe.read_text(encoding="utf-8"), say=typer.echo)
+    print_scores(scores)
+    typer.echo(next_commands(settings.output))
+
+
+@app.command(epilog=epilog(
+    "hmf evaluate runs/quickstart/model",
+    "hmf evaluate teacher --tasks recall,arithmetic --samples 100 --length 512",
+))  # fmt: skip
+def evaluate(
+    model: Annotated[str, typer.Argument(help='Checkpoint directory, or "teacher".')],
+    tasks: Annotated[str, typer.Option(help="Generated tasks, joined by commas; empty for none.")] = "recall,needle",
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each task.")] = 50,
+    length: Annotated[int, typer.Option(min=96, help="Tokens of the longest prompts and of the text window.")] = 512,
+    text_bytes: Annotated[int, typer.Option(min=0, help="Held-out library text to score.")] = 100_000,
+) -> None:
+    """Score a checkpoint: held-out library text and generated tasks."""
+    from hmf.config.runs import EvaluateSettings
+    from hmf.data.tasks import TASKS
+    from hmf.errors import unknown_name
+    from hmf.pipeline import evaluate_checkpoint, resolve_base
+    from hmf.report.table import print_scores
+
+    chosen = [task for task in tasks.split(",") if task]
+    for task in chosen:
+        if task not in TASKS:
+            raise HmfError(f"--tasks: {unknown_name('task', task, TASKS)}")
+    settings = EvaluateSettings(tasks=chosen, samples=samples, length=length, text_bytes=text_bytes)
+    print_scores({Path(model).name: evaluate_checkpoint(resolve_base(model), settings)})
+
+
+@app.command(epilog=epilog("hmf pretrain recipes/teacher/recipe.yaml"))
+def pretrain(recipe: RecipeFile) -> None:
+    """Train a tiny teacher and its tokenizer from scratch (how the embedded one was made)."""
+    from hmf.training.pretrain import main as run
+
+    run(str(recipe))
+
+
+def main() -> None:
+    """Entry point of the `hmf` script."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app(standalone_mode=True)
+    except HmfError as error:
+        typer.echo(f"hmf: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

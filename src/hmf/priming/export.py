@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Export: a fused checkpoint without its teacher, as a plain Hybrid that stands alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from hmf.errors import HmfError
+from hmf.model.checkpoint import load_model, save_checkpoint
+from hmf.model.convert import drop_teacher
+
+
+def export(fused: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """`hmf export`: drop the teacher's attention of the checkpoint `fused` and save the Hybrid at `out`.
+
+    `dtype` casts the weights (decay parameters stay float32); None keeps the stored one. The tokenizer's files come
+    out byte-identical. Returns the Hybrid; HmfError when `fused` holds no teacher or `out` is in use.
+    """
+    if Path(out).is_dir() and any(Path(out).iterdir()):
+        raise HmfError(f"{out}: the output directory is in use; choose another or remove it first")
+    model = load_model(fused)
+    if not getattr(getattr(model.config, "pattern", None), "fused", False):
+        raise HmfError(f"{fused}: holds no teacher, there is nothing to drop; export takes the result of init or distill")
+    hybrid = drop_teacher(model)
+    if dtype is not None:
+        hybrid = hybrid.to(dtype)
+        hybrid.config.dtype = dtype
+    save_checkpoint(hybrid, out, companions=fused)
+    return hybrid

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores of several models side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_scores(scores: dict[str, dict[str, Any]]) -> None:
+    """One row a model: perplexity, task accuracies (with the share of answers cut off, if any), footprint."""
+    first = next(iter(scores.values()))
+    table = Table(caption=_caption(first), caption_justify="left")
+    table.add_column("model")
+    if "text" in first:
+        table.add_column("perplexity", justify="right")
+    for task in first["tasks"]:
+        table.add_column(task, justify="right")
+    for name in ("parameters", "KV bytes/token", "state bytes"):
+        table.add_column(name, justify="right")
+    for name, score in scores.items():
+        row = [name]
+        if "text" in score:
+            row.append(f"{score['text']['perplexity']:.2f}")
+        row += [_accuracy(task) for task in score["tasks"].values()]
+        row += [f"{score['footprint'][key]:,}" for key in ("parameters", "kv_bytes_per_token", "state_bytes")]
+        table.add_row(*row)
+    Console(width=max(100, Console().width)).print(table)
+
+
+def _accuracy(task: dict[str, Any]) -> str:
+    cut = f" ({task['truncated']:.0%} cut off)" if task["truncated"] else ""
+    return f"{task['accuracy']:.0%}{cut}"
+
+
+def _caption(score: dict[str, Any]) -> str:
+    parts = []
+    if "text" in score:
+        parts.append(f"perplexity on {score['text']['tokens']:,} tokens of held-out text")
+    if score["tasks"]:
+        count = next(iter(score["tasks"].values()))["n"]
+        parts.append(f"accuracy of greedy answers to {count} prompts a task, up to {score['length']:,} tokens")
+    return "; ".join(parts)
+
+
+def next_commands(run: Path) -> str:
+    """What people do after priming."""
+    return "\n".join((
+        "Next:",
+        f"  .venv/bin/hmf chat {run}/model        # talk to the Hybrid",
+        f"  .venv/bin/hmf evaluate {run}/model --tasks recall,arithmetic,tool_call",
+        f"  make serve MODEL={run}/model          # install vLLM once, then serve an OpenAI-compatible API",
+    ))  # fmt: skip
