@@ -3,5 +3,16 @@
 
 from .conv import short_conv
 from .gdn import gated_delta_rule
+from .gka import gated_kalmanet
+from .ssd import linear_attention, ssd
+from .window import KeySet, windowed_attention
 
-__all__ = ["gated_delta_rule", "short_conv"]
+__all__ = [
+    "KeySet",
+    "gated_delta_rule",
+    "gated_kalmanet",
+    "linear_attention",
+    "short_conv",
+    "ssd",
+    "windowed_attention",
+]

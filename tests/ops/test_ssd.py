@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear attention with decay, and Mamba2's state-space form of it."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hmf.ops import linear_attention, ssd
+from hmf.ops.ssd import chunked, reference
+from tests.ops import recurrent
+from tests.ops.cases import QUICK, assert_same, documents, log_decay, normal
+
+H, K, V = 2, 4, 3
+
+
+def inputs(batch, tokens):
+    q, k = (normal(batch, tokens, H, K) / 2 for _ in range(2))
+    return [q, k, normal(batch, tokens, H, V), log_decay(batch, tokens, H)]
+
+
+case = recurrent.RecurrentCase(
+    inputs=inputs,
+    states=lambda sequences: [normal(sequences, H, K, V)],
+    reference=reference,
+    chunked=functools.partial(chunked, chunk_size=8),
+)
+
+
+@QUICK
+@given(documents, st.booleans())
+def test_chunked_is_the_reference(lengths, with_state):
+    recurrent.check_versions_agree(case, lengths, with_state)
+
+
+@QUICK
+@given(st.lists(st.integers(0, 22), max_size=4))
+def test_split_is_whole(cuts):
+    recurrent.check_split_is_whole(case, case.chunked, cuts, 23)
+
+
+@QUICK
+@given(documents.filter(bool))
+def test_packed_is_alone(lengths):
+    recurrent.check_packed_is_alone(case, case.chunked, lengths)
+
+
+def test_bfloat16():
+    recurrent.check_bfloat16(case)
+
+
+def test_strong_decay_stays_finite():
+    q, k, v, g = (x.float() for x in inputs(1, 80))
+    assert_same(chunked(q, k, v, 400 * g), reference(q, k, v, 400 * g), 1e-4)
+
+
+def test_without_decay_it_is_attention_without_softmax():
+    q, k, v, g = inputs(2, 13)
+    scores = torch.einsum("bthk,bshk->bhts", q, k).tril()
+    o, state = linear_attention(q, k, v, torch.zeros_like(g))
+    assert_same([o, state], [torch.einsum("bhts,bshv->bthv", scores, v), torch.einsum("bshk,bshv->bhkv", k, v)])
+
+
+def test_ssd_is_mamba2s_recurrence():
+    B, C, x, _ = inputs(1, 9)
+    dt, A, D = F.softplus(normal(1, 9, H)), -torch.rand(H, dtype=torch.float64) * 3, normal(H)
+    y, state = ssd(x, B, C, dt, A, D)
+    S = torch.zeros(H, V, K, dtype=torch.float64)  # the paper's orientation
+    for t in range(9):
+        S = (dt[0, t] * A).exp()[:, None, None] * S + dt[0, t, :, None, None] * x[0, t, :, :, None] * B[0, t, :, None]
+        assert_same(y[0, t], torch.einsum("hvk,hk->hv", S, C[0, t]) + D[:, None] * x[0, t])
+    assert_same(state[0], S.mT)
+
+
+def test_ssd_in_bfloat16_keeps_the_step_sizes_exact():
+    B, C, x, _ = (y.bfloat16() for y in inputs(1, 40))
+    dt, A = F.softplus(normal(1, 40, H)).float(), -torch.rand(H)
+    y, state = ssd(x, B, C, dt, A)
+    expected, final = ssd(x.double(), B.double(), C.double(), dt.double(), A.double())
+    assert (y.dtype, state.dtype) == (torch.bfloat16, torch.float32)
+    assert_same([y.double(), state.double()], [expected, final], 2e-2)
