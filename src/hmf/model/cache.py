@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 
 from hmf.errors import HmfError
 
@@ -73,7 +73,7 @@ def adopt(cache: Cache, config: Any) -> Cache:
     Raises HmfError for a used cache of another model, or a kind of cache that cannot hold states.
     """
     symbols = config.pattern.symbols
-    if not hasattr(cache, "layers"):
+    if not hasattr(cache, "layers") or any(isinstance(layer, StaticLayer) for layer in cache.layers):
         raise HmfError(f"past_key_values: {type(cache).__name__} is not supported; use DynamicCache(config=model.config)")
     if not cache.layers and cache.layer_class_to_replicate is not None:
         cache.layers = [cache.layer_class_to_replicate() for _ in symbols]
