@@ -15,14 +15,15 @@ def register() -> None:
     from .support import check_version
 
     check_version()
-    import hmf.model  # noqa: F401  (registers the configurations with AutoConfig)
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from .config import HybridConfig
-    from .support import ARCHITECTURES
+    from hmf.model.families import FAMILIES  # importing hmf has made their configurations known to AutoConfig
 
-    for architecture in ARCHITECTURES:
+    from .config import HybridConfig
+
+    for family in FAMILIES.values():
+        architecture = f"{family.hybrid_prefix}ForCausalLM"
         MODELS_CONFIG_MAP[architecture] = HybridConfig
         # By name, so that the front end never imports kernels.
         ModelRegistry.register_model(architecture, f"hmf.serving.vllm.models:{architecture}")

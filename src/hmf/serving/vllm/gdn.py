@@ -100,7 +100,9 @@ class GatedDeltaNet(RecurrentMixer):
         gate = self.g_proj(hidden_states)[0] if self.options.use_gate else None
         return (qkv, decay, beta), gate
 
-    def recur(self, inputs: Tensors, states: Tensors | None, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor, Tensors]:
+    def recur(
+        self, inputs: Tensors, states: Tensors | None, cu_seqlens: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Tensors]:
         qkv, decay, beta = inputs
         before = states[-1] if states is not None else None
         if self.options.use_short_conv:
@@ -137,4 +139,3 @@ class GatedDeltaNet(RecurrentMixer):
         else:
             repeated = x.repeat_interleave(self.heads // x.shape[2], dim=2)
         return repeated + learned
-

@@ -41,8 +41,10 @@ from hmf.config.layers import LAYER_KINDS, layer_options
 from hmf.config.pattern import ATTENTION
 
 from .recurrent import RecurrentMixer, state_dtypes
-from .support import layer_pattern, mixer_class
+from .support import mixer_class
 from .weights import account, expected_tensors
+
+MIXER_NAMES = [kind.module_name for kind in LAYER_KINDS.values()]
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def hybrid_layer(stock: type[nn.Module]) -> type[nn.Module]:
             super().__init__(*args, prefix=prefix, **kwargs)
             vllm_config = get_current_vllm_config()
             config = vllm_config.model_config.hf_config
-            symbol = layer_pattern(config).symbols[extract_layer_index(prefix)]
+            symbol = config.pattern.symbols[extract_layer_index(prefix)]
             if symbol != ATTENTION:
                 # The stock layer has announced its attention to vLLM, which would give it a KV cache: take that back.
                 announced = vllm_config.compilation_config.static_forward_context
@@ -82,9 +84,7 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
     # Published names to the place of the mixer; the stock stack's mapper then joins q, k and v as for attention.
     weights_mapper = WeightsMapper(
-        orig_to_new_regex={
-            re.compile(r"(layers\.\d+)\.(?:" + "|".join(k.module_name for k in LAYER_KINDS.values()) + r")\."): r"\1.self_attn."
-        },
+        orig_to_new_regex={re.compile(rf"(layers\.\d+)\.(?:{'|'.join(MIXER_NAMES)})\."): r"\1.self_attn."},
         orig_to_new_stacked={f".{stream}_conv1d.": (".conv1d.", stream) for stream in "qkv"},
     )
 
@@ -97,8 +97,9 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         layer = {self.family.parameter: hybrid_layer(self.family.layer)}
         self.model = self.family.stack(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"), **layer)
         if get_pp_group().is_last_rank:
+            name = maybe_prefix(prefix, "lm_head")
             self.lm_head = ParallelLMHead(
-                config.vocab_size, config.hidden_size, quant_config=self.quant_config, prefix=maybe_prefix(prefix, "lm_head")
+                config.vocab_size, config.hidden_size, quant_config=self.quant_config, prefix=name
             )
             if config.tie_word_embeddings:
                 self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
@@ -119,7 +120,7 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load published tensors; raises HmfError that names every missing, unexpected or misshapen one."""
-        checked = account(weights, expected_tensors(self.config))
+        checked = account(weights, *expected_tensors(self.config))
         return AutoWeightsLoader(self).load_weights(checked, mapper=self.weights_mapper)
 
     # ---- vLLM's questions about states; the first two come before the model exists
@@ -146,7 +147,7 @@ def _largest_states(vllm_config: VllmConfig) -> tuple:
         dtypes = state_dtypes(states, vllm_config)
         return sum(math.prod(state.shape) * get_dtype_size(dtype) for state, dtype in zip(states, dtypes, strict=True))
 
-    symbols = set(layer_pattern(config).symbols) - {ATTENTION}
+    symbols = set(config.pattern.symbols) - {ATTENTION}
     return max((mixer_class(s).states(layer_options(config, s), ranks) for s in symbols), key=bytes_of, default=())
 
 
@@ -165,7 +166,8 @@ class HybridQwen2ForCausalLM(HybridForCausalLM):
 
 
 class HybridQwen3ForCausalLM(HybridForCausalLM):
-    family = Family(Qwen2Model, Qwen3DecoderLayer, "decoder_layer_type")  # vLLM's Qwen3 stack is Qwen2's with this layer
+    # vLLM's Qwen3 stack is Qwen2's with this layer
+    family = Family(Qwen2Model, Qwen3DecoderLayer, "decoder_layer_type")
 
 
 class HybridQwen3MoeForCausalLM(HybridForCausalLM):

@@ -115,7 +115,9 @@ class RecurrentMixer(MambaBase, nn.Module):
         """hidden_states [N, D] -> (the recurrence's inputs, each [N, ...]; what `finish` needs besides its output)."""
 
     @abstractmethod
-    def recur(self, inputs: Tensors, states: Tensors | None, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor, Tensors]:
+    def recur(
+        self, inputs: Tensors, states: Tensors | None, cu_seqlens: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Tensors]:
         """Run the recurrence: over rows [S, 1, ...], or over S documents packed in one row [1, T, ...].
 
         `states` (None: zeros) has one float32 row a sequence, and so have the returned final states.
@@ -184,8 +186,9 @@ class RecurrentMixer(MambaBase, nn.Module):
             slots = metadata.state_indices_tensor_p.long()
             known = metadata.has_initial_states_p
             states = tuple(_started(pool[slots].float(), known) for pool in self.kv_cache)
-            mixed, after = self.recur(tuple(x[None, decodes:tokens] for x in inputs), states, metadata.query_start_loc_p)
-            output[decodes:tokens] = mixed[0]
+            at = slice(decodes, tokens)
+            mixed, after = self.recur(tuple(x[None, at] for x in inputs), states, metadata.query_start_loc_p)
+            output[at] = mixed[0]
             self._store(slots, after)
 
     def _store(self, slots: torch.Tensor, states: Tensors) -> None:

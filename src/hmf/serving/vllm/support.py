@@ -10,21 +10,13 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 
 from hmf.config.layers import LAYER_KINDS, layer_options
-from hmf.config.pattern import ATTENTION, Pattern
+from hmf.config.pattern import ATTENTION
 from hmf.errors import HmfError
 
 TESTED_VLLM = SpecifierSet(">=0.32.0,<0.33")
 
-ARCHITECTURES = (
-    "HybridQwen2ForCausalLM",
-    "HybridQwen3ForCausalLM",
-    "HybridQwen3MoeForCausalLM",
-    "HybridLlamaForCausalLM",
-    "HybridMinistral3ForCausalLM",
-)
-
-# Layer symbols with a vLLM layer, and the module and class that implement it (None: stock attention with a window).
-MIXERS: dict[str, str | None] = {"GDN": "hmf.serving.vllm.gdn:GatedDeltaNet"}
+# Layer symbols with a vLLM layer, and where it is; imported only by the processes that run the model.
+MIXERS = {"GDN": "hmf.serving.vllm.gdn:GatedDeltaNet"}
 
 Problem = Callable[[Any], str | None]
 
@@ -43,14 +35,6 @@ def _when(condition: Callable[[Any], bool], line: str) -> Problem:
     return lambda config: line if condition(config) else None
 
 
-def layer_pattern(hf_config: Any) -> Pattern:
-    """The layer pattern of a Hybrid's configuration; HmfError names the file and the key."""
-    text = getattr(hf_config, "hybrid_override_pattern", None)
-    if not isinstance(text, str):
-        raise HmfError("config.json: hybrid_override_pattern is missing; export the model again with `hmf export`")
-    return Pattern.parse(text, hf_config.num_hidden_layers, source="config.json: hybrid_override_pattern")
-
-
 def mixer_class(symbol: str) -> Any:
     """The vLLM layer of a layer symbol that `MIXERS` has."""
     from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -59,13 +43,13 @@ def mixer_class(symbol: str) -> Any:
 
 
 def _fused(config: Any) -> str | None:
-    if layer_pattern(config.model_config.hf_config).fused:
+    if config.model_config.hf_config.pattern.fused:
         return "this checkpoint still holds the teacher (Stage 0 or 1); run `hmf export` on it and serve the result"
     return None
 
 
 def _unknown_layers(config: Any) -> str | None:
-    symbols = set(layer_pattern(config.model_config.hf_config).symbols) - {ATTENTION, *MIXERS}
+    symbols = set(config.model_config.hf_config.pattern.symbols) - {ATTENTION, *MIXERS}
     if not symbols:
         return None
     return f"layers of type {', '.join(sorted(symbols))} have no vLLM layer yet; generate with Hugging Face instead"
@@ -78,10 +62,25 @@ def _head_split(config: Any) -> str | None:
         return f"{queries} query and {keys} key/value heads do not split over {ranks} ranks; use a divisor of both"
     if ranks == 1:
         return None
-    for symbol in set(layer_pattern(hf_config).symbols) - {ATTENTION}:
+    for symbol in set(hf_config.pattern.symbols) - {ATTENTION}:
         if getattr(layer_options(hf_config, symbol), "kv_proj_rank", None) is not None:
-            return f"{LAYER_KINDS[symbol].config_key}.kv_proj_rank mixes all key/value heads; use --tensor-parallel-size 1"
+            key = LAYER_KINDS[symbol].config_key
+            return f"{key}.kv_proj_rank mixes all key/value heads; use --tensor-parallel-size 1"
     return None
+
+
+def _head_dim(config: Any) -> str | None:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu() or ATTENTION not in config.model_config.hf_config.pattern.symbols:
+        return None
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    sizes, head_dim = CPUAttentionBackend.get_supported_head_sizes(), config.model_config.get_head_size()
+    if head_dim in sizes:
+        return None
+    known = ", ".join(map(str, sizes))
+    return f"vLLM's attention on a CPU has no kernel for head_dim {head_dim} (only {known}); use a GPU"
 
 
 TABLE: tuple[Row, ...] = (
@@ -92,10 +91,11 @@ TABLE: tuple[Row, ...] = (
     Row("Other layer types", False, "generate with Hugging Face", _unknown_layers),
     Row("Stage-0 and Stage-1 checkpoints", False, "`hmf export` first", _fused),
     Row("Heads that do not split over the ranks", False, "use a divisor of the head counts", _head_split),
+    Row("Head dimensions without an attention kernel on a CPU", False, "use a GPU", _head_dim),
     Row(
         "Speculative decoding", False, "drop `--speculative-config`: recurrent states cannot be rolled back",
         _when(lambda c: c.speculative_config is not None,
-              "speculative decoding is not supported: a recurrent state cannot be rolled back; drop --speculative-config"),
+              "speculative decoding cannot roll a recurrent state back; drop --speculative-config"),
     ),
     Row(
         "LoRA adapters", False, "merge the adapter into the checkpoint",

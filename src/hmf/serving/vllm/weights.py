@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,11 @@ EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
 SHOWN = 5
 
 
-def expected_tensors(config: Any) -> dict[str, torch.Size]:
-    """Names and shapes of the tensors of a published checkpoint with this configuration, from the Hugging Face model."""
+def expected_tensors(config: Any) -> tuple[dict[str, torch.Size], set[str]]:
+    """Names and shapes of a published checkpoint's tensors, from the Hugging Face model of this configuration.
+
+    The second value names those that may be absent because they are tied to others.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -26,8 +29,6 @@ def expected_tensors(config: Any) -> dict[str, torch.Size]:
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
     expected: dict[str, torch.Size] = {}
     for name, tensor in model.state_dict().items():
-        if name in tied:
-            continue
         experts = EXPERTS.match(name)
         if experts is None:
             expected[name] = tensor.shape
@@ -38,13 +39,16 @@ def expected_tensors(config: Any) -> dict[str, torch.Size]:
         for expert in range(count):
             for part in parts:
                 expected[f"{experts[1]}.{expert}.{part}.weight"] = torch.Size((rows // len(parts), columns))
-    return expected
+    return expected, tied
 
 
 def account(
-    weights: Iterable[tuple[str, torch.Tensor]], expected: Mapping[str, torch.Size]
+    weights: Iterable[tuple[str, torch.Tensor]], expected: Mapping[str, torch.Size], optional: Collection[str] = ()
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass `weights` on; at their end raise HmfError, one line, if they are not exactly the `expected` tensors."""
+    """Pass `weights` on; at their end raise HmfError, one line, if they are not exactly the `expected` tensors.
+
+    Those of `optional` may be absent.
+    """
     seen, unexpected, misshapen = set(), [], []
     for name, tensor in weights:
         if IGNORED.search(name):
@@ -57,7 +61,7 @@ def account(
         else:
             seen.add(name)
             yield name, tensor
-    missing = [name for name in expected if name not in seen]
+    missing = [name for name in expected if name not in seen and name not in optional]
     problems = [
         f"{what}: {', '.join(names[:SHOWN])}{f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''}"
         for what, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM answers as Hugging Face does under all that a scheduler does: batches, chunks, prefixes, aborts, preemption."""
+
+import pytest
+import torch
+
+from tests.hybrids import Case
+from tests.serving import engines
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+TOKENS = 64
+LENGTHS = [1, 3, 17, 64, 130, 257, 300, 513]
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory):
+    """A directory, its Hugging Face model, prompts and greedy answers."""
+    path = tmp_path_factory.mktemp("hybrid")
+    model = engines.save_hybrid(path, Case("GDN", "vllm"))
+    prompts = engines.random_prompts(LENGTHS)
+    return path, model, prompts, [engines.hugging_face(model, prompt, TOKENS) for prompt in prompts]
+
+
+@pytest.fixture(scope="class")
+def caching(hybrid):
+    """An engine with the flags of the model card."""
+    flags = {"mamba_cache_mode": "align", "mamba_cache_dtype": "float32", "mamba_ssm_cache_dtype": "float32"}
+    with engines.engine(hybrid[0], enable_prefix_caching=True, **flags) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="class")
+def crowded(hybrid):
+    """A small budget of tokens a step and a pool too small for all requests; no prefix caching, no flags for states."""
+    small = {"max_num_batched_tokens": 48, "max_num_seqs": 8, "num_gpu_blocks_override": 40}
+    with engines.engine(hybrid[0], enable_prefix_caching=False, **small) as llm:
+        yield llm
+
+
+class TestPrefixCaching:
+    def test_cold_and_warm(self, caching, hybrid):
+        _, _, prompts, answers = hybrid
+        caching.reset_prefix_cache()
+        cold = engines.greedy(caching, prompts, TOKENS)
+        assert all(output.num_cached_tokens == 0 for output in cold)
+        engines.assert_same(cold, answers)
+        hits = engines.metric(caching, "vllm:prefix_cache_hits")
+        warm = engines.greedy(caching, prompts, TOKENS)
+        engines.assert_same(warm, answers)
+        block = caching.llm_engine.vllm_config.cache_config.block_size
+        assert [output.num_cached_tokens for output in warm] == [(n - 1) // block * block for n in LENGTHS]
+        assert engines.metric(caching, "vllm:prefix_cache_hits") - hits == sum(o.num_cached_tokens for o in warm)
+        assert sum(output.num_cached_tokens for output in warm) > 0
+
+    @pytest.mark.parametrize("offset", [-1, 0, 1])
+    def test_block_boundary(self, caching, hybrid, offset):
+        block = caching.llm_engine.vllm_config.cache_config.block_size
+        prompts = engines.random_prompts([2 * block + offset], seed=10 + offset)
+        answers = [engines.hugging_face(hybrid[1], prompts[0], 8)]
+        for _ in range(2):
+            outputs = engines.greedy(caching, prompts, 8)
+            engines.assert_same(outputs, answers)
+        assert outputs[0].num_cached_tokens == (2 * block + offset - 1) // block * block
+
+    def test_shared_prefix(self, caching, hybrid):
+        """Two prompts that share two blocks and then differ."""
+        block = caching.llm_engine.vllm_config.cache_config.block_size
+        head, *tails = engines.random_prompts([2 * block, 5, 40], seed=20)
+        prompts = [head + tail for tail in tails]
+        first = engines.greedy(caching, [head + [5]], 1)
+        assert first[0].num_cached_tokens == 0
+        outputs = engines.greedy(caching, prompts, 16)
+        engines.assert_same(outputs, [engines.hugging_face(hybrid[1], prompt, 16) for prompt in prompts])
+        assert [output.num_cached_tokens for output in outputs] == [2 * block, 2 * block]
+
+    def test_samples_are_independent(self, caching, hybrid):
+        """n > 1: each sample's log-probabilities are those of its own tokens."""
+        from vllm import SamplingParams
+
+        prompt = hybrid[2][4]
+        params = SamplingParams(
+            n=4, temperature=1.0, seed=1, max_tokens=24, logprobs=1, ignore_eos=True, detokenize=False
+        )
+        completions = caching.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0].outputs
+        assert len({tuple(completion.token_ids) for completion in completions}) == 4
+        for completion in completions:
+            tokens = list(completion.token_ids)
+            given = torch.tensor([row[token].logprob for row, token in zip(completion.logprobs, tokens, strict=True)])
+            torch.testing.assert_close(
+                given, engines.teacher_forced(hybrid[1], prompt, tokens), atol=engines.TOLERANCE, rtol=0
+            )
+
+    def test_poisoned_pool(self, caching, hybrid):
+        """Fresh requests start from zeros whatever their slot holds, and slots of nobody stay as they are."""
+        _, _, prompts, answers = hybrid
+        caching.reset_prefix_cache()
+        for mixer in engines.mixers(caching):
+            for pool in mixer.kv_cache:
+                pool.fill_(torch.nan)
+        engines.assert_same(engines.greedy(caching, prompts, TOKENS), answers)
+        # Attention's blocks come from the same memory: one block of each, at most, for every block of tokens.
+        block = caching.llm_engine.vllm_config.cache_config.block_size
+        allowed = 1 + 2 * sum(-(-(n + TOKENS) // block) for n in LENGTHS)
+        for mixer in engines.mixers(caching):
+            for pool in mixer.kv_cache:
+                written = ~pool.flatten(1).isnan().any(1)
+                assert 0 < written.sum() <= allowed
+
+
+class TestScheduler:
+    def test_states_are_float32(self, crowded):
+        assert {pool.dtype for mixer in engines.mixers(crowded) for pool in mixer.kv_cache} == {torch.float32}
+
+    def test_small_chunks(self, crowded, hybrid):
+        _, _, prompts, answers = hybrid
+        engines.assert_same(engines.greedy(crowded, prompts, TOKENS), answers)
+
+    def test_preemption(self, crowded, hybrid):
+        prompts = engines.random_prompts([500] * 8, seed=3)
+        answers = [engines.hugging_face(hybrid[1], prompt, 200) for prompt in prompts]
+        before = engines.metric(crowded, "vllm:num_preemptions")
+        engines.assert_same(engines.greedy(crowded, prompts, 200), answers)
+        assert engines.metric(crowded, "vllm:num_preemptions") > before
+
+    def test_aborts(self, crowded, hybrid):
+        """Requests that go away in mid-prefill and mid-decode leave no trace, and their slots are free again."""
+        from vllm import SamplingParams
+
+        _, _, prompts, answers = hybrid
+        free = engines.free_blocks(crowded)
+        params = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=61, ignore_eos=True, detokenize=False)
+        engine, finished = crowded.llm_engine, {}
+
+        def step(times):
+            for _ in range(times):
+                for output in engine.step():
+                    if output.finished:
+                        finished[output.request_id] = output
+
+        def add(name, prompt):
+            return engine.add_request(name, {"prompt_token_ids": prompt}, params)
+
+        decoding = add("decoding", prompts[1])
+        step(4)
+        prefilling = add("prefilling", prompts[7])  # 513 tokens at 48 a step
+        step(3)
+        kept = [add(f"kept-{i}", prompts[i]) for i in (2, 5)]
+        engine.abort_request([decoding, prefilling])
+        while engine.has_unfinished_requests():
+            step(1)
+        assert len(kept) == 2
+        engines.assert_same([finished[f"kept-{i}"] for i in (2, 5)], [answers[i] for i in (2, 5)])
+        assert engines.free_blocks(crowded) == free
