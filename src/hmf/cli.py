@@ -140,6 +140,20 @@ def pretrain(recipe: RecipeFile) -> None:
     run(str(recipe))
 
 
+@app.command(epilog=epilog("hmf chat runs/quickstart/model", "hmf chat teacher --no-thinking"))
+def chat(
+    model: Annotated[str, typer.Argument(help='Checkpoint directory, or "teacher".')],
+    thinking: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = True,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+) -> None:
+    """Talk to a checkpoint in the terminal, without a server."""
+    from hmf.pipeline import resolve_base
+    from hmf.serving.chat import run
+
+    run(resolve_base(model), thinking=thinking, max_new_tokens=max_new_tokens, temperature=temperature)
+
+
 def main() -> None:
     """Entry point of the `hmf` script."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -6,6 +6,7 @@ Legend: B batch, T tokens, S sequences (rows or packed documents), D hidden_size
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -44,6 +45,10 @@ class Start:
         self.derived |= other.derived
         self.initialised += other.initialised
         self.unused = {name: why for name, why in (self.unused | other.unused).items() if name not in self.used()}
+
+    def leave(self, given: Iterable[str], names: Iterable[str], why: str) -> None:
+        """Account for those of `names` that the attention has and this mixer does not use."""
+        self.unused |= {name: why for name in names if name in given and name not in self.used()}
 
     def used(self) -> set[str]:
         return set(self.copied.values()) | {name for names in self.derived.values() for name in names}

@@ -132,6 +132,6 @@ class LinearMixer(Mixer):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
             elif name.endswith(".bias"):
                 parameter.zero_()
-        for name in given.keys() - start.used():
-            start.unused[name] = "no q/k norm in this layer" if "norm" in name else "this layer's projections have no bias"
+        start.leave(given, ("q_norm.weight", "k_norm.weight"), "the layer normalises q and k itself")
+        start.leave(given, [f"{name}_proj.bias" for name in "qkvo"], "the layer's projections have no bias")
         return start
