@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from hmf.config.layers import LAYER_KINDS, layer_options, needed_kinds
@@ -15,7 +17,10 @@ from .families import Family
 STATE_DTYPES = ("float32", "bfloat16", "float16")
 
 
-class HybridConfigMixin:
+_Base: Any = object  # a mixin: transformers' classes come after it
+
+
+class HybridConfigMixin(_Base):
     """Put before a family's config class.
 
     In memory `layer_types` holds transformers' own names ("full_attention", "linear_attention" for every mixer), which
@@ -23,27 +28,43 @@ class HybridConfigMixin:
     """
 
     family: Family
+    attention_types: list[str]  # what each layer's attention is in the base model, replaced ones included
 
     def __post_init__(self, **kwargs: Any) -> None:
         listed, self.layer_types = self.layer_types, None
         super().__post_init__(**kwargs)
         count = self.num_hidden_layers
+        # On disk, and so here, the list may hold the pattern's symbols; in memory it holds transformers' names.
+        has_symbols = any(symbol.rstrip("*") in LAYER_KINDS for symbol in listed or ())
         if self.hybrid_override_pattern is None:
-            self.hybrid_override_pattern = "-".join([ATTENTION] * count)
+            self.hybrid_override_pattern = "-".join(listed if has_symbols else [ATTENTION] * count)
         pattern = self.pattern
-        if listed is not None and any(symbol in LAYER_KINDS for symbol in listed) and list(listed) != pattern.as_list():
+        if has_symbols and list(listed) != pattern.as_list():
             raise HmfError(
                 f"config.json: layer_types {listed} and hybrid_override_pattern {str(pattern)!r} disagree; "
                 "delete layer_types, it is derived"
             )
         if self.state_dtype not in STATE_DTYPES:
             raise HmfError(f"config.json: state_dtype {self.state_dtype!r} is none of {', '.join(STATE_DTYPES)}")
-        attention = self.layer_types or ["full_attention"] * count
+        if self.layer_types is None:  # one kind for all layers, as Llama, Ministral 3 and Qwen3-MoE decide it
+            is_full = getattr(self, "sliding_window", None) is None
+            self.layer_types = ["full_attention" if is_full else "sliding_attention"] * count
+        self.attention_types = self.layer_types
         self.layer_types = [
-            attention[i] if symbol == ATTENTION else "linear_attention" for i, symbol in enumerate(pattern.symbols)
+            kind if symbol == ATTENTION else "linear_attention"
+            for kind, symbol in zip(self.attention_types, pattern.symbols, strict=True)
         ]
         for kind in needed_kinds(self, pattern.symbols):
             setattr(self, kind.config_key, layer_options(self, kind.symbol).model_dump())
+
+    @contextmanager
+    def as_base(self) -> Iterator[None]:
+        """While the block runs, `layer_types` is the base model's, from which its attentions read their window."""
+        mixed, self.layer_types = self.layer_types, self.attention_types
+        try:
+            yield
+        finally:
+            self.layer_types = mixed
 
     @property
     def pattern(self) -> Pattern:
@@ -53,6 +74,7 @@ class HybridConfigMixin:
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
+        del output["attention_types"]
         if self.family.lists_layer_types:
             output["layer_types"] = self.pattern.as_list()
         else:

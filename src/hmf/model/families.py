@@ -48,7 +48,16 @@ class Family:
         return importlib.import_module(f"transformers.models.{self.model_type}.{kind}_{self.model_type}")
 
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (Family("qwen3", "Qwen3"),)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("llama", "Llama"),
+        Family("ministral3", "Ministral3", lists_layer_types=False),
+        Family("qwen2", "Qwen2"),
+        Family("qwen3", "Qwen3"),
+        Family("qwen3_moe", "Qwen3Moe"),
+    )
+}
 
 
 def family_of(model_type: str, source: str = "config.json") -> Family:

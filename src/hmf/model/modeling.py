@@ -49,7 +49,8 @@ def hybrid_layer_class(stock: type[nn.Module]) -> type[nn.Module]:
     """A family's decoder layer with a mixer, named as published; a fused one keeps `self_attn` for the teacher."""
 
     def __init__(self, config: Any, layer_idx: int):
-        super(cls, self).__init__(config, layer_idx)
+        with config.as_base():
+            super(cls, self).__init__(config, layer_idx)
         if not config.pattern.fused:
             del self.self_attn
         symbol = config.pattern.symbols[layer_idx]
@@ -71,16 +72,20 @@ class LayerInputs:
     """What the layers of one forward pass share."""
 
     hidden_states: torch.Tensor  # [B, T, D], the embeddings
-    masks: dict[str, torch.Tensor | None]  # by entry of config.layer_types
+    masks: dict[str, torch.Tensor | None]  # by entry of config.attention_types
     layout: Any
     shared: dict[str, Any]  # position_ids, position_embeddings, past_key_values, use_cache and the caller's own
 
 
-class HybridModelMixin:
+_Base: Any = object  # a mixin: transformers' classes come after it
+
+
+class HybridModelMixin(_Base):
     """Put before a family's decoder (`Qwen3Model`, ...)."""
 
     def __init__(self, config: Any):
-        super().__init__(config)
+        with config.as_base():
+            super().__init__(config)
         stock = self.family.class_named("DecoderLayer")
         for index in config.pattern.replaced:
             self.layers[index] = hybrid_layer_class(stock)(config, index)
@@ -108,7 +113,9 @@ class HybridModelMixin:
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         batch, tokens = inputs_embeds.shape[:2]
         if attention_mask is not None and attention_mask.dim() != 2:
-            raise HmfError(f"attention_mask: needs [batch, tokens] for recurrent layers, got {tuple(attention_mask.shape)}")
+            raise HmfError(
+                f"attention_mask: needs [batch, tokens] for recurrent layers, got {tuple(attention_mask.shape)}"
+            )
         if attention_mask is not None and tokens > 1 and bool(attention_mask.all()):
             attention_mask = None
         cu_seqlens = kwargs.get("cu_seq_lens_q")
@@ -130,8 +137,8 @@ class HybridModelMixin:
             "position_ids": position_ids,
         }
         makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        kinds = set(self.config.layer_types) | ({"full_attention"} if self.config.pattern.fused else set())
-        masks = {kind: makers[kind](**mask_arguments) for kind in kinds if kind in makers}
+        kinds = self.config.attention_types if self.config.pattern.fused else self.config.layer_types
+        masks = {kind: makers[kind](**mask_arguments) for kind in set(kinds) if kind in makers}
         shared = {
             **kwargs,
             "position_ids": position_ids,
@@ -146,12 +153,12 @@ class HybridModelMixin:
     ) -> torch.Tensor:
         """hidden_states [B, T, D] through the given layers, replaced ones by their mixer or, on the teacher's path,
         by their kept attention."""
-        symbols, types = self.config.pattern.symbols, self.config.layer_types
+        symbols, types = self.config.pattern.symbols, self.config.attention_types
         for index in layers:
             if symbols[index] == ATTENTION:
                 own = {"attention_mask": inputs.masks[types[index]]}
             elif path == TEACHER:
-                own = {"attention_mask": inputs.masks["full_attention"], "path": TEACHER}
+                own = {"attention_mask": inputs.masks[types[index]], "path": TEACHER}
             else:
                 own = {"attention_mask": None, "layout": inputs.layout}
             hidden_states = self.layers[index](hidden_states, **own, **inputs.shared)
@@ -238,7 +245,9 @@ def hybrid_classes(family: Family) -> HybridClasses:
         "family": family,
         "_init_weights": _init_weights,
         "_no_split_modules": [stock_layer, f"Hybrid{stock_layer}"],
-        "_keep_in_fp32_modules_strict": sorted({name for mixer in MIXERS.values() for name in mixer.float32_parameters}),
+        "_keep_in_fp32_modules_strict": sorted(
+            {name for mixer in MIXERS.values() for name in mixer.float32_parameters}
+        ),
     }
     model = type(f"{family.hybrid_prefix}Model", (HybridModelMixin, family.class_named("Model")), dict(common))
     causal_lm = type(
