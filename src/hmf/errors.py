@@ -12,6 +12,7 @@ class HmfError(Exception):
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     """One line for a name that is not `known`, with the nearest valid one when there is any."""
     known = sorted(known)
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    mend = f"did you mean {nearest[0]!r}?" if nearest else f"valid: {', '.join(known)}"
+    lower = {candidate.lower(): candidate for candidate in known}
+    nearest = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
+    mend = f"did you mean {lower[nearest[0]]!r}?" if nearest else f"valid: {', '.join(known)}"
     return f"unknown {what} {name!r}; {mend}"

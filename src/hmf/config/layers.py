@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
 
 from hmf.errors import HmfError, unknown_name
 
@@ -30,16 +30,23 @@ class LayerOptions(BaseModel):
     @classmethod
     def from_base(cls, base: Any, options: Mapping[str, Any] | None = None, source: str = "config.json") -> Any:
         """Options for the model described by `base` (a Hugging Face config); unknown or wrong ones raise HmfError."""
+        if not isinstance(options or {}, Mapping):
+            raise HmfError(f'{source}: {options!r} is no table of options; write {{"name": value, ...}}')
         user = {key: value for key, value in (options or {}).items() if key not in cls.derived}
         known = cls.model_fields.keys() - cls.derived
         for key in user:
             if key not in known:
                 raise HmfError(f"{source}: {unknown_name('key', key, known)}")
+        heads, kv_heads = base.num_attention_heads, base.num_key_value_heads
+        if heads % kv_heads:
+            raise HmfError(f"config.json: num_key_value_heads: {kv_heads} does not divide num_attention_heads, {heads}")
         try:
             return cls(**user, **cls.dimensions(base))
         except ValidationError as error:
             first = error.errors()[0]
-            raise HmfError(f"{source}: {'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})") from None
+            raise HmfError(
+                f"{source}: {'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r})"
+            ) from None
 
 
 def base_head_dim(base: Any) -> int:
@@ -56,8 +63,8 @@ class _LinearOptions(LayerOptions):
     num_k_heads: int
     num_v_heads: int
     use_gate: bool = True
-    conv_size: int = 4
-    kv_proj_rank: int | None = None
+    conv_size: PositiveInt = 4
+    kv_proj_rank: NonNegativeInt | None = None
     kv_learnable_residual: bool = False
 
     @property
@@ -81,7 +88,7 @@ class GDNOptions(_LinearOptions):
     use_short_conv: bool = True
     allow_neg_eigval: bool = False
     conv_bias: bool = False
-    norm_eps: float = 1e-5
+    norm_eps: NonNegativeFloat = 1e-5
 
 
 class GKAOptions(_LinearOptions):
@@ -95,10 +102,10 @@ class GKAOptions(_LinearOptions):
     gla_rescale: bool = True
     solver_type: Literal["chebyshev"] = "chebyshev"
     bp_lambda: bool = True
-    num_iter: int = 30
-    ridge_strength: float = 0.02
-    norm_eps: float = 1e-6
-    chunk_size: int = 64
+    num_iter: NonNegativeInt = 30
+    ridge_strength: NonNegativeFloat = 0.02
+    norm_eps: NonNegativeFloat = 1e-6
+    chunk_size: PositiveInt = 64
 
 
 class Mamba2Options(LayerOptions):
@@ -142,7 +149,7 @@ class BMojoFOptions(LayerOptions):
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
-    window_size: int = 2048
+    window_size: PositiveInt = 2048
     tie_attn_weights: bool = True
     ssm_mixer: Literal["mamba2", "gdn", "gka", "gated_deltanet", "gated_kalmanet"] = "mamba2"
 
@@ -165,7 +172,7 @@ class BMojoFOptions(LayerOptions):
 class SWAOptions(LayerOptions):
     """Sliding-window attention, `swa_config`."""
 
-    window_size: int = 2048
+    window_size: PositiveInt = 2048
 
     @classmethod
     def dimensions(cls, base: Any) -> dict[str, Any]:
@@ -201,9 +208,10 @@ def layer_options(config: Any, symbol: str) -> Any:
     The optional top-level dict `<name>_overrides` (published: `gka_overrides`) is merged over the stored one.
     """
     kind = LAYER_KINDS[symbol]
-    stored = dict(getattr(config, kind.config_key, None) or {})
-    overrides = getattr(config, f"{kind.name}_overrides", None) or {}
-    return kind.options.from_base(config, {**stored, **overrides}, source=f"config.json: {kind.config_key}")
+    stored = getattr(config, kind.config_key, None) or {}
+    if overrides := getattr(config, f"{kind.name}_overrides", None):
+        stored = {**stored, **overrides}
+    return kind.options.from_base(config, stored, source=f"config.json: {kind.config_key}")
 
 
 def needed_kinds(config: Any, symbols: tuple[str, ...]) -> list[LayerKind]:

@@ -7,6 +7,8 @@ every layer and marks it: `*DA` for an attention layer, `GDN*` for a layer that 
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -51,10 +53,13 @@ class Pattern:
 
         Raises HmfError for an unknown symbol, a mix of fused and plain symbols, or a length other than `num_layers`.
         """
+        if not isinstance(text, str):
+            raise HmfError(f'{source}: {text!r} is no text; join the symbols by "-", for example *-GDN-*-GDN')
         symbols, fused_marks = [], set()
         for position, raw in enumerate(text.split("-")):
             if ">" in raw:
-                raise HmfError(f"{source}: layer {position}: {raw!r} (recurrent to recurrent) is not supported; prime from attention instead")
+                why = "recurrent to recurrent is not supported; prime from attention instead"
+                raise HmfError(f"{source}: layer {position}: {raw!r}: {why}")
             if raw == FUSED_ATTENTION:
                 symbol, fused = ATTENTION, True
             elif raw != ATTENTION and raw.endswith("*"):
@@ -62,7 +67,9 @@ class Pattern:
             else:
                 symbol, fused = raw, False
             if symbol != ATTENTION and symbol not in LAYER_KINDS:
-                raise HmfError(f"{source}: layer {position}: {unknown_name('layer symbol', raw, [ATTENTION, *LAYER_KINDS])}")
+                raise HmfError(
+                    f"{source}: layer {position}: {unknown_name('layer symbol', raw, [ATTENTION, *LAYER_KINDS])}"
+                )
             symbols.append(symbol)
             fused_marks.add(fused)
         if len(fused_marks) > 1:
@@ -85,7 +92,8 @@ class Pattern:
                 raise HmfError(f"ratio: {ratio} is not in (0, 1]; 0.5 replaces half of the attention layers")
             count = round(ratio * num_layers)
             if count == 0:
-                raise HmfError(f"ratio: {ratio} of {num_layers} layers gives no layer; use at least {0.5 / num_layers:.3f}")
+                least = math.ceil(1000 / num_layers) / 1000
+                raise HmfError(f"ratio: {ratio} of {num_layers} layers gives no layer; {least} gives one")
             layers = [(i + 1) * num_layers // count - 1 for i in range(count)]
         chosen = set(layers)
         if not chosen:
@@ -107,8 +115,9 @@ def parse_layer_list(text: str) -> Sequence[int]:
     """`"1,3,5-7"` -> [1, 3, 5, 6, 7]; HmfError when a part is no number or range."""
     indices: list[int] = []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
-            raise HmfError(f"layers: {part!r} is no layer index or range; write for example 1,3,5-7")
-        indices += range(int(first), int(last or first) + 1)
+        match = re.fullmatch(r"\s*([0-9]+)(?:-([0-9]+))?\s*", part)
+        found = range(int(match[1]), int(match[2] or match[1]) + 1) if match else ()
+        if not found:
+            raise HmfError(f"layers: {part!r} is no layer index or rising range; write for example 1,3,5-7")
+        indices += found
     return indices

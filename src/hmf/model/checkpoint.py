@@ -8,18 +8,24 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from hmf.errors import HmfError
 
+from .families import family_of
+
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
+_Base: Any = object  # a mixin: transformers' classes come after it
+
 # Files beside the weights that belong to the tokenizer or to generation; they travel unchanged, byte for byte.
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -27,7 +33,7 @@ COMPANIONS = (
 )  # fmt: skip
 
 
-class StrictLoading:
+class StrictLoading(_Base):
     """`from_pretrained` that fails, with names, where transformers would warn and leave tensors at random."""
 
     @classmethod
@@ -86,37 +92,65 @@ def require_checkpoint(source: str | Path) -> Path:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise HmfError(f"{folder}: no config.json; this is not a checkpoint directory")
-    try:
-        json.loads(config_file.read_text())
-    except ValueError as error:
-        raise HmfError(f"{config_file}: not valid JSON ({error})") from None
+    _read_object(config_file)
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    elif (folder / "model.safetensors").is_file():
+    if (folder / "model.safetensors").is_file():
         files = ["model.safetensors"]
+    elif index.is_file():
+        weight_map = _read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise HmfError(f"{index}: weight_map: no table of tensor and file names; copy the file again")
+        files = sorted(set(weight_map.values()))
     else:
-        raise HmfError(f"{folder}: no weights ({' or '.join(WEIGHT_FILES)}); a checkpoint needs both config and weights")
+        raise HmfError(
+            f"{folder}: no weights ({' or '.join(WEIGHT_FILES)}); a checkpoint needs both config and weights"
+        )
     for name in files:
         if not (folder / name).is_file():
             raise HmfError(f"{folder / name}: missing, though the index names it")
         try:
-            with safe_open(folder / name, "pt"):
-                pass
+            with safe_open(folder / name, "pt") as stored:
+                dtypes = {key: stored.get_slice(key).get_dtype() for key in stored.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise HmfError(f"{folder / name}: damaged ({error}); copy the file again") from None
+        if wrong := sorted(key for key, dtype in dtypes.items() if dtype not in WEIGHT_DTYPES):
+            raise HmfError(
+                f"{folder / name}: tensor {wrong[0]} is {dtypes[wrong[0]]}, not one of {', '.join(WEIGHT_DTYPES)}; "
+                "give the unquantised weights"
+            )
     return folder
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`, or HmfError."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise HmfError(f"{file}: not valid JSON ({error}); copy the file again") from None
+    if not isinstance(content, dict):
+        raise HmfError(f"{file}: holds no JSON object; copy the file again")
+    return content
 
 
 def load_config(source: str | Path) -> Any:
     """The config of a checkpoint directory, a base's or a Hybrid's; HmfError where it does not parse."""
     folder = require_checkpoint(source)
+    file = folder / "config.json"
+    model_type = _read_object(file).get("model_type")
+    if not isinstance(model_type, str):
+        raise HmfError(f"{file}: model_type: {model_type!r} names no architecture; this is not a model's config")
+    if model_type.startswith("hybrid_"):
+        family_of(model_type, str(file))
     try:
         return AutoConfig.from_pretrained(folder)
     except HmfError as error:
-        raise HmfError(str(error).replace("config.json", str(folder / "config.json"), 1)) from None
-    except (ValueError, TypeError) as error:
-        raise HmfError(f"{folder / 'config.json'}: {str(error).strip().splitlines()[0]}") from None
+        raise HmfError(str(error).replace("config.json", str(file), 1)) from None
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # transformers' validators put the field's own complaint on the second line
+        raise HmfError(
+            f"{file}: {said[1] if isinstance(error, StrictDataclassError) and said[1:] else said[0]}"
+        ) from None
 
 
 def load_model(source: str | Path, dtype: str | torch.dtype = "auto", **kwargs: Any) -> PreTrainedModel:
@@ -140,8 +174,12 @@ def new_directory(target: str | Path) -> Iterator[Path]:
     target = Path(target)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise HmfError(f"{target}: the output directory is in use; choose another or remove it first")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    made = [parent for parent in target.parents if not parent.exists()]  # nearest first
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise HmfError(f"{target}: cannot be made ({error.strerror}: {error.filename}); choose another") from None
     try:
         yield work
         if target.is_dir():
@@ -150,6 +188,9 @@ def new_directory(target: str | Path) -> Iterator[Path]:
         work.rename(target)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # no longer empty: somebody else's by now
+                parent.rmdir()
         raise
 
 
