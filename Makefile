@@ -14,14 +14,19 @@ override PYTHON := $(shell $(PYTHON) $(ALLOWED) && command -v $(PYTHON))
 endif
 
 .NOTPARALLEL:
-.PHONY: help quickstart test lint format test-gpu clean setup-run setup-dev setup-test
+.PHONY: help quickstart serve test lint format test-gpu clean setup-run setup-dev setup-test
 .DEFAULT_GOAL := help
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
 quickstart: setup-run ## prime the embedded teacher and print its table
-	@$(BIN)/hmf quickstart
+	@$(BIN)/hmf prime recipes/quickstart/recipe.yaml
+
+MODEL ?= runs/quickstart/model
+serve: setup-test ## serve a Hybrid by vLLM: make serve MODEL=runs/quickstart/model
+	@$(BIN)/vllm serve $(MODEL) --enable-prefix-caching --mamba-cache-mode align --mamba-cache-dtype float32 \
+		--mamba-ssm-cache-dtype float32 --enable-auto-tool-choice --tool-call-parser hermes --reasoning-parser qwen3
 
 test: setup-test lint ## linters, layering, types and all tests
 	@$(BIN)/python -m pytest

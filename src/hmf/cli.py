@@ -17,7 +17,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Turn a pre-trained Transformer into a Hybrid of attention and state-space layers, train it, evaluate it, serve it.",
+    help="Turn a pre-trained Transformer into a Hybrid of attention and state-space layers; train, evaluate, serve it.",
 )
 
 Out = Annotated[Path, typer.Option(help="New directory for the result.")]
@@ -34,7 +34,9 @@ def epilog(*examples: str) -> str:
     'hmf init ./Qwen3-8B --pattern "*-GDN-*-GDN" --out runs/stage0',
 ))  # fmt: skip
 def init(
-    base: Annotated[str, typer.Argument(help='Checkpoint directory of a Transformer, or "teacher" for the embedded one.')],
+    base: Annotated[
+        str, typer.Argument(help='Checkpoint directory of a Transformer, or "teacher" for the embedded one.')
+    ],
     out: Out,
     mixer: Annotated[str, typer.Option(help="Layer type that replaces attention.")] = "gdn",
     ratio: Annotated[float | None, typer.Option(help="Share of layers to replace, spread evenly.")] = None,
@@ -128,7 +130,9 @@ def evaluate(
     for task in chosen:
         if task not in TASKS:
             raise HmfError(f"--tasks: {unknown_name('task', task, TASKS)}")
-    settings = EvaluateSettings(tasks=chosen, samples=samples, length=length, text_bytes=text_bytes)
+    settings = EvaluateSettings.model_validate(
+        {"tasks": chosen, "samples": samples, "length": length, "text_bytes": text_bytes}
+    )
     print_scores({Path(model).name: evaluate_checkpoint(resolve_base(model), settings)})
 
 

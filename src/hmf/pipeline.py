@@ -34,7 +34,7 @@ def resolve_base(base: str) -> Path:
 
 
 def claim(output: Path, recipe: str) -> None:
-    """Make `output` this recipe's run folder, or find that it is already; HmfError when it belongs to something else."""
+    """Make `output` this recipe's run folder, or find that it is already; HmfError when it is something else's."""
     kept = output / "recipe.yaml"
     if kept.is_file():
         if kept.read_text(encoding="utf-8") != recipe:
@@ -67,7 +67,10 @@ def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[st
     if not (run / "model").is_dir():
         export(run / "stage1", run / "model")
     models = {"teacher": base, "stage 0": run / "stage0", "primed": run / "model"}
-    return {name: scored(path, recipe.evaluate, run / f"scores.{name.replace(' ', '')}.json", say) for name, path in models.items()}
+    return {
+        name: scored(path, recipe.evaluate, run / f"scores.{name.replace(' ', '')}.json", say)
+        for name, path in models.items()
+    }
 
 
 def scored(path: Path, settings: EvaluateSettings, result: Path, say: Any = print) -> dict[str, Any]:
@@ -118,4 +121,6 @@ def check_disk(run: Path, base: Path) -> None:
     there = next(folder for folder in (run, *run.resolve().parents) if folder.exists())
     free, needed = shutil.disk_usage(there).free, disk_needed(base)
     if free < needed:
-        raise HmfError(f"{run}: needs about {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free; choose another output")
+        raise HmfError(
+            f"{run}: needs about {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free; choose another output"
+        )

@@ -26,7 +26,9 @@ def published(parity_dir):
     return case, load_model(case / "fused"), load_file(case / "stage1.safetensors")
 
 
-@pytest.mark.parametrize(("layers", "pre_lm_head"), [*((p, True) for p in PARTS), *((p, False) for p in PARTS if PARTS[p])])
+@pytest.mark.parametrize(
+    ("layers", "pre_lm_head"), [*((p, True) for p in PARTS), *((p, False) for p in PARTS if PARTS[p])]
+)
 def test_losses_are_the_published_ones(published, layers, pre_lm_head):
     _, model, stored = published
     losses = model(input_ids=stored["input_ids"], objective=Stage1Objective(layers, pre_lm_head))

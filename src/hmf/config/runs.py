@@ -81,7 +81,9 @@ class OptimiserSettings(Settings):
     rows_per_step: int = Field(ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     learning_rate: float = Field(1e-4, gt=0)
-    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"] = "constant_with_warmup"
+    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"] = (
+        "constant_with_warmup"
+    )
     final_learning_rate_ratio: float = Field(0.1, ge=0, le=1)  # of cosine_with_min_lr
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)

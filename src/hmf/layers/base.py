@@ -155,7 +155,7 @@ class Mixer(nn.Module):
 
 
 def init_decay(A_log: nn.Parameter, dt_bias: nn.Parameter, generator: torch.Generator | None = None) -> None:
-    """A_log = log U(0, 16); dt_bias = softplus^-1(dt) with dt log-uniform in [1e-3, 0.1] (Mamba's start, arXiv 2312.00752)."""
+    """Mamba's start (arXiv 2312.00752): A_log = log U(0, 16); softplus(dt_bias) log-uniform in [1e-3, 0.1]."""
     with torch.no_grad():
         shape, device = A_log.shape, A_log.device
         # uniform draws from [0, 1): keep the log finite

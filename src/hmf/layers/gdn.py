@@ -15,7 +15,7 @@ from .linear import LinearMixer
 
 
 class GatedDeltaNet(LinearMixer):
-    """Options: `hmf.config.layers.GDNOptions`. States: conv_q, conv_k, conv_v [S, channels, W-1], recurrent [S, H, K, K]."""
+    """States: conv_q, conv_k, conv_v [S, channels, conv_size - 1] and recurrent [S, H, K, K]. Options: `GDNOptions`."""
 
     symbol = "GDN"
     decay_name = "gk_proj"

@@ -49,12 +49,13 @@ def packed_layout(
     combined with padding or with a cache.
     """
     batch, tokens = shape
-    padded = attention_mask is not None and not bool(attention_mask[:, -tokens:].all())
-    if cu_seqlens is None and not padded and (tokens == 1 or has_past):
+    real = None if attention_mask is None else attention_mask[:, -tokens:].bool()
+    if real is not None and bool(real.all()):
+        real = None
+    if cu_seqlens is None and real is None and (tokens == 1 or has_past):
         return None
-    starts = None if has_past or cu_seqlens is not None else _document_starts(shape, position_ids)
-    if padded:
-        real = attention_mask[:, -tokens:].bool()
+    starts = None if has_past or cu_seqlens is not None else _document_starts(shape, position_ids)  # [B, T]
+    if real is not None:
         # Pads may carry any position; a real token that follows a real one must continue its document.
         if cu_seqlens is not None or (starts is not None and bool((starts[:, 1:] & real[:, 1:] & real[:, :-1]).any())):
             raise HmfError("attention_mask: padding and packed documents in one batch; drop the padding tokens instead")

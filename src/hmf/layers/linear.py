@@ -62,7 +62,12 @@ class LinearMixer(Mixer):
                 self.v_rep = nn.Parameter(torch.zeros(o.num_heads, o.num_v_heads))
 
     def project(
-        self, name: str, hidden_states: torch.Tensor, states: States | None, cu_seqlens: torch.Tensor | None, new: States
+        self,
+        name: str,
+        hidden_states: torch.Tensor,
+        states: States | None,
+        cu_seqlens: torch.Tensor | None,
+        new: States,
     ) -> torch.Tensor:
         """q, k or v, after its convolution if it has one, as [B, T, heads, K]; the conv state goes to `new`."""
         x = getattr(self, f"{name}_proj")(hidden_states)
@@ -120,7 +125,9 @@ class LinearMixer(Mixer):
             start.copied[f"{name}.weight"] = f"{name}.weight"
         if self.options.use_gate:
             transposed, values = given["o_proj.weight"].T, given["v_proj.weight"]
-            self.g_proj.weight.copy_((transposed + values.repeat_interleave(transposed.shape[0] // values.shape[0], 0)) / 2)
+            self.g_proj.weight.copy_(
+                (transposed + values.repeat_interleave(transposed.shape[0] // values.shape[0], 0)) / 2
+            )
             start.derived["g_proj.weight"] = ("o_proj.weight", "v_proj.weight")
         self.o_norm.weight.fill_(1.0)
         self.init_recurrence(generator)

@@ -74,16 +74,23 @@ def adopt(cache: Cache, config: Any) -> Cache:
     """
     symbols = config.pattern.symbols
     if not hasattr(cache, "layers") or any(isinstance(layer, StaticLayer) for layer in cache.layers):
-        raise HmfError(f"past_key_values: {type(cache).__name__} is not supported; use DynamicCache(config=model.config)")
+        raise HmfError(
+            f"past_key_values: {type(cache).__name__} is not supported; use DynamicCache(config=model.config)"
+        )
     if not cache.layers and cache.layer_class_to_replicate is not None:
         cache.layers = [cache.layer_class_to_replicate() for _ in symbols]
     if len(cache.layers) != len(symbols):
-        raise HmfError(f"past_key_values: has {len(cache.layers)} layers, the model {len(symbols)}; use DynamicCache(config=model.config)")
+        raise HmfError(
+            f"past_key_values: has {len(cache.layers)} layers, the model {len(symbols)}; "
+            "use DynamicCache(config=model.config)"
+        )
     for index in config.pattern.replaced:
         layer = cache.layers[index]
         if isinstance(layer, MixerCacheLayer):
             continue
         if getattr(layer, "is_initialized", False):
-            raise HmfError("past_key_values: filled by another model; start from an empty DynamicCache(config=model.config)")
+            raise HmfError(
+                "past_key_values: filled by another model; start from an empty DynamicCache(config=model.config)"
+            )
         cache.layers[index] = MixerCacheLayer()
     return cache

@@ -16,6 +16,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from hmf.errors import HmfError
@@ -40,6 +43,8 @@ class StrictLoading(_Base):
     def from_pretrained(cls, source: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         # transformers raises or warns over several lines; the loading info holds the same names for our one line.
         kwargs["ignore_mismatched_sizes"] = True
+        if Path(source).is_dir():
+            check_merged(Path(source), kwargs.get("config") or cls.config_class.from_pretrained(source))
         with _without_load_report():
             try:
                 model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
@@ -84,6 +89,28 @@ def _tensor(entry: Any) -> str:
     return str(entry)
 
 
+def check_merged(folder: Path, config: Any) -> None:
+    """HmfError for tensors that transformers merges at load, such as experts, and that are not as published.
+
+    Merging forgets their names: a gap in the numbers would go unseen, and other faults be named by the merged tensor.
+    """
+    if not get_checkpoint_conversion_mapping(config.model_type):
+        return
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    merged = model.state_dict()
+    published = revert_weight_conversion(model, merged)
+    homes = tuple(f"{name.rpartition('.')[0]}." for name in merged.keys() - published.keys())
+    needed = {name: list(x.shape) for name, x in published.items() if name.startswith(homes)}
+    found: dict[str, list[int]] = {}
+    for file in _weight_files(folder):
+        with safe_open(folder / file, "pt") as stored:
+            found |= {key: stored.get_slice(key).get_shape() for key in stored.keys() if key.startswith(homes)}
+    misshapen = [(name, found[name], shape) for name, shape in needed.items() if found.get(name, shape) != shape]
+    missing, extra = needed.keys() - found.keys(), found.keys() - needed.keys()
+    check_loading(str(folder), {"missing_keys": missing, "unexpected_keys": extra, "mismatched_keys": misshapen})
+
+
 def require_checkpoint(source: str | Path) -> Path:
     """`source` as a directory with a readable config and whole weight files, or HmfError naming what is not."""
     folder = Path(source)
@@ -93,19 +120,7 @@ def require_checkpoint(source: str | Path) -> Path:
     if not config_file.is_file():
         raise HmfError(f"{folder}: no config.json; this is not a checkpoint directory")
     _read_object(config_file)
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        files = ["model.safetensors"]
-    elif index.is_file():
-        weight_map = _read_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise HmfError(f"{index}: weight_map: no table of tensor and file names; copy the file again")
-        files = sorted(set(weight_map.values()))
-    else:
-        raise HmfError(
-            f"{folder}: no weights ({' or '.join(WEIGHT_FILES)}); a checkpoint needs both config and weights"
-        )
-    for name in files:
+    for name in _weight_files(folder):
         if not (folder / name).is_file():
             raise HmfError(f"{folder / name}: missing, though the index names it")
         try:
@@ -119,6 +134,21 @@ def require_checkpoint(source: str | Path) -> Path:
                 "give the unquantised weights"
             )
     return folder
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the files that hold the weights, or HmfError."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    if not index.is_file():
+        raise HmfError(
+            f"{folder}: no weights ({' or '.join(WEIGHT_FILES)}); a checkpoint needs both config and weights"
+        )
+    weight_map = _read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise HmfError(f"{index}: weight_map: no table of tensor and file names; copy the file again")
+    return sorted(set(weight_map.values()))
 
 
 def _read_object(file: Path) -> dict[str, Any]:
@@ -157,6 +187,8 @@ def load_model(source: str | Path, dtype: str | torch.dtype = "auto", **kwargs: 
     """A causal language model, base or Hybrid, with every tensor accounted for. `dtype` "auto" is the stored one."""
     folder = require_checkpoint(source)
     config = load_config(folder)
+    if not config.model_type.startswith("hybrid_"):  # a Hybrid's own from_pretrained does it
+        check_merged(folder, config)
     with _without_load_report():
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a base model to a fused one (teacher and student), and from that to a plain Hybrid. Tensors are shared, not copied."""
+"""From a base model to a fused one (teacher and student), and from that to a plain Hybrid.
+
+Tensors are shared, not copied.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,11 @@ def hybrid_config(base: Any, pattern: Pattern, options: Mapping[str, Mapping[str
     fields = base.to_dict()
     for key in ("model_type", "architectures", "layer_types", "transformers_version", *(options or {})):
         fields.pop(key, None)
-    fields |= {"hybrid_override_pattern": str(pattern), "architectures": [classes.causal_lm.__name__], **(options or {})}
+    fields |= {
+        "hybrid_override_pattern": str(pattern),
+        "architectures": [classes.causal_lm.__name__],
+        **(options or {}),
+    }
     return classes.config(**fields)
 
 
@@ -69,14 +76,16 @@ def _rebuild(config: Any, source: PreTrainedModel, dropped: tuple[str, ...] = ()
         model = hybrid_classes(family_of(config.model_type)).causal_lm._from_config(config, dtype=source.dtype)
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     if unexpected:
-        raise HmfError(f"{type(source).__name__}: tensors without a place in the Hybrid: {', '.join(sorted(unexpected))}")
+        raise HmfError(
+            f"{type(source).__name__}: tensors without a place in the Hybrid: {', '.join(sorted(unexpected))}"
+        )
     model.tie_weights()
     model.generation_config = source.generation_config
     return model.train(source.training), set(missing)
 
 
 def footprint(model: PreTrainedModel) -> dict[str, int]:
-    """parameters; kv_bytes_per_token and state_bytes of one sequence, attention's in the model's dtype, states in theirs."""
+    """parameters, and of one sequence kv_bytes_per_token (in the model's dtype) and state_bytes (as computed)."""
     config = model.config
     pattern = getattr(config, "pattern", None)
     attention_layers = config.num_hidden_layers - (len(pattern.replaced) if pattern else 0)

@@ -63,7 +63,7 @@ def hybrid_layer_class(stock: type[nn.Module]) -> type[nn.Module]:
         view = _WithMixer(self, self.get_submodule(self.mixer_name))
         return stock.forward(view, hidden_states, *args, layout=layout, **kwargs)
 
-    cls = type(f"Hybrid{stock.__name__}", (stock,), {"__init__": __init__, "forward": forward, "__module__": __name__})
+    cls: Any = type(f"Hybrid{stock.__name__}", (stock,), {"__init__": __init__, "forward": forward, "__module__": __name__})
     return cls
 
 

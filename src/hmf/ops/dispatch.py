@@ -56,7 +56,9 @@ def choose(op: str, device_type: str, requires_grad: bool, dtype: torch.dtype) -
         if forced not in VERSIONS:
             raise HmfError(f"HMF_OPS: {unknown_name('version', forced, VERSIONS)}")
         if forced not in versions:
-            raise HmfError(f"HMF_OPS={forced}: op {op!r} has only {', '.join(versions)}; unset HMF_OPS or name one of them")
+            raise HmfError(
+                f"HMF_OPS={forced}: op {op!r} has only {', '.join(versions)}; unset HMF_OPS or name one of them"
+            )
         return versions[forced], "named by HMF_OPS"
     fast = versions.get("fast")
     if fast is None:
@@ -76,7 +78,12 @@ def resolve(op: str, sample: torch.Tensor) -> Callable:
     """The function to call for `op` on tensors like `sample`; a slow fallback on a GPU warns once."""
     grad = torch.is_grad_enabled() and sample.requires_grad
     chosen, why = choose(op, sample.device.type, grad, sample.dtype)
-    if chosen.version == "chunked" and sample.device.type == "cuda" and "fast" in _IMPLEMENTATIONS[op] and sample.dtype != torch.float64:
+    if (
+        chosen.version == "chunked"
+        and sample.device.type == "cuda"
+        and "fast" in _IMPLEMENTATIONS[op]
+        and sample.dtype != torch.float64
+    ):
         _warn_once(f"{op}: running the plain PyTorch version on the GPU: {why}")
     return chosen.function
 

@@ -50,7 +50,11 @@ def reference(q, k, v, g, beta, initial_state=None, cu_seqlens=None) -> Result:
     q, k, v, g, beta = (x.to(compute).flatten(0, 1) for x in (q, k, v, g, beta))
     outputs, states, first = [], [], 0
     for s, length in enumerate(sequence_lengths(batch, tokens, cu_seqlens)):
-        state = k.new_zeros(1, heads, k.shape[-1], v.shape[-1]) if initial_state is None else initial_state[s : s + 1].to(compute)
+        state = (
+            k.new_zeros(1, heads, k.shape[-1], v.shape[-1])
+            if initial_state is None
+            else initial_state[s : s + 1].to(compute)
+        )
         for t in range(first, first + length):
             at = slice(t, t + 1)
             o, state = step(q[at], k[at], v[at], g[at], beta[at], state)
@@ -70,8 +74,13 @@ def chunked(q, k, v, g, beta, initial_state=None, cu_seqlens=None, chunk_size: i
     out_dtype, compute = v.dtype, dispatch.compute_dtype(v)
     batch, tokens, heads, key_dim = q.shape
     if tokens == 1 and cu_seqlens is None:
-        state = k.new_zeros(batch, heads, key_dim, v.shape[-1], dtype=compute) if initial_state is None else initial_state.to(compute)
-        o, state = step(*(x[:, 0].to(compute) for x in (q, k, v, g, beta)), state)
+        state = (
+            k.new_zeros(batch, heads, key_dim, v.shape[-1], dtype=compute)
+            if initial_state is None
+            else initial_state.to(compute)
+        )
+        q, k, v, g, beta = (x[:, 0].to(compute) for x in (q, k, v, g, beta))
+        o, state = step(q, k, v, g, beta, state)
         return o[:, None].to(out_dtype), state
     layout = ChunkLayout(batch, tokens, cu_seqlens, chunk_size)
     q, k, v = (layout.split(x).to(compute).transpose(1, 2) for x in (q, k, v))  # [N, H, C, K|V]

@@ -50,11 +50,11 @@ class ChunkLayout:
                 for s in active:
                     first, stop = starts[s] + step * chunk_size, starts[s] + lengths[s]
                     rows.append([t if t < stop else tokens for t in range(first, first + chunk_size)])
-        self._rows = None if self.equal else torch.tensor(rows, dtype=torch.long).view(-1, chunk_size)
+        self._rows = torch.tensor(rows, dtype=torch.long).view(-1, chunk_size)  # empty for equal rows
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, ...] -> [N, C, ...], zeros where a sequence has ended."""
-        (batch, tokens), size = self.shape, self.chunk_size
+        tokens, size = self.shape[1], self.chunk_size
         if self.equal:
             pad = len(self.steps) * size - tokens
             if pad:
@@ -65,7 +65,7 @@ class ChunkLayout:
 
     def merge(self, x: torch.Tensor) -> torch.Tensor:
         """[N, C, ...] -> [B, T, ...]: the inverse of `split`."""
-        (batch, tokens), size = self.shape, self.chunk_size
+        batch, tokens = self.shape
         if self.equal:
             return x.unflatten(0, (len(self.steps), batch)).transpose(0, 1).flatten(1, 2)[:, :tokens]
         source = torch.empty(tokens + 1, dtype=torch.long)

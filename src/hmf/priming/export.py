@@ -23,7 +23,9 @@ def export(fused: str | Path, out: str | Path, dtype: torch.dtype | None = None)
         raise HmfError(f"{out}: the output directory is in use; choose another or remove it first")
     model = load_model(fused)
     if not getattr(getattr(model.config, "pattern", None), "fused", False):
-        raise HmfError(f"{fused}: holds no teacher, there is nothing to drop; export takes the result of init or distill")
+        raise HmfError(
+            f"{fused}: holds no teacher, there is nothing to drop; export takes the result of init or distill"
+        )
     hybrid = drop_teacher(model)
     if dtype is not None:
         hybrid = hybrid.to(dtype)

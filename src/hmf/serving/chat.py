@@ -33,7 +33,11 @@ class Chat:
         """Send `text`; yields pieces of the answer, markers of thinking included, and remembers both turns."""
         self.messages.append({"role": "user", "content": text})
         inputs = self.tokenizer.apply_chat_template(
-            self.messages, add_generation_prompt=True, return_dict=True, return_tensors="pt", enable_thinking=self.thinking
+            self.messages,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+            enable_thinking=self.thinking,
         ).to(self.model.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}

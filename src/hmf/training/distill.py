@@ -121,5 +121,3 @@ def _arguments(training: OptimiserSettings, checkpoints: Path, seed: int) -> Tra
         train_sampling_strategy="sequential",
         disable_tqdm=True,
     )
-
-

@@ -13,7 +13,7 @@ PLAIN_INTERVAL = 15.0  # seconds between lines where there is no terminal
 
 
 class ProgressLine(TrainerCallback):
-    """Step, loss, tokens/s and the time left. Rates count this process's own steps, so they are right after a resume."""
+    """Step, loss, tokens/s and the time left. Rates count this process's own steps: they are right after a resume."""
 
     def __init__(self, title: str, tokens_per_step: int):
         self.title, self.tokens_per_step = title, tokens_per_step

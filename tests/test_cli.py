@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line as a user meets it: help, examples, and bad input in one line with exit code 2."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from hmf.cli import app, main
+
+PRIME = {
+    "base": "teacher",
+    "hybrid": {"mixer": "gdn", "ratio": 0.5},
+    "distill": {"training": {"steps": 1, "rows_per_step": 1}, "data": {"sequence_length": 96}},
+}
+
+
+def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["hmf", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    captured = capsys.readouterr()
+    return stop.value.code or 0, captured.out, captured.err
+
+
+def commands() -> list[str]:
+    return [info.name or info.callback.__name__ for info in app.registered_commands]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_explains_itself_with_an_example(command):
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"hmf {command} " in result.output.split("Examples:")[1]
+
+
+def test_the_script_and_the_module_are_the_same():
+    result = subprocess.run([sys.executable, "-m", "hmf.cli", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert all(command in result.stdout for command in commands())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"distil": {}}, "unknown key 'distil'; did you mean 'distill'?"),
+        ({"hybrid": {"mixer": "gdn", "ration": 0.5}}, "hybrid: unknown key 'ration'; did you mean 'ratio'?"),
+        ({"hybrid": {"mixer": "gnd", "ratio": 0.5}}, "unknown mixer 'gnd'; did you mean 'gdn'?"),
+        ({"hybrid": {"mixer": "gdn", "ratio": 0.01}}, "ratio: 0.01 of 6 layers gives no layer"),
+        ({"hybrid": {"mixer": "gdn", "ratio": 0.5, "layers": [1]}}, "exactly one of ratio, layers and pattern"),
+        ({"hybrid": {"pattern": "*-GDN"}}, "pattern: has 2 layers, the model has 6"),
+        ({"hybrid": {"pattern": "*-GND-*-*-*-*"}}, "unknown layer symbol 'GND'; did you mean 'GDN'?"),
+        ({"hybrid": {"layers": [1, 9]}}, "layers: [9] not among the model's layers 0 to 5"),
+        ({"hybrid": {"ratio": 0.5, "options": {"gdn": {"use_gat": True}}}}, "'use_gat'; did you mean 'use_gate'?"),
+        ({"base": "nowhere"}, "nowhere: no such directory"),
+        ({"distill": {"training": {"steps": "many", "rows_per_step": 1}}}, "distill.training.steps: "),
+        ({"distill": {"training": {"steps": 1}}}, "distill.training.rows_per_step: is missing"),
+        ({"evaluate": {"tasks": ["recal"]}}, "evaluate.tasks: unknown task 'recal'; did you mean 'recall'?"),
+    ],
+)  # fmt: skip
+def test_a_bad_recipe_names_key_and_mend_and_writes_nothing(change, said, tmp_path, monkeypatch, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**PRIME, "output": str(tmp_path / "run"), **change}))
+    code, _, err = run(monkeypatch, capsys, "prime", recipe)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert said in err
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").glob("stage0*"))
+
+
+def test_an_output_in_use_is_left_alone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/mine.txt").write_text("precious")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**PRIME, "output": str(tmp_path / "run")}))
+    for arguments in (["prime", recipe], ["init", "teacher", "--ratio", "0.5", "--out", tmp_path / "run"]):
+        code, _, err = run(monkeypatch, capsys, *arguments)
+        assert code == 2 and "in use" in err
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine.txt"]
+
+
+def test_no_recipe_and_broken_yaml(tmp_path, monkeypatch, capsys):
+    code, _, err = run(monkeypatch, capsys, "prime", tmp_path / "none.yaml")
+    assert code == 2 and "no such recipe" in err
+    (tmp_path / "broken.yaml").write_text("base: [")
+    code, _, err = run(monkeypatch, capsys, "distill", tmp_path / "broken.yaml")
+    assert code == 2 and "not valid YAML" in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_prime_does_the_whole_job_once(tmp_path, monkeypatch, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    evaluate = {"tasks": ["recall"], "samples": 2, "length": 128, "text_bytes": 2000}
+    content = {**PRIME, "output": str(tmp_path / "run"), "evaluate": evaluate}
+    recipe.write_text(yaml.safe_dump(content))
+    monkeypatch.setattr(sys, "argv", ["hmf", "prime", str(recipe)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    first = capsys.readouterr().out
+    assert all(row in first for row in ("teacher", "stage 0", "primed", "KV bytes/token", "hmf chat"))
+    weights = tmp_path / "run/model/model.safetensors"
+    written = weights.stat().st_mtime_ns
+    with pytest.raises(SystemExit):
+        main()
+    assert weights.stat().st_mtime_ns == written
+    assert "hmf chat" in capsys.readouterr().out
+    recipe.write_text(yaml.safe_dump({**content, "seed": 1}))
+    code, _, err = run(monkeypatch, capsys, "prime", recipe)
+    assert code == 2 and "another recipe" in err

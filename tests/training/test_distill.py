@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 1 by the Trainer: it learns, touches only mixers, and goes on after a stop as if there had been none."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hmf.config.pattern import Pattern
+from hmf.config.runs import DistillSettings
+from hmf.errors import HmfError
+from hmf.pipeline import resolve_base
+from hmf.priming.stage0 import make_stage0
+from hmf.training.distill import DistillTrainer, distill
+
+
+def settings(**training) -> DistillSettings:
+    return DistillSettings.model_validate(
+        {
+            "data": {"sequence_length": 96, "text_share": 0.5, "tasks": {"recall": 1}},
+            "objective": {"layers": "mixer"},
+            "training": {"steps": 6, "rows_per_step": 2, "learning_rate": 3e-3, "save_steps": 3} | training,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def stage0(tmp_path_factory):
+    out = tmp_path_factory.mktemp("distill") / "stage0"
+    make_stage0(resolve_base("teacher"), Pattern.parse("*-GDN-*-*-GDN-*"), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def finished(stage0, tmp_path_factory):
+    run = tmp_path_factory.mktemp("run")
+    distill(stage0, run, settings())
+    return run
+
+
+def test_only_mixers_change_and_the_loss_is_logged_in_parts(stage0, finished):
+    before, after = load_file(stage0 / "model.safetensors"), load_file(finished / "stage1/model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name].float(), after[name].float())}
+    assert changed == {name for name in before if ".gdn." in name}
+    log = json.loads((finished / "stage1.log.json").read_text())
+    assert {"loss", "loss_hidden", "loss_mixer"} <= log[0].keys()
+    assert log[0]["loss"] == pytest.approx(log[0]["loss_hidden"] + log[0]["loss_mixer"], rel=1e-3)
+
+
+def test_tokenizer_files_stay_byte_identical(stage0, finished):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        wanted = (resolve_base("teacher") / name).read_bytes()
+        assert (stage0 / name).read_bytes() == wanted
+        assert (finished / "stage1" / name).read_bytes() == wanted
+
+
+def test_a_stopped_run_ends_bit_for_bit_like_an_uninterrupted_one(stage0, finished, tmp_path, monkeypatch):
+    class Stopped(Exception):
+        pass
+
+    real = DistillTrainer.compute_loss
+
+    def stop_later(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            raise Stopped
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillTrainer, "compute_loss", stop_later)
+        with pytest.raises(Stopped):
+            distill(stage0, tmp_path, settings())
+    assert not (tmp_path / "stage1").exists()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-3"]
+    distill(stage0, tmp_path, settings())
+    ours, wanted = (load_file(run / "stage1/model.safetensors") for run in (tmp_path, finished))
+    assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+
+
+def test_longer_training_lowers_the_loss(stage0, tmp_path):
+    distill(stage0, tmp_path, settings(steps=40, save_steps=100))
+    losses = [entry["loss"] for entry in json.loads((tmp_path / "stage1.log.json").read_text()) if "loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_accumulation_is_the_same_as_a_larger_batch(stage0, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    distill(stage0, one, settings(steps=1, rows_per_step=4))
+    distill(stage0, two, settings(steps=1, rows_per_step=2, gradient_accumulation_steps=2))
+    first, second = (json.loads((run / "stage1.log.json").read_text())[-1] for run in (one, two))
+    assert first["train_loss"] == pytest.approx(second["train_loss"], rel=1e-5)
+
+
+def test_bad_settings_are_one_clear_line(stage0, tmp_path):
+    empty = tmp_path / "corpus"
+    empty.mkdir()
+    bad = settings()
+    bad = bad.model_copy(update={"data": bad.data.model_copy(update={"text": str(empty)})})
+    with pytest.raises(HmfError, match="corpus: no text found"):
+        distill(stage0, tmp_path / "run", bad)
+    unknown = settings().model_copy(update={"data": settings().data.model_copy(update={"tasks": {"recal": 1.0}})})
+    with pytest.raises(HmfError, match="did you mean 'recall'"):
+        distill(stage0, tmp_path / "run", unknown)
+    with pytest.raises(HmfError, match="no fused checkpoint"):
+        distill(resolve_base("teacher"), tmp_path / "run", settings())
+    shutil.rmtree(empty)
