@@ -105,7 +105,7 @@ def check_merged(folder: Path, config: Any) -> None:
     found: dict[str, list[int]] = {}
     for file in _weight_files(folder):
         with safe_open(folder / file, "pt") as stored:
-            found |= {key: stored.get_slice(key).get_shape() for key in stored.keys() if key.startswith(homes)}
+            found |= {key: stored.get_slice(key).get_shape() for key in list(stored.keys()) if key.startswith(homes)}
     misshapen = [(name, found[name], shape) for name, shape in needed.items() if found.get(name, shape) != shape]
     missing, extra = needed.keys() - found.keys(), found.keys() - needed.keys()
     check_loading(str(folder), {"missing_keys": missing, "unexpected_keys": extra, "mismatched_keys": misshapen})
