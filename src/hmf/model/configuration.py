@@ -31,7 +31,8 @@ class HybridConfigMixin(_Base):
     attention_types: list[str]  # what each layer's attention is in the base model, replaced ones included
 
     def __post_init__(self, **kwargs: Any) -> None:
-        listed, self.layer_types = self.layer_types, None
+        listed = self.layer_types
+        self.layer_types = None
         super().__post_init__(**kwargs)
         count = self.num_hidden_layers
         # On disk, and so here, the list may hold the pattern's symbols; in memory it holds transformers' names.
