@@ -32,7 +32,7 @@ _Base: Any = object  # a mixin: transformers' classes come after it
 # Files beside the weights that belong to the tokenizer or to generation; they travel unchanged, byte for byte.
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "vocab.json", "merges.txt", "tekken.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
 
 

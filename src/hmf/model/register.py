@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto import tokenization_auto
 
-from .families import FAMILIES
+from .families import FAMILIES, Family
 from .modeling import hybrid_classes
 
 
 def register() -> None:
-    """Register config, decoder and causal language model of every family; doing it again changes nothing."""
+    """Register config, models and tokenizer of every family; doing it again changes nothing."""
     for family in FAMILIES.values():
         classes = hybrid_classes(family)
         AutoConfig.register(family.hybrid_model_type, classes.config, exist_ok=True)
@@ -20,3 +21,22 @@ def register() -> None:
         # Where a family's modules hold tensors in another form than its files, such as stacked experts.
         if conversions := get_checkpoint_conversion_mapping(family.model_type):
             register_checkpoint_conversion_mapping(family.hybrid_model_type, conversions, overwrite=True)
+        _register_tokenizer(family, classes.config)
+
+
+def _register_tokenizer(family: Family, config_class: type) -> None:
+    """Read a Hybrid's tokenizer files with the class that reads its base's: they are the same files.
+
+    transformers chooses by the files and by tables of model types. It overrules the files for Qwen2, for instance,
+    whose checkpoints often name a class that splits text in another way.
+    """
+    classes = tokenization_auto.TOKENIZER_MAPPING_NAMES
+    overruled = getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", set())
+    if (name := classes.get(family.model_type)) is None:
+        return
+    classes[family.hybrid_model_type] = name
+    if family.model_type in overruled:
+        overruled.add(family.hybrid_model_type)
+    # The general class is the default; mistral-common's is slow to import, and its files name their class.
+    if name not in ("TokenizersBackend", "MistralCommonBackend"):
+        AutoTokenizer.register(config_class, tokenization_auto.tokenizer_class_from_name(name), exist_ok=True)
