@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading says in one line what is wrong with a checkpoint; saving is whole or not there."""
+
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from hmf.errors import HmfError
+from hmf.model.checkpoint import COMPANIONS, copy_companions, load_config, load_model, new_directory, save_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+STORED = ROOT / "tests" / "data" / "qwen3_gdn"
+A_LOG, Q_PROJ = "model.layers.1.gdn.A_log", "model.layers.1.gdn.q_proj.weight"
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A copy of a small Hybrid, to be damaged."""
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(STORED / name, tmp_path)
+    return tmp_path
+
+
+def refused(load, checkpoint: Path, said: str) -> None:
+    """`load(checkpoint)` raises HmfError: one line that matches `said` and names the checkpoint."""
+    with pytest.raises(HmfError, match=said) as error:
+        load(checkpoint)
+    assert "\n" not in str(error.value)
+    assert str(checkpoint) in str(error.value)
+
+
+def edit_config(folder: Path, **fields) -> None:
+    config = json.loads((folder / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value != "absent"}))
+
+
+def edit_tensors(folder: Path, **tensors) -> None:
+    """Replace tensors, drop those that are None."""
+    found = load_file(folder / "model.safetensors") | tensors
+    save_file({key: x for key, x in found.items() if x is not None}, folder / "model.safetensors", {"format": "pt"})
+
+
+# --- tensors ---
+
+either_way = pytest.mark.parametrize(
+    "load", [load_model, AutoModelForCausalLM.from_pretrained], ids=["load_model", "from_pretrained"]
+)
+
+
+@either_way
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({A_LOG: None}, f"missing.*{A_LOG}"),
+        ({"model.norm.weight": None}, "missing.*model.norm.weight"),
+        ({Q_PROJ: None, Q_PROJ + "s": torch.zeros(64, 64)}, f"{Q_PROJ}.*{Q_PROJ}s"),
+        ({"model.layers.1.gdn.extra": torch.zeros(2)}, "model.layers.1.gdn.extra"),
+        ({"model.layers.0.gdn.A_log": torch.zeros(4)}, "model.layers.0.gdn.A_log"),
+        ({"model.layers.1.self_attn.q_proj.weight": torch.zeros(64, 64)}, "model.layers.1.self_attn.q_proj.weight"),
+        ({A_LOG: torch.zeros(5)}, rf"{A_LOG}.*\[5\].*\[4\]"),
+        ({"lm_head.weight": torch.zeros(100, 64)}, r"lm_head.weight.*\[100, 64\].*\[128, 64\]"),
+    ],
+    ids=["missing", "missing-of-base", "renamed", "extra", "wrong-layer", "not-fused", "shape", "shape-of-base"],
+)
+def test_every_tensor_is_accounted_for(checkpoint, load, tensors, said):
+    edit_tensors(checkpoint, **tensors)
+    refused(load, checkpoint, said)
+
+
+@either_way
+@pytest.mark.parametrize("size", [0, 20, 300_000])
+def test_truncated_weights(checkpoint, load, size):
+    whole = (checkpoint / "model.safetensors").read_bytes()
+    (checkpoint / "model.safetensors").write_bytes(whole[:size])
+    refused(load, checkpoint, "damaged.*copy the file again")
+
+
+def test_tensor_of_integers(checkpoint):
+    edit_tensors(checkpoint, **{A_LOG: torch.zeros(4, dtype=torch.int64)})
+    refused(load_model, checkpoint, rf"model.safetensors: tensor {A_LOG} is I64")
+
+
+def test_no_weights(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    refused(load_model, checkpoint, "no weights")
+
+
+def test_no_directory(tmp_path):
+    refused(load_model, tmp_path / "absent", "no such directory")
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ("{", "not valid JSON"),
+        ('{"metadata": {}}', "weight_map"),
+        ('{"weight_map": {"lm_head.weight": "model-1.safetensors"}}', "model-1.safetensors: missing"),
+    ],
+)
+def test_damaged_index_of_shards(checkpoint, index, said):
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "model.safetensors.index.json").write_text(index)
+    refused(load_model, checkpoint, said)
+
+
+def test_whole_shards_load(checkpoint, tmp_path):
+    model = load_model(checkpoint)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="200KB")
+    loaded = load_model(tmp_path / "shards")
+    assert (tmp_path / "shards" / "model.safetensors.index.json").is_file()
+    torch.testing.assert_close(dict(loaded.named_parameters()), dict(model.named_parameters()), atol=0, rtol=0)
+
+
+# --- config.json ---
+
+
+def test_no_config(checkpoint):
+    (checkpoint / "config.json").unlink()
+    refused(load_model, checkpoint, "no config.json")
+
+
+@pytest.mark.parametrize("content", [b'{"model_type": "hybrid_qwen3",', b"[1]", b"\xff\xfe", b""])
+def test_config_that_is_no_json_object(checkpoint, content):
+    (checkpoint / "config.json").write_bytes(content)
+    refused(load_model, checkpoint, "config.json: .*JSON")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"hybrid_override_pattern": "*-GDN-*"}, "hybrid_override_pattern: has 3 layers, the model has 4"),
+        ({"num_hidden_layers": 5}, "hybrid_override_pattern: has 4 layers, the model has 5"),
+        ({"hybrid_override_pattern": "*-GDM-*-GDN"}, "hybrid_override_pattern: layer 1: .*'GDM'.*'GDN'"),
+        ({"hybrid_override_pattern": ["*", "GDN", "*", "GDN"]}, "hybrid_override_pattern: .*is no text"),
+        ({"layer_types": ["*", "GDN", "GDN", "*"]}, "layer_types .*disagree"),
+        ({"hybrid_override_pattern": "*DA-GDN*-*DA-GDN*", "layer_types": ["*DA", "GDN*", "GDN*", "*DA"]}, "disagree"),
+        ({"gdn_config": {"use_gatee": False}}, "gdn_config: unknown key 'use_gatee'; did you mean 'use_gate'"),
+        ({"gdn_config": {"conv_size": "four"}}, "gdn_config: conv_size: .*integer"),
+        ({"gdn_config": {"conv_size": 0}}, "gdn_config: conv_size: .*greater than 0"),
+        ({"gdn_config": {"kv_proj_rank": -1}}, "gdn_config: kv_proj_rank: "),
+        ({"gdn_config": [1]}, r"gdn_config: \[1\] is no table"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: 3 does not divide"),
+        ({"state_dtype": "float31"}, "state_dtype 'float31'"),
+        ({"model_type": "hybrid_qwen9"}, "'hybrid_qwen9' is not among the supported families .*add a row"),
+        ({"model_type": "absent"}, "model_type"),
+        ({"hidden_size": "abc"}, "'hidden_size' expected int"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_config_names_file_and_key(checkpoint, fields, said):
+    edit_config(checkpoint, **fields)
+    for load in (load_config, load_model):
+        refused(load, checkpoint, f"^{re.escape(str(checkpoint / 'config.json'))}: .*{said}")
+
+
+@pytest.mark.parametrize("fields", [{"layer_types": "absent"}, {"hybrid_override_pattern": "absent"}])
+def test_pattern_may_stand_in_either_key(checkpoint, fields):
+    edit_config(checkpoint, **fields)
+    assert str(load_model(checkpoint).config.pattern) == "*-GDN-*-GDN"
+
+
+def test_derived_fields_are_not_trusted(checkpoint):
+    stored = json.loads((checkpoint / "config.json").read_text())["gdn_config"]
+    edit_config(checkpoint, gdn_config=stored | {"head_dim": 99, "num_k_heads": 7})
+    assert load_model(checkpoint).config.gdn_config == stored
+    edit_config(checkpoint, gdn_config="absent")
+    assert load_config(checkpoint).gdn_config == stored  # all its options are the defaults
+
+
+# --- saving ---
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_failure_leaves_nothing_behind(tmp_path, error):
+    def fail_half_way():
+        with new_directory(tmp_path / "a" / "b" / "out") as folder:
+            (folder / "half").write_text("written")
+            raise error
+
+    with pytest.raises(error):
+        fail_half_way()
+    assert listing(tmp_path) == []
+
+
+def test_directory_appears_whole(tmp_path):
+    (tmp_path / "out").mkdir()  # empty: not in use
+    with new_directory(tmp_path / "out") as folder:
+        (folder / "file").write_text("written")
+        assert not (tmp_path / "out" / "file").exists()
+    assert listing(tmp_path) == ["out", "out/file"]
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("used", ["out/file", "out"], ids=["directory", "file"])
+def test_directory_in_use_is_left_alone(tmp_path, used):
+    (tmp_path / used).parent.mkdir(exist_ok=True)
+    (tmp_path / used).write_text("mine")
+    with pytest.raises(HmfError, match="out: the output directory is in use"), new_directory(tmp_path / "out"):
+        pytest.fail("the block must not run")
+    assert (tmp_path / used).read_text() == "mine"
+    assert len(listing(tmp_path)) == len(Path(used).parts)
+
+
+def test_directory_under_a_file(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(HmfError, match="cannot be made"), new_directory(tmp_path / "file" / "out"):
+        pytest.fail("the block must not run")
+
+
+def test_companions_are_byte_identical(checkpoint, tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    for number, name in enumerate(COMPANIONS):
+        (source / name).write_bytes(b'{ "a":\t%d }\r\n' % number)  # not as any writer of ours would print it
+    (source / "model.safetensors").write_bytes(b"not a companion")
+    save_checkpoint(load_model(checkpoint), target, companions=source)
+    for name in COMPANIONS:
+        assert (target / name).read_bytes() == (source / name).read_bytes(), name
+    saved = load_file(target / "model.safetensors")
+    assert saved.keys() == load_file(STORED / "model.safetensors").keys()
+
+
+def test_absent_companions_are_no_error(tmp_path):
+    copy_companions(tmp_path, tmp_path)
+    assert listing(tmp_path) == []
+
+
+def test_stored_tokenizer_survives(parity_dir, tmp_path):
+    base = parity_dir / "fused_gdn" / "base"
+    save_checkpoint(load_model(parity_dir / "fused_gdn" / "unfused_f32"), tmp_path / "out", companions=base)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+
+
+# --- registration ---
+
+
+def test_long_import_path_registers_the_auto_classes():
+    """In a fresh process, as the published model cards do it; `import hmf` itself is what all other tests rely on."""
+    code = (
+        "import hmf.model.hybrid_zoo.models.model_register\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"print(type(AutoModelForCausalLM.from_pretrained({str(STORED)!r})).__name__)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["HybridQwen3ForCausalLM"], done.stderr
