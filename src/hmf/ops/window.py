@@ -152,19 +152,21 @@ class _Blocks:
 def latest(
     x: torch.Tensor, size: int, past: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """What to keep of x [B, T, ...] as the past of the next call: the last `size` positions of each sequence.
+    """What to keep of x [B, T, ...] as the past of the next call: the last positions of each sequence, at most `size`.
 
-    past [S, P, ...] is what the call before kept (None: nothing). Returns [S, size, ...], oldest first, zeros in slots
-    of positions before the sequence.
+    past [S, P, ...] is what the call before kept (None: nothing). Returns [S, min(size, P + longest), ...], oldest
+    first, zeros in slots of positions before the sequence.
     """
-    batch, tokens = x.shape[:2]
-    lengths = torch.tensor(sequence_lengths(batch, tokens, cu_seqlens), device=x.device)
-    if past is None:
-        past = x.new_zeros(len(lengths), size, *x.shape[2:])
-    slots, sequence = past.shape[1], torch.arange(len(lengths), device=x.device)[:, None]
-    position = lengths[:, None] + torch.arange(-size, 0, device=x.device)  # [S, size]
-    token = (lengths.cumsum(0) - lengths)[:, None] + position + len(lengths) * slots
-    source = torch.where(position >= 0, token, (sequence + 1) * slots + position)
-    source = torch.where(position >= -slots, source, len(lengths) * slots + batch * tokens)  # the zero at the end
-    flat = torch.cat([past.to(x.dtype).flatten(0, 1), x.flatten(0, 1), x.new_zeros(1, *x.shape[2:])])
-    return flat[source]
+    lengths = sequence_lengths(x.shape[0], x.shape[1], cu_seqlens)
+    slots = 0 if past is None else past.shape[1]
+    size = min(size, slots + max(lengths))
+    count = torch.tensor(lengths, device=x.device)[:, None]
+    sequence = torch.arange(len(lengths), device=x.device)[:, None]
+    parts = [x.new_zeros(1, *x.shape[2:]), x.flatten(0, 1)]
+    if past is not None:
+        parts.append(past.to(x.dtype).flatten(0, 1))
+    flat = torch.cat(parts)
+    position = count + torch.arange(-size, 0, device=x.device)  # [S, size]
+    token = 1 + count.cumsum(0) - count + position
+    before = 1 + x.shape[0] * x.shape[1] + (sequence + 1) * slots + position
+    return flat[torch.where(position >= 0, token, torch.where(position >= -slots, before, 0))]

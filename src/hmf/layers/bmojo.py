@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""B'MOJO-F (arXiv 2407.06324): a window of attention on the tokens, and before it a window on a recurrent layer's
+outputs, the fading tokens.
+
+Legend: B batch, T tokens, S sequences (rows or documents), P kept positions, H query heads, Hk key/value heads,
+K head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hmf.config.layers import LAYER_KINDS
+from hmf.ops import KeySet, windowed_attention
+from hmf.ops.window import latest
+
+from .attention import rotate, stock_parameters
+from .base import Mixer, Start, States
+from .swa import count_tokens
+
+INNER = "inner_"  # opens the names of the recurrent layer's states
+
+
+class BMojoAttention(nn.Module):
+    """Projections and norms of both windows; those of the fading one end in `_`, or are the same when tied."""
+
+    def __init__(self, config: Any, options: Any, qk_norm: bool):
+        super().__init__()
+        # published: families whose config says nothing of biases get them on q, k and v
+        bias, o_bias = getattr(config, "attention_bias", True), getattr(config, "attention_bias", False)
+        inner, kv = options.num_heads * options.head_dim, options.num_key_value_heads * options.head_dim
+        self.head_dim, self.tied = options.head_dim, options.tie_attn_weights
+        self.scale = (options.head_dim if qk_norm else options.hidden_size // options.num_heads) ** -0.5
+        for end in ("",) if self.tied else ("", "_"):
+            for name, width in (("q", inner), ("k", kv), ("v", kv)):
+                self.add_module(f"{name}_proj{end}", nn.Linear(options.hidden_size, width, bias=bias))
+            for name in ("q", "k") if qk_norm else ():
+                self.add_module(f"{name}_norm{end}", nn.RMSNorm(options.head_dim, eps=options.rms_norm_eps))
+        self.o_proj = nn.Linear(inner, options.hidden_size, bias=o_bias)
+
+    def project(self, name: str, x: torch.Tensor, fading: bool, position_embeddings) -> torch.Tensor:
+        """q, k or v with norm and rotary positions, [B, T, heads, K]."""
+        end = "_" if fading and not self.tied else ""
+        y = getattr(self, f"{name}_proj{end}")(x).unflatten(-1, (-1, self.head_dim))
+        if (norm := getattr(self, f"{name}_norm{end}", None)) is not None:
+            y = norm(y)
+        return y if name == "v" else rotate(y, *position_embeddings)
+
+
+class BMojoF(Mixer):
+    """Options: `hmf.config.layers.BMojoFOptions`.
+
+    States: those of the recurrent layer; k, v [S, P, Hk, K] with P < window_size; fading_k, fading_v with
+    P < 2 window_size; seen [S] tokens.
+    """
+
+    symbol = "BMF"
+
+    def __init__(self, config: Any, layer_idx: int):
+        from .registry import mixer_class  # the registry names this class
+
+        super().__init__(config, layer_idx)
+        self.bmojo_attn = BMojoAttention(config, self.options, "q_norm.weight" in stock_parameters(config, layer_idx))
+        symbol = self.options.inner_symbol
+        self.inner_name = LAYER_KINDS[symbol].module_name
+        self.add_module(self.inner_name, mixer_class(symbol)(config, layer_idx))
+
+    @property
+    def inner(self) -> Mixer:
+        return self.get_submodule(self.inner_name)
+
+    def mix(self, hidden_states, states, cu_seqlens, position_embeddings) -> tuple[torch.Tensor, States]:
+        before = states or {}
+        inner = {name.removeprefix(INNER): x for name, x in before.items() if name.startswith(INNER)} or None
+        fading, inner = self.inner.mix(hidden_states, inner, cu_seqlens, position_embeddings)
+        new = {INNER + name: x for name, x in inner.items()}
+        new["seen"] = count_tokens(hidden_states, states, cu_seqlens)
+
+        attention, window, sets = self.bmojo_attn, self.options.window_size, []
+        for source, low, high, names in (
+            (hidden_states, 0, window - 1, {"k": "k", "v": "v"}),
+            (fading, window, 2 * window - 1, {"k": "fading_k", "v": "fading_v"}),
+        ):
+            k, v = (attention.project(name, source, low > 0, position_embeddings) for name in "kv")
+            sets.append(KeySet(k, v, low, high, before.get(names["k"]), before.get(names["v"])))
+            new[names["k"]] = latest(k, high, before.get(names["k"]), cu_seqlens)
+            new[names["v"]] = latest(v, high, before.get(names["v"]), cu_seqlens)
+        q = attention.project("q", hidden_states, False, position_embeddings)
+        if not attention.tied:
+            # Each window has its own query: the two side by side, and zeros in the keys where the other's stands.
+            q = torch.cat([q, attention.project("q", hidden_states, True, position_embeddings)], -1)
+            sets = [_widened(keys, fading=keys.low > 0) for keys in sets]
+        o = windowed_attention(q, sets, attention.scale, before.get("seen"), cu_seqlens)
+        return attention.o_proj(o.flatten(-2)), new
+
+    @torch.no_grad()
+    def init_from_attention(self, attention: nn.Module, generator: torch.Generator, std: float) -> Start:
+        """Both windows' projections and norms, and the recurrent layer, from the same attention."""
+        start, given = Start(), dict(attention.named_parameters())
+        for name, parameter in self.bmojo_attn.named_parameters(prefix="bmojo_attn"):
+            module, _, kind = name.removeprefix("bmojo_attn.").rpartition(".")
+            source = f"{module.removesuffix('_')}.{kind}"
+            if source in given:
+                parameter.copy_(given[source])
+                start.copied[name] = source
+            else:  # a bias that this layer has and the attention has not
+                parameter.zero_()
+                start.initialised.append(name)
+        start.merge(self.inner.init_from_attention(attention, generator, std).under(self.inner_name))
+        return start
+
+
+def _widened(keys: KeySet, fading: bool) -> KeySet:
+    def widen(k):
+        return None if k is None else F.pad(k, (k.shape[-1], 0) if fading else (0, k.shape[-1]))
+
+    return KeySet(widen(keys.k), keys.v, keys.low, keys.high, widen(keys.past_k), keys.past_v)

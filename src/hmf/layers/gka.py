@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gated KalmaNet (arXiv 2511.21016) in the shape of the attention that it replaces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hmf.ops import gated_kalmanet
+
+from .base import States
+from .linear import LinearMixer
+
+EPS = 1e-6  # of the norms of q and k, and the least beta
+
+
+class GatedKalmaNet(LinearMixer):
+    """Options: `hmf.config.layers.GKAOptions`.
+
+    States: conv_q, conv_k and, with `use_v_conv`, conv_v [S, channels, W-1]; covariance and recurrent [S, H, K, K].
+    """
+
+    symbol = "GKA"
+    decay_name = "a_proj"
+
+    def __init__(self, config: Any, layer_idx: int):
+        options = self.options_for(config)
+        super().__init__(config, layer_idx, dict.fromkeys("qkv" if options.use_v_conv else "qk", False))
+        if options.use_beta_gate:
+            self.b_proj = nn.Linear(options.hidden_size, options.num_heads)
+        if options.use_alpha_connection:
+            self.alpha_proj = nn.Linear(options.hidden_size, options.num_heads)
+
+    def activates(self, name: str) -> bool:
+        return False  # published: v without its convolution is linear
+
+    def mix(self, hidden_states, states, cu_seqlens, position_embeddings) -> tuple[torch.Tensor, States]:
+        new: States = {}
+        options, gate_dtype = self.options, self.A_log.dtype
+        q, k, v = (self.project(name, hidden_states, states, cu_seqlens, new) for name in "qkv")
+        q = q.repeat_interleave(options.num_heads // q.shape[-2], dim=-2)
+        q, k, v = normalise(q), normalise(self.expand("k", k)), self.expand("v", v)
+        if options.use_beta_gate:
+            beta = self.b_proj(hidden_states).to(gate_dtype).sigmoid()[..., None] + EPS
+            k, v = (beta * k).to(k.dtype), (beta * v).to(v.dtype)
+        alpha = None
+        if options.use_alpha_connection:
+            alpha = self.alpha_proj(hidden_states).to(gate_dtype).sigmoid()
+        none = hidden_states.new_zeros(*hidden_states.shape[:2], options.num_heads, dtype=gate_dtype)
+        g = self.decay(hidden_states) if options.use_forgetting_gate else none
+        gk = g if options.use_forgetting_gate_kk else none
+        before = None if states is None else (states["covariance"], states["recurrent"])
+        o, (new["covariance"], new["recurrent"]) = gated_kalmanet(
+            q, k, v, g, gk, alpha, before, cu_seqlens,
+            num_iter=options.num_iter, ridge_strength=options.ridge_strength, bp_lambda=options.bp_lambda,
+            rescale=options.gla_rescale,
+        )  # fmt: skip
+        return self.output(o, hidden_states), new
+
+
+def normalise(x: torch.Tensor) -> torch.Tensor:
+    """x / (||x|| + 1e-6) over the last dimension, in float32 or wider, returned in x.dtype."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide / (torch.linalg.vector_norm(wide, dim=-1, keepdim=True) + EPS)).to(x.dtype)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mamba2 (arXiv 2405.21060) in the shape of the attention that it replaces: x, B and C in the place of v, k and q.
+
+Legend: B batch, T tokens, S sequences, H query heads, Hk key/value heads, K head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hmf.ops import short_conv, ssd
+
+from .attention import rotate, stock_parameters
+from .base import Mixer, Start, States, init_decay
+
+CONV_SIZE, QK_NORM_EPS, NORM_EPS = 4, 1e-6, 1e-5  # fixed in the published format
+
+
+class Mamba2(Mixer):
+    """Options: `hmf.config.layers.Mamba2Options`. States: conv [S, (H + 2 Hk) K, W-1], recurrent [S, H, K, K]."""
+
+    symbol = "M2"
+    float32_parameters = ("A_log", "dt_bias")
+
+    def __init__(self, config: Any, layer_idx: int):
+        super().__init__(config, layer_idx)
+        o = self.options
+        self.heads, self.head_dim = o.ssm_cfg["ngroups"], o.ssm_cfg["d_state"]
+        channels = o.d_inner + 2 * o.d_xb  # x, B, C
+        self.in_proj = nn.Linear(o.d_model, o.d_inner + channels + self.heads, bias=False)
+        self.conv1d = nn.Conv1d(channels, channels, CONV_SIZE, groups=channels)
+        if o.use_qk_norm and "q_norm.weight" in stock_parameters(config, layer_idx):
+            self.B_norm = nn.RMSNorm(self.head_dim, eps=QK_NORM_EPS)
+            self.C_norm = nn.RMSNorm(self.head_dim, eps=QK_NORM_EPS)
+        self.A_log = nn.Parameter(torch.zeros(self.heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.zeros(self.heads, dtype=torch.float32))
+        self.D = nn.Parameter(torch.ones(self.heads))
+        self.norm = nn.RMSNorm(o.d_inner, eps=NORM_EPS)  # weight of all heads; normalises each head alone
+        self.out_proj = nn.Linear(o.d_inner, o.d_model, bias=False)
+
+    def mix(self, hidden_states, states, cu_seqlens, position_embeddings) -> tuple[torch.Tensor, States]:
+        o, new = self.options, {}
+        widths = [o.d_inner, o.d_xb, o.d_xb, o.d_inner, self.heads]
+        z, x, B, C, dt = self.in_proj(hidden_states).split(widths, dim=-1)
+        B, C = (y.unflatten(-1, (-1, self.head_dim)) for y in (B, C))
+        if hasattr(self, "B_norm"):
+            B, C = self.B_norm(B), self.C_norm(C)
+        if o.use_pos_emb:
+            B, C = rotate(B, *position_embeddings), rotate(C, *position_embeddings)
+        before = (None, None) if states is None else (states["conv"], states["recurrent"])
+        x = torch.cat([x, B.flatten(-2), C.flatten(-2)], dim=-1)
+        x, new["conv"] = short_conv(x, self.conv1d.weight, self.conv1d.bias, before[0], cu_seqlens)
+        x, B, C = (y.unflatten(-1, (-1, self.head_dim)) for y in x.split(widths[1:4], dim=-1))
+        x, B = (y.repeat_interleave(self.heads // y.shape[-2], dim=-2) for y in (x, B))
+        dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
+        y, new["recurrent"] = ssd(x, B, C, dt, -self.A_log.exp(), self.D, before[1], cu_seqlens)
+        compute = torch.promote_types(y.dtype, torch.float32)
+        y = y.to(compute) * F.silu(z.to(compute)).view_as(y)
+        y = F.rms_norm(y, y.shape[-1:], eps=NORM_EPS) * self.norm.weight.to(compute).view(self.heads, -1)
+        return self.out_proj(y.to(hidden_states.dtype).flatten(-2)), new
+
+    def init_recurrence(self, generator: torch.Generator | None = None) -> None:
+        init_decay(self.A_log, self.dt_bias, generator)
+        nn.init.ones_(self.D)
+
+    @torch.no_grad()
+    def init_from_attention(self, attention: nn.Module, generator: torch.Generator, std: float) -> Start:
+        """x, B, C from v, k, q; the gate z from half of W_o^T + W_v with each row repeated H/Hk times."""
+        start = Start()
+        given = dict(attention.named_parameters())
+        q, k, v, transposed = (given[f"{name}_proj.weight"] for name in "qkvo")
+        transposed = transposed.T
+        gate = (transposed + v.repeat_interleave(transposed.shape[0] // v.shape[0], 0)) / 2
+        steps = torch.randn(self.heads, q.shape[1], generator=generator) * std
+        self.in_proj.weight.copy_(torch.cat([gate, v, k, q, steps.to(q)]))
+        start.derived["in_proj.weight"] = tuple(f"{name}_proj.weight" for name in "ovkq")
+        copies = {"out_proj.weight": "o_proj.weight"}
+        if hasattr(self, "B_norm"):
+            copies |= {"B_norm.weight": "k_norm.weight", "C_norm.weight": "q_norm.weight"}
+        for name, source in copies.items():
+            self.get_parameter(name).copy_(given[source])
+        start.copied = copies
+        self.init_recurrence(generator)
+        nn.init.ones_(self.norm.weight)
+        weight = self.conv1d.weight
+        weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+        nn.init.zeros_(self.conv1d.bias)
+        start.initialised = ["A_log", "dt_bias", "D", "norm.weight", "conv1d.weight", "conv1d.bias"]
+        for name in given.keys() - start.used():
+            start.unused[name] = (
+                "no q/k norm in this layer" if "norm" in name else "this layer's projections have no bias"
+            )
+        return start

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sliding-window attention: the base's attention with the last `window_size` positions in view.
+
+Legend: B batch, T tokens, S sequences (rows or documents), P kept positions, H query heads, Hk key/value heads,
+K head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hmf.config.layers import base_head_dim
+from hmf.ops import KeySet, windowed_attention
+from hmf.ops.window import latest
+
+from .attention import rotate, stock_parameters
+from .base import Mixer, Start, States
+
+
+class SlidingWindowAttention(Mixer):
+    """Options: `hmf.config.layers.SWAOptions`. States: k, v [S, P, Hk, K] with P < window_size; seen [S] tokens."""
+
+    symbol = "SWA"
+
+    def __init__(self, config: Any, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.head_dim = base_head_dim(config)
+        self.rope = config.rope_parameters
+        stock = stock_parameters(config, layer_idx)
+        inner, kv = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, inner, bias="q_proj.bias" in stock)
+        self.k_proj = nn.Linear(config.hidden_size, kv, bias="k_proj.bias" in stock)
+        self.v_proj = nn.Linear(config.hidden_size, kv, bias="v_proj.bias" in stock)
+        self.o_proj = nn.Linear(inner, config.hidden_size, bias="o_proj.bias" in stock)
+        if "q_norm.weight" in stock:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states, *args, position_embeddings=None, position_ids=None, **kwargs):
+        """As `Mixer.forward`; for bases that scale queries by position, the scale travels with the rotary tables."""
+        if (beta := self.rope.get("llama_4_scaling_beta")) is not None and position_embeddings is not None:
+            # Ministral 3: queries grow with the log of how often the position exceeds the pre-training length.
+            times = (position_ids // self.rope["original_max_position_embeddings"]).float()
+            position_embeddings = (*position_embeddings, (1 + beta * times.log1p())[..., None, None].to(hidden_states))
+        return super().forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
+
+    def mix(self, hidden_states, states, cu_seqlens, position_embeddings) -> tuple[torch.Tensor, States]:
+        q, k, v = (getattr(self, f"{name}_proj")(hidden_states).unflatten(-1, (-1, self.head_dim)) for name in "qkv")
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        cos, sin, *query_scale = position_embeddings
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        for factor in query_scale:
+            q = q * factor
+        reach = self.options.window_size - 1
+        before, new = states or {}, {"seen": count_tokens(hidden_states, states, cu_seqlens)}
+        keys = KeySet(k, v, 0, reach, before.get("k"), before.get("v"))
+        o = windowed_attention(q, [keys], self.head_dim**-0.5, before.get("seen"), cu_seqlens)
+        for name, x in (("k", k), ("v", v)):
+            new[name] = latest(x, reach, before.get(name), cu_seqlens)
+        return self.o_proj(o.flatten(-2)), new
+
+    @torch.no_grad()
+    def init_from_attention(self, attention: nn.Module, generator: torch.Generator, std: float) -> Start:
+        """Every tensor is the attention's."""
+        start = Start()
+        for name, source in attention.named_parameters():
+            self.get_parameter(name).copy_(source)
+            start.copied[name] = name
+        return start
+
+
+def count_tokens(hidden_states: torch.Tensor, states: States | None, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    """How many tokens each sequence has had, those of this call included: [S] int."""
+    if cu_seqlens is None:
+        lengths = torch.full(hidden_states.shape[:1], hidden_states.shape[1], device=hidden_states.device)
+    else:
+        lengths = cu_seqlens.diff().long()
+    return lengths if states is None else states["seen"] + lengths
