@@ -124,6 +124,9 @@ class HybridModelMixin(_Base):
                 lengths = cu_seqlens.diff()
                 first = torch.repeat_interleave(cu_seqlens[:-1], lengths)
                 position_ids = (torch.arange(tokens, device=inputs_embeds.device) - first)[None]
+            elif attention_mask is not None:
+                # real tokens count from 0 in every row: behind a short conv, rotary positions are no longer relative
+                position_ids = (attention_mask.long().cumsum(1) - 1).clamp_min(0)[:, -tokens:]
             else:
                 position_ids = (torch.arange(tokens, device=inputs_embeds.device) + past)[None]
         elif cu_seqlens is not None and bool(position_ids[0, cu_seqlens[:-1][cu_seqlens.diff() > 0].long()].any()):
