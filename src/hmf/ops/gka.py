@@ -238,9 +238,9 @@ def _groups(q: torch.Tensor, stored: int) -> list[slice]:
     return [slice(first, first + size) for first in range(0, len(q), size)]
 
 
-def _product(p, k, start, row, mask, transposed: bool = False) -> torch.Tensor:
-    """A_t p_t for all tokens t of a chunk; A_t is symmetric if the state that came in was."""
-    y = torch.bmm(p, start if transposed else start.mT).mul_(row[..., None])
+def _product(p, k, start, row, mask) -> torch.Tensor:
+    """A_t p_t for all tokens t of a chunk."""
+    y = torch.bmm(p, start.mT).mul_(row[..., None])
     return y.baddbmm_(torch.bmm(p, k.mT).mul_(mask), k)
 
 
@@ -262,6 +262,7 @@ def _last(iterates: Iterator[torch.Tensor]) -> torch.Tensor:
 def _adjoint(q, grad_z, system, keep, weights):
     """Reverse of `_iterates`: the gradient of q [G, C, K], and for each product A z_n its argument z_n and its incoming
     gradient [G, steps, C, K]."""
+    k, start, row, mask = system
     z = torch.stack(list(_iterates(q, system, keep, weights))[:-1], dim=1)
     grad_product = torch.empty_like(z)
     grad_q, later, grad = torch.zeros_like(q), None, grad_z
@@ -269,7 +270,8 @@ def _adjoint(q, grad_z, system, keep, weights):
         w = weights[n]
         torch.mul(grad, -w, out=grad_product[:, n])
         grad_q.add_(grad, alpha=w)
-        earlier = _product(grad, *system, transposed=True).mul_(-w).add_(grad, alpha=w * keep)
+        # transposed: A_t is symmetric only if the state that came in was
+        earlier = _product(grad, k, start.mT, row, mask).mul_(-w).add_(grad, alpha=w * keep)
         if later is not None:
             earlier.add_(later)
         later, grad = grad * (1 - w), earlier

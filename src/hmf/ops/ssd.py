@@ -90,7 +90,8 @@ def chunked(q, k, v, g, initial_state=None, cu_seqlens=None, chunk_size: int = 6
     batch, tokens, heads, key_dim = q.shape
     if tokens == 1 and cu_seqlens is None:
         state = state_or_zeros(initial_state, (batch, heads, key_dim, v.shape[-1]), k, compute)
-        o, state = step(*(x[:, 0].to(compute) for x in (q, k, v, g)), state)
+        q, k, v, g = (x[:, 0].to(compute) for x in (q, k, v, g))
+        o, state = step(q, k, v, g, state)
         return o[:, None].to(out_dtype), state
     layout = ChunkLayout(batch, tokens, cu_seqlens, chunk_size)
     q, k, v, g = (layout.split(x).to(compute).transpose(1, 2) for x in (q, k, v, g))  # [N, H, C, K|V], g [N, H, C]

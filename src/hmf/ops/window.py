@@ -129,23 +129,20 @@ class _Blocks:
         steps = torch.arange(self.size, device=device)
         reach = torch.arange(-keys.high, self.size - keys.low, device=device)
         position = self.position[:, None] + reach  # [N, L], negative in the past
-        past = 0 if keys.past_k is None or seen is None else keys.past_k.shape[1]
         real = position < self.length[sequence]
-        if past:
-            real &= position >= -seen.to(device).clamp(max=past)[sequence]
-        else:
-            real &= position >= 0
         token = self.start[sequence] + position
-        if past:
-            token = torch.where(position >= 0, token + past * len(self.length), (sequence + 1) * past + position)
+        k, v = keys.k.flatten(0, 1), keys.v.flatten(0, 1)
+        if keys.past_k is None or keys.past_v is None or seen is None:
+            real &= position >= 0
+        else:
+            slots = keys.past_k.shape[1]
+            real &= position >= -seen.to(device).clamp(max=slots)[sequence]
+            token = torch.where(position >= 0, token + slots * len(self.length), (sequence + 1) * slots + position)
+            k, v = (torch.cat([x.to(k.dtype).flatten(0, 1), y]) for x, y in ((keys.past_k, k), (keys.past_v, v)))
         token = torch.where(real, token, 0)
         distance = steps - reach[:, None]  # [L, C]
         visible = (distance >= keys.low) & (distance <= keys.high)
         visible = visible & real[..., None] & (self.position[:, None] + steps < self.length[sequence])[:, None]
-        k, v = (
-            torch.cat([before.to(x.dtype).flatten(0, 1), x.flatten(0, 1)]) if past else x.flatten(0, 1)
-            for x, before in ((keys.k, keys.past_k), (keys.v, keys.past_v))
-        )
         return k[token], v[token], visible
 
 
