@@ -6,9 +6,10 @@ Legend: B batch, T tokens, S sequences (rows or packed documents), D hidden_size
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +20,27 @@ from hmf.errors import HmfError
 from .layout import PackedLayout
 
 States = dict[str, torch.Tensor]
+
+
+class StateShape(NamedTuple):
+    """One state of one sequence at its largest.
+
+    kind: "recurrent" (float32), "conv" and "window" (the model's dtype; a window's first dimension counts positions),
+    or "count" (int64).
+    """
+
+    shape: tuple[int, ...]
+    kind: Literal["recurrent", "conv", "window", "count"]
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Bytes as `Mixer.mix` returns it, in a model of `dtype`."""
+        width = {"recurrent": torch.float32, "count": torch.int64}.get(self.kind, dtype).itemsize
+        return math.prod(self.shape) * width
+
+
+def split_heads(heads: int, ranks: int) -> int:
+    """Heads on each of `ranks` tensor-parallel ranks; where there are fewer heads than ranks, ranks share one."""
+    return max(1, heads // ranks)
 
 
 @dataclass
@@ -133,12 +155,10 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
-    @torch.no_grad()
-    def state_bytes(self) -> int:
-        """Bytes that one sequence's states take, as computed (recurrent ones in float32)."""
-        weight = next(p for p in self.parameters() if p.dim() == 2)
-        _, states = self.mix(weight.new_zeros(1, 1, self.hidden_size), None, None, None)
-        return sum(x.numel() * x.element_size() for x in states.values())
+    @classmethod
+    def state_shapes(cls, config: Any, ranks: int = 1) -> dict[str, StateShape]:
+        """The states that `mix` returns, by name and without S, on one of `ranks` tensor-parallel ranks."""
+        raise NotImplementedError
 
     def init_recurrence(self, generator: torch.Generator | None = None) -> None:
         """Fill the directly owned parameters (decay, step size); a mixer without any has nothing to do."""

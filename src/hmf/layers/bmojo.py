@@ -19,7 +19,7 @@ from hmf.ops import KeySet, windowed_attention
 from hmf.ops.window import latest
 
 from .attention import rotate, stock_parameters
-from .base import Mixer, Start, States
+from .base import Mixer, Start, States, StateShape, split_heads
 from .swa import count_tokens
 
 INNER = "inner_"  # opens the names of the recurrent layer's states
@@ -72,6 +72,17 @@ class BMojoF(Mixer):
     @property
     def inner(self) -> Mixer:
         return self.get_submodule(self.inner_name)
+
+    @classmethod
+    def state_shapes(cls, config: Any, ranks: int = 1) -> dict[str, StateShape]:
+        from .registry import mixer_class
+
+        o = cls.options_for(config)
+        inner = mixer_class(o.inner_symbol).state_shapes(config, ranks)
+        shape = split_heads(o.num_key_value_heads, ranks), o.head_dim
+        near, fading = (StateShape((reach, *shape), "window") for reach in (o.window_size - 1, 2 * o.window_size - 1))
+        windows = {"k": near, "v": near, "fading_k": fading, "fading_v": fading}
+        return {INNER + name: state for name, state in inner.items()} | windows | {"seen": StateShape((), "count")}
 
     def mix(self, hidden_states, states, cu_seqlens, position_embeddings) -> tuple[torch.Tensor, States]:
         before = states or {}

@@ -19,11 +19,15 @@ class GatedDeltaNet(LinearMixer):
 
     symbol = "GDN"
     decay_name = "gk_proj"
+    recurrent_states = ("recurrent",)
 
     def __init__(self, config: Any, layer_idx: int):
-        options = self.options_for(config)
-        super().__init__(config, layer_idx, dict.fromkeys("qkv", options.conv_bias) if options.use_short_conv else {})
-        self.b_proj = nn.Linear(options.hidden_size, options.num_heads, bias=False)
+        super().__init__(config, layer_idx)
+        self.b_proj = nn.Linear(self.options.hidden_size, self.options.num_heads, bias=False)
+
+    @staticmethod
+    def convs(options: Any) -> dict[str, bool]:
+        return dict.fromkeys("qkv", options.conv_bias) if options.use_short_conv else {}
 
     def mix(self, hidden_states, states, cu_seqlens, position_embeddings) -> tuple[torch.Tensor, States]:
         new: States = {}

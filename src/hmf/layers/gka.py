@@ -24,14 +24,19 @@ class GatedKalmaNet(LinearMixer):
 
     symbol = "GKA"
     decay_name = "a_proj"
+    recurrent_states = ("covariance", "recurrent")
 
     def __init__(self, config: Any, layer_idx: int):
-        options = self.options_for(config)
-        super().__init__(config, layer_idx, dict.fromkeys("qkv" if options.use_v_conv else "qk", False))
+        super().__init__(config, layer_idx)
+        options = self.options
         if options.use_beta_gate:
             self.b_proj = nn.Linear(options.hidden_size, options.num_heads)
         if options.use_alpha_connection:
             self.alpha_proj = nn.Linear(options.hidden_size, options.num_heads)
+
+    @staticmethod
+    def convs(options: Any) -> dict[str, bool]:
+        return dict.fromkeys("qkv" if options.use_v_conv else "qk", False)
 
     def activates(self, name: str) -> bool:
         return False  # published: v without its convolution is linear

@@ -14,7 +14,7 @@ from torch import nn
 
 from hmf.ops import short_conv
 
-from .base import Mixer, Start, States, init_decay
+from .base import Mixer, Start, States, StateShape, init_decay, split_heads
 
 
 class LowRank(nn.Module):
@@ -34,11 +34,11 @@ class LinearMixer(Mixer):
 
     float32_parameters = ("A_log", "dt_bias")
     decay_name: ClassVar[str]
+    recurrent_states: ClassVar[tuple[str, ...]]  # names of the [S, H, K, K] states
 
-    def __init__(self, config: Any, layer_idx: int, convs: dict[str, bool], use_decay: bool = True):
-        """convs: which of q, k, v have a short convolution, and whether it has a bias."""
+    def __init__(self, config: Any, layer_idx: int, use_decay: bool = True):
         super().__init__(config, layer_idx)
-        o = self.options
+        o, convs = self.options, self.convs(self.options)
         widths = {"q": o.num_q_heads * o.head_dim, "k": o.num_k_heads * o.head_dim, "v": o.num_v_heads * o.head_dim}
         for name, width in widths.items():
             self.add_module(f"{name}_proj", nn.Linear(o.hidden_size, width, bias=False))
@@ -60,6 +60,22 @@ class LinearMixer(Mixer):
             if o.kv_learnable_residual:
                 self.k_rep = nn.Parameter(torch.zeros(o.num_heads, o.num_k_heads))
                 self.v_rep = nn.Parameter(torch.zeros(o.num_heads, o.num_v_heads))
+
+    @staticmethod
+    def convs(options: Any) -> dict[str, bool]:
+        """Which of q, k, v have a short convolution, and whether it has a bias."""
+        raise NotImplementedError
+
+    @classmethod
+    def state_shapes(cls, config: Any, ranks: int = 1) -> dict[str, StateShape]:
+        o = cls.options_for(config)
+        heads = {"q": o.num_q_heads, "k": o.num_k_heads, "v": o.num_v_heads}
+        convs = {
+            f"conv_{name}": StateShape((split_heads(heads[name], ranks) * o.head_dim, o.conv_size - 1), "conv")
+            for name in cls.convs(o)
+        }
+        recurrent = StateShape((split_heads(o.num_heads, ranks), o.head_dim, o.head_dim), "recurrent")
+        return convs | dict.fromkeys(cls.recurrent_states, recurrent)
 
     def project(
         self,

@@ -15,7 +15,7 @@ from torch import nn
 from hmf.ops import short_conv, ssd
 
 from .attention import rotate, stock_parameters
-from .base import Mixer, Start, States, init_decay
+from .base import Mixer, Start, States, StateShape, init_decay, split_heads
 
 CONV_SIZE, QK_NORM_EPS, NORM_EPS = 4, 1e-6, 1e-5  # fixed in the published format
 
@@ -41,6 +41,16 @@ class Mamba2(Mixer):
         self.D = nn.Parameter(torch.ones(self.heads))
         self.norm = nn.RMSNorm(o.d_inner, eps=NORM_EPS)  # weight of all heads; normalises each head alone
         self.out_proj = nn.Linear(o.d_inner, o.d_model, bias=False)
+
+    @classmethod
+    def state_shapes(cls, config: Any, ranks: int = 1) -> dict[str, StateShape]:
+        ssm = cls.options_for(config).ssm_cfg
+        heads, head_dim = split_heads(ssm["ngroups"], ranks), ssm["d_state"]
+        kv_heads = split_heads(config.num_key_value_heads, ranks)
+        return {
+            "conv": StateShape(((heads + 2 * kv_heads) * head_dim, CONV_SIZE - 1), "conv"),
+            "recurrent": StateShape((heads, head_dim, head_dim), "recurrent"),
+        }
 
     def mix(self, hidden_states, states, cu_seqlens, position_embeddings) -> tuple[torch.Tensor, States]:
         o, new = self.options, {}

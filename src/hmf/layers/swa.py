@@ -17,7 +17,7 @@ from hmf.ops import KeySet, windowed_attention
 from hmf.ops.window import latest
 
 from .attention import rotate, stock_parameters
-from .base import Mixer, Start, States
+from .base import Mixer, Start, States, StateShape, split_heads
 
 
 class SlidingWindowAttention(Mixer):
@@ -39,13 +39,22 @@ class SlidingWindowAttention(Mixer):
             self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states, *args, position_embeddings=None, position_ids=None, **kwargs):
+    @classmethod
+    def state_shapes(cls, config: Any, ranks: int = 1) -> dict[str, StateShape]:
+        reach, kv_heads = cls.options_for(config).window_size - 1, split_heads(config.num_key_value_heads, ranks)
+        window = StateShape((reach, kv_heads, base_head_dim(config)), "window")
+        return {"k": window, "v": window, "seen": StateShape((), "count")}
+
+    def forward(
+        self, hidden_states, layout=None, past_key_values=None, position_embeddings=None, position_ids=None, **kwargs
+    ):
         """As `Mixer.forward`; for bases that scale queries by position, the scale travels with the rotary tables."""
-        if (beta := self.rope.get("llama_4_scaling_beta")) is not None and position_embeddings is not None:
+        if (beta := self.rope.get("llama_4_scaling_beta")) is not None:
             # Ministral 3: queries grow with the log of how often the position exceeds the pre-training length.
             times = (position_ids // self.rope["original_max_position_embeddings"]).float()
-            position_embeddings = (*position_embeddings, (1 + beta * times.log1p())[..., None, None].to(hidden_states))
-        return super().forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
+            scale = (1 + beta * times.log1p())[..., None, None]
+            position_embeddings = (*position_embeddings, scale.to(hidden_states))
+        return super().forward(hidden_states, layout, past_key_values, position_embeddings)
 
     def mix(self, hidden_states, states, cu_seqlens, position_embeddings) -> tuple[torch.Tensor, States]:
         q, k, v = (getattr(self, f"{name}_proj")(hidden_states).unflatten(-1, (-1, self.head_dim)) for name in "qkv")

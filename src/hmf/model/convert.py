@@ -91,5 +91,6 @@ def footprint(model: PreTrainedModel) -> dict[str, int]:
     attention_layers = config.num_hidden_layers - (len(pattern.replaced) if pattern else 0)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv = attention_layers * 2 * config.num_key_value_heads * head_dim * model.dtype.itemsize
-    state = sum(mixer.state_bytes() for _, mixer in mixers(model)) if pattern else 0
+    shapes = [mixer.state_shapes(config) for _, mixer in mixers(model)] if pattern else []
+    state = sum(shape.bytes(model.dtype) for layer in shapes for shape in layer.values())
     return {"parameters": model.num_parameters(), "kv_bytes_per_token": kv, "state_bytes": state}
