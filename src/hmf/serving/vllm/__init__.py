@@ -21,7 +21,10 @@ def register() -> None:
     from hmf.model.families import FAMILIES  # importing hmf has made their configurations known to AutoConfig
 
     from .config import HybridConfig
+    from .support import MIXERS, state_backend
 
+    for symbol in MIXERS:
+        state_backend(symbol)
     for family in FAMILIES.values():
         architecture = f"{family.hybrid_prefix}ForCausalLM"
         MODELS_CONFIG_MAP[architecture] = HybridConfig

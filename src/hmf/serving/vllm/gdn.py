@@ -26,10 +26,10 @@ from hmf.layers.linear import LowRank
 from hmf.ops import gated_delta_rule, short_conv
 
 from .parts import NormWeight, ShortConvWeights, rms_norm
-from .recurrent import RecurrentBackend, RecurrentMixer, State, Tensors, state_backend
+from .recurrent import RecurrentBackend, RecurrentMixer, State, Tensors
 
 
-class GDNBackend(RecurrentBackend):
+class Backend(RecurrentBackend):
     @staticmethod
     def get_name() -> str:
         return "HMF_GDN"
@@ -37,7 +37,6 @@ class GDNBackend(RecurrentBackend):
 
 class GatedDeltaNet(RecurrentMixer):
     symbol = "GDN"
-    backend_type = state_backend("HMF_GDN", GDNBackend)
 
     def __init__(self, config: Any, quant_config: QuantizationConfig | None, prefix: str):
         super().__init__(config, prefix)

@@ -27,10 +27,12 @@ from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc, get
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE, direct_register_custom_op
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadata, BaseMambaAttentionMetadataBuilder
-from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
 from hmf.config.layers import layer_options
+
+from .support import state_backend
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handler prints it
 
@@ -54,7 +56,7 @@ class RecurrentMetadataBuilder(BaseMambaAttentionMetadataBuilder[RecurrentMetada
 
 
 class RecurrentBackend(AttentionBackend):
-    """Base of the backends. Each layer type has its own, so that types with different states can share a model."""
+    """Base of the backends. Each layer type's module has its own, `Backend`: types may then share a model."""
 
     @staticmethod
     def get_builder_cls() -> type[RecurrentMetadataBuilder]:
@@ -63,14 +65,6 @@ class RecurrentBackend(AttentionBackend):
     @classmethod
     def is_ssm(cls) -> bool:
         return True
-
-
-def state_backend(name: str, backend: type[RecurrentBackend]) -> MambaAttentionBackendEnum:
-    """The member of vLLM's table of state backends that stands for `backend`, made on first use."""
-    path = f"{backend.__module__}.{backend.__qualname__}"
-    if name not in MambaAttentionBackendEnum.__members__:
-        register_backend(name, path, is_mamba=True)
-    return MambaAttentionBackendEnum[name]
 
 
 def state_dtypes(states: tuple[State, ...], vllm_config: Any) -> tuple[torch.dtype, ...]:
@@ -83,11 +77,10 @@ def state_dtypes(states: tuple[State, ...], vllm_config: Any) -> tuple[torch.dty
 class RecurrentMixer(MambaBase, nn.Module):
     """A recurrent token mixer at the place of a decoder layer's attention.
 
-    A subclass gives `symbol`, `backend_type`, `states`, `output_shape`, `project`, `recur` and `finish`.
+    A subclass gives `symbol`, `states`, `output_shape`, `project`, `recur` and `finish`, and a row of `support.MIXERS`.
     """
 
     symbol: ClassVar[str]  # in the layer pattern
-    backend_type: ClassVar[MambaAttentionBackendEnum]
 
     def __init__(self, config: Any, prefix: str):
         super().__init__()
@@ -146,7 +139,7 @@ class RecurrentMixer(MambaBase, nn.Module):
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:
-        return self.backend_type
+        return state_backend(self.symbol)
 
     def get_kv_cache_spec(self, vllm_config: Any) -> Any:
         cache = vllm_config.cache_config

@@ -15,7 +15,8 @@ from hmf.errors import HmfError
 
 TESTED_VLLM = SpecifierSet(">=0.32.0,<0.33")
 
-# Layer symbols with a vLLM layer, and where it is; imported only by the processes that run the model.
+# Layer symbols with a vLLM layer, and where it is; imported only by the processes that run the model. Its module also
+# has a `Backend`.
 MIXERS = {"GDN": "hmf.serving.vllm.gdn:GatedDeltaNet"}
 
 Problem = Callable[[Any], str | None]
@@ -40,6 +41,19 @@ def mixer_class(symbol: str) -> Any:
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
     return resolve_obj_by_qualname(MIXERS[symbol].replace(":", "."))
+
+
+def state_backend(symbol: str) -> Any:
+    """The member of vLLM's table of state backends that stands for a layer symbol, made on first use.
+
+    Every process needs it, as vLLM sends members from one to another by value: the path of the module's `Backend`.
+    """
+    from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
+
+    name = f"HMF_{symbol}"
+    if name not in MambaAttentionBackendEnum.__members__:
+        register_backend(name, f"{MIXERS[symbol].partition(':')[0]}.Backend", is_mamba=True)
+    return MambaAttentionBackendEnum[name]
 
 
 def _fused(config: Any) -> str | None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from hmf.errors import HmfError
+from hmf.model.families import family_of
+from hmf.model.modeling import hybrid_classes
 
 # Computed from the configuration; old checkpoints carry it and every loader drops it.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
@@ -22,10 +24,9 @@ def expected_tensors(config: Any) -> tuple[dict[str, torch.Size], set[str]]:
 
     The second value names those that may be absent because they are tied to others.
     """
-    from transformers import AutoModelForCausalLM
-
+    # Not through AutoModel: a worker process gets a copy of the config's class, which the Auto classes do not know.
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = hybrid_classes(family_of(config.model_type)).causal_lm(config)
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
     expected: dict[str, torch.Size] = {}
     for name, tensor in model.state_dict().items():

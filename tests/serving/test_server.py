@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm serve` with the model card's flags: its own processes, torch.compile, the plugin through its entry point."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.serving.scripted import save_scripted
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
+
+CARD_FLAGS = [
+    "--enable-prefix-caching",
+    *("--mamba-cache-mode", "align"),
+    *("--mamba-cache-dtype", "float32"),
+    *("--mamba-ssm-cache-dtype", "float32"),
+    "--enable-auto-tool-choice",
+    *("--tool-call-parser", "hermes"),
+    *("--reasoning-parser", "qwen3"),
+]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_time",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
+    }
+]
+HI = [{"role": "user", "content": "Hi"}]
+QUIET = {"chat_template_kwargs": {"enable_thinking": False}}
+
+
+def start_server(model: Path, log: Path, *flags: str) -> tuple[subprocess.Popen, str]:
+    """A server of `model` in its own process group, once it answers; and its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [Path(sysconfig.get_path("scripts")) / "vllm", "serve", model, *flags, "--port", str(port)]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+    address, until = f"http://127.0.0.1:{port}", time.monotonic() + 500
+    while time.monotonic() < until and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=5):
+                return process, address
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    stop(process)
+    pytest.fail(f"the server did not start:\n{log.read_text()[-4000:]}")
+
+
+def stop(process: subprocess.Popen) -> int:
+    """Ctrl-C, and as a last resort an end to the whole group."""
+    process.send_signal(signal.SIGINT)
+    try:
+        return process.wait(60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """(address, directory of the model, log file) of a running server."""
+    model = tmp_path_factory.mktemp("scripted")
+    save_scripted(model)
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    process, address = start_server(model, log, *CARD_FLAGS)
+    yield address, str(model), log
+    stop(process)
+
+
+@pytest.fixture(scope="module")
+def ask(server):
+    """`client.chat.completions.create` on that server, greedy."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{server[0]}/v1", api_key="none")
+
+    def create(messages, **options):
+        return client.chat.completions.create(model=server[1], messages=messages, temperature=0, **options)
+
+    return create
+
+
+def post(server, **body) -> dict:
+    """The card's curl call."""
+    request = urllib.request.Request(
+        f"{server[0]}/v1/chat/completions",
+        json.dumps({"model": server[1], **body}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)["choices"][0]
+
+
+def test_thinking_is_kept_apart(server):
+    message = post(server, messages=HI)["message"]
+    assert (message["reasoning"], message["content"].strip()) == ("ponder deeply", "Hello world")
+
+
+def test_thinking_off(server):
+    message = post(server, messages=HI, **QUIET)["message"]
+    assert (message["reasoning"], message["content"]) == (None, "Hello world")
+
+
+@pytest.mark.parametrize(("options", "thought"), [({}, "ponder deeply"), ({"extra_body": QUIET}, "")])
+def test_streaming(ask, options, thought):
+    content, reasoning, chunks = "", "", 0
+    for chunk in ask(HI, stream=True, **options):
+        delta = chunk.choices[0].delta
+        content += delta.content or ""
+        reasoning += getattr(delta, "reasoning", None) or ""
+        chunks += 1
+    assert (reasoning, content.strip()) == (thought, "Hello world")
+    assert chunks > 2
+
+
+def test_tool_call(ask):
+    choice = ask(HI, tools=TOOLS).choices[0]
+    assert choice.finish_reason == "tool_calls"
+    function = choice.message.tool_calls[0].function
+    assert (function.name, json.loads(function.arguments)) == ("get_time", {"city": "Rome"})
+
+
+def test_tool_call_streamed(ask):
+    name, arguments = "", ""
+    for chunk in ask(HI, tools=TOOLS, stream=True):
+        for call in chunk.choices[0].delta.tool_calls or ():
+            name += call.function.name or ""
+            arguments += call.function.arguments or ""
+    assert (name, json.loads(arguments)) == ("get_time", {"city": "Rome"})
+
+
+def test_prefix_hits_are_in_the_metrics(server, ask):
+    def hits() -> float:
+        with urllib.request.urlopen(f"{server[0]}/metrics", timeout=60) as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:prefix_cache_hits_total"))
+
+    long = [{"role": "user", "content": "word" * 300}]
+    before = hits()
+    answers = [ask(long, extra_body=QUIET).choices[0].message.content for _ in range(2)]
+    assert answers == ["Hello world"] * 2
+    assert hits() - before >= 128
+
+
+def test_start_says_the_smallest_cacheable_prefix(server):
+    line = next(line for line in server[2].read_text().splitlines() if "smallest cacheable prefix" in line)
+    assert "is 128 tokens" in line

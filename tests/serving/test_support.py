@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the plugin refuses, it refuses before anything is loaded, in one line; what it does not know it leaves alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hmf.errors import HmfError
+from hmf.serving.vllm import support
+from hmf.serving.vllm.weights import account, expected_tensors
+from tests.hybrids import Case, tiny_config
+from tests.serving import engines
+
+ROOT = Path(__file__).resolve().parents[2]
+GDN = Case("GDN", "vllm")
+
+
+@pytest.fixture(scope="module")
+def hybrid_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("hybrid")
+    engines.save_hybrid(path, GDN)
+    return path
+
+
+def engine_config(path, **options):
+    """vLLM's checked configuration, as both `vllm serve` and `LLM` make it first."""
+    from vllm import EngineArgs
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    options = {"dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True} | options
+    return EngineArgs(model=str(path), **options).create_engine_config()
+
+
+def refused(path, **options) -> str:
+    with pytest.raises(HmfError) as caught:
+        engine_config(path, **options)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+@pytest.mark.vllm
+class TestVersion:
+    @pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "1.0.0"])
+    def test_untested_version_stops(self, monkeypatch, version):
+        import vllm
+
+        from hmf.serving.vllm import register
+
+        monkeypatch.setattr(vllm, "__version__", version)
+        with pytest.raises(HmfError, match=rf"tested with vLLM .*0\.32.* and this is {version}; install"):
+            register()
+
+    @pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.32.0+cpu"])
+    def test_tested_version(self, monkeypatch, version):
+        import vllm
+
+        monkeypatch.setattr(vllm, "__version__", version)
+        support.check_version()
+
+
+@pytest.mark.vllm
+class TestRegistration:
+    def test_again_changes_nothing(self):
+        from vllm.model_executor.models import ModelRegistry
+
+        from hmf.serving.vllm import register
+
+        register()
+        once = set(ModelRegistry.get_supported_archs())
+        register()
+        assert set(ModelRegistry.get_supported_archs()) == once
+        assert "HybridQwen3ForCausalLM" in once
+
+    def test_every_family_has_a_model(self):
+        from hmf.model.families import FAMILIES
+        from hmf.serving.vllm import models
+
+        for family in FAMILIES.values():
+            assert issubclass(getattr(models, f"{family.hybrid_prefix}ForCausalLM"), models.HybridForCausalLM)
+
+    def test_plain_models_are_not_touched(self, tiny_qwen3_dir):
+        config = engine_config(tiny_qwen3_dir, enable_prefix_caching=True)
+        assert config.model_config.architecture == "Qwen3ForCausalLM"
+        assert not config.model_config.is_hybrid
+        assert config.cache_config.mamba_cache_dtype == "auto"
+        assert "hmf::recurrent_mix" not in config.compilation_config._attention_ops
+
+
+@pytest.mark.vllm
+class TestStates:
+    def test_dtype_comes_from_the_checkpoint(self, hybrid_dir):
+        cache = engine_config(hybrid_dir, dtype="bfloat16").cache_config
+        assert (cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype) == ("float32", "float32")
+
+    def test_card_flags(self, hybrid_dir):
+        flags = {"mamba_cache_mode": "align", "mamba_cache_dtype": "float32", "mamba_ssm_cache_dtype": "float32"}
+        cache = engine_config(hybrid_dir, enable_prefix_caching=True, **flags).cache_config
+        assert (cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype) == ("float32", "float32")
+        assert cache.mamba_cache_mode == "align"
+
+    def test_prefix_caching_without_flags(self, hybrid_dir):
+        assert engine_config(hybrid_dir, enable_prefix_caching=True).cache_config.mamba_cache_mode == "align"
+
+
+@pytest.mark.vllm
+class TestRefusals:
+    def test_speculative_decoding(self, hybrid_dir):
+        options = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+        assert "drop --speculative-config" in refused(hybrid_dir, speculative_config=options)
+
+    def test_lora(self, hybrid_dir):
+        assert "merge the adapter" in refused(hybrid_dir, enable_lora=True)
+
+    def test_kv_transfer(self, hybrid_dir):
+        from vllm.config import KVTransferConfig
+
+        options = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+        assert "--kv-transfer-config" in refused(hybrid_dir, kv_transfer_config=options)
+
+    def test_cache_mode_all(self, hybrid_dir):
+        config = engine_config(hybrid_dir, enable_prefix_caching=True)
+        config.cache_config.mamba_cache_mode = "all"  # vLLM 0.32's own command line no longer offers it
+        with pytest.raises(HmfError, match="--mamba-cache-mode align"):
+            support.check(config)
+
+    def test_fused_checkpoint(self, tmp_path):
+        tiny_config(GDN, **engines.DIMENSIONS, architectures=["HybridQwen3ForCausalLM"]).save_pretrained(tmp_path)
+        text = (tmp_path / "config.json").read_text()
+        for plain, fused in (('"GDN-*-GDN"', '"GDN*-*DA-GDN*"'), ('"*"', '"*DA"'), ('"GDN"', '"GDN*"')):
+            assert plain in text
+            text = text.replace(plain, fused)
+        (tmp_path / "config.json").write_text(text)
+        assert "hmf export" in refused(tmp_path)
+
+    def test_layer_type_without_a_vllm_layer(self, hybrid_dir, monkeypatch):
+        monkeypatch.setattr(support, "MIXERS", {})
+        assert "layers of type GDN have no vLLM layer" in refused(hybrid_dir)
+
+    def test_head_dim_without_a_kernel(self, tmp_path):
+        tiny_config(GDN, architectures=["HybridQwen3ForCausalLM"]).save_pretrained(tmp_path)
+        assert "no kernel for head_dim 8" in refused(tmp_path)
+
+    def test_heads_that_do_not_split(self, hybrid_dir):
+        assert "do not split over 3 ranks" in refused(
+            hybrid_dir, tensor_parallel_size=3, distributed_executor_backend="mp"
+        )
+
+
+class TestWeights:
+    @pytest.fixture
+    def tensors(self, hybrid_dir):
+        from safetensors.torch import load_file
+
+        return load_file(hybrid_dir / "model.safetensors")
+
+    @pytest.fixture
+    def expected(self, hybrid_dir):
+        from transformers import AutoConfig
+
+        return expected_tensors(AutoConfig.from_pretrained(hybrid_dir))
+
+    def test_whole(self, tensors, expected):
+        assert dict(account(tensors.items(), *expected)).keys() == tensors.keys()
+
+    @pytest.mark.parametrize(
+        ("change", "line"),
+        [
+            (lambda t: t.pop("model.layers.0.gdn.k_proj.weight"), r"missing: model\.layers\.0\.gdn\.k_proj\.weight$"),
+            (lambda t: t.update({"model.layers.0.gdn.k_proj.bias": torch.ones(64)}), r"unexpected: .*k_proj\.bias$"),
+            (
+                lambda t: t.update({"model.layers.0.gdn.A_log": torch.ones(7)}),
+                r"wrong shape: model\.layers\.0\.gdn\.A_log \[7\] instead of \[4\]$",
+            ),
+            (
+                lambda t: t.update({"model.layers.2.gdn.g.weight": t.pop("model.layers.2.gdn.g_proj.weight")}),
+                r"missing: model\.layers\.2\.gdn\.g_proj\.weight; unexpected: model\.layers\.2\.gdn\.g\.weight$",
+            ),
+        ],
+    )
+    def test_damaged(self, tensors, expected, change, line):
+        change(tensors)
+        with pytest.raises(HmfError, match=line):
+            dict(account(tensors.items(), *expected))
+
+    def test_tied_head_may_be_absent(self, tensors, tmp_path):
+        config = tiny_config(GDN, "X-*-X-*", tie_word_embeddings=True, **engines.DIMENSIONS)
+        expected = expected_tensors(config)
+        dict(account(tensors.items(), *expected))
+        del tensors["lm_head.weight"]
+        dict(account(tensors.items(), *expected))
+
+
+def test_documentation_prints_the_table():
+    assert support.markdown() in (ROOT / "docs" / "serving.md").read_text()
