@@ -111,8 +111,8 @@ def check_merged(folder: Path, config: Any) -> None:
     check_loading(str(folder), {"missing_keys": missing, "unexpected_keys": extra, "mismatched_keys": misshapen})
 
 
-def require_checkpoint(source: str | Path) -> Path:
-    """`source` as a directory with a readable config and whole weight files, or HmfError naming what is not."""
+def require_config(source: str | Path) -> Path:
+    """`source` as a directory with a readable config, or HmfError naming what is not."""
     folder = Path(source)
     if not folder.is_dir():
         raise HmfError(f"{folder}: no such directory; give a local checkpoint directory")
@@ -120,6 +120,12 @@ def require_checkpoint(source: str | Path) -> Path:
     if not config_file.is_file():
         raise HmfError(f"{folder}: no config.json; this is not a checkpoint directory")
     _read_object(config_file)
+    return folder
+
+
+def require_checkpoint(source: str | Path) -> Path:
+    """`source` as a directory with a readable config and whole weight files, or HmfError naming what is not."""
+    folder = require_config(source)
     for name in _weight_files(folder):
         if not (folder / name).is_file():
             raise HmfError(f"{folder / name}: missing, though the index names it")
@@ -162,9 +168,12 @@ def _read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def load_config(source: str | Path) -> Any:
-    """The config of a checkpoint directory, a base's or a Hybrid's; HmfError where it does not parse."""
-    folder = require_checkpoint(source)
+def load_config(source: str | Path, weights: bool = True) -> Any:
+    """The config of a checkpoint directory, a base's or a Hybrid's; HmfError where it does not parse.
+
+    weights: whether the weights must be there too.
+    """
+    folder = require_checkpoint(source) if weights else require_config(source)
     file = folder / "config.json"
     model_type = _read_object(file).get("model_type")
     if not isinstance(model_type, str):
