@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hmf.ops import linear_attention, ssd
+from hmf.ops import linear_attention, state_space_dual
 from hmf.ops.ssd import chunked, reference
 from tests.ops import recurrent
 from tests.ops.cases import QUICK, assert_same, documents, log_decay, normal
@@ -66,7 +66,7 @@ def test_without_decay_it_is_attention_without_softmax():
 def test_ssd_is_mamba2s_recurrence():
     B, C, x, _ = inputs(1, 9)
     dt, A, D = F.softplus(normal(1, 9, H)), -torch.rand(H, dtype=torch.float64) * 3, normal(H)
-    y, state = ssd(x, B, C, dt, A, D)
+    y, state = state_space_dual(x, B, C, dt, A, D)
     S = torch.zeros(H, V, K, dtype=torch.float64)  # the paper's orientation
     for t in range(9):
         S = (dt[0, t] * A).exp()[:, None, None] * S + dt[0, t, :, None, None] * x[0, t, :, :, None] * B[0, t, :, None]
@@ -77,7 +77,7 @@ def test_ssd_is_mamba2s_recurrence():
 def test_ssd_in_bfloat16_keeps_the_step_sizes_exact():
     B, C, x, _ = (y.bfloat16() for y in inputs(1, 40))
     dt, A = F.softplus(normal(1, 40, H)).float(), -torch.rand(H)
-    y, state = ssd(x, B, C, dt, A)
-    expected, final = ssd(x.double(), B.double(), C.double(), dt.double(), A.double())
+    y, state = state_space_dual(x, B, C, dt, A)
+    expected, final = state_space_dual(x.double(), B.double(), C.double(), dt.double(), A.double())
     assert (y.dtype, state.dtype) == (torch.bfloat16, torch.float32)
     assert_same([y.double(), state.double()], [expected, final], 2e-2)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hmf.ops import short_conv, ssd
+from hmf.ops import short_conv, state_space_dual
 
 from .attention import rotate, stock_parameters
 from .base import Mixer, Start, States, StateShape, init_decay, split_heads
@@ -67,7 +67,7 @@ class Mamba2(Mixer):
         x, B, C = (y.unflatten(-1, (-1, self.head_dim)) for y in x.split(widths[1:4], dim=-1))
         x, B = (y.repeat_interleave(self.heads // y.shape[-2], dim=-2) for y in (x, B))
         dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
-        y, new["recurrent"] = ssd(x, B, C, dt, -self.A_log.exp(), self.D, before[1], cu_seqlens)
+        y, new["recurrent"] = state_space_dual(x, B, C, dt, -self.A_log.exp(), self.D, before[1], cu_seqlens)
         compute = torch.promote_types(y.dtype, torch.float32)
         y = y.to(compute) * F.silu(z.to(compute)).view_as(y)
         y = F.rms_norm(y, y.shape[-1:], eps=NORM_EPS) * self.norm.weight.to(compute).view(self.heads, -1)

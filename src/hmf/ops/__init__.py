@@ -4,7 +4,7 @@
 from .conv import short_conv
 from .gdn import gated_delta_rule
 from .gka import gated_kalmanet
-from .ssd import linear_attention, ssd
+from .ssd import linear_attention, state_space_dual
 from .window import KeySet, windowed_attention
 
 __all__ = [
@@ -13,6 +13,6 @@ __all__ = [
     "gated_kalmanet",
     "linear_attention",
     "short_conv",
-    "ssd",
+    "state_space_dual",
     "windowed_attention",
 ]

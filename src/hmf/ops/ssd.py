@@ -21,7 +21,7 @@ from .varlen import ChunkLayout, sequence_lengths
 Result = tuple[torch.Tensor, torch.Tensor]
 
 
-def ssd(
+def state_space_dual(
     x: torch.Tensor,
     B: torch.Tensor,
     C: torch.Tensor,
