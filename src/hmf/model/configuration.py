@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from hmf.config.layers import LAYER_KINDS, layer_options, needed_kinds
+from hmf.config.layers import LAYER_KINDS, base_head_dim, layer_options, needed_kinds
 from hmf.config.pattern import ATTENTION, Pattern
 from hmf.errors import HmfError
 
@@ -34,6 +34,7 @@ class HybridConfigMixin(_Base):
         listed = self.layer_types
         self.layer_types = None
         super().__post_init__(**kwargs)
+        self.head_dim = base_head_dim(self)  # published for every family, also where the base leaves it out
         count = self.num_hidden_layers
         # On disk, and so here, the list may hold the pattern's symbols; in memory it holds transformers' names.
         has_symbols = any(symbol.rstrip("*") in LAYER_KINDS for symbol in listed or ())

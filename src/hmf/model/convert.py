@@ -33,7 +33,14 @@ def hybrid_config(base: Any, pattern: Pattern, options: Mapping[str, Mapping[str
         "architectures": [classes.causal_lm.__name__],
         **(options or {}),
     }
-    return classes.config(**fields)
+    config = classes.config(**fields)
+    kinds = getattr(base, "attention_types", None) or getattr(base, "layer_types", None)
+    if kinds and list(kinds) != config.attention_types:
+        raise HmfError(
+            f"config.json: layer_types {list(kinds)} is not what the config's other keys give "
+            f"({config.attention_types}), and a Hybrid has no place to keep it; only windows by rule are supported"
+        )
+    return config
 
 
 def hybridise(

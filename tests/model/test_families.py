@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every base family, from a checkpoint that stock transformers wrote to a Hybrid that generates."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hmf.config.pattern import Pattern
+from hmf.data.tokenizer import train_tokenizer
+from hmf.errors import HmfError
+from hmf.model.checkpoint import load_model
+from hmf.model.convert import drop_teacher, hybridise
+from hmf.model.families import FAMILIES
+from hmf.model.modeling import TEACHER, hybrid_classes
+from hmf.model.register import register
+from hmf.priming.export import export
+from hmf.priming.objectives import Stage1Objective, train_only_mixers
+from hmf.priming.stage0 import make_stage0
+from tests.hybrids import random_ids, randomise
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "norm_topk_prob": True}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 1.0,
+    "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "llama_4_scaling_beta": 0.1,
+}  # fmt: skip
+WINDOW = {"use_sliding_window": True, "sliding_window": 5}
+# family -> variant -> config fields. The first of each goes through the whole job.
+BASES: dict[str, dict[str, dict[str, Any]]] = {
+    "llama": {
+        "llama3-rope": {"rope_parameters": LLAMA3},
+        "biases": {"attention_bias": True, "mlp_bias": True},
+        "odd-head-dim-tied": {"head_dim": 12, "tie_word_embeddings": True},
+        "one-kv-head": {"num_key_value_heads": 1},
+        "mha": {"num_key_value_heads": 4},
+    },
+    "ministral3": {
+        "window": {"head_dim": 12, "rope_parameters": YARN, "sliding_window": 5},
+        "no-window": {"head_dim": 8, "rope_parameters": YARN, "tie_word_embeddings": True},
+    },
+    "qwen2": {
+        "windows-above": WINDOW | {"max_window_layers": 2, "tie_word_embeddings": True},
+        "one-kv-head": {"num_key_value_heads": 1},
+        "mha": {"num_key_value_heads": 4},
+    },
+    "qwen3": {
+        "odd-head-dim": {"head_dim": 12},
+        "biases-tied": {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True},
+        "windows-above": WINDOW | {"head_dim": 8, "max_window_layers": 1},
+    },
+    "qwen3_moe": {
+        "odd-head-dim": EXPERTS | {"head_dim": 12},
+        "dense-layers": EXPERTS | {"head_dim": 8, "mlp_only_layers": [1], "attention_bias": True},
+        "window": EXPERTS | WINDOW | {"head_dim": 8, "tie_word_embeddings": True},
+    },
+}
+CASES = [(family, variant) for family, variants in BASES.items() for variant in variants]
+every_base = pytest.mark.parametrize(("family", "variant"), CASES, ids=["-".join(case) for case in CASES])
+every_family = pytest.mark.parametrize(
+    ("family", "variant"), [(family, next(iter(variants))) for family, variants in BASES.items()], ids=list(BASES)
+)
+PATTERN = Pattern.parse("*-GDN-*-GDN")
+
+
+def stock_model(family: str, variant: str) -> Any:
+    """A random model of the family's stock class; norms and biases are random too."""
+    row = FAMILIES[family]
+    model = row.class_named("ForCausalLM")(row.config_class()(**(SIZES | BASES[family][variant])))
+    randomise(model)
+    return model.eval()
+
+
+def saved(model: Any, path: Path) -> Path:
+    model.save_pretrained(path)
+    return path
+
+
+def teacher_logits(fused: Any, ids: torch.Tensor, **given: Any) -> torch.Tensor:
+    inputs = fused.model.prepare(input_ids=ids, use_cache=False, **given)
+    hidden = fused.model.run_layers(inputs.hidden_states, inputs, range(4), TEACHER)
+    return fused.lm_head(fused.model.norm(hidden))
+
+
+def test_every_family_has_its_bases():
+    assert BASES.keys() == FAMILIES.keys()
+
+
+@every_base
+@torch.no_grad()
+def test_hybrid_of_attention_only_is_the_stock_model(family, variant, tmp_path):
+    stock = stock_model(family, variant)
+    fused = hybridise(load_model(saved(stock, tmp_path / "base")), Pattern.parse("*-*-*-*"))
+    saved(drop_teacher(fused), tmp_path / "hybrid")
+    hybrid = load_model(tmp_path / "hybrid")
+    ids, mask = random_ids(2, 17), torch.ones(2, 17, dtype=torch.long)
+    mask[1, :6] = 0
+    assert torch.equal(hybrid(ids).logits, stock(ids).logits)
+    given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+    padded, expected = hybrid(ids, **given).logits, stock(ids, **given).logits
+    assert torch.equal(padded[mask.bool()], expected[mask.bool()])
+    settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
+    assert hybrid.generate(ids, **settings).tolist() == stock.generate(ids, **settings).tolist()
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "hybrid"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def expected_tensors(base: dict[str, torch.Tensor], config: Any) -> dict[str, list[int]]:
+    """Names and shapes of the plain Hybrid's tensors, as the format's table has them."""
+    size, heads, kv_heads, width = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, 4
+    inner, kv = heads * config.head_dim, kv_heads * config.head_dim
+    mixer = {
+        "q_proj.weight": [inner, size], "k_proj.weight": [kv, size], "v_proj.weight": [kv, size],
+        "o_proj.weight": [size, inner], "g_proj.weight": [inner, size], "o_norm.weight": [config.head_dim],
+        "q_conv1d.weight": [inner, 1, width], "k_conv1d.weight": [kv, 1, width], "v_conv1d.weight": [kv, 1, width],
+        "b_proj.weight": [heads, size], "gk_proj.weight": [heads, size], "A_log": [heads], "dt_bias": [heads],
+    }  # fmt: skip
+    replaced = tuple(f"model.layers.{i}.self_attn." for i in PATTERN.replaced)
+    kept = {name: list(x.shape) for name, x in base.items() if not name.startswith(replaced)}
+    return kept | {f"model.layers.{i}.gdn.{name}": shape for i in PATTERN.replaced for name, shape in mixer.items()}
+
+
+@every_family
+def test_the_whole_job(family, variant, tmp_path):
+    stock = stock_model(family, variant)
+    make_stage0(saved(stock, tmp_path / "base"), PATTERN, tmp_path / "fused")
+    fused, ids = load_model(tmp_path / "fused"), random_ids(2, 17)
+    mask = torch.ones(2, 17, dtype=torch.long)
+    mask[1, 13:] = 0
+    with torch.no_grad():
+        assert torch.equal(teacher_logits(fused, ids), stock(ids).logits)
+        padded, expected = teacher_logits(fused, ids, attention_mask=mask), stock(ids, attention_mask=mask).logits
+        assert torch.equal(padded[mask.bool()], expected[mask.bool()])
+
+    train_only_mixers(fused)
+    fused.train()
+    optimiser = torch.optim.AdamW([p for p in fused.parameters() if p.requires_grad], lr=5e-3)
+    losses = []
+    for _ in range(6):
+        loss = fused(input_ids=ids, objective=Stage1Objective("all"))["loss"]
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+    fused.eval()
+    saved(fused, tmp_path / "stage1")
+    export(tmp_path / "stage1", tmp_path / "hybrid")
+    hybrid = load_model(tmp_path / "hybrid")
+    base, tensors = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "hybrid"))
+    assert {name: list(x.shape) for name, x in tensors.items()} == expected_tensors(base, hybrid.config)
+    assert all(torch.equal(base[name], tensors[name]) for name in base.keys() & tensors.keys())
+    with torch.no_grad():
+        assert torch.equal(hybrid(ids).logits, fused(ids).logits)
+        whole = hybrid.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        again = hybrid.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, use_cache=False)
+    assert whole.shape == (2, 23)
+    assert whole.tolist() == again.tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_published_config(family, tmp_path):
+    variant = next(iter(BASES[family]))
+    model = drop_teacher(hybridise(stock_model(family, variant), PATTERN))
+    written = json.loads((saved(model, tmp_path) / "config.json").read_text())
+    assert written["model_type"] == f"hybrid_{family}"
+    assert written["architectures"] == [f"Hybrid{FAMILIES[family].prefix}ForCausalLM"]
+    assert written["hybrid_override_pattern"] == "*-GDN-*-GDN"
+    assert written.get("layer_types") == (None if family == "ministral3" else ["*", "GDN", "*", "GDN"])
+    assert written["gdn_config"]["head_dim"] == written["head_dim"] == model.config.head_dim
+    if family == "qwen3_moe":
+        assert written["num_local_experts"] == 4
+        assert "num_experts" not in written
+
+
+def test_windows_of_replaced_layers_are_the_base_ones():
+    fused = hybridise(stock_model("qwen2", "windows-above"), PATTERN)
+    assert fused.config.attention_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
+    assert [layer.self_attn.sliding_window for layer in fused.model.layers] == [None, None, 5, 5]
+
+
+def test_windows_without_a_rule_are_refused():
+    row = FAMILIES["qwen2"]
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = row.config_class()(**SIZES, **WINDOW, max_window_layers=4, layer_types=kinds)
+    with pytest.raises(HmfError, match="layer_types .* is not what the config's other keys give"):
+        hybridise(row.class_named("ForCausalLM")(config), PATTERN)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["rope_parameters", "rope_scaling"])
+@torch.no_grad()
+def test_llama3_rope_scaling(legacy, tmp_path):
+    """Both spellings of the scaling in a base's config.json reach the Hybrid, and they matter."""
+    stock = stock_model("llama", "llama3-rope")
+    saved(stock, tmp_path / "base")
+    file = tmp_path / "base/config.json"
+    if legacy:
+        config = json.loads(file.read_text())
+        scaling = config.pop("rope_parameters")
+        file.write_text(json.dumps(config | {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}))
+    saved(drop_teacher(hybridise(load_model(tmp_path / "base"), PATTERN)), tmp_path / "hybrid")
+    hybrid = load_model(tmp_path / "hybrid")
+    assert hybrid.config.rope_parameters == LLAMA3
+    assert torch.equal(hybrid.model.rotary_emb.inv_freq, stock.model.rotary_emb.inv_freq)
+    assert not torch.equal(hybrid.model.rotary_emb.inv_freq, stock_model("llama", "mha").model.rotary_emb.inv_freq)
+
+
+@torch.no_grad()
+def test_router_outputs_and_balance_loss():
+    stock, ids = stock_model("qwen3_moe", "odd-head-dim"), random_ids(2, 9)
+    attention = drop_teacher(hybridise(stock, Pattern.parse("*-*-*-*")))
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, 5:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    given = {"labels": labels, "attention_mask": mask, "output_router_logits": True}
+    ours, theirs = attention(ids, **given), stock(ids, **given)
+    assert torch.equal(ours.aux_loss, theirs.aux_loss)
+    assert torch.equal(ours.loss, theirs.loss)
+    real = mask.flatten().bool()
+    assert all(torch.equal(a[real], b[real]) for a, b in zip(ours.router_logits, theirs.router_logits, strict=True))
+    hybrid = drop_teacher(hybridise(stock, PATTERN))
+    randomise(hybrid)
+    with torch.enable_grad():
+        output = hybrid(ids, labels=ids, output_router_logits=True)
+        output.aux_loss.backward()
+    assert [x.shape for x in output.router_logits] == [(18, 4)] * 4
+    assert hybrid.model.layers[1].gdn.v_proj.weight.grad.abs().max() > 0  # the next layers' routers depend on it
+
+
+EXPERT = "model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"
+
+
+def damaged(change: str, tensors: dict[str, torch.Tensor]) -> str:
+    """Make one change in place; returns the line that must come out of it."""
+    one = EXPERT.format(layer=1, expert=2, part="gate")
+    whole = [EXPERT.format(layer=1, expert=2, part=part) for part in ("gate", "up", "down")]
+    if change == "missing":
+        del tensors[one]
+        return f"tensors missing: {one}"
+    if change == "renamed":
+        tensors[one.replace("gate_proj", "gate_prj")] = tensors.pop(one)
+        return f"no tensor {one}, but there is {one.replace('gate_proj', 'gate_prj')}; was it renamed?"
+    if change == "renumbered":  # four experts still, in another order
+        for name in whole:
+            tensors[name.replace("experts.2", "experts.9")] = tensors.pop(name)
+        return f"no tensor {whole[2]}, but there is {whole[2].replace('experts.2', 'experts.9')}; was it renamed?"
+    if change == "extra":
+        tensors |= {name.replace("experts.2", "experts.4"): tensors[name].clone() for name in whole}
+        return f"tensors not of this model: {whole[2].replace('experts.2', 'experts.4')}"
+    if change == "misshapen":
+        tensors[one] = tensors[one][1:].contiguous()
+        return f"tensors of another shape: {one} (found [7, 32], needs [8, 32])"
+    raise AssertionError(change)
+
+
+@pytest.mark.parametrize("kind", ["base", "hybrid"])
+@pytest.mark.parametrize("change", ["missing", "renamed", "renumbered", "extra", "misshapen"])
+def test_every_expert_tensor_is_accounted_for_by_its_published_name(kind, change, tmp_path):
+    model = stock_model("qwen3_moe", "odd-head-dim")
+    saved(drop_teacher(hybridise(model, PATTERN)) if kind == "hybrid" else model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert EXPERT.format(layer=0, expert=3, part="down") in tensors
+    said = damaged(change, tensors)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(HmfError, match=re.escape(f"{tmp_path}: {said}")):
+        load_model(tmp_path)
+    if kind == "hybrid":
+        with pytest.raises(HmfError, match=re.escape(said)):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@every_family
+@pytest.mark.parametrize("change", ["missing", "extra"])
+def test_every_tensor_is_accounted_for(family, variant, change, tmp_path):
+    saved(drop_teacher(hybridise(stock_model(family, variant), PATTERN)), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    if change == "missing":
+        name = "model.layers.0.self_attn.k_proj.bias"
+        tensors.pop(name if name in tensors else (name := name.replace("bias", "weight")))
+        said = f"tensors missing: {name}"
+    else:
+        tensors["model.layers.1.gdn.q_proj.bias"] = torch.zeros(32)
+        said = "tensors not of this model: model.layers.1.gdn.q_proj.bias"
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(HmfError, match=re.escape(f"{tmp_path}: {said}")):
+        load_model(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(["It's the year 2024, isn't it?\n"] * 4, 280, "", 64).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("named", [None, "TokenizersBackend", "LlamaTokenizerFast", "Qwen2Tokenizer"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokenizer_is_the_base_ones(family, named, tokenizer_dir, tmp_path):
+    """Whatever class the files name, or none: a Hybrid reads them as its base does."""
+    row, read = FAMILIES[family], []
+    for name, config_class in (("base", row.config_class()), ("hybrid", hybrid_classes(row).config)):
+        folder = tmp_path / name
+        shutil.copytree(tokenizer_dir, folder)
+        config_class().save_pretrained(folder)
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        config.pop("tokenizer_class")
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(config | ({"tokenizer_class": named} if named else {}))
+        )
+        read.append(AutoTokenizer.from_pretrained(folder))
+    assert type(read[0]) is type(read[1])
+    text = "It's 2024:\n\n  isn't  it?"
+    assert read[0](text)["input_ids"] == read[1](text)["input_ids"]
+
+
+def test_another_family_is_refused(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    saved(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=61)), tmp_path / "base")
+    with pytest.raises(HmfError, match=r"model_type 'gpt2' is not among .*families\.py as docs/families\.md shows"):
+        make_stage0(tmp_path / "base", Pattern.parse("GDN"), tmp_path / "fused")
+    assert not (tmp_path / "fused").exists()
+
+
+def documented() -> dict[str, str]:
+    """The Python blocks of docs/families.md, by the family that each is about."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/families.md").read_text(), re.DOTALL)
+    return {name: block for block in blocks for name in ("Ministral3", "SmolLM3") if name in block}
+
+
+def test_language_model_of_a_model_that_reads_images(tmp_path):
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration, PixtralVisionConfig
+
+    vision = PixtralVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16
+    )
+    language = FAMILIES["ministral3"].config_class()(**(SIZES | BASES["ministral3"]["window"]))
+    parts = {"text_config": language, "vision_config": vision, "image_token_index": 10}
+    model = Mistral3ForConditionalGeneration(Mistral3Config(**parts)).eval()
+    with pytest.raises(HmfError, match=r"'mistral3' reads images too; take out its language model \(ministral3\)"):
+        make_stage0(saved(model, tmp_path / "whole"), PATTERN, tmp_path / "fused")
+    exec(documented()["Ministral3"], {"source": tmp_path / "whole", "target": tmp_path / "text"})
+    make_stage0(tmp_path / "text", PATTERN, tmp_path / "fused")
+    ids = random_ids(2, 9).clamp_min(11)
+    with torch.no_grad():
+        assert torch.equal(teacher_logits(load_model(tmp_path / "fused"), ids), model(ids).logits)
+
+
+def test_the_example_of_adding_a_family(tmp_path):
+    """The block of docs/families.md as it stands there, and then a Hybrid of that family."""
+    code = documented()["SmolLM3"]
+    assert len(code.splitlines()) < 30
+    added: dict[str, Any] = {}
+    before = set(FAMILIES)
+    try:
+        exec(compile(code, "docs/families.md", "exec"), added)
+        (name,) = set(FAMILIES) - before
+        make_stage0(saved(added["stock"], tmp_path / "base"), PATTERN, tmp_path / "fused")
+        hybrid, ids = export(tmp_path / "fused", tmp_path / "hybrid"), random_ids(2, 9)
+        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid")
+        assert torch.equal(reloaded(ids).logits, hybrid(ids).logits)
+        assert reloaded.generate(ids, max_new_tokens=3).shape[1] > 9
+        assert reloaded.config.model_type == f"hybrid_{name}"
+    finally:
+        for name in set(FAMILIES) - before:
+            del FAMILIES[name]
+        register()
