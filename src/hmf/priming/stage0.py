@@ -15,7 +15,7 @@ from hmf.errors import HmfError
 from hmf.layers.base import Start
 from hmf.model.checkpoint import load_config, load_model, save_checkpoint
 from hmf.model.convert import hybridise, mixers
-from hmf.model.families import family_of
+from hmf.model.families import FAMILIES, family_of
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def make_stage0(
     """`hmf init`: load `base`, hybridise, fill the mixers, save the fused checkpoint at `out` with base's tokenizer."""
     if Path(out).is_dir() and any(Path(out).iterdir()):
         raise HmfError(f"{out}: the output directory is in use; choose another or remove it first")
+    base_layers(base)  # refuses what cannot become a Hybrid before the weights are read
     base_model = load_model(base)
     model = hybridise(base_model, pattern, options)
     kept = len(base_model.state_dict())
@@ -70,6 +71,11 @@ def make_stage0(
 def base_layers(base: str | Path) -> int:
     """Number of layers of a supported base checkpoint; HmfError for another architecture or a Hybrid."""
     config = load_config(base)
+    if (text := getattr(config, "text_config", None)) is not None and text.model_type in FAMILIES:
+        raise HmfError(
+            f"{base}/config.json: {config.model_type!r} reads images too; take out its language model "
+            f"({text.model_type}) as docs/families.md shows and start from that"
+        )
     family_of(config.model_type, source=f"{base}/config.json")
     if config.model_type.startswith("hybrid_"):
         raise HmfError(f"{base}: is a Hybrid already ({config.hybrid_override_pattern}); start from its Transformer")
