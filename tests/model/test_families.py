@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hmf.config.pattern import Pattern
 from hmf.data.tokenizer import train_tokenizer
 from hmf.errors import HmfError
+from hmf.layers.registry import MIXERS
 from hmf.model.checkpoint import load_model
 from hmf.model.convert import drop_teacher, hybridise
 from hmf.model.families import FAMILIES
@@ -22,7 +23,7 @@ from hmf.model.modeling import TEACHER, hybrid_classes
 from hmf.model.register import register
 from hmf.priming.export import export
 from hmf.priming.objectives import Stage1Objective, train_only_mixers
-from hmf.priming.stage0 import make_stage0
+from hmf.priming.stage0 import initialise, make_stage0
 from tests.hybrids import random_ids, randomise
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,6 +141,9 @@ def test_the_whole_job(family, variant, tmp_path):
     stock = stock_model(family, variant)
     make_stage0(saved(stock, tmp_path / "base"), PATTERN, tmp_path / "fused")
     fused, ids = load_model(tmp_path / "fused"), random_ids(2, 17)
+    for layer in (fused.model.layers[i] for i in PATTERN.replaced):
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            assert torch.equal(getattr(layer.gdn, name).weight, getattr(layer.self_attn, name).weight)
     mask = torch.ones(2, 17, dtype=torch.long)
     mask[1, 13:] = 0
     with torch.no_grad():
@@ -172,6 +176,43 @@ def test_the_whole_job(family, variant, tmp_path):
         again = hybrid.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, use_cache=False)
     assert whole.shape == (2, 23)
     assert whole.tolist() == again.tolist()
+
+
+@every_base
+@torch.no_grad()
+def test_a_window_as_wide_as_the_base_sees_is_the_base(family, variant):
+    """A sliding-window layer takes over the base's biases, norms and rotary positions, whatever they are."""
+    stock, ids = stock_model(family, variant), random_ids(1, 40)
+    pattern = Pattern.parse("*-*-SWA-SWA")
+    windowed = hybridise(stock, pattern).config.attention_types[2] == "sliding_attention"
+    fused = hybridise(stock, pattern, {"swa_config": {"window_size": 5 if windowed else 64}})
+    initialise(fused)
+    hybrid = drop_teacher(fused)
+    torch.testing.assert_close(hybrid(ids).logits, stock(ids).logits, atol=2e-5, rtol=0)
+    prompt = hybrid(ids[:, :30], use_cache=True)
+    pieces = [prompt.logits]
+    for token in ids[:, 30:].split(1, 1):
+        pieces.append(hybrid(token, past_key_values=prompt.past_key_values, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(pieces, 1), stock(ids).logits, atol=2e-5, rtol=0)
+
+
+@every_family
+def test_every_layer_type_at_once(family, variant, tmp_path):
+    row = FAMILIES[family]
+    stock = row.class_named("ForCausalLM")(
+        row.config_class()(**(SIZES | BASES[family][variant] | {"num_hidden_layers": len(MIXERS) + 1}))
+    )
+    randomise(stock)
+    pattern = Pattern(("*", *MIXERS))
+    small = {"swa_config": {"window_size": 5}, "bmojo_config": {"window_size": 5, "ssm_mixer": "gdn"}}
+    make_stage0(saved(stock, tmp_path / "base"), pattern, tmp_path / "fused", small)
+    hybrid = export(tmp_path / "fused", tmp_path / "hybrid").eval()
+    reloaded, ids = load_model(tmp_path / "hybrid"), random_ids(2, 11)
+    with torch.no_grad():
+        assert torch.equal(reloaded(ids).logits, hybrid(ids).logits)
+        settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+        whole = reloaded.generate(ids, **settings)
+        assert whole.tolist() == reloaded.generate(ids, **settings, use_cache=False).tolist()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
