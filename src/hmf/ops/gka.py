@@ -280,13 +280,12 @@ def _adjoint(q, grad_z, system, keep, weights):
 
 def _product_grads(z, grad, k, start, row, mask):
     """Gradients of k, start, row and mask from the products' arguments and incoming gradients [G, steps, C, K]."""
-    groups, steps, size, key_dim = z.shape
-    z, grad = z.reshape(groups, steps * size, key_dim), grad.reshape(groups, steps * size, key_dim)
-    rows, masks = row.repeat(1, steps)[..., None], mask.repeat(1, steps, 1)
-    on_start = torch.bmm(grad, start)
-    grad_row = (on_start * z).sum(-1).view(groups, steps, size).sum(1)
-    grad_start = torch.bmm((grad * rows).mT, z)
-    along, across = torch.bmm(z, k.mT), torch.bmm(grad, k.mT)  # [G, steps C, C]
-    grad_mask = (along * across).view(groups, steps, size, size).sum(1)
-    grad_k = torch.bmm((along * masks).mT, grad).baddbmm_((across * masks).mT, z)
+    steps = z.shape[1]
+    z, flat = z.flatten(1, 2), grad.flatten(1, 2)  # [G, steps C, K]
+    grad_row = (torch.bmm(flat, start) * z).sum(-1).unflatten(1, (steps, -1)).sum(1)
+    grad_start = torch.bmm((grad * row[:, None, :, None]).flatten(1, 2).mT, z)
+    along, across = (torch.bmm(x, k.mT).unflatten(1, (steps, -1)) for x in (z, flat))  # [G, steps, C, C]
+    grad_mask = (along * across).sum(1)
+    along, across = (x.mul_(mask[:, None]).flatten(1, 2) for x in (along, across))
+    grad_k = torch.bmm(along.mT, flat).baddbmm_(across.mT, z)
     return grad_k, grad_start, grad_row, grad_mask
