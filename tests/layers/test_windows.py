@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sliding-window and B'MOJO-F layers against the attention that they start from, in every family."""
+
+import copy
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from hmf.layers.registry import MIXERS
+from hmf.model.families import FAMILIES, family_of
+from tests.hybrids import Case, randomise, tiny_config
+
+TOKENS = 20
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def mixer_and_attention(symbol, options, family, **fields):
+    """A mixer started from a random attention of the base, both float64, and a call that gives both outputs."""
+    config = tiny_config(Case(symbol, "case", options=options), "X", family, **fields)
+    config._attn_implementation = "eager"
+    attention = family_of(family).class_named("Attention")(config, 0).double()
+    randomise(attention)
+    mixer = MIXERS[symbol](config, 0).double()
+    mixer.init_from_attention(attention, torch.Generator().manual_seed(1), 0.3)
+    rotary = family_of(family).class_named("RotaryEmbedding")(config)
+
+    def outputs(visible):
+        """mixer's output, and the attention's where query i sees the keys that visible(i - j) allows."""
+        x = torch.randn(1, TOKENS, config.hidden_size, dtype=torch.float64)
+        positions = torch.arange(TOKENS)[None]
+        common = {"position_embeddings": rotary(x, positions), "position_ids": positions}
+        distance = positions.T - positions
+        mask = torch.where((distance >= 0) & visible(distance), 0.0, float("-inf")).double()
+        return mixer(x, **common)[0], attention(x, attention_mask=mask[None, None], **common)[0]
+
+    return mixer, outputs
+
+
+@every_family
+@pytest.mark.parametrize("window", [1, 5, TOKENS, 3 * TOKENS])
+@torch.no_grad()
+def test_sliding_window_is_the_bases_attention_under_a_window(family, window):
+    _, outputs = mixer_and_attention("SWA", {"window_size": window}, family)
+    # norms and rotary tables of the families round to float32
+    assert_close(*outputs(lambda distance: distance < window), atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif("ministral3" not in FAMILIES, reason="the family is not in the table")
+@torch.no_grad()
+def test_sliding_window_scales_queries_by_position_where_the_base_does():
+    rope = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.7}
+    rope["original_max_position_embeddings"] = 4
+    _, outputs = mixer_and_attention("SWA", {"window_size": 9}, "ministral3", rope_parameters=rope)
+    assert_close(*outputs(lambda distance: distance < 9), atol=1e-5, rtol=0)
+
+
+@every_family
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_bmojo_within_its_window_is_the_bases_attention(family, tied):
+    options = {"window_size": TOKENS, "ssm_mixer": "gdn", "tie_attn_weights": tied}
+    _, outputs = mixer_and_attention("BMF", options, family)
+    assert_close(*outputs(lambda distance: distance >= 0), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_bmojo_without_memory_of_its_own_is_a_double_window(tied):
+    """Where the recurrent layer hands on its input, the two windows together are one of twice the size."""
+    options = {"window_size": 4, "ssm_mixer": "gdn", "tie_attn_weights": tied}
+    mixer, outputs = mixer_and_attention("BMF", options, "qwen3")
+    mixer.inner.mix = lambda hidden_states, *rest: (hidden_states, {})
+    assert_close(*outputs(lambda distance: distance < 8), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_bmojo_untied_uses_the_fading_projections_for_the_fading_window_only():
+    options = {"window_size": 4, "ssm_mixer": "gdn", "tie_attn_weights": False}
+    mixer, _ = mixer_and_attention("BMF", options, "qwen3")
+    config = tiny_config(Case("BMF", "case", options=options), "X")
+    x = torch.randn(1, TOKENS, config.hidden_size, dtype=torch.float64)
+    rotary = family_of("qwen3").class_named("RotaryEmbedding")(config)
+    common = {"position_embeddings": rotary(x, torch.arange(TOKENS)[None])}
+    before = mixer(x, **common)[0]
+    for name in ("q_proj_", "k_proj_", "v_proj_", "q_norm_", "k_norm_"):
+        changed = copy.deepcopy(mixer)
+        weight = changed.bmojo_attn.get_submodule(name).weight
+        weight.copy_(torch.randn_like(weight))
+        after = changed(x, **common)[0]
+        assert torch.equal(after[:, :4], before[:, :4]), name  # no token is old enough to fade
+        # the first fading token alone weighs 1 in a softmax with others: every later output moves
+        assert ((after - before)[:, 4:].abs().amax(-1) > 1e-6).all(), name
+
+
+@pytest.mark.parametrize("symbol", ["SWA", "BMF"])
+@torch.no_grad()
+def test_states_stop_growing_at_the_window(symbol):
+    mixer, _ = mixer_and_attention(symbol, {"window_size": 4}, "qwen3")
+    cos = torch.ones(1, 3, 8, dtype=torch.float64)
+    states, widths = None, []
+    for _ in range(4):
+        _, states = mixer.mix(torch.randn(1, 3, 32, dtype=torch.float64), states, None, (cos, 0 * cos))
+        widths.append({name: x.shape[1] for name, x in states.items() if name in ("k", "v", "fading_k", "fading_v")})
+    assert {name: [width[name] for width in widths] for name in widths[0]} == {
+        "SWA": {"k": [3, 3, 3, 3], "v": [3, 3, 3, 3]},
+        "BMF": {"k": [3] * 4, "v": [3] * 4, "fading_k": [3, 6, 7, 7], "fading_v": [3, 6, 7, 7]},
+    }[symbol]
+    assert states["seen"].tolist() == [12]
