@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 
 from . import dispatch
+from .ssd import chunk_decays, state_or_zeros
 from .varlen import ChunkLayout, sequence_lengths
 
 Result = tuple[torch.Tensor, torch.Tensor]
@@ -74,24 +75,14 @@ def chunked(q, k, v, g, beta, initial_state=None, cu_seqlens=None, chunk_size: i
     out_dtype, compute = v.dtype, dispatch.compute_dtype(v)
     batch, tokens, heads, key_dim = q.shape
     if tokens == 1 and cu_seqlens is None:
-        state = (
-            k.new_zeros(batch, heads, key_dim, v.shape[-1], dtype=compute)
-            if initial_state is None
-            else initial_state.to(compute)
-        )
+        state = state_or_zeros(initial_state, (batch, heads, key_dim, v.shape[-1]), k, compute)
         q, k, v, g, beta = (x[:, 0].to(compute) for x in (q, k, v, g, beta))
         o, state = step(q, k, v, g, beta, state)
         return o[:, None].to(out_dtype), state
     layout = ChunkLayout(batch, tokens, cu_seqlens, chunk_size)
-    q, k, v = (layout.split(x).to(compute).transpose(1, 2) for x in (q, k, v))  # [N, H, C, K|V]
-    g, beta = (layout.split(x).to(compute).transpose(1, 2) for x in (g, beta))  # [N, H, C]
+    q, k, v, g, beta = (layout.split_heads(x, compute) for x in (q, k, v, g, beta))  # [N, H, C, ...]
     q = q * key_dim**-0.5
-
-    decay_in = g.cumsum(-1)  # log decay from the chunk's start to token i, i included
-    total = decay_in[..., -1:]
-    ones = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=q.device)
-    # Masked before exp: above the diagonal the difference is positive and may overflow.
-    decay = (decay_in[..., :, None] - decay_in[..., None, :]).masked_fill(ones.triu(1), float("-inf")).exp()
+    decay_in, decay, total = chunk_decays(g)
     k_beta = k * beta[..., None]
     system = (k_beta @ k.mT * decay).tril(-1)
     rhs = torch.cat([v * beta[..., None], k_beta * decay_in.exp()[..., None]], dim=-1)
@@ -103,18 +94,16 @@ def chunked(q, k, v, g, beta, initial_state=None, cu_seqlens=None, chunk_size: i
     k_out = k * (total - decay_in).exp()[..., None]
     carry = total.exp()[..., None]
 
-    if initial_state is None:
-        state = k.new_zeros(layout.num_sequences, heads, key_dim, v.shape[-1])
-    else:
-        state = initial_state.to(compute)[layout.order]
+    state = state_or_zeros(initial_state, (layout.num_sequences, heads, key_dim, v.shape[-1]), k)[layout.order]
     outputs, done = [], []
-    for at in layout.steps:
-        active = at.stop - at.start
+    steps = zip(*map(layout.by_step, (u, w, q_in, within, carry, k_out)), strict=True)
+    for u_n, w_n, q_n, within_n, carry_n, k_n in steps:
+        active = len(u_n)
         done.append(state[active:])
         state = state[:active]
-        values = u[at] - w[at] @ state
-        outputs.append(q_in[at] @ state + within[at] @ values)
-        state = carry[at] * state + k_out[at].mT @ values
+        values = u_n - w_n @ state
+        outputs.append(q_n @ state + within_n @ values)
+        state = carry_n * state + k_n.mT @ values
     state = torch.cat([state, *reversed(done)])
     final = torch.empty_like(state).index_copy(0, torch.tensor(layout.order, device=state.device), state)
     o = torch.cat(outputs).transpose(1, 2) if outputs else v.transpose(1, 2)

@@ -94,11 +94,13 @@ def chunked(q, k, v, g, initial_state=None, cu_seqlens=None, chunk_size: int = 6
         o, state = step(q, k, v, g, state)
         return o[:, None].to(out_dtype), state
     layout = ChunkLayout(batch, tokens, cu_seqlens, chunk_size)
-    q, k, v, g = (layout.split(x).to(compute).transpose(1, 2) for x in (q, k, v, g))  # [N, H, C, K|V], g [N, H, C]
+    q, k, v, g = (layout.split_heads(x, compute) for x in (q, k, v, g))  # [N, H, C, K|V], g [N, H, C]
     decay_in, decay, total = chunk_decays(g)
     update = (k * (total - decay_in).exp()[..., None]).mT @ v
     starts, final = scan_states(layout, total.exp()[..., None], update, initial_state)
-    o = (q * decay_in.exp()[..., None]) @ starts + (q @ k.mT * decay) @ v
+    o = torch.baddbmm(
+        ((q @ k.mT * decay) @ v).flatten(0, 1), (q * decay_in.exp()[..., None]).flatten(0, 1), starts.flatten(0, 1)
+    ).view_as(v)
     return layout.merge(o.transpose(1, 2)).to(out_dtype), final
 
 
@@ -121,9 +123,9 @@ def chunk_decays(g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     decay from token s to token t, zero for s > t [..., C, C]; the log decay over the whole chunk [..., 1]."""
     size = g.shape[-1]
     decay_in = g.cumsum(-1)
-    later = torch.ones(size, size, dtype=torch.bool, device=g.device).triu(1)
+    later = torch.full((size, size), float("-inf"), dtype=g.dtype, device=g.device).triu(1)
     # Masked before exp: above the diagonal the difference is positive and may overflow.
-    decay = (decay_in[..., :, None] - decay_in[..., None, :]).masked_fill(later, float("-inf")).exp()
+    decay = (decay_in[..., :, None] - decay_in[..., None, :] + later).exp()
     return decay_in, decay, decay_in[..., -1:]
 
 
@@ -138,11 +140,11 @@ def scan_states(
     state = state_or_zeros(initial_state, (layout.num_sequences, *update.shape[1:]), update)
     state = state[layout.order]
     starts, done = [update[:0]], []
-    for at in layout.steps:
-        active = at.stop - at.start
+    for carry_n, update_n in zip(layout.by_step(carry), layout.by_step(update), strict=True):
+        active = len(update_n)
         done.append(state[active:])
         starts.append(state[:active])
-        state = carry[at] * state[:active] + update[at]
+        state = torch.addcmul(update_n, carry_n, state[:active])
     state = torch.cat([state, *reversed(done)])
     order = torch.tensor(layout.order, device=state.device)
     return torch.cat(starts), torch.empty_like(state).index_copy(0, order, state)

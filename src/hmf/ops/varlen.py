@@ -63,6 +63,14 @@ class ChunkLayout:
         x = torch.cat([x[0], x.new_zeros(1, *x.shape[2:])])
         return x.index_select(0, self._rows.flatten().to(x.device)).unflatten(0, self._rows.shape)
 
+    def split_heads(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """[B, T, H, ...] -> [N, H, C, ...] in `dtype`, contiguous: a batched product copies operands that are not."""
+        return self.split(x).transpose(1, 2).to(dtype).contiguous()
+
+    def by_step(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[N, ...] -> its `steps`. One split: the backward of N slices would fill a whole x with zeros N times."""
+        return x.split([at.stop - at.start for at in self.steps])
+
     def merge(self, x: torch.Tensor) -> torch.Tensor:
         """[N, C, ...] -> [B, T, ...]: the inverse of `split`."""
         batch, tokens = self.shape
