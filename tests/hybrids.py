@@ -30,7 +30,11 @@ BASES: dict[str, dict[str, Any]] = {
 }
 
 # symbol -> options of every case of that layer type.
-SMALL: dict[str, dict[str, Any]] = {"SWA": {"window_size": 5}, "BMF": {"window_size": 5, "ssm_mixer": "gdn"}}
+SMALL: dict[str, dict[str, Any]] = {
+    "GKA": {"num_iter": 6},
+    "SWA": {"window_size": 5},
+    "BMF": {"window_size": 5, "ssm_mixer": "gdn"},
+}
 
 # symbol -> variants on top of those.
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
@@ -47,10 +51,11 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "use_alpha_connection": False, "use_v_conv": False, "use_beta_gate": False, "gla_rescale": False,
             "use_gate": False,
         },
-        "covariance-without-decay": {"use_forgetting_gate_kk": False, "num_iter": 5},
-        "no-decay": {"use_forgetting_gate": False, "num_iter": 5},
+        "covariance-without-decay": {"use_forgetting_gate_kk": False},
+        "no-decay": {"use_forgetting_gate": False},
         "no-solve": {"num_iter": 0},
-        "learnable-residual": {"kv_proj_rank": 6, "kv_learnable_residual": True, "num_iter": 5},
+        "many-iterations": {"num_iter": 30},
+        "learnable-residual": {"kv_proj_rank": 6, "kv_learnable_residual": True},
     },
     "M2": {"no-qk-norm": {"use_qk_norm": False}, "rotary": {"use_pos_emb": True}},
     "BMF": {"untied": {"tie_attn_weights": False}, "mamba2": {"ssm_mixer": "mamba2"}, "gka": {"ssm_mixer": "gka"}},

@@ -19,18 +19,28 @@ from hmf.errors import HmfError
 from hmf.layers.registry import MIXERS
 from tests.hybrids import cases, random_ids, tiny_config, tiny_hybrid
 
-TOKENS = 70  # more than a chunk of 64
+LONG, SHORT = 70, 18  # more than a chunk of 64, and enough for a variant of what was tried at length
 ONE_EACH = [next(case for case in cases() if case.symbol == symbol) for symbol in MIXERS]
 # The mixer is the first layer in all of them; one model has no attention at all, one has every layer type.
-MODELS = [(case, "X-*-X") for case in cases()] + [(case, "X-X") for case in ONE_EACH]
-MODELS.append((ONE_EACH[0], "-".join([*MIXERS, "*"])))
+MAIN = [(case, pattern, LONG) for case in ONE_EACH for pattern in ("X-*-X", "X-X")]
+MAIN.append((ONE_EACH[0], "-".join([*MIXERS, "*"]), LONG))
+VARIANTS = [(case, "X-*-X", SHORT) for case in cases() if case not in ONE_EACH]
 
-every_model = pytest.mark.parametrize(
-    ("case", "pattern"), MODELS, ids=[f"{case}_{pattern}" for case, pattern in MODELS]
-)
+
+def parametrise(names: str, main: list[str] | None = None, variants: list[str] | None = None):
+    """Every model as case, pattern, tokens; with one more argument: its values for the main models and the variants."""
+    if main is None:
+        rows = MAIN + VARIANTS
+    else:
+        rows = [(*model, value) for model in MAIN for value in main]
+        rows += [(*model, value) for model in VARIANTS for value in variants]
+    return pytest.mark.parametrize(names, rows, ids=["_".join(map(str, (*row[:2], *row[3:]))) for row in rows])
+
+
+every_model = parametrise("case, pattern, tokens")
 one_each = pytest.mark.parametrize("case", ONE_EACH, ids=str)
 few_examples = settings(
-    max_examples=6, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=4, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 
 
@@ -79,22 +89,22 @@ def same_gradients(actual: dict[str, torch.Tensor], expected: dict[str, torch.Te
 
 @every_model
 @torch.no_grad()
-def test_any_split_of_a_prefill(case, pattern):
+def test_any_split_of_a_prefill(case, pattern, tokens):
     """Cached forwards over any pieces of a batch, rows with padding anywhere, give each row's own logits."""
     model = tiny_hybrid(case, pattern)
-    ids = random_ids(3, TOKENS)
+    ids = random_ids(3, tokens)
 
     @few_examples
     @given(
-        cuts=st.sets(st.integers(1, TOKENS - 1), max_size=4),
+        cuts=st.sets(st.integers(1, tokens - 1), max_size=4),
         kind=st.sampled_from(["none", "left", "right", "holes"]),
-        length=st.integers(1, TOKENS - 1),
+        length=st.integers(1, tokens - 1),
     )
     def check(cuts, kind, length):
-        lengths = [TOKENS] * 3 if kind == "none" else [TOKENS, length, max(1, length // 2)]
-        mask = padding_mask(kind, lengths, TOKENS)
+        lengths = [tokens] * 3 if kind == "none" else [tokens, length, max(1, length // 2)]
+        mask = padding_mask(kind, lengths, tokens)
         cache, pieces = DynamicCache(config=model.config), []
-        bounds = [0, *sorted(cuts), TOKENS]
+        bounds = [0, *sorted(cuts), tokens]
         for begin, end in zip(bounds, bounds[1:], strict=False):
             given = (
                 {}
@@ -102,7 +112,7 @@ def test_any_split_of_a_prefill(case, pattern):
                 else {"attention_mask": mask[:, :end], "position_ids": positions(mask)[:, begin:end]}
             )
             pieces.append(model(ids[:, begin:end], past_key_values=cache, use_cache=True, **given).logits)
-        assert cache.get_seq_length() == TOKENS
+        assert cache.get_seq_length() == tokens
         for row, real, alone in zip(torch.cat(pieces, 1), mask.bool(), rows_alone(model, ids, mask), strict=True):
             same(row[real], alone)
 
@@ -111,7 +121,7 @@ def test_any_split_of_a_prefill(case, pattern):
 
 @every_model
 @torch.no_grad()
-def test_step_by_step_decode_is_the_full_forward(case, pattern):
+def test_step_by_step_decode_is_the_full_forward(case, pattern, tokens):
     model, ids = tiny_hybrid(case, pattern), random_ids(2, 14)
     cache = None
     steps = []
@@ -124,8 +134,8 @@ def test_step_by_step_decode_is_the_full_forward(case, pattern):
 
 @every_model
 @torch.no_grad()
-def test_sequential_definition_is_the_default(case, pattern, monkeypatch):
-    model, ids = tiny_hybrid(case, pattern), random_ids(1, TOKENS)
+def test_sequential_definition_is_the_default(case, pattern, tokens, monkeypatch):
+    model, ids = tiny_hybrid(case, pattern), random_ids(1, tokens)
     default = model(ids).logits
     monkeypatch.setenv("HMF_OPS", "reference")
     same(default, model(ids).logits)
@@ -134,9 +144,8 @@ def test_sequential_definition_is_the_default(case, pattern, monkeypatch):
 # --- batches ---
 
 
-@every_model
-@pytest.mark.parametrize("kind", ["left", "right", "holes"])
-def test_padded_batch_is_each_row_alone(case, pattern, kind):
+@parametrise("case, pattern, tokens, kind", main=["left", "right", "holes"], variants=["holes"])
+def test_padded_batch_is_each_row_alone(case, pattern, tokens, kind):
     """Logits and parameter gradients."""
     model, ids = tiny_hybrid(case, pattern), random_ids(3, 12)
     mask = padding_mask(kind, [12, 1, 7], 12)
@@ -150,7 +159,7 @@ def test_padded_batch_is_each_row_alone(case, pattern, kind):
 
 @every_model
 @torch.no_grad()
-def test_padded_prefill_then_decode(case, pattern):
+def test_padded_prefill_then_decode(case, pattern, tokens):
     """What generate does with a left-padded batch, without positions; then several new tokens at once."""
     model, ids = tiny_hybrid(case, pattern), random_ids(3, 16)
     mask = torch.cat([padding_mask("left", [12, 1, 7], 12), torch.ones(3, 4, dtype=torch.long)], 1)
@@ -171,11 +180,10 @@ def test_batch_is_its_rows(case):
     same(model(ids, attention_mask=full, position_ids=positions(full)).logits.flatten(0, 1), expected)
 
 
-@every_model
-@pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens_q", "both"])
-def test_packed_documents_are_each_document_alone(case, pattern, how):
+@parametrise("case, pattern, tokens, how", main=["position_ids", "cu_seq_lens_q", "both"], variants=["position_ids"])
+def test_packed_documents_are_each_document_alone(case, pattern, tokens, how):
     """Outputs, gradients of the inputs and of the parameters."""
-    model, lengths = tiny_hybrid(case, pattern), [5, 1, 66, 2, 8]
+    model, lengths = tiny_hybrid(case, pattern), [5, 1, tokens - 9, 2]
     embeds = model.get_input_embeddings()(random_ids(1, sum(lengths))).detach().requires_grad_()
     given = {}
     if how != "cu_seq_lens_q":
@@ -290,7 +298,7 @@ def test_attention_implementations_agree(case):
 @pytest.mark.parametrize("case", cases(), ids=str)
 @torch.no_grad()
 def test_save_and_load(case, tmp_path):
-    """Bit for bit, also in bfloat16, where the parameters of the recurrence stay in float32."""
+    """Bit for bit."""
     model, ids = tiny_hybrid(case).float(), random_ids(2, 9)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -298,10 +306,17 @@ def test_save_and_load(case, tmp_path):
     assert loaded.config.to_diff_dict() == model.config.to_diff_dict()
     assert_close(loaded(ids).logits, model(ids).logits, atol=0, rtol=0)
 
+
+@one_each
+@torch.no_grad()
+def test_cast_keeps_the_recurrence_in_float32(case, tmp_path):
+    """By `from_pretrained` and by every cast of a module; a file in bfloat16 comes back as it was, and runs."""
+    model, ids = tiny_hybrid(case).float(), random_ids(2, 9)
+    model.save_pretrained(tmp_path)
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     check_kept_parameters(half, model)
     for cast in (torch.nn.Module.bfloat16, torch.nn.Module.half, lambda module: module.to(torch.bfloat16)):
-        check_kept_parameters(cast(copy.deepcopy(loaded)), loaded)
+        check_kept_parameters(cast(copy.deepcopy(model)), model)
     half.save_pretrained(tmp_path / "half")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
     assert again.dtype == torch.bfloat16

@@ -9,7 +9,7 @@ from hmf.errors import HmfError
 from hmf.layers.registry import MIXERS
 from tests.hybrids import cases, random_ids, tiny_hybrid
 
-NEW = 8
+NEW = 6
 ONE_EACH = [next(case for case in cases() if case.symbol == symbol) for symbol in MIXERS]
 MODELS = [(case, pattern) for case in ONE_EACH for pattern in ("X-*", "X-X")]
 every_model = pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def greedy_by_hand(model, ids):
 
 
 @every_model
-@pytest.mark.parametrize("tokens", [1, 2, 9])
+@pytest.mark.parametrize("tokens", [1, 9])
 @torch.no_grad()
 def test_cached_is_uncached(case, pattern, tokens):
     model, ids = tiny_hybrid(case, pattern), random_ids(2, tokens)
