@@ -144,6 +144,47 @@ def pretrain(recipe: RecipeFile) -> None:
     run(str(recipe))
 
 
+@app.command(epilog=epilog(
+    "hmf plan runs/quickstart/model --gpu l4 --context 2048",
+    "hmf plan ./Qwen3-8B --mixer gdn --ratio 0.5 --gpu h200x8 --context 131072 --plot plan.png",
+))  # fmt: skip
+def plan(
+    model: Annotated[str, typer.Argument(help='Directory with a config.json (no weights needed), or "teacher".')],
+    gpu: Annotated[str, typer.Option(help="What to serve on, for example h100, l40s or h200x8.")],
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 32768,
+    mixer: Annotated[
+        str, typer.Option(help="With --ratio: plan the Hybrid that this Transformer would become.")
+    ] = "gdn",
+    ratio: Annotated[float | None, typer.Option(help="Share of layers to replace.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="Or the Hybrid's pattern, one symbol a layer.")] = None,
+    utilisation: Annotated[float, typer.Option(help="Share of GPU memory that vLLM may take.")] = 0.9,
+    efficiency: Annotated[float, typer.Option(help="Share of the memory copy rate that decoding reaches.")] = 0.89,
+    prefix_caching: Annotated[bool, typer.Option(help="Keep states at block boundaries for later prompts.")] = True,
+    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="vLLM's option; left out: its default.")] = None,
+    batched_tokens: Annotated[int, typer.Option(min=1, help="vLLM's --max-num-batched-tokens.")] = 8192,
+    plot: Annotated[Path | None, typer.Option(help="Picture to write, over context lengths (.png, .svg).")] = None,
+) -> None:
+    """What serving takes and gives on some GPUs: memory, sequences, cache blocks, decode speed. Needs no GPU."""
+    from hmf.bench import plan as planner
+    from hmf.config.runs import HybridSettings
+    from hmf.model.checkpoint import load_config
+    from hmf.model.convert import hybrid_config
+    from hmf.pipeline import resolve_base
+
+    config = load_config(resolve_base(model), weights=False)
+    if ratio is not None or pattern is not None:
+        if ratio is not None and pattern is not None:
+            raise HmfError("give at most one of --ratio and --pattern")
+        settings = HybridSettings(mixer=mixer, ratio=ratio, pattern=pattern)
+        config = hybrid_config(config, settings.layer_pattern(config.num_hidden_layers))
+    options = planner.Settings(utilisation, efficiency, prefix_caching, batched_tokens, max_num_seqs)
+    found = planner.plans(config, gpu, options)
+    planner.print_plans(found, context)
+    if plot is not None:
+        planner.plot(found, context, plot)
+        typer.echo(f"saved {plot}")
+
+
 @app.command(epilog=epilog("hmf chat runs/quickstart/model", "hmf chat teacher --no-thinking"))
 def chat(
     model: Annotated[str, typer.Argument(help='Checkpoint directory, or "teacher".')],

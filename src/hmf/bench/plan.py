@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model will need and do on given GPUs, from its config alone: memory, sequences, blocks, decode throughput.
+
+A decode step reads the weights, the caches of all sequences, and reads and writes their states; bandwidth bounds it:
+
+    tokens/s = n * bandwidth / (weights + sum over n sequences of (keys and values + 2 * states))
+
+times what decoding reached of that bound. Tensor parallelism divides both sides; what it costs in messages between GPUs
+is not in the figure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hmf.config.pattern import ATTENTION, Pattern
+from hmf.errors import HmfError
+from hmf.model.convert import hybrid_config
+
+from .gpus import COPY_SHARE, GIB, Device, parse_gpus
+from .memory import Blocks, LayerCache, Weights, layer_caches, require_unquantised, weights, working_bytes
+
+# Share of the copy rate that vLLM 0.32 reached in decoding Qwen3-8B on an H100: 830.6 tokens/s of 20 sequences at 16K.
+EFFICIENCY = 0.89
+UTILISATION = 0.9
+# vLLM's default ceiling of captured batch sizes, and the sizes below it.
+LARGEST_CAPTURE = 512
+CAPTURE_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, LARGEST_CAPTURE + 1, 16))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """utilisation: share of GPU memory that vLLM may take; efficiency: share of the copy rate that decoding reaches;
+    batched_tokens and max_num_seqs (None: the device's default): vLLM's options, which bound one step."""
+
+    utilisation: float = UTILISATION
+    efficiency: float = EFFICIENCY
+    prefix_caching: bool = True
+    batched_tokens: int = 8192
+    max_num_seqs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("utilisation", "efficiency"):
+            if not 0 < getattr(self, name) <= 1:
+                raise HmfError(f"--{name}: {getattr(self, name)} is not in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One model on `ranks` GPUs. All bytes are of one GPU, except in `weights`."""
+
+    pattern: Pattern
+    weights: Weights
+    caches: tuple[LayerCache, ...]
+    blocks: Blocks
+    cache_bytes: int  # for all caches of all sequences
+    device: Device
+    ranks: int
+    settings: Settings
+
+    @property
+    def num_blocks(self) -> int:
+        return self.cache_bytes // self.blocks.bytes
+
+    @property
+    def max_num_seqs(self) -> int:
+        return self.settings.max_num_seqs or self.device.max_num_seqs
+
+    def capacity(self, context: int) -> int:
+        """Tokens, as vLLM reports its KV cache size when sequences have at most `context` tokens."""
+        in_flight = 2 * self.settings.batched_tokens  # asynchronous scheduling prepares a step while another runs
+        needed = self.blocks.of_sequence(context, self.settings.prefix_caching, in_flight)
+        return int(self.num_blocks / needed * context)
+
+    def sequences(self, context: int) -> int:
+        """How many sequences of `context` tokens can decode at once; one block is vLLM's own."""
+        return max(0, self.num_blocks - 1) // self.blocks.of_sequence(context, self.settings.prefix_caching)
+
+    def longest(self, limit: int) -> int:
+        """Tokens of the longest sequence that fits, up to `limit`."""
+        low, high = 0, limit
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.sequences(middle) else (low, middle - 1)
+        return low
+
+    @property
+    def smallest_prefix(self) -> int | None:
+        """Tokens of the shortest prefix that can be found again in the cache."""
+        return self.blocks.tokens if self.settings.prefix_caching else None
+
+    @property
+    def most_requests(self) -> int:
+        """Requests, however short, that can run at once: `max_num_seqs`, or as many as get blocks."""
+        return min(self.max_num_seqs, self.sequences(1))
+
+    @property
+    def capture_size(self) -> int:
+        """The largest batch to capture a CUDA graph for: a captured batch needs a state slot for each of its rows."""
+        limit = min(2 * self.most_requests, max(1, self.num_blocks - 1), self.settings.batched_tokens)
+        return max((size for size in CAPTURE_SIZES if size <= limit), default=1)
+
+    def sequence_bytes(self, context: int) -> tuple[int, int]:
+        """(keys and values, states) of one sequence on one GPU."""
+        states = sum(cache.state_bytes for cache in self.caches)
+        return sum(cache.bytes(context) for cache in self.caches) - states, states
+
+    def decode_rate(self, sequences: float, context: int) -> float:
+        """Tokens per second of `sequences` at `context` tokens each."""
+        kv, states = self.sequence_bytes(context)
+        step = self.weights.read(sequences) / self.ranks + sequences * (kv + 2 * states)
+        return sequences * self.device.bandwidth * COPY_SHARE * self.settings.efficiency / step
+
+
+def make_plan(
+    config: Any,
+    device: Device,
+    ranks: int = 1,
+    dtype: torch.dtype | None = None,
+    settings: Settings | None = None,
+    room: int | None = None,
+) -> Plan:
+    """A plan for a Hybrid or base `config`.
+
+    dtype: of weights, keys and values; None is the config's own, or bfloat16 for float32. room: bytes for caches on
+    each device; None is what utilisation, weights and working memory leave. Raises HmfError when that is nothing.
+    """
+    settings = settings or Settings()
+    require_unquantised(config)
+    config = as_hybrid(config)
+    if config.pattern.fused:
+        config = hybrid_config(config, config.pattern.with_fused(False))
+    if config.num_attention_heads % ranks:
+        heads = config.num_attention_heads
+        raise HmfError(f"--gpu: {heads} attention heads do not split over {ranks} GPUs; use a divisor of {heads}")
+    dtype = dtype or serving_dtype(config)
+    size = weights(config, dtype)
+    caches = layer_caches(config, dtype, ranks)
+    blocks = Blocks.cut(caches, device.block)
+    if room is None:
+        seqs = settings.max_num_seqs or device.max_num_seqs
+        working = working_bytes(config, dtype, ranks, settings.batched_tokens, seqs)
+        room = int(settings.utilisation * device.memory) - size.total // ranks - working
+    if room < 2 * blocks.bytes:
+        raise HmfError(
+            f"--gpu: the weights, {size.total / ranks / GIB:.1f} GiB on each of {ranks} {device.name}, leave no room "
+            f"for a cache; use more, as {device.name}x{2 * ranks}, or larger ones"
+        )
+    return Plan(config.pattern, size, tuple(caches), blocks, room, device, ranks, settings)
+
+
+def serving_dtype(config: Any) -> torch.dtype:
+    """The dtype that vLLM serves a config in on a GPU when it is asked for none."""
+    dtype = getattr(config, "dtype", None)
+    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+
+
+def as_hybrid(config: Any) -> Any:
+    """A base config as the Hybrid without replaced layers, which is the same model; a Hybrid's as it is."""
+    return config if hasattr(config, "hybrid_override_pattern") else base_of(config)
+
+
+def base_of(config: Any) -> Any:
+    """The config of the Transformer that a Hybrid was made from, as a Hybrid without replaced layers."""
+    return hybrid_config(config, Pattern((ATTENTION,) * config.num_hidden_layers))
+
+
+def plans(config: Any, gpus: str, settings: Settings | None = None) -> list[Plan]:
+    """Plans for the model and, if it is a Hybrid, for its base Transformer, on `gpus` ("h200x8")."""
+    device, ranks = parse_gpus(gpus)
+    config = as_hybrid(config)
+    kinds = [config, base_of(config)] if config.pattern.replaced else [config]
+    return [make_plan(kind, device, ranks, settings=settings) for kind in kinds]
+
+
+# ---- for people
+
+
+def title(plan: Plan) -> str:
+    replaced = len(plan.pattern.replaced)
+    if not replaced:
+        return "Transformer"
+    return f"Hybrid, {len(plan.pattern) - replaced} + {replaced}"
+
+
+def rows(plan: Plan, context: int) -> dict[str, str]:
+    """What `hmf plan` prints of one plan, by the row's name; bytes are those of all GPUs together."""
+    kv, states = plan.sequence_bytes(context)
+    fit = plan.sequences(context)
+
+    def rate(sequences: int) -> str:
+        return f"{plan.decode_rate(sequences, context):,.0f} tokens/s"
+
+    return {
+        "weights": size_of(plan.weights.total),
+        "room for caches": size_of(plan.cache_bytes * plan.ranks),
+        "keys and values of a sequence": size_of(kv * plan.ranks),
+        "states of a sequence": size_of(states * plan.ranks),
+        "cache block": f"{plan.blocks.tokens} tokens",
+        "smallest cacheable prefix": f"{plan.smallest_prefix} tokens" if plan.smallest_prefix else "not cached",
+        "cache capacity": f"{plan.capacity(context):,} tokens",
+        "sequences that fit": f"{fit:,}" if fit else f"0, longest: {plan.longest(context):,} tokens",
+        "largest safe CUDA graph": f"{plan.capture_size} sequences",
+        "decode, all that fit": rate(fit) if fit else "none fits",
+        "decode, one sequence": rate(1) if fit else "none fits",
+    }
+
+
+def size_of(size: float) -> str:
+    for unit, width in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= width:
+            return f"{size / width:,.2f} {unit}"
+    return f"{size:,.0f} bytes" if size else "none"
+
+
+def print_plans(found: Sequence[Plan], context: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    first = found[0]
+    table = Table(
+        title=f"{devices(first)}, sequences of {context:,} tokens", title_justify="left",
+        caption=f"vLLM takes {first.settings.utilisation:g} of the memory.\nDecoding is bound by bandwidth: "
+        f"{first.settings.efficiency:g} of the copy rate,\n{COPY_SHARE:.2f} of "
+        f"{first.device.bandwidth * first.ranks / 1e12:g} TB/s.", caption_justify="left",
+    )  # fmt: skip
+    table.add_column("")
+    for plan in found:
+        table.add_column(title(plan), justify="right")
+    told = [rows(plan, context) for plan in found]
+    for name in told[0]:
+        table.add_row(name, *(row[name] for row in told))
+    Console(width=max(80, Console().width)).print(table)
+
+
+def plot(found: Sequence[Plan], context: int, path: Path) -> None:
+    """Sequences that fit and decode throughput at context lengths from 1K to `context`, as a picture at `path`."""
+    from matplotlib.figure import Figure
+
+    lengths = [length for length in (2**power for power in range(10, 25)) if length < context] + [context]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for plan, colour in zip(found, ("tab:blue", "tab:gray"), strict=False):
+        # 0 stands for what does not fit and has no place on a logarithmic axis
+        fit = [min(plan.sequences(length), plan.max_num_seqs) or math.nan for length in lengths]
+        rates = [plan.decode_rate(n, length) for n, length in zip(fit, lengths, strict=True)]
+        for panel, values in zip(panels, (fit, rates), strict=True):
+            panel.plot(lengths, values, marker="o", markersize=4, color=colour, label=title(plan))
+    for panel, name in zip(panels, ("sequences at once", "decoded tokens/s"), strict=True):
+        panel.set(xscale="log", yscale="log", xlabel="tokens of context", title=name)
+        panel.set_xticks(lengths, [short(length) for length in lengths])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[1].legend(frameon=False)
+    figure.suptitle(f"{devices(found[0])}, at most {found[0].max_num_seqs} sequences", fontsize=10)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise HmfError(f"--plot: {path}: {error}; name a .png or .svg file in a directory that exists") from None
+
+
+def short(tokens: int) -> str:
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
+
+
+def devices(plan: Plan) -> str:
+    return f"{plan.ranks} x {plan.device.name}" if plan.ranks > 1 else plan.device.name
