@@ -24,7 +24,7 @@ ONE_EACH = [next(case for case in cases() if case.symbol == symbol) for symbol i
 # The mixer is the first layer in all of them; one model has no attention at all, one has every layer type.
 MAIN = [(case, pattern, LONG) for case in ONE_EACH for pattern in ("X-*-X", "X-X")]
 MAIN.append((ONE_EACH[0], "-".join([*MIXERS, "*"]), LONG))
-VARIANTS = [(case, "X-*-X", SHORT) for case in cases() if case not in ONE_EACH]
+VARIANTS = [(case, "X-*", SHORT) for case in cases() if case not in ONE_EACH]
 
 
 def parametrise(names: str, main: list[str] | None = None, variants: list[str] | None = None):
