@@ -28,6 +28,8 @@ class HybridConfigMixin(_Base):
     """
 
     family: Family
+    hybrid_override_pattern: Any
+    layer_types: Any
     attention_types: list[str]  # what each layer's attention is in the base model, replaced ones included
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -31,7 +31,7 @@ def _register_tokenizer(family: Family, config_class: type) -> None:
     whose checkpoints often name a class that splits text in another way.
     """
     classes = tokenization_auto.TOKENIZER_MAPPING_NAMES
-    overruled = getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", set())
+    overruled: set[str] = getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", set())
     if (name := classes.get(family.model_type)) is None:
         return
     classes[family.hybrid_model_type] = name
