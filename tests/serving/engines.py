@@ -78,11 +78,14 @@ def engine(path: Path, **options: Any) -> Iterator[Any]:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_logprobs": VOCABULARY} | options
+    llm = None
     try:
         llm = LLM(str(path), skip_tokenizer_init=True, seed=0, disable_log_stats=False, **options)
         yield llm
-        del llm
     finally:
+        if llm is not None:  # now, not when a failed test's traceback lets go of it
+            llm.llm_engine.engine_core.shutdown()
+            del llm
         gc.collect()
         cleanup_dist_env_and_memory()
         os.environ.clear()

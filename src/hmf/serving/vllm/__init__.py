@@ -20,11 +20,12 @@ def register() -> None:
 
     from hmf.model.families import FAMILIES  # importing hmf has made their configurations known to AutoConfig
 
+    from .backends import state_backend
     from .config import HybridConfig
-    from .support import MIXERS, state_backend
+    from .support import MIXERS
 
     for symbol in MIXERS:
-        state_backend(symbol)
+        state_backend(symbol)  # in every process: vLLM sends members of that table from one to another
     for family in FAMILIES.values():
         architecture = f"{family.hybrid_prefix}ForCausalLM"
         MODELS_CONFIG_MAP[architecture] = HybridConfig

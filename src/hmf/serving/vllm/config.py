@@ -10,6 +10,9 @@ from vllm.config import CompilationConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from hmf.config.pattern import ATTENTION
+from hmf.layers.registry import mixer_class
+
 from . import support
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handler prints it
@@ -23,6 +26,13 @@ class HybridConfig(VerifyAndUpdateConfig):
         """Runs once at start, in the front end, before anything is loaded. Raises HmfError."""
         support.check(vllm_config)
         _set_state_dtypes(vllm_config)
+        config = vllm_config.model_config.hf_config
+        kinds = (
+            mixer_class(symbol).state_shapes(config).values() for symbol in set(config.pattern.symbols) - {ATTENTION}
+        )
+        if not any(state.kind == "recurrent" for states in kinds for state in states):
+            # Sliding windows only: nothing for vLLM to keep but keys and values, so no hybrid in its sense.
+            config.layer_types = ["full_attention"] * config.num_hidden_layers
         # The operator is a seam between CUDA graphs for Hybrids only: other models keep vLLM's list.
         compilation = vllm_config.compilation_config
         object.__setattr__(compilation, "_attention_ops", [*CompilationConfig._attention_ops, OPERATOR])

@@ -15,34 +15,47 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.model_executor.utils import set_weight_attrs
 
-from hmf.config.layers import GDNOptions
+from hmf.config.layers import GDNOptions, layer_options
+from hmf.layers.base import StateShape, split_heads
 from hmf.layers.gdn import l2_normalise
 from hmf.layers.linear import LowRank
 from hmf.ops import gated_delta_rule, short_conv
 
 from .parts import NormWeight, ShortConvWeights, rms_norm
-from .recurrent import RecurrentBackend, RecurrentMixer, State, Tensors
+from .recurrent import RecurrentMixer, Tensors
 
 
-class Backend(RecurrentBackend):
-    @staticmethod
-    def get_name() -> str:
-        return "HMF_GDN"
+def states(symbol: str, config: Any, ranks: int) -> dict[str, StateShape]:
+    """The states of one request on one of `ranks` ranks, in the order and layout that vLLM's kernels use."""
+    options: GDNOptions = layer_options(config, symbol)
+    found = {}
+    if options.use_short_conv:
+        streams = (options.num_q_heads, options.num_k_heads, options.num_v_heads)
+        channels = sum(split_heads(heads, ranks) for heads in streams) * options.head_dim
+        found["conv"] = StateShape((options.conv_size - 1, channels), "conv")
+    shape = (split_heads(options.num_heads, ranks), options.head_dim, options.head_dim)
+    return {**found, "recurrent": StateShape(shape, "recurrent")}
+
+
+def build(symbol: str, config: Any, quant_config: Any, prefix: str, attention: nn.Module) -> nn.Module:
+    """The mixer for the place of `attention`."""
+    return GatedDeltaNet(symbol, config, quant_config, prefix)
 
 
 class GatedDeltaNet(RecurrentMixer):
-    symbol = "GDN"
-
-    def __init__(self, config: Any, quant_config: QuantizationConfig | None, prefix: str):
-        super().__init__(config, prefix)
-        options: GDNOptions = self.options
+    def __init__(self, symbol: str, config: Any, quant_config: QuantizationConfig | None, prefix: str):
+        ranks = get_tensor_model_parallel_world_size()
+        super().__init__(symbol, states(symbol, config, ranks), prefix)
+        self.options: GDNOptions = layer_options(config, symbol)
+        options = self.options
         model_dim, head_dim, heads = options.hidden_size, options.head_dim, options.num_heads
-        self.heads, self.kv_heads = heads // self.tp_size, max(1, options.num_k_heads // self.tp_size)
+        self.heads, self.kv_heads = heads // ranks, split_heads(options.num_k_heads, ranks)
 
         def column(outputs: int, name: str, quantised: bool = True) -> ColumnParallelLinear:
             quant = quant_config if quantised else None
@@ -80,17 +93,7 @@ class GatedDeltaNet(RecurrentMixer):
     def output_shape(self) -> tuple[int, ...]:
         return (self.heads, self.options.head_dim)
 
-    @staticmethod
-    def states(options: GDNOptions, tp_size: int) -> tuple[State, ...]:
-        head_dim, heads = options.head_dim, options.num_heads // tp_size
-        state = State((heads, head_dim, head_dim), recurrent=True)
-        if not options.use_short_conv:
-            return (state,)
-        streams = (options.num_q_heads, options.num_k_heads, options.num_v_heads)
-        channels = sum(max(1, count // tp_size) for count in streams) * head_dim
-        return State((options.conv_size - 1, channels), recurrent=False), state
-
-    def project(self, hidden_states: torch.Tensor) -> tuple[Tensors, torch.Tensor | None]:
+    def project(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> tuple[Tensors, torch.Tensor | None]:
         qkv, _ = self.qkv_proj(hidden_states)
         beta = self.b_proj(hidden_states)[0].float().sigmoid()
         if self.options.allow_neg_eigval:
@@ -103,9 +106,9 @@ class GatedDeltaNet(RecurrentMixer):
         self, inputs: Tensors, states: Tensors | None, cu_seqlens: torch.Tensor | None
     ) -> tuple[torch.Tensor, Tensors]:
         qkv, decay, beta = inputs
-        before = states[-1] if states is not None else None
+        before = None if states is None else states[-1]
         if self.options.use_short_conv:
-            window = states[0].transpose(1, 2) if states is not None else None
+            window = None if states is None else states[0].transpose(1, 2)
             qkv, window = short_conv(qkv, self.conv1d.weight, self.conv1d.bias, window, cu_seqlens)
             convs: Tensors = (window.transpose(1, 2),)
         else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -35,16 +35,18 @@ from vllm.model_executor.models.utils import (
     extract_layer_index,
     maybe_prefix,
 )
-from vllm.utils.torch_utils import get_dtype_size
 
-from hmf.config.layers import LAYER_KINDS, layer_options
+from hmf.config.layers import LAYER_KINDS
 from hmf.config.pattern import ATTENTION
+from hmf.layers.base import StateShape
 
+from .hosted import HostedMixer
 from .recurrent import RecurrentMixer, state_dtypes
-from .support import mixer_class
+from .support import mixer_module
 from .weights import account, expected_tensors
 
-MIXER_NAMES = [kind.module_name for kind in LAYER_KINDS.values()]
+_NAMES = "|".join(kind.module_name for kind in LAYER_KINDS.values())
+MIXER_TENSOR = re.compile(rf"model\.layers\.(?P<layer>\d+)\.(?:{_NAMES})\.(?P<tensor>.+)")
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ def hybrid_layer(stock: type[nn.Module]) -> type[nn.Module]:
                 for name in [name for name in announced if name.startswith(f"{prefix}.self_attn.")]:
                     del announced[name]
                 name = f"{prefix}.{LAYER_KINDS[symbol].module_name}"
-                self.self_attn = mixer_class(symbol)(config, vllm_config.quant_config, name)
+                build = mixer_module(symbol).build
+                self.self_attn = build(symbol, config, vllm_config.quant_config, name, self.self_attn)
 
     return HybridDecoderLayer
 
@@ -84,7 +87,7 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
     # Published names to the place of the mixer; the stock stack's mapper then joins q, k and v as for attention.
     weights_mapper = WeightsMapper(
-        orig_to_new_regex={re.compile(rf"(layers\.\d+)\.(?:{'|'.join(MIXER_NAMES)})\."): r"\1.self_attn."},
+        orig_to_new_regex={MIXER_TENSOR: r"model.layers.\g<layer>.self_attn.\g<tensor>"},
         orig_to_new_stacked={f".{stream}_conv1d.": (".conv1d.", stream) for stream in "qkv"},
     )
 
@@ -120,8 +123,18 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load published tensors; raises HmfError that names every missing, unexpected or misshapen one."""
-        checked = account(weights, *expected_tensors(self.config))
-        return AutoWeightsLoader(self).load_weights(checked, mapper=self.weights_mapper)
+        hosted: set[str] = set()
+
+        def others() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in account(weights, *expected_tensors(self.config)):
+                if (found := MIXER_TENSOR.fullmatch(name)) is not None:
+                    mixer = getattr(self.model.layers[int(found["layer"])], "self_attn", None)
+                    if isinstance(mixer, HostedMixer):
+                        hosted.add(f"model.layers.{found['layer']}.self_attn.{mixer.load(found['tensor'], tensor)}")
+                        continue
+                yield name, tensor
+
+        return AutoWeightsLoader(self).load_weights(others(), mapper=self.weights_mapper) | hosted
 
     # ---- vLLM's questions about states; the first two come before the model exists
 
@@ -136,19 +149,19 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
     def get_mamba_state_copy_funcs(self, mamba_types: set) -> dict:
         """How the states of each type move between blocks: whole, as no speculative token ever shifts them."""
         mixers = [module for module in self.modules() if isinstance(module, RecurrentMixer)]
-        return {mixer.mamba_type: (get_temporal_copy_spec,) * len(mixer.get_state_shape()) for mixer in mixers}
+        return {mixer.mamba_type: (get_temporal_copy_spec,) * len(mixer.states) for mixer in mixers}
 
 
-def _largest_states(vllm_config: VllmConfig) -> tuple:
+def _largest_states(vllm_config: VllmConfig) -> list[StateShape]:
     """The states of the layer type that needs most bytes: vLLM sizes its blocks by it."""
     config, ranks = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
 
-    def bytes_of(states: tuple) -> int:
+    def bytes_of(states: list[StateShape]) -> int:
         dtypes = state_dtypes(states, vllm_config)
-        return sum(math.prod(state.shape) * get_dtype_size(dtype) for state, dtype in zip(states, dtypes, strict=True))
+        return sum(math.prod(state.shape) * dtype.itemsize for state, dtype in zip(states, dtypes, strict=True))
 
     symbols = set(config.pattern.symbols) - {ATTENTION}
-    return max((mixer_class(s).states(layer_options(config, s), ranks) for s in symbols), key=bytes_of, default=())
+    return max((list(mixer_module(s).states(s, config, ranks).values()) for s in symbols), key=bytes_of, default=[])
 
 
 def _suit_stock_layers(config: Any) -> None:

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
+from hmf.layers.base import split_heads
+
 
 class ShortConvWeights(nn.Module):
     """Weights of the short convolutions of several streams, concatenated over channels.
@@ -25,7 +27,7 @@ class ShortConvWeights(nn.Module):
         super().__init__()
         self.rank, self.tp_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         self.heads, self.head_dim = dict(heads), head_dim
-        self.local = {stream: max(1, count // self.tp_size) * head_dim for stream, count in heads.items()}
+        self.local = {stream: split_heads(count, self.tp_size) * head_dim for stream, count in heads.items()}
         channels = sum(self.local.values())
         self.weight = nn.Parameter(torch.empty(channels, 1, conv_size), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(channels), requires_grad=False) if bias else None

@@ -6,91 +6,61 @@ first the requests that decode (one token each), then those that prefill (any nu
 chunk or a cached prefix). A layer type only says how it projects, which states it has and how the recurrence runs;
 reading and writing slots, fresh requests and padding are handled here, once.
 
-Legend: N tokens of the batch, R requests, S sequences, T tokens a sequence, H heads, D model dim.
+Legend: N tokens of the batch, S sequences, T tokens a sequence, D model dim.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.library import Library
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.mamba.abstract import MambaBase
-from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc, get_temporal_copy_spec
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE, direct_register_custom_op
-from vllm.v1.attention.backend import AttentionBackend
-from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadata, BaseMambaAttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
-from hmf.config.layers import layer_options
+from hmf.layers.base import StateShape
 
-from .support import state_backend
+from .backends import RecurrentMetadata, state_backend
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handler prints it
 
 Tensors = tuple[torch.Tensor, ...]
 
 
-class State(NamedTuple):
-    """One state of one request on one rank; `recurrent` (else convolution) decides which option gives its dtype."""
-
-    shape: tuple[int, ...]
-    recurrent: bool
-
-
-class RecurrentMetadata(BaseMambaAttentionMetadata):
-    """Which requests decode or prefill, and their state slots."""
-
-
-class RecurrentMetadataBuilder(BaseMambaAttentionMetadataBuilder[RecurrentMetadata]):
-    metadata_cls = RecurrentMetadata
-    needs_causal_conv1d_metadata = False
-
-
-class RecurrentBackend(AttentionBackend):
-    """Base of the backends. Each layer type's module has its own, `Backend`: types may then share a model."""
-
-    @staticmethod
-    def get_builder_cls() -> type[RecurrentMetadataBuilder]:
-        return RecurrentMetadataBuilder
-
-    @classmethod
-    def is_ssm(cls) -> bool:
-        return True
-
-
-def state_dtypes(states: tuple[State, ...], vllm_config: Any) -> tuple[torch.dtype, ...]:
-    """From the cache options, which `HybridConfig` has filled in from the checkpoint."""
+def state_dtypes(states: Iterable[StateShape], vllm_config: Any) -> tuple[torch.dtype, ...]:
+    """Recurrent and convolution states by the cache options, which `HybridConfig` has filled in from the checkpoint."""
     cache = vllm_config.cache_config
-    recurrent, conv = (STR_DTYPE_TO_TORCH_DTYPE[n] for n in (cache.mamba_ssm_cache_dtype, cache.mamba_cache_dtype))
-    return tuple(recurrent if state.recurrent else conv for state in states)
+    by_kind = {
+        "recurrent": STR_DTYPE_TO_TORCH_DTYPE[cache.mamba_ssm_cache_dtype],
+        "conv": STR_DTYPE_TO_TORCH_DTYPE[cache.mamba_cache_dtype],
+        "window": vllm_config.model_config.dtype,
+        "count": torch.int64,
+    }
+    return tuple(by_kind[state.kind] for state in states)
 
 
 class RecurrentMixer(MambaBase, nn.Module):
     """A recurrent token mixer at the place of a decoder layer's attention.
 
-    A subclass gives `symbol`, `states`, `output_shape`, `project`, `recur` and `finish`, and a row of `support.MIXERS`.
+    symbol: the layer type's; states: those of one request on this rank, by name, in the order that `recur` takes them.
+    A subclass gives `output_shape`, `project`, `recur` and `finish`.
     """
 
-    symbol: ClassVar[str]  # in the layer pattern
-
-    def __init__(self, config: Any, prefix: str):
+    def __init__(self, symbol: str, states: dict[str, StateShape], prefix: str):
         super().__init__()
         vllm_config = get_current_vllm_config()
-        self.options = layer_options(config, self.symbol)
-        self.tp_size = get_tensor_model_parallel_world_size()
-        self.prefix = prefix
-        self._states = self.states(self.options, self.tp_size)
-        self._state_dtypes = state_dtypes(self._states, vllm_config)
-        self.kv_cache = tuple(torch.tensor([]) for _ in self._states)
+        self.symbol, self.states, self.prefix = symbol, states, prefix
+        self._state_dtypes = state_dtypes(states.values(), vllm_config)
+        self.kv_cache = tuple(torch.tensor([]) for _ in states)
         layers = vllm_config.compilation_config.static_forward_context
         if prefix in layers:
             raise ValueError(f"duplicate layer name {prefix}")
@@ -98,14 +68,9 @@ class RecurrentMixer(MambaBase, nn.Module):
 
     # ---- what a layer type defines
 
-    @staticmethod
     @abstractmethod
-    def states(options: Any, tp_size: int) -> tuple[State, ...]:
-        """The states of one request on one of `tp_size` ranks, in the order that `recur` takes them."""
-
-    @abstractmethod
-    def project(self, hidden_states: torch.Tensor) -> tuple[Tensors, Any]:
-        """hidden_states [N, D] -> (the recurrence's inputs, each [N, ...]; what `finish` needs besides its output)."""
+    def project(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> tuple[Tensors, Any]:
+        """positions [N], hidden_states [N, D] -> (the recurrence's inputs, each [N, ...]; what else `finish` needs)."""
 
     @abstractmethod
     def recur(
@@ -113,7 +78,7 @@ class RecurrentMixer(MambaBase, nn.Module):
     ) -> tuple[torch.Tensor, Tensors]:
         """Run the recurrence: over rows [S, 1, ...], or over S documents packed in one row [1, T, ...].
 
-        `states` (None: zeros) has one float32 row a sequence, and so have the returned final states.
+        `states` (None: zeros) has one row a sequence, and so have the returned final states.
         The output has the shape of the inputs' leading axes, then `output_shape`.
         """
 
@@ -128,14 +93,10 @@ class RecurrentMixer(MambaBase, nn.Module):
     # ---- vLLM's questions
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(state.shape for state in self._states)
+        return tuple(state.shape for state in self.states.values())
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
         return self._state_dtypes
-
-    def copy_functions(self) -> tuple[MambaStateCopyFunc, ...]:
-        """Every state is copied whole between blocks (no speculative tokens, so never from an offset)."""
-        return (get_temporal_copy_spec,) * len(self._states)
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:
@@ -154,7 +115,7 @@ class RecurrentMixer(MambaBase, nn.Module):
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states [N, D] -> [N, D]. The signature is that of the stock attention modules."""
-        inputs, rest = self.project(hidden_states)
+        inputs, rest = self.project(positions, hidden_states)
         mixed = hidden_states.new_empty(hidden_states.shape[0], *self.output_shape)
         torch.ops.hmf.recurrent_mix(list(inputs), mixed, self.prefix)
         return self.finish(mixed, rest)
@@ -171,14 +132,14 @@ class RecurrentMixer(MambaBase, nn.Module):
         output[tokens:].zero_()  # rows of padding
         if decodes:
             slots = metadata.state_indices_tensor_d[:decodes, 0].long()
-            states = tuple(pool[slots].float() for pool in self.kv_cache)
+            states = tuple(pool[slots] for pool in self.kv_cache)
             mixed, after = self.recur(tuple(x[:decodes, None] for x in inputs), states, None)
             output[:decodes] = mixed[:, 0]
             self._store(slots, after)
         if metadata.num_prefills:
             slots = metadata.state_indices_tensor_p.long()
             known = metadata.has_initial_states_p
-            states = tuple(_started(pool[slots].float(), known) for pool in self.kv_cache)
+            states = tuple(_started(pool[slots], known) for pool in self.kv_cache)
             at = slice(decodes, tokens)
             mixed, after = self.recur(tuple(x[None, at] for x in inputs), states, metadata.query_start_loc_p)
             output[at] = mixed[0]
@@ -195,7 +156,7 @@ class RecurrentMixer(MambaBase, nn.Module):
 
 def _started(state: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     """Zeros for a fresh request: its slot still holds whatever the last owner left, NaN included."""
-    return torch.where(known.view(-1, *[1] * (state.dim() - 1)), state, 0.0)
+    return torch.where(known.view(-1, *[1] * (state.dim() - 1)), state, torch.zeros_like(state))
 
 
 @eager_break_during_capture
@@ -212,7 +173,6 @@ def _recurrent_mix_shape(inputs: list[torch.Tensor], output: torch.Tensor, layer
     return
 
 
-OPERATOR = "hmf::recurrent_mix"
 _LIBRARY = Library("hmf", "FRAGMENT")
 # Opaque to torch.compile and a seam between CUDA graphs: inside, the work depends on the requests of the batch.
 direct_register_custom_op(

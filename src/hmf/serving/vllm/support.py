@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,14 @@ from hmf.errors import HmfError
 
 TESTED_VLLM = SpecifierSet(">=0.32.0,<0.33")
 
-# Layer symbols with a vLLM layer, and where it is; imported only by the processes that run the model. Its module also
-# has a `Backend`.
-MIXERS = {"GDN": "hmf.serving.vllm.gdn:GatedDeltaNet"}
+# Layer symbols and the modules that serve them, each with two functions: `states` of a request, and `build` a mixer.
+MIXERS = {
+    "GDN": "hmf.serving.vllm.gdn",
+    "GKA": "hmf.serving.vllm.hosted",
+    "M2": "hmf.serving.vllm.hosted",
+    "BMF": "hmf.serving.vllm.hosted",
+    "SWA": "hmf.serving.vllm.window",
+}
 
 Problem = Callable[[Any], str | None]
 
@@ -36,24 +42,9 @@ def _when(condition: Callable[[Any], bool], line: str) -> Problem:
     return lambda config: line if condition(config) else None
 
 
-def mixer_class(symbol: str) -> Any:
-    """The vLLM layer of a layer symbol that `MIXERS` has."""
-    from vllm.utils.import_utils import resolve_obj_by_qualname
-
-    return resolve_obj_by_qualname(MIXERS[symbol].replace(":", "."))
-
-
-def state_backend(symbol: str) -> Any:
-    """The member of vLLM's table of state backends that stands for a layer symbol, made on first use.
-
-    Every process needs it, as vLLM sends members from one to another by value: the path of the module's `Backend`.
-    """
-    from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
-
-    name = f"HMF_{symbol}"
-    if name not in MambaAttentionBackendEnum.__members__:
-        register_backend(name, f"{MIXERS[symbol].partition(':')[0]}.Backend", is_mamba=True)
-    return MambaAttentionBackendEnum[name]
+def mixer_module(symbol: str) -> Any:
+    """The module that serves a layer symbol. It imports vLLM's layers: only for processes that run the model."""
+    return importlib.import_module(MIXERS[symbol])
 
 
 def _fused(config: Any) -> str | None:
@@ -76,6 +67,8 @@ def _head_split(config: Any) -> str | None:
         return f"{queries} query and {keys} key/value heads do not split over {ranks} ranks; use a divisor of both"
     if ranks == 1:
         return None
+    if hosted := sorted(s for s in set(hf_config.pattern.symbols) if MIXERS.get(s, "").endswith(".hosted")):
+        return f"layers of type {', '.join(hosted)} are not split over ranks yet; use --tensor-parallel-size 1"
     for symbol in set(hf_config.pattern.symbols) - {ATTENTION}:
         if getattr(layer_options(hf_config, symbol), "kv_proj_rank", None) is not None:
             key = LAYER_KINDS[symbol].config_key
@@ -98,11 +91,11 @@ def _head_dim(config: Any) -> str | None:
 
 
 TABLE: tuple[Row, ...] = (
-    Row("Gated DeltaNet layers, with all options of `gdn_config`", True),
+    Row("GDN, GKA, Mamba2, B'MOJO-F and SWA layers, with all options, mixed in any pattern", True),
     Row("Continuous batching, chunked prefill, preemption, `n > 1`", True),
     Row("Prefix caching", True, "`--mamba-cache-mode align`, which is also vLLM's choice"),
     Row("Tool calls, reasoning parsers, streaming", True, "vLLM's own"),
-    Row("Other layer types", False, "generate with Hugging Face", _unknown_layers),
+    Row("Layer types of your own without a row in `MIXERS`", False, "generate with Hugging Face", _unknown_layers),
     Row("Stage-0 and Stage-1 checkpoints", False, "`hmf export` first", _fused),
     Row("Heads that do not split over the ranks", False, "use a divisor of the head counts", _head_split),
     Row("Head dimensions without an attention kernel on a CPU", False, "use a GPU", _head_dim),

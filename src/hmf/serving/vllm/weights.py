@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from transformers.core_model_loading import revert_weight_conversion
 
 from hmf.errors import HmfError
 from hmf.model.families import family_of
@@ -15,7 +16,6 @@ from hmf.model.modeling import hybrid_classes
 
 # Computed from the configuration; old checkpoints carry it and every loader drops it.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
-EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
 SHOWN = 5
 
 
@@ -28,19 +28,8 @@ def expected_tensors(config: Any) -> tuple[dict[str, torch.Size], set[str]]:
     with torch.device("meta"):
         model = hybrid_classes(family_of(config.model_type)).causal_lm(config)
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
-    expected: dict[str, torch.Size] = {}
-    for name, tensor in model.state_dict().items():
-        experts = EXPERTS.match(name)
-        if experts is None:
-            expected[name] = tensor.shape
-            continue
-        # Held as one tensor in memory, published one by one: gate and up [E, 2I, D] -> E times [I, D].
-        parts = ("gate_proj", "up_proj") if experts[2] == "gate_up_proj" else ("down_proj",)
-        count, rows, columns = tensor.shape
-        for expert in range(count):
-            for part in parts:
-                expected[f"{experts[1]}.{expert}.{part}.weight"] = torch.Size((rows // len(parts), columns))
-    return expected, tied
+    published = revert_weight_conversion(model, model.state_dict())  # experts stacked in memory, one by one in the file
+    return {name: tensor.shape for name, tensor in published.items()}, tied
 
 
 def account(

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every layer type, every option of it that changes tensors or states, every family and mixes of types in vLLM.
+
+Each case is one engine: prompts that are prefilled in chunks beside others that decode, then the same from the prefix
+cache, against Hugging Face.
+"""
+
+import pytest
+
+from hmf.config.layers import LAYER_KINDS
+from tests.hybrids import OPTIONS, Case
+from tests.serving import engines
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+TOKENS = 12
+LENGTHS = [1, 5, 70, 290]
+GKA, M2, BMF = OPTIONS["GKA"], OPTIONS["M2"], OPTIONS["BMF"]
+BARE = {"use_short_conv": False, "use_gate": False, "allow_neg_eigval": True, "norm_eps": 1e-3}
+LOW_RANK = {"kv_proj_rank": 6, "conv_bias": True, "conv_size": 3}
+DICTS = {"swa_config": {"window_size": 7}, "bmojo_config": {"window_size": 9, "ssm_mixer": "gdn"}}
+
+CASES = {
+    "GDN-bare": (Case("GDN", "bare", options=BARE), "X-*-X", {}),
+    "GDN-low-rank": (Case("GDN", "low-rank", options=LOW_RANK), "X-*-X", {}),
+    "GDN-learnable-residual": (Case("GDN", "mixing", options=OPTIONS["GDN"]["learnable-residual"]), "X-*-X", {}),
+    "GDN-one-kv-head": (Case("GDN", "one-kv-head", base={"num_key_value_heads": 1}), "X-*-X", {}),
+    "GKA": (Case("GKA", "default"), "X-*-X", {}),
+    "GKA-plain": (Case("GKA", "plain", options=GKA["plain"]), "X-*-X", {}),
+    "M2-rotary": (Case("M2", "rotary", options=M2["rotary"]), "X-*-X", {}),
+    "BMF-gka-untied": (Case("BMF", "untied", options=BMF["gka"] | BMF["untied"]), "X-*-X", {}),
+    "SWA": (Case("SWA", "default"), "X-*-X", {}),
+    "mixed": (Case("GDN", "mixed"), "GKA-*-GDN-SWA-M2-BMF", DICTS),
+    "no-attention": (Case("GDN", "alone"), "X-X", {}),
+}
+
+
+def check(path, model, **options):
+    prompts = engines.random_prompts(LENGTHS, seed=4)
+    answers = [engines.hugging_face(model, prompt, TOKENS) for prompt in prompts]
+    with engines.engine(path, enable_prefix_caching=True, max_num_batched_tokens=160, **options) as llm:
+        cold = engines.greedy(llm, prompts, TOKENS)
+        warm = engines.greedy(llm, prompts, TOKENS)
+    engines.assert_same(cold, answers)
+    engines.assert_same(warm, answers)
+    assert warm[-1].num_cached_tokens > 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layer_type(tmp_path, name):
+    case, pattern, fields = CASES[name]
+    check(tmp_path, engines.save_hybrid(tmp_path, case, pattern, **fields))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "ministral3", "qwen3_moe"])
+def test_family(tmp_path, family):
+    fields = {"ministral3": MINISTRAL, "qwen3_moe": EXPERTS, "qwen2": TIED}.get(family, {})
+    check(tmp_path, engines.save_hybrid(tmp_path, Case("GDN", family), "X-*-SWA", family, **fields, **DICTS))
+
+
+TIED = {"tie_word_embeddings": True, "hidden_size": 128}  # vLLM takes head_dim to be hidden_size / heads here
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# Queries grow past `original_max_position_embeddings`.
+MINISTRAL = {
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 16.0, "original_max_position_embeddings": 64,
+        "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+    }
+}  # fmt: skip
+
+
+def test_every_layer_type_is_served():
+    from hmf.serving.vllm.support import MIXERS
+
+    assert MIXERS.keys() == LAYER_KINDS.keys()
