@@ -284,6 +284,19 @@ def test_router_outputs_and_balance_loss():
     assert hybrid.model.layers[1].gdn.v_proj.weight.grad.abs().max() > 0  # the next layers' routers depend on it
 
 
+def test_experts_run_as_in_the_stock_model(monkeypatch):
+    """transformers' fast path for experts, whatever was loaded before; its plain loop where that knows no float64."""
+    config = hybridise(stock_model("qwen3_moe", "odd-head-dim"), PATTERN).config
+    hybrid_class = hybrid_classes(FAMILIES["qwen3_moe"]).causal_lm
+    for cls in hybrid_class.__mro__:  # what loading a stock model leaves behind
+        if "_can_set_experts_implementation_cached_value" in vars(cls):
+            monkeypatch.delattr(cls, "_can_set_experts_implementation_cached_value")
+    assert hybrid_class._from_config(config).config._experts_implementation == "grouped_mm"
+    wide = hybrid_class._from_config(config, dtype=torch.float64)
+    assert wide.config._experts_implementation == "eager"
+    assert wide(random_ids(1, 3)).logits.dtype == torch.float64
+
+
 EXPERT = "model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"
 
 

@@ -63,7 +63,9 @@ def hybrid_layer_class(stock: type[nn.Module]) -> type[nn.Module]:
         view = _WithMixer(self, self.get_submodule(self.mixer_name))
         return stock.forward(view, hidden_states, *args, layout=layout, **kwargs)
 
-    cls: Any = type(f"Hybrid{stock.__name__}", (stock,), {"__init__": __init__, "forward": forward, "__module__": __name__})
+    cls: Any = type(
+        f"Hybrid{stock.__name__}", (stock,), {"__init__": __init__, "forward": forward, "__module__": __name__}
+    )
     return cls
 
 
@@ -80,7 +82,20 @@ class LayerInputs:
 _Base: Any = object  # a mixin: transformers' classes come after it
 
 
-class HybridModelMixin(_Base):
+class AsItsFamily(_Base):
+    """How experts are computed. transformers reads the source of a class's module for that: here, the family's."""
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return cls.family.class_named("PreTrainedModel")._can_set_experts_implementation()
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        if self.config.dtype == torch.float64 and requested_experts in (None, "grouped_mm"):
+            requested_experts = "eager"  # the grouped product knows no float64
+        return super().get_correct_experts_implementation(requested_experts)
+
+
+class HybridModelMixin(AsItsFamily):
     """Put before a family's decoder (`Qwen3Model`, ...)."""
 
     def __init__(self, config: Any):
@@ -190,7 +205,7 @@ class HybridModelMixin(_Base):
         )
 
 
-class HybridCausalLMMixin(StrictLoading):
+class HybridCausalLMMixin(AsItsFamily, StrictLoading):
     """Put before a family's causal language model (`Qwen3ForCausalLM`, ...)."""
 
     # A state that has moved on cannot go back: transformers then refuses assisted generation.
