@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from hmf.bench.gpus import GIB, Device
+from hmf.bench.gpus import GIB, Device, cpu
 from hmf.bench.plan import UTILISATION, Plan, Settings, as_hybrid, make_plan
 from hmf.errors import HmfError
 from hmf.model.checkpoint import load_config
 
-# vLLM on a CPU: a block of the cache, and how many sequences run at once unless it is told otherwise.
-CPU_BLOCK, CPU_SEQUENCES = 128, 128
+CPU_SEQUENCES = 128  # at once, by vLLM's default
 CPU_SPACE = "VLLM_CPU_KVCACHE_SPACE"  # GiB
 GRACE = 60.0  # seconds that vLLM has to stop before it is killed
 NO_CACHING, UTILISED, RANKS = "--no-enable-prefix-caching", "--gpu-memory-utilization", "--tensor-parallel-size"
@@ -122,7 +121,7 @@ def _plan_cpu(config: Any, settings: Settings) -> Plan:
 
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     settings = replace(settings, max_num_seqs=CPU_SEQUENCES)
-    device = Device("cpu", psutil.virtual_memory().available, bandwidth=0.0, block=CPU_BLOCK)
+    device = cpu(psutil.virtual_memory().available)
     plan = make_plan(config, device, dtype=dtype, settings=settings, room=device.memory)
     if given := os.environ.get(CPU_SPACE):
         return replace(plan, cache_bytes=_number(CPU_SPACE, given, int) * GIB)

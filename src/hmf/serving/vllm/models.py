@@ -8,7 +8,6 @@ vLLM's.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -58,11 +57,10 @@ class Family:
     parameter: str
 
 
-@functools.cache
 def hybrid_layer(stock: type[nn.Module]) -> type[nn.Module]:
     """`stock`, a vLLM decoder layer class, with the attention of some layers swapped as the pattern says."""
 
-    class HybridDecoderLayer(stock):  # type: ignore[misc, valid-type]
+    class HybridDecoderLayer(stock):
         def __init__(self, *args: Any, prefix: str = "", **kwargs: Any):
             super().__init__(*args, prefix=prefix, **kwargs)
             vllm_config = get_current_vllm_config()
@@ -74,8 +72,10 @@ def hybrid_layer(stock: type[nn.Module]) -> type[nn.Module]:
                 for name in [name for name in announced if name.startswith(f"{prefix}.self_attn.")]:
                     del announced[name]
                 name = f"{prefix}.{LAYER_KINDS[symbol].module_name}"
-                build = mixer_module(symbol).build
-                self.self_attn = build(symbol, config, vllm_config.quant_config, name, self.self_attn)
+                stock_attention = self.get_submodule("self_attn")
+                self.self_attn = mixer_module(symbol).build(
+                    symbol, config, vllm_config.quant_config, name, stock_attention
+                )
 
     return HybridDecoderLayer
 
