@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -68,11 +68,12 @@ def distill(recipe: RecipeFile) -> None:
     """Stage 1: train the mixers of a fused checkpoint to do what its attention does. Continues where it stopped."""
     from hmf.config.runs import DistillRecipe, load_recipe
     from hmf.pipeline import claim
+    from hmf.report.curves import draw_curves
     from hmf.training.distill import distill as run
 
     settings = load_recipe(recipe, DistillRecipe)
     claim(settings.output, recipe.read_text(encoding="utf-8"))
-    saved = run(settings.model, settings.output, settings, settings.seed)
+    saved = run(settings.model, settings.output, settings, settings.seed, draw=draw_curves)
     typer.echo(f"saved {saved}; next: hmf export {saved} --out {settings.output}/model")
 
 
@@ -185,18 +186,109 @@ def plan(
         typer.echo(f"saved {plot}")
 
 
-@app.command(epilog=epilog("hmf chat runs/quickstart/model", "hmf chat teacher --no-thinking"))
+@app.command(epilog=epilog(
+    "hmf serve runs/quickstart/model",
+    "hmf serve runs/quickstart/model -- --port 9000 --max-model-len 4096",
+))  # fmt: skip
+def serve(
+    model: Annotated[str, typer.Argument(help='Checkpoint directory, or "teacher".')],
+    extra: Annotated[list[str] | None, typer.Argument(help="After --: options of vLLM's own, before ours.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Print the command and start nothing.")] = False,
+) -> None:
+    """Start vLLM's OpenAI-compatible server with the right options for this checkpoint and machine; Ctrl-C stops it."""
+    from hmf.pipeline import resolve_base
+    from hmf.serving import serve as server
+
+    if not dry_run:
+        server.require_vllm()
+    launch = server.prepare(resolve_base(model), extra or ())
+    typer.echo(launch.line)
+    if not dry_run:
+        raise typer.Exit(server.run(launch))
+
+
+@app.command(epilog=epilog(
+    "hmf chat runs/quickstart/model",
+    "hmf chat teacher --no-thinking",
+    "hmf chat runs/quickstart/model --url http://localhost:8000",
+))  # fmt: skip
 def chat(
     model: Annotated[str, typer.Argument(help='Checkpoint directory, or "teacher".')],
     thinking: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = True,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    url: Annotated[str | None, typer.Option(help="Of a running server; left out: load the model here.")] = None,
 ) -> None:
-    """Talk to a checkpoint in the terminal, without a server."""
+    """Talk to a checkpoint in the terminal, without a server or through one."""
     from hmf.pipeline import resolve_base
-    from hmf.serving.chat import run
+    from hmf.serving.chat import LocalChat, ServerChat, run
 
-    run(resolve_base(model), thinking=thinking, max_new_tokens=max_new_tokens, temperature=temperature)
+    source = resolve_base(model)
+    options: Any = {"thinking": thinking, "max_new_tokens": max_new_tokens, "temperature": temperature}
+    run(LocalChat(source, **options) if url is None else ServerChat(source, url, **options), source)
+
+
+@app.command(epilog=epilog("hmf doctor", "hmf doctor --json", "HMF_OPS=reference hmf doctor"))
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Which implementation of each op runs here, why, and whether it equals the reference. Exits 1 if one does not."""
+    import json
+
+    from rich.console import Console
+
+    from hmf.bench import doctor as checks
+
+    with Console(stderr=True).status("checking") as status:
+        report = checks.examine(lambda line: status.update(f"checking {line}"))
+    if as_json:
+        typer.echo(json.dumps(report.json(), indent=2))
+    else:
+        checks.print_report(report)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Measure speed here.")
+app.add_typer(bench, name="bench")
+
+
+@bench.command(name="ops", epilog=epilog(
+    "hmf bench ops",
+    "hmf bench ops --ops gdn,ssd --tokens 8192 --heads 32 --head-dim 128 --dtype bfloat16 --versions chunked,fast",
+))  # fmt: skip
+def bench_ops(
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of one sequence.")] = 2048,
+    heads: Annotated[int, typer.Option(min=1, help="Heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=1, help="Key and value dimensions of a head.")] = 64,
+    ops: Annotated[str, typer.Option(help="Ops, joined by commas; empty for all.")] = "",
+    versions: Annotated[str, typer.Option(help="Of reference, chunked, fast, by commas; empty for all here.")] = "",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; left out: cuda if there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs; the reference is run once.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+) -> None:
+    """Times each op's versions, forward and backward. The sequential references take seconds to minutes."""
+    import json
+
+    import torch
+
+    from hmf.bench import machine
+    from hmf.bench import ops as timings
+    from hmf.errors import unknown_name
+    from hmf.ops.samples import Shape
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in dtypes:
+        raise HmfError(f"--dtype: {unknown_name('dtype', dtype, dtypes)}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted, named = ([name for name in text.split(",") if name] for text in (ops, versions))
+    shape = Shape(tokens=tokens, heads=heads, head_dim=head_dim)
+    rows = timings.rows(timings.run(shape, dtypes[dtype], device, repeats, wanted, named))
+    if as_json:
+        typer.echo(json.dumps({"rows": rows, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2))
+    else:
+        timings.print_rows(rows, f"{tokens:,} tokens, {heads} heads of {head_dim}, {dtype}, {device}; ms: min / median")
 
 
 def main() -> None:

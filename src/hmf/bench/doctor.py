@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which implementation of each op runs on this machine, why, and whether it computes what the reference does.
+
+The truth is the reference on float64 copies of the same numbers, on the CPU. An error is the norm of the difference
+over the norm of the truth, the largest over outputs, final states and, for training, gradients of all inputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from hmf.bench import machine
+from hmf.errors import HmfError
+from hmf.ops import dispatch
+from hmf.ops.samples import Sample, Shape, flat, sample
+
+# No length is a multiple of a chunk; documents of several chunks, of one token and of less than a chunk.
+CASES = {
+    "rows": Shape(batch=2, tokens=40, heads=2),
+    "packed": Shape(lengths=(131, 1, 20), heads=3, with_state=True),
+    "one token": Shape(batch=3, tokens=1, heads=2, with_state=True),
+}
+TRAINING_CASES = ("rows", "packed")  # a step of decoding has no gradient
+# bfloat16 rounds at 2^-9 = 2e-3; on a GPU float32 products may round their factors to TF32's 2^-11 = 5e-4.
+TOLERANCES = {
+    "cpu": {torch.float32: 1e-4, torch.bfloat16: 2e-2},
+    "cuda": {torch.float32: 5e-3, torch.bfloat16: 2e-2},
+}
+
+
+@dataclass
+class Check:
+    """One op on one device for one use. `errors`: dtype -> relative error; `worst`: dtype -> where it is."""
+
+    op: str
+    device: str
+    use: str  # inference | training
+    version: str | None
+    reason: str
+    errors: dict[str, float] = field(default_factory=dict)
+    worst: dict[str, str] = field(default_factory=dict)
+    problem: str | None = None
+
+
+@dataclass
+class Report:
+    checks: list[Check]
+    notes: list[str]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return not any(check.problem for check in self.checks)
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "passed": self.passed,
+            "checks": [asdict(check) for check in self.checks],
+            "notes": self.notes,
+            "hardware": machine.hardware(),
+            "versions": machine.versions(),
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def examine(progress: Callable[[str], None] = lambda line: None) -> Report:
+    """Check every op on every kind of device here; `progress` is told what is being checked."""
+    start = time.perf_counter()
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    checks = []
+    for op in dispatch.ops():
+        progress(f"{op}: reference")
+        samples = {case: sample(op, shape) for case, shape in CASES.items()}
+        truths = {case: _truth(op, made, case in TRAINING_CASES) for case, made in samples.items()}
+        for device in devices:
+            for use in ("inference", "training"):
+                progress(f"{op}: {use} on {device}")
+                checks.append(_check(op, device, use, samples, truths))
+    return Report(checks, _notes(), time.perf_counter() - start)
+
+
+def _check(op: str, device: str, use: str, samples: dict[str, Sample], truths: dict[str, dict]) -> Check:
+    training = use == "training"
+    try:
+        chosen, reason = dispatch.choose(op, device, training, torch.float32)
+    except HmfError as error:
+        return Check(op, device, use, None, "", problem=str(error))
+    check = Check(op, device, use, chosen.version, reason)
+    for dtype, tolerance in TOLERANCES[device].items():
+        name = _name(dtype)
+        for case in TRAINING_CASES if training else CASES:
+            try:
+                found = evaluate(chosen.function, samples[case], dtype, device, training)
+            except Exception as error:  # whatever a kernel fails with is what the doctor is asked for
+                check.problem = f"{name}, {case}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                return check
+            for tensor, value in found.items():
+                error = relative_error(value, truths[case][tensor])
+                if not error <= check.errors.get(name, -1.0):  # NaN counts as larger
+                    check.errors[name], check.worst[name] = error, f"{tensor}, {case}"
+        if not check.errors[name] <= tolerance:
+            check.problem = check.problem or (
+                f"{name}: {check.worst[name]} is off by {check.errors[name]:.1e} (at most {tolerance:.0e})"
+            )
+    return check
+
+
+def _truth(op: str, made: Sample, gradients: bool) -> dict[str, torch.Tensor]:
+    with _one_thread():
+        return evaluate(dispatch.implementations(op)["reference"].function, made, torch.float64, "cpu", gradients)
+
+
+def evaluate(
+    function: Callable, made: Sample, dtype: torch.dtype, device: str, gradients: bool
+) -> dict[str, torch.Tensor]:
+    """What `function` gives for a sample, by name: output, final states and, if asked for, the gradients of a fixed
+    random combination of them to all tensors. All are returned in float64 on the CPU."""
+    tensors = {name: x.detach().requires_grad_(gradients) for name, x in made.tensors(dtype, device).items()}
+    with torch.set_grad_enabled(gradients):
+        results = flat(made.call(function, tensors))
+    names = ["output", *(f"final state {n}" for n in range(1, len(results)))]
+    found = dict(zip(names, results, strict=True))
+    if gradients:
+        generator = torch.Generator().manual_seed(1)
+        # Numbers that bfloat16 holds: the same combination for all dtypes.
+        weights = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in results]
+        grads = torch.autograd.grad(results, list(tensors.values()), weights, allow_unused=True, materialize_grads=True)
+        found |= {f"gradient of {name}": grad for name, grad in zip(tensors, grads, strict=True)}
+    return {name: x.detach().to("cpu", torch.float64) for name, x in found.items()}
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of `expected`; infinite for another shape."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Token by token the tensors are too small to share: on a busy machine more threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _notes() -> list[str]:
+    notes = []
+    if forced := os.environ.get("HMF_OPS"):
+        notes.append(f"HMF_OPS={forced} names the implementation of every op; unset it for the usual choice")
+    for op in dispatch.ops():
+        if reason := dispatch.known_bad_backward(op):
+            notes.append(f"known bad: {op}: {reason}")
+    return notes
+
+
+def print_report(report: Report) -> None:
+    title = "Errors against the reference, relative to its norm: outputs, states and, in training, gradients"
+    table = Table(title=title, title_justify="left", caption="\n".join(machine.lines()), caption_justify="left")
+    for name in ("op", "device", "for", "runs"):
+        table.add_column(name, no_wrap=True)
+    for dtype in TOLERANCES["cpu"]:
+        table.add_column(_name(dtype), justify="right")
+    for name in ("verdict", "why"):
+        table.add_column(name)
+    for check in report.checks:
+        errors = (check.errors.get(_name(dtype)) for dtype in TOLERANCES["cpu"])
+        table.add_row(
+            check.op, check.device, check.use, check.version or "nothing",
+            *("" if error is None else f"{error:.0e}" for error in errors),
+            "wrong" if check.problem else "ok", check.reason,
+        )  # fmt: skip
+    console = Console(width=max(100, Console().width))
+    console.print(table)
+    failures = [check for check in report.checks if check.problem]
+    problems = [f"wrong: {check.op}, {check.use} on {check.device}: {check.problem}" for check in failures]
+    for note in [*report.notes, *problems]:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    names = ", ".join(sorted({check.op for check in failures}))
+    verdict = f"wrong here: {names}" if failures else "every op equals its reference here"
+    console.print(f"{verdict} ({report.seconds:.0f} s)", highlight=False)

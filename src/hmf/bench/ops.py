@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time of every op's versions, forward and backward, and how many times faster than the first version each is."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from hmf.bench import machine
+from hmf.errors import HmfError, unknown_name
+from hmf.ops import dispatch
+from hmf.ops.samples import Sample, Shape, flat, sample
+
+WARM_UP = 2
+# The sequential definition takes its own order of time: one run, warmed up on a few tokens.
+SLOW = "reference"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of every repeat; `forward` keeps what the backward needs."""
+
+    op: str
+    version: str
+    forward: list[float]
+    backward: list[float]
+
+    def speedup(self, baseline: Timing) -> tuple[float, float]:
+        """How many times faster than `baseline`, forward and backward, by medians."""
+        return (
+            statistics.median(baseline.forward) / statistics.median(self.forward),
+            statistics.median(baseline.backward) / statistics.median(self.backward),
+        )
+
+
+def available(op: str, device: str) -> list[str]:
+    """Versions of `op` that can run on `device`, slowest first."""
+    fast = dispatch.choose(op, device, False, torch.float32)[0].version == "fast"
+    known = dispatch.implementations(op)
+    return [version for version in dispatch.VERSIONS if version in known and (version != "fast" or fast)]
+
+
+def measure(op: str, version: str, shape: Shape, dtype: torch.dtype, device: str, repeats: int) -> Timing:
+    function = dispatch.implementations(op)[version].function
+    slow = version == SLOW
+    warm_up = sample(op, replace(shape, tokens=min(shape.tokens, 64)) if slow else shape)
+    for _ in range(1 if slow else WARM_UP):
+        _run(function, warm_up, dtype, device)
+    made = sample(op, shape)
+    times = [_run(function, made, dtype, device) for _ in range(1 if slow else repeats)]
+    return Timing(op, version, [forward for forward, _ in times], [backward for _, backward in times])
+
+
+def _run(function, made: Sample, dtype: torch.dtype, device: str) -> tuple[float, float]:
+    """Seconds of one forward and of its backward for the output and the final states."""
+    tensors = {name: x.requires_grad_() for name, x in made.tensors(dtype, device).items()}
+    start = _now(device)
+    results = flat(made.call(function, tensors))
+    middle = _now(device)
+    torch.autograd.backward(results, [torch.ones_like(x) for x in results])
+    return middle - start, _now(device) - middle
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def run(
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    repeats: int = 5,
+    ops: Sequence[str] = (),
+    versions: Sequence[str] = (),
+) -> list[Timing]:
+    """Timings of `ops` (empty: all) in those of their `versions` (empty: all) that run on `device`."""
+    if device not in ("cpu", "cuda"):
+        raise HmfError(f"--device: {unknown_name('device', device, ('cpu', 'cuda'))}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise HmfError("--device cuda: PyTorch sees no GPU; leave --device out")
+    for option, names, known in (("--ops", ops, dispatch.ops()), ("--versions", versions, dispatch.VERSIONS)):
+        for name in names:
+            if name not in known:
+                raise HmfError(f"{option}: {unknown_name(option[2:-1], name, known)}")
+    chosen = [
+        (op, version)
+        for op in ops or dispatch.ops()
+        for version in available(op, device)
+        if not versions or version in versions
+    ]
+    return [measure(op, version, shape, dtype, device, repeats) for op, version in chosen]
+
+
+def rows(timings: Sequence[Timing]) -> list[dict]:
+    """One row a timing, in milliseconds, with its ratios to the first version of its op."""
+    first: dict[str, Timing] = {}
+    result = []
+    for timing in timings:
+        baseline = first.setdefault(timing.op, timing)
+        forward, backward = timing.speedup(baseline)
+        result.append({
+            "op": timing.op, "version": timing.version, "repeats": len(timing.forward),
+            "forward_ms": _milliseconds(timing.forward), "backward_ms": _milliseconds(timing.backward),
+            "baseline": baseline.version, "forward_speedup": forward, "backward_speedup": backward,
+        })  # fmt: skip
+    return result
+
+
+def _milliseconds(seconds: list[float]) -> dict[str, float]:
+    return {"min": min(seconds) * 1e3, "median": statistics.median(seconds) * 1e3}
+
+
+def print_rows(table_rows: list[dict], title: str) -> None:
+    table = Table(title=title, title_justify="left", caption="\n".join(machine.lines()), caption_justify="left")
+    for name in ("op", "version"):
+        table.add_column(name)
+    for name in ("forward ms", "backward ms", "forward ratio", "backward ratio", "repeats"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row, after in zip(table_rows, [*table_rows[1:], None], strict=True):
+        parts, first = ("forward", "backward"), row["version"] == row["baseline"]
+        table.add_row(
+            row["op"], row["version"],
+            *("{min:,.1f} / {median:,.1f}".format(**row[f"{part}_ms"]) for part in parts),
+            *("1" if first else f"{row[f'{part}_speedup']:.1f}x" for part in parts),
+            str(row["repeats"]),
+            end_section=after is None or after["op"] != row["op"],
+        )  # fmt: skip
+    Console(width=max(110, Console().width)).print(table)

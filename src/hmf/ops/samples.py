@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random arguments for every op, one generator an op: for `hmf doctor`, `hmf bench ops` and tests.
+
+A new op adds one entry to `SAMPLES`. Legend: B batch, T tokens, S sequences, H heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .window import KeySet
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B rows of T tokens, or one row of packed documents of the given `lengths` (then B and T follow from them)."""
+
+    batch: int = 1
+    tokens: int = 1
+    heads: int = 2
+    head_dim: int = 64
+    lengths: tuple[int, ...] | None = None
+    with_state: bool = False
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        return (self.batch, self.tokens) if self.lengths is None else (1, sum(self.lengths))
+
+    @property
+    def sequences(self) -> int:
+        return self.batch if self.lengths is None else len(self.lengths)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Differentiable tensors by name, and how an op's implementation is called on them.
+
+    `tokens` come in the model's dtype; `exact` (gates, states) stay in float32, or float64 beside float64 tokens.
+    """
+
+    tokens: dict[str, torch.Tensor]
+    exact: dict[str, torch.Tensor]
+    call: Callable[[Callable, dict[str, torch.Tensor]], Any]  # (implementation, tensors) -> the op's result
+
+    def tensors(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return {name: x.to(device, dtype) for name, x in self.tokens.items()} | {
+            name: x.to(device, wide) for name, x in self.exact.items()
+        }
+
+
+def sample(op: str, shape: Shape, seed: int = 0) -> Sample:
+    """Arguments of `op`. Tokens are numbers that bfloat16 holds, so that all dtypes compute on the same ones."""
+    made = SAMPLES[op](shape, _Random(shape, seed))
+    return Sample({name: x.bfloat16().double() for name, x in made.tokens.items()}, made.exact, made.call)
+
+
+def flat(result: Any) -> list[torch.Tensor]:
+    """The tensors of an op's result, in order: the output, then the states."""
+    return [result] if torch.is_tensor(result) else [tensor for part in result for tensor in flat(part)]
+
+
+class _Random:
+    """Draws for one shape, in float64 on the CPU: the same on every device."""
+
+    def __init__(self, shape: Shape, seed: int):
+        self.shape, self.generator = shape, torch.Generator().manual_seed(seed)
+
+    def normal(self, *size: int) -> torch.Tensor:
+        return torch.randn(size, generator=self.generator, dtype=torch.float64)
+
+    def token(self, heads: int | None = None, normalized: bool = False) -> torch.Tensor:
+        """[B, T, H, D]"""
+        x = self.normal(*self.shape.rows, heads or self.shape.heads, self.shape.head_dim)
+        return F.normalize(x, dim=-1) if normalized else x
+
+    def share(self) -> torch.Tensor:
+        """[B, T, H] between 0 and 1."""
+        return torch.rand(*self.shape.rows, self.shape.heads, generator=self.generator, dtype=torch.float64)
+
+    def log_decay(self) -> torch.Tensor:
+        """[B, T, H]: from heads that keep for hundreds of tokens to heads that forget in a few, as trained ones do."""
+        reach = torch.logspace(0.5, 2.5, self.shape.heads, dtype=torch.float64)
+        return -2 * self.share() / reach
+
+    def state(self) -> torch.Tensor:
+        """[S, H, D, D]"""
+        size = self.shape.head_dim
+        return self.normal(self.shape.sequences, self.shape.heads, size, size) / size**0.5
+
+    def cu_seqlens(self) -> torch.Tensor | None:
+        return None if self.shape.lengths is None else torch.tensor([0, *self.shape.lengths]).cumsum(0)
+
+
+def _gdn(shape: Shape, draw: _Random) -> Sample:
+    cu_seqlens = draw.cu_seqlens()
+
+    def call(function, x):
+        return function(x["q"], x["k"], x["v"], x["g"], x["beta"], x.get("state"), _beside(cu_seqlens, x))
+
+    return Sample(
+        {"q": draw.token(normalized=True), "k": draw.token(normalized=True), "v": draw.token()},
+        {"g": draw.log_decay(), "beta": draw.share()} | ({"state": draw.state()} if shape.with_state else {}),
+        call,
+    )
+
+
+def _ssd(shape: Shape, draw: _Random) -> Sample:
+    cu_seqlens, scale = draw.cu_seqlens(), shape.head_dim**-0.5
+
+    def call(function, x):
+        return function(x["q"], x["k"], x["v"], x["g"], x.get("state"), _beside(cu_seqlens, x))
+
+    return Sample(
+        {"q": draw.token() * scale, "k": draw.token(), "v": draw.token()},
+        {"g": draw.log_decay()} | ({"state": draw.state()} if shape.with_state else {}),
+        call,
+    )
+
+
+def _gka(shape: Shape, draw: _Random) -> Sample:
+    cu_seqlens = draw.cu_seqlens()
+
+    def call(function, x):
+        state = (x["C"], x["U"]) if "C" in x else None
+        return function(x["q"], x["k"], x["v"], x["g"], x["gk"], x["alpha"], state, _beside(cu_seqlens, x))
+
+    exact = {"g": draw.log_decay(), "gk": draw.log_decay(), "alpha": draw.share()}
+    if shape.with_state:
+        factor = draw.state()
+        exact |= {"C": factor @ factor.mT, "U": draw.state()}  # a covariance
+    beta = draw.share()[..., None]
+    return Sample(
+        {"q": draw.token(normalized=True), "k": draw.token(normalized=True) * beta, "v": draw.token() * beta},
+        exact,
+        call,
+    )
+
+
+def _window(shape: Shape, draw: _Random) -> Sample:
+    """B'MOJO-F's two sets, with a key head for two query heads where these are even in number."""
+    cu_seqlens, tokens = draw.cu_seqlens(), shape.rows[1]
+    size, kv_heads = min(512, max(4, tokens // 4)), shape.heads // 2 if shape.heads % 2 == 0 else shape.heads
+    windows = {"near": (0, size - 1), "far": (size, 2 * size - 1)}
+    seen = (torch.arange(shape.sequences) + 1) * size if shape.with_state else None
+
+    def call(function, x):
+        sets = [
+            KeySet(x[f"k {name}"], x[f"v {name}"], low, high, x.get(f"past k {name}"), x.get(f"past v {name}"))
+            for name, (low, high) in windows.items()
+        ]
+        return function(x["q"], sets, shape.head_dim**-0.5, _beside(seen, x), _beside(cu_seqlens, x))
+
+    made = {"q": draw.token()}
+    for name, (_, high) in windows.items():
+        made |= {f"k {name}": draw.token(kv_heads), f"v {name}": draw.token(kv_heads)}
+        if shape.with_state:
+            past = shape.sequences, high, kv_heads, shape.head_dim
+            made |= {f"past k {name}": draw.normal(*past), f"past v {name}": draw.normal(*past)}
+    return Sample(made, {}, call)
+
+
+def _beside(x: torch.Tensor | None, tensors: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    return None if x is None else x.to(tensors["q"].device)
+
+
+SAMPLES: dict[str, Callable[[Shape, _Random], Sample]] = {"gdn": _gdn, "gka": _gka, "ssd": _ssd, "window": _window}

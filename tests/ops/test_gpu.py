@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU kernels compute what the references define: outputs, final states, gradients.
+
+Truth and errors are those of `hmf doctor`: the float64 reference on the same numbers, relative norms of differences.
+"""
+
+import functools
+
+import pytest
+import torch
+
+import hmf.ops  # noqa: F401 (registers the ops)
+from hmf.bench import doctor
+from hmf.ops import dispatch
+from hmf.ops.samples import Shape, sample
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = {
+    "rows": Shape(batch=2, tokens=200, heads=3, head_dim=64),
+    "rows from a state": Shape(batch=2, tokens=65, heads=2, head_dim=128, with_state=True),
+    "packed": Shape(lengths=(130, 1, 64, 20), heads=2, head_dim=64),
+    "packed from states": Shape(lengths=(3, 129, 1), heads=2, head_dim=128, with_state=True),
+}
+TOLERANCE = doctor.TOLERANCES["cuda"]
+KERNELS = [op for op in dispatch.ops() if "fast" in dispatch.implementations(op)]
+
+
+@functools.cache
+def truth(op: str, shape: str) -> dict[str, torch.Tensor]:
+    reference = dispatch.implementations(op)["reference"].function
+    return doctor.evaluate(reference, sample(op, SHAPES[shape]), torch.float64, "cpu", True)
+
+
+def errors(op: str, function, shape: str, dtype: torch.dtype, gradients: bool = True) -> dict[str, float]:
+    found = doctor.evaluate(function, sample(op, SHAPES[shape]), dtype, "cuda", gradients)
+    return {name: doctor.relative_error(value, truth(op, shape)[name]) for name, value in found.items()}
+
+
+def kernel(op: str, gradients: bool):
+    """The fast version, where this machine is one that it is chosen on."""
+    chosen, why = dispatch.choose(op, "cuda", gradients, torch.bfloat16)
+    if chosen.version != "fast":
+        pytest.skip(f"{op} runs {chosen.version} here: {why}")
+    return chosen.function
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("op", KERNELS)
+def test_kernel_is_the_reference(op, shape, dtype):
+    found = errors(op, kernel(op, True), shape, dtype)
+    assert max(found.values()) <= TOLERANCE[dtype], found
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("op", dispatch.ops())
+def test_chunked_is_the_reference_on_the_gpu(op, shape):
+    found = errors(op, dispatch.implementations(op)["chunked"].function, shape, torch.float32)
+    assert max(found.values()) <= 1e-4, found
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_kernel_steps_like_the_whole(op):
+    """A prefill and then one token at a time, each from the state before, give the whole sequence's outputs."""
+    shape = Shape(batch=2, tokens=70, heads=2, head_dim=64)
+    made, run = sample(op, shape), kernel(op, False)
+    x = made.tensors(torch.bfloat16, "cuda")
+    with torch.no_grad():
+        whole, final = made.call(run, x)
+        o, state = made.call(run, {name: y[:, :67] for name, y in x.items()})
+        parts = [o]
+        for t in range(67, 70):
+            o, state = made.call(run, {name: y[:, t : t + 1] for name, y in x.items()} | {"state": state})
+            parts.append(o)
+    assert state.dtype == torch.float32
+    for actual, expected in ((torch.cat(parts, 1), whole), (state, final)):
+        assert doctor.relative_error(actual.double(), expected.double()) <= TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_a_document_without_tokens_keeps_its_state(op):
+    shape = Shape(lengths=(70, 0, 5), heads=2, head_dim=64, with_state=True)
+    made = sample(op, shape)
+    run, reference = kernel(op, True), dispatch.implementations(op)["reference"].function
+    found = doctor.evaluate(run, made, torch.bfloat16, "cuda", True)
+    expected = doctor.evaluate(reference, made, torch.float64, "cpu", True)
+    worst = {name: doctor.relative_error(value, expected[name]) for name, value in found.items()}
+    assert max(worst.values()) <= TOLERANCE[torch.bfloat16], worst
+
+
+def test_the_doctor_passes_and_uses_the_kernels():
+    report = doctor.examine()
+    assert report.passed, [check.problem for check in report.checks if check.problem]
+    assert {(check.op, check.device) for check in report.checks} >= {(op, "cuda") for op in dispatch.ops()}
