@@ -294,8 +294,9 @@ def bench_ops(
 def main() -> None:
     """Entry point of the `hmf` script."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # its bars are for reading and writing files; long steps show their own
     try:
         app(standalone_mode=True)
     except HmfError as error:

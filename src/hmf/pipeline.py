@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from hmf.model.checkpoint import load_model
 from hmf.model.convert import footprint
 from hmf.priming.export import export
 from hmf.priming.stage0 import Stage0Report, base_layers, make_stage0
+from hmf.report.curves import draw_curves
+from hmf.training.checkpoints import replace_text, require_room
 from hmf.training.distill import distill
 
 EMBEDDED_TEACHER = "teacher"
@@ -40,10 +41,11 @@ def claim(output: Path, recipe: str) -> None:
         if kept.read_text(encoding="utf-8") != recipe:
             raise HmfError(f"{output}: was started with another recipe ({kept}); choose another output or remove it")
         return
-    if output.exists() and (output.is_file() or any(output.iterdir())):
+    # What a claim that was cut off left, or another process of this run has just written, is no use of the folder.
+    if output.exists() and (output.is_file() or any(not item.name.startswith(kept.name) for item in output.iterdir())):
         raise HmfError(f"{output}: the output directory is in use; choose another or remove it first")
     output.mkdir(parents=True, exist_ok=True)
-    part = output / "recipe.yaml.part"
+    part = output / f"{kept.name}.{os.getpid()}.part"
     part.write_text(recipe, encoding="utf-8")
     os.replace(part, kept)
 
@@ -62,8 +64,8 @@ def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[st
     check_disk(run, base)
     claim(run, text)
     if not (run / "stage0").is_dir():
-        say(describe(make_stage0(base, pattern, run / "stage0", options, recipe.seed)))
-    distill(run / "stage0", run, recipe.distill, recipe.seed)
+        say(describe(make_stage0(base, pattern, run / "stage0", options, recipe.seed, recipe.hybrid.conv_start)))
+    distill(run / "stage0", run, recipe.distill, recipe.seed, draw=draw_curves)
     if not (run / "model").is_dir():
         export(run / "stage1", run / "model")
     models = {"teacher": base, "stage 0": run / "stage0", "primed": run / "model"}
@@ -79,9 +81,7 @@ def scored(path: Path, settings: EvaluateSettings, result: Path, say: Any = prin
         return json.loads(result.read_text(encoding="utf-8"))
     say(f"evaluate: {path}")
     scores = evaluate_checkpoint(path, settings)
-    part = result.with_suffix(".part")
-    part.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, result)
+    replace_text(result, json.dumps(scores, indent=1) + "\n")
     return scores
 
 
@@ -96,6 +96,7 @@ def evaluate_checkpoint(path: str | Path, settings: EvaluateSettings) -> dict[st
         n=settings.samples,
         length=settings.length,
         thinking=settings.thinking,
+        max_new_tokens=settings.max_new_tokens,
         max_bytes=settings.text_bytes,
         batch_size=settings.batch_size,
     )
@@ -117,10 +118,6 @@ def disk_needed(base: Path) -> int:
 
 
 def check_disk(run: Path, base: Path) -> None:
-    """HmfError when the disk that holds `run` has no room for it."""
-    there = next(folder for folder in (run, *run.resolve().parents) if folder.exists())
-    free, needed = shutil.disk_usage(there).free, disk_needed(base)
-    if free < needed:
-        raise HmfError(
-            f"{run}: needs about {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free; choose another output"
-        )
+    """HmfError when the disk that holds `run` has no room for what it does not hold yet."""
+    there = sum(file.stat().st_size for file in run.rglob("*.safetensors"))
+    require_room(run, disk_needed(base) - there)

@@ -9,7 +9,8 @@ from hmf.config.pattern import Pattern
 from hmf.errors import HmfError
 from hmf.model.checkpoint import load_model
 from hmf.model.convert import drop_teacher, hybridise
-from hmf.priming.objectives import PARTS, Stage1Objective, train_only_mixers
+from hmf.model.modeling import STUDENT, TEACHER
+from hmf.priming.objectives import PARTS, LayerwiseObjective, Stage1Objective, logit_divergence, train_only_mixers
 from hmf.priming.stage0 import initialise
 
 
@@ -71,3 +72,61 @@ def test_a_plain_hybrid_is_refused(fused):
         Stage1Objective()(drop_teacher(fused), input_ids=torch.zeros(1, 4, dtype=torch.long))
     with pytest.raises(HmfError, match="nothing to compare"):
         Stage1Objective("none", pre_lm_head=False)(fused, input_ids=torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_divergence_is_the_dense_one_for_any_chunking(fused):
+    torch.manual_seed(1)
+    head = fused.get_output_embeddings()
+    ours, theirs = torch.randn(2, 2, 15, 64)
+    ours.requires_grad_()
+    for direction in ("forward", "reverse"):
+        p, q = (head(x).softmax(-1) for x in ((theirs, ours) if direction == "forward" else (ours, theirs)))
+        dense = (p * (p.log() - q.log())).sum(-1)
+        (wanted,) = torch.autograd.grad(dense.sum(), ours)
+        for chunk_size in (1, 7, 30, 100):
+            found = logit_divergence(ours, theirs, head, direction, chunk_size)
+            (gradient,) = torch.autograd.grad(found.sum(), ours)
+            assert torch.allclose(found, dense, atol=1e-5)
+            assert torch.allclose(gradient, wanted, atol=1e-5)
+
+
+def test_supervised_tokens_are_those_whose_successor_has_a_label(fused):
+    ids = torch.randint(0, 128, (1, 12))
+    labels = torch.full_like(ids, -100)
+    labels[0, 6:9] = ids[0, 6:9]
+    objective = Stage1Objective(pre_lm_head=False, kl=1.0, kl_tokens="supervised")
+    with torch.no_grad():
+        some = objective(fused, input_ids=ids, labels=labels)["loss"]
+        inputs = fused.model.prepare(input_ids=ids, use_cache=False)
+        finals = {
+            path: fused.model.norm(fused.model.run_layers(inputs.hidden_states, inputs, range(4), path))
+            for path in (STUDENT, TEACHER)
+        }
+        each = logit_divergence(finals[STUDENT], finals[TEACHER], fused.get_output_embeddings())
+    assert some.item() == pytest.approx(each[0, 5:8].mean().item(), rel=1e-5)
+    with pytest.raises(HmfError, match="needs labels"):
+        objective(fused, input_ids=ids)
+
+
+def test_layerwise_gives_each_mixer_its_own_attentions_task(fused):
+    ids, positions = torch.randint(0, 128, (1, 30)), torch.cat([torch.arange(18), torch.arange(12)])[None]
+    trainable = train_only_mixers(fused)
+    loss = fused(input_ids=ids, position_ids=positions, objective=LayerwiseObjective())["loss"]
+    loss.backward()
+    assert {name for name, p in fused.named_parameters() if p.grad is not None} == set(trainable)
+    # A layer's loss does not depend on the other mixer.
+    before = fused.model.layers[3].gdn.o_proj.weight.grad.clone()
+    fused.zero_grad()
+    with torch.no_grad():
+        fused.model.layers[1].gdn.o_proj.weight.mul_(3)
+    fused(input_ids=ids, position_ids=positions, objective=LayerwiseObjective())["loss"].backward()
+    assert torch.equal(before, fused.model.layers[3].gdn.o_proj.weight.grad)
+
+
+def test_layerwise_is_nothing_when_the_mixer_is_the_attention(tiny_qwen3):
+    model = hybridise(tiny_qwen3, Pattern.parse("*-SWA-*-SWA"), {"swa_config": {"window_size": 64}})
+    initialise(model)
+    ids, mask = torch.randint(0, 128, (2, 20)), torch.ones(2, 20, dtype=torch.long)
+    mask[1, :8] = 0
+    assert model(input_ids=ids, attention_mask=mask, objective=LayerwiseObjective())["loss"].item() < 1e-10
+    assert model(input_ids=ids, attention_mask=mask, objective=Stage1Objective("all"))["loss"].item() < 1e-9

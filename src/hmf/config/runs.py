@@ -32,6 +32,7 @@ class HybridSettings(Settings):
     layers: list[int] | None = None
     pattern: str | None = None
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    conv_start: Literal["random", "identity"] = "random"
 
     @model_validator(mode="after")
     def _one_choice(self) -> HybridSettings:
@@ -68,10 +69,17 @@ class DataSettings(Settings):
 
 
 class ObjectiveSettings(Settings):
-    """Stage 1: MSE before the head, and of layer outputs."""
+    """Stage 1: MSE before the head, MSE of layer outputs, KL of the logits by weight.
 
+    In the first `layerwise_steps` each mixer learns alone instead, from the teacher's own inputs.
+    """
+
+    layerwise_steps: int = Field(0, ge=0)
     layers: LayerTarget = "none"
     pre_lm_head: bool = True
+    kl: float = Field(0.0, ge=0)
+    kl_direction: Literal["forward", "reverse"] = "forward"
+    kl_tokens: Literal["all", "supervised"] = "all"
 
 
 class OptimiserSettings(Settings):
@@ -92,6 +100,7 @@ class OptimiserSettings(Settings):
     save_steps: int = Field(500, ge=1)
     precision: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
+    divergence_factor: float = Field(10.0, ge=0)  # stop at a loss this many times the usual one; 0: never
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
 
 
@@ -117,6 +126,7 @@ class EvaluateSettings(Settings):
     tasks: list[str] = Field(default_factory=list)
     samples: int = Field(50, ge=1)
     length: int = Field(1024, ge=96)
+    max_new_tokens: int = Field(160, ge=1)
     text_bytes: int = Field(100_000, ge=0)
     thinking: bool | None = None
     batch_size: int = Field(16, ge=1)

@@ -29,6 +29,7 @@ def evaluate_model(
     corpus: str = text.STDLIB,
     max_bytes: int | None = 200_000,
     batch_size: int = 16,
+    max_new_tokens: int = 160,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Held-out text and task accuracy of a model, in evaluation mode and in the dtype that it has.
@@ -37,7 +38,7 @@ def evaluate_model(
         tasks: names of `hmf.data.tasks.TASKS`; may be empty.
         n: samples of each task; they are the same for every model.
         length: tokens of the longest conversations, and of the window for text.
-        thinking: with reasoning, without, or None for about half and half.
+        thinking: with reasoning or without; None is as without the choice in the chat template: with.
         corpus: "stdlib", or a folder or file; its held-out part is scored.
         max_bytes: held-out text at most; None for all, 0 for none.
     Returns:
@@ -53,10 +54,10 @@ def evaluate_model(
     result["tasks"] = {}
     for task in tasks:
         samples = [
-            generated.sample(task, seed + index, tokenizer, length, split="heldout", thinking=thinking)
+            generated.sample(task, seed + index, tokenizer, length, split="heldout", thinking=thinking is not False)
             for index in range(n)
         ]
-        result["tasks"][task] = asdict(task_accuracy(model, tokenizer, samples, batch_size))
+        result["tasks"][task] = asdict(task_accuracy(model, tokenizer, samples, batch_size, max_new_tokens))
     model.train(was_training)
     return {**result, "length": length, "seconds": round(time.perf_counter() - started, 1)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -210,7 +211,8 @@ def load_model(source: str | Path, dtype: str | torch.dtype = "auto", **kwargs: 
 def new_directory(target: str | Path) -> Iterator[Path]:
     """A fresh directory that appears as `target` only when the block ends well.
 
-    HmfError when `target` exists and is not empty; on any failure nothing is left behind.
+    HmfError when `target` exists and is not empty; on any failure nothing is left behind, and what a killed process
+    left is removed by the next.
     """
     target = Path(target)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
@@ -218,6 +220,10 @@ def new_directory(target: str | Path) -> Iterator[Path]:
     made = [parent for parent in target.parents if not parent.exists()]  # nearest first
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}")  # mkdtemp's names
+        for left in target.parent.iterdir():
+            if unfinished.fullmatch(left.name):
+                shutil.rmtree(left, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
         raise HmfError(f"{target}: cannot be made ({error.strerror}: {error.filename}); choose another") from None

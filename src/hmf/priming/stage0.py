@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from hmf.config.pattern import Pattern
@@ -36,16 +37,19 @@ class Stage0Report:
         }
 
 
-def initialise(model: PreTrainedModel, seed: int = 0) -> dict[str, Start]:
+def initialise(model: PreTrainedModel, seed: int = 0, conv_start: str = "random") -> dict[str, Start]:
     """Fill all mixers of a fused `model`; a layer's random tensors depend on `seed` and its index only.
 
-    Returns each mixer's report; HmfError when a tensor on either side is not accounted for.
+    `conv_start` "random" is the published start; "identity" lets every short convolution begin by passing its current
+    token through, so that the projections copied from attention keep their meaning from the first step. Returns each mixer's report; HmfError when a tensor on either side is not accounted for.
     """
     starts = {}
     for name, mixer in mixers(model):
         attention = model.get_submodule(name.rpartition(".")[0]).self_attn
         generator = torch.Generator().manual_seed(seed * 100_003 + mixer.layer_idx)
         starts[name] = mixer.init_from_attention(attention, generator, model.config.initializer_range)
+        if conv_start == "identity":
+            _pass_through(mixer)
         try:
             starts[name].check(mixer, attention)
         except HmfError as error:
@@ -53,8 +57,21 @@ def initialise(model: PreTrainedModel, seed: int = 0) -> dict[str, Start]:
     return starts
 
 
+@torch.no_grad()
+def _pass_through(mixer: nn.Module) -> None:
+    for module in mixer.modules():
+        if isinstance(module, nn.Conv1d):
+            module.weight.zero_()
+            module.weight[..., -1] = 1.0
+
+
 def make_stage0(
-    base: str | Path, pattern: Pattern, out: str | Path, options: dict[str, dict[str, Any]] | None = None, seed: int = 0
+    base: str | Path,
+    pattern: Pattern,
+    out: str | Path,
+    options: dict[str, dict[str, Any]] | None = None,
+    seed: int = 0,
+    conv_start: str = "random",
 ) -> Stage0Report:
     """`hmf init`: load `base`, hybridise, fill the mixers, save the fused checkpoint at `out` with base's tokenizer."""
     if Path(out).is_dir() and any(Path(out).iterdir()):
@@ -63,7 +80,7 @@ def make_stage0(
     base_model = load_model(base)
     model = hybridise(base_model, pattern, options)
     kept = len(base_model.state_dict())
-    starts = initialise(model, seed)
+    starts = initialise(model, seed, conv_start)
     save_checkpoint(model, out, companions=base)
     return Stage0Report(model.config.pattern, kept, starts)
 

@@ -3,20 +3,54 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import sys
 import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
+from hmf.errors import HmfError
+
+from .checkpoints import replace_text
+
 PLAIN_INTERVAL = 15.0  # seconds between lines where there is no terminal
+# Dense bfloat16 multiply-adds, in 1e12 floating-point operations a second, from the makers' data sheets. The first name
+# that is part of the device's counts.
+PEAK_TFLOPS = {
+    "B200": 2250.0, "GH200": 989.4, "H200 NVL": 835.5, "H200": 989.4, "H100 NVL": 835.5, "H100 PCIe": 756.0,
+    "H100": 989.4, "A100": 311.9, "L40S": 362.1, "L4": 121.0, "A10G": 70.0, "A10": 125.0,
+}  # fmt: skip
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Operations a second that a GPU can do at most, by torch.cuda.get_device_name(); None where it is not known."""
+    return next((1e12 * peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+
+
+def require_reporters(names: Iterable[str]) -> None:
+    """HmfError for a `report_to` whose package is not there."""
+    for name in names:
+        if not any(importlib.util.find_spec(package) for package in _PACKAGES.get(name, (name,))):
+            raise HmfError(f"training.report_to: {name} is not installed; `pip install {name}`, or leave it out")
+
+
+_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
 
 
 class ProgressLine(TrainerCallback):
-    """Step, loss, tokens/s and the time left. Rates count this process's own steps: they are right after a resume."""
+    """Step, loss, tokens/s and the time left. Rates count this process's own steps: they are right after a resume.
 
-    def __init__(self, title: str, tokens_per_step: int):
-        self.title, self.tokens_per_step = title, tokens_per_step
+    flops_per_token: of the model's own arithmetic; with it, GPUs of known peak show their utilisation (MFU), the share
+    of that peak that went into it.
+    """
+
+    def __init__(self, title: str, tokens_per_step: int, flops_per_token: float | None = None):
+        self.title, self.tokens_per_step, self.flops_per_token = title, tokens_per_step, flops_per_token
         self.losses: dict[str, float] = {}
         self.bar: Any = None
 
@@ -37,7 +71,10 @@ class ProgressLine(TrainerCallback):
             return
         now, done = time.perf_counter(), state.global_step - self.first_step
         rate = done * self.tokens_per_step / (now - self.started)
-        status = " ".join([*(f"{name} {value:.4f}" for name, value in self.losses.items()), f"{rate:,.0f} tokens/s"])
+        parts = [*(f"{name} {value:.4f}" for name, value in self.losses.items()), f"{rate:,.0f} tokens/s"]
+        if (share := self.utilisation(rate, args)) is not None:
+            parts.append(f"MFU {share:.1%}")
+        status = " ".join(parts)
         if self.bar is not None:
             self.bar.update(1)
             self.bar.set_postfix_str(status, refresh=False)
@@ -49,6 +86,36 @@ class ProgressLine(TrainerCallback):
             )  # fmt: skip
             self.printed = now
 
+    def utilisation(self, tokens_per_second: float, args: Any) -> float | None:
+        """Model FLOPs utilisation of all GPUs together; None on a CPU and on a GPU of unknown peak."""
+        if self.flops_per_token is None or args.device.type != "cuda":
+            return None
+        peak = peak_flops(torch.cuda.get_device_name(args.device))
+        return None if peak is None else tokens_per_second * self.flops_per_token / (peak * args.world_size)
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+class RunLog(TrainerCallback):
+    """Keeps the log of the whole run, a JSON list with an entry at each log step, in a file beside the checkpoints.
+
+    Every checkpoint falls on a log step, so no mean in the log reaches over a resume. `draw` gets the file's path
+    whenever it has been written.
+    """
+
+    def __init__(self, path: Path, draw: Callable[[Path], object] | None = None):
+        self.path, self.draw = path, draw
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log = control.should_log or control.should_save
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.write(state)
+
+    def write(self, state: Any) -> None:
+        if state.is_world_process_zero and state.log_history:
+            replace_text(self.path, json.dumps(state.log_history, indent=1) + "\n")
+            if self.draw is not None:
+                self.draw(self.path)
