@@ -25,8 +25,7 @@ quickstart: setup-run ## prime the embedded teacher and print its table
 
 MODEL ?= runs/quickstart/model
 serve: setup-test ## serve a Hybrid by vLLM: make serve MODEL=runs/quickstart/model
-	@$(BIN)/vllm serve $(MODEL) --enable-prefix-caching --mamba-cache-mode align --mamba-cache-dtype float32 \
-		--mamba-ssm-cache-dtype float32 --enable-auto-tool-choice --tool-call-parser hermes --reasoning-parser qwen3
+	@$(BIN)/hmf serve $(MODEL)
 
 test: setup-test lint ## linters, layering, types and all tests
 	@$(BIN)/python -m pytest

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hmf.bench import plan as planner
-from hmf.bench.gpus import GPUS, parse_gpus
+from hmf.bench.gpus import GIB, GPUS, cpu, parse_gpus
 from hmf.bench.memory import weights
 from hmf.cli import app
 from hmf.config.pattern import Pattern
@@ -18,6 +18,7 @@ from hmf.errors import HmfError
 from hmf.model.convert import hybrid_config
 from hmf.model.families import FAMILIES
 from tests.hybrids import Case, tiny_config
+from tests.serving import engines
 
 QWEN3_8B = {
     "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
@@ -79,8 +80,12 @@ class TestBytes:
         plan = half_plan("swa")
         assert plan.sequence_bytes(2048)[0] == 2048 * 147_456
         assert plan.sequence_bytes(4096)[0] == 4096 * 73_728 + 2048 * 73_728
-        fading = half_plan("bmojo")
-        assert fading.sequence_bytes(100_000)[0] == 100_000 * 73_728 + 3 * 2048 * 73_728
+
+    def test_fading_windows_are_states(self):
+        """B'MOJO-F: 2047 and 4095 positions of keys and values, in bfloat16, beside Mamba2's states."""
+        windows = 18 * ((2047 + 4095) * 4096 + 8)
+        inner = half_plan("mamba2").sequence_bytes(1)[1]
+        assert half_plan("bmojo").sequence_bytes(10_000) == (10_000 * 73_728, inner + windows)
 
     def test_ranks_share(self):
         one, eight, sixteen = (half_plan(gpu="h200", ranks=ranks) for ranks in (1, 8, 16))
@@ -192,3 +197,30 @@ def test_command_line(tmp_path, monkeypatch):
     arguments[-1] = str(tmp_path / "nowhere" / "plan.png")
     result = CliRunner().invoke(app, ["plan", *arguments])
     assert isinstance(result.exception, HmfError) and "a directory that exists" in str(result.exception)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("case", "pattern", "fields"),
+    [
+        (Case("GDN", "even"), "X-*-X-*", {}),
+        (Case("GKA", "uneven"), "X-X-X-*", {}),
+        (Case("SWA", "windows"), "GDN-*-X-M2-*", {"swa_config": {"window_size": 300}}),
+        (None, "*-*-*", {}),
+    ],
+    ids=["gdn", "gka", "mixed", "transformer"],
+)
+def test_vllm_agrees(tmp_path, case, pattern, fields):
+    """The pool that vLLM makes of 1 GiB on a CPU is the planned one."""
+    # large heads: the smallest block would hold the states of small ones, and hide how it is chosen
+    model = engines.save_hybrid(tmp_path, case or Case("GDN", "none"), pattern, head_dim=128, **fields)
+    with engines.engine(tmp_path, max_num_batched_tokens=256) as llm:
+        config = llm.llm_engine.vllm_config
+        cache = config.cache_config
+        settings = planner.Settings(batched_tokens=256, prefix_caching=cache.enable_prefix_caching)
+        plan = planner.make_plan(model.config, cpu(), dtype=torch.float32, settings=settings, room=GIB)
+        assert cache.block_size == plan.blocks.tokens
+        assert cache.num_gpu_blocks == plan.num_blocks
+        assert plan.capacity(1024) == pytest.approx(cache.kv_cache_size_tokens, rel=0.02)

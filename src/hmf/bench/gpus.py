@@ -14,12 +14,13 @@ GIB = 2**30
 @dataclass(frozen=True)
 class Device:
     """memory: bytes that CUDA reports as total, of which vLLM takes its share; bandwidth: bytes/s on the data sheet;
-    block: vLLM's cache blocks hold a multiple of so many tokens."""
+    block: vLLM's cache blocks hold a multiple of so many tokens; steps: how many vLLM has under way at once."""
 
     name: str
     memory: int
     bandwidth: float
     block: int = 16
+    steps: int = 2
 
     @property
     def max_num_seqs(self) -> int:
@@ -61,3 +62,8 @@ def parse_gpus(text: str) -> tuple[Device, int]:
     if count < 1:
         raise HmfError(f"--gpu: {text!r}: at least one GPU is needed; write for example {name}x8")
     return GPUS[name], count
+
+
+def cpu(memory: int = 0) -> Device:
+    """vLLM's CPU build, which plans its steps one by one."""
+    return Device("cpu", memory, bandwidth=0.0, block=128, steps=1)

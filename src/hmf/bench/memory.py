@@ -68,24 +68,25 @@ class LayerCache:
 
 
 def layer_caches(config: Any, dtype: torch.dtype, ranks: int = 1) -> list[LayerCache]:
-    """Every layer's caches under a hybrid `config` on one of `ranks` tensor-parallel GPUs, keys and values in `dtype`.
+    """Every layer's cache under a hybrid `config` on one of `ranks` tensor-parallel GPUs, keys and values in `dtype`.
 
-    States are in the config's `state_dtype`. A layer with both states and windows has several entries.
+    A layer with a recurrence keeps all its states together, windows included; one with windows alone is attention.
     """
-    state_width = getattr(torch, config.state_dtype).itemsize
+    state_dtype = getattr(torch, config.state_dtype)
+    widths = {"recurrent": state_dtype, "conv": state_dtype, "window": dtype, "count": torch.int64}
     token_bytes = 2 * split_heads(config.num_key_value_heads, ranks) * base_head_dim(config) * dtype.itemsize
     found = []
     for symbol, kind in zip(config.pattern.symbols, config.attention_types, strict=True):
-        if symbol == ATTENTION:
+        shapes = [] if symbol == ATTENTION else list(mixer_class(symbol).state_shapes(config, ranks).values())
+        if any(shape.kind == "recurrent" for shape in shapes):
+            size = sum(math.prod(shape.shape) * widths[shape.kind].itemsize for shape in shapes)
+            found.append(LayerCache(symbol, state_bytes=size))
+        elif shapes:
+            reach = next(shape.shape[0] for shape in shapes if shape.kind == "window")
+            found.append(LayerCache("sliding_attention", token_bytes, reach + 1))
+        else:
             window = config.sliding_window if kind == "sliding_attention" else None
             found.append(LayerCache(kind, token_bytes, window))
-            continue
-        shapes = mixer_class(symbol).state_shapes(config, ranks)
-        state = sum(math.prod(s.shape) for s in shapes.values() if s.kind in ("recurrent", "conv"))
-        if state:
-            found.append(LayerCache(symbol, state_bytes=state * state_width))
-        reaches = [s.shape[0] for s in shapes.values() if s.kind == "window"]  # of keys, then of values
-        found += [LayerCache("sliding_attention", token_bytes, reach + 1) for reach in reaches[::2]]
     return found
 
 

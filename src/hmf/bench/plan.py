@@ -74,7 +74,7 @@ class Plan:
 
     def capacity(self, context: int) -> int:
         """Tokens, as vLLM reports its KV cache size when sequences have at most `context` tokens."""
-        in_flight = 2 * self.settings.batched_tokens  # asynchronous scheduling prepares a step while another runs
+        in_flight = self.device.steps * self.settings.batched_tokens
         needed = self.blocks.of_sequence(context, self.settings.prefix_caching, in_flight)
         return int(self.num_blocks / needed * context)
 
