@@ -146,7 +146,6 @@ def _arguments(training: OptimiserSettings, checkpoints: Path, seed: int) -> Tra
         max_grad_norm=training.max_grad_norm,
         bf16=training.precision == "bfloat16",
         gradient_checkpointing=training.gradient_checkpointing,
-        dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         save_steps=training.save_steps,
         save_total_limit=2,
