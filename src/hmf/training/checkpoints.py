@@ -34,6 +34,11 @@ SLACK = 1 << 20  # bytes of a checkpoint beside weights and optimiser
 _NAME = re.compile(r"checkpoint-(\d+)")
 _Base: Any = object  # a mixin: transformers' classes come after it
 
+# Where several processes train on CPUs the Trainer loads to "cpu:<n>", a place torch.load does not know by itself.
+torch.serialization.register_package(
+    100, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
+)
+
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
@@ -146,7 +151,7 @@ def checkpoint_bytes(model: nn.Module, optimiser: torch.optim.Optimizer | None) 
 
 
 @contextmanager
-def _together(what: str) -> Iterator[None]:
+def _together(what: str = "") -> Iterator[None]:
     """A failure to write in one process is raised in all, in one line: the others would wait for it without end."""
     error: Exception | None = None
     try:
@@ -154,7 +159,7 @@ def _together(what: str) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError, HmfError) as caught:
         error = caught
     if found := [line for line in gather_object([_line(error)]) if line]:
-        raise HmfError(f"{what}: {found[0]}") from error
+        raise HmfError(f"{what}{found[0]}") from error
 
 
 def _line(error: Exception | None) -> str:
@@ -174,7 +179,7 @@ class PublishedCheckpoints(_Base):
     def start_from(self) -> str | None:
         """Remove what a cut-off run left, and choose the checkpoint to go on from; the same in all processes."""
         folder, chosen = Path(self.args.output_dir), [""]
-        with _together("resume"):
+        with _together():
             if self.args.process_index == 0:
                 shutil.rmtree(folder / UNPUBLISHED, ignore_errors=True)
                 if found := newest_valid(folder, self.args.world_size):
@@ -188,7 +193,7 @@ class PublishedCheckpoints(_Base):
         return chosen[0] or None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # The Trainer would read config.json, only to compare versions, with a class that refuses a Hybrid's layer types.
+        # Only to compare versions, the Trainer would read config.json as a class that refuses a Hybrid's layer types.
         with tempfile.TemporaryDirectory() as view:
             for item in Path(resume_from_checkpoint).resolve().iterdir():
                 if item.name != "config.json":
@@ -205,12 +210,12 @@ class PublishedCheckpoints(_Base):
         staged = folder / UNPUBLISHED / target.name
         self._staging = True
         try:
-            with _together(f"{target}: not written"):
+            with _together(f"{target}: not written: "):
                 if first:
                     require_room(folder, checkpoint_bytes(self.model, self.optimizer))
-            with _together(f"{target}: not written"):
+            with _together(f"{target}: not written: "):
                 super()._save_checkpoint(model, trial)
-            with _together(f"{target}: not written"):
+            with _together(f"{target}: not written: "):
                 if first:
                     self._publish(staged, target)
         finally:

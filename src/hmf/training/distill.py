@@ -60,7 +60,8 @@ class DistillTrainer(PublishedCheckpoints, GuardedLoss, Trainer):
             errors = self.model_wrapped(**self._prepare_inputs(self._row), objective=layer_errors)
             logs |= {f"error_layer_{index}": value.item() for index, value in errors.items()}
         if "loss" in logs and len(self._parts) > 1:
-            logs |= {name: torch.stack(values).mean().item() for name, values in self._parts.items()}
+            means = {name: torch.stack(values).mean() for name, values in self._parts.items()}
+            logs |= {name: self.accelerator.reduce(mean, "mean").item() for name, mean in means.items()}
         self._parts.clear()
         super().log(logs, *args, **kwargs)
 

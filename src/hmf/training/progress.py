@@ -64,27 +64,38 @@ class ProgressLine(TrainerCallback):
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, unit="step")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        self.losses = {name: value for name, value in (logs or {}).items() if name.startswith("loss")}
+        self.losses = {name: value for name, value in (logs or {}).items() if name.startswith("loss")} or self.losses
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        now, done = time.perf_counter(), state.global_step - self.first_step
-        rate = done * self.tokens_per_step / (now - self.started)
+        if self.bar is not None:
+            self.bar.update(1)
+            self.bar.set_postfix_str(self.status(args, state), refresh=False)
+        elif time.perf_counter() - self.printed > PLAIN_INTERVAL and state.global_step < state.max_steps:
+            self.print_line(args, state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str(self.status(args, state))
+            self.bar.close()
+        elif state.global_step > self.first_step:
+            self.print_line(args, state)
+
+    def print_line(self, args: Any, state: Any) -> None:
+        if state.is_world_process_zero:
+            line = f"{self.title}: step {state.global_step}/{state.max_steps} {self.status(args, state)}"
+            print(f"{line} ETA {self.seconds_left(state):.0f} s", file=sys.stderr, flush=True)
+        self.printed = time.perf_counter()
+
+    def seconds_left(self, state: Any) -> float:
+        per_step = (time.perf_counter() - self.started) / (state.global_step - self.first_step)
+        return (state.max_steps - state.global_step) * per_step
+
+    def status(self, args: Any, state: Any) -> str:
+        rate = (state.global_step - self.first_step) * self.tokens_per_step / (time.perf_counter() - self.started)
         parts = [*(f"{name} {value:.4f}" for name, value in self.losses.items()), f"{rate:,.0f} tokens/s"]
         if (share := self.utilisation(rate, args)) is not None:
             parts.append(f"MFU {share:.1%}")
-        status = " ".join(parts)
-        if self.bar is not None:
-            self.bar.update(1)
-            self.bar.set_postfix_str(status, refresh=False)
-        elif now - self.printed > PLAIN_INTERVAL or state.global_step == state.max_steps:
-            left = (state.max_steps - state.global_step) * (now - self.started) / done
-            print(
-                f"{self.title}: step {state.global_step}/{state.max_steps} {status} ETA {left:.0f} s",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
-            self.printed = now
+        return " ".join(parts)
 
     def utilisation(self, tokens_per_second: float, args: Any) -> float | None:
         """Model FLOPs utilisation of all GPUs together; None on a CPU and on a GPU of unknown peak."""
@@ -92,10 +103,6 @@ class ProgressLine(TrainerCallback):
             return None
         peak = peak_flops(torch.cuda.get_device_name(args.device))
         return None if peak is None else tokens_per_second * self.flops_per_token / (peak * args.world_size)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 class RunLog(TrainerCallback):

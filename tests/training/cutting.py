@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny Stage-1 run that can be cut off wherever it touches its folder.
+
+A run touches its folder when it opens a file to write, renames, removes or makes something; files that compiled code
+writes (weights, optimiser) are also cut in the middle, by halving them.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers.modeling_utils
+from safetensors.torch import load_file
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from hmf.config.pattern import Pattern
+from hmf.config.runs import DistillSettings
+from hmf.data.tokenizer import train_tokenizer
+from hmf.priming.stage0 import make_stage0
+from hmf.training.distill import distill
+
+TEXTS = [
+    " ".join(f"{word} {number}" for number in range(40)) for word in ("one", "two", "three", "four", "five", "six")
+]
+
+
+def make_tiny_stage0(folder: Path) -> Path:
+    """A fused checkpoint of 2 layers of width 32 with a tokenizer of 300 entries, and a corpus beside it."""
+    (folder / "corpus").mkdir(parents=True)
+    for number, text in enumerate(TEXTS):
+        (folder / "corpus" / f"{number}.txt").write_text(text)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=128, initializer_range=0.3,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(folder / "base")
+    train_tokenizer(TEXTS, 300, "{{ messages[0].content }}", 128).save_pretrained(folder / "base")
+    make_stage0(folder / "base", Pattern.parse("*-GDN"), folder / "stage0")
+    return folder / "stage0"
+
+
+def settings(stage0: Path, **training: Any) -> DistillSettings:
+    return DistillSettings.model_validate({
+        "data": {"text": str(stage0.parent / "corpus"), "sequence_length": 32},
+        "objective": {"layers": "mixer"},
+        "training": {"steps": 3, "rows_per_step": 2, "learning_rate": 3e-3, "save_steps": 1} | training,
+    })  # fmt: skip
+
+
+def result(run: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    """Final weights, and the log without what depends on the clock."""
+    log = json.loads((run / "stage1.log.json").read_text())
+    timed = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+    log = [{name: value for name, value in entry.items() if name not in timed} for entry in log]
+    return load_file(run / "stage1/model.safetensors"), log
+
+
+def same(ours: Path, wanted: Path) -> bool:
+    """Whether two runs ended with the same bits in all weights and in the log."""
+    (weights, log), (right, right_log) = result(ours), result(wanted)
+    return log == right_log and weights.keys() == right.keys() and all(torch.equal(weights[k], right[k]) for k in right)
+
+
+def on_touch(run: Path, act: Callable[[Path | None], None]) -> None:
+    """From now on call `act` before this process touches `run`, and after a compiled write, then with the file."""
+    busy = False
+
+    def touch(written: Path | None = None) -> None:
+        nonlocal busy
+        if not busy:
+            busy = True
+            act(written)
+            busy = False
+
+    def ours(path: Any) -> bool:
+        return str(path).startswith(str(run))
+
+    def audit(event: str, args: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, mode, flags = args
+            writes = any(c in mode for c in "wax+") if mode else flags & (os.O_WRONLY | os.O_RDWR)
+            if writes and ours(path):
+                touch()
+        elif event in ("os.rename", "os.mkdir", "os.rmdir", "os.remove"):
+            in_open_folder = event == "os.remove" and args[1] != -1  # as rmtree does it
+            if ours(args[0]) or in_open_folder:
+                touch()
+
+    def then_touch(write: Callable[..., Any], place: int) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            done = write(*args, **kwargs)
+            touch(Path(args[place]))
+            return done
+
+        return wrapped
+
+    sys.addaudithook(audit)
+    torch.save = then_touch(torch.save, 1)
+    transformers.modeling_utils.safe_save_file = then_touch(transformers.modeling_utils.safe_save_file, 1)
+
+
+def halve(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def record_states(stage0: Path, run: Path, states: Path) -> None:
+    """Run to the end, and copy the folder as it is before each touch (a compiled write: with half the file)."""
+    count = 0
+
+    def copy(written: Path | None) -> None:
+        nonlocal count
+        if run.is_dir():
+            shutil.copytree(run, states / f"{count:03d}")
+            if written is not None and written.is_relative_to(run):
+                halve(states / f"{count:03d}" / written.relative_to(run))
+        count += 1
+
+    states.mkdir()
+    on_touch(run, copy)
+    distill(stage0, run, settings(stage0))
+
+
+def train(stage0: Path, run: Path, kill_at: int | None = None, environment: dict[str, str] | None = None) -> None:
+    """Run, and kill this process without notice when it touches the folder the `kill_at`-th time."""
+    os.environ.update(environment or {})
+    count = 0
+
+    def kill(written: Path | None) -> None:
+        nonlocal count
+        count += 1
+        if count == kill_at:
+            if written is not None:
+                halve(written)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if kill_at is not None:
+        on_touch(run, kill)
+    distill(stage0, run, settings(stage0))
+
+
+def start(target: Callable[..., None], *args: Any) -> multiprocessing.process.BaseProcess:
+    """`target` in a process of its own; all are forked from one that has the imports done."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hmf.training.distill", "hmf.priming.stage0"])
+    process = context.Process(target=target, args=args)
+    process.start()
+    return process
+
+
+def train_on_two(stage0: Path, run: Path, kill: tuple[int, int] | None = None) -> list[int | None]:
+    """Two gloo processes, one killed at `kill`, (rank, touch); the other is then ended, as torchrun does.
+
+    Returns the exit codes.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    processes = []
+    for rank in range(2):
+        environment = {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true",
+        }  # fmt: skip
+        at = kill[1] if kill and kill[0] == rank else None
+        processes.append(start(train, stage0, run, at, environment))
+    while any(process.is_alive() for process in processes):
+        for process in processes:
+            process.join(0.1)
+        if any(process.exitcode for process in processes):
+            for process in processes:
+                process.kill()
+    return [process.exitcode for process in processes]
