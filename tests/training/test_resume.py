@@ -4,6 +4,7 @@
 import json
 import shutil
 import signal
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -196,6 +197,31 @@ def test_a_write_that_fails_halfway_is_one_line_and_leaves_the_checkpoint_before
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["checkpoint-2"]
     distill(stage0, run, cutting.settings(stage0))
     assert cutting.same(run, finished)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 640 KiB: two checkpoints fit, a third does not."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mounting, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written(stage0, finished, small_disk, tmp_path, monkeypatch):
+    with pytest.raises(HmfError, match=r"needs about 0\.00\d* GB of disk, 0\.000655 GB are free"):
+        distill(stage0, small_disk, cutting.settings(stage0))
+    monkeypatch.setattr(checkpoints, "require_room", lambda *args: None)  # as if it had been free a moment ago
+    with pytest.raises(HmfError, match="checkpoint-3: not written: ") as caught:
+        distill(stage0, small_disk, cutting.settings(stage0))
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in published(small_disk / "checkpoints")] == ["checkpoint-1", "checkpoint-2"]
+    shutil.copytree(small_disk, tmp_path / "larger")
+    distill(stage0, tmp_path / "larger", cutting.settings(stage0))
+    assert cutting.same(tmp_path / "larger", finished)
 
 
 def test_a_killed_process_leaves_nothing_in_the_way_of_the_next(tmp_path):

@@ -32,26 +32,35 @@ def curves(log: list[dict[str, Any]]) -> tuple[dict[str, Curve], dict[int, Curve
 
 def draw_curves(log_file: Path) -> Path:
     """Draw the log of a run beside it, as curves.png; returns the picture's path."""
-    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     losses, layers = curves(json.loads(log_file.read_text(encoding="utf-8")))
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, curve in losses.items():
-        left.plot(*curve, label=name.removeprefix("loss_") if name != "loss" else "total", marker=".")
+        left.plot(*curve, label="total" if name == "loss" else name.removeprefix("loss_"), marker=_marker(curve))
     left.set(title="loss", xlabel="step", yscale="log")
-    colours = colormaps["viridis"].resampled(max(2, len(layers)))
-    for place, (layer, curve) in enumerate(layers.items()):
-        right.plot(*curve, label=str(layer), marker=".", color=colours(place))
+    if losses:
+        left.legend()
+    if layers:  # a colour bar, because a legend of many layers hides them
+        shades = ScalarMappable(Normalize(min(layers), max(max(layers), min(layers) + 1)), "viridis")
+        for layer, curve in layers.items():
+            right.plot(*curve, color=shades.to_rgba(layer), marker=_marker(curve))
+        figure.colorbar(shades, ax=right, label="after layer", ticks=MaxNLocator(integer=True))
     right.set(title="student to teacher, relative squared error", xlabel="step", yscale="log")
-    for axes, what, title in ((left, losses, None), (right, layers, "after layer")):
+    for axes in (left, right):
         axes.grid(alpha=0.3)
-        if what:
-            axes.legend(title=title, ncols=1 + len(what) // 12, fontsize="small")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     picture = log_file.with_name("curves.png")
     part = picture.with_name("curves.png.part")
     FigureCanvasAgg(figure).print_png(part)
     os.replace(part, picture)
     return picture
+
+
+def _marker(curve: Curve) -> str | None:
+    return "." if len(curve[0]) <= 30 else None

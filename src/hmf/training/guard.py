@@ -25,7 +25,8 @@ class LossWatch:
 
     def __init__(self, factor: float, state: dict[str, Any] | None = None):
         """factor: how many times the median of recent losses is too much; 0 for any finite loss is fine."""
-        self.factor, self.state = factor, state if state is not None else {"recent": [], "above": 0}
+        self.factor = factor
+        self.state: dict[str, Any] = {"recent": [], "above": 0} if state is None else state
 
     def judge(self, loss: float) -> str | None:
         """What is wrong with this loss, given the ones before; None if nothing is."""
