@@ -52,7 +52,9 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, conversation: Sample
     """
     prompt, text = conversation.prompt(tokenizer), conversation.text(tokenizer)
     if not text.startswith(prompt):
-        raise HmfError("chat_template: a conversation does not start with its own prompt; mend the tokenizer's template")
+        raise HmfError(
+            "chat_template: a conversation does not start with its own prompt; mend the tokenizer's template"
+        )
     # The template may write a newline after the turn; the turn itself ends with the end-of-turn token.
     prompt_ids, turn_ids = encode_texts(tokenizer, [prompt, text[len(prompt) :].rstrip("\n")])
     return Encoded(prompt_ids + turn_ids, [IGNORED] * len(prompt_ids) + turn_ids)
@@ -142,7 +144,7 @@ class MixtureDataset(Dataset[Row]):
 
     Args:
         texts: token ids of each document, as `encode_texts` gives them.
-        weights: relative frequency of each task by name.
+        weights: relative frequency of each task by name; half of the conversations are made with thinking.
         text_share: share of the rows that hold text only; in the others, text fills what conversations leave.
         rows: length of the data set.
     """
@@ -173,10 +175,10 @@ class MixtureDataset(Dataset[Row]):
             names, weights = list(self.weights), list(self.weights.values())
             while room >= tasks.MIN_LENGTH:
                 task = rng.choices(names, weights)[0]
-                length = tasks.random_length(rng, room)
-                item = encode_conversation(
-                    self.tokenizer, tasks.sample(task, rng.getrandbits(62), self.tokenizer, length)
-                )
+                seed, length = rng.getrandbits(62), tasks.random_length(rng, room)
+                thinking = rng.random() < 0.5
+                conversation = tasks.sample(task, seed, self.tokenizer, length, thinking=thinking)
+                item = encode_conversation(self.tokenizer, conversation)
                 if len(item) > room:
                     break
                 row.append(item)

@@ -13,10 +13,12 @@ def word(rng: Random) -> str:
     return "".join(rng.choices(_SYLLABLES, k=rng.choice((2, 3, 3))))
 
 
-def number(rng: Random) -> str:
-    """Two to five digits."""
-    digits = rng.randint(2, 5)
-    return str(rng.randrange(10 ** (digits - 1), 10**digits))
+def value(rng: Random, numeric: float = 0.5) -> str:
+    """What a key or name stands for: two to four digits with probability `numeric`, else a word of two syllables."""
+    if rng.random() < numeric:
+        digits = rng.randint(2, 4)
+        return str(rng.randrange(10 ** (digits - 1), 10**digits))
+    return "".join(rng.choices(_SYLLABLES, k=2))
 
 
 # Line of a pair, question.
@@ -35,7 +37,13 @@ NEEDLE = [
     ("{name} lives in room {value}.", "In which room does {name} live?"),
     ("The favourite word of {name} is {value}.", "What is the favourite word of {name}?"),
 ]
-ARITHMETIC = ["What is {problem}?", "{problem} =", "Compute {problem}.", "How much is {problem}?", "Calculate {problem}"]
+ARITHMETIC = [
+    "What is {problem}?",
+    "{problem} =",
+    "Compute {problem}.",
+    "How much is {problem}?",
+    "Calculate {problem}",
+]
 SYSTEM = ["You are a helpful assistant.", "Answer briefly.", "You are a careful assistant.", "Be kind and short."]
 
 # Ways to ask, reasoning, answer.
@@ -119,7 +127,11 @@ _FAMILIAR: list[tuple[str, str, dict[str, str], list[str]]] = [
         "get_weather",
         "Get the current weather for a location.",
         {"location": "string"},
-        ["What is the weather in {location}?", "What's the weather like in {location}?", "Is it raining in {location}?"],
+        [
+            "What is the weather in {location}?",
+            "What's the weather like in {location}?",
+            "Is it raining in {location}?",
+        ],
     ),
     (
         "get_time",
@@ -127,7 +139,12 @@ _FAMILIAR: list[tuple[str, str, dict[str, str], list[str]]] = [
         {"city": "string"},
         ["What time is it in {city}?", "Tell me the time in {city}."],
     ),
-    ("add", "Add two numbers.", {"a": "integer", "b": "integer"}, ["Use the tool to add {a} and {b}.", "Add {a} to {b}."]),
+    (
+        "add",
+        "Add two numbers.",
+        {"a": "integer", "b": "integer"},
+        ["Use the tool to add {a} and {b}.", "Add {a} to {b}."],
+    ),
     (
         "convert_currency",
         "Convert an amount of money.",
@@ -140,7 +157,12 @@ _FAMILIAR: list[tuple[str, str, dict[str, str], list[str]]] = [
         {"to": "string", "subject": "string"},
         ["Send an email to {to} about {subject}.", "Write to {to} with the subject {subject}."],
     ),
-    ("set_timer", "Set a timer.", {"minutes": "integer"}, ["Set a timer for {minutes} minutes.", "Wake me in {minutes} minutes."]),
+    (
+        "set_timer",
+        "Set a timer.",
+        {"minutes": "integer"},
+        ["Set a timer for {minutes} minutes.", "Wake me in {minutes} minutes."],
+    ),
     (
         "search",
         "Search the web.",
@@ -176,7 +198,7 @@ class Tool:
         arguments: dict[str, Any] = {}
         for name, kind in self.parameters.items():
             if kind == "integer":
-                arguments[name] = int(number(rng)) if rng.random() < 0.7 else rng.randrange(10)
+                arguments[name] = int(value(rng, numeric=1)) if rng.random() < 0.7 else rng.randrange(10)
             else:
                 arguments[name] = rng.choice(_CITIES) if rng.random() < 0.2 else _spelled(rng)
         return rng.choice(self.requests).format(**arguments), arguments

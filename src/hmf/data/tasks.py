@@ -76,13 +76,13 @@ def sample(
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     split: Split = "train",
-    thinking: bool | None = None,
+    thinking: bool = True,
 ) -> Sample:
     """One conversation of `task` (a name of `TASKS`).
 
     Args:
         length: most tokens of the whole conversation. Recall and needle fill it; the other tasks are short.
-        thinking: with reasoning or without; None lets the seed choose.
+        thinking: with reasoning, as the chat template does when it is told nothing, or directly.
     Raises:
         HmfError: unknown task, or a length too short for a task that fills it.
     """
@@ -90,45 +90,72 @@ def sample(
         raise HmfError(f"task {task!r}: unknown; choose from {', '.join(TASKS)}")
     if length < MIN_LENGTH:
         raise HmfError(f"task {task}: length {length} is too short; give at least {MIN_LENGTH} tokens")
-    rng = Random(f"{split}:{task}:{seed}")
-    chosen = rng.random() < 0.5
-    return TASKS[task](rng, tokenizer, length, split, chosen if thinking is None else thinking)
+    return TASKS[task](Random(f"{split}:{task}:{seed}"), tokenizer, length, split, thinking)
 
 
 def _recall(rng: Random, tokenizer: PreTrainedTokenizerBase, length: int, split: Split, thinking: bool) -> Sample:
-    """Pairs of a made-up word and a value; the question names one of the words, or several of them."""
+    """Pairs of a made-up word and a value; the question names one of the words."""
+    return _pairs("recall", rng, tokenizer, length, thinking, asked=1)
+
+
+def _recall_many(rng: Random, tokenizer: PreTrainedTokenizerBase, length: int, split: Split, thinking: bool) -> Sample:
+    """The same with a question about several words: many more supervised tokens to learn the skill from."""
+    return _pairs("recall_many", rng, tokenizer, length, thinking, asked=rng.randint(2, max(2, length // 64)))
+
+
+def _pairs(
+    task: str, rng: Random, tokenizer: PreTrainedTokenizerBase, length: int, thinking: bool, asked: int
+) -> Sample:
     line, question = rng.choice(phrases.RECALL)
     numbers = rng.random()
-    # A pair is at least six tokens, so this many are sure to fill the length.
-    keys = list(dict.fromkeys(phrases.word(rng) for _ in range(length // 6)))
-    values = [phrases.number(rng) if rng.random() < numbers else phrases.word(rng) for _ in keys]
+    # A pair is about nine tokens, seldom fewer than seven: this many fill the length.
+    keys = list(dict.fromkeys(phrases.word(rng) for _ in range(length // 7)))
+    values = [phrases.value(rng, numbers) for _ in keys]
     lines = [line.format(key=key, value=value) for key, value in zip(keys, values, strict=True)]
-    asked = rng.choice((1, 1, 1, 2, 4)) if length >= 2 * MIN_LENGTH else 1
-    kept = max(asked, _fitting(tokenizer, lines, length - _OVERHEAD - (asked - 1) * 20))
+    # A further word costs about 28 tokens: in the question, in the reasoning and in the answer.
+    kept = max(asked, _fitting(tokenizer, lines, length - _OVERHEAD - (asked - 1) * 28))
     chosen = rng.sample(range(kept), asked)
     lead = rng.choice(phrases.RECALL_LEAD)
     names = ", ".join(keys[i] for i in chosen)
     user = lead + "\n" + "\n".join(lines[:kept]) + "\n\n" + question.format(key=names)
-    reasoning = "\n".join(lines[i] for i in chosen)
-    return _answered("recall", user, reasoning, "\n".join(values[i] for i in chosen), thinking)
+    found = "\n".join(lines[i] for i in chosen)
+    return _answered(task, user, found, values[chosen[0]] if asked == 1 else found, thinking)
 
 
 def _needle(rng: Random, tokenizer: PreTrainedTokenizerBase, length: int, split: Split, thinking: bool) -> Sample:
-    """A made-up fact somewhere in library source; at times a second fact of the same kind about another name."""
+    """A made-up fact somewhere in library source; at times a second one of the same kind about another name."""
+    return _facts("needle", rng, tokenizer, length, split, thinking, stated=rng.choice((1, 2)), asked=1)
+
+
+def _needle_many(rng: Random, tokenizer: PreTrainedTokenizerBase, length: int, split: Split, thinking: bool) -> Sample:
+    """Several facts, and a question about some of them: more supervised tokens to learn the skill from."""
+    stated = rng.randint(2, max(2, length // 96))
+    return _facts("needle_many", rng, tokenizer, length, split, thinking, stated, asked=rng.randint(2, stated))
+
+
+def _facts(
+    task: str,
+    rng: Random,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    split: Split,
+    thinking: bool,
+    stated: int,
+    asked: int,
+) -> Sample:
     statement, question = rng.choice(phrases.NEEDLE)
-    facts = []
-    for _ in range(rng.choice((1, 2))):
-        value = phrases.number(rng) if rng.random() < 0.5 else phrases.word(rng)
-        facts.append((phrases.word(rng).capitalize(), value))
-    stated = [statement.format(name=name, value=value) for name, value in facts]
-    room = length - _OVERHEAD - len(stated) * 24
-    lines = _library_lines(rng, split, characters=6 * length)  # more than fit: a token is three or four characters
+    names = [phrases.word(rng).capitalize() for _ in range(stated)]
+    values = [phrases.value(rng) for _ in names]
+    statements = [statement.format(name=name, value=value) for name, value in zip(names, values, strict=True)]
+    # A statement is about 20 tokens, and one that is asked for comes again in reasoning and answer.
+    room = length - _OVERHEAD - stated * 20 - (asked - 1) * 48
+    lines = _library_lines(rng, split, characters=4 * length)  # enough: a token is about three characters
     lines = lines[: max(1, _fitting(tokenizer, lines, room))]
-    for text in stated:
+    for text in statements:
         lines.insert(rng.randrange(len(lines) + 1), text)
-    name, value = facts[0]
-    user = "\n".join(lines) + "\n\n" + question.format(name=name)
-    return _answered("needle", user, stated[0], value, thinking)
+    user = "\n".join(lines) + "\n\n" + question.format(name=", ".join(names[:asked]))
+    found = "\n".join(statements[:asked])
+    return _answered(task, user, found, values[0] if asked == 1 else found, thinking)
 
 
 def _library_lines(rng: Random, split: Split, characters: int) -> list[str]:
@@ -157,16 +184,17 @@ def _fitting(tokenizer: PreTrainedTokenizerBase, lines: list[str], budget: int) 
 
 
 def _arithmetic(rng: Random, tokenizer: PreTrainedTokenizerBase, length: int, split: Split, thinking: bool) -> Sample:
-    """Sums and differences to three digits, products with one digit; without thinking, operands are smaller."""
+    """With thinking, sums and differences to three digits, products with a digit; directly, a digit more or less."""
     while True:
-        sign = rng.choice("+-*")
+        sign = rng.choice("+-*" if thinking else "+-")
         limit = 10 ** rng.choice((1, 2, 3) if thinking else (1, 2))
-        a, b = rng.randrange(limit), rng.randrange(limit)
+        a, b = rng.randrange(limit), rng.randrange(limit if thinking else 10)
         if sign == "*":
-            a, b = (a % 100 if thinking else a % 10), rng.randrange(2, 10)
+            a, b = a % 100, rng.randrange(2, 10)
         elif sign == "-":
             a, b = max(a, b), min(a, b)
-        heldout = zlib.crc32(f"{a}{sign}{b}".encode()) % 8 == 0
+        # Facts about two digits are what the steps are made of, so they are all for training.
+        heldout = a > 9 and zlib.crc32(f"{a}{sign}{b}".encode()) % 8 == 0
         if heldout == (split == "heldout"):
             break
     result = {"+": a + b, "-": a - b, "*": a * b}[sign]
@@ -176,24 +204,22 @@ def _arithmetic(rng: Random, tokenizer: PreTrainedTokenizerBase, length: int, sp
 
 
 def _add_steps(a: int, b: int) -> list[str]:
-    steps, carry, place = [], 0, 0
-    while a or b or place == 0:
+    steps, carry = [], 0
+    while a or b or not steps:
         total = a % 10 + b % 10 + carry
         carried = f" + {carry}" if carry else ""
         steps.append(f"{a % 10} + {b % 10}{carried} = {total}, write {total % 10}, carry {total // 10}")
-        carry, a, b, place = total // 10, a // 10, b // 10, place + 1
+        carry, a, b = total // 10, a // 10, b // 10
     return steps + ([f"write {carry}"] if carry else [])
 
 
 def _subtract_steps(a: int, b: int) -> list[str]:
-    steps, borrow, place = [], 0, 0
-    while a or b or place == 0:
-        difference = a % 10 - b % 10 - borrow
-        lent = " + 10" if difference < 0 else ""
-        borrowed = f" - {borrow}" if borrow else ""
-        digit = difference % 10
-        steps.append(f"{a % 10}{lent} - {b % 10}{borrowed} = {digit}, write {digit}, borrow {int(difference < 0)}")
-        borrow, a, b, place = int(difference < 0), a // 10, b // 10, place + 1
+    steps, borrow = [], 0
+    while a or b or not steps:
+        lends = a % 10 < b % 10 + borrow
+        upper, lower = a % 10 + 10 * lends, b % 10 + borrow
+        steps.append(f"{upper} - {lower} = {upper - lower}, write {upper - lower}, borrow {int(lends)}")
+        borrow, a, b = int(lends), a // 10, b // 10
     return steps
 
 
@@ -220,7 +246,7 @@ def _tool_call(rng: Random, tokenizer: PreTrainedTokenizerBase, length: int, spl
 def _tool_answer(rng: Random, tokenizer: PreTrainedTokenizerBase, length: int, split: Split, thinking: bool) -> Sample:
     """The turn after a tool's result: say what it was."""
     messages, call, tools = _tool_request(rng)
-    result = phrases.number(rng) if rng.random() < 0.5 else phrases.word(rng)
+    result = phrases.value(rng)
     key = rng.choice(("result", "value", "answer", "status"))
     content = json.dumps({key: result}) if rng.random() < 0.6 else result
     reply = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
@@ -271,7 +297,9 @@ def _answered(task: str, user: str, reasoning: str, answer: str, thinking: bool)
 Generator = Callable[[Random, PreTrainedTokenizerBase, int, Split, bool], Sample]
 TASKS: dict[str, Generator] = {
     "recall": _recall,
+    "recall_many": _recall_many,
     "needle": _needle,
+    "needle_many": _needle_many,
     "arithmetic": _arithmetic,
     "tool_call": _tool_call,
     "tool_answer": _tool_answer,

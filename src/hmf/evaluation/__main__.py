@@ -20,8 +20,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", default=list(DEFAULT_TASKS))
     parser.add_argument("--samples", type=int, default=100, help="of each task")
     parser.add_argument("--length", type=int, default=1024, help="tokens of the longest conversations")
-    parser.add_argument("--direct", action="store_true", help="score answers without thinking only")
-    parser.add_argument("--think", action="store_true", help="score answers with thinking only")
+    parser.add_argument("--direct", action="store_true", help="answers without thinking")
     parser.add_argument("--max-bytes", type=int, help="held-out text; all of it when left out")
     parser.add_argument("--baselines", action="store_true", help="also score order-3 models of bytes and tokens")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -38,7 +37,7 @@ def main() -> None:
         options.tasks,
         options.samples,
         options.length,
-        thinking=True if options.think else False if options.direct else None,
+        thinking=not options.direct,
         max_bytes=options.max_bytes,
         batch_size=options.batch_size,
     )

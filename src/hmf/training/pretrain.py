@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, model_validator
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -18,27 +17,31 @@ from transformers import (
     Qwen3Config,
     Trainer,
     TrainingArguments,
+    default_data_collator,
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from hmf.config.runs import DataSettings, OptimiserSettings, Settings, load_recipe
 from hmf.data import tasks, text
-from hmf.data.packing import MixtureDataset
-from hmf.data.tokenizer import END_OF_TEXT, encode_texts, train_tokenizer
+from hmf.data.packing import Row
+from hmf.data.tokenizer import END_OF_TEXT, train_tokenizer
 from hmf.errors import HmfError
 
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from .distill import mixture
 
 
-class TokenizerRecipe(_Strict):
+class TokenizerSettings(Settings):
+    """A byte-level BPE, learned from the run's text and tasks."""
+
     vocab_size: int = Field(ge=300)
     chat_template: Path  # relative to the recipe
-    task_samples: int = Field(ge=0)  # conversations of each task that the tokenizer also learns from
+    task_samples: int = Field(ge=0)  # conversations of each task that it also learns from
 
 
-class ModelRecipe(_Strict):
+class ModelSettings(Settings):
+    """Keys of Qwen3Config; embeddings are tied."""
+
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -50,47 +53,32 @@ class ModelRecipe(_Strict):
     initializer_range: float
 
 
-class TrainingRecipe(_Strict):
-    steps: int = Field(ge=1)
-    rows_per_step: int = Field(ge=1)
-    learning_rate: float = Field(gt=0)
-    final_learning_rate_ratio: float = Field(ge=0, le=1)
-    warmup_steps: int = Field(ge=0)
-    weight_decay: float = Field(ge=0)
-    save_steps: int = Field(ge=1)
-    workers: int = Field(ge=0)
-    compile: bool
-    attention: str = "sdpa"
+class PretrainOptimiserSettings(OptimiserSettings):
+    """With what makes a small model fast on a large GPU."""
+
+    workers: int = Field(0, ge=0)  # processes that make the data
+    compile: bool = False  # torch.compile, on a GPU only
+    # False: the documents of a row see each other and positions run through it. Attention then needs no mask.
+    isolate_documents: bool = True
 
 
-class PretrainRecipe(_Strict):
-    """Everything about a run; `text` is "stdlib", or a folder or file relative to the working directory."""
+class PretrainRecipe(Settings):
+    """`hmf pretrain`: makes its own `tokenizer` and `model`, or takes both from `start_from`, another run's output."""
 
     output: Path
-    seed: int
-    text: str
-    sequence_length: int = Field(ge=tasks.MIN_LENGTH)
-    text_share: float = Field(ge=0, le=1)
-    tasks: dict[str, float]
-    tokenizer: TokenizerRecipe
-    model: ModelRecipe
-    training: TrainingRecipe
+    seed: int = 0
+    data: DataSettings
+    start_from: Path | None = None
+    tokenizer: TokenizerSettings | None = None
+    model: ModelSettings | None = None
+    training: PretrainOptimiserSettings
 
-
-def load_recipe(path: str | Path) -> PretrainRecipe:
-    """Reads and checks a recipe; raises HmfError with file and key."""
-    path = Path(path)
-    try:
-        recipe = PretrainRecipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError) as error:
-        raise HmfError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise HmfError(f"{path}: {'.'.join(map(str, first['loc'])) or 'recipe'}: {first['msg']}") from error
-    for name in recipe.tasks:
-        if name not in tasks.TASKS:
-            raise HmfError(f"{path}: tasks.{name}: unknown task; choose from {', '.join(tasks.TASKS)}")
-    return recipe
+    @model_validator(mode="after")
+    def _one_start(self) -> "PretrainRecipe":
+        fresh = [part is not None for part in (self.tokenizer, self.model)]
+        if any(fresh) if self.start_from else not all(fresh):
+            raise ValueError("give either start_from, or both tokenizer and model")
+        return self
 
 
 def main(recipe_path: str) -> None:
@@ -99,39 +87,36 @@ def main(recipe_path: str) -> None:
     A run that was cut off continues from its last checkpoint. The folder then holds weights, config, tokenizer and
     `training.json`: what was trained, on what, for how long.
     """
-    recipe = load_recipe(recipe_path)
+    recipe = load_recipe(recipe_path, PretrainRecipe)
     set_seed(recipe.seed)
     # Data workers are processes already; threads inside each of them only get in the way.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     started = time.perf_counter()
     checkpoints = recipe.output / "checkpoints"
-    documents = [document.text for document in text.documents(recipe.text, "train")]
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    if last:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.output)
-    else:
-        tokenizer = _tokenizer(recipe, documents, Path(recipe_path).parent)
-        tokenizer.save_pretrained(recipe.output)
-    encoded = encode_texts(tokenizer, documents)
-    dataset = MixtureDataset(
-        encoded,
-        tokenizer,
-        recipe.sequence_length,
-        recipe.tasks,
-        rows=recipe.training.steps * recipe.training.rows_per_step,
-        text_share=recipe.text_share,
-        seed=recipe.seed,
+    source = recipe.output if last else recipe.start_from
+    if source is not None and not (source / "tokenizer.json").is_file():
+        raise HmfError(f"{recipe_path}: start_from: {source} holds no tokenizer.json; give a model folder")
+    tokenizer = (
+        _tokenizer(recipe, Path(recipe_path).parent) if source is None else AutoTokenizer.from_pretrained(source)
     )
+    tokenizer.save_pretrained(recipe.output)
+    dataset = mixture(recipe.data, tokenizer, recipe.training.steps * recipe.training.rows_per_step, recipe.seed)
     model = _model(recipe, tokenizer)
     model.config.use_cache = False  # rows hold several documents, which a cache would take for one
-    trainer = Trainer(model=model, args=_arguments(recipe, checkpoints), train_dataset=dataset)
+    trainer = Trainer(
+        model=model,
+        args=_arguments(recipe, checkpoints),
+        train_dataset=dataset,
+        data_collator=default_data_collator if recipe.training.isolate_documents else _collate_without_positions,
+    )
     prepared = time.perf_counter()
     trainer.train(resume_from_checkpoint=last)
     record = {
         "parameters": model.num_parameters(),
         "steps": recipe.training.steps,
-        "tokens": len(dataset) * recipe.sequence_length,
-        "corpus": {"documents": len(documents), "tokens": sum(map(len, encoded))},
+        "tokens": len(dataset) * recipe.data.sequence_length,
+        "corpus": {"documents": len(dataset.texts), "tokens": sum(map(len, dataset.texts))},
         "seconds": {
             "preparation": round(prepared - started),
             "training": round(time.perf_counter() - prepared),
@@ -144,23 +129,28 @@ def main(recipe_path: str) -> None:
     (recipe.output / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _tokenizer(recipe: PretrainRecipe, documents: list[str], folder: Path) -> PreTrainedTokenizerBase:
+def _tokenizer(recipe: PretrainRecipe, folder: Path) -> PreTrainedTokenizerBase:
+    assert recipe.tokenizer is not None and recipe.model is not None  # the recipe's validator saw to it
     path = folder / recipe.tokenizer.chat_template
     if not path.is_file():
         raise HmfError(f"{path}: no such file; tokenizer.chat_template is relative to the recipe")
     template = path.read_text(encoding="utf-8")
     size, context = recipe.tokenizer.vocab_size, recipe.model.max_position_embeddings
+    documents = [document.text for document in text.documents(recipe.data.text, "train")]
     # Conversations need a tokenizer to be rendered and measured: a first one, of text alone, serves for that.
     first = train_tokenizer(documents, size, template, context)
     conversations = [
-        tasks.sample(task, seed, first, recipe.sequence_length).text(first)
-        for task in recipe.tasks
+        tasks.sample(task, seed, first, recipe.data.sequence_length).text(first)
+        for task in recipe.data.tasks
         for seed in range(recipe.tokenizer.task_samples)
     ]
     return train_tokenizer([*documents, *conversations], size, template, context)
 
 
 def _model(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase) -> Any:
+    if recipe.start_from is not None:
+        return AutoModelForCausalLM.from_pretrained(recipe.start_from, dtype=torch.float32)
+    assert recipe.model is not None  # the recipe's validator saw to it
     settings = recipe.model.model_dump()
     rope = {"rope_type": "default", "rope_theta": settings.pop("rope_theta")}
     config = Qwen3Config(
@@ -172,11 +162,13 @@ def _model(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase) -> Any:
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation=recipe.training.attention
-    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TEXT)]
     return model
+
+
+def _collate_without_positions(rows: list[Row]) -> Row:
+    return default_data_collator([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
 
 
 def _arguments(recipe: PretrainRecipe, checkpoints: Path) -> TrainingArguments:
@@ -185,15 +177,18 @@ def _arguments(recipe: PretrainRecipe, checkpoints: Path) -> TrainingArguments:
         output_dir=str(checkpoints),
         max_steps=training.steps,
         per_device_train_batch_size=training.rows_per_step,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=training.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": training.final_learning_rate_ratio},
+        lr_scheduler_type=training.schedule,
+        lr_scheduler_kwargs=(
+            {"min_lr_rate": training.final_learning_rate_ratio} if training.schedule == "cosine_with_min_lr" else {}
+        ),
         warmup_steps=training.warmup_steps,
         weight_decay=training.weight_decay,
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
+        adam_beta2=training.adam_beta2,
+        max_grad_norm=training.max_grad_norm,
         optim="adamw_torch_fused",
-        bf16=cuda,
+        bf16=cuda and training.precision == "bfloat16",
         tf32=cuda or None,
         torch_compile=training.compile and cuda,
         dataloader_num_workers=training.workers,
@@ -204,7 +199,7 @@ def _arguments(recipe: PretrainRecipe, checkpoints: Path) -> TrainingArguments:
         save_steps=training.save_steps,
         save_total_limit=1,
         logging_steps=50,
-        report_to=[],
+        report_to=list(training.report_to),
         seed=recipe.seed,
         # Rows are independent draws already, and their order is part of the recipe.
         train_sampling_strategy="sequential",

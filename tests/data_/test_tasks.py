@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import pytest
+
+from hmf.data import phrases, tasks
+from hmf.data.tokenizer import encode_texts
+from hmf.errors import HmfError
+
+SEEDS = range(12)
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+@pytest.mark.parametrize("thinking", [True, False])
+def test_every_sample_is_whole(tokenizer, task, thinking):
+    for seed in SEEDS:
+        sample = tasks.sample(task, seed, tokenizer, 512, thinking=thinking)
+        assert sample == tasks.sample(task, seed, tokenizer, 512, thinking=thinking)
+        prompt, text = sample.prompt(tokenizer), sample.text(tokenizer)
+        assert text.startswith(prompt)
+        turn = text[len(prompt) :].removesuffix("<|im_end|>\n")
+        assert turn.startswith("<think>") == thinking
+        assert sample.is_correct(turn)
+        assert not sample.is_correct(turn + "x") and not sample.is_correct("")
+        assert len(encode_texts(tokenizer, [text])[0]) <= 512
+
+
+@pytest.mark.parametrize("task", ["recall", "needle"])
+@pytest.mark.parametrize("length", [128, 512, 1024])
+def test_contexts_fill_the_length_and_hold_the_answer(tokenizer, task, length):
+    lengths = []
+    for seed in SEEDS:
+        sample = tasks.sample(task, seed, tokenizer, length, split="heldout")
+        lengths.append(len(encode_texts(tokenizer, [sample.text(tokenizer)])[0]))
+        context, question = sample.messages[0]["content"].rsplit("\n\n", 1)
+        assert sample.answer in context and sample.answer not in question
+    assert max(lengths) <= length
+    assert sum(lengths) / len(lengths) > 0.9 * length - 40
+
+
+def test_a_key_is_asked_that_is_in_the_list_once(tokenizer):
+    for seed in SEEDS:
+        sample = tasks.sample("recall", seed, tokenizer, 512, thinking=True)
+        line = sample.messages[-1]["reasoning_content"]
+        assert sample.messages[0]["content"].split("\n").count(line) == 1
+
+
+@pytest.mark.parametrize("task", ["recall", "needle", "arithmetic", "tool_call"])
+def test_training_and_evaluation_share_nothing(tokenizer, task):
+    def asked(split):
+        found = set()
+        for seed in range(60):
+            sample = tasks.sample(task, seed, tokenizer, 128, split=split, thinking=True)
+            # For a sum the problem itself; elsewhere the line or call with key and value.
+            found.add(sample.messages[-1]["reasoning_content"].split("\n")[-1])
+        return found
+
+    assert len(asked("train")) > 50
+    assert not asked("train") & asked("heldout")
+
+
+def test_arithmetic_is_right(tokenizer):
+    for seed in range(100):
+        sample = tasks.sample("arithmetic", seed, tokenizer, 128, thinking=True)
+        *steps, last = sample.messages[-1]["reasoning_content"].split("\n")
+        problem, result = last.split(" = ")
+        assert eval(problem) == int(result) == int(sample.answer)
+        for step in steps:
+            if " = " in step:
+                left, right = step.split(",")[0].split(" = ")
+                assert eval(left) == int(right)
+        digits = [step.split("write ")[1].split(",")[0] for step in steps if "write" in step]
+        if digits:
+            assert int("".join(reversed(digits))) == int(result)
+
+
+def test_a_call_fits_its_tool(tokenizer):
+    for seed in range(40):
+        sample = tasks.sample("tool_call", seed, tokenizer, 512)
+        call = json.loads(sample.answer)
+        schema = next(t["function"] for t in sample.tools if t["function"]["name"] == call["name"])["parameters"]
+        assert list(call["arguments"]) == schema["required"]
+        for name, value in call["arguments"].items():
+            assert isinstance(value, {"string": str, "integer": int}[schema["properties"][name]["type"]])
+            assert str(value) in sample.messages[-2]["content"]
+
+
+def test_calls_are_compared_as_json(tokenizer):
+    sample = tasks.sample("tool_call", 3, tokenizer, 512, thinking=False)
+    call = json.loads(sample.answer)
+    assert sample.is_correct(f"<tool_call>\n{json.dumps(call, indent=1)}\n</tool_call>")
+    assert not sample.is_correct(json.dumps(call))
+    assert not sample.is_correct("<tool_call>\n{not json}\n</tool_call>")
+    assert not sample.is_correct(f"<tool_call>{json.dumps({**call, 'name': 'other'})}</tool_call>")
+
+
+def test_words_are_many():
+    from random import Random
+
+    rng = Random(0)
+    assert len({phrases.word(rng) for _ in range(1000)}) > 900
+
+
+@pytest.mark.parametrize(("task", "length", "named"), [("recal", 512, "recall"), ("recall", 40, "96")])
+def test_bad_requests(tokenizer, task, length, named):
+    with pytest.raises(HmfError, match=named):
+        tasks.sample(task, 0, tokenizer, length)

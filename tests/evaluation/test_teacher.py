@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The embedded teacher can do what its record says, on a reduced score."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hmf
+from hmf.data import tasks, text
+from hmf.evaluation import evaluate_model
+from hmf.evaluation.generation import generate_answers, task_accuracy
+from hmf.evaluation.perplexity import perplexity
+
+TEACHER = Path(hmf.__file__).parent / "assets" / "teacher"
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(TEACHER)
+
+
+def test_the_folder_is_small_and_whole():
+    assert sum(path.stat().st_size for path in TEACHER.iterdir()) <= 8_000_000
+    record = json.loads((TEACHER / "training.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(TEACHER)
+    assert model.dtype == torch.bfloat16
+    assert model.num_parameters() == record["parameters"] <= 4_000_000
+    assert model.config.max_position_embeddings >= 4096 and model.config.tie_word_embeddings
+
+
+def test_library_text(teacher):
+    heldout = [document.text for document in text.stdlib_documents("heldout", max_bytes=20_000)]
+    # An order-3 model of tokens needs more than 1.9 bits a byte on the whole held-out part.
+    assert perplexity(*teacher, heldout, window=512).bits_per_byte < 1.75
+
+
+@pytest.mark.parametrize(
+    ("task", "length", "least"),
+    [("recall", 256, 7), ("needle", 256, 7), ("arithmetic", 128, 6), ("tool_call", 512, 7)],
+)
+def test_tasks(teacher, task, length, least):
+    samples = [tasks.sample(task, seed, teacher[1], length, split="heldout") for seed in range(8)]
+    score = task_accuracy(*teacher, samples, batch_size=8)
+    assert (score.n, score.truncated) == (8, 0.0)
+    assert score.accuracy * 8 >= least
+
+
+def test_answers_come_back_in_order_whatever_the_batch(teacher):
+    samples = [tasks.sample("recall", seed, teacher[1], 96 + 30 * (seed % 3), thinking=False) for seed in range(5)]
+    together = generate_answers(*teacher, samples, batch_size=5)
+    assert together == generate_answers(*teacher, samples, batch_size=2)
+    # Cut short, an answer counts as truncated.
+    assert not any(ended for _, ended in generate_answers(*teacher, samples, batch_size=5, max_new_tokens=1))
+
+
+def test_all_scores_in_one_dict(teacher):
+    model, tokenizer = teacher
+    model.train()
+    scores = evaluate_model(model, tokenizer, tasks=["chat"], n=2, length=128, max_bytes=2_000)
+    assert model.training
+    model.eval()
+    assert set(scores) == {"text", "tasks", "length", "seconds"}
+    assert scores["tasks"]["chat"]["n"] == 2 and scores["text"]["bytes"] <= 2_000

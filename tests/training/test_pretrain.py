@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hmf.config.runs import load_recipe
+from hmf.errors import HmfError
+from hmf.training.pretrain import PretrainRecipe, main
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "teacher"
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """The teacher's recipe, shrunk, on a folder of text; with its output in the folder of the test."""
+    content = yaml.safe_load((RECIPES / "recipe.yaml").read_text())
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for index in range(40):
+        (corpus / f"{index}.txt").write_text(f"def f{index}(x):\n    return x + {index}\n" * 20)
+    content["output"] = str(tmp_path / "run")
+    content["data"] |= {"text": str(corpus), "sequence_length": 128, "tasks": {"arithmetic": 1}}
+    content["tokenizer"] |= {"vocab_size": 320, "task_samples": 2}
+    content["tokenizer"]["chat_template"] = str(RECIPES / "chat_template.jinja")
+    content["model"] |= {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
+    content["model"] |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    content["training"] |= {"steps": 2, "rows_per_step": 2, "warmup_steps": 0, "save_steps": 1, "workers": 0}
+    return content
+
+
+def write(tmp_path, content):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_a_run_makes_a_model_that_loads_and_a_second_one_goes_on_from_it(tmp_path, recipe, isolate):
+    recipe["training"]["isolate_documents"] = isolate
+    main(str(write(tmp_path, recipe)))
+    output = Path(recipe["output"])
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+    assert (model.dtype, model.config.vocab_size, len(tokenizer)) == (torch.bfloat16, 320, 320)
+    assert model.config.use_cache
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False).startswith("<|im_start|>")
+
+    following = {name: part for name, part in recipe.items() if name not in ("tokenizer", "model")}
+    following |= {"output": str(tmp_path / "next"), "start_from": str(output)}
+    main(str(write(tmp_path, following)))
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "next")
+    assert (tmp_path / "next" / "tokenizer.json").read_bytes() == (output / "tokenizer.json").read_bytes()
+    moved = [(a - b).abs().max().item() for a, b in zip(after.parameters(), model.parameters(), strict=True)]
+    assert 0 < max(moved) < 0.1
+
+
+@pytest.mark.parametrize("name", ["recipe", "continue"])
+def test_the_recipes_are_valid(name):
+    recipe = load_recipe(RECIPES / f"{name}.yaml", PretrainRecipe)
+    assert (recipe.start_from is None) == (name == "recipe")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"start_from": "runs/other"}, "either start_from, or both"),
+        ({"model": None}, "either start_from, or both"),
+        ({"sede": 1}, "seed"),
+        ({"start_from": "nowhere", "model": None, "tokenizer": None}, "nowhere"),
+        ({"tokenizer": {"vocab_size": 320, "chat_template": "no.jinja", "task_samples": 1}}, "no.jinja"),
+    ],
+)
+def test_bad_recipes(tmp_path, recipe, change, named):
+    with pytest.raises(HmfError, match=named):
+        main(str(write(tmp_path, recipe | change)))
+    assert not Path(recipe["output"]).exists()
