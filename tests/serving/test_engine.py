@@ -108,6 +108,20 @@ class TestPrefixCaching:
                 assert 0 < written.sum() <= allowed
 
 
+def test_bfloat16_keeps_the_decay_in_float32(hybrid):
+    path, model, prompts, answers = hybrid
+    with engines.engine(path, dtype="bfloat16", enable_prefix_caching=False) as llm:
+        for layer, mixer in zip((0, 2), engines.mixers(llm), strict=True):
+            stored = model.model.layers[layer].gdn
+            for name in ("A_log", "dt_bias"):
+                torch.testing.assert_close(getattr(mixer, name).data, getattr(stored, name).data, atol=0, rtol=0)
+            assert mixer.qkv_proj.weight.dtype == torch.bfloat16
+            assert {pool.dtype for pool in mixer.kv_cache} == {torch.float32}
+        outputs = engines.greedy(llm, prompts, 1)
+    first = torch.tensor([[output.outputs[0].logprobs[0][t].logprob for t in range(61)] for output in outputs])
+    assert (first - torch.stack([answer.logprobs[0] for answer in answers])).abs().max() < 0.5
+
+
 class TestScheduler:
     def test_states_are_float32(self, crowded):
         assert {pool.dtype for mixer in engines.mixers(crowded) for pool in mixer.kv_cache} == {torch.float32}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the plugin refuses, it refuses before anything is loaded, in one line; what it does not know it leaves alone."""
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,17 @@ class TestRegistration:
         register()
         assert set(ModelRegistry.get_supported_archs()) == once
         assert "HybridQwen3ForCausalLM" in once
+
+    def test_configurations_travel_between_processes(self, hybrid_dir):
+        from multiprocessing.reduction import ForkingPickler
+
+        import cloudpickle
+
+        config = engine_config(hybrid_dir).model_config.hf_config
+        for pickler in (ForkingPickler, cloudpickle):
+            copy = pickle.loads(pickler.dumps(config))
+            assert type(copy) is type(config)
+            assert copy.to_dict() == config.to_dict()
 
     def test_every_family_has_a_model(self):
         from hmf.model.families import FAMILIES
