@@ -84,30 +84,28 @@ def chunked(q, k, v, g, beta, initial_state=None, cu_seqlens=None, chunk_size: i
     q = q * key_dim**-0.5
     decay_in, decay, total = chunk_decays(g)
     k_beta = k * beta[..., None]
-    system = (k_beta @ k.mT * decay).tril(-1)
+    # Of the system only what is below the diagonal is read. Its inverse times both right sides costs less than a solve.
+    eye = torch.eye(chunk_size, dtype=compute, device=k.device).expand_as(decay)
+    inverse = torch.linalg.solve_triangular(k_beta @ k.mT * decay, eye, upper=False, unitriangular=True)
     rhs = torch.cat([v * beta[..., None], k_beta * decay_in.exp()[..., None]], dim=-1)
-    u, w = torch.linalg.solve_triangular(system, rhs, upper=False, unitriangular=True).split(
-        [v.shape[-1], key_dim], dim=-1
-    )
+    u, w = (inverse @ rhs).split([v.shape[-1], key_dim], dim=-1)
     within = q @ k.mT * decay
     q_in = q * decay_in.exp()[..., None]
     k_out = k * (total - decay_in).exp()[..., None]
     carry = total.exp()[..., None]
 
     state = state_or_zeros(initial_state, (layout.num_sequences, heads, key_dim, v.shape[-1]), k)[layout.order]
-    outputs, done = [], []
-    steps = zip(*map(layout.by_step, (u, w, q_in, within, carry, k_out)), strict=True)
-    for u_n, w_n, q_n, within_n, carry_n, k_n in steps:
+    starts, values, done = [state[:0]], [v[:0]], []
+    for u_n, w_n, carry_n, k_n in zip(*map(layout.by_step, (u, w, carry, k_out)), strict=True):
         active = len(u_n)
         done.append(state[active:])
-        state = state[:active]
-        values = u_n - w_n @ state
-        outputs.append(q_n @ state + within_n @ values)
-        state = carry_n * state + k_n.mT @ values
+        starts.append(state[:active])
+        values.append(u_n - w_n @ starts[-1])
+        state = torch.addcmul(k_n.mT @ values[-1], carry_n, starts[-1])
     state = torch.cat([state, *reversed(done)])
     final = torch.empty_like(state).index_copy(0, torch.tensor(layout.order, device=state.device), state)
-    o = torch.cat(outputs).transpose(1, 2) if outputs else v.transpose(1, 2)
-    return layout.merge(o).to(out_dtype), final
+    o = q_in @ torch.cat(starts) + within @ torch.cat(values)
+    return layout.merge(o.transpose(1, 2)).to(out_dtype), final
 
 
 @dispatch.implementation("gdn", "fast", requires="fla")

@@ -125,7 +125,7 @@ def chunk_decays(g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     decay_in = g.cumsum(-1)
     later = torch.full((size, size), float("-inf"), dtype=g.dtype, device=g.device).triu(1)
     # Masked before exp: above the diagonal the difference is positive and may overflow.
-    decay = (decay_in[..., :, None] - decay_in[..., None, :] + later).exp()
+    decay = (decay_in[..., :, None] - decay_in[..., None, :]).add_(later).exp_()
     return decay_in, decay, decay_in[..., -1:]
 
 
