@@ -47,9 +47,10 @@ def draw_curves(log_file: Path) -> Path:
     if losses:
         left.legend()
     if layers:  # a colour bar, because a legend of many layers hides them
-        shades = ScalarMappable(Normalize(min(layers), max(max(layers), min(layers) + 1)), "viridis")
+        low, high = min(layers), max(max(layers), min(layers) + 1)
+        shades = ScalarMappable(Normalize(low, high), "viridis")
         for layer, curve in layers.items():
-            right.plot(*curve, color=shades.to_rgba(layer), marker=_marker(curve))
+            right.plot(*curve, color=shades.cmap((layer - low) / (high - low)), marker=_marker(curve))
         figure.colorbar(shades, ax=right, label="after layer", ticks=MaxNLocator(integer=True))
     right.set(title="student to teacher, relative squared error", xlabel="step", yscale="log")
     for axes in (left, right):
