@@ -3,6 +3,7 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import stat
@@ -259,3 +260,18 @@ def test_long_import_path_registers_the_auto_classes():
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout.split() == ["HybridQwen3ForCausalLM"], done.stderr
+
+
+def test_classes_can_be_imported_by_name_and_models_pickled(tiny_qwen3):
+    from hmf.model.configuration import HybridQwen3Config
+    from hmf.model.modeling import HybridQwen3ForCausalLM
+
+    config = HybridQwen3Config(**{**tiny_qwen3.config.to_dict(), "hybrid_override_pattern": "*-GDN-*-*"})
+    model = HybridQwen3ForCausalLM(config).eval()
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again) is HybridQwen3ForCausalLM
+    assert again.config.to_dict() == config.to_dict()
+    ids = torch.arange(5)[None]
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    with pytest.raises(ImportError):
+        exec("from hmf.model.modeling import HybridNothingModel")

@@ -104,9 +104,9 @@ def _check(op: str, device: str, use: str, samples: dict[str, Sample], truths: d
                 check.problem = f"{name}, {case}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
                 return check
             for tensor, value in found.items():
-                error = relative_error(value, truths[case][tensor])
-                if not error <= check.errors.get(name, -1.0):  # NaN counts as larger
-                    check.errors[name], check.worst[name] = error, f"{tensor}, {case}"
+                off = relative_error(value, truths[case][tensor])
+                if not off <= check.errors.get(name, -1.0):  # NaN counts as larger
+                    check.errors[name], check.worst[name] = off, f"{tensor}, {case}"
         if not check.errors[name] <= tolerance:
             check.problem = check.problem or (
                 f"{name}: {check.worst[name]} is off by {check.errors[name]:.1e} (at most {tolerance:.0e})"

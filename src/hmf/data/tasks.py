@@ -204,7 +204,8 @@ def _arithmetic(rng: Random, tokenizer: PreTrainedTokenizerBase, length: int, sp
 
 
 def _add_steps(a: int, b: int) -> list[str]:
-    steps, carry = [], 0
+    steps: list[str] = []
+    carry = 0
     while a or b or not steps:
         total = a % 10 + b % 10 + carry
         carried = f" + {carry}" if carry else ""
@@ -214,7 +215,8 @@ def _add_steps(a: int, b: int) -> list[str]:
 
 
 def _subtract_steps(a: int, b: int) -> list[str]:
-    steps, borrow = [], 0
+    steps: list[str] = []
+    borrow = 0
     while a or b or not steps:
         lends = a % 10 < b % 10 + borrow
         upper, lower = a % 10 + 10 * lends, b % 10 + borrow

@@ -12,7 +12,7 @@ from hmf.config.layers import LAYER_KINDS, base_head_dim, layer_options, needed_
 from hmf.config.pattern import ATTENTION, Pattern
 from hmf.errors import HmfError
 
-from .families import Family
+from .families import FAMILIES, Family
 
 STATE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -108,3 +108,11 @@ def hybrid_config_class(family: Family) -> type:
         **dict.fromkeys(optional_dicts),
     }
     return type(f"{family.hybrid_prefix}Config", (HybridConfigMixin, family.config_class()), namespace)
+
+
+def __getattr__(name: str) -> type:
+    """`Hybrid<Family>Config` by name: what imports and pickles ask this module for."""
+    for family in FAMILIES.values():
+        if name == f"{family.hybrid_prefix}Config":
+            return hybrid_config_class(family)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -29,7 +29,7 @@ from hmf.layers.registry import MIXERS, mixer_class
 from .cache import adopt
 from .checkpoint import StrictLoading
 from .configuration import hybrid_config_class
-from .families import Family
+from .families import FAMILIES, Family
 
 STUDENT, TEACHER = "student", "teacher"
 
@@ -272,3 +272,14 @@ def hybrid_classes(family: Family) -> HybridClasses:
         f"{family.hybrid_prefix}ForCausalLM", (HybridCausalLMMixin, family.class_named("ForCausalLM")), dict(common)
     )
     return HybridClasses(config, model, causal_lm)
+
+
+def __getattr__(name: str) -> type:
+    """`Hybrid<Family>Model`, `...ForCausalLM` and `...DecoderLayer` by name: what imports and pickles ask for."""
+    for family in FAMILIES.values():
+        if name == f"{family.hybrid_prefix}DecoderLayer":
+            return hybrid_layer_class(family.class_named("DecoderLayer"))
+        if name in (f"{family.hybrid_prefix}Model", f"{family.hybrid_prefix}ForCausalLM"):
+            classes = hybrid_classes(family)
+            return classes.model if name.endswith("Model") else classes.causal_lm
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -43,8 +43,10 @@ class Stage1Objective:
     `kl` weighs the Kullback-Leibler divergence between the teacher's and the student's next-token distributions, in
     nats a token: KL(teacher || student) forward, KL(student || teacher) reverse. 0 leaves it out; `kl_tokens`
     "supervised" counts only positions whose next token has a label, so that answers are not lost among the tokens of
-    their prompts. Call it with a fused model and a batch (input_ids [B, T], optional attention_mask and position_ids); it returns
-    scalar losses by name, "loss" being their sum. Padded positions do not count.
+    their prompts.
+
+    Call it with a fused model and a batch (input_ids [B, T], optional labels, attention_mask and position_ids); it
+    returns scalar losses by name, "loss" being their sum. Padded positions do not count.
     """
 
     layers: str = "none"

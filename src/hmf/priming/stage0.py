@@ -41,7 +41,9 @@ def initialise(model: PreTrainedModel, seed: int = 0, conv_start: str = "random"
     """Fill all mixers of a fused `model`; a layer's random tensors depend on `seed` and its index only.
 
     `conv_start` "random" is the published start; "identity" lets every short convolution begin by passing its current
-    token through, so that the projections copied from attention keep their meaning from the first step. Returns each mixer's report; HmfError when a tensor on either side is not accounted for.
+    token through, so that the projections copied from attention keep their meaning from the first step.
+
+    Returns each mixer's report; HmfError when a tensor on either side is not accounted for.
     """
     starts = {}
     for name, mixer in mixers(model):

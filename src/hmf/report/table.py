@@ -16,11 +16,11 @@ def print_scores(scores: dict[str, dict[str, Any]]) -> None:
     table = Table(caption=_caption(first), caption_justify="left")
     table.add_column("model")
     if "text" in first:
-        table.add_column("perplexity", justify="right")
+        table.add_column("perplexity", justify="right", no_wrap=True)
     for task in first["tasks"]:
-        table.add_column(task, justify="right")
+        table.add_column(task, justify="right", no_wrap=True)
     for name in ("parameters", "KV bytes/token", "state bytes"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for name, score in scores.items():
         row = [name]
         if "text" in score:
@@ -28,7 +28,7 @@ def print_scores(scores: dict[str, dict[str, Any]]) -> None:
         row += [_accuracy(task) for task in score["tasks"].values()]
         row += [f"{score['footprint'][key]:,}" for key in ("parameters", "kv_bytes_per_token", "state_bytes")]
         table.add_row(*row)
-    Console(width=max(100, Console().width)).print(table)
+    Console(width=max(110, Console().width)).print(table)
 
 
 def _accuracy(task: dict[str, Any]) -> str:

@@ -6,9 +6,6 @@ vLLM calls `register` in each of its processes (front end, engine core, workers)
 
 from __future__ import annotations
 
-import copyreg
-from typing import Any
-
 
 def register() -> None:
     """Make the Hybrid architectures known to vLLM; other models are not touched.
@@ -21,7 +18,6 @@ def register() -> None:
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from hmf.model.configuration import hybrid_config_class
     from hmf.model.families import FAMILIES  # importing hmf has made their configurations known to AutoConfig
 
     from .backends import state_backend
@@ -31,23 +27,7 @@ def register() -> None:
     for symbol in MIXERS:
         state_backend(symbol)  # in every process: vLLM sends members of that table from one to another
     for family in FAMILIES.values():
-        copyreg.pickle(hybrid_config_class(family), _reduce_config)
         architecture = f"{family.hybrid_prefix}ForCausalLM"
         MODELS_CONFIG_MAP[architecture] = HybridConfig
         # By name, so that the front end never imports kernels.
         ModelRegistry.register_model(architecture, f"hmf.serving.vllm.models:{architecture}")
-
-
-def _reduce_config(config: Any) -> tuple:
-    """vLLM sends configurations to its processes; theirs is made of the class that they have, which has no path."""
-    return _rebuild_config, (config.model_type, vars(config))
-
-
-def _rebuild_config(model_type: str, values: dict[str, Any]) -> Any:
-    from hmf.model.configuration import hybrid_config_class
-    from hmf.model.families import family_of
-
-    cls = hybrid_config_class(family_of(model_type))
-    config = cls.__new__(cls)
-    vars(config).update(values)
-    return config
