@@ -74,16 +74,16 @@ def choose(op: str, device_type: str, requires_grad: bool, dtype: torch.dtype) -
     return fast, "CUDA tensors"
 
 
-def resolve(op: str, sample: torch.Tensor) -> Callable:
-    """The function to call for `op` on tensors like `sample`; a slow fallback on a GPU warns once."""
-    grad = torch.is_grad_enabled() and sample.requires_grad
+def resolve(op: str, *tensors: torch.Tensor) -> Callable:
+    """The function to call for `op` on these tensors (device and dtype of the first, gradients of any).
+
+    A slow fallback on a GPU warns once.
+    """
+    sample = tensors[0]
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     chosen, why = choose(op, sample.device.type, grad, sample.dtype)
-    if (
-        chosen.version == "chunked"
-        and sample.device.type == "cuda"
-        and "fast" in _IMPLEMENTATIONS[op]
-        and sample.dtype != torch.float64
-    ):
+    on_gpu = sample.device.type == "cuda" and sample.dtype != torch.float64
+    if chosen.version == "chunked" and on_gpu and "fast" in _IMPLEMENTATIONS[op]:
         _warn_once(f"{op}: running the plain PyTorch version on the GPU: {why}")
     return chosen.function
 

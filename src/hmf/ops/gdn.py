@@ -32,7 +32,7 @@ def gated_delta_rule(
     cu_seqlens: torch.Tensor | None = None,
 ) -> Result:
     """The gated delta rule by the best implementation for the tensors' device (see the module's head)."""
-    return dispatch.resolve("gdn", q)(q, k, v, g, beta, initial_state, cu_seqlens)
+    return dispatch.resolve("gdn", q, k, v, g, beta)(q, k, v, g, beta, initial_state, cu_seqlens)
 
 
 def step(q, k, v, g, beta, state) -> Result:

@@ -53,7 +53,7 @@ def linear_attention(
     cu_seqlens: torch.Tensor | None = None,
 ) -> Result:
     """Decayed linear attention by the best implementation for the tensors' device (see the module's head)."""
-    return dispatch.resolve("ssd", v)(q, k, v, g, initial_state, cu_seqlens)
+    return dispatch.resolve("ssd", v, q, k, g)(q, k, v, g, initial_state, cu_seqlens)
 
 
 def step(q, k, v, g, state) -> Result:
