@@ -52,6 +52,14 @@ def test_layer_type(tmp_path, name):
     check(tmp_path, engines.save_hybrid(tmp_path, case, pattern, **fields))
 
 
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_tensor_parallel(tmp_path, kv_heads):
+    """Two ranks: key/value heads split over them, or one that both hold."""
+    case = Case("GDN", f"tp-{kv_heads}", base={"num_key_value_heads": kv_heads}, options={"conv_bias": True})
+    model = engines.save_hybrid(tmp_path, case, "X-*-SWA", **DICTS)
+    check(tmp_path, model, tensor_parallel_size=2, distributed_executor_backend="mp")
+
+
 @pytest.mark.parametrize("family", ["qwen2", "llama", "ministral3", "qwen3_moe"])
 def test_family(tmp_path, family):
     fields = {"ministral3": MINISTRAL, "qwen3_moe": EXPERTS, "qwen2": TIED}.get(family, {})

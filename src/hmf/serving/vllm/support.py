@@ -95,6 +95,7 @@ TABLE: tuple[Row, ...] = (
     Row("Continuous batching, chunked prefill, preemption, `n > 1`", True),
     Row("Prefix caching", True, "`--mamba-cache-mode align`, which is also vLLM's choice"),
     Row("Tool calls, reasoning parsers, streaming", True, "vLLM's own"),
+    Row("Tensor parallelism", True, "GDN and SWA; patterns with other layer types are refused"),
     Row("Layer types of your own without a row in `MIXERS`", False, "generate with Hugging Face", _unknown_layers),
     Row("Stage-0 and Stage-1 checkpoints", False, "`hmf export` first", _fused),
     Row("Heads that do not split over the ranks", False, "use a divisor of the head counts", _head_split),
