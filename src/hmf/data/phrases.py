@@ -9,8 +9,8 @@ _SYLLABLES = [consonant + vowel for consonant in "bdfghjklmnprstvz" for vowel in
 
 
 def word(rng: Random) -> str:
-    """A made-up word of two or three syllables, out of about half a million."""
-    return "".join(rng.choices(_SYLLABLES, k=rng.choice((2, 3, 3))))
+    """A made-up word of three syllables, out of half a million; none is the beginning of another."""
+    return "".join(rng.choices(_SYLLABLES, k=3))
 
 
 def value(rng: Random, numeric: float = 0.5) -> str:
