@@ -51,7 +51,8 @@ def test_a_run_makes_a_model_that_loads_and_a_second_one_goes_on_from_it(tmp_pat
     following |= {"output": str(tmp_path / "next"), "start_from": str(output)}
     main(str(write(tmp_path, following)))
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "next")
-    assert (tmp_path / "next" / "tokenizer.json").read_bytes() == (output / "tokenizer.json").read_bytes()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "next" / name).read_bytes() == (output / name).read_bytes()
     moved = [(a - b).abs().max().item() for a, b in zip(after.parameters(), model.parameters(), strict=True)]
     assert 0 < max(moved) < 0.1
 

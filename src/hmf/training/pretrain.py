@@ -100,6 +100,8 @@ def main(recipe_path: str) -> None:
     tokenizer = (
         _tokenizer(recipe, Path(recipe_path).parent) if source is None else AutoTokenizer.from_pretrained(source)
     )
+    for how_it_was_loaded in ("is_local", "local_files_only"):  # else they would be saved with it
+        tokenizer.init_kwargs.pop(how_it_was_loaded, None)
     tokenizer.save_pretrained(recipe.output)
     dataset = mixture(recipe.data, tokenizer, recipe.training.steps * recipe.training.rows_per_step, recipe.seed)
     model = _model(recipe, tokenizer)
