@@ -9,6 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from hmf.cli import app, main
+from hmf.config.runs import PrimeRecipe, read_recipe
 
 PRIME = {
     "base": "teacher",
@@ -86,6 +87,36 @@ def test_no_recipe_and_broken_yaml(tmp_path, monkeypatch, capsys):
     (tmp_path / "broken.yaml").write_text("base: [")
     code, _, err = run(monkeypatch, capsys, "distill", tmp_path / "broken.yaml")
     assert code == 2 and "not valid YAML" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("hybrid.mixer", "write KEY=VALUE"),
+        (".mixer=gka", "write KEY=VALUE"),
+        ("base.name=gka", "'base' is a value"),
+        ("seed=[", "not valid YAML"),
+        ("hybrid.mixr=gka", "unknown key 'mixr'; did you mean 'mixer'?"),
+        ("hybrid.mixer=gak", "unknown mixer 'gak'; did you mean 'gka'?"),
+    ],
+)
+def test_a_bad_override_is_one_line(override, said, tmp_path, monkeypatch, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**PRIME, "output": str(tmp_path / "run")}))
+    code, _, err = run(monkeypatch, capsys, "prime", recipe, "--set", override)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert said in err
+
+
+def test_overrides_are_part_of_the_recipe(tmp_path):
+    recipe, written = tmp_path / "recipe.yaml", tmp_path / "written.yaml"
+    recipe.write_text(yaml.safe_dump({**PRIME, "output": "here"}))
+    changes = ["hybrid.ratio=null", "hybrid.pattern='*-GDN-GKA-*-*-*'", "distill.objective.kl=0.5", "output=there"]
+    settings, text = read_recipe(recipe, PrimeRecipe, changes)
+    assert (settings.hybrid.ratio, settings.hybrid.pattern) == (None, "*-GDN-GKA-*-*-*")
+    assert (settings.distill.objective.kl, str(settings.output)) == (0.5, "there")
+    written.write_text(text)
+    assert read_recipe(written, PrimeRecipe) == (settings, text)
 
 
 @pytest.mark.slow

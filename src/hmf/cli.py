@@ -22,6 +22,9 @@ app = typer.Typer(
 
 Out = Annotated[Path, typer.Option(help="New directory for the result.")]
 RecipeFile = Annotated[Path, typer.Argument(help="YAML recipe; see recipes/.", metavar="RECIPE.yaml")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="In place of what the recipe says; repeatable.")
+]
 
 
 def epilog(*examples: str) -> str:
@@ -64,15 +67,15 @@ def init(
 
 
 @app.command(epilog=epilog("hmf distill recipes/distill/recipe.yaml"))
-def distill(recipe: RecipeFile) -> None:
+def distill(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Stage 1: train the mixers of a fused checkpoint to do what its attention does. Continues where it stopped."""
-    from hmf.config.runs import DistillRecipe, load_recipe
+    from hmf.config.runs import DistillRecipe, read_recipe
     from hmf.pipeline import claim
     from hmf.report.curves import draw_curves
     from hmf.training.distill import distill as run
 
-    settings = load_recipe(recipe, DistillRecipe)
-    claim(settings.output, recipe.read_text(encoding="utf-8"))
+    settings, text = read_recipe(recipe, DistillRecipe, overrides or ())
+    claim(settings.output, text)
     saved = run(settings.model, settings.output, settings, settings.seed, draw=draw_curves)
     typer.echo(f"saved {saved}; next: hmf export {saved} --out {settings.output}/model")
 
@@ -96,15 +99,18 @@ def export(
     typer.echo(f"saved {out}; load it with AutoModelForCausalLM after `import hmf`")
 
 
-@app.command(epilog=epilog("hmf prime recipes/quickstart/recipe.yaml"))
-def prime(recipe: RecipeFile) -> None:
+@app.command(epilog=epilog(
+    "hmf prime recipes/quickstart/recipe.yaml",
+    "hmf prime recipes/quickstart/recipe.yaml --set hybrid.mixer=gka --set output=runs/gka",
+))  # fmt: skip
+def prime(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """The whole job: init, distil, export, evaluate, under one run folder. Steps already done are not done again."""
-    from hmf.config.runs import PrimeRecipe, load_recipe
+    from hmf.config.runs import PrimeRecipe, read_recipe
     from hmf.pipeline import prime as run
     from hmf.report.table import next_commands, print_scores
 
-    settings = load_recipe(recipe, PrimeRecipe)
-    scores = run(settings, recipe.read_text(encoding="utf-8"), say=typer.echo)
+    settings, text = read_recipe(recipe, PrimeRecipe, overrides or ())
+    scores = run(settings, text, say=typer.echo)
     print_scores(scores)
     typer.echo(next_commands(settings.output))
 

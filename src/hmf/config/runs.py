@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -143,21 +144,51 @@ class PrimeRecipe(Settings):
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
 
 
-def load_recipe(path: str | Path, kind: type[Recipe]) -> Recipe:
+def load_recipe(path: str | Path, kind: type[Recipe], overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a YAML recipe; HmfError names the file, the key and the mend."""
+    return read_recipe(path, kind, overrides)[0]
+
+
+def read_recipe(path: str | Path, kind: type[Recipe], overrides: Sequence[str] = ()) -> tuple[Recipe, str]:
+    """A recipe and its text; `overrides` ("hybrid.mixer=gka", values in YAML) replace what the file says.
+
+    The text is the file's own, or, with overrides, that of a recipe which says the same without them.
+    """
     path = Path(path)
     if not path.is_file():
         raise HmfError(f"{path}: no such recipe")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise HmfError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise HmfError(f"{path}: a recipe is a YAML mapping; it needs the keys {', '.join(kind.model_fields)}")
+    for override in overrides:
+        _override(content, override)
+    if overrides:
+        text = yaml.safe_dump(content, sort_keys=False)
     try:
-        return kind.model_validate(content)
+        return kind.model_validate(content), text
     except ValidationError as error:
-        raise HmfError(f"{path}: {_first_problem(error, kind)}") from None
+        changed = f" with {' '.join(overrides)}" if overrides else ""
+        raise HmfError(f"{path}{changed}: {_first_problem(error, kind)}") from None
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    """Put the value of "a.b=value" at its place in `content`."""
+    name, equals, value = override.partition("=")
+    *sections, key = name.split(".")
+    if not (equals and key and all(sections)):
+        raise HmfError(f"--set {override}: write KEY=VALUE with the key's path, as hybrid.mixer=gka")
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise HmfError(f"--set {override}: {section!r} is a value in this recipe and holds no keys")
+    try:
+        content[key] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise HmfError(f"--set {override}: the value is not valid YAML; quote it") from None
 
 
 def _first_problem(error: ValidationError, kind: type[BaseModel]) -> str:
