@@ -297,6 +297,26 @@ def bench_ops(
         timings.print_rows(rows, f"{tokens:,} tokens, {heads} heads of {head_dim}, {dtype}, {device}; ms: min / median")
 
 
+@bench.command(name="solver", epilog=epilog("hmf bench solver", "hmf bench solver --head-dim 64 --plot solver.png"))
+def bench_solver(
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of one sequence.")] = 256,
+    heads: Annotated[int, typer.Option(min=1, help="Heads, from short to long memory.")] = 4,
+    head_dim: Annotated[int, typer.Option(min=1, help="Key and value dimensions of a head.")] = 128,
+    ridge_strength: Annotated[float, typer.Option(help="The layer's option; smaller converges slower.")] = 0.02,
+    plot: Annotated[Path | None, typer.Option(help="Picture to write (.png, .svg).")] = None,
+) -> None:
+    """How near GKA's iteration comes to the exact ridge solution, by num_iter: outputs and gradients."""
+    from hmf.bench import solver
+    from hmf.ops.samples import Shape
+
+    found = solver.distances(Shape(tokens=tokens, heads=heads, head_dim=head_dim), ridge_strength)
+    title = f"GKA, {tokens:,} tokens, {heads} heads of {head_dim}, ridge_strength {ridge_strength:g}"
+    solver.print_distances(found, f"{title}: relative distance from the exact solution")
+    if plot is not None:
+        solver.plot(found, title, plot)
+        typer.echo(f"saved {plot}")
+
+
 def main() -> None:
     """Entry point of the `hmf` script."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
