@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_update
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
 from hmf.config.layers import GDNOptions, layer_options
 from hmf.layers.base import StateShape, split_heads
@@ -113,10 +115,29 @@ class GatedDeltaNet(RecurrentMixer):
             convs: Tensors = (window.transpose(1, 2),)
         else:
             qkv, convs = F.silu(qkv), ()
-        q, k, v = (x.unflatten(-1, (-1, self.options.head_dim)) for x in qkv.split(self._stream_sizes, dim=-1))
+        q, k, v = self._streams(qkv)
         k, v = self._expand(k, "k"), self._expand(v, "v")
         o, after = gated_delta_rule(l2_normalise(q), l2_normalise(k), v, decay, beta, before, cu_seqlens)
         return o, (*convs, after)
+
+    def decode(self, inputs: Tensors, slots: torch.Tensor) -> torch.Tensor:
+        if slots.device.type == "cpu":
+            return super().decode(inputs, slots)
+        # In place, and heads of keys and values are not expanded: see `hmf.ops.gdn_decode`.
+        from hmf.ops.gdn_decode import decode
+
+        qkv, decay, beta = inputs
+        if self.options.use_short_conv:
+            qkv = causal_conv1d_update(
+                qkv, self.kv_cache[0].transpose(1, 2), self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu",
+                conv_state_indices=slots, null_block_id=NULL_BLOCK_ID, out=torch.empty_like(qkv),
+            )  # fmt: skip
+        else:
+            qkv = F.silu(qkv)
+        q, k, v = self._streams(qkv)
+        if self.options.kv_proj_rank is not None:
+            k, v = (self._expand(x[:, None], stream)[:, 0] for x, stream in ((k, "k"), (v, "v")))
+        return decode(q, k, v, decay, beta, self.kv_cache[-1], slots, NULL_BLOCK_ID)
 
     def finish(self, mixed: torch.Tensor, rest: torch.Tensor | None) -> torch.Tensor:
         out = rms_norm(mixed, self.o_norm.weight, self.options.norm_eps)
@@ -124,9 +145,10 @@ class GatedDeltaNet(RecurrentMixer):
             out = out * F.silu(rest.float()).view_as(out)
         return self.o_proj(out.flatten(1).to(mixed.dtype))[0]
 
-    @property
-    def _stream_sizes(self) -> list[int]:
-        return [heads * self.options.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
+    def _streams(self, qkv: torch.Tensor) -> list[torch.Tensor]:
+        """[..., channels] -> q, k, v by heads, as views."""
+        sizes = [heads * self.options.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
+        return [x.unflatten(-1, (-1, self.options.head_dim)) for x in qkv.split(sizes, dim=-1)]
 
     def _expand(self, x: torch.Tensor, stream: str) -> torch.Tensor:
         """Key or value heads [S, T, Hkv, D] -> [S, T, H, D]."""

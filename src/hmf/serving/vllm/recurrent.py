@@ -131,11 +131,9 @@ class RecurrentMixer(MambaBase, nn.Module):
         decodes, tokens = metadata.num_decodes, metadata.num_decode_tokens + metadata.num_prefill_tokens
         output[tokens:].zero_()  # rows of padding
         if decodes:
-            slots = metadata.state_indices_tensor_d[:decodes, 0].long()
-            states = tuple(pool[slots] for pool in self.kv_cache)
-            mixed, after = self.recur(tuple(x[:decodes, None] for x in inputs), states, None)
-            output[:decodes] = mixed[:, 0]
-            self._store(slots, after)
+            output[:decodes] = self.decode(
+                tuple(x[:decodes] for x in inputs), metadata.state_indices_tensor_d[:decodes, 0]
+            )
         if metadata.num_prefills:
             slots = metadata.state_indices_tensor_p.long()
             known = metadata.has_initial_states_p
@@ -144,6 +142,13 @@ class RecurrentMixer(MambaBase, nn.Module):
             mixed, after = self.recur(tuple(x[None, at] for x in inputs), states, metadata.query_start_loc_p)
             output[at] = mixed[0]
             self._store(slots, after)
+
+    def decode(self, inputs: Tensors, slots: torch.Tensor) -> torch.Tensor:
+        """One token of each of S requests, whose states stand in `slots` [S]: inputs [S, ...] -> [S, *output_shape]."""
+        slots = slots.long()
+        mixed, after = self.recur(tuple(x[:, None] for x in inputs), tuple(pool[slots] for pool in self.kv_cache), None)
+        self._store(slots, after)
+        return mixed[:, 0]
 
     def _store(self, slots: torch.Tensor, states: Tensors) -> None:
         for pool, state in zip(self.kv_cache, states, strict=True):

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decode kernel is the definition's step, in a pool of slots; without a GPU, in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hmf.layers.gdn import l2_normalise
+from hmf.ops import gdn
+
+SHAPES = {
+    # sequences, (q, k, v heads), key_dim, value_dim
+    "grouped": (3, (4, 2, 2), 16, 16),
+    "one key head": (2, (6, 1, 1), 32, 32),
+    "values by head": (2, (4, 2, 4), 16, 40),
+    "not a power of two": (2, (2, 2, 2), 24, 12),
+}
+
+
+def check(shape: str, dtype: torch.dtype, pool_dtype: torch.dtype, device: str) -> None:
+    from hmf.ops.gdn_decode import decode
+
+    sequences, counts, key_dim, value_dim = SHAPES[shape]
+    heads = max(counts)
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size):
+        return torch.randn(size, generator=generator).to(dtype)
+
+    # Views of one row, as a convolution over all three gives them.
+    widths = [count * dim for count, dim in zip(counts, (key_dim, key_dim, value_dim), strict=True)]
+    row = normal(sequences + 1, sum(widths))
+    q, k, v = (
+        x.unflatten(-1, (count, -1)) for x, count in zip(row.split(widths, -1), counts, strict=True)
+    )  # fmt: skip
+    g, beta = -torch.rand(2, sequences + 1, heads, generator=generator)
+    beta = -beta
+    pool = torch.randn(2 * sequences + 2, heads, key_dim, value_dim, generator=generator).to(pool_dtype)
+    pool[0] = float("nan")  # nobody's
+    slots = torch.tensor([*(2 * n + 1 for n in range(sequences)), 0], dtype=torch.int32)
+
+    expected_pool = pool.clone()
+    repeat = lambda x: x.repeat_interleave(heads // x.shape[1], 1)[:-1].float()  # noqa: E731
+    used = slots[:-1].long()
+    expected, state = gdn.step(
+        repeat(l2_normalise(q)), repeat(l2_normalise(k)), repeat(v), g[:-1], beta[:-1], pool[used].float()
+    )  # fmt: skip
+    expected_pool[used] = state.to(pool_dtype)
+
+    on_device = pool.to(device)
+    o = decode(*(x.to(device) for x in (q, k, v, g, beta)), on_device, slots.to(device), null_slot=0)
+    bounds = {"rtol": 1.6e-2, "atol": 1e-2} if torch.bfloat16 in (dtype, pool_dtype) else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(o[:-1].cpu().float(), expected, **bounds)
+    torch.testing.assert_close(on_device.cpu(), expected_pool, equal_nan=True, **bounds)
+    assert not o[-1].any()
+
+
+CASES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtypes", CASES, ids=str)
+def test_decode_on_the_gpu(shape, dtypes):
+    check(shape, *dtypes, "cuda")
+
+
+def test_decode_in_the_interpreter():
+    pytest.importorskip("triton")
+    # Triton decides at its import whether it interprets.
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+if __name__ == "__main__":
+    for number, name in enumerate(SHAPES):
+        check(name, *CASES[number % len(CASES)], "cpu")
