@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from hmf.errors import HmfError
 from hmf.model.checkpoint import COMPANIONS, copy_companions, load_config, load_model, new_directory, save_checkpoint
@@ -78,6 +78,23 @@ def test_every_tensor_is_accounted_for(checkpoint, load, tensors, said):
     refused(load, checkpoint, said)
 
 
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({A_LOG: None}, "missing: .*layers.1.gdn.A_log; copy"),
+        ({"model.layers.1.gdn.extra": torch.zeros(2)}, "not of this model: .*layers.1.gdn.extra"),
+        ({"score.weight": torch.zeros(2, 64)}, "not of this model: score.weight"),
+    ],
+    ids=["missing", "extra", "other head"],
+)
+def test_the_decoder_alone_is_as_strict(checkpoint, tensors, said):
+    whole = AutoModelForCausalLM.from_pretrained(checkpoint).model.state_dict()
+    alone = AutoModel.from_pretrained(checkpoint).state_dict()  # lm_head is not of it, and no fault
+    assert whole.keys() == alone.keys() and all(torch.equal(whole[name], x) for name, x in alone.items())
+    edit_tensors(checkpoint, **tensors)
+    refused(AutoModel.from_pretrained, checkpoint, said)
+
+
 @either_way
 @pytest.mark.parametrize("size", [0, 20, 300_000])
 def test_truncated_weights(checkpoint, load, size):
@@ -86,9 +103,10 @@ def test_truncated_weights(checkpoint, load, size):
     refused(load, checkpoint, "damaged.*copy the file again")
 
 
-def test_tensor_of_integers(checkpoint):
+@either_way
+def test_tensor_of_integers(checkpoint, load):
     edit_tensors(checkpoint, **{A_LOG: torch.zeros(4, dtype=torch.int64)})
-    refused(load_model, checkpoint, rf"model.safetensors: tensor {A_LOG} is I64")
+    refused(load, checkpoint, rf"model.safetensors: tensor {A_LOG} is I64")
 
 
 def test_no_weights(checkpoint):

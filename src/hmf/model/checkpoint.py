@@ -38,20 +38,27 @@ COMPANIONS = (
 
 
 class StrictLoading(_Base):
-    """`from_pretrained` that fails, with names, where transformers would warn and leave tensors at random."""
+    """`from_pretrained` that fails, with names, where transformers would warn and leave tensors at random.
+
+    `_other_tensors`: beginnings of names that a checkpoint may have beside this model's.
+    """
+
+    _other_tensors: tuple[str, ...] = ()
 
     @classmethod
     def from_pretrained(cls, source: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         # transformers raises or warns over several lines; the loading info holds the same names for our one line.
         kwargs["ignore_mismatched_sizes"] = True
         if Path(source).is_dir():
+            require_checkpoint(source)
             check_merged(Path(source), kwargs.get("config") or cls.config_class.from_pretrained(source))
         with _without_load_report():
             try:
                 model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
             except SafetensorError as error:
                 raise HmfError(f"{source}: damaged weights ({error}); copy the file again") from None
-        check_loading(str(source), info)
+        others = {name for name in info["unexpected_keys"] if name.startswith(cls._other_tensors or "\0")}
+        check_loading(str(source), {**info, "unexpected_keys": set(info["unexpected_keys"]) - others})
         return (model, info) if output_loading_info else model
 
 
@@ -74,13 +81,15 @@ def check_loading(source: str, info: dict[str, Any]) -> None:
     missing, extra = sorted(info.get("missing_keys") or ()), sorted(info.get("unexpected_keys") or ())
     if missing and extra and (nearest := difflib.get_close_matches(missing[0], extra, n=1)):
         raise HmfError(f"{source}: no tensor {missing[0]}, but there is {nearest[0]}; was it renamed?")
-    for key, said in (
-        ("missing_keys", "missing"), ("unexpected_keys", "not of this model"), ("mismatched_keys", "of another shape"),
-        ("error_msgs", "unreadable"),
-    ):  # fmt: skip
+    for key, said, mend in (
+        ("missing_keys", "missing", "copy the whole checkpoint again"),
+        ("unexpected_keys", "not of this model", "take them out, or give the config that they belong to"),
+        ("mismatched_keys", "of another shape", "weights and config.json are of different models"),
+        ("error_msgs", "unreadable", "copy the whole checkpoint again"),
+    ):
         if names := sorted(_tensor(entry) for entry in info.get(key) or ()):
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            raise HmfError(f"{source}: tensors {said}: {', '.join(names[:4])}{more}")
+            raise HmfError(f"{source}: tensors {said}: {', '.join(names[:4])}{more}; {mend}")
 
 
 def _tensor(entry: Any) -> str:

@@ -95,8 +95,10 @@ class AsItsFamily(_Base):
         return super().get_correct_experts_implementation(requested_experts)
 
 
-class HybridModelMixin(AsItsFamily):
+class HybridModelMixin(AsItsFamily, StrictLoading):
     """Put before a family's decoder (`Qwen3Model`, ...)."""
+
+    _other_tensors = ("lm_head.",)  # of the causal language model, whose checkpoints are read too
 
     def __init__(self, config: Any):
         with config.as_base():
