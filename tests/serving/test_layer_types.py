@@ -6,9 +6,10 @@ cache, against Hugging Face.
 """
 
 import pytest
+import torch
 
 from hmf.config.layers import LAYER_KINDS
-from tests.hybrids import OPTIONS, Case
+from tests.hybrids import OPTIONS, Case, randomise, tiny_config
 from tests.serving import engines
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -54,10 +55,40 @@ def test_layer_type(tmp_path, name):
 
 @pytest.mark.parametrize("kv_heads", [2, 1])
 def test_tensor_parallel(tmp_path, kv_heads):
-    """Two ranks: key/value heads split over them, or one that both hold."""
+    """Two ranks, every layer type: key/value heads split over them, or one that both hold.
+
+    Llama's B'MOJO-F has biases, and a scale that does not follow from a rank's heads.
+    """
     case = Case("GDN", f"tp-{kv_heads}", base={"num_key_value_heads": kv_heads}, options={"conv_bias": True})
-    model = engines.save_hybrid(tmp_path, case, "X-*-SWA", **DICTS)
+    fields = {"attention_bias": True, "swa_config": {"window_size": 7}}
+    bmojo = {"window_size": 9, "ssm_mixer": "mamba2", "tie_attn_weights": False}
+    model = engines.save_hybrid(tmp_path, case, "GKA-*-X-SWA-M2-BMF", "llama", bmojo_config=bmojo, **fields)
     check(tmp_path, model, tensor_parallel_size=2, distributed_executor_backend="mp")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("symbol", "kv_heads"), [("GKA", 2), ("GKA", 1), ("M2", 2), ("M2", 1), ("M2", 4)])
+def test_four_ranks_add_up(symbol, kv_heads):
+    """The shares of four ranks, each run alone, give outputs that add up to the whole mixer's."""
+    from hmf.layers.registry import mixer_class
+    from hmf.serving.vllm.hosted import rank_config, share
+
+    config = tiny_config(Case(symbol, "shares", base={"num_key_value_heads": kv_heads}))
+    whole = mixer_class(symbol)(config, 0).double()
+    randomise(whole)
+    hidden_states = torch.randn(2, 9, config.hidden_size, dtype=torch.float64)
+    total = 0
+    for rank in range(4):
+        part = mixer_class(symbol)(rank_config(config, 4), 0).double()
+        for name, tensor in whole.named_parameters():
+            mine = part.get_parameter(name)
+            mine.copy_(share(tensor, mine.shape, whole.sections(name), part.sections(name), rank, 4))
+        output, states = part.mix(hidden_states, None, None, None)
+        assert {name: tuple(x.shape[1:]) for name, x in states.items()} == {
+            name: state.shape for name, state in part.state_shapes(config, 4).items()
+        }
+        total = total + output
+    torch.testing.assert_close(total, whole.mix(hidden_states, None, None, None)[0])
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "ministral3", "qwen3_moe"])

@@ -133,6 +133,15 @@ class TestGPUs:
         with pytest.raises(HmfError, match="leave no room for a cache"):
             serve.prepare(tmp_path)
 
+    def test_never_more_than_the_plugin_splits(self, tmp_path, gpus):
+        options = {"gdn_config": {"kv_proj_rank": 4}, "max_position_embeddings": 2**21}
+        engines.save_hybrid(tmp_path, Case("GDN", "low-rank"), "X-*", **options)
+        _with_tokenizer(tmp_path)
+        gpus(4, 1.65)
+        assert "--tensor-parallel-size" not in serve.prepare(tmp_path).arguments
+        with pytest.raises(HmfError, match="kv_proj_rank mixes"):
+            serve.prepare(tmp_path, ["-tp", "2"])
+
 
 class TestChat:
     def test_markers(self):

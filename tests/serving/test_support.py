@@ -160,6 +160,14 @@ class TestRefusals:
             hybrid_dir, tensor_parallel_size=3, distributed_executor_backend="mp"
         )
 
+    def test_what_mixes_all_heads_does_not_split(self, tmp_path):
+        """The recurrent layer inside B'MOJO-F included."""
+        inner = {"gdn_config": {"kv_proj_rank": 4}, "bmojo_config": {"ssm_mixer": "gdn", "window_size": 5}}
+        config = tiny_config(Case("BMF", "low-rank"), **inner)
+        assert "gdn_config.kv_proj_rank" in support.split_problem(config, 2)
+        assert support.split_problem(config, 1) is None
+        assert "intermediate_size 27" in support.split_problem(tiny_config(GDN, intermediate_size=27), 2)
+
 
 class TestWeights:
     @pytest.fixture

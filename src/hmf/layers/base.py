@@ -160,6 +160,10 @@ class Mixer(nn.Module):
         """The states that `mix` returns, by name and without S, on one of `ranks` tensor-parallel ranks."""
         raise NotImplementedError
 
+    def sections(self, name: str) -> tuple[int, ...] | None:
+        """Widths of the sections of parameter `name` that hold heads each, in order; None: it is one section."""
+        return None
+
     def init_recurrence(self, generator: torch.Generator | None = None) -> None:
         """Fill the directly owned parameters (decay, step size); a mixer without any has nothing to do."""
 

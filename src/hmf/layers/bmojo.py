@@ -34,7 +34,8 @@ class BMojoAttention(nn.Module):
         bias, o_bias = getattr(config, "attention_bias", True), getattr(config, "attention_bias", False)
         inner, kv = options.num_heads * options.head_dim, options.num_key_value_heads * options.head_dim
         self.head_dim, self.tied = options.head_dim, options.tie_attn_weights
-        self.scale = (options.head_dim if qk_norm else options.hidden_size // options.num_heads) ** -0.5
+        whole = getattr(config, "whole", config)  # where `config` is that of a tensor-parallel rank
+        self.scale = (options.head_dim if qk_norm else whole.hidden_size // whole.num_attention_heads) ** -0.5
         for end in ("",) if self.tied else ("", "_"):
             for name, width in (("q", inner), ("k", kv), ("v", kv)):
                 self.add_module(f"{name}_proj{end}", nn.Linear(options.hidden_size, width, bias=bias))
@@ -72,6 +73,10 @@ class BMojoF(Mixer):
     @property
     def inner(self) -> Mixer:
         return self.get_submodule(self.inner_name)
+
+    def sections(self, name: str) -> tuple[int, ...] | None:
+        inner = f"{self.inner_name}."
+        return self.inner.sections(name.removeprefix(inner)) if name.startswith(inner) else None
 
     @classmethod
     def state_shapes(cls, config: Any, ranks: int = 1) -> dict[str, StateShape]:

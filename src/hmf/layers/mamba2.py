@@ -52,10 +52,18 @@ class Mamba2(Mixer):
             "recurrent": StateShape((heads, head_dim, head_dim), "recurrent"),
         }
 
+    @property
+    def _widths(self) -> tuple[int, ...]:
+        """Of z, x, B, C and dt."""
+        o = self.options
+        return o.d_inner, o.d_xb, o.d_xb, o.d_inner, self.heads
+
+    def sections(self, name: str) -> tuple[int, ...] | None:
+        return {"in_proj": self._widths, "conv1d": self._widths[1:4]}.get(name.partition(".")[0])
+
     def mix(self, hidden_states, states, cu_seqlens, position_embeddings) -> tuple[torch.Tensor, States]:
         o, new = self.options, {}
-        widths = [o.d_inner, o.d_xb, o.d_xb, o.d_inner, self.heads]
-        z, x, B, C, dt = self.in_proj(hidden_states).split(widths, dim=-1)
+        z, x, B, C, dt = self.in_proj(hidden_states).split(self._widths, dim=-1)
         B, C = (y.unflatten(-1, (-1, self.head_dim)) for y in (B, C))
         if hasattr(self, "B_norm"):
             B, C = self.B_norm(B), self.C_norm(C)
@@ -64,7 +72,7 @@ class Mamba2(Mixer):
         before = (None, None) if states is None else (states["conv"], states["recurrent"])
         x = torch.cat([x, B.flatten(-2), C.flatten(-2)], dim=-1)
         x, new["conv"] = short_conv(x, self.conv1d.weight, self.conv1d.bias, before[0], cu_seqlens)
-        x, B, C = (y.unflatten(-1, (-1, self.head_dim)) for y in x.split(widths[1:4], dim=-1))
+        x, B, C = (y.unflatten(-1, (-1, self.head_dim)) for y in x.split(self._widths[1:4], dim=-1))
         x, B = (y.repeat_interleave(self.heads // y.shape[-2], dim=-2) for y in (x, B))
         dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
         y, new["recurrent"] = state_space_dual(x, B, C, dt, -self.A_log.exp(), self.D, before[1], cu_seqlens)

@@ -24,6 +24,7 @@ from hmf.bench.gpus import GIB, Device, cpu
 from hmf.bench.plan import UTILISATION, Plan, Settings, as_hybrid, make_plan
 from hmf.errors import HmfError
 from hmf.model.checkpoint import load_config
+from hmf.serving.vllm.support import split_problem
 
 CPU_SEQUENCES = 128  # at once, by vLLM's default
 CPU_SPACE = "VLLM_CPU_KVCACHE_SPACE"  # GiB
@@ -105,8 +106,11 @@ def _plan_gpus(config: Any, settings: Settings, ranks: str | None) -> Plan:
     seen, count = torch.cuda.get_device_properties(0), torch.cuda.device_count()
     device = Device(seen.name, seen.total_memory, bandwidth=0.0)
     if ranks is not None:
-        return make_plan(config, device, _number(RANKS, ranks, int), settings=settings)
-    tried = [number for number in (1, 2, 4, 8) if number <= count and config.num_attention_heads % number == 0]
+        number = _number(RANKS, ranks, int)
+        if problem := split_problem(config, number):
+            raise HmfError(f"{RANKS}: {problem}")
+        return make_plan(config, device, number, settings=settings)
+    tried = [number for number in (1, 2, 4, 8) if number <= count and not split_problem(config, number)]
     for number in tried:
         with suppress(HmfError):
             plan = make_plan(config, device, number, settings=settings)

@@ -4,18 +4,25 @@
 A mixer's `mix` takes states and packed documents and gives new states: all that vLLM's batches need. So a layer type
 is served from the day that it has a Hugging Face layer; one whose speed matters gets a file of its own, as GDN has.
 
+Under tensor parallelism each rank builds the mixer of a model with its share of the heads, loads that share of every
+tensor, and adds up what the ranks' projections out of the heads give.
+
 Legend: N tokens of the batch, S sequences, T tokens a sequence, D model dim.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import nn
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.models.utils import extract_layer_index
 
-from hmf.layers.base import StateShape
+from hmf.config.layers import base_head_dim
+from hmf.layers.base import Mixer, StateShape, split_heads
 from hmf.layers.registry import mixer_class
 
 from .recurrent import RecurrentMixer, Tensors
@@ -32,10 +39,32 @@ def build(symbol: str, config: Any, quant_config: Any, prefix: str, attention: n
     return HostedMixer(symbol, config, prefix)
 
 
+def rank_config(config: Any, ranks: int) -> Any:
+    """`config` with the heads of one of `ranks` ranks; its `whole` is `config`."""
+    share = copy.copy(config)
+    share.head_dim = base_head_dim(config)
+    share.num_attention_heads = config.num_attention_heads // ranks
+    share.num_key_value_heads = split_heads(config.num_key_value_heads, ranks)
+    share.whole = config
+    return share
+
+
 class HostedMixer(RecurrentMixer):
     def __init__(self, symbol: str, config: Any, prefix: str):
-        super().__init__(symbol, states(symbol, config, 1), prefix)
-        self.mixer = mixer_class(symbol)(config, extract_layer_index(prefix)).requires_grad_(False)
+        self.rank, self.ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        super().__init__(symbol, states(symbol, config, self.ranks), prefix)
+        layer = extract_layer_index(prefix)
+        self.mixer: Mixer = mixer_class(symbol)(rank_config(config, self.ranks), layer).requires_grad_(False)
+        with torch.device("meta"):
+            whole = mixer_class(symbol)(config, layer)
+        self._whole_sections = whole.sections
+        for name, linear in whole.named_modules():
+            if isinstance(linear, nn.Linear) and linear.in_features != self.mixer.get_submodule(name).in_features:
+                summed = RowParallelLinear(
+                    linear.in_features, linear.out_features, bias=linear.bias is not None, return_bias=False,
+                    prefix=f"{prefix}.{name}",
+                )  # fmt: skip
+                self.mixer.set_submodule(name, summed)
         self.rotary = config.family.class_named("RotaryEmbedding")(config)
         self.model_dim = config.hidden_size
 
@@ -59,6 +88,34 @@ class HostedMixer(RecurrentMixer):
         return mixed
 
     def load(self, name: str, tensor: torch.Tensor) -> str:
-        """Copy a published tensor, named within the mixer; returns the parameter's name within this module."""
-        self.mixer.get_parameter(name).data.copy_(tensor)
+        """Copy this rank's share of a published tensor, named within the mixer.
+
+        Returns the parameter's name within this module.
+        """
+        parameter = self.mixer.get_parameter(name)
+        sections = self._whole_sections(name), self.mixer.sections(name)
+        parameter.data.copy_(share(tensor, parameter.shape, *sections, self.rank, self.ranks))
         return f"mixer.{name}"
+
+
+def share(
+    tensor: torch.Tensor,
+    shape: torch.Size,
+    wholes: tuple[int, ...] | None,
+    sizes: tuple[int, ...] | None,
+    rank: int,
+    ranks: int,
+) -> torch.Tensor:
+    """The part, of `shape`, of a whole tensor that belongs to `rank`: of each section those heads that are the rank's.
+
+    wholes, sizes: `Mixer.sections` of the whole tensor and of the part. Ranks share a head where there are more ranks.
+    """
+    axis = next((axis for axis, size in enumerate(shape) if size != tensor.shape[axis]), None)
+    if axis is None:
+        return tensor
+    wholes, sizes = wholes or (tensor.shape[axis],), sizes or (shape[axis],)
+    parts = [
+        section.narrow(axis, rank * (whole // size) // ranks * size, size)
+        for section, whole, size in zip(tensor.split(wholes, axis), wholes, sizes, strict=True)
+    ]
+    return torch.cat(parts, axis)

@@ -10,7 +10,7 @@ from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
-from hmf.config.layers import LAYER_KINDS, layer_options
+from hmf.config.layers import layer_options, needed_kinds
 from hmf.config.pattern import ATTENTION
 from hmf.errors import HmfError
 
@@ -60,20 +60,24 @@ def _unknown_layers(config: Any) -> str | None:
     return f"layers of type {', '.join(sorted(symbols))} have no vLLM layer yet; generate with Hugging Face instead"
 
 
-def _head_split(config: Any) -> str | None:
-    ranks, hf_config = config.parallel_config.tensor_parallel_size, config.model_config.hf_config
-    queries, keys = hf_config.num_attention_heads, hf_config.num_key_value_heads
-    if queries % ranks or (keys % ranks and ranks % keys):
-        return f"{queries} query and {keys} key/value heads do not split over {ranks} ranks; use a divisor of both"
+def split_problem(config: Any, ranks: int) -> str | None:
+    """Why the Hybrid of a Hugging Face `config` does not split over `ranks` tensor-parallel ranks, or None."""
     if ranks == 1:
         return None
-    if hosted := sorted(s for s in set(hf_config.pattern.symbols) if MIXERS.get(s, "").endswith(".hosted")):
-        return f"layers of type {', '.join(hosted)} are not split over ranks yet; use --tensor-parallel-size 1"
-    for symbol in set(hf_config.pattern.symbols) - {ATTENTION}:
-        if getattr(layer_options(hf_config, symbol), "kv_proj_rank", None) is not None:
-            key = LAYER_KINDS[symbol].config_key
-            return f"{key}.kv_proj_rank mixes all key/value heads; use --tensor-parallel-size 1"
+    queries, keys = config.num_attention_heads, config.num_key_value_heads
+    if queries % ranks or (keys % ranks and ranks % keys):
+        return f"{queries} query and {keys} key/value heads do not split over {ranks} ranks; use a divisor of both"
+    for name in ("intermediate_size", "moe_intermediate_size"):
+        if (size := getattr(config, name, 0)) % ranks:
+            return f"{name} {size} does not split over {ranks} ranks; use a divisor of it"
+    for kind in needed_kinds(config, config.pattern.symbols):
+        if getattr(layer_options(config, kind.symbol), "kv_proj_rank", None):
+            return f"{kind.config_key}.kv_proj_rank mixes all key/value heads; use --tensor-parallel-size 1"
     return None
+
+
+def _split(config: Any) -> str | None:
+    return split_problem(config.model_config.hf_config, config.parallel_config.tensor_parallel_size)
 
 
 def _head_dim(config: Any) -> str | None:
@@ -95,10 +99,10 @@ TABLE: tuple[Row, ...] = (
     Row("Continuous batching, chunked prefill, preemption, `n > 1`", True),
     Row("Prefix caching", True, "`--mamba-cache-mode align`, which is also vLLM's choice"),
     Row("Tool calls, reasoning parsers, streaming", True, "vLLM's own"),
-    Row("Tensor parallelism", True, "GDN and SWA; patterns with other layer types are refused"),
+    Row("Tensor parallelism", True, "all layer types, without `kv_proj_rank`"),
     Row("Layer types of your own without a row in `MIXERS`", False, "generate with Hugging Face", _unknown_layers),
     Row("Stage-0 and Stage-1 checkpoints", False, "`hmf export` first", _fused),
-    Row("Heads that do not split over the ranks", False, "use a divisor of the head counts", _head_split),
+    Row("Heads or MLPs that do not split over the ranks", False, "use a divisor of their sizes", _split),
     Row("Head dimensions without an attention kernel on a CPU", False, "use a GPU", _head_dim),
     Row(
         "Speculative decoding", False, "drop `--speculative-config`: recurrent states cannot be rolled back",
