@@ -54,7 +54,7 @@ def packed_layout(
         real = None
     if cu_seqlens is None and real is None and (tokens == 1 or has_past):
         return None
-    starts = None if has_past or cu_seqlens is not None else _document_starts(shape, position_ids)  # [B, T]
+    starts = None if has_past or cu_seqlens is not None else document_starts(shape, position_ids)  # [B, T]
     if real is not None:
         # Pads may carry any position; a real token that follows a real one must continue its document.
         if cu_seqlens is not None or (starts is not None and bool((starts[:, 1:] & real[:, 1:] & real[:, :-1]).any())):
@@ -71,7 +71,7 @@ def packed_layout(
     return PackedLayout(torch.arange(batch * tokens, device=bounds.device), torch.cat([bounds, end]), shape)
 
 
-def _document_starts(shape: tuple[int, int], position_ids: torch.Tensor | None) -> torch.Tensor | None:
+def document_starts(shape: tuple[int, int], position_ids: torch.Tensor | None) -> torch.Tensor | None:
     """[B, T], true where a position does not follow its left neighbour's; None when there are no positions to read."""
     if position_ids is None or position_ids.dim() != 2 or shape[1] == 1:
         return None

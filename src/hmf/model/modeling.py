@@ -148,7 +148,13 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
                 position_ids = (torch.arange(tokens, device=inputs_embeds.device) + past)[None]
         elif cu_seqlens is not None and bool(position_ids[0, cu_seqlens[:-1][cu_seqlens.diff() > 0].long()].any()):
             raise HmfError("position_ids: must restart at 0 where cu_seq_lens_q starts a document")
-        layout = packed_layout((batch, tokens), attention_mask, position_ids, cu_seqlens, past > 0)
+        shards = kwargs.get("shards")
+        if shards is not None:  # parts of rows whose rest other processes hold (hmf.parallel); attention asks it too
+            if attention_mask is not None or past_key_values is not None:
+                raise HmfError("shards: rows in parts take neither padding nor a cache; give whole rows without them")
+            layout = shards.layout
+        else:
+            layout = packed_layout((batch, tokens), attention_mask, position_ids, cu_seqlens, past > 0)
         mask_arguments = {
             "config": self.config,
             "inputs_embeds": inputs_embeds,
@@ -158,7 +164,9 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
         }
         makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
         kinds = self.config.attention_types if self.config.pattern.fused else self.config.layer_types
-        masks = {kind: makers[kind](**mask_arguments) for kind in set(kinds) if kind in makers}
+        masks = {
+            kind: makers[kind](**mask_arguments) if shards is None else None for kind in set(kinds) if kind in makers
+        }
         shared = {
             **kwargs,
             "position_ids": position_ids,

@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from . import dispatch
 from .varlen import sequence_lengths
 
 
+@dispatch.entry("conv")
 def short_conv(
     x: torch.Tensor,
     weight: torch.Tensor,

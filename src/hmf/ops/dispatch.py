@@ -3,6 +3,8 @@
 
 Every op has a `reference` (the definition), a `chunked` version in plain PyTorch and, on CUDA, a `fast` one. The
 environment variable HMF_OPS names one of the three for all ops, for debugging and for `hmf doctor`.
+
+What is around an op, such as the other processes that hold parts of its sequence, is put there with `put_around`.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -39,6 +43,35 @@ def implementation(op: str, version: str, requires: str | None = None):
         return function
 
     return register
+
+
+_NOTHING: Mapping[str, Callable] = MappingProxyType({})
+_AROUND: ContextVar[Mapping[str, Callable]] = ContextVar("around", default=_NOTHING)
+
+
+def entry(op: str):
+    """Mark the decorated function as the way into `op`: what has been put around `op` is called with it instead."""
+
+    def mark(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            surroundings = _AROUND.get()
+            if op not in surroundings:
+                return function(*args, **kwargs)
+            put_around({})  # an op that calls another one means the plain one
+            try:
+                return surroundings[op](function, *args, **kwargs)
+            finally:
+                put_around(surroundings)
+
+        return call
+
+    return mark
+
+
+def put_around(functions: Mapping[str, Callable]) -> None:
+    """From now on, in this thread, a call of an `op`'s entry is `functions[op](entry, ...)`; {} ends that."""
+    _AROUND.set(functions)
 
 
 def implementations(op: str) -> dict[str, Implementation]:

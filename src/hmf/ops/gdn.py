@@ -22,6 +22,7 @@ from .varlen import ChunkLayout, sequence_lengths
 Result = tuple[torch.Tensor, torch.Tensor]
 
 
+@dispatch.entry("gdn")
 def gated_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -35,6 +35,7 @@ State = tuple[torch.Tensor, torch.Tensor]
 Result = tuple[torch.Tensor, State]
 
 
+@dispatch.entry("gka")
 def gated_kalmanet(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -44,6 +44,7 @@ def state_space_dual(
     return y, state
 
 
+@dispatch.entry("ssd")
 def linear_attention(
     q: torch.Tensor,
     k: torch.Tensor,

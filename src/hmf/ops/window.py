@@ -36,6 +36,7 @@ class KeySet:
     past_v: torch.Tensor | None = None
 
 
+@dispatch.entry("window")
 def windowed_attention(
     q: torch.Tensor,
     sets: Sequence[KeySet],

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is put around each op, and in the place of attention, where rows are cut among processes.
+
+Recurrences: what a chunk does to the state that enters it is an affine map of fixed size. Every rank gets the maps of
+all chunks, composes them, and starts its own chunks from the right states. Convolutions and windows get the positions
+before a chunk, attention all keys and values of the row. Final states are nobody's business here: they are None.
+
+Legend: as in shards.py; N = 2cB tokens of this rank, H heads, K/V key/value head dims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from hmf.ops import KeySet, windowed_attention
+from hmf.ops.dispatch import compute_dtype
+
+from .shards import Shards
+
+ATTENTION = "sequence_parallel"  # the name of `attention` in transformers' table
+
+
+def around(shards: Shards) -> dict[str, Callable]:
+    """What surrounds each op, by its name, for tokens cut as `shards` says."""
+
+    functions: dict[str, Callable] = {
+        "conv": conv,
+        "ssd": linear_attention,
+        "gdn": gated_delta_rule,
+        "gka": gated_kalmanet,
+        "window": window,
+    }
+    return {name: partial(function, shards) for name, function in functions.items()}
+
+
+def conv(shards, op, x, weight, bias=None, initial_state=None, cu_seqlens=None):
+    halo = shards.halo(x, weight.shape[-1] - 1)
+    return op(x, weight, bias, _initial(shards, halo.mT), cu_seqlens)[0], None
+
+
+def linear_attention(shards, op, q, k, v, g, initial_state=None, cu_seqlens=None):
+    (state,) = entering(shards, (k, v, g))
+    return op(q, k, v, g, _initial(shards, state), cu_seqlens)[0], None
+
+
+def gated_kalmanet(shards, op, q, k, v, g, gk, alpha=None, initial_state=None, cu_seqlens=None, **options):
+    states = entering(shards, (k, k, gk), (k, v, g))
+    initial = tuple(_initial(shards, state) for state in states)
+    return op(q, k, v, g, gk, alpha, initial, cu_seqlens, **options)[0], (None, None)
+
+
+def gated_delta_rule(shards, op, q, k, v, g, beta, initial_state=None, cu_seqlens=None):
+    """One run from zero, with the identity beside the state, gives outputs, each query as the entering state meets it,
+    and the chunk's map; what the entering state adds to the outputs is one product."""
+    key_dim, value_dim, heads = k.shape[-1], v.shape[-1], k.shape[-2]
+    compute = compute_dtype(v)
+    zero = torch.zeros(len(shards.lengths), heads, key_dim, value_dim, dtype=compute, device=v.device)
+    eye = torch.eye(key_dim, dtype=compute, device=v.device).expand(*zero.shape[:2], -1, -1)
+    o, final = op(q, k, F.pad(v, (0, key_dim)), g, beta, torch.cat([zero, eye], -1), cu_seqlens)
+    o, query = o.split([value_dim, key_dim], -1)
+    update, carry = shards.gather_chunks(final[shards.last]).split([value_dim, key_dim], -1)
+    state = _compose(shards, update, carry, torch.matmul)
+    query = query.to(compute).unflatten(1, (-1, shards.chunk))[0] * shards.in_first[..., None, None]
+    added = torch.einsum("mchk,mhkv->mchv", query, state).flatten(0, 1)[None]
+    return (o.to(compute) + added).to(v.dtype), None
+
+
+def entering(shards: Shards, *decayed: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+    """The states [M, H, K, V] that enter this rank's chunks, of S <- exp(g_t) S + k_t v_t^T for each (k, v, g)."""
+    updates, decays = [], []
+    for k, v, g in decayed:
+        compute = compute_dtype(v)
+        k, v, g = (x[0].unflatten(0, (-1, shards.chunk)).to(compute) for x in (k, v, g))  # [M, c, H, ...]
+        since = g.flip(1).cumsum(1).flip(1)  # from before each token to the chunk's end
+        weight = (since - g).exp() * shards.in_last[..., None]
+        updates.append(torch.einsum("mchk,mchv->mhkv", k * weight[..., None], v))
+        decays.append(since[:, 0].exp())
+    # One message for all.
+    message = torch.cat([*(x.flatten(1) for x in updates), *decays], -1)
+    parts = shards.gather_chunks(message).split([x[0].numel() for x in (*updates, *decays)], -1)
+    return [
+        _compose(shards, part.unflatten(-1, update.shape[1:]), decay[..., None, None], torch.mul)
+        for part, update, decay in zip(parts, updates, parts[len(updates) :], strict=False)
+    ]
+
+
+def _compose(shards: Shards, update: torch.Tensor, carry: torch.Tensor, product: Callable) -> torch.Tensor:
+    """States [M, ...] that enter this rank's chunks, where chunk n turns S into product(carry[n], S) + update[n].
+
+    update and carry [2R, B, ...]. Only in a chunk without the start of a document is something left of S.
+    """
+    shape = (-1, shards.batch, *[1] * (update.dim() - 2))
+    whole, continues = (x.T.to(update).view(shape) for x in (shards.whole, shards.continues))
+    state, found = torch.zeros_like(update[0]), []
+    for chunk, added in enumerate(update):
+        found.append(continues[chunk] * state)
+        state = added + whole[chunk] * product(carry[chunk], state)
+    return shards.own_chunks_of(torch.stack(found))
+
+
+def _initial(shards: Shards, entering: torch.Tensor) -> torch.Tensor:
+    """Initial states of all segments [S, ...] from those that enter chunks [M, ...]; others start from zero."""
+    return entering.new_zeros(len(shards.lengths), *entering.shape[1:]).index_copy(0, shards.first, entering)
+
+
+def window(shards, op, q, sets, scale, seen=None, cu_seqlens=None):
+    """First segments see what came before their chunk. The others are whole documents, or begin in this chunk."""
+    in_first = shards.in_first.flatten()
+    token, rest = in_first.nonzero()[:, 0], (~in_first).nonzero()[:, 0]
+    is_first = torch.zeros(len(shards.lengths), dtype=torch.bool, device=q.device).index_fill(0, shards.first, True)
+    lengths = shards.lengths.to(q.device)
+
+    def part(token: torch.Tensor, lengths: torch.Tensor, sets: list[KeySet], seen: torch.Tensor | None) -> torch.Tensor:
+        bounds = F.pad(lengths.cumsum(0), (1, 0))
+        sets = [replace(keys, k=keys.k[:, token], v=keys.v[:, token]) for keys in sets]
+        return op(q[:, token], sets, scale, seen, bounds)
+
+    with_past = []
+    for keys in sets:
+        halo = shards.halo(torch.cat([keys.k, keys.v], -1), keys.high)
+        past_k, past_v = halo.split([keys.k.shape[-1], keys.v.shape[-1]], -1)
+        with_past.append(replace(keys, past_k=past_k, past_v=past_v))
+    o = part(token, lengths[is_first], with_past, shards.seen)
+    o = o.new_zeros(*q.shape[:3], o.shape[-1]).index_copy(1, token, o)
+    if len(rest):
+        o = o.index_copy(1, rest, part(rest, lengths[~is_first], sets, None))
+    return o
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    shards: Shards | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """In transformers' table of attentions: query [B, H, 2c, K], key and value [B, Hk, 2c, K] -> [B, 2c, H, K].
+
+    Without `shards` it is transformers' own "sdpa".
+    """
+    if shards is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    shards.group.label = f"{module.layer_idx} attention"
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if sliding_window is not None:
+        q, k, v = (x.transpose(1, 2).flatten(0, 1)[None] for x in (query, key, value))
+        o = window(shards, windowed_attention, q, [KeySet(k, v, 0, sliding_window - 1)], scale)
+        return o[0].unflatten(0, (shards.batch, -1)), None
+    row = shards.gather_tokens(torch.cat([key, value], -1), 2)
+    row_k, row_v = row.split([key.shape[-1], value.shape[-1]], -1)
+    # Each segment against its document's tokens so far: without masks, and no scores between documents.
+    outputs, lengths = [], iter(shards.lengths.tolist())
+    for number, documents in enumerate(shards.documents):
+        sizes = [next(lengths) for _ in documents]
+        parts = zip(documents, *(x[number].split(sizes, 1) for x in (query, key, value)), strict=True)
+        for seen, q, k, v in parts:
+            if seen is not None:
+                k, v = row_k[number, :, seen], row_v[number, :, seen]
+            outputs.append(_causal(q[None], k[None], v[None], scale, dropout)[0])
+    o = torch.cat(outputs, 1).unflatten(1, (shards.batch, -1)).permute(1, 2, 0, 3)
+    return _Tied.apply(o, row), None
+
+
+class _Tied(torch.autograd.Function):
+    """`o`, with `row` in its graph whether it was used or not: a backward of all ranks must not wait for one."""
+
+    @staticmethod
+    def forward(ctx: Any, o: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        ctx.like = row.new_empty(0), row.shape
+        return o.view_as(o)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        like, shape = ctx.like
+        return grads[0], like.new_zeros(shape)
+
+
+def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dropout: float) -> torch.Tensor:
+    """The last queries of a sequence against all of its keys."""
+    options: dict[str, Any] = {"scale": scale, "dropout_p": dropout, "enable_gqa": q.shape[1] != k.shape[1]}
+    queries, keys = q.shape[2], k.shape[2]
+    if queries == keys:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(queries, keys), **options)
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+
+
+AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

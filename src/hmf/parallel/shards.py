@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows cut among the processes of a group: who holds what, where documents begin, and how parts reach each other.
+
+A row of T tokens is 2R chunks; rank r of R holds chunks r and 2R - 1 - r, so that causal attention costs all ranks the
+same. A document that runs over the border of two chunks is two segments; inside a chunk a segment is a document.
+
+Legend: B rows, T tokens of a row, R ranks, c tokens of a chunk, M = 2B chunks of this rank (row by row, in order),
+S segments of this rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hmf.errors import HmfError
+from hmf.layers.layout import PackedLayout
+
+from .collectives import Group
+
+
+@dataclass(frozen=True)
+class ShardedLayout(PackedLayout):
+    """This rank's tokens in one row, whose "documents" are its segments."""
+
+    shards: Shards
+
+
+@dataclass(frozen=True)
+class _Halo:
+    """Which of this rank's tokens go where, and where what comes is put, for one reach."""
+
+    token: torch.Tensor  # local tokens to send, by destination
+    send: list[int]
+    receive: list[int]
+    place: torch.Tensor  # of what is received, in [M * reach]
+
+
+class Shards:
+    """The parts of some rows that this rank of `group` holds."""
+
+    def __init__(self, starts: torch.Tensor, group: Group):
+        """starts [B, T]: whether a token begins a document, the same on all ranks. HmfError where T does not divide."""
+        batch, tokens = starts.shape
+        chunks = 2 * group.size
+        if tokens % chunks:
+            raise HmfError(
+                f"rows of {tokens} tokens do not divide into {chunks} chunks for {group.size} processes; choose a "
+                f"sequence_length that is a multiple of {chunks}"
+            )
+        self.group, self.batch, self.chunk = group, batch, tokens // chunks
+        device, starts = starts.device, starts.cpu()
+        starts = torch.cat([torch.ones(batch, 1, dtype=torch.bool), starts[:, 1:].bool()], 1)
+        position = torch.arange(tokens).expand(batch, -1)
+        begun = torch.where(starts, position, 0).cummax(1).values
+        # How many tokens of its document come before each chunk of each row [B, 2R].
+        self.before = (position - begun)[:, :: self.chunk]
+        starts = starts.unflatten(1, (chunks, self.chunk))
+        self.continues = ~starts[..., 0]  # [B, 2R]: the chunk begins inside a document
+        self.whole = self.continues & ~starts[..., 1:].any(-1)  # and that document goes on to its end at least
+        self.own = own_chunks(group.rank, group.size)
+
+        cut = starts[:, self.own].clone()  # [B, 2, c]
+        cut[..., 0] = True
+        cut = cut.flatten()
+        bounds = cut.nonzero()[:, 0]
+        count = len(cut) // self.chunk
+        first = torch.searchsorted(bounds, torch.arange(count) * self.chunk)
+        bounds = torch.cat([bounds, bounds.new_tensor([len(cut)])])
+        last = torch.cat([first[1:], first.new_tensor([len(bounds) - 1])]) - 1
+        self.lengths = bounds.diff()
+        self.first, self.last = first.to(device), last.to(device)  # [M], among the S segments
+        within = torch.arange(self.chunk)
+        self.in_first = (within < self.lengths[first][:, None]).to(device)  # [M, c]
+        self.in_last = (within >= self.chunk - self.lengths[last][:, None]).to(device)
+        self.seen = self.before[:, self.own].flatten().to(device)  # [M]: tokens of its first document before a chunk
+        self.layout = ShardedLayout(
+            torch.arange(len(cut), device=device), bounds.to(device), (batch, 2 * self.chunk), self
+        )
+        # Of each row, for each of its segments: the tokens of the whole row that its document has had by the segment's
+        # end, or None where these are the segment itself.
+        self.documents: list[list[slice | None]] = [[] for _ in range(batch)]
+        for number, length in enumerate(self.lengths[first].tolist()):
+            row, begin = number // 2, self.own[number % 2] * self.chunk
+            before = int(self.before[row, self.own[number % 2]])
+            inside = int(last[number] - first[number])  # segments after the first of the chunk
+            self.documents[row] += [slice(begin - before, begin + length) if before else None, *[None] * inside]
+        self._halos: dict[int, _Halo] = {}
+        self._order = torch.tensor([place for rank in range(group.size) for place in own_chunks(rank, group.size)])
+        self._order = self._order.argsort().to(device)
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's part [B, 2c, ...] of whole rows [B, T, ...]."""
+        return x.unflatten(1, (2 * self.group.size, self.chunk))[:, self.own].flatten(1, 2)
+
+    def gather_tokens(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """Whole rows in order from every rank's part x; `dim` is that of the 2c tokens."""
+        parts = self.group.gather(x.movedim(dim, 0).unflatten(0, (2, self.chunk)))  # [R, 2, c, ...]
+        return parts.flatten(0, 1).index_select(0, self._order).flatten(0, 1).movedim(0, dim)
+
+    def gather_chunks(self, x: torch.Tensor) -> torch.Tensor:
+        """x [M, ...], one entry for each chunk of this rank -> [2R, B, ...], those of all chunks in order."""
+        parts = self.group.gather(x.unflatten(0, (self.batch, 2)).transpose(0, 1))  # [R, 2, B, ...]
+        return parts.flatten(0, 1).index_select(0, self._order)
+
+    def own_chunks_of(self, x: torch.Tensor) -> torch.Tensor:
+        """x [2R, B, ...] -> [M, ...]: the inverse of `gather_chunks`, on this rank."""
+        return x[self.own].transpose(0, 1).flatten(0, 1)
+
+    def halo(self, x: torch.Tensor, reach: int) -> torch.Tensor:
+        """The `reach` positions before each of this rank's chunks [M, reach, ...], oldest first, from x [1, 2cB, ...].
+
+        Zeros where a position is of another document or before the row. Only what is of the document travels.
+        """
+        if reach not in self._halos:
+            self._halos[reach] = self._plan(reach, x.device)
+        plan = self._halos[reach]
+        came = self.group.exchange(x[0].index_select(0, plan.token), plan.send, plan.receive)
+        empty = x.new_zeros(len(self.seen) * reach, *x.shape[2:])
+        return empty.index_copy(0, plan.place, came).unflatten(0, (-1, reach))
+
+    def _plan(self, reach: int, device: torch.device) -> _Halo:
+        size, rank = self.group.size, self.group.rank
+        offsets = torch.arange(-reach, 0)
+        tokens, send, receive, places = [], [], [], []
+        for other in range(size):
+            row, owner, local, place = self._wanted(other, offsets)
+            tokens.append((row * 2 * self.chunk + local)[owner == rank])
+            send.append(len(tokens[-1]))
+            if other == rank:
+                places = [place[owner == source] for source in range(size)]
+                receive = [len(part) for part in places]
+        return _Halo(torch.cat(tokens).to(device), send, receive, torch.cat(places).to(device))
+
+    def _wanted(self, rank: int, offsets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Of the positions that a rank's halo has: row, the rank that holds it, its place in that rank's row, and its
+        slot in the halo."""
+        chunks = torch.tensor(own_chunks(rank, self.group.size))
+        real = offsets >= -self.before[:, chunks][..., None]  # [B, 2, reach]
+        row, slot, offset = real.nonzero().unbind(1)
+        position = chunks[slot] * self.chunk + offsets[offset]
+        chunk = position // self.chunk
+        second = chunk >= self.group.size
+        owner = torch.where(second, 2 * self.group.size - 1 - chunk, chunk)
+        return row, owner, position % self.chunk + second * self.chunk, real.flatten().nonzero()[:, 0]
+
+
+def own_chunks(rank: int, size: int) -> list[int]:
+    """The two of 2R chunks that a rank of R holds."""
+    return [rank, 2 * size - 1 - rank]

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each gloo process of tests/parallel does; forked from a server that has the imports done."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from hmf.layers.registry import MIXERS
+from hmf.model.families import family_of
+from hmf.model.modeling import hybrid_classes
+from hmf.parallel.collectives import Group
+from hmf.parallel.sequence import attach, shard
+from tests.hybrids import Case, cases, random_ids, randomise, tiny_config
+
+# How two rows are cut into documents: over the borders of chunks, at them, of one token, longer than several chunks.
+DOCUMENTS = {
+    "whole": [[48], [48]],
+    "packed": [[5, 1, 20, 22], [12, 30, 6]],
+    "at the borders": [[12] * 4, [6, 18, 24]],
+    "twice as long": [[96], [96]],
+}
+ONE_EACH = [next(case for case in cases() if case.symbol == symbol) for symbol in MIXERS]
+EVERY = "-".join([*MIXERS, "*"])  # a pattern with every layer type
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model, its rows, and on how many ranks."""
+
+    case: Case
+    pattern: str
+    documents: str
+    ranks: int
+    checkpointing: bool = False
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        parts = [str(self.case), self.pattern, self.documents, f"{self.ranks} ranks", *self.fields]
+        return " ".join(parts + ["checkpointing"] * self.checkpointing)
+
+    def model(self) -> Any:
+        config = tiny_config(self.case, self.pattern, **self.fields)
+        model = hybrid_classes(family_of("qwen3")).causal_lm(config).double()
+        randomise(model)
+        if self.checkpointing:
+            model.train().gradient_checkpointing_enable()
+        return model
+
+    def batch(self) -> dict[str, torch.Tensor]:
+        """input_ids, position_ids and labels [2, T]."""
+        documents = DOCUMENTS[self.documents]
+        tokens = sum(documents[0])
+        positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in documents])
+        return {
+            "input_ids": random_ids(2, tokens),
+            "position_ids": positions,
+            "labels": random_ids(2, tokens, seed=1),
+        }
+
+
+SLIDING = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}
+JOBS = [Job(case, "X-*-X", "packed", 4) for case in ONE_EACH]
+JOBS += [Job(ONE_EACH[0], EVERY, documents, 4) for documents in ("whole", "at the borders", "twice as long")]
+JOBS += [Job(ONE_EACH[0], EVERY, documents, 2) for documents in ("whole", "packed")]
+JOBS += [Job(ONE_EACH[0], EVERY, "packed", 2, checkpointing=True), Job(ONE_EACH[0], "X-*", "packed", 2, fields=SLIDING)]
+JOBS += [Job(case, "X-*", "packed", 2) for case in cases() if case not in ONE_EACH and case.options]
+
+
+def loss_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits, and the gradients of a function of all of them, by parameter; embeddings are one."""
+    logits = model(**{k: v for k, v in batch.items() if "labels" not in k}, use_cache=False).logits
+    wanted = torch.nn.functional.one_hot(batch["labels"], logits.shape[-1])
+    (logits.tanh() * (wanted + 0.1)).sum().backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def on_shards(model: Any, batch: dict[str, torch.Tensor], group: Group) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The same from shards on all ranks of `group`, put together again."""
+    attach(model)
+    part = shard(group, batch)
+    logits, gradients = loss_and_gradients(model, part)
+    group.label = "test"
+    whole = part["shards"].gather_tokens(logits, 1)
+    flat = parameters_to_vector(gradients.values())
+    dist.all_reduce(flat, group=group.group)
+    vector_to_parameters(flat, gradients.values())
+    return whole, gradients
+
+
+def join(rank: int, ranks: int, store: Path) -> None:
+    torch.set_num_threads(1)
+    patience = timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=patience)
+
+
+def run_jobs(rank: int, folder: Path) -> None:
+    """All jobs on 4 ranks, or shared out to two pairs of ranks; the first of each group writes what came out."""
+    join(rank, 4, folder / "store")
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    groups = {4: Group(), 2: Group(pairs[rank // 2])}
+    for number, job in enumerate(JOBS):
+        group = groups[job.ranks]
+        if job.ranks == 2 and number % 2 != rank // 2:
+            continue
+        group.received.clear()
+        whole, gradients = on_shards(job.model(), job.batch(), group)
+        if group.rank == 0:
+            torch.save((whole, gradients, dict(group.received)), folder / str(number))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(target: Callable[..., None], count: int, *args: Any) -> None:
+    """`target(rank, *args)` in `count` processes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hmf.training.distill", "tests.parallel.ranks"])
+    processes = [context.Process(target=target, args=(rank, *args)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * count
