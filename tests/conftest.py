@@ -24,6 +24,10 @@ def pytest_collection_modifyitems(items):
         for marker, reason in missing.items():
             if marker in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
+        # For pytest-xdist: a file's tests share fixtures, and there is room for one engine of vLLM at a time.
+        group = "vllm" if "vllm" in item.keywords else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: "vllm" not in item.keywords)  # the longest group first
 
 
 @pytest.fixture(autouse=True)
