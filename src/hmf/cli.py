@@ -100,6 +100,23 @@ def export(
 
 
 @app.command(epilog=epilog(
+    "hmf finetune recipes/quickstart/finetune.yaml",
+    "hmf finetune recipes/quickstart/finetune.yaml --set training.steps=20 --set output=runs/try",
+))  # fmt: skip
+def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Stage 2: train a plain Hybrid on: more pretraining, conversations or preferences. Continues where it stopped."""
+    from hmf.config.runs import FinetuneRecipe, read_recipe
+    from hmf.pipeline import claim
+    from hmf.report.curves import draw_curves
+    from hmf.training.finetune import finetune as run
+
+    settings, text = read_recipe(recipe, FinetuneRecipe, overrides or ())
+    claim(settings.output, text)
+    saved = run(settings, draw=draw_curves)
+    typer.echo(f"saved {saved}; next: hmf evaluate {saved}, hmf chat {saved}")
+
+
+@app.command(epilog=epilog(
     "hmf prime recipes/quickstart/recipe.yaml",
     "hmf prime recipes/quickstart/recipe.yaml --set hybrid.mixer=gka --set output=runs/gka",
 ))  # fmt: skip

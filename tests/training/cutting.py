@@ -24,17 +24,25 @@ from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hmf.config.pattern import Pattern
-from hmf.config.runs import DistillSettings
+from hmf.config.runs import DistillSettings, FinetuneRecipe
 from hmf.data.tokenizer import train_tokenizer
+from hmf.priming.export import export
 from hmf.priming.stage0 import make_stage0
 from hmf.training.distill import distill
+from hmf.training.finetune import finetune
 
 TEXTS = [
     " ".join(f"{word} {number}" for number in range(40)) for word in ("one", "two", "three", "four", "five", "six")
 ]
 
 
-def make_tiny_stage0(folder: Path) -> Path:
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tiny_stage0(folder: Path, template: str = "{{ messages[0].content }}") -> Path:
     """A fused checkpoint of 2 layers of width 32 with a tokenizer of 300 entries, and a corpus beside it."""
     (folder / "corpus").mkdir(parents=True)
     for number, text in enumerate(TEXTS):
@@ -45,7 +53,7 @@ def make_tiny_stage0(folder: Path) -> Path:
         num_key_value_heads=1, head_dim=16, max_position_embeddings=128, initializer_range=0.3,
     )  # fmt: skip
     Qwen3ForCausalLM(config).save_pretrained(folder / "base")
-    train_tokenizer(TEXTS, 300, "{{ messages[0].content }}", 128).save_pretrained(folder / "base")
+    train_tokenizer(TEXTS, 300, template, 128).save_pretrained(folder / "base")
     make_stage0(folder / "base", Pattern.parse("*-GDN"), folder / "stage0")
     return folder / "stage0"
 
@@ -58,12 +66,30 @@ def settings(stage0: Path, **training: Any) -> DistillSettings:
     })  # fmt: skip
 
 
-def result(run: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+def make_tiny_hybrid(folder: Path, template: str = CHAT_TEMPLATE) -> Path:
+    """The plain Hybrid of that checkpoint."""
+    export(make_tiny_stage0(folder, template), folder / "hybrid")
+    return folder / "hybrid"
+
+
+def finetune_recipe(hybrid: Path, run: Path, **changes: Any) -> FinetuneRecipe:
+    """Three steps of continued pretraining of mixers and norms."""
+    return FinetuneRecipe.model_validate({
+        "method": "cpt", "model": str(hybrid), "output": str(run),
+        "data": {"text": str(hybrid.parent / "corpus"), "sequence_length": 32},
+        "trainable": {"mixers": 3e-3, "norms": 1e-3},
+        "training": {"steps": 3, "rows_per_step": 2, "save_steps": 1},
+    } | changes)  # fmt: skip
+
+
+def result(
+    run: Path, stage: str = "stage1", saved: str = "stage1"
+) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     """Final weights, and the log without what depends on the clock."""
-    log = json.loads((run / "stage1.log.json").read_text())
+    log = json.loads((run / f"{stage}.log.json").read_text())
     timed = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
     log = [{name: value for name, value in entry.items() if name not in timed} for entry in log]
-    return load_file(run / "stage1/model.safetensors"), log
+    return load_file(run / saved / "model.safetensors"), log
 
 
 def same(ours: Path, wanted: Path) -> bool:
@@ -131,9 +157,8 @@ def record_states(stage0: Path, run: Path, states: Path) -> None:
     distill(stage0, run, settings(stage0))
 
 
-def train(stage0: Path, run: Path, kill_at: int | None = None, environment: dict[str, str] | None = None) -> None:
-    """Run, and kill this process without notice when it touches the folder the `kill_at`-th time."""
-    os.environ.update(environment or {})
+def kill_on_touch(run: Path, kill_at: int) -> None:
+    """Kill this process without notice when it touches the folder the `kill_at`-th time."""
     count = 0
 
     def kill(written: Path | None) -> None:
@@ -144,15 +169,27 @@ def train(stage0: Path, run: Path, kill_at: int | None = None, environment: dict
                 halve(written)
             os.kill(os.getpid(), signal.SIGKILL)
 
+    on_touch(run, kill)
+
+
+def train(stage0: Path, run: Path, kill_at: int | None = None, environment: dict[str, str] | None = None) -> None:
+    """Run, and be killed at a touch of the folder."""
+    os.environ.update(environment or {})
     if kill_at is not None:
-        on_touch(run, kill)
+        kill_on_touch(run, kill_at)
     distill(stage0, run, settings(stage0))
+
+
+def train_stage2(recipe: FinetuneRecipe, kill_at: int) -> None:
+    """Run Stage 2, and be killed at a touch of its folder."""
+    kill_on_touch(recipe.output, kill_at)
+    finetune(recipe)
 
 
 def start(target: Callable[..., None], *args: Any) -> multiprocessing.process.BaseProcess:
     """`target` in a process of its own; all are forked from one that has the imports done."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hmf.training.distill", "hmf.priming.stage0"])
+    context.set_forkserver_preload(["hmf.training.finetune", "hmf.priming.stage0"])
     process = context.Process(target=target, args=args)
     process.start()
     return process

@@ -80,7 +80,7 @@ def test_layer_errors_start_at_the_first_mixer_and_end_where_the_head_reads(stag
 
 def test_curves_are_data_and_a_picture(stage0, tmp_path):
     distill(stage0, tmp_path, cutting.settings(stage0, steps=4, save_steps=2), draw=draw_curves)
-    losses, layers = curves(json.loads((tmp_path / "stage1.log.json").read_text()))
+    losses, layers, _ = curves(json.loads((tmp_path / "stage1.log.json").read_text()))
     assert losses.keys() == {"loss", "loss_hidden", "loss_mixer"} and layers.keys() == {1}
     assert losses["loss"][0] == layers[1][0] == [2, 4]
     picture = (tmp_path / "curves.png").read_bytes()

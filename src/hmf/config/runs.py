@@ -15,6 +15,8 @@ from hmf.errors import HmfError, unknown_name
 from .layers import LAYER_KINDS
 from .pattern import Pattern
 
+TrainableGroup = Literal["mixers", "norms", "attention", "mlp", "embeddings"]
+TrainableName = Literal["mixers", "norms", "attention", "mlp", "embeddings", "all"]
 LayerTarget = Literal["none", "mixer", "decoder", "residuals", "all"]
 Recipe = TypeVar("Recipe", bound="Settings")
 
@@ -119,6 +121,100 @@ class DistillRecipe(DistillSettings):
     model: Path
     output: Path
     seed: int = 0
+
+
+class RopeScaling(Settings):
+    """Scaled positions, under transformers' names; "default" takes a scaling away."""
+
+    rope_type: Literal["default", "linear", "yarn", "llama3"]
+    factor: float | None = Field(None, ge=1)
+    original_max_position_embeddings: int | None = Field(None, ge=1)  # left out: what the model had
+    beta_fast: float | None = Field(None, gt=0)
+    beta_slow: float | None = Field(None, gt=0)
+    attention_factor: float | None = Field(None, gt=0)
+    low_freq_factor: float | None = Field(None, gt=0)
+    high_freq_factor: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _keys_of_its_type(self) -> RopeScaling:
+        needed, optional = {
+            "default": ((), ()),
+            "linear": (("factor",), ()),
+            "yarn": (("factor",), ("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")),
+            "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
+        }[self.rope_type]
+        given = self.model_dump(exclude={"rope_type"}, exclude_none=True)
+        if missing := [name for name in needed if name not in given]:
+            raise ValueError(f"{self.rope_type} needs {', '.join(missing)}")
+        if extra := [name for name in given if name not in (*needed, *optional)]:
+            raise ValueError(f"{self.rope_type} has no {', '.join(extra)}")
+        low, high = (self.beta_slow, self.beta_fast) if self.rope_type == "yarn" else (
+            self.low_freq_factor, self.high_freq_factor
+        )  # fmt: skip
+        if low is not None and high is not None and low >= high:
+            raise ValueError("the low (slow) factor must be below the high (fast) one")
+        return self
+
+
+class RopeSettings(Settings):
+    """What becomes of the attention layers' rotary positions; what is left out stays as the model has it."""
+
+    theta: float | None = Field(None, gt=0)
+    max_position_embeddings: int | None = Field(None, ge=1)
+    scaling: RopeScaling | None = None
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters (arXiv 2106.09685) on the linear layers of frozen groups, merged into them at the end."""
+
+    groups: list[TrainableGroup] = Field(["attention", "mlp"], min_length=1)
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    learning_rate: float = Field(gt=0)
+
+
+class PairSettings(Settings):
+    """Preferences: JSON lines with a `prompt`, a `chosen` and a `rejected` answer; see docs/training.md."""
+
+    path: Path
+    sequence_length: int = Field(1024, ge=16)  # of a row, which holds whole pairs
+    beta: float = Field(0.1, gt=0)  # how far the model may move from where it started, nats of reward to nats
+
+
+class FinetuneRecipe(Settings):
+    """`hmf finetune`: Stage 2 of a plain Hybrid `model` into `output`/model.
+
+    method: "cpt" goes on with pretraining, "sft" learns the supervised tokens of `data`, "dpo" prefers one answer of
+    each of `pairs`. trainable: learning rate by group of parameters; what is in no group named here is frozen, and
+    "all" stands for every group that is not named beside it.
+    """
+
+    method: Literal["cpt", "sft", "dpo"]
+    model: Path
+    output: Path
+    seed: int = 0
+    data: DataSettings | None = None
+    pairs: PairSettings | None = None
+    rope: RopeSettings = Field(default_factory=RopeSettings)
+    trainable: dict[TrainableName, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    lora: LoraSettings | None = None
+    training: OptimiserSettings
+    dtype: Literal["float32", "bfloat16"] | None = None  # of the result; left out: as `model` is stored
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> FinetuneRecipe:
+        wanted, other = ("pairs", "data") if self.method == "dpo" else ("data", "pairs")
+        if getattr(self, wanted) is None or getattr(self, other) is not None:
+            raise ValueError(f"method {self.method} needs {wanted} and no {other}")
+        if not self.trainable and self.lora is None:
+            raise ValueError("nothing to train; give trainable, for example {mixers: 5e-5, norms: 5e-5}, or lora")
+        if "learning_rate" in self.training.model_fields_set:
+            raise ValueError("training.learning_rate: every group has its own; give them in trainable")
+        trained = set(get_args(TrainableGroup)) if "all" in self.trainable else set(self.trainable)
+        if self.lora is not None and (both := sorted(trained & set(self.lora.groups))):
+            raise ValueError(f"lora.groups: {', '.join(both)} is trained as a whole; adapters are for frozen groups")
+        return self
 
 
 class EvaluateSettings(Settings):

@@ -70,7 +70,7 @@ class PackedDataset(Dataset[Row]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Row:
-        return _tensors(self.rows[index])
+        return row_tensors(self.rows[index])
 
 
 def build_dataset(
@@ -190,7 +190,7 @@ class MixtureDataset(Dataset[Row]):
             row.append(document.cut(max(0, start), max(0, start) + room))
             room -= len(row[-1])
         rng.shuffle(row)
-        return _tensors(row)
+        return row_tensors(row)
 
 
 def cu_seqlens(position_ids: torch.Tensor) -> torch.Tensor:
@@ -210,7 +210,7 @@ def _document(ids: list[int], separator: int) -> Encoded:
     return Encoded([separator, *ids, separator], [IGNORED, *ids, separator])
 
 
-def _tensors(row: Sequence[Encoded]) -> Row:
+def row_tensors(row: Sequence[Encoded]) -> Row:
     return {
         "input_ids": torch.tensor([token for item in row for token in item.ids]),
         "labels": torch.tensor([label for item in row for label in item.labels]),

@@ -202,10 +202,15 @@ def load_config(source: str | Path, weights: bool = True) -> Any:
         ) from None
 
 
-def load_model(source: str | Path, dtype: str | torch.dtype = "auto", **kwargs: Any) -> PreTrainedModel:
-    """A causal language model, base or Hybrid, with every tensor accounted for. `dtype` "auto" is the stored one."""
+def load_model(
+    source: str | Path, dtype: str | torch.dtype = "auto", config: Any = None, **kwargs: Any
+) -> PreTrainedModel:
+    """A causal language model, base or Hybrid, with every tensor accounted for. `dtype` "auto" is the stored one.
+
+    config: takes the place of the stored one.
+    """
     folder = require_checkpoint(source)
-    config = load_config(folder)
+    config = load_config(folder) if config is None else config
     if not config.model_type.startswith("hybrid_"):  # a Hybrid's own from_pretrained does it
         check_merged(folder, config)
     with _without_load_report():

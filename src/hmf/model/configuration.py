@@ -10,6 +10,7 @@ from typing import Any
 
 from hmf.config.layers import LAYER_KINDS, base_head_dim, layer_options, needed_kinds
 from hmf.config.pattern import ATTENTION, Pattern
+from hmf.config.runs import RopeSettings
 from hmf.errors import HmfError
 
 from .families import FAMILIES, Family
@@ -87,6 +88,28 @@ class HybridConfigMixin(_Base):
             if output.get(key, ...) is None:
                 del output[key]
         return output
+
+
+def with_rope(config: Any, rope: RopeSettings) -> Any:
+    """A copy of a (Hybrid's) config with other rotary positions; the model it came from must be built anew from it."""
+    fields = config.to_dict()
+    fields.pop("transformers_version", None)
+    before = config.max_position_embeddings
+    fields["max_position_embeddings"] = rope.max_position_embeddings or before
+    parameters = dict(config.rope_parameters)
+    if rope.scaling is not None:
+        scaling = rope.scaling.model_dump(exclude_none=True)
+        if scaling["rope_type"] in ("yarn", "llama3"):
+            scaling.setdefault("original_max_position_embeddings", before)
+            if scaling["original_max_position_embeddings"] >= fields["max_position_embeddings"]:
+                raise HmfError(
+                    f"rope.max_position_embeddings: {fields['max_position_embeddings']} is not above the "
+                    f"{scaling['original_max_position_embeddings']} positions that are scaled; give the longer context"
+                )
+        parameters = {k: parameters[k] for k in ("rope_theta", "partial_rotary_factor") if k in parameters} | scaling
+    if rope.theta is not None:
+        parameters["rope_theta"] = rope.theta
+    return type(config)(**fields | {"rope_parameters": parameters})
 
 
 @functools.cache

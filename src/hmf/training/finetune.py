@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 2 on transformers' Trainer: a plain Hybrid goes on learning, from text, conversations or preferences."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from hmf.config.runs import FinetuneRecipe
+from hmf.data.preference import PairDataset, pair_dataset
+from hmf.errors import HmfError
+from hmf.model.checkpoint import load_config, load_model, save_checkpoint
+from hmf.model.configuration import with_rope
+
+from .checkpoints import PublishedCheckpoints, say
+from .distill import _arguments, mixture
+from .groups import Group, add_adapters, choose, optimiser_groups, table
+from .guard import GuardedLoss
+from .losses import IGNORED, CrossEntropy, Preference
+from .progress import ProgressLine, RunLog, require_reporters
+
+SHOWN = 8  # rows whose masks are looked at before training
+
+
+class FinetuneTrainer(PublishedCheckpoints, GuardedLoss, Trainer):
+    """A Trainer whose loss is one of `losses`, and whose groups of parameters have learning rates of their own."""
+
+    def __init__(self, *args: Any, objective: CrossEntropy | Preference, groups: list[Group], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.objective, self.groups = objective, groups
+        self.model_accepts_loss_kwargs = True  # losses of a step add up: the Trainer is not to average them again
+        self._parts: dict[str, torch.Tensor] = {}  # sums since the last log
+        self._steps = 0
+
+    optimizer: Any
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
+            self.optimizer = kind(optimiser_groups(self.groups, self.args.weight_decay), **options)
+        return self.optimizer
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor]:
+        """The step's batches, and how much they count in all processes together."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = torch.stack([self.objective.count(**batch).to(device) for batch in batches]).sum()
+        self._steps += 1
+        return batches, self.accelerator.reduce(count, "sum")
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        losses = model(**inputs, objective=self.objective, count=num_items_in_batch)
+        for name, value in losses.items():
+            if name != "loss":
+                self._parts[name] = self._parts.get(name, 0) + value
+        # Gradients are averaged over processes, and these losses are to be added.
+        loss = losses["loss"] * (1 if num_items_in_batch is None else self.accelerator.num_processes)
+        return (loss, None) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._parts:
+            means = {name: total / self._steps for name, total in self._parts.items()}
+            logs |= {name: self.accelerator.reduce(mean, "sum").item() for name, mean in means.items()}
+        self._parts, self._steps = {}, 0
+        super().log(logs, *args, **kwargs)
+
+
+def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = None) -> Path:
+    """`hmf finetune`: train the plain Hybrid `recipe.model` and save the result at `recipe.output`/model.
+
+    A run that was cut off goes on from its last whole checkpoint under `output`/checkpoints. Its log is `output`/
+    stage2.log.json; `draw` gets that path whenever it has been written. Returns the saved folder.
+
+    Raises:
+        HmfError: also for a loss that is not finite or runs away (its batch is kept) and a disk that is full.
+    """
+    training, output = recipe.training, recipe.output
+    target = output / "model"
+    if target.is_dir():
+        return target
+    require_reporters(training.report_to)
+    set_seed(recipe.seed)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader's processes are parallel already
+    config = load_config(recipe.model)
+    check_model(recipe, config)
+    stored = config.dtype
+    model = load_model(recipe.model, dtype=torch.float32, config=with_rope(config, recipe.rope))
+    groups = choose(model, recipe.trainable, recipe.lora)
+    adapters = None
+    if recipe.lora is not None:
+        adapters, added = add_adapters(model, groups, recipe.lora)
+        groups.append(added)
+    args = _arguments(training, output / "checkpoints", recipe.seed)
+    if args.process_index == 0:
+        say(table(groups))
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+    rows_of_step = training.rows_per_step * training.gradient_accumulation_steps * args.world_size
+    rows, length = rows_for(recipe, tokenizer, training.steps * rows_of_step)
+    trainer = FinetuneTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        objective=Preference(recipe.pairs.beta) if recipe.pairs is not None else CrossEntropy(),
+        groups=groups,
+    )
+    trainer.divergence_factor = training.divergence_factor
+    trainer.remove_callback(PrinterCallback)
+    log = RunLog(output / "stage2.log.json", draw)
+    trainer.add_callback(log)
+    trainer.add_callback(ProgressLine(recipe.method, rows_of_step * length, flops_per_token(model)))
+    if isinstance(trainer.objective, Preference):
+        trainer.add_callback(_References(trainer, trainer.objective, rows, output / "reference.safetensors"))
+    try:
+        trainer.train(resume_from_checkpoint=trainer.start_from())
+    finally:
+        log.write(trainer.state)
+    if trainer.is_world_process_zero():
+        if adapters is not None:
+            adapters.merge_and_unload()
+        dtype = getattr(torch, recipe.dtype) if recipe.dtype is not None else stored
+        model.to(dtype)
+        model.config.dtype = dtype
+        save_checkpoint(model, target, companions=recipe.model)
+    trainer.accelerator.wait_for_everyone()
+    return target
+
+
+def check_model(recipe: FinetuneRecipe, config: Any) -> None:
+    """HmfError when the recipe cannot train a model of this config."""
+    pattern = getattr(config, "pattern", None)
+    if pattern is None:
+        raise HmfError(f"{recipe.model}: is no Hybrid; `hmf prime` makes one of it")
+    if pattern.fused:
+        raise HmfError(f"{recipe.model}: still holds its teacher; `hmf export` it and give the result")
+    length = sequence_length(recipe)
+    if length > (known := with_rope(config, recipe.rope).max_position_embeddings):
+        raise HmfError(
+            f"rows of {length} tokens are longer than the model's {known} positions; set rope.max_position_embeddings"
+        )
+
+
+def sequence_length(recipe: FinetuneRecipe) -> int:
+    """Tokens of a row."""
+    section = recipe.pairs if recipe.data is None else recipe.data
+    assert section is not None  # the recipe's validator saw to it
+    return section.sequence_length
+
+
+def rows_for(recipe: FinetuneRecipe, tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[Any, int]:
+    """The recipe's rows, as many as the run reads, and their length; HmfError for masks that cannot be meant."""
+    length = sequence_length(recipe)
+    if recipe.pairs is not None:
+        return pair_dataset(recipe.pairs.path, tokenizer, length, rows, recipe.seed), length
+    assert recipe.data is not None
+    dataset = mixture(recipe.data, tokenizer, rows, recipe.seed)
+    shown = [dataset[index] for index in range(min(SHOWN, rows))]
+    # a document's first token has no context and is never supervised
+    learned = torch.cat([row["labels"][row["position_ids"] > 0] != IGNORED for row in shown])
+    if not learned.any():
+        raise HmfError(f"data: no token of the first {len(shown)} rows is supervised: there is nothing to learn")
+    if recipe.method == "sft" and learned.all():
+        raise HmfError("data: every token is supervised, prompts too; method sft is for conversations, cpt for text")
+    return dataset, length
+
+
+def flops_per_token(model: PreTrainedModel) -> float | None:
+    """Floating-point operations that a token needs, from parameter counts: 2 forward, 2 back to activations, 2 to
+    trained weights. Everything is run backward: embeddings come first. None for mixtures of experts."""
+    if getattr(model.config, "num_experts", None) or getattr(model.config, "num_local_experts", None):
+        return None
+    embeddings = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    inner = [x for x in model.parameters() if x is not embeddings and x is not head]
+    total = sum((6 if x.requires_grad else 4) * x.numel() for x in [*inner, head])
+    return float(total)
+
+
+class _References(TrainerCallback):
+    """Before the first step: what the model says of every answer as it starts, kept in a file for the resumes."""
+
+    def __init__(self, trainer: FinetuneTrainer, objective: Preference, rows: PairDataset, path: Path):
+        self.trainer, self.objective, self.rows, self.path = trainer, objective, rows, path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.measure()
+        elif not self.path.is_file():
+            raise HmfError(f"{self.path}: is gone, and the model it was made with has moved on; choose another output")
+        else:
+            self.rows.references.copy_(load_file(self.path)["references"])
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        from tqdm.auto import tqdm
+
+        trainer, references = self.trainer, self.rows.references
+        model, accelerator = trainer.model_wrapped, trainer.accelerator
+        model.eval()
+        count, step = len(references), accelerator.num_processes
+        # All processes take equally many turns: a wrapped model may need them together.
+        for first in tqdm(range(0, count, step), desc="reference", unit="row", disable=None):
+            number = min(first + accelerator.process_index, count - 1)
+            batch = trainer._prepare_inputs({name: x[None] for name, x in self.rows.row(number).items()})
+            found = model(**batch, objective=self._likelihoods)[0]
+            found = accelerator.gather(found[None]).cpu()[: count - first]
+            there = ~references[first : first + step].isnan()
+            references[first : first + step][there] = found.float()[there]
+        model.train()
+        if accelerator.is_main_process:
+            part = self.path.with_suffix(".part")
+            save_file({"references": references}, part)
+            os.replace(part, self.path)
+        accelerator.wait_for_everyone()
+
+    def _likelihoods(self, model: PreTrainedModel, reference: torch.Tensor, **batch: Any) -> torch.Tensor:
+        return self.objective.likelihoods(model, reference.shape[1], **batch)

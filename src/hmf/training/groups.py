@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which parameters Stage 2 trains, at what rate, and low-rank adapters on the rest."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hmf.config.runs import LoraSettings
+from hmf.errors import HmfError
+from hmf.model.convert import mixer_names
+
+ALL, LORA = "all", "lora"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a learning rate; None: they are frozen."""
+
+    name: str
+    parameters: dict[str, nn.Parameter]
+    learning_rate: float | None = None
+
+    @property
+    def size(self) -> int:
+        return sum(x.numel() for x in self.parameters.values())
+
+
+def parts(model: PreTrainedModel) -> dict[str, dict[str, nn.Parameter]]:
+    """Every parameter of a plain Hybrid, in exactly one of its parts.
+
+    mixers: the replaced layers' own; attention: that of the layers that kept it, with its norms of queries and keys;
+    mlp: experts and their router too; norms: those around mixers, attention and MLPs, and the last; embeddings: the
+    tokens', and the head's.
+    """
+    mixers = tuple(f"model.layers.{index}.{name}." for index, name in mixer_names(model))
+    found: dict[str, dict[str, nn.Parameter]] = {
+        name: {} for name in ("mixers", "norms", "attention", "mlp", "embeddings")
+    }
+    for name, parameter in model.named_parameters():
+        path = name.split(".")
+        if name.startswith(mixers):
+            part = "mixers"
+        elif "self_attn" in path:
+            part = "attention"
+        elif "mlp" in path:
+            part = "mlp"
+        elif "embed_tokens" in path or "lm_head" in path:
+            part = "embeddings"
+        elif path[-2].endswith("norm"):
+            part = "norms"
+        else:
+            raise HmfError(f"{type(model).__name__}: {name} is in none of the groups {', '.join(found)}")
+        found[part][name] = parameter
+    return found
+
+
+def choose(model: PreTrainedModel, rates: Mapping[Any, float], lora: LoraSettings | None = None) -> list[Group]:
+    """The groups of `model`, with `rates` by group name; "all" is the rate of those that are not named.
+
+    What is in no group with a rate is frozen. HmfError for a group without parameters.
+    """
+    groups = []
+    for name, parameters in parts(model).items():
+        rate = rates.get(name, rates.get(ALL))
+        if not parameters and (name in rates or (lora is not None and name in lora.groups)):
+            key = "trainable" if name in rates else "lora.groups"
+            raise HmfError(f"{key}: {name}: the model has no such parameters; leave the group out")
+        for parameter in parameters.values():
+            parameter.requires_grad_(rate is not None)
+        if parameters:
+            groups.append(Group(name, parameters, rate))
+    return groups
+
+
+def add_adapters(model: PreTrainedModel, groups: Iterable[Group], settings: LoraSettings) -> tuple[Any, Group]:
+    """Adapters on every linear layer of the groups that `settings` names, inside `model`; (peft's handle, their group).
+
+    The handle's `merge_and_unload()` adds them to the weights and restores the model's own layers.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise HmfError("lora: peft is not installed; `pip install peft`, or leave lora out")
+    from peft import LoraConfig, LoraModel
+
+    chosen: dict[str, nn.Parameter] = {}
+    for group in groups:
+        if group.name in settings.groups:
+            chosen |= group.parameters
+    targets = [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and f"{n}.weight" in chosen]
+    for name, parameter in chosen.items():  # convolutions stay as they are; experts would be most of their group
+        owner, _, _ = name.rpartition(".")
+        if parameter.dim() > 1 and owner not in targets and not isinstance(model.get_submodule(owner), nn.Conv1d):
+            raise HmfError(f"lora.groups: {name} is no linear layer and takes no adapter; leave its group out")
+    if not targets:
+        raise HmfError(f"lora.groups: {', '.join(settings.groups)}: no linear layer to adapt; name attention or mlp")
+    frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    handle = LoraModel(
+        model,
+        LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=targets,
+            bias="none",
+        ),
+        "default",
+    )
+    adapters = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            adapters[name] = parameter
+        else:  # peft froze it
+            parameter.requires_grad_(frozen[name.replace(".base_layer.", ".")])
+    return handle, Group(LORA, adapters, settings.learning_rate)
+
+
+def optimiser_groups(groups: Iterable[Group], weight_decay: float) -> list[dict[str, Any]]:
+    """What an optimiser takes: each group in two parts, because norms, biases and decays (vectors) do not decay."""
+    found = []
+    for group in groups:
+        if group.learning_rate is None:
+            continue
+        for decays in (True, False):
+            parameters = [x for x in group.parameters.values() if x.requires_grad and (x.dim() > 1) == decays]
+            if parameters:
+                found.append({
+                    "params": parameters, "lr": group.learning_rate, "group": group.name,
+                    "weight_decay": weight_decay if decays else 0.0,
+                })  # fmt: skip
+    return found
+
+
+def table(groups: Iterable[Group]) -> str:
+    """The groups for people: parameters and learning rate of each."""
+    rows = [(g.name, f"{g.size:,}", "frozen" if g.learning_rate is None else f"{g.learning_rate:g}") for g in groups]
+    rows = [("group", "parameters", "learning rate"), *rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses of Stage 2 on packed rows: cross entropy, and preferences between two answers. Full logits never exist.
+
+Both are called as `model(**batch, objective=loss)`, with input_ids [B, T], labels [B, T] (-100 where nothing is to be
+learned) and position_ids [B, T] that restart at 0 with each document, and return scalars by name, "loss" the one to
+minimise. Each is a sum divided by `count`: that of the batch, or of everything that an optimiser step sees, in all
+processes; then the losses of its batches add up to the loss of one large batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+IGNORED = -100
+LOGITS_AT_ONCE = 2**26  # 256 MiB in float32
+
+
+def token_losses(
+    hidden_states: torch.Tensor, labels: torch.Tensor, head: nn.Module, chunk_size: int | None = None
+) -> torch.Tensor:
+    """Negative log-likelihood of each label [N] after the hidden states [N, D]: [N] in nats, float32 or wider.
+
+    Logits exist for `chunk_size` tokens at a time (left out: as many as fit LOGITS_AT_ONCE numbers), in the backward
+    pass too, where they are computed again.
+    """
+
+    def of_chunk(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        logits = head(x)
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y, reduction="none")
+
+    size = chunk_size or max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+    chunks = zip(hidden_states.split(size), labels.split(size), strict=True)
+    return torch.cat([checkpoint(of_chunk, x, y, use_reentrant=False) for x, y in chunks])
+
+
+def _supervised(labels: torch.Tensor) -> torch.Tensor:
+    """bool [B, T]: position t predicts token t + 1, which has a label."""
+    return F.pad(labels[:, 1:] != IGNORED, (0, 1))
+
+
+def _label_losses(model: PreTrainedModel, labels: torch.Tensor, chunk_size: int | None, **batch: Any):
+    """Where tokens predict a label, bool [B, T], and the loss of each of those, [N], in reading order."""
+    chosen = _supervised(labels)
+    final = model.model(**batch, use_cache=False).last_hidden_state[chosen]
+    return chosen, token_losses(final, labels.roll(-1, 1)[chosen], model.get_output_embeddings(), chunk_size)
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Mean negative log-likelihood of supervised tokens, in nats."""
+
+    chunk_size: int | None = None
+
+    def count(self, labels: torch.Tensor, **batch: Any) -> torch.Tensor:
+        """Supervised tokens of a batch."""
+        return _supervised(labels).sum()
+
+    def __call__(
+        self, model: PreTrainedModel, labels: torch.Tensor, count: torch.Tensor | None = None, **batch: Any
+    ) -> dict[str, torch.Tensor]:
+        _, losses = _label_losses(model, labels, self.chunk_size, **batch)
+        return {"loss": losses.sum() / (self.count(labels) if count is None else count).clamp_min(1)}
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Direct preference optimisation, equation 7 of arXiv 2305.18290: -log sigmoid of the margin of rewards, by pair.
+
+    The reward of an answer is `beta` times how much likelier it has become, in nats, than the model that training
+    started from made it. The rows' documents are pairs, chosen before rejected; documents without a label, at the end
+    of a row, do not count. `reference` [B, P, 2] holds the start's log-likelihoods of chosen and rejected; NaN where a
+    row has fewer than P pairs. Also returns mean margin, in nats of reward, and accuracy: how often chosen wins.
+    """
+
+    beta: float = 0.1
+    chunk_size: int | None = None
+
+    def count(self, reference: torch.Tensor, **batch: Any) -> torch.Tensor:
+        """Pairs of a batch."""
+        return (~reference[..., 0].isnan()).sum()
+
+    def __call__(
+        self, model: PreTrainedModel, reference: torch.Tensor, count: torch.Tensor | None = None, **batch: Any
+    ) -> dict[str, torch.Tensor]:
+        number = (self.count(reference) if count is None else count).clamp_min(1)
+        there = ~reference[..., 0].isnan()
+        gained = (self.likelihoods(model, reference.shape[1], **batch) - reference)[there]
+        margin = self.beta * (gained[:, 0] - gained[:, 1])
+        return {
+            "loss": -F.logsigmoid(margin).sum() / number,
+            "margin": margin.detach().sum() / number,
+            "accuracy": (margin.detach() > 0).sum() / number,
+        }
+
+    def likelihoods(
+        self, model: PreTrainedModel, pairs: int, labels: torch.Tensor, position_ids: torch.Tensor, **batch: Any
+    ) -> torch.Tensor:
+        """Log-likelihood in nats of each answer [B, `pairs`, 2], summed over its supervised tokens."""
+        chosen, losses = _label_losses(model, labels, self.chunk_size, position_ids=position_ids, **batch)
+        rows, _ = chosen.nonzero(as_tuple=True)
+        documents = ((position_ids == 0).cumsum(1) - 1)[chosen]
+        sums = losses.new_zeros(len(labels) * 2 * pairs).index_add(0, rows * 2 * pairs + documents, -losses)
+        return sums.view(len(labels), pairs, 2)

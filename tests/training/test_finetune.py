@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 2: what is trained and at what rate, adapters, preferences, positions, and a result that is a plain Hybrid."""
+
+import importlib.util
+import json
+import signal
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hmf.config.layers import LAYER_KINDS
+from hmf.config.runs import FinetuneRecipe, LoraSettings, load_recipe
+from hmf.errors import HmfError
+from hmf.model.checkpoint import load_config, load_model
+from hmf.training.finetune import finetune
+from hmf.training.groups import add_adapters, choose, optimiser_groups, parts
+from tests.hybrids import Case, random_ids, tiny_hybrid
+from tests.training import cutting
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory):
+    return cutting.make_tiny_hybrid(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def recipe(hybrid, tmp_path):
+    """Makes a checked recipe with `changes` to continued pretraining of that Hybrid into the test's own folder."""
+
+    def make(**changes) -> FinetuneRecipe:
+        return cutting.finetune_recipe(hybrid, tmp_path / "run", **changes)
+
+    return make
+
+
+def losses(run):
+    return [entry for entry in json.loads((run / "stage2.log.json").read_text()) if "loss" in entry]
+
+
+def moved(before, after):
+    before, after = (load_file(path / "model.safetensors") for path in (before, after))
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+# ---- groups
+
+
+@pytest.mark.parametrize("family", ["llama", "ministral3", "qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("symbol", ["GDN", "BMF"])
+def test_every_parameter_is_in_exactly_one_group(family, symbol):
+    extra = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16} if family == "qwen3_moe" else {}
+    model = tiny_hybrid(Case(symbol, "gqa", base=extra), family=family)
+    found = parts(model)
+    names = [name for group in found.values() for name in group]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    module = LAYER_KINDS[symbol].module_name
+    assert found["mixers"].keys() == {name for name in names if f".{module}." in name}
+    assert all(len(x.shape) == 1 for x in found["norms"].values()) and len(found["norms"]) == 7
+
+
+def test_rates_reach_the_optimiser_and_the_rest_is_frozen():
+    model = tiny_hybrid(Case("GDN", "gqa"))
+    groups = choose(model, {"mixers": 1e-3, "norms": 1e-4})
+    rows = optimiser_groups(groups, weight_decay=0.1)
+    assert {(row["group"], row["lr"], row["weight_decay"]) for row in rows} == {
+        ("mixers", 1e-3, 0.1), ("mixers", 1e-3, 0.0), ("norms", 1e-4, 0.0),
+    }  # fmt: skip
+    trained = {id(x) for row in rows for x in row["params"]}
+    assert trained == {id(x) for x in model.parameters() if x.requires_grad}
+    decaying = {id(x) for row in rows if row["weight_decay"] for x in row["params"]}
+    kept = {name.rpartition(".")[2] for name, x in model.named_parameters() if id(x) in trained - decaying}
+    assert {"A_log", "dt_bias"} <= kept
+    everything = choose(model, {"all": 1e-5, "mlp": 1e-6})
+    assert {group.name: group.learning_rate for group in everything} == {
+        "mixers": 1e-5, "norms": 1e-5, "attention": 1e-5, "mlp": 1e-6, "embeddings": 1e-5,
+    }  # fmt: skip
+
+
+def test_a_group_without_parameters_is_an_error():
+    model = tiny_hybrid(Case("GDN", "gqa"), pattern="X-X")
+    with pytest.raises(HmfError, match="trainable: attention: the model has no such parameters"):
+        choose(model, {"attention": 1e-4})
+    assert [group.name for group in choose(model, {"all": 1e-4})] == ["mixers", "norms", "mlp", "embeddings"]
+
+
+# ---- runs
+
+
+def test_continued_pretraining_moves_its_groups_only_and_ends_as_a_plain_hybrid(recipe, hybrid, capfd):
+    training = {"steps": 30, "rows_per_step": 4, "save_steps": 100}
+    run = recipe(training=training, trainable={"mixers": 2e-2, "norms": 2e-2}, rope={"theta": "5e6"})
+    out = finetune(run)
+    assert losses(run.output)[-1]["loss"] < 0.8 * losses(run.output)[0]["loss"]
+    changed = moved(hybrid, out)
+    assert changed and all(".gdn." in name or "norm" in name for name in changed)
+    assert "mixers" in (shown := capfd.readouterr().err) and "frozen" in shown
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["HybridQwen3ForCausalLM"]
+    assert config["rope_parameters"]["rope_theta"] == 5e6 and config["hybrid_override_pattern"] == "*-GDN"
+    assert (out / "tokenizer.json").read_bytes() == (hybrid / "tokenizer.json").read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.generate(random_ids(1, 5), max_new_tokens=3, do_sample=False).shape == (1, 8)
+    assert finetune(run) == out  # done once
+
+
+def test_accumulated_batches_are_one_large_batch(hybrid, tmp_path):
+    ends = []
+    for name, training in (
+        ("one", {"rows_per_step": 4}),
+        ("two", {"rows_per_step": 2, "gradient_accumulation_steps": 2}),
+    ):
+        run = cutting.finetune_recipe(hybrid, tmp_path / name, training={"steps": 3, "save_steps": 1, **training})
+        finetune(run)
+        ends.append([entry["loss"] for entry in losses(run.output)])
+    assert ends[0] == pytest.approx(ends[1], rel=1e-4) and len(set(ends[0])) == 3
+
+
+def test_the_result_has_the_dtype_that_was_asked_for(recipe):
+    out = finetune(recipe(dtype="bfloat16", training={"steps": 1, "rows_per_step": 1}))
+    dtypes = {name: x.dtype for name, x in load_file(out / "model.safetensors").items()}
+    assert dtypes.pop("model.layers.1.gdn.A_log") == dtypes.pop("model.layers.1.gdn.dt_bias") == torch.float32
+    assert set(dtypes.values()) == {torch.bfloat16}
+    assert load_config(out).dtype == torch.bfloat16
+
+
+# ---- adapters
+
+
+def test_merged_adapters_give_the_logits_of_the_adapters(hybrid):
+    pytest.importorskip("peft")
+    model = load_model(hybrid, dtype=torch.float64)
+    names = {name for name, _ in model.named_parameters()}
+    settings = LoraSettings(groups=["mixers", "attention", "mlp"], rank=3, learning_rate=1e-3)
+    handle, added = add_adapters(model, choose(model, {"norms": 1e-3}, settings), settings)
+    trained = {name for name, x in model.named_parameters() if x.requires_grad}
+    assert trained == added.parameters.keys() | {name for name in trained if "norm" in name and "gdn" not in name}
+    assert any(".gdn.q_proj." in name for name in added.parameters)
+    for parameter in added.parameters.values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    ids = random_ids(2, 17)
+    before, plain = model(ids).logits, load_model(hybrid, dtype=torch.float64)(ids).logits
+    handle.merge_and_unload()
+    assert {name for name, _ in model.named_parameters()} == names
+    assert (before - plain).abs().max() > 1e-2
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow  # alone: the killed process imports everything first
+def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(hybrid, tmp_path):
+    """With adapters, if there are any to be had: their state and their dropout must go on too."""
+    adapters = {"groups": ["attention", "mlp"], "rank": 2, "learning_rate": 1e-2, "dropout": 0.1}
+    changes = {"lora": adapters} if importlib.util.find_spec("peft") else {}
+    whole, cut = (cutting.finetune_recipe(hybrid, tmp_path / name, **changes) for name in ("whole", "cut"))
+    out = finetune(whole)
+    changed = moved(hybrid, out)  # the same names: no adapter is left
+    assert any(".gdn." in name for name in changed)
+    assert any(".self_attn." in name for name in changed) == bool(changes)
+    killed = cutting.start(cutting.train_stage2, cut, 30)
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL and not (cut.output / "model").exists()
+    assert list((cut.output / "checkpoints").glob("checkpoint-*"))
+    assert not moved(out, finetune(cut))
+    assert cutting.result(cut.output, "stage2", "model")[1] == cutting.result(whole.output, "stage2", "model")[1]
+
+
+# ---- bad recipes
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"trainable": {"mixer": 1e-4}}, "trainable.mixer.*'mixers', 'norms', .* 'embeddings' or 'all'"),
+        ({"trainable": {}}, "nothing to train; give trainable"),
+        ({"training": {"steps": 1, "rows_per_step": 1, "learning_rate": 1e-4}}, "every group has its own"),
+        ({"method": "dpo"}, "method dpo needs pairs and no data"),
+        ({"method": "rlhf"}, "method: Input should be 'cpt', 'sft' or 'dpo'"),
+        ({"lora": {"groups": ["mixers"], "learning_rate": 1e-4}}, "lora.groups: mixers is trained as a whole"),
+        ({"rope": {"theta": -1}}, "rope.theta: Input should be greater than 0"),
+        ({"rope": {"tehta": 1}}, "rope: unknown key 'tehta'; did you mean 'theta'"),
+        ({"rope": {"scaling": {"rope_type": "yarn"}}}, "rope.scaling: yarn needs factor"),
+        ({"rope": {"scaling": {"rope_type": "linear", "factor": 2, "beta_fast": 3}}}, "linear has no beta_fast"),
+        ({"rope": {"scaling": {"rope_type": "dynamic", "factor": 2}}}, "'default', 'linear', 'yarn' or 'llama3'"),
+    ],
+)  # fmt: skip
+def test_a_bad_recipe_is_one_line(hybrid, tmp_path, change, said):
+    content = cutting.finetune_recipe(hybrid, tmp_path / "run").model_dump(mode="json", exclude_unset=True)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(content | change))
+    with pytest.raises(HmfError, match=said) as caught:
+        load_recipe(file, FinetuneRecipe)
+    assert "\n" not in str(caught.value)
+
+
+def test_models_and_data_that_cannot_be_meant(hybrid, recipe, tmp_path):
+    short = {"text": str(hybrid.parent / "corpus"), "sequence_length": 256}
+    for change, said in (
+        ({"model": str(hybrid.parent / "stage0")}, "still holds its teacher; `hmf export` it"),
+        ({"model": str(hybrid.parent / "base")}, "is no Hybrid"),
+        ({"data": short}, "rows of 256 tokens are longer than the model's 128 positions; set rope.max_position_emb"),
+        ({"method": "sft"}, "every token is supervised, prompts too"),
+        ({"rope": {"scaling": {"rope_type": "yarn", "factor": 4}}}, "128 is not above the 128 positions"),
+    ):
+        with pytest.raises(HmfError, match=said):
+            finetune(recipe(**change))
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_longer_positions_are_written_and_used(recipe):
+    rope = {"max_position_embeddings": 512, "scaling": {"rope_type": "yarn", "factor": 4}}
+    data = recipe().data.model_copy(update={"sequence_length": 256})
+    out = finetune(recipe(rope=rope, data=data.model_dump(), training={"steps": 1, "rows_per_step": 1}))
+    config = load_config(out)
+    assert config.max_position_embeddings == 512
+    wanted = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 128}
+    assert config.rope_parameters == wanted
+    model = load_model(out)
+    assert model.model.rotary_emb.rope_type == "yarn"
