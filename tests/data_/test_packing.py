@@ -7,16 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hmf.data import tasks
-from hmf.data.packing import (
-    IGNORED,
-    Encoded,
-    MixtureDataset,
-    build_dataset,
-    cu_seqlens,
-    encode_conversation,
-    encode_document,
-    pack,
-)
+from hmf.data.encoding import IGNORED, Encoded, encode_document
+from hmf.data.packing import MixtureDataset, build_dataset, cu_seqlens, encode_conversation, pack
 from hmf.data.tokenizer import document_separator, encode_texts
 from hmf.errors import HmfError
 

@@ -16,48 +16,17 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hmf.data import tasks
+from hmf.data.encoding import IGNORED, Encoded, enclosed, encode_chat
 from hmf.data.tasks import Sample
 from hmf.data.tokenizer import document_separator, encode_texts
 from hmf.errors import HmfError
 
-IGNORED = -100
 Row = dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids of one document and its labels, both of one length."""
-
-    ids: list[int]
-    labels: list[int]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def cut(self, start: int, stop: int) -> "Encoded":
-        """A part that stands alone: its first token has no context and is not supervised."""
-        return Encoded(self.ids[start:stop], [IGNORED, *self.labels[start + 1 : stop]])
-
-
-def encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
-    """Separator, text, separator; everything after the first token is supervised."""
-    return _document(encode_texts(tokenizer, [text])[0], document_separator(tokenizer))
-
-
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, conversation: Sample) -> Encoded:
-    """The conversation as the model sees it when it answers: prompt (not supervised), then the last assistant turn.
-
-    Only the last turn is supervised, because templates strip the thinking of earlier ones. Prompt and turn are
-    tokenised apart, exactly as in generation.
-    """
-    prompt, text = conversation.prompt(tokenizer), conversation.text(tokenizer)
-    if not text.startswith(prompt):
-        raise HmfError(
-            "chat_template: a conversation does not start with its own prompt; mend the tokenizer's template"
-        )
-    # The template may write a newline after the turn; the turn itself ends with the end-of-turn token.
-    prompt_ids, turn_ids = encode_texts(tokenizer, [prompt, text[len(prompt) :].rstrip("\n")])
-    return Encoded(prompt_ids + turn_ids, [IGNORED] * len(prompt_ids) + turn_ids)
+    """The conversation as the model sees it when it answers: prompt (not supervised), then the last assistant turn."""
+    return encode_chat(tokenizer, conversation.messages, conversation.tools, turns="last")[0]
 
 
 class PackedDataset(Dataset[Row]):
@@ -89,7 +58,7 @@ def build_dataset(
         HmfError: there is nothing to pack.
     """
     separator = document_separator(tokenizer)
-    texts = [_document(ids, separator) for ids in encode_texts(tokenizer, list(documents) or [""])]
+    texts = [enclosed(ids, separator) for ids in encode_texts(tokenizer, list(documents) or [""])]
     texts = [text for text in texts if len(text) > 2]
     turns = [encode_conversation(tokenizer, conversation) for conversation in conversations]
     if not texts and not turns:
@@ -161,7 +130,7 @@ class MixtureDataset(Dataset[Row]):
 
     def __post_init__(self) -> None:
         separator = document_separator(self.tokenizer)
-        self._documents = [_document(ids, separator) for ids in self.texts]
+        self._documents = [enclosed(ids, separator) for ids in self.texts]
         self._sizes = [len(document) for document in self._documents]
 
     def __len__(self) -> int:
@@ -204,10 +173,6 @@ def cu_seqlens(position_ids: torch.Tensor) -> torch.Tensor:
     flat = position_ids.reshape(-1)
     starts = torch.nonzero(flat == 0).reshape(-1)
     return torch.cat([starts, starts.new_tensor([flat.numel()])]).to(torch.int32)
-
-
-def _document(ids: list[int], separator: int) -> Encoded:
-    return Encoded([separator, *ids, separator], [IGNORED, *ids, separator])
 
 
 def row_tensors(row: Sequence[Encoded]) -> Row:
