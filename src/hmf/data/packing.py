@@ -7,6 +7,7 @@ A row is a dict of int64 tensors of shape [T]:
     position_ids   count up from 0 within each document and restart at the next: they are the document boundaries
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -104,6 +105,31 @@ def pack(
         place(stream.pop(), stream)
     if row:
         place(Encoded([filler] * room, [IGNORED] * room), [])
+    return rows
+
+
+def best_fit(lengths: Sequence[int], room: int, window: int) -> list[list[int]]:
+    """Rows of at most `room` tokens that hold each item once, whole: the indices of each row's items.
+
+    The items of a window are placed from the longest to the shortest, each in the open row that it fills best. No more
+    than `window` rows stay open; the fullest are closed first. So the search stays short however many items there are.
+    """
+    rows: list[list[int]] = []
+    open_rows: list[tuple[int, int]] = []  # room left and number, by room
+    for first in range(0, len(lengths), window):
+        for item in sorted(range(first, min(first + window, len(lengths))), key=lambda i: -lengths[i]):
+            if lengths[item] > room:
+                raise ValueError(f"item {item} has {lengths[item]} tokens, a row has {room}")
+            place = bisect_left(open_rows, (lengths[item], -1))
+            if place < len(open_rows):
+                left, row = open_rows.pop(place)
+            else:
+                left, row = room, len(rows)
+                rows.append([])
+            rows[row].append(item)
+            if left > lengths[item]:
+                insort(open_rows, (left - lengths[item], row))
+        del open_rows[: max(0, len(open_rows) - window)]
     return rows
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
@@ -24,6 +24,10 @@ from hmf.priming.objectives import LayerwiseObjective, Stage1Objective, train_on
 from .checkpoints import PublishedCheckpoints
 from .guard import GuardedLoss
 from .progress import ProgressLine, RunLog, require_reporters
+
+
+if TYPE_CHECKING:
+    from hmf.data.prepare import PreparedDataset
 
 
 class DistillTrainer(PublishedCheckpoints, GuardedLoss, Trainer):
@@ -104,7 +108,7 @@ def distill(
     )
     trainer.divergence_factor = training.divergence_factor
     trainer.remove_callback(PrinterCallback)
-    tokens = training.rows_per_step * training.gradient_accumulation_steps * settings.data.sequence_length
+    tokens = training.rows_per_step * training.gradient_accumulation_steps * trainer.train_dataset.sequence_length
     log = RunLog(output / "stage1.log.json", draw)
     flops = stage1_flops_per_token(fused, head=settings.objective.kl > 0)
     trainer.add_callback(log)
@@ -119,8 +123,14 @@ def distill(
     return target
 
 
-def mixture(data: DataSettings, tokenizer: PreTrainedTokenizerBase, rows: int, seed: int) -> MixtureDataset:
+def mixture(
+    data: DataSettings, tokenizer: PreTrainedTokenizerBase, rows: int, seed: int
+) -> MixtureDataset | PreparedDataset:
     """The packed rows that a recipe's `data` section describes; row i depends on `seed` and i alone."""
+    if data.prepared is not None:
+        from hmf.data.prepare import PreparedDataset
+
+        return PreparedDataset(data.prepared, tokenizer, rows, seed)
     for name in data.tasks:
         if name not in tasks.TASKS:
             raise HmfError(f"data.tasks: {unknown_name('task', name, tasks.TASKS)}")

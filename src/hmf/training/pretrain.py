@@ -78,6 +78,8 @@ class PretrainRecipe(Settings):
         fresh = [part is not None for part in (self.tokenizer, self.model)]
         if any(fresh) if self.start_from else not all(fresh):
             raise ValueError("give either start_from, or both tokenizer and model")
+        if self.data.prepared is not None:
+            raise ValueError("data.prepared: rows of another tokenizer are of no use here; give text and tasks")
         return self
 
 
@@ -103,7 +105,7 @@ def main(recipe_path: str) -> None:
     for how_it_was_loaded in ("is_local", "local_files_only"):  # else they would be saved with it
         tokenizer.init_kwargs.pop(how_it_was_loaded, None)
     tokenizer.save_pretrained(recipe.output)
-    dataset = mixture(recipe.data, tokenizer, recipe.training.steps * recipe.training.rows_per_step, recipe.seed)
+    dataset: Any = mixture(recipe.data, tokenizer, recipe.training.steps * recipe.training.rows_per_step, recipe.seed)
     model = _model(recipe, tokenizer)
     model.config.use_cache = False  # rows hold several documents, which a cache would take for one
     trainer = Trainer(

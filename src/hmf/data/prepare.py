@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hmf data prepare`: sources are tokenised (shards.py), mixed, packed by best fit, and written as rows.
+
+A finished folder holds
+    rows/00000.arrow ...  input_ids, supervised [T]; lengths of the row's documents, and where each is from
+    index.json            written last: the recipe, counts, hashes of the files, the vocabulary's hash
+and, until it is finished, tokenised/ with what a run that was cut off goes on from. All of it depends on the recipe and
+the sources alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from hmf.config.runs import DataRecipe
+from hmf.data.encoding import IGNORED
+from hmf.data.packing import Row, best_fit
+from hmf.data.shards import (
+    Counts,
+    Encoder,
+    folder_of,
+    load_tokenizer,
+    read_shard,
+    shard_counts,
+    tokenise,
+    versions,
+    vocabulary,
+    write_file,
+)
+from hmf.data.sources import Source
+from hmf.data.tokenizer import document_separator
+from hmf.errors import HmfError
+
+INDEX, ROWS, TOKENISED = "index.json", "rows", "tokenised"
+FILE_TOKENS = 1 << 24  # of a file of rows
+EXAMPLES = 3
+_ROW_SCHEMA = pa.schema({
+    "input_ids": pa.list_(pa.int32()), "supervised": pa.list_(pa.bool_()),
+    "lengths": pa.list_(pa.int32()), "where": pa.list_(pa.string()),
+})  # fmt: skip
+
+
+def prepare(recipe: DataRecipe, tokenizer: str | Path, workers: int = 1) -> dict[str, Any]:
+    """Prepare the rows of `recipe` with the tokenizer at `tokenizer`, and return the content of the index.
+
+    Started again after it was cut off, it goes on with the shards that are whole. The result is the same to the byte,
+    however often that happened and whatever `workers`, the number of processes, is.
+
+    Raises:
+        HmfError: a bad record (its file and line); too many conversations that are cut; a folder in other use.
+    """
+    output = recipe.output
+    if (output / INDEX).is_file():
+        index = read_index(output)
+        if index["recipe"] != _stated(recipe):
+            raise HmfError(f"{output}: holds the rows of another recipe; choose another output or remove it")
+        shutil.rmtree(output / TOKENISED, ignore_errors=True)
+        return index
+    if output.exists() and (
+        not output.is_dir()
+        or any(item.name.split(".")[0] not in (ROWS, TOKENISED, "index") for item in output.iterdir())
+    ):
+        raise HmfError(f"{output}: the output directory is in use; choose another or remove it first")
+    loaded = load_tokenizer(tokenizer)
+    pairs = [(Source(settings), Encoder.of(settings, recipe)) for settings in recipe.sources]  # before the long work
+    cache = recipe.cache or output / TOKENISED
+    try:
+        sources = []
+        for source, encoder in pairs:
+            folder = cache / folder_of(source, encoder, loaded, recipe)
+            count = tokenise(source, encoder, folder, recipe, str(tokenizer), workers, loaded)
+            sources.append(Tokenised.read(encoder, folder, count, recipe))
+        index = _write(recipe, sources, loaded)
+    except OSError as error:
+        raise HmfError(
+            f"{error.filename or output}: not written: {error.strerror or error}; mend that and start again: "
+            "what is finished is kept"
+        ) from None
+    shutil.rmtree(output / TOKENISED, ignore_errors=True)
+    return index
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of a prepared set, with its files of the stated sizes; HmfError names what is wrong."""
+    path = folder / INDEX
+    if not path.is_file():
+        started = (folder / TOKENISED).is_dir()
+        mend = "start `hmf data prepare` again" if started else "make one with `hmf data prepare`"
+        raise HmfError(f"{folder}: no finished set of rows (no {INDEX}); {mend}")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        files = {name: facts["bytes"] for name, facts in index["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise HmfError(f"{path}: is damaged; prepare the set again") from None
+    for name, size in files.items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            raise HmfError(f"{folder / name}: is missing or damaged; prepare the set again")
+    return index
+
+
+@dataclass
+class Tokenised:
+    """Documents of a source in their order in it, as arrays of one entry each."""
+
+    encoder: Encoder
+    folder: Path
+    counts: Counts
+    starts: np.ndarray  # [shards + 1] number of documents before each shard
+    lengths: np.ndarray  # tokens of each document as it is used
+    cut: int  # documents that are longer than a row and lose their end
+
+    @property
+    def title(self) -> str:
+        return self.encoder.source.title
+
+    @property
+    def chat(self) -> bool:
+        return self.encoder.source.messages_field is not None
+
+    @classmethod
+    def read(cls, encoder: Encoder, folder: Path, shards: int, recipe: DataRecipe) -> Tokenised:
+        counts, found = Counts(), []
+        for number in range(shards):
+            counts.add(shard_counts(_shard(folder, number)))
+            found.append(read_shard(_shard(folder, number)).column("input_ids").value_lengths().to_numpy())
+        lengths = np.concatenate([*found, np.zeros(0, np.int32)]).astype(np.int64)
+        starts = np.cumsum([0, *map(len, found)])
+        self = cls(encoder, folder, counts, starts, lengths, 0)
+        if not counts.documents:
+            left_out = ", ".join(f"{count:,} by {reason}" for reason, count in sorted(counts.filtered.items()))
+            raise HmfError(f"{self.title}: no documents left of {counts.records:,} ({left_out or 'nothing to read'})")
+        if self.chat:
+            self._cut(recipe)
+        return self
+
+    def _cut(self, recipe: DataRecipe) -> None:
+        """Conversations lose what does not fit into a row; one that loses all its supervised tokens is not used."""
+        longer = np.flatnonzero(self.lengths > recipe.sequence_length)
+        self.cut = len(longer)
+        if self.cut > recipe.max_truncated_share * len(self.lengths):
+            examples = "; ".join(
+                f"{self.where(document)} has {self.lengths[document]:,} tokens" for document in longer[:EXAMPLES]
+            )
+            raise HmfError(
+                f"{self.title}: {self.cut:,} of {len(self.lengths):,} conversations are longer than sequence_length "
+                f"{recipe.sequence_length:,}, more than max_truncated_share {recipe.max_truncated_share:g} allows: "
+                f"{examples}; raise one of the two, or set filters.max_tokens"
+            )
+        self.lengths = np.minimum(self.lengths, recipe.sequence_length)
+        for document in longer:
+            if not self.tokens(document, 0, recipe.sequence_length)[1].any():
+                self.lengths[document] = 0
+
+    def where(self, document: int) -> str:
+        batch, place = self._find(document)
+        return f"{self.title}: {batch.column('where')[place]}"
+
+    def tokens(self, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """A part's ids and whether each is supervised, the first token of a part never."""
+        batch, place = self._find(document)
+        ids, supervised = (
+            batch.column(name).slice(place, 1).flatten()[start:stop].to_numpy(zero_copy_only=False)
+            for name in ("input_ids", "supervised")
+        )
+        supervised = supervised.copy()
+        supervised[:1] = False
+        return ids, supervised
+
+    def _find(self, document: int) -> tuple[pa.RecordBatch, int]:
+        shard = int(np.searchsorted(self.starts, document, side="right")) - 1
+        return read_shard(_shard(self.folder, shard)), int(document - self.starts[shard])
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.arrow"
+
+
+def _stated(recipe: DataRecipe) -> dict[str, Any]:
+    """All of the recipe that the rows depend on."""
+    return recipe.model_dump(mode="json", exclude={"output", "cache", "shard_documents"})
+
+
+def _chosen(recipe: DataRecipe, sources: list[Tokenised]) -> list[np.ndarray]:
+    """The documents that each source gives: all of them once, or by its weight in shuffled order, pass after pass."""
+    if recipe.sources[0].weight is None:
+        return [np.flatnonzero(source.lengths) for source in sources]
+    weights = np.array([source.encoder.source.weight for source in sources], dtype=np.float64)
+    weights /= weights.sum()
+    there = np.array([source.lengths.sum() for source in sources])
+    total = recipe.tokens or int((there / weights).min())
+    chosen = []
+    for number, (source, weight) in enumerate(zip(sources, weights, strict=True)):
+        rng = np.random.default_rng([recipe.seed, 1, number])
+        wanted, parts = round(total * weight), []
+        usable = np.flatnonzero(source.lengths)
+        if not len(usable):
+            raise HmfError(
+                f"{source.title}: no conversation has a supervised token within a row; raise sequence_length"
+            )
+        while wanted > 0:
+            order = rng.permutation(usable)
+            before = np.cumsum(source.lengths[order]) - source.lengths[order]
+            parts.append(order[before < wanted])
+            wanted -= int(source.lengths[parts[-1]].sum())
+        chosen.append(np.concatenate(parts))
+    return chosen
+
+
+def _write(recipe: DataRecipe, sources: list[Tokenised], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    length, chosen = recipe.sequence_length, _chosen(recipe, sources)
+    # Pieces of documents: (source, document, start, length). A text that is longer than a row is split.
+    pieces = np.concatenate([_pieces(number, source, chosen[number], length) for number, source in enumerate(sources)])
+    if not len(pieces):
+        raise HmfError(f"{recipe.output}: no document can be used; see the sources' filters and sequence_length")
+    pieces = pieces[np.random.default_rng([recipe.seed, 2]).permutation(len(pieces))]
+    rows = best_fit(pieces[:, 3].tolist(), length, recipe.packing_window)
+    order = np.random.default_rng([recipe.seed, 3]).permutation(len(rows))
+    filler, per_file = document_separator(tokenizer), max(1, FILE_TOKENS // length)
+    used = [{"documents": len(documents), "tokens": 0, "supervised": 0} for documents in chosen]
+    staged, target = recipe.output / f"{ROWS}.part", recipe.output / ROWS
+    for left in (staged, target):
+        shutil.rmtree(left, ignore_errors=True)
+    staged.mkdir(parents=True)
+    files = {}
+    for first in range(0, len(rows), per_file):
+        columns: dict[str, list[Any]] = {name: [] for name in _ROW_SCHEMA.names}
+        for place in order[first : first + per_file]:
+            ids, supervised, lengths, where = [], [], [], []
+            for number, document, start, size in pieces[rows[place]].tolist():
+                part, learnt = sources[number].tokens(document, start, start + size)
+                ids.append(part)
+                supervised.append(learnt)
+                lengths.append(size)
+                where.append(sources[number].where(document) + (f" from token {start}" if start else ""))
+                used[number]["tokens"] += size
+                used[number]["supervised"] += int(learnt.sum())
+            if room := length - sum(lengths):
+                ids.append(np.full(room, filler, np.int32))
+                supervised.append(np.zeros(room, bool))
+                lengths.append(room)
+                where.append("")
+            for name, value in zip(
+                columns, (np.concatenate(ids), np.concatenate(supervised), lengths, where), strict=True
+            ):
+                columns[name].append(value)
+        path = staged / f"{first // per_file:05d}.arrow"
+        write_file(path, lambda file, columns=columns: _write_rows(file, columns))  # type: ignore[misc]
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        files[f"{ROWS}/{path.name}"] = {"bytes": path.stat().st_size, "sha256": digest}
+    os.rename(staged, target)
+    index = {
+        "recipe": _stated(recipe),
+        "sequence_length": length,
+        "rows": len(rows),
+        "documents": len(pieces),
+        "filled": float(pieces[:, 3].sum() / (len(rows) * length)),
+        "sources": [
+            asdict(source.counts)
+            | {
+                "name": source.title,
+                "kind": "conversations" if source.chat else "text",
+                "truncated": source.cut,
+                "unusable": int((source.lengths == 0).sum()),
+                "passes": round(len(chosen[number]) / max(1, np.count_nonzero(source.lengths)), 4),
+                "used": used[number],
+            }
+            for number, source in enumerate(sources)
+        ],
+        "vocabulary": vocabulary(tokenizer),
+        "versions": versions(),
+        "files": files,
+    }
+    text = json.dumps(index, indent=1, sort_keys=True) + "\n"
+    write_file(recipe.output / INDEX, lambda file: file.write(text.encode()))
+    return index
+
+
+def _pieces(number: int, source: Tokenised, documents: np.ndarray, length: int) -> np.ndarray:
+    sizes = source.lengths[documents]
+    counts = -(-sizes // length)  # conversations have been cut to one
+    which = np.repeat(np.arange(len(documents)), counts)
+    start = (np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)) * length
+    return np.stack([np.full(len(which), number), documents[which], start, np.minimum(length, sizes[which] - start)], 1)
+
+
+def _write_rows(file: Any, columns: dict[str, list[Any]]) -> None:
+    table = pa.Table.from_pydict(columns, schema=_ROW_SCHEMA)
+    with pa.ipc.new_stream(file, _ROW_SCHEMA) as stream:
+        stream.write_table(table, max_chunksize=64)
+
+
+class PreparedDataset(Dataset[Row]):
+    """Rows of a prepared set. The first pass has the set's own order, each further one an order by `seed`.
+
+    Args:
+        tokenizer: of the model that is to read them; None: not checked.
+        rows: length of the data set, as many passes as that takes; None: one pass.
+    Raises:
+        HmfError: no finished set, a damaged file, another tokenizer.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        rows: int | None = None,
+        seed: int = 0,
+    ):
+        import datasets
+
+        folder = Path(folder)
+        self.index = read_index(folder)
+        if tokenizer is not None and vocabulary(tokenizer) != self.index["vocabulary"]:
+            raise HmfError(f"{folder}: was prepared with another tokenizer than the model's; prepare it with this one")
+        self.stored = datasets.concatenate_datasets(
+            [datasets.Dataset.from_file(str(folder / name)) for name in sorted(self.index["files"])]
+        ).with_format("numpy")
+        self.rows = len(self.stored) if rows is None else rows
+        self.sequence_length, self.seed = int(self.index["sequence_length"]), seed
+        self._order: tuple[int, np.ndarray] = (0, np.arange(len(self.stored)))
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, index: int) -> Row:
+        row = self.stored[self.place(index)]
+        ids = torch.tensor(row["input_ids"], dtype=torch.int64)
+        supervised = torch.tensor(row["supervised"])
+        positions = [torch.arange(length) for length in row["lengths"].tolist()]
+        labels = torch.where(supervised, ids, IGNORED)
+        return {"input_ids": ids, "labels": labels, "position_ids": torch.cat(positions)}
+
+    def place(self, index: int) -> int:
+        """Where the row of this index is stored."""
+        if not 0 <= index < self.rows:
+            raise IndexError(index)
+        number, place = divmod(index, len(self.stored))
+        if number and self._order[0] != number:
+            self._order = number, np.random.default_rng([self.seed, number]).permutation(len(self.stored))
+        return int(self._order[1][place]) if number else place

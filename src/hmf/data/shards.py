@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenised documents on disk: a source becomes numbered Arrow files, each a function of its own records alone.
+
+So it does not matter how many processes tokenise, in which order they end, and which of the files an earlier run made.
+A file has its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from hmf.config.runs import DataRecipe, FilterSettings, SourceSettings
+from hmf.data.encoding import IGNORED, Encoded, encode_chat, encode_document, text_of, thinking_of
+from hmf.data.filters import repetition
+from hmf.data.sources import Conversation, Record, Source, content
+from hmf.errors import HmfError
+
+FORMAT = 1  # of these files; a change makes all of them anew
+SHARD_BYTES = 8 << 20  # of a source's records; a shard ends here or at the recipe's number of documents
+PLAIN_INTERVAL = 15.0  # seconds between lines where there is no terminal
+_SCHEMA = pa.schema({
+    "input_ids": pa.list_(pa.int32()), "supervised": pa.list_(pa.bool_()), "where": pa.string(),
+})  # fmt: skip
+
+
+@dataclass
+class Counts:
+    """What became of records: `filtered` counts them by reason; a conversation can be several documents."""
+
+    records: int = 0
+    documents: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    filtered: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Counts) -> None:
+        for name in ("records", "documents", "tokens", "supervised"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.filtered.update(other.filtered)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """From records of one source to documents of tokens."""
+
+    source: SourceSettings
+    filters: FilterSettings
+    thinking: Any
+    turns: Any
+
+    @classmethod
+    def of(cls, source: SourceSettings, recipe: DataRecipe) -> Encoder:
+        return cls(source, source.filters or recipe.filters, recipe.thinking, recipe.turns)
+
+    def encode(self, record: Record, tokenizer: PreTrainedTokenizerBase, counts: Counts) -> list[Encoded]:
+        """Documents of a record that pass the filters; HmfError names the record."""
+        counts.records += 1
+        try:
+            found = content(record, self.source)
+            if self.filters.repetition and (reason := repetition(_learnt(found), self.filters.repetition)):
+                counts.filtered[reason] += 1
+                return []
+            if isinstance(found, Conversation):
+                documents = encode_chat(tokenizer, found.messages, found.tools, self.thinking, self.turns)
+            else:
+                documents = [encode_document(tokenizer, found)] if found.strip() else []
+        except HmfError as error:
+            raise HmfError(f"{self.source.title}: {record.where}: {error}") from None
+        kept = []
+        for document in documents:
+            if len(document) < self.filters.min_tokens:
+                counts.filtered["min_tokens"] += 1
+            elif self.filters.max_tokens is not None and len(document) > self.filters.max_tokens:
+                counts.filtered["max_tokens"] += 1
+            else:
+                kept.append(document)
+        if not documents:
+            counts.filtered["empty"] += 1
+        counts.documents += len(kept)
+        counts.tokens += sum(map(len, kept))
+        counts.supervised += sum(label != IGNORED for document in kept for label in document.labels)
+        return kept
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are parallel already
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise HmfError(f"tokenizer: {name}: cannot be loaded ({str(error).splitlines()[0]})") from None
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of what each id means: prepared rows are good for any tokenizer with the same one."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Packages that the tokens may depend on."""
+    return {name: version(name) for name in ("transformers", "tokenizers", "datasets", "datatrove", "pyarrow")}
+
+
+def folder_of(source: Source, encoder: Encoder, tokenizer: PreTrainedTokenizerBase, recipe: DataRecipe) -> str:
+    """Name of the folder of a source's shards, by all that decides their content."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    decisive = [
+        FORMAT, recipe.shard_documents, source.fingerprint,
+        encoder.source.model_dump(mode="json", exclude={"name", "weight", "filters"}),
+        encoder.filters.model_dump(mode="json"), encoder.thinking, encoder.turns,
+        vocabulary(tokenizer), backend and hashlib.sha256(backend.to_str().encode()).hexdigest(),
+        tokenizer.chat_template, versions(),
+    ]  # fmt: skip
+    key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+    return f"{encoder.source.title}-{key[:16]}"
+
+
+def write_file(path: Path, write: Callable[[Any], None]) -> None:
+    """A file that has its name only once it is whole and on the disk."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with part.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def tokenise(source: Source, encoder: Encoder, folder: Path, recipe: DataRecipe, tokenizer_name: str, workers: int,
+             tokenizer: PreTrainedTokenizerBase) -> int:  # fmt: skip
+    """Write the shards of a source that `folder` has not yet, and return their number.
+
+    Raises:
+        HmfError: of the first bad record. Shards before it stay.
+    """
+    done = folder / "shards.json"  # written last
+    if done.is_file():
+        return json.loads(done.read_text(encoding="utf-8"))["shards"]
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in folder.glob("*.part"):
+        part.unlink()
+    progress = _Progress(f"tokenise {encoder.source.title}", source.total)
+    number = 0
+
+    def jobs() -> Iterator[tuple[Path, list[Record]]]:
+        nonlocal number
+        for batch in _batches(source.records(), recipe.shard_documents):
+            path = folder / f"{number:06d}.arrow"
+            number += 1
+            if path.is_file():
+                progress.skip(sum(record.size for record in batch))
+            else:
+                yield path, batch
+
+    try:
+        for counts, size in _in_order(jobs(), encoder, tokenizer, tokenizer_name, workers):
+            progress.add(size, counts.tokens)
+    finally:
+        progress.close()
+    write_file(done, lambda file: file.write(json.dumps({"shards": number}).encode()))
+    return number
+
+
+def _batches(records: Iterator[Record], documents: int) -> Iterator[list[Record]]:
+    batch: list[Record] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        size += record.size
+        if len(batch) == documents or size >= SHARD_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _write_shard(path: Path, batch: list[Record], encoder: Encoder, tokenizer: PreTrainedTokenizerBase) -> Counts:
+    counts = Counts()
+    columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
+    for record in batch:
+        for document in encoder.encode(record, tokenizer, counts):
+            columns["input_ids"].append(np.array(document.ids, dtype=np.int32))
+            columns["supervised"].append(np.array(document.labels) != IGNORED)
+            columns["where"].append(record.where)
+    schema = _SCHEMA.with_metadata({"counts": json.dumps(asdict(counts), sort_keys=True)})
+    table = pa.RecordBatch.from_pydict(columns, schema=schema)
+
+    def write(file: Any) -> None:
+        with pa.ipc.new_stream(file, schema) as stream:
+            stream.write_batch(table)
+
+    write_file(path, write)
+    return counts
+
+
+@functools.lru_cache(maxsize=128)
+def read_shard(path: Path) -> pa.RecordBatch:
+    """A shard's documents, mapped from the disk."""
+    with pa.memory_map(str(path)) as file:
+        return pa.ipc.open_stream(file).read_next_batch()
+
+
+def shard_counts(path: Path) -> Counts:
+    stated = json.loads(read_shard(path).schema.metadata[b"counts"])
+    return Counts(**stated | {"filtered": Counter(stated["filtered"])})
+
+
+# One tokenizer for each process of a pool.
+_tokenizer: PreTrainedTokenizerBase | None = None
+
+
+def _start_worker(tokenizer_name: str) -> None:
+    global _tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    _tokenizer = load_tokenizer(tokenizer_name)
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def _work(path: Path, batch: list[Record], encoder: Encoder) -> Counts:
+    assert _tokenizer is not None
+    return _write_shard(path, batch, encoder, _tokenizer)
+
+
+def _in_order(
+    jobs: Iterator[tuple[Path, list[Record]]],
+    encoder: Encoder,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenizer_name: str,
+    workers: int,
+) -> Iterator[tuple[Counts, int]]:
+    """Do the jobs, in processes if there are several, and give their results in order; no more than two jobs a process
+    are read ahead."""
+    first = next(jobs, None)
+    second = next(jobs, None) if first and workers > 1 else None
+    waiting = [job for job in (first, second) if job]
+
+    def all_jobs() -> Iterator[tuple[Path, list[Record]]]:
+        yield from waiting
+        yield from jobs
+
+    if second is None:
+        for path, batch in all_jobs():
+            yield _write_shard(path, batch, encoder, tokenizer), sum(record.size for record in batch)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hmf.data.shards"])
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer_name,))
+    running: deque[tuple[Future[Counts], int]] = deque()
+    try:
+        for path, batch in all_jobs():
+            running.append((pool.submit(_work, path, batch, encoder), sum(record.size for record in batch)))
+            if len(running) >= 2 * workers:
+                future, size = running.popleft()
+                yield future.result(), size
+        for future, size in running:
+            yield future.result(), size
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _learnt(found: str | Conversation) -> str:
+    """The text that the model is to write: of a conversation the assistant's part."""
+    if isinstance(found, str):
+        return found
+    answers = [message for message in found.messages if message["role"] == "assistant"]
+    return "\n\n".join(
+        part for message in answers for part in (thinking_of(message), text_of(message.get("content"))) if part
+    )
+
+
+class _Progress:
+    """One moving line on a terminal, a plain one now and then elsewhere; with the time left where the end is known."""
+
+    def __init__(self, title: str, total: int | None):
+        self.title, self.total = title, total
+        self.done, self.own, self.tokens = 0, 0, 0
+        self.started = self.printed = time.perf_counter()
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm.auto import tqdm
+
+            self.bar = tqdm(total=total, desc=title, unit="B", unit_scale=True)
+
+    def skip(self, size: int) -> None:
+        self.done += size
+        if self.bar is not None:
+            self.bar.update(size)
+
+    def add(self, size: int, tokens: int) -> None:
+        self.skip(size)
+        self.own += size
+        self.tokens += tokens
+        now = time.perf_counter()
+        rate = f"{self.tokens:,} tokens, {self.tokens / (now - self.started):,.0f} tokens/s"
+        if self.bar is not None:
+            self.bar.set_postfix_str(rate, refresh=False)
+        elif now - self.printed > PLAIN_INTERVAL:
+            self.printed = now
+            left = ""
+            if self.total and self.own:
+                left = f", ETA {max(0, self.total - self.done) * (now - self.started) / self.own:.0f} s"
+            print(f"{self.title}: {rate}{left}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

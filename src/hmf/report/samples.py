@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training documents as the model sees them, and how many there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from hmf.config.runs import DataRecipe
+from hmf.data.encoding import IGNORED
+from hmf.data.prepare import PreparedDataset
+from hmf.data.shards import Counts, Encoder, load_tokenizer
+from hmf.data.sources import Source
+
+LEARNT, CONTEXT, LEFT_OUT = "bold green", "dim", "yellow"
+
+
+def show_prepared(folder: Path, resolve: Callable[[str], Path], samples: int, tokens: int) -> None:
+    """Counts of a prepared set and `samples` of its documents, taken evenly over the rows and in turn from its
+    sources."""
+    prepared = PreparedDataset(folder)
+    tokenizer = load_tokenizer(resolve(prepared.index["recipe"]["tokenizer"]))
+    console = _console()
+    names = [source["name"] for source in prepared.index["sources"]]
+    for sample in range(samples):
+        row, place = _document(prepared, sample * len(prepared) // samples, names[sample % len(names)])
+        bounds = np.cumsum([0, *row["lengths"]])
+        part = slice(bounds[place], bounds[place + 1])
+        _print(console, tokenizer, str(row["where"][place]), row["input_ids"][part], row["supervised"][part], tokens)
+    if samples:
+        _legend(console)
+    print_counts(prepared.index, console)
+
+
+def _document(prepared: PreparedDataset, first: int, source: str) -> tuple[Any, int]:
+    """A row and the place in it of a document from `source`, or of any, if that has none in many rows."""
+    for number in range(first, min(first + 200, len(prepared))):
+        row = prepared.stored[number]
+        for place, where in enumerate(row["where"]):
+            if where.startswith(f"{source}: "):
+                return row, place
+    return prepared.stored[first], 0
+
+
+def show_recipe(recipe: DataRecipe, tokenizer: str | Path, samples: int, tokens: int, records: int) -> None:
+    """The first `samples` documents of each source of a recipe, and counts of its first `records` records.
+
+    Raises:
+        HmfError: of the first bad record.
+    """
+    loaded, console, table = load_tokenizer(tokenizer), _console(), []
+    for settings in recipe.sources:
+        encoder, counts = Encoder.of(settings, recipe), Counts()
+        shown = cut = 0
+        for record in islice(Source(settings).records(), records):
+            for document in encoder.encode(record, loaded, counts):
+                cut += settings.messages_field is not None and len(document) > recipe.sequence_length
+                if shown < samples:
+                    learnt = np.array(document.labels) != IGNORED
+                    where = f"{settings.title}: {record.where}"
+                    _print(console, loaded, where, np.array(document.ids), learnt, tokens)
+                    shown += 1
+        kind = "conversations" if settings.messages_field is not None else "text"
+        table.append(asdict(counts) | {"name": settings.title, "kind": kind, "truncated": cut})
+    if samples:
+        _legend(console)
+    console.print(_table(table, f"the first {records:,} records of each source, before mixing"))
+
+
+def print_counts(index: dict[str, Any], console: Console | None = None) -> None:
+    """What became of each source's records, and the rows."""
+    console = console or _console()
+    console.print(_table(index["sources"]))
+    console.print(
+        f"{index['rows']:,} rows of {index['sequence_length']:,} tokens from {index['documents']:,} documents "
+        f"and pieces of them, {index['filled']:.1%} filled",
+        highlight=False,
+    )
+    for source in index["sources"]:
+        if source["filtered"]:
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(source["filtered"].items()))
+            console.print(f"{source['name']}: filtered by {reasons}", highlight=False)
+        if source["unusable"]:
+            console.print(
+                f"{source['name']}: {source['unusable']:,} truncated conversations lost all that is supervised and "
+                "are left out",
+                highlight=False,
+            )
+
+
+def _table(sources: list[dict[str, Any]], caption: str | None = None) -> Table:
+    """One row a source. With a mixture, `tokens` and `supervised` are those that the rows hold."""
+    mixed = any("used" in source for source in sources)
+    table = Table(caption=caption, caption_justify="left")
+    table.add_column("source")
+    table.add_column("kind")
+    names = ["records", "filtered", "documents", "truncated", "tokens", "supervised"]
+    for name in names + ["share", "passes"] * mixed:
+        table.add_column(name, justify="right", no_wrap=True)
+    total = sum(source["used"]["tokens"] for source in sources) if mixed else 0
+    for source in sources:
+        used = source.get("used", source)
+        row = [f"{source['records']:,}", f"{sum(source['filtered'].values()):,}", f"{used['documents']:,}"]
+        row += [f"{source['truncated']:,}", f"{used['tokens']:,}"]
+        row.append(f"{used['supervised']:,} ({used['supervised'] / max(1, used['tokens']):.0%})")
+        if mixed:
+            row += [f"{used['tokens'] / total:.1%}", f"{source['passes']:.2f}"]
+        table.add_row(source["name"], source["kind"], *row)
+    return table
+
+
+def _print(
+    console: Console, tokenizer: PreTrainedTokenizerBase, where: str, ids: Any, supervised: Any, tokens: int
+) -> None:
+    count = f"{len(ids):,} tokens, {int(supervised.sum()):,} supervised"
+    console.rule(Text(f"{where}   {count}"), align="left", style="cyan")
+    text = Text()
+    halves = [(0, len(ids))] if len(ids) <= tokens else [(0, tokens // 2), (len(ids) - tokens // 2, len(ids))]
+    for number, (start, stop) in enumerate(halves):
+        if number:
+            text.append(f"\n… {len(ids) - 2 * (tokens // 2):,} tokens …\n", style=LEFT_OUT)
+        changes = np.flatnonzero(np.diff(supervised[start:stop])) + start + 1
+        for first, last in zip([start, *changes], [*changes, stop], strict=True):
+            part = tokenizer.decode(ids[first:last].tolist())
+            if supervised[first]:
+                # Marks where there are no colours.
+                text.append(part if console.color_system else f"⟦{part}⟧", style=LEARNT)
+            else:
+                text.append(part, style=CONTEXT)
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def _legend(console: Console) -> None:
+    marked = Text("bold green", style=LEARNT) if console.color_system else Text("⟦marked⟧")
+    console.rule(style="cyan")
+    console.print(Text.assemble("What the model learns to write is ", marked, "; the rest is context."))
+
+
+def _console() -> Console:
+    return Console() if Console().is_terminal else Console(width=120)
