@@ -98,7 +98,7 @@ class _Template:
         except Exception as error:  # a template may fail in any way that Python code can
             raise HmfError(f"the chat template fails: {' '.join(str(error).split())}") from None
 
-    def by_prompts(self, messages: list[Message], answers: list[int]) -> Encoded | list[Encoded]:
+    def by_prompts(self, messages: list[Message], answers: list[int]) -> list[Encoded]:
         documents: list[Encoded] = []
         text, parts = "", list[tuple[str, bool]]()
         for index in answers:

@@ -232,6 +232,8 @@ def _write(recipe: DataRecipe, sources: list[Tokenised], tokenizer: PreTrainedTo
     staged, target = recipe.output / f"{ROWS}.part", recipe.output / ROWS
     for left in (staged, target):
         shutil.rmtree(left, ignore_errors=True)
+    for part in recipe.output.glob(f"{INDEX}.*"):
+        part.unlink()
     staged.mkdir(parents=True)
     files = {}
     for first in range(0, len(rows), per_file):
@@ -274,7 +276,7 @@ def _write(recipe: DataRecipe, sources: list[Tokenised], tokenizer: PreTrainedTo
                 "kind": "conversations" if source.chat else "text",
                 "truncated": source.cut,
                 "unusable": int((source.lengths == 0).sum()),
-                "passes": round(len(chosen[number]) / max(1, np.count_nonzero(source.lengths)), 4),
+                "passes": round(len(chosen[number]) / max(1, int(np.count_nonzero(source.lengths))), 4),
                 "used": used[number],
             }
             for number, source in enumerate(sources)

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -50,12 +50,16 @@ class Counts:
     documents: int = 0
     tokens: int = 0
     supervised: int = 0
-    filtered: Counter[str] = field(default_factory=Counter)
+    filtered: dict[str, int] = field(default_factory=dict)
+
+    def leave_out(self, reason: str, count: int = 1) -> None:
+        self.filtered[reason] = self.filtered.get(reason, 0) + count
 
     def add(self, other: Counts) -> None:
         for name in ("records", "documents", "tokens", "supervised"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.filtered.update(other.filtered)
+        for reason, count in other.filtered.items():
+            self.leave_out(reason, count)
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Encoder:
         try:
             found = content(record, self.source)
             if self.filters.repetition and (reason := repetition(_learnt(found), self.filters.repetition)):
-                counts.filtered[reason] += 1
+                counts.leave_out(reason)
                 return []
             if isinstance(found, Conversation):
                 documents = encode_chat(tokenizer, found.messages, found.tools, self.thinking, self.turns)
@@ -88,13 +92,13 @@ class Encoder:
         kept = []
         for document in documents:
             if len(document) < self.filters.min_tokens:
-                counts.filtered["min_tokens"] += 1
+                counts.leave_out("min_tokens")
             elif self.filters.max_tokens is not None and len(document) > self.filters.max_tokens:
-                counts.filtered["max_tokens"] += 1
+                counts.leave_out("max_tokens")
             else:
                 kept.append(document)
         if not documents:
-            counts.filtered["empty"] += 1
+            counts.leave_out("empty")
         counts.documents += len(kept)
         counts.tokens += sum(map(len, kept))
         counts.supervised += sum(label != IGNORED for document in kept for label in document.labels)
@@ -218,8 +222,7 @@ def read_shard(path: Path) -> pa.RecordBatch:
 
 
 def shard_counts(path: Path) -> Counts:
-    stated = json.loads(read_shard(path).schema.metadata[b"counts"])
-    return Counts(**stated | {"filtered": Counter(stated["filtered"])})
+    return Counts(**json.loads(read_shard(path).schema.metadata[b"counts"]))
 
 
 # One tokenizer for each process of a pool.

@@ -25,7 +25,6 @@ from .checkpoints import PublishedCheckpoints
 from .guard import GuardedLoss
 from .progress import ProgressLine, RunLog, require_reporters
 
-
 if TYPE_CHECKING:
     from hmf.data.prepare import PreparedDataset
 
