@@ -28,7 +28,7 @@ from hmf.data.sources import Source, content
 from hmf.data.tokenizer import train_tokenizer
 from hmf.errors import HmfError
 from hmf.pipeline import resolve_base
-from hmf.training.distill import mixture
+from hmf.training.distill import mixture, row_length
 from tests.training.cutting import on_touch
 
 TEACHER = resolve_base("teacher")
@@ -116,6 +116,7 @@ def test_rows_hold_every_document_once_as_it_is_encoded(folder, whole, tokenizer
 def test_training_reads_prepared_rows(whole, tokenizer):
     data = DataSettings(prepared=whole)
     rows = mixture(data, tokenizer, rows=300, seed=3)
+    assert row_length(data) == 512
     stored = PreparedDataset(whole)
     assert len(rows) == 300 > 3 * len(stored)
     for name, value in rows[0].items():
@@ -253,7 +254,7 @@ BAD = {
     "no text": (TEXT, '{"text": null}', r"bad.jsonl:3: field 'text' holds nothing and not text"),
     "talk as text": (TEXT, '{"text": [{}]}', r"bad.jsonl:3: .* conversations are read by messages_field"),
     "no messages": (CHAT, '{"messages": []}', r"bad.jsonl:3: field 'messages' holds an empty list"),
-    "no role": (CHAT, '{"messages": [{"from": "human", "value": "a"}]}', r"jsonl:3: messages\[0\] has no role; it has 'from'"),
+    "no role": (CHAT, '{"messages": [{"from": "human", "value": "a"}]}', r"jsonl:3: messages\[0\] has no role"),
     "no answer": (CHAT, '{"messages": [{"role": "user", "content": "a"}]}', r"bad.jsonl:3: no assistant turn"),
     "bad tools": (CHAT, '{"messages": [{"role": "user"}], "tools": "{"}', r"jsonl:3: field 'tools' is text but"),
 }  # fmt: skip

@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hmf.errors import HmfError, unknown_name
 
-from .packing import IGNORED, Encoded, Row, encode_conversation, row_tensors
+from .encoding import IGNORED, Encoded
+from .packing import Row, encode_conversation, row_tensors
 from .tasks import Sample
 from .tokenizer import document_separator
 

@@ -107,7 +107,7 @@ def distill(
     )
     trainer.divergence_factor = training.divergence_factor
     trainer.remove_callback(PrinterCallback)
-    tokens = training.rows_per_step * training.gradient_accumulation_steps * trainer.train_dataset.sequence_length
+    tokens = training.rows_per_step * training.gradient_accumulation_steps * row_length(settings.data)
     log = RunLog(output / "stage1.log.json", draw)
     flops = stage1_flops_per_token(fused, head=settings.objective.kl > 0)
     trainer.add_callback(log)
@@ -120,6 +120,15 @@ def distill(
         save_checkpoint(fused, target, companions=model)
     trainer.accelerator.wait_for_everyone()
     return target
+
+
+def row_length(data: DataSettings) -> int:
+    """Tokens of a row of `mixture`."""
+    if data.prepared is not None:
+        from hmf.data.prepare import read_index
+
+        return read_index(data.prepared)["sequence_length"]
+    return data.sequence_length
 
 
 def mixture(

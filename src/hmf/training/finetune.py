@@ -20,7 +20,7 @@ from hmf.model.checkpoint import load_config, load_model, save_checkpoint
 from hmf.model.configuration import with_rope
 
 from .checkpoints import PublishedCheckpoints, say
-from .distill import _arguments, mixture
+from .distill import _arguments, mixture, row_length
 from .groups import Group, add_adapters, choose, optimiser_groups, table
 from .guard import GuardedLoss
 from .losses import IGNORED, CrossEntropy, Preference
@@ -155,9 +155,10 @@ def check_model(recipe: FinetuneRecipe, config: Any) -> None:
 
 def sequence_length(recipe: FinetuneRecipe) -> int:
     """Tokens of a row."""
-    section = recipe.pairs if recipe.data is None else recipe.data
-    assert section is not None  # the recipe's validator saw to it
-    return section.sequence_length
+    if recipe.data is not None:
+        return row_length(recipe.data)
+    assert recipe.pairs is not None  # the recipe's validator saw to it
+    return recipe.pairs.sequence_length
 
 
 def rows_for(recipe: FinetuneRecipe, tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[Any, int]:
