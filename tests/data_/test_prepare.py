@@ -292,7 +292,7 @@ def test_places_and_recipes_that_cannot_be(folder, tmp_path, whole):
     with pytest.raises(HmfError, match="the output directory is in use"):
         prepare(recipe(folder, folder), TEACHER)
     for changes, expected in (
-        ({"sources": [{"path": "a", "wieght": 1}]}, "sources.0: unknown key 'wieght'; did you mean 'weight'"),
+        ({"sources": [{"path": "a", "weigt": 1}]}, "sources.0: unknown key 'weigt'; did you mean 'weight'"),
         ({"sources": [{"path": "a"}, {"path": "b/a"}]}, "two are called 'a'; give each a name"),
         ({"sources": [{"path": "a", "weight": 1}, {"path": "b"}]}, "'b' has no weight"),
         ({"sources": [{}]}, "give either path or dataset"),
