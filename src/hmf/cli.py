@@ -72,12 +72,14 @@ def distill(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from hmf.config.runs import DistillRecipe, read_recipe
     from hmf.pipeline import claim
     from hmf.report.curves import draw_curves
+    from hmf.training.checkpoints import by_one
     from hmf.training.distill import distill as run
 
     settings, text = read_recipe(recipe, DistillRecipe, overrides or ())
-    claim(settings.output, text)
+    first = by_one(lambda: claim(settings.output, text))
     saved = run(settings.model, settings.output, settings, settings.seed, draw=draw_curves)
-    typer.echo(f"saved {saved}; next: hmf export {saved} --out {settings.output}/model")
+    if first:
+        typer.echo(f"saved {saved}; next: hmf export {saved} --out {settings.output}/model")
 
 
 @app.command(epilog=epilog("hmf export runs/distill/stage1 --out runs/distill/model --dtype bfloat16"))
@@ -128,8 +130,9 @@ def prime(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     settings, text = read_recipe(recipe, PrimeRecipe, overrides or ())
     scores = run(settings, text, say=typer.echo)
-    print_scores(scores)
-    typer.echo(next_commands(settings.output))
+    if scores:  # none in the processes that only train along
+        print_scores(scores)
+        typer.echo(next_commands(settings.output))
 
 
 @app.command(epilog=epilog(
@@ -384,6 +387,61 @@ def bench_solver(
     if plot is not None:
         solver.plot(found, title, plot)
         typer.echo(f"saved {plot}")
+
+
+@bench.command(name="distill", epilog=epilog(
+    "hmf bench distill",
+    "hmf bench distill ./Qwen3-1.7B --tokens 4096 --rows 2 --dtype bfloat16",
+    "hmf bench distill --set num_hidden_layers=12 --set hidden_size=768 --set vocab_size=32000",
+))  # fmt: skip
+def bench_distill(
+    model: Annotated[
+        str, typer.Argument(help='Directory with a config.json (weights are random), or "teacher".')
+    ] = "teacher",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="In place of what the config says; repeatable."),
+    ] = None,
+    mixer: Annotated[str, typer.Option(help="Layer type that replaces attention.")] = "gdn",
+    ratio: Annotated[float | None, typer.Option(help="Share of layers to replace; left out: 0.5.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="Or one symbol a layer, joined by '-'.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 2,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 512,
+    kl: Annotated[float, typer.Option(min=0, help="Weight of the logits' KL beside the MSE before the head.")] = 1.0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; left out: cuda if there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16 (autocast over float32 weights).")] = "float32",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of a process.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Processes for each way, in turn.")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+) -> None:
+    """Times Stage 1's step in one fused model against teacher and student as two models, and their peak memory."""
+    import json
+
+    import torch
+
+    from hmf.bench import distill as steps
+    from hmf.bench import machine
+    from hmf.config.runs import HybridSettings
+    from hmf.errors import unknown_name
+    from hmf.model.checkpoint import load_config
+    from hmf.pipeline import resolve_base
+
+    if dtype not in ("float32", "bfloat16"):
+        raise HmfError(f"--dtype: {unknown_name('dtype', dtype, ('float32', 'bfloat16'))}")
+    config = steps.changed(load_config(resolve_base(model), weights=False), overrides or ())
+    if ratio is not None and pattern is not None:
+        raise HmfError("give at most one of --ratio and --pattern")
+    settings = HybridSettings(mixer=mixer, ratio=None if pattern else ratio or 0.5, pattern=pattern)
+    layers = str(settings.layer_pattern(config.num_hidden_layers))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    case = steps.Case(config, layers, rows, tokens, kl, device, dtype, repeats)
+    table = steps.rows(case, steps.run(case, rounds))
+    if as_json:
+        facts = {"pattern": layers, "hardware": machine.hardware(), "versions": machine.versions()}
+        typer.echo(json.dumps({"rows": table, **facts}, indent=2))
+    else:
+        shape = f"{config.num_hidden_layers} layers of {config.hidden_size}, vocabulary {config.vocab_size:,}"
+        steps.print_rows(table, f"{layers}\n{shape}; {rows} rows of {tokens:,} tokens, kl {kl:g}, {dtype}, {device}")
 
 
 def main() -> None:

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speed and memory of a Stage-1 step in one fused model, against a teacher and a student that are two models.
+
+Every way computes the same loss and the same gradients from the same random weights, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import re
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from hmf.bench import machine
+from hmf.config.pattern import Pattern
+from hmf.errors import HmfError, unknown_name
+from hmf.model.convert import drop_teacher, hybridise
+from hmf.priming.objectives import Stage1Objective, train_only_mixers
+from hmf.priming.stage0 import initialise
+
+WAYS = {
+    "two models": "each called as usual: whole logits, activations of both kept",
+    "two models, frugal": "the teacher without gradients, logits only where the loss has a KL term",
+    "one model": "as hmf distill does: shared layers once, teacher without gradients, logits in chunks",
+}
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: a base `config`, the layers that become mixers, and a batch of rows [rows, tokens].
+
+    The loss is the MSE before the head plus `kl` times the divergence of the logits of all tokens. bfloat16 is
+    autocast over float32 weights, as in training.
+    """
+
+    config: Any
+    pattern: str
+    rows: int
+    tokens: int
+    kl: float = 1.0
+    device: str = "cpu"
+    dtype: str = "float32"
+    repeats: int = 3
+
+
+@dataclass(frozen=True)
+class Result:
+    """Seconds of each step, peak memory of steps with weights and gradients in bytes, and the loss."""
+
+    seconds: list[float]
+    peak_bytes: int
+    loss: float
+
+
+def changed(config: Any, overrides: Iterable[str]) -> Any:
+    """`config` with "key=value" in place of some of its keys, values in YAML."""
+    fields = config.to_dict()
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise HmfError(f"--set {override}: write KEY=VALUE, as num_hidden_layers=12")
+        if key not in fields:
+            raise HmfError(f"--set {override}: {unknown_name('key', key, fields)}")
+        fields[key] = yaml.safe_load(value)
+    fields.pop("layer_types", None)  # follows from the number of layers
+    return type(config).from_dict(fields)
+
+
+def prepared(case: Case, way: str) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
+    """The model that is trained, and a function that computes the loss of a batch."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(case.config, dtype=torch.float32)
+    fused = hybridise(base, Pattern.parse(case.pattern, case.config.num_hidden_layers))
+    initialise(fused)
+    ids = torch.randint(case.config.vocab_size, (case.rows, case.tokens)).to(case.device)
+    if way == "one model":
+        fused.to(case.device).train()
+        train_only_mixers(fused)
+        objective = Stage1Objective(kl=case.kl)
+        return fused, lambda: fused(input_ids=ids, objective=objective)["loss"]
+    frugal = way == "two models, frugal"
+    teacher, student = copy.deepcopy(base).to(case.device).train(), drop_teacher(fused).to(case.device).train()
+    train_only_mixers(student)
+
+    def run(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden, None if frugal and not case.kl else model.lm_head(hidden)
+
+    def loss() -> torch.Tensor:
+        with torch.set_grad_enabled(not frugal):
+            wanted, their_logits = run(teacher)
+        found, our_logits = run(student)
+        total = (found.float() - wanted.detach().float()).square().mean()
+        if case.kl and our_logits is not None and their_logits is not None:
+            ours, theirs = (x.float().log_softmax(-1) for x in (our_logits, their_logits.detach()))
+            total = (
+                total + case.kl * nn.functional.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1).mean()
+            )
+        return total
+
+    return student, loss
+
+
+def measure(case: Case, way: str) -> Result:
+    """Steps without the optimiser's, which is the same in every way."""
+    model, loss_of_batch = prepared(case, way)
+    cuda, seconds, loss = case.device == "cuda", [], torch.tensor(0.0)
+    for step in range(WARM_UP + case.repeats):
+        if step == WARM_UP:
+            _reset_peak(cuda)
+        start = _now(cuda)
+        model.zero_grad()
+        with torch.autocast(case.device, torch.bfloat16, enabled=case.dtype == "bfloat16"):
+            loss = loss_of_batch()
+        loss.backward()
+        seconds.append(_now(cuda) - start)
+    return Result(seconds[WARM_UP:], _peak(cuda), loss.item())
+
+
+def run(case: Case, rounds: int = 1, ways: Iterable[str] = WAYS) -> dict[str, Result]:
+    """Every way, `rounds` times in turn, each time in a new process; times of all rounds, the largest peak."""
+    if case.device not in ("cpu", "cuda"):
+        raise HmfError(f"--device: {unknown_name('device', case.device, ('cpu', 'cuda'))}")
+    if case.device == "cuda" and not torch.cuda.is_available():
+        raise HmfError("--device cuda: PyTorch sees no GPU; leave --device out")
+    found: dict[str, Result] = {}
+    for _ in range(rounds):
+        for way in ways:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                new = pool.submit(measure, case, way).result()
+            old = found.get(way, Result([], 0, new.loss))
+            found[way] = Result(old.seconds + new.seconds, max(old.peak_bytes, new.peak_bytes), new.loss)
+    return found
+
+
+def rows(case: Case, results: dict[str, Result]) -> list[dict[str, Any]]:
+    """One row a way, with its ratios to the first."""
+    first = next(iter(results.values()))
+    return [
+        {
+            "way": way,
+            "tokens_per_second": case.rows * case.tokens / statistics.median(result.seconds),
+            "speedup": statistics.median(first.seconds) / statistics.median(result.seconds),
+            "peak_bytes": result.peak_bytes,
+            "memory_ratio": first.peak_bytes / result.peak_bytes,
+            "loss": result.loss,
+            "steps": len(result.seconds),
+        }
+        for way, result in results.items()
+    ]
+
+
+def print_rows(table_rows: list[dict[str, Any]], title: str) -> None:
+    explained = [f"{row['way']}: {WAYS[row['way']]}" for row in table_rows]
+    caption = "\n".join([*explained, *machine.lines()])
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    table.add_column("way")
+    for name in ("tokens/s", "faster", "peak GiB", "less memory", "loss", "steps"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in table_rows:
+        table.add_row(
+            row["way"], f"{row['tokens_per_second']:,.0f}", f"{row['speedup']:.2f}x",
+            f"{row['peak_bytes'] / 2**30:.2f}", f"{row['memory_ratio']:.2f}x", f"{row['loss']:.4f}", str(row["steps"]),
+        )  # fmt: skip
+    Console(width=max(110, Console().width)).print(table)
+
+
+def _now(cuda: bool) -> float:
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _reset_peak(cuda: bool) -> None:
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is in use
+
+
+def _peak(cuda: bool) -> int:
+    """Bytes: PyTorch's on a GPU, the whole process on a CPU."""
+    if cuda:
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "linux":
+        found = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+        return int(found[1]) * 1024 if found else 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

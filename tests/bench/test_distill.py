@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ways that `hmf bench distill` compares do the same work, and what it says of them is right."""
+
+import pytest
+import torch
+
+from hmf.bench import distill
+from hmf.bench.distill import WAYS, Case, Result, changed, measure, prepared, rows, run
+from hmf.errors import HmfError
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.7])
+def test_every_way_has_the_same_loss_and_gradients(tiny_qwen3_config, kl):
+    case = Case(tiny_qwen3_config, "*-GDN-*-GDN", rows=2, tokens=20, kl=kl)
+    found = {}
+    for way in WAYS:
+        model, loss_of_batch = prepared(case, way)
+        loss = loss_of_batch()
+        loss.backward()
+        trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        assert trained and all(".gdn." in name for name in trained)
+        found[way] = loss.item(), trained
+    wanted_loss, wanted = found["two models"]
+    for loss, gradients in found.values():
+        assert loss == pytest.approx(wanted_loss, rel=1e-5)
+        assert gradients.keys() == wanted.keys()
+        assert all((gradients[name] - wanted[name]).norm() < 1e-4 * wanted[name].norm() for name in wanted)
+
+
+def test_a_measurement_sees_memory_and_time(tiny_qwen3_config):
+    case = Case(tiny_qwen3_config, "*-GDN-*-GDN", rows=1, tokens=16, repeats=2)
+    result = measure(case, "one model")
+    assert len(result.seconds) == 2 and min(result.seconds) > 0
+    before = distill._peak(cuda=False)
+    assert 2**20 < result.peak_bytes <= before
+    ballast = torch.ones(2**26)  # 256 MiB
+    assert distill._peak(cuda=False) > before + ballast.nbytes // 2
+
+
+def test_rows_are_ratios_to_the_first_way(tiny_qwen3_config, capsys):
+    case = Case(tiny_qwen3_config, "*-GDN-*-GDN", rows=2, tokens=50)
+    found = {"two models": Result([2.0, 4.0, 3.0], 6000, 0.5), "one model": Result([1.5], 2000, 0.5)}
+    first, second = rows(case, found)
+    assert (first["speedup"], first["memory_ratio"]) == (1, 1)
+    assert (second["tokens_per_second"], second["speedup"], second["memory_ratio"]) == (100 / 1.5, 2, 3)
+    distill.print_rows([first, second], "a title")
+    printed = capsys.readouterr().out
+    assert "2.00x" in printed and "3.00x" in printed and "torch" in printed
+
+
+def test_a_config_is_changed_by_known_keys_alone(tiny_qwen3_config):
+    assert changed(tiny_qwen3_config, ["num_hidden_layers=2"]).layer_types == ["full_attention"] * 2
+    with pytest.raises(HmfError, match="did you mean 'hidden_size'"):
+        changed(tiny_qwen3_config, ["hiden_size=3"])
+    with pytest.raises(HmfError, match="write KEY=VALUE"):
+        changed(tiny_qwen3_config, ["hidden_size"])
+    with pytest.raises(HmfError, match="unknown device 'gpu'"):
+        run(Case(tiny_qwen3_config, "*-GDN-*-GDN", 1, 4, device="gpu"))
