@@ -21,7 +21,7 @@ from hmf.model.convert import footprint
 from hmf.priming.export import export
 from hmf.priming.stage0 import Stage0Report, base_layers, make_stage0
 from hmf.report.curves import draw_curves
-from hmf.training.checkpoints import replace_text, require_room
+from hmf.training.checkpoints import by_one, replace_text, require_room
 from hmf.training.distill import distill
 
 EMBEDDED_TEACHER = "teacher"
@@ -53,7 +53,8 @@ def claim(output: Path, recipe: str) -> None:
 def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[str, Any]]:
     """`hmf prime`: run every step that is not done yet under `recipe.output`; `text` is the recipe's file content.
 
-    Returns the scores by model: "teacher", "stage 0" (mixers started, not trained) and "primed".
+    Returns the scores by model: "teacher", "stage 0" (mixers started, not trained) and "primed". Under torchrun all
+    processes train; one does the rest, and the others return nothing and may end.
     """
     base, run = resolve_base(recipe.base), recipe.output
     for task in recipe.evaluate.tasks:
@@ -61,11 +62,17 @@ def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[st
             raise HmfError(f"evaluate.tasks: {unknown_name('task', task, tasks.TASKS)}")
     pattern = recipe.hybrid.layer_pattern(base_layers(base))
     options = recipe.hybrid.options_by_key()
-    check_disk(run, base)
-    claim(run, text)
-    if not (run / "stage0").is_dir():
-        say(describe(make_stage0(base, pattern, run / "stage0", options, recipe.seed, recipe.hybrid.conv_start)))
+
+    def start() -> None:
+        check_disk(run, base)
+        claim(run, text)
+        if not (run / "stage0").is_dir():
+            say(describe(make_stage0(base, pattern, run / "stage0", options, recipe.seed, recipe.hybrid.conv_start)))
+
+    first = by_one(start)
     distill(run / "stage0", run, recipe.distill, recipe.seed, draw=draw_curves)
+    if not first:
+        return {}
     if not (run / "model").is_dir():
         export(run / "stage1", run / "model")
     models = {"teacher": base, "stage 0": run / "stage0", "primed": run / "model"}

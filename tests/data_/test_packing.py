@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 
 from hmf.data import tasks
 from hmf.data.encoding import IGNORED, Encoded, encode_document
-from hmf.data.packing import MixtureDataset, build_dataset, cu_seqlens, encode_conversation, pack
+from hmf.data.packing import (
+    MixtureDataset,
+    PromptDataset,
+    build_dataset,
+    cu_seqlens,
+    encode_conversation,
+    pack,
+)
 from hmf.data.tokenizer import document_separator, encode_texts
 from hmf.errors import HmfError
 
@@ -107,6 +114,19 @@ def test_mixture_rows_depend_on_seed_and_index_alone(tokenizer):
         assert first[index]["input_ids"].shape == (256,)
         assert all(torch.equal(first[index][name], rows[index][name]) for name in rows[index])
     assert any(not torch.equal(first[i]["input_ids"], make(1)[i]["input_ids"]) for i in range(6))
+
+
+def test_prompts_fit_and_depend_on_seed_and_row_alone(tokenizer):
+    texts = encode_texts(tokenizer, ["x = 1\n" * 200, "y = 2\n" * 50])
+    make = lambda seed: PromptDataset(texts, tokenizer, 200, {"arithmetic": 1.0}, rows=20, text_share=0.5, seed=seed)  # noqa: E731
+    first, second = make(0), make(0)
+    again = {index: second[index] for index in reversed(range(20))}
+    prompts = [first[index]["prompt"] for index in range(20)]
+    assert all(again[index]["prompt"] == prompt for index, prompt in enumerate(prompts))
+    assert all(1 <= len(prompt) <= 200 for prompt in prompts)
+    assert prompts != [make(1)[index]["prompt"] for index in range(20)]
+    rendered = [tokenizer.decode(prompt) for prompt in prompts]
+    assert 0 < sum(text.endswith("assistant\n") or "<|im_start|>assistant" in text for text in rendered) < 20
 
 
 def test_boundaries_of_rows_laid_end_to_end():

@@ -3,14 +3,27 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hmf.config.pattern import Pattern
+from hmf.config.runs import ObjectiveSettings
 from hmf.errors import HmfError
 from hmf.model.checkpoint import load_model
 from hmf.model.convert import drop_teacher, hybridise
 from hmf.model.modeling import STUDENT, TEACHER
-from hmf.priming.objectives import PARTS, LayerwiseObjective, Stage1Objective, logit_divergence, train_only_mixers
+from hmf.priming.objectives import (
+    PARTS,
+    LayerwiseObjective,
+    Stage1Objective,
+    attention_sizes,
+    logit_divergence,
+    objective_at,
+    token_counts,
+    train_only_mixers,
+)
 from hmf.priming.stage0 import initialise
 
 
@@ -74,20 +87,139 @@ def test_a_plain_hybrid_is_refused(fused):
         Stage1Objective("none", pre_lm_head=False)(fused, input_ids=torch.zeros(1, 4, dtype=torch.long))
 
 
-def test_divergence_is_the_dense_one_for_any_chunking(fused):
-    torch.manual_seed(1)
-    head = fused.get_output_embeddings()
-    ours, theirs = torch.randn(2, 2, 15, 64)
-    ours.requires_grad_()
-    for direction in ("forward", "reverse"):
-        p, q = (head(x).softmax(-1) for x in ((theirs, ours) if direction == "forward" else (ours, theirs)))
-        dense = (p * (p.log() - q.log())).sum(-1)
-        (wanted,) = torch.autograd.grad(dense.sum(), ours)
-        for chunk_size in (1, 7, 30, 100):
-            found = logit_divergence(ours, theirs, head, direction, chunk_size)
-            (gradient,) = torch.autograd.grad(found.sum(), ours)
-            assert torch.allclose(found, dense, atol=1e-5)
-            assert torch.allclose(gradient, wanted, atol=1e-5)
+def dense_divergence(ours, theirs, head, direction, top_k=None, temperature=1.0):
+    """KL in float64 from whole probabilities, [N]."""
+    p, q = ((x.double() @ head.weight.double().T / temperature).softmax(-1) for x in (theirs, ours))
+    if top_k:
+        kept = torch.zeros_like(p, dtype=torch.bool).scatter_(-1, p.topk(top_k, -1).indices, True)
+        p, q = (torch.cat([x[kept].view(len(x), -1), (x * ~kept).sum(-1, keepdim=True)], -1) for x in (p, q))
+    if direction == "reverse":
+        p, q = q, p
+    return (p * (p.log() - q.log())).sum(-1) * temperature**2
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize(("top_k", "temperature"), [(None, 1.0), (None, 3.0), (5, 1.0), (1, 0.5)])
+def test_divergence_is_the_dense_one_for_any_chunking(direction, top_k, temperature):
+    head = torch.nn.Linear(24, 50, bias=False).requires_grad_(False)
+    ours, theirs, weight = torch.randn(30, 24, requires_grad=True), torch.randn(30, 24), torch.rand(30)
+    dense = dense_divergence(ours, theirs, head, direction, top_k, temperature)
+    (wanted,) = torch.autograd.grad((dense * weight).sum(), ours)
+    for chunk_size in (1, 7, 30, None):
+        found = logit_divergence(ours, theirs, head, direction, top_k, temperature, chunk_size)
+        (gradient,) = torch.autograd.grad((found * weight).sum(), ours)
+        assert torch.allclose(found.double(), dense, atol=1e-5)
+        assert torch.allclose(gradient, wanted, atol=1e-5)
+
+
+@given(st.integers(1, 48), st.sampled_from(["forward", "reverse"]), st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_the_rest_as_one_outcome_never_adds_divergence(top_k, direction, seed):
+    torch.manual_seed(seed)
+    head = torch.nn.Linear(8, 50, bias=False).requires_grad_(False)
+    ours, theirs = 3 * torch.randn(2, 6, 8)
+    with torch.no_grad():
+        full, some, more = (logit_divergence(ours, theirs, head, direction, k) for k in (None, top_k, top_k + 1))
+    assert (some <= more + 1e-5).all() and (more <= full + 1e-5).all() and (some >= -1e-6).all()
+
+
+def test_whole_logits_never_exist(fused):
+    head = fused.get_output_embeddings().weight
+
+    class LargestLogits(TorchDispatchMode):
+        rows = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for x in result if isinstance(result, list | tuple) else (result,):
+                if not torch.is_tensor(x) or x.untyped_storage().data_ptr() == head.untyped_storage().data_ptr():
+                    continue
+                if x.shape[-1:] == (fused.config.vocab_size,):
+                    self.rows = max(self.rows, x.shape[:-1].numel())
+            return result
+
+    train_only_mixers(fused)
+    ids = torch.randint(0, 128, (2, 24))
+    for options in ({}, {"kl_direction": "reverse"}, {"kl_top_k": 3}):
+        objective = Stage1Objective(kl=1.0, kl_chunk_size=7, **options)
+        with LargestLogits() as largest:
+            fused(input_ids=ids, objective=objective)["loss"].backward()
+        assert largest.rows == 7
+
+
+def test_an_unfit_head_or_top_k_is_refused(fused):
+    hidden = torch.randn(2, 64, requires_grad=True)
+    with pytest.raises(HmfError, match="train_only_mixers"):
+        logit_divergence(hidden, hidden, fused.get_output_embeddings())
+    train_only_mixers(fused)
+    with pytest.raises(HmfError, match="kl_top_k: 128 is not below the vocabulary's 128"):
+        logit_divergence(hidden, hidden, fused.get_output_embeddings(), top_k=128)
+
+
+def test_the_teachers_path_keeps_nothing_and_shared_layers_run_once(fused):
+    """Layer 0 is the first path's and the second's; from layer 1 on each path runs its own."""
+    train_only_mixers(fused)
+    runs, kept = [], []
+    for index, layer in enumerate(fused.model.layers):
+        layer.register_forward_hook(lambda *_, index=index: runs.append((index, torch.is_grad_enabled())))
+    fused.model.layers[1].self_attn.register_forward_hook(lambda *_: kept.append(len(saved)))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
+        fused(input_ids=torch.arange(20)[None], objective=Stage1Objective("all", kl=1.0))
+    teacher, student = [(index, False) for index in (1, 2, 3)], [(index, True) for index in (1, 2, 3)]
+    assert runs == [(0, False), *teacher, *student]
+    assert kept == [0] and saved
+
+
+SPLITS = {"all": {"layers": "all", "kl": 0.5}, "answers": {"kl": 2.0, "kl_tokens": "supervised", "pre_lm_head": 0.3}}
+
+
+@pytest.mark.parametrize("name", [*SPLITS, "layerwise"])
+def test_losses_and_gradients_of_parts_add_up_to_those_of_the_whole(fused, name):
+    """Documents packed in one row, padded in a batch, or alone, in one step or several."""
+    model = fused.double()
+    train_only_mixers(model)
+    lengths = (18, 7, 12)
+    documents = [torch.randint(3, 128, (1, n)) for n in lengths]
+    labels = [torch.cat([torch.full((1, n - k), -100), x[:, n - k :]], 1) for n, k, x in
+              zip(lengths, (3, 5, 0), documents, strict=True)]  # fmt: skip
+    alone = [{"input_ids": x, "labels": y} for x, y in zip(documents, labels, strict=True)]
+    packed = {"input_ids": torch.cat(documents, 1), "labels": torch.cat(labels, 1),
+              "position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}  # fmt: skip
+    padded = {
+        "input_ids": torch.cat([torch.nn.functional.pad(x, (18 - x.shape[1], 0)) for x in documents]),
+        "labels": torch.cat([torch.nn.functional.pad(x, (18 - x.shape[1], 0), value=-100) for x in labels]),
+        "attention_mask": torch.cat([(torch.arange(18) >= 18 - n).long()[None] for n in lengths]),
+    }
+    objective = LayerwiseObjective(attention_sizes(model, **packed)) if name == "layerwise" else (
+        Stage1Objective(**SPLITS[name]))  # fmt: skip
+
+    def run(*batches):
+        model.zero_grad()
+        counts = sum(token_counts(**batch) for batch in batches)
+        losses = [model(**batch, objective=objective, counts=counts)["loss"] for batch in batches]
+        sum(losses).backward()
+        return sum(losses).item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    wanted_loss, wanted = run(packed)
+    for batches in (alone, [padded], [alone[1], alone[0], alone[2]]):
+        loss, gradient = run(*batches)
+        assert loss == pytest.approx(wanted_loss, rel=1e-10)
+        assert (gradient - wanted).norm() < 1e-9 * wanted.norm()
+
+
+def test_weights_follow_straight_lines_between_steps():
+    schedule = ObjectiveSettings(kl={10: 0.0, 20: 2.0, 30: 1.0}, layerwise_steps=5, layers="mixer", layers_weight=3)
+    assert [schedule.weights_at(step)["kl"] for step in (0, 10, 15, 20, 25, 30, 99)] == [0, 0, 1, 2, 1.5, 1, 1]
+    assert objective_at(schedule, 4, (1.0,)) == LayerwiseObjective((1.0,))
+    assert objective_at(schedule, 15) == Stage1Objective("mixer", 1.0, 1.0, layers_weight=3.0)
+    assert objective_at(ObjectiveSettings(pre_lm_head=False, kl=1, kl_top_k=8), 0) == Stage1Objective(
+        pre_lm_head=0, layers_weight=0, kl=1.0, kl_top_k=8
+    )
+    for bad in ({"pre_lm_head": False}, {"pre_lm_head": {0: 1, 50: 0}}, {"kl": {}}, {"kl": {0: -1}}, {"kl": {-1: 1}}):
+        with pytest.raises(ValueError):
+            ObjectiveSettings(**bad)
+    ObjectiveSettings(pre_lm_head=False, kl={100: 0, 150: 1}, layerwise_steps=120)
 
 
 def test_supervised_tokens_are_those_whose_successor_has_a_label(fused):
@@ -102,8 +234,8 @@ def test_supervised_tokens_are_those_whose_successor_has_a_label(fused):
             path: fused.model.norm(fused.model.run_layers(inputs.hidden_states, inputs, range(4), path))
             for path in (STUDENT, TEACHER)
         }
-        each = logit_divergence(finals[STUDENT], finals[TEACHER], fused.get_output_embeddings())
-    assert some.item() == pytest.approx(each[0, 5:8].mean().item(), rel=1e-5)
+        each = logit_divergence(finals[STUDENT][0], finals[TEACHER][0], fused.get_output_embeddings())
+    assert some.item() == pytest.approx(each[5:8].mean().item(), rel=1e-5)
     with pytest.raises(HmfError, match="needs labels"):
         objective(fused, input_ids=ids)
 

@@ -195,22 +195,21 @@ def start(target: Callable[..., None], *args: Any) -> multiprocessing.process.Ba
     return process
 
 
-def train_on_two(stage0: Path, run: Path, kill: tuple[int, int] | None = None) -> list[int | None]:
-    """Two gloo processes, one killed at `kill`, (rank, touch); the other is then ended, as torchrun does.
-
-    Returns the exit codes.
-    """
+def together(
+    target: Callable[..., None], args: tuple[Any, ...], count: int, extra: dict[int, tuple[Any, ...]] | None = None
+) -> list[int | None]:
+    """`target(*args, *extra[rank], environment)` in `count` gloo processes; when one fails, the others are ended, as
+    torchrun does. Returns the exit codes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     processes = []
-    for rank in range(2):
+    for rank in range(count):
         environment = {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true",
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
         }  # fmt: skip
-        at = kill[1] if kill and kill[0] == rank else None
-        processes.append(start(train, stage0, run, at, environment))
+        processes.append(start(target, *args, *(extra or {}).get(rank, ()), environment))
     while any(process.is_alive() for process in processes):
         for process in processes:
             process.join(0.1)
@@ -218,3 +217,9 @@ def train_on_two(stage0: Path, run: Path, kill: tuple[int, int] | None = None) -
             for process in processes:
                 process.kill()
     return [process.exitcode for process in processes]
+
+
+def train_on_two(stage0: Path, run: Path, kill: tuple[int, int] | None = None) -> list[int | None]:
+    """A run on two processes, one killed at `kill`, (rank, touch). Returns the exit codes."""
+    extra = {rank: (kill[1] if kill and kill[0] == rank else None,) for rank in (0, 1)}
+    return together(train, (stage0, run), 2, extra)

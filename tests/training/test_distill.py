@@ -50,11 +50,13 @@ def test_only_mixers_change_and_the_loss_is_logged_in_parts(stage0, finished):
     assert log[0]["loss"] == pytest.approx(log[0]["loss_hidden"] + log[0]["loss_mixer"], rel=1e-3)
 
 
-def test_tokenizer_files_stay_byte_identical(stage0, finished):
+def test_tokenizer_files_and_config_stay_as_they_are(stage0, finished):
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         wanted = (resolve_base("teacher") / name).read_bytes()
         assert (stage0 / name).read_bytes() == wanted
         assert (finished / "stage1" / name).read_bytes() == wanted
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (stage0, finished / "stage1"))
+    assert after == before | {"dtype": "float32"}  # which it was trained in
 
 
 def test_a_stopped_run_ends_bit_for_bit_like_an_uninterrupted_one(stage0, finished, tmp_path, monkeypatch):

@@ -4,12 +4,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from hmf.errors import HmfError, unknown_name
 
@@ -177,18 +185,62 @@ class DataRecipe(Settings):
         return self
 
 
+def _as_schedule(value: Any) -> Any:
+    return {0: value} if isinstance(value, int | float) else value
+
+
+# A weight by step: straight lines between the steps that are named, constant before and after. One number is constant.
+Schedule = Annotated[
+    dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0, allow_inf_nan=False)]],
+    Field(min_length=1),
+    BeforeValidator(_as_schedule),
+]
+
+
+def weight_at(schedule: Mapping[int, float], step: int) -> float:
+    """The weight of a term at an optimiser step, a function of nothing else: a resumed run has the same."""
+    steps = sorted(schedule)
+    if step <= steps[0] or step >= steps[-1]:
+        return schedule[steps[0] if step <= steps[0] else steps[-1]]
+    after = next(later for later in steps if later > step)
+    before = steps[steps.index(after) - 1]
+    share = (step - before) / (after - before)
+    return (1 - share) * schedule[before] + share * schedule[after]
+
+
 class ObjectiveSettings(Settings):
-    """Stage 1: MSE before the head, MSE of layer outputs, KL of the logits by weight.
+    """Stage 1: MSE before the head, MSE of layer outputs, KL of the logits, each by a weight or a schedule of weights.
 
     In the first `layerwise_steps` each mixer learns alone instead, from the teacher's own inputs.
     """
 
     layerwise_steps: int = Field(0, ge=0)
+    pre_lm_head: Schedule = {0: 1.0}  # false is 0, true is 1
     layers: LayerTarget = "none"
-    pre_lm_head: bool = True
-    kl: float = Field(0.0, ge=0)
+    layers_weight: Schedule = {0: 1.0}
+    kl: Schedule = {0: 0.0}
     kl_direction: Literal["forward", "reverse"] = "forward"
     kl_tokens: Literal["all", "supervised"] = "all"
+    kl_top_k: int | None = Field(None, ge=1)  # tell apart the teacher's likeliest tokens only; the rest is one outcome
+    kl_temperature: float = Field(1.0, gt=0)
+    kl_chunk_size: int | None = Field(None, ge=1)  # tokens whose logits exist at once; left out: by their size
+
+    def weights_at(self, step: int) -> dict[str, float]:
+        """The weights of pre_lm_head, layers and kl at a step."""
+        return {
+            "pre_lm_head": weight_at(self.pre_lm_head, step),
+            "layers": weight_at(self.layers_weight, step) if self.layers != "none" else 0.0,
+            "kl": weight_at(self.kl, step),
+        }
+
+    @model_validator(mode="after")
+    def _always_something(self) -> ObjectiveSettings:
+        # Between two of these steps all weights are straight lines: a sum that is not 0 at both ends is 0 nowhere.
+        first = self.layerwise_steps
+        for step in sorted({first, *(s for s in (*self.pre_lm_head, *self.layers_weight, *self.kl) if s > first)}):
+            if not any(self.weights_at(step).values()):
+                raise ValueError(f"nothing to compare at step {step}; give pre_lm_head, kl or layers a weight")
+        return self
 
 
 class OptimiserSettings(Settings):
@@ -213,12 +265,32 @@ class OptimiserSettings(Settings):
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
 
 
+class OnPolicySettings(Settings):
+    """Stage 1 on what the student writes itself: it goes on from prompts drawn from `data`, at most to its length."""
+
+    max_new_tokens: int = Field(128, ge=1)
+    temperature: float = Field(1.0, gt=0)  # of sampling; the objective has its own
+    top_p: float = Field(1.0, gt=0, le=1)
+
+
 class DistillSettings(Settings):
     """Stage 1 as `hmf prime` runs it."""
 
     data: DataSettings = Field(default_factory=DataSettings)
     objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)
     training: OptimiserSettings
+    on_policy: OnPolicySettings | None = None
+
+    @model_validator(mode="after")
+    def _on_policy_fits(self) -> DistillSettings:
+        if self.on_policy is not None:
+            if self.data.prepared is not None:
+                raise ValueError("on_policy draws its prompts from data.text and data.tasks; leave out data.prepared")
+            if self.data.sequence_length - self.on_policy.max_new_tokens < 16:
+                raise ValueError("on_policy.max_new_tokens must leave 16 of data.sequence_length for the prompt")
+            if self.objective.layerwise_steps:
+                raise ValueError("objective.layerwise_steps must be 0 with on_policy; train layer by layer first")
+        return self
 
 
 class DistillRecipe(DistillSettings):

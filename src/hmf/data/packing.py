@@ -188,6 +188,25 @@ class MixtureDataset(Dataset[Row]):
         return row_tensors(row)
 
 
+class PromptDataset(MixtureDataset):
+    """Beginnings to go on from, {"prompt": ids}, of at most `sequence_length` tokens: the prompts of conversations, and
+    pieces of text of any length. Row i depends on `seed` and i alone."""
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        rng, room = Random(f"{self.seed}:prompt {index}"), self.sequence_length
+        if rng.random() >= self.text_share:
+            task = rng.choices(list(self.weights), list(self.weights.values()))[0]
+            seed, length = rng.getrandbits(62), tasks.random_length(rng, max(room, tasks.MIN_LENGTH))
+            conversation = tasks.sample(task, seed, self.tokenizer, length, thinking=rng.random() < 0.5)
+            prompt = encode_texts(self.tokenizer, [conversation.prompt(self.tokenizer)])[0]
+            if len(prompt) <= room:
+                return {"prompt": prompt}
+        document = rng.choices(self._documents, self._sizes)[0]
+        length = rng.randint(1, min(room, len(document)))
+        start = rng.randrange(len(document) - length + 1)
+        return {"prompt": document.ids[start : start + length]}
+
+
 def cu_seqlens(position_ids: torch.Tensor) -> torch.Tensor:
     """Document boundaries of packed rows laid end to end.
 

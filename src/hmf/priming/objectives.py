@@ -15,15 +15,15 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from hmf.config.runs import LayerTarget
+from hmf.config.runs import LayerTarget, ObjectiveSettings
 from hmf.errors import HmfError
 from hmf.model.convert import mixer_names
 from hmf.model.modeling import STUDENT, TEACHER
 
 IGNORED = -100  # the label that transformers' losses leave out
+LOGITS_AT_ONCE = 2**26  # 256 MiB in float32; some seven tensors of this size live at a time
 Part = Literal["mixer", "mlp", "decoder"]
 # Which outputs of a layer each target compares; the mean over all layers of each part is added up.
 PARTS: dict[str, tuple[Part, ...]] = {
@@ -40,28 +40,38 @@ assert set(PARTS) == set(get_args(LayerTarget))
 class Stage1Objective:
     """MSE of the hidden states before the head, MSE of layer outputs by `layers` (a key of PARTS), KL of the logits.
 
-    `kl` weighs the Kullback-Leibler divergence between the teacher's and the student's next-token distributions, in
-    nats a token: KL(teacher || student) forward, KL(student || teacher) reverse. 0 leaves it out; `kl_tokens`
-    "supervised" counts only positions whose next token has a label, so that answers are not lost among the tokens of
-    their prompts.
+    `pre_lm_head`, `layers_weight` and `kl` weigh them; 0 leaves one out. The KL term is in nats a token: KL(teacher ||
+    student) forward, KL(student || teacher) reverse; see `logit_divergence` for `kl_top_k`, `kl_temperature` and
+    `kl_chunk_size`. `kl_tokens` "supervised" counts only positions whose next token has a label, so that answers are
+    not lost among the tokens of their prompts.
 
     Call it with a fused model and a batch (input_ids [B, T], optional labels, attention_mask and position_ids); it
-    returns scalar losses by name, "loss" being their sum. Padded positions do not count.
+    returns scalar losses by name, "loss" being their sum. Padded positions do not count. Each loss is a sum over the
+    batch's tokens divided by `counts`, which are the batch's own (`token_counts`) or those of everything that the
+    optimiser step sees: then the losses of all its batches, in all processes, add up to the loss of one large batch.
     """
 
     layers: str = "none"
-    pre_lm_head: bool = True
+    pre_lm_head: float = 1.0
     kl: float = 0.0
     kl_direction: Literal["forward", "reverse"] = "forward"
     kl_tokens: Literal["all", "supervised"] = "all"
+    layers_weight: float = 1.0
+    kl_top_k: int | None = None
+    kl_temperature: float = 1.0
+    kl_chunk_size: int | None = None
 
-    def __call__(self, model: PreTrainedModel, **batch: Any) -> dict[str, torch.Tensor]:
+    def __call__(
+        self, model: PreTrainedModel, counts: torch.Tensor | None = None, **batch: Any
+    ) -> dict[str, torch.Tensor]:
         require_fused(model)
-        config = model.config
-        if not self.pre_lm_head and not PARTS[self.layers] and not self.kl:
+        config, parts = model.config, PARTS[self.layers] if self.layers_weight else ()
+        if not (self.pre_lm_head or parts or self.kl):
             raise HmfError("objective: nothing to compare; set pre_lm_head: true, kl or a layer target")
-        decoder, parts = model.model, PARTS[self.layers]
-        mask, labels = batch.get("attention_mask"), batch.pop("labels", None)
+        if counts is None:
+            counts = token_counts(**batch)
+        tokens, supervised = counts.clamp_min(1)
+        decoder, mask, labels = model.model, batch.get("attention_mask"), batch.pop("labels", None)
         inputs = decoder.prepare(**batch, use_cache=False)
         first, count = config.pattern.replaced[0], config.num_hidden_layers
         with torch.no_grad():
@@ -73,24 +83,25 @@ class Stage1Objective:
             student = decoder.run_layers(shared, inputs, range(first, count), STUDENT)
 
         def distance(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-            return token_mean((ours.float() - theirs.float()).square().mean(-1))
-
-        def token_mean(error: torch.Tensor, weight: torch.Tensor | None = mask) -> torch.Tensor:
-            return error.mean() if weight is None else (error * weight).sum() / weight.sum().clamp_min(1)
+            return _total(_squared(ours, theirs), mask) / tokens
 
         final = decoder.norm(student)
-        losses = {"hidden": distance(final, target)} if self.pre_lm_head else {}
+        losses = {"hidden": self.pre_lm_head * distance(final, target)} if self.pre_lm_head else {}
         if self.kl:
-            divergence = logit_divergence(final, target, model.get_output_embeddings(), self.kl_direction)
-            counted = mask
-            if self.kl_tokens == "supervised":
-                if labels is None:
-                    raise HmfError("objective: kl_tokens: supervised needs labels in the batch")
-                counted = F.pad(labels[:, 1:] != IGNORED, (0, 1))  # position t predicts token t + 1
-            losses["kl"] = self.kl * token_mean(divergence, counted)
+            if self.kl_tokens == "all":
+                chosen, number = mask, tokens
+            elif labels is None:
+                raise HmfError("objective: kl_tokens: supervised needs labels in the batch")
+            else:
+                chosen, number = _predicts_a_label(labels), supervised
+            ours, theirs = (x.flatten(0, 1) if chosen is None else x[chosen.bool()] for x in (final, target))
+            options = (self.kl_direction, self.kl_top_k, self.kl_temperature, self.kl_chunk_size)
+            divergence = logit_divergence(ours, theirs, model.get_output_embeddings(), *options)
+            losses["kl"] = self.kl * divergence.sum() / number
         for part in parts:
             pairs = zip(found[part], wanted[part], strict=True)
-            losses[part] = torch.stack([distance(ours, theirs) for ours, theirs in pairs]).sum() / count
+            total = torch.stack([distance(ours, theirs) for ours, theirs in pairs]).sum()
+            losses[part] = self.layers_weight * total / count
         return {"loss": torch.stack(list(losses.values())).sum(), **{k: v.detach() for k, v in losses.items()}}
 
 
@@ -98,45 +109,73 @@ class Stage1Objective:
 class LayerwiseObjective:
     """Every mixer alone: the teacher's own input in, the teacher's attention output wanted.
 
-    The error of each layer is relative to the size of what is wanted; the loss is the mean over replaced layers. Layers
-    do not see each other's errors and nothing runs backward through MLPs, so a step costs less than half of one with
-    `Stage1Objective` and a start from attention becomes usable in a fraction of the tokens (attention transfer in
-    LoLCATs, arXiv 2410.10254). Called as `Stage1Objective` is; the part is named "layerwise".
+    The squared error of each layer is relative to `sizes`, the mean square of what is wanted (`attention_sizes`; left
+    out: this batch's); the loss is the mean over replaced layers. Layers do not see each other's errors and nothing
+    runs backward through MLPs, so a step costs less than half of one with `Stage1Objective` and a start from attention
+    becomes usable in a fraction of the tokens (attention transfer in LoLCATs, arXiv 2410.10254). Called as
+    `Stage1Objective` is; the part is named "layerwise".
     """
 
-    def __call__(self, model: PreTrainedModel, **batch: Any) -> dict[str, torch.Tensor]:
+    sizes: tuple[float, ...] | None = None
+
+    def __call__(
+        self, model: PreTrainedModel, counts: torch.Tensor | None = None, **batch: Any
+    ) -> dict[str, torch.Tensor]:
         require_fused(model)
-        mask = batch.get("attention_mask")
+        if counts is None:
+            counts = token_counts(**batch)
         batch.pop("labels", None)
+        mask, tokens = batch.get("attention_mask"), counts[0].clamp_min(1)
         inputs = model.model.prepare(**batch, use_cache=False)
-        seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-        def keep(index: int) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-                seen[index] = (kwargs["hidden_states"], output[0])
-
-            return hook
-
-        replaced = model.config.pattern.replaced
-        attentions = {index: model.model.layers[index].self_attn for index in replaced}
-        hooks = [x.register_forward_hook(keep(index), with_kwargs=True) for index, x in attentions.items()]
-        try:
-            with torch.no_grad():
-                model.model.run_layers(inputs.hidden_states, inputs, range(replaced[-1] + 1), TEACHER)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        seen = _attentions(model, inputs)
         losses = []
-        for index, name in mixer_names(model):
+        for place, (index, name) in enumerate(mixer_names(model)):
             given, wanted = seen.pop(index)
             mixer = model.model.layers[index].get_submodule(name)
             found, _ = mixer(given, layout=inputs.layout, position_embeddings=inputs.shared["position_embeddings"])
-            error, size = (found.float() - wanted.float()).square().mean(-1), wanted.float().square().mean(-1)
-            if mask is not None:
-                error, size = error * mask, size * mask
-            losses.append(error.sum() / size.sum())
+            size = self.sizes[place] if self.sizes else _mean_square(wanted, mask)
+            losses.append(_total(_squared(found, wanted), mask) / (tokens * size))
         loss = torch.stack(losses).mean()
         return {"loss": loss, "layerwise": loss.detach()}
+
+
+Objective = Stage1Objective | LayerwiseObjective
+
+
+def objective_at(settings: ObjectiveSettings, step: int, sizes: tuple[float, ...] | None = None) -> Objective:
+    """What a recipe compares at an optimiser step."""
+    if step < settings.layerwise_steps:
+        return LayerwiseObjective(sizes)
+    weights = settings.weights_at(step)
+    return Stage1Objective(
+        layers=settings.layers,
+        pre_lm_head=weights["pre_lm_head"],
+        layers_weight=weights["layers"],
+        kl=weights["kl"],
+        **settings.model_dump(include={name for name in ObjectiveSettings.model_fields if name.startswith("kl_")}),
+    )
+
+
+def token_counts(
+    input_ids: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    **batch: Any,
+) -> torch.Tensor:
+    """int64 [2]: real tokens of a batch, and those whose successor has a label: what losses are divided by."""
+    ones = input_ids.new_tensor(input_ids.numel())
+    tokens = ones if attention_mask is None else attention_mask.sum()
+    supervised = torch.zeros_like(ones) if labels is None else _predicts_a_label(labels).sum()
+    return torch.stack([tokens.long(), supervised.long()])
+
+
+@torch.no_grad()
+def attention_sizes(model: PreTrainedModel, **batch: Any) -> tuple[float, ...]:
+    """Mean square of the output of each replaced attention, the teacher's, on a batch."""
+    require_fused(model)
+    batch.pop("labels", None)
+    seen = _attentions(model, model.model.prepare(**batch, use_cache=False))
+    return tuple(_mean_square(wanted, batch.get("attention_mask")).item() for _, wanted in seen.values())
 
 
 def require_fused(model: PreTrainedModel) -> None:
@@ -146,24 +185,118 @@ def require_fused(model: PreTrainedModel) -> None:
 
 
 def logit_divergence(
-    student: torch.Tensor, teacher: torch.Tensor, head: nn.Module, direction: str = "forward", chunk_size: int = 2048
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    head: nn.Module,
+    direction: str = "forward",
+    top_k: int | None = None,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
 ) -> torch.Tensor:
-    """Divergence of next-token distributions, [B, T] in nats, from final hidden states [B, T, D] of both paths.
+    """Divergence of next-token distributions, [N] in nats, from final hidden states [N, D] of both paths.
 
-    Logits exist for `chunk_size` tokens at a time only, in the backward pass too, where they are computed again.
+    Logits exist for `chunk_size` tokens at a time only (left out: as many as fit LOGITS_AT_ONCE numbers), and once: the
+    gradient is taken together with the value and waits, in the hidden states' shape, for the backward pass.
+
+    With `top_k` the teacher's k likeliest tokens are told apart and all others are one outcome. That is a divergence
+    of true distributions, at most the full one and 0 only where they agree; leaving the rest out and normalising what
+    remains would let the student put any mass there.
+
+    `temperature` divides the logits; the result is multiplied by its square, which keeps gradients of one size
+    (Hinton et al., arXiv 1503.02531, section 2).
     """
+    if torch.is_grad_enabled() and any(x.requires_grad for x in head.parameters()):
+        raise HmfError("the head is to stay frozen in distillation; call train_only_mixers(model) first")
+    vocabulary = head.weight.shape[0]
+    if top_k is not None and top_k >= vocabulary:
+        raise HmfError(f"objective.kl_top_k: {top_k} is not below the vocabulary's {vocabulary}; leave it out")
 
-    def of_chunk(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-        ours, theirs = (head(x).float().log_softmax(-1) for x in (ours, theirs))
+    def of_rows(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        ours, theirs = (_wide(head(x)) / temperature for x in (ours, theirs))
+        if top_k is not None:
+            kept = theirs.topk(top_k, -1).indices
+            ours, theirs = (_with_rest(x, kept) for x in (ours, theirs))
+        ours, theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
         if direction == "reverse":
             ours, theirs = theirs, ours
-        return F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
+        return F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1) * temperature**2
 
-    if student.shape[:2].numel() <= chunk_size:
-        return of_chunk(student, teacher)
-    chunks = zip(student.flatten(0, 1).split(chunk_size), teacher.flatten(0, 1).split(chunk_size), strict=True)
-    parts = [checkpoint(of_chunk, ours, theirs, use_reentrant=False) for ours, theirs in chunks]
-    return torch.cat(parts).view(student.shape[:2])
+    return _ByRow.apply(student, teacher, of_rows, chunk_size or max(1, LOGITS_AT_ONCE // vocabulary))
+
+
+class _ByRow(torch.autograd.Function):
+    """A function that maps rows [n, D] of two tensors to [n], each row alone, on `chunk_size` rows at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, ours: torch.Tensor, theirs: torch.Tensor, function: Any, chunk_size: int) -> torch.Tensor:
+        values, gradients, wanted = [], [], ctx.needs_input_grad[0]
+        for mine, other in zip(ours.split(chunk_size), theirs.split(chunk_size), strict=True):
+            with torch.set_grad_enabled(wanted):
+                mine = mine.detach().requires_grad_(wanted)
+                value = function(mine, other)
+                if wanted:
+                    gradients += torch.autograd.grad(value.sum(), mine)
+            values.append(value.detach())
+        if wanted:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, weight: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (weight.unsqueeze(-1) * gradient).to(gradient.dtype), None, None, None
+
+
+def _with_rest(logits: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Logits [n, V] -> [n, k + 1]: those of the tokens `kept` [n, k], and one of all others together."""
+    rest = logits.scatter(-1, kept, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([logits.gather(-1, kept), rest], -1)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """In float32, or float64 as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _squared(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """Mean squared error over the last dimension."""
+    return (_wide(ours) - _wide(theirs)).square().mean(-1)
+
+
+def _total(error: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return (error if mask is None else error * mask).sum()
+
+
+def _mean_square(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    square = _wide(x).square().mean(-1)
+    return square.mean() if mask is None else (square * mask).sum() / mask.sum().clamp_min(1)
+
+
+def _predicts_a_label(labels: torch.Tensor) -> torch.Tensor:
+    """bool [B, T]: position t predicts token t + 1."""
+    return F.pad(labels[:, 1:] != IGNORED, (0, 1))
+
+
+def _attentions(model: PreTrainedModel, inputs: Any) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Input and output [B, T, D] of every replaced attention on the teacher's path, by layer."""
+    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def keep(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            seen[index] = (kwargs["hidden_states"], output[0])
+
+        return hook
+
+    replaced = model.config.pattern.replaced
+    attentions = {index: model.model.layers[index].self_attn for index in replaced}
+    hooks = [x.register_forward_hook(keep(index), with_kwargs=True) for index, x in attentions.items()]
+    try:
+        with torch.no_grad():
+            model.model.run_layers(inputs.hidden_states, inputs, range(replaced[-1] + 1), TEACHER)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
 
 
 @contextmanager

@@ -18,10 +18,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from torch import nn
@@ -30,6 +32,7 @@ from hmf.errors import HmfError
 
 MANIFEST = "manifest.json"
 UNPUBLISHED = "unpublished"
+PATIENCE = timedelta(hours=1)  # how long processes wait for one that works alone, and for each other in training
 SLACK = 1 << 20  # bytes of a checkpoint beside weights and optimiser
 _NAME = re.compile(r"checkpoint-(\d+)")
 _Base: Any = object  # a mixin: transformers' classes come after it
@@ -151,7 +154,7 @@ def checkpoint_bytes(model: nn.Module, optimiser: torch.optim.Optimizer | None) 
 
 
 @contextmanager
-def _together(what: str = "") -> Iterator[None]:
+def together(what: str = "") -> Iterator[None]:
     """A failure to write in one process is raised in all, in one line: the others would wait for it without end."""
     error: Exception | None = None
     try:
@@ -160,6 +163,15 @@ def _together(what: str = "") -> Iterator[None]:
         error = caught
     if found := [line for line in gather_object([_line(error)]) if line]:
         raise HmfError(f"{what}{found[0]}") from error
+
+
+def by_one(work: Callable[[], object]) -> bool:
+    """Do `work` in one process of several; all go on when it is done, or raise its error. True in that process."""
+    first = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE).is_main_process
+    with together():
+        if first:
+            work()
+    return first
 
 
 def _line(error: Exception | None) -> str:
@@ -179,7 +191,7 @@ class PublishedCheckpoints(_Base):
     def start_from(self) -> str | None:
         """Remove what a cut-off run left, and choose the checkpoint to go on from; the same in all processes."""
         folder, chosen = Path(self.args.output_dir), [""]
-        with _together():
+        with together():
             if self.args.process_index == 0:
                 shutil.rmtree(folder / UNPUBLISHED, ignore_errors=True)
                 if found := newest_valid(folder, self.args.world_size):
@@ -210,12 +222,12 @@ class PublishedCheckpoints(_Base):
         staged = folder / UNPUBLISHED / target.name
         self._staging = True
         try:
-            with _together(f"{target}: not written: "):
+            with together(f"{target}: not written: "):
                 if first:
                     require_room(folder, checkpoint_bytes(self.model, self.optimizer))
-            with _together(f"{target}: not written: "):
+            with together(f"{target}: not written: "):
                 super()._save_checkpoint(model, trial)
-            with _together(f"{target}: not written: "):
+            with together(f"{target}: not written: "):
                 if first:
                     self._publish(staged, target)
         finally:

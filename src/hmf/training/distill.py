@@ -3,70 +3,125 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback
 
-from hmf.config.runs import DataSettings, DistillSettings, OptimiserSettings
+from hmf.config.runs import DataSettings, DistillSettings, ObjectiveSettings
 from hmf.data import tasks, text
-from hmf.data.packing import MixtureDataset
+from hmf.data.packing import MixtureDataset, PromptDataset
 from hmf.data.tokenizer import encode_texts
 from hmf.errors import HmfError, unknown_name
 from hmf.model.checkpoint import load_model, save_checkpoint
 from hmf.priming.distance import layer_errors, stage1_flops_per_token
-from hmf.priming.objectives import LayerwiseObjective, Stage1Objective, train_only_mixers
+from hmf.priming.objectives import Objective, attention_sizes, objective_at, token_counts, train_only_mixers
 
 from .checkpoints import PublishedCheckpoints
 from .guard import GuardedLoss
-from .progress import ProgressLine, RunLog, require_reporters
+from .progress import require_reporters
+from .run import arguments, rows_per_step, train
+
+_Base: Any = object  # a mixin: transformers' classes come after it
+SIZED_ROWS = 4  # rows that the sizes of attention outputs are measured on
 
 if TYPE_CHECKING:
     from hmf.data.prepare import PreparedDataset
 
 
-class DistillTrainer(PublishedCheckpoints, GuardedLoss, Trainer):
-    """A Trainer whose loss is a Stage-1 objective; each part of the loss is logged as `loss_<part>`, and after
-    each layer the student's distance from the teacher, on one row, as `error_layer_<index>`."""
+class Stage1Loss(_Base):
+    """Put before a Trainer of a fused model: its loss is what a recipe's `objective` says at each step.
 
-    def __init__(self, *args: Any, objective: Stage1Objective, layerwise_steps: int = 0, **kwargs: Any):
+    Each part of the loss is logged as `loss_<part>`, and after each layer the student's distance from the teacher, on
+    one row, as `error_layer_<index>`.
+    """
+
+    loss_is_scaled_for_ga = True  # from transformers 5.19 on; before that, model_accepts_loss_kwargs says so
+    _row: dict[str, torch.Tensor]
+    _parts: dict[str, torch.Tensor]  # sums since the last log, which was after this step:
+    _logged_step: int | None = None
+
+    def __init__(self, *args: Any, objective: ObjectiveSettings, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.objective, self.layerwise_steps = objective, layerwise_steps
-        # Losses are means: the Trainer is to average them over accumulation steps itself.
-        self.model_accepts_loss_kwargs = False
-        self._parts: dict[str, list[torch.Tensor]] = {}
+        self.objective = objective
+        self._parts = {}
+        self.model_accepts_loss_kwargs = True  # losses of a step add up: the Trainer is not to average them again
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
-        batch = {
-            name: inputs[name] for name in ("input_ids", "labels", "attention_mask", "position_ids") if name in inputs
-        }
-        layerwise = self.state.global_step < self.layerwise_steps
-        losses = model(**batch, objective=LayerwiseObjective() if layerwise else self.objective)
+    def objective_at(self, step: int) -> Objective:
+        return objective_at(self.objective, step)
+
+    def stage1_loss(self, model: Any, batch: dict[str, torch.Tensor], counts: torch.Tensor | None) -> torch.Tensor:
+        """This batch's share of the step's loss; `counts` as `token_counts` gives them, of the step in all processes.
+
+        It is scaled for gradients that are averaged over processes.
+        """
+        losses = model(**batch, objective=self.objective_at(self.state.global_step), counts=counts)
+        if counts is not None:
+            losses = {name: value * self.accelerator.num_processes for name, value in losses.items()}
         for name, value in losses.items():
             if name != "loss":
-                self._parts.setdefault(f"loss_{name}", []).append(value.detach())
-        return (losses["loss"], None) if return_outputs else losses["loss"]
+                self._parts[f"loss_{name}"] = self._parts.get(f"loss_{name}", 0) + value.detach()
+        self._row = {name: value[:1] for name, value in batch.items() if name != "labels"}
+        return losses["loss"]
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        names = ("input_ids", "attention_mask", "position_ids")
-        self._row = {name: inputs[name][:1] for name in names if name in inputs}
-        if self.layerwise_steps and self.state.global_step == self.layerwise_steps:
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        step = self.state.global_step
+        if self._logged_step is None:
+            self._logged_step = step
+        if step and self.objective_at(step) != self.objective_at(step - 1):
             self.forget_losses()
         return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            errors = self.model_wrapped(**self._prepare_inputs(self._row), objective=layer_errors)
+            with torch.no_grad():  # else DDP would wait for a backward pass
+                errors = self.model_wrapped(**self._row, objective=layer_errors)
             logs |= {f"error_layer_{index}": value.item() for index, value in errors.items()}
-        if "loss" in logs and len(self._parts) > 1:
-            means = {name: torch.stack(values).mean() for name, values in self._parts.items()}
-            logs |= {name: self.accelerator.reduce(mean, "mean").item() for name, mean in means.items()}
-        self._parts.clear()
+            if len(self._parts) > 1:
+                steps = self.state.global_step - (self._logged_step or 0)
+                means = {name: total / steps for name, total in self._parts.items()}
+                logs |= {name: self.accelerator.reduce(mean, "mean").item() for name, mean in means.items()}
+            self._parts, self._logged_step = {}, self.state.global_step
         super().log(logs, *args, **kwargs)
+
+
+class DistillTrainer(PublishedCheckpoints, GuardedLoss, Stage1Loss, Trainer):
+    """Stage 1 on given rows."""
+
+    def objective_at(self, step: int) -> Objective:
+        layerwise = step < self.objective.layerwise_steps
+        return objective_at(self.objective, step, self._attention_sizes if layerwise else None)
+
+    @cached_property
+    def _attention_sizes(self) -> tuple[float, ...]:
+        """On the run's first rows: the same after a resume, and for any number of processes."""
+        rows = [self.train_dataset[index] for index in range(min(SIZED_ROWS, len(self.train_dataset)))]
+        with torch.no_grad():
+            return self.model_wrapped(**self._prepare_inputs(self.data_collator(rows)), objective=attention_sizes)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor]:
+        """The step's batches, and what all their tokens count (`token_counts`), in all processes together."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = torch.stack([token_counts(**batch).to(device) for batch in batches]).sum(0)
+        return batches, self.accelerator.reduce(counts, "sum")
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        names = ("input_ids", "labels", "attention_mask", "position_ids")
+        loss = self.stage1_loss(model, {name: inputs[name] for name in names if name in inputs}, num_items_in_batch)
+        return (loss, None) if return_outputs else loss
 
 
 def distill(
@@ -97,29 +152,38 @@ def distill(
     train_only_mixers(fused)
     tokenizer = AutoTokenizer.from_pretrained(model)
     training = settings.training
-    rows = training.steps * training.rows_per_step * training.gradient_accumulation_steps
-    trainer = DistillTrainer(
-        model=fused,
-        args=_arguments(training, checkpoints, seed),
-        train_dataset=mixture(settings.data, tokenizer, rows, seed),
-        objective=Stage1Objective(**settings.objective.model_dump(exclude={"layerwise_steps"})),
-        layerwise_steps=settings.objective.layerwise_steps,
-    )
-    trainer.divergence_factor = training.divergence_factor
-    trainer.remove_callback(PrinterCallback)
-    tokens = training.rows_per_step * training.gradient_accumulation_steps * row_length(settings.data)
-    log = RunLog(output / "stage1.log.json", draw)
-    flops = stage1_flops_per_token(fused, head=settings.objective.kl > 0)
-    trainer.add_callback(log)
-    trainer.add_callback(ProgressLine("distil", tokens * trainer.args.world_size, flops))
-    try:
-        trainer.train(resume_from_checkpoint=trainer.start_from())
-    finally:
-        log.write(trainer.state)
+    trainer = _trainer(fused, tokenizer, settings, checkpoints, seed)
+    step_rows = rows_per_step(trainer.args)
+    flops = stage1_flops_per_token(fused, head=any(settings.objective.kl.values()))
+    tokens, log = step_rows * row_length(settings.data), output / "stage1.log.json"
+    train(trainer, "distil", log, tokens, training.divergence_factor, flops, draw)
     if trainer.is_world_process_zero():
         save_checkpoint(fused, target, companions=model)
     trainer.accelerator.wait_for_everyone()
     return target
+
+
+def _trainer(
+    model: Any, tokenizer: PreTrainedTokenizerBase, settings: DistillSettings, checkpoints: Path, seed: int
+) -> Any:
+    training, own = settings.training, settings.on_policy
+    if own is None:
+        args = arguments(training, checkpoints, seed, TrainingArguments, use_cache=model.config.use_cache)
+        rows = mixture(settings.data, tokenizer, training.steps * rows_per_step(args), seed)
+        return DistillTrainer(model=model, args=args, train_dataset=rows, objective=settings.objective)
+    if not importlib.util.find_spec("trl"):
+        raise HmfError("on_policy: needs trl; `pip install hybrid-model-factory[onpolicy]`, or leave on_policy out")
+    from .on_policy import OnPolicyArguments, OnPolicyTrainer, generation_arguments
+
+    args = arguments(
+        training, checkpoints, seed, OnPolicyArguments, use_cache=model.config.use_cache, **generation_arguments(own)
+    )
+    # A prompt and what the student writes after it are one row.
+    data = settings.data.model_copy(update={"sequence_length": settings.data.sequence_length - own.max_new_tokens})
+    prompts = mixture(data, tokenizer, training.steps * rows_per_step(args), seed, PromptDataset)
+    return OnPolicyTrainer(
+        model=model, processing_class=tokenizer, args=args, train_dataset=prompts, objective=settings.objective
+    )
 
 
 def row_length(data: DataSettings) -> int:
@@ -132,9 +196,14 @@ def row_length(data: DataSettings) -> int:
 
 
 def mixture(
-    data: DataSettings, tokenizer: PreTrainedTokenizerBase, rows: int, seed: int
+    data: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: int,
+    seed: int,
+    kind: type[MixtureDataset] = MixtureDataset,
 ) -> MixtureDataset | PreparedDataset:
-    """The packed rows that a recipe's `data` section describes; row i depends on `seed` and i alone."""
+    """The rows that a recipe's `data` section describes, packed or as `kind` has them; row i depends on `seed` and i
+    alone."""
     if data.prepared is not None:
         from hmf.data.prepare import PreparedDataset
 
@@ -146,34 +215,4 @@ def mixture(
         raise HmfError("data.text_share: is below 1 but data.tasks is empty; name tasks or set it to 1")
     documents = [document.text for document in text.documents(data.text, "train")]
     encoded = encode_texts(tokenizer, documents)
-    return MixtureDataset(encoded, tokenizer, data.sequence_length, data.tasks, rows, data.text_share, seed)
-
-
-def _arguments(training: OptimiserSettings, checkpoints: Path, seed: int) -> TrainingArguments:
-    schedule = {"min_lr_rate": training.final_learning_rate_ratio} if training.schedule == "cosine_with_min_lr" else {}
-    return TrainingArguments(
-        output_dir=str(checkpoints),
-        max_steps=training.steps,
-        per_device_train_batch_size=training.rows_per_step,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        learning_rate=training.learning_rate,
-        lr_scheduler_type=training.schedule,
-        lr_scheduler_kwargs=schedule,
-        warmup_steps=training.warmup_steps,
-        weight_decay=training.weight_decay,
-        adam_beta2=training.adam_beta2,
-        max_grad_norm=training.max_grad_norm,
-        bf16=training.precision == "bfloat16",
-        gradient_checkpointing=training.gradient_checkpointing,
-        remove_unused_columns=False,
-        save_steps=training.save_steps,
-        save_total_limit=2,
-        logging_steps=10,
-        logging_nan_inf_filter=False,  # our own guard stops there
-        report_to=list(training.report_to),
-        seed=seed,
-        # Rows are independent draws already, and their order is part of the recipe.
-        train_sampling_strategy="sequential",
-        dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=True,
-    )
+    return kind(encoded, tokenizer, data.sequence_length, data.tasks, rows, data.text_share, seed)

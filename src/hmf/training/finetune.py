@@ -10,8 +10,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
-from transformers.trainer_callback import PrinterCallback
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from hmf.config.runs import FinetuneRecipe
 from hmf.data.preference import PairDataset, pair_dataset
@@ -20,11 +27,12 @@ from hmf.model.checkpoint import load_config, load_model, save_checkpoint
 from hmf.model.configuration import with_rope
 
 from .checkpoints import PublishedCheckpoints, say
-from .distill import _arguments, mixture, row_length
+from .distill import mixture, row_length
 from .groups import Group, add_adapters, choose, optimiser_groups, table
 from .guard import GuardedLoss
 from .losses import IGNORED, CrossEntropy, Preference
-from .progress import ProgressLine, RunLog, require_reporters
+from .progress import require_reporters
+from .run import arguments, rows_per_step, train
 
 SHOWN = 8  # rows whose masks are looked at before training
 
@@ -104,12 +112,11 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
     if recipe.lora is not None:
         adapters, added = add_adapters(model, groups, recipe.lora)
         groups.append(added)
-    args = _arguments(training, output / "checkpoints", recipe.seed)
+    args = arguments(training, output / "checkpoints", recipe.seed, TrainingArguments, use_cache=model.config.use_cache)
     if args.process_index == 0:
         say(table(groups))
     tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-    rows_of_step = training.rows_per_step * training.gradient_accumulation_steps * args.world_size
-    rows, length = rows_for(recipe, tokenizer, training.steps * rows_of_step)
+    rows, length = rows_for(recipe, tokenizer, training.steps * rows_per_step(args))
     trainer = FinetuneTrainer(
         model=model,
         args=args,
@@ -117,17 +124,10 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
         objective=Preference(recipe.pairs.beta) if recipe.pairs is not None else CrossEntropy(),
         groups=groups,
     )
-    trainer.divergence_factor = training.divergence_factor
-    trainer.remove_callback(PrinterCallback)
-    log = RunLog(output / "stage2.log.json", draw)
-    trainer.add_callback(log)
-    trainer.add_callback(ProgressLine(recipe.method, rows_of_step * length, flops_per_token(model)))
     if isinstance(trainer.objective, Preference):
         trainer.add_callback(_References(trainer, trainer.objective, rows, output / "reference.safetensors"))
-    try:
-        trainer.train(resume_from_checkpoint=trainer.start_from())
-    finally:
-        log.write(trainer.state)
+    tokens, log = rows_per_step(args) * length, output / "stage2.log.json"
+    train(trainer, recipe.method, log, tokens, training.divergence_factor, flops_per_token(model), draw)
     if trainer.is_world_process_zero():
         if adapters is not None:
             adapters.merge_and_unload()

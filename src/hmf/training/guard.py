@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -59,12 +60,13 @@ class GuardedLoss(_Base):
     _batches: list[dict[str, Any]]  # of this step
     _suspect: list[dict[str, Any]]  # the first one above the bound
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         # What is known of earlier losses travels in the Trainer's state, and so in every checkpoint.
         known = self.state.stateful_callbacks.setdefault("LossWatch", LossWatch(0).state)
         if self._watch is None or self._watch.state is not known:
             self._watch, self._batches, self._suspect = LossWatch(self.divergence_factor, known), [], []
-        self._batches.append(dict(inputs))
+        if isinstance(inputs, Mapping):
+            self.remember(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         own = loss.item()
         # The mean over processes, so that all of them come to the same end.
@@ -77,6 +79,10 @@ class GuardedLoss(_Base):
         elif wrong:
             self._stop(wrong, [] if math.isfinite(own) else self._batches[-1:])
         return loss
+
+    def remember(self, batch: Mapping[str, Any]) -> None:
+        """A batch of this step; a Trainer that makes its batches itself calls this before it computes the loss."""
+        self._batches.append(dict(batch))
 
     def forget_losses(self) -> None:
         """What was usual no longer is: the loss is another function from here on."""

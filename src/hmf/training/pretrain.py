@@ -20,7 +20,6 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from hmf.config.runs import DataSettings, OptimiserSettings, Settings, load_recipe
 from hmf.data import tasks, text
@@ -28,7 +27,10 @@ from hmf.data.packing import Row
 from hmf.data.tokenizer import END_OF_TEXT, train_tokenizer
 from hmf.errors import HmfError
 
+from .checkpoints import PublishedCheckpoints, published
 from .distill import mixture
+from .guard import GuardedLoss
+from .run import arguments, rows_per_step, train
 
 
 class TokenizerSettings(Settings):
@@ -83,6 +85,10 @@ class PretrainRecipe(Settings):
         return self
 
 
+class PretrainTrainer(PublishedCheckpoints, GuardedLoss, Trainer):
+    """A Trainer that can be cut off, and stops before a bad loss spoils the weights."""
+
+
 def main(recipe_path: str) -> None:
     """Runs a recipe: tokenizer, model, training, and the result in bfloat16 in the recipe's output folder.
 
@@ -95,8 +101,7 @@ def main(recipe_path: str) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     started = time.perf_counter()
     checkpoints = recipe.output / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    source = recipe.output if last else recipe.start_from
+    source = recipe.output if published(checkpoints) else recipe.start_from
     if source is not None and not (source / "tokenizer.json").is_file():
         raise HmfError(f"{recipe_path}: start_from: {source} holds no tokenizer.json; give a model folder")
     tokenizer = (
@@ -105,17 +110,19 @@ def main(recipe_path: str) -> None:
     for how_it_was_loaded in ("is_local", "local_files_only"):  # else they would be saved with it
         tokenizer.init_kwargs.pop(how_it_was_loaded, None)
     tokenizer.save_pretrained(recipe.output)
-    dataset: Any = mixture(recipe.data, tokenizer, recipe.training.steps * recipe.training.rows_per_step, recipe.seed)
+    args = _arguments(recipe, checkpoints)
+    dataset: Any = mixture(recipe.data, tokenizer, recipe.training.steps * rows_per_step(args), recipe.seed)
     model = _model(recipe, tokenizer)
     model.config.use_cache = False  # rows hold several documents, which a cache would take for one
-    trainer = Trainer(
+    trainer = PretrainTrainer(
         model=model,
-        args=_arguments(recipe, checkpoints),
+        args=args,
         train_dataset=dataset,
         data_collator=default_data_collator if recipe.training.isolate_documents else _collate_without_positions,
     )
     prepared = time.perf_counter()
-    trainer.train(resume_from_checkpoint=last)
+    tokens, log = rows_per_step(args) * recipe.data.sequence_length, recipe.output / "training.log.json"
+    train(trainer, "pretrain", log, tokens, recipe.training.divergence_factor)
     record = {
         "parameters": model.num_parameters(),
         "steps": recipe.training.steps,
@@ -177,35 +184,17 @@ def _collate_without_positions(rows: list[Row]) -> Row:
 
 def _arguments(recipe: PretrainRecipe, checkpoints: Path) -> TrainingArguments:
     training, cuda = recipe.training, torch.cuda.is_available()
-    return TrainingArguments(
-        output_dir=str(checkpoints),
-        max_steps=training.steps,
-        per_device_train_batch_size=training.rows_per_step,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        learning_rate=training.learning_rate,
-        lr_scheduler_type=training.schedule,
-        lr_scheduler_kwargs=(
-            {"min_lr_rate": training.final_learning_rate_ratio} if training.schedule == "cosine_with_min_lr" else {}
-        ),
-        warmup_steps=training.warmup_steps,
-        weight_decay=training.weight_decay,
-        adam_beta2=training.adam_beta2,
-        max_grad_norm=training.max_grad_norm,
+    return arguments(
+        training,
+        checkpoints,
+        recipe.seed,
+        TrainingArguments,
         optim="adamw_torch_fused",
         bf16=cuda and training.precision == "bfloat16",
         tf32=cuda or None,
         torch_compile=training.compile and cuda,
         dataloader_num_workers=training.workers,
         dataloader_prefetch_factor=4 if training.workers else None,
-        dataloader_persistent_workers=False,
-        dataloader_pin_memory=cuda,
-        remove_unused_columns=False,
-        save_steps=training.save_steps,
         save_total_limit=1,
         logging_steps=50,
-        report_to=list(training.report_to),
-        seed=recipe.seed,
-        # Rows are independent draws already, and their order is part of the recipe.
-        train_sampling_strategy="sequential",
-        disable_tqdm=not os.isatty(1),
     )

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every kind of training here does in the same way: the Trainer's arguments, and a run that can be cut off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from hmf.config.runs import OptimiserSettings
+
+from .progress import ProgressLine, RunLog
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
+
+
+def arguments(
+    training: OptimiserSettings, checkpoints: Path, seed: int, kind: type[Arguments], **others: Any
+) -> Arguments:
+    """A recipe's `training` section as the Trainer's arguments of class `kind`; `others` are passed on and win."""
+    schedule = {"min_lr_rate": training.final_learning_rate_ratio} if training.schedule == "cosine_with_min_lr" else {}
+    return kind(
+        **{
+            "output_dir": str(checkpoints),
+            "max_steps": training.steps,
+            "per_device_train_batch_size": training.rows_per_step,
+            "gradient_accumulation_steps": training.gradient_accumulation_steps,
+            "learning_rate": training.learning_rate,
+            "lr_scheduler_type": training.schedule,
+            "lr_scheduler_kwargs": schedule,
+            "warmup_steps": training.warmup_steps,
+            "weight_decay": training.weight_decay,
+            "adam_beta2": training.adam_beta2,
+            "max_grad_norm": training.max_grad_norm,
+            "use_cpu": not torch.accelerator.is_available(),  # else processes on CPUs would not find each other
+            "bf16": training.precision == "bfloat16",
+            "gradient_checkpointing": training.gradient_checkpointing,
+            "remove_unused_columns": False,
+            "save_steps": training.save_steps,
+            "save_total_limit": 2,
+            "logging_steps": 10,
+            "logging_nan_inf_filter": False,  # our own guard stops there
+            "report_to": list(training.report_to),
+            "seed": seed,
+            # Rows are independent draws already, and their order is part of the recipe.
+            "train_sampling_strategy": "sequential",
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "disable_tqdm": True,
+            "ddp_find_unused_parameters": False,  # there are none, and looking for them takes time
+            **others,
+        }
+    )
+
+
+def rows_per_step(args: TrainingArguments) -> int:
+    """Rows of an optimiser step, of all processes."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def train(
+    trainer: Any,
+    title: str,
+    log_file: Path,
+    tokens_per_step: int,
+    divergence_factor: float,
+    flops_per_token: float | None = None,
+    draw: Callable[[Path], object] | None = None,
+) -> None:
+    """Run a Trainer with `PublishedCheckpoints` and `GuardedLoss` to its end, from its last whole checkpoint if any.
+
+    `draw` gets the path of the log whenever it has been written.
+    """
+    trainer.divergence_factor = divergence_factor
+    trainer.remove_callback(PrinterCallback)
+    log = RunLog(log_file, draw)
+    trainer.add_callback(log)
+    trainer.add_callback(ProgressLine(title, tokens_per_step, flops_per_token))
+    try:
+        trainer.train(resume_from_checkpoint=trainer.start_from())
+    finally:
+        log.write(trainer.state)

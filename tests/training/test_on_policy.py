@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 1 on the student's own texts: it learns, only mixers move, and a stopped run goes on bit for bit."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hmf.config.runs import DistillSettings
+from hmf.training import distill as module
+from hmf.training.distill import distill
+from tests.training import cutting
+
+pytest.importorskip("trl", reason="on-policy distillation needs trl")
+
+
+def settings(stage0, **training):
+    return DistillSettings.model_validate({
+        "data": {"text": str(stage0.parent / "corpus"), "sequence_length": 32},
+        "objective": {"pre_lm_head": 0, "kl": 1, "kl_direction": "reverse", "kl_tokens": "supervised"},
+        "on_policy": {"max_new_tokens": 8},
+        "training": {"steps": 30, "rows_per_step": 4, "learning_rate": 1e-2, "save_steps": 15} | training,
+    })  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stage0(tmp_path_factory):
+    return cutting.make_tiny_stage0(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="module")
+def finished(stage0, tmp_path_factory):
+    run = tmp_path_factory.mktemp("run")
+    distill(stage0, run, settings(stage0))
+    return run
+
+
+@pytest.mark.slow
+def test_the_loss_falls_and_only_mixers_change(stage0, finished):
+    losses = [entry["loss"] for entry in json.loads((finished / "stage1.log.json").read_text()) if "loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+    before, after = load_file(stage0 / "model.safetensors"), load_file(finished / "stage1/model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".gdn." in name}
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (stage0 / name).read_bytes() == (finished / "stage1" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_bit_for_bit(stage0, finished, tmp_path):
+    shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
+    shutil.rmtree(tmp_path / "checkpoints/checkpoint-30")
+    distill(stage0, tmp_path, settings(stage0))
+    ours, wanted = (load_file(run / "stage1/model.safetensors") for run in (tmp_path, finished))
+    assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.slow
+def test_the_teacher_scores_what_the_student_wrote(stage0, tmp_path, monkeypatch):
+    """The loss of a step is the mean over all generated tokens, by an objective called on the texts alone."""
+    from hmf.model.checkpoint import load_model
+    from hmf.priming.objectives import objective_at
+    from hmf.training.on_policy import OnPolicyTrainer
+
+    seen, real = [], OnPolicyTrainer.stage1_loss
+
+    def keep(self, model, batch, counts):
+        seen.append((batch, counts))
+        return real(self, model, batch, counts)
+
+    monkeypatch.setattr(OnPolicyTrainer, "stage1_loss", keep)
+    chosen = settings(stage0, steps=1, rows_per_step=2, gradient_accumulation_steps=2)
+    distill(stage0, tmp_path, chosen)
+    (logged,) = [x["loss"] for x in json.loads((tmp_path / "stage1.log.json").read_text()) if "loss" in x]
+    model, total, count = load_model(stage0, dtype=torch.float32), 0.0, 0
+    module.train_only_mixers(model)
+    for batch, _ in seen:
+        for ids, mask, labels in zip(*(batch[k] for k in ("input_ids", "attention_mask", "labels")), strict=True):
+            real_ids, real_labels = ids[mask.bool()][None], labels[mask.bool()][None]
+            written = int((real_labels != -100).sum())
+            assert 1 <= written <= 8 and (real_labels[0, -written:] == real_ids[0, -written:]).all()
+            one = model(input_ids=real_ids, labels=real_labels, objective=objective_at(chosen.objective, 0))
+            total, count = total + one["loss"].item() * written, count + written
+    assert len(seen) == 2 and all(counts[1] == count for _, counts in seen)
+    assert logged == pytest.approx(total / count, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"on_policy": {"max_new_tokens": 20}}, "max_new_tokens must leave 16"),
+        ({"objective": {"layerwise_steps": 2}}, "layerwise_steps must be 0 with on_policy"),
+        ({"data": {"prepared": "rows"}}, "leave out data.prepared"),
+        ({"on_policy": {"max_new_token": 8}}, "max_new_token"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(stage0, change, said):
+    with pytest.raises(ValueError, match=said):
+        DistillSettings.model_validate(settings(stage0).model_dump() | change)
+
+
+def test_without_trl_it_says_what_to_install(stage0, tmp_path, monkeypatch):
+    from hmf.errors import HmfError
+
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(HmfError, match="on_policy: needs trl"):
+        distill(stage0, tmp_path, settings(stage0))
