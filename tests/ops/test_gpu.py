@@ -5,6 +5,7 @@ Truth and errors are those of `hmf doctor`: the float64 reference on the same nu
 """
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 import hmf.ops  # noqa: F401 (registers the ops)
 from hmf.bench import doctor
 from hmf.ops import dispatch
-from hmf.ops.samples import Shape, sample
+from hmf.ops.samples import Shape, flat, sample
 
 pytestmark = pytest.mark.gpu
 
@@ -66,15 +67,17 @@ def test_kernel_steps_like_the_whole(op):
     shape = Shape(batch=2, tokens=70, heads=2, head_dim=64)
     made, run = sample(op, shape), kernel(op, False)
     x = made.tensors(torch.bfloat16, "cuda")
+    names = [name for name in sample(op, replace(shape, with_state=True)).exact if name not in x]
     with torch.no_grad():
-        whole, final = made.call(run, x)
-        o, state = made.call(run, {name: y[:, :67] for name, y in x.items()})
+        whole, *final = flat(made.call(run, x))
+        o, *state = flat(made.call(run, {name: y[:, :67] for name, y in x.items()}))
         parts = [o]
         for t in range(67, 70):
-            o, state = made.call(run, {name: y[:, t : t + 1] for name, y in x.items()} | {"state": state})
+            token = {name: y[:, t : t + 1] for name, y in x.items()}
+            o, *state = flat(made.call(run, token | dict(zip(names, state, strict=True))))
             parts.append(o)
-    assert state.dtype == torch.float32
-    for actual, expected in ((torch.cat(parts, 1), whole), (state, final)):
+    assert all(y.dtype == torch.float32 for y in state)
+    for actual, expected in zip((torch.cat(parts, 1), *state), (whole, *final), strict=True):
         assert doctor.relative_error(actual.double(), expected.double()) <= TOLERANCE[torch.bfloat16]
 
 

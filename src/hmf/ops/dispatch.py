@@ -117,7 +117,7 @@ def resolve(op: str, *tensors: torch.Tensor) -> Callable:
     chosen, why = choose(op, sample.device.type, grad, sample.dtype)
     on_gpu = sample.device.type == "cuda" and sample.dtype != torch.float64
     if chosen.version == "chunked" and on_gpu and "fast" in _IMPLEMENTATIONS[op]:
-        _warn_once(f"{op}: running the plain PyTorch version on the GPU: {why}")
+        warn_once(f"{op}: running the plain PyTorch version on the GPU: {why}")
     return chosen.function
 
 
@@ -144,5 +144,5 @@ def _installed(package: str) -> bool:
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -20,6 +20,7 @@ Legend: B batch, T tokens, S sequences, N chunks, C chunk_size, H heads, K/V key
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Iterator
 
@@ -142,7 +143,8 @@ def reference(
 @dispatch.implementation("gka", "chunked")
 def chunked(
     q, k, v, g, gk, alpha=None, initial_state=None, cu_seqlens=None,
-    *, num_iter=30, ridge_strength=0.02, bp_lambda=True, rescale=True, exact_backward=False, chunk_size: int = 32,
+    *, num_iter=30, ridge_strength=0.02, bp_lambda=True, rescale=True,
+    exact_backward=False, chunk_size: int = 32, solver=None,
 ) -> Result:  # fmt: skip
     """All tokens of many chunks are solved at once, from the covariances at the chunks' starts.
 
@@ -150,6 +152,7 @@ def chunked(
     token s to t, C_t p = d_t C_0 p + sum_{s <= t} M_ts k_s (k_s . p), so a step for a whole chunk is three matrix
     products; ||C_t||_F comes from the chunk's Gram matrix. `exact_backward` differentiates the exact solution instead
     of the iterations: half the cost, and as far from the true gradient as the iterations are from the solution.
+    `solver` (None: `_Solve`) is what runs the iterations of all chunks.
     """
     batch, tokens, heads, key_dim = q.shape
     out_dtype, compute = v.dtype, dispatch.compute_dtype(v)
@@ -174,16 +177,38 @@ def chunked(
         from_start = decay_in.exp()
         square = squared_norms(keys, starts, from_start, decay)
         scale = c * inverse_norm(square, bp_lambda)
-        z = _Solve.apply(
-            *(x.flatten(0, 1) for x in (queries, keys, starts, from_start * scale, decay * scale[..., None])),
-            num_iter, ridge_strength, exact_backward,
-        )  # fmt: skip
+        solve = solver or functools.partial(_Solve.apply, exact_backward)
+        system = (x.flatten(0, 1) for x in (queries, keys, starts, from_start * scale, decay * scale[..., None]))
+        z = solve(num_iter, ridge_strength, *system)
         x = z.view_as(queries) * scale[..., None]
         q = mix(q, layout.merge(x.transpose(1, 2)), None if alpha is None else alpha.to(compute))
     if rescale:
         q = q * key_dim**-0.5
     o, U = linear_attention(q, k, v, g, U, cu_seqlens)
     return o.to(out_dtype), (C, U)
+
+
+@dispatch.implementation("gka", "fast", requires="triton")
+def fast(
+    q, k, v, g, gk, alpha=None, initial_state=None, cu_seqlens=None,
+    *, num_iter=30, ridge_strength=0.02, bp_lambda=True, rescale=True,
+) -> Result:  # fmt: skip
+    """Our Triton kernels (CUDA) for the iterations and for single tokens; the rest as in `chunked`."""
+    from . import gka_triton as kernels
+
+    options = {"num_iter": num_iter, "ridge_strength": ridge_strength, "rescale": rescale}
+    solver = None
+    if reason := kernels.unsupported(q):
+        dispatch.warn_once(f"gka: running the plain PyTorch version: {reason}")
+    elif q.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
+        q, k, v, g, gk = (x[:, 0] for x in (q, k, v, g, gk))
+        o, state = kernels.step(q, k, v, g, gk, None if alpha is None else alpha[:, 0], initial_state, **options)
+        return o[:, None], state
+    else:
+        # Keys that are numbers of bfloat16 spare some of the kernels' products.
+        solver = functools.partial(kernels.Solve.apply, k.dtype == torch.bfloat16)
+    options |= {"bp_lambda": bp_lambda, "chunk_size": kernels.CHUNK_SIZE, "solver": solver}
+    return chunked(q, k, v, g, gk, alpha, initial_state, cu_seqlens, **options)
 
 
 def squared_norms(k, starts, from_start, decay) -> torch.Tensor:
@@ -203,7 +228,7 @@ class _Solve(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, start, row, mask, num_iter, ridge_strength, exact_backward):
+    def forward(ctx, exact_backward, num_iter, ridge_strength, q, k, start, row, mask):
         _, keep, weights = coefficients(num_iter, ridge_strength)
         ctx.keep, ctx.weights, ctx.exact = keep, weights, exact_backward
         z = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -229,7 +254,7 @@ class _Solve(torch.autograd.Function):
             grads[0][at] = grad_q
             for grad, value in zip(grads[1:], _product_grads(z, grad_product, *system), strict=True):
                 grad[at] = value
-        return *grads, None, None, None
+        return None, None, None, *grads
 
 
 def _groups(q: torch.Tensor, stored: int) -> list[slice]:

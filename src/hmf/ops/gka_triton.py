@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gated KalmaNet's Triton kernels: the Chebyshev iterations of whole chunks with their gradient, and one decoded token.
+
+They compute what `gka._Solve` and `gka.step` do. A program takes one chunk of one head: keys, the covariance at the
+chunk's start and the iterate stay on the chip for all steps. No autotuning, and the steps are a loop at run time, so
+a kernel compiles in seconds.
+
+Products run on bfloat16 tensor cores and are nearly those of float32: a float32 factor is a sum of two bfloat16 numbers
+to 2^-17, and three products of such parts are a product to the same precision. TF32's 2^-11 would not do: the solve
+multiplies an error by up to the condition number, 1 + 1 / ridge_strength.
+
+Legend: S sequences, C chunk_size, H heads, K/V key/value head dims, D the power of two >= K, G chunks of one head.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from .gka import Result, State, coefficients
+
+CHUNK_SIZE = 64
+MAX_HEAD_DIM = 128  # of keys
+STORED = 2**30  # bytes for iterates and their gradients in the backward, at a time
+# Bytes of shared memory for one block: for keys of up to 64, for wider ones, and for these with loads that run ahead.
+NARROW, WIDE, AHEAD = 80 * 2**10, 150 * 2**10, 200 * 2**10
+
+
+def unsupported(q: torch.Tensor) -> str | None:
+    """Why the kernels cannot run for queries [..., K], or None."""
+    if q.dtype == torch.float64:
+        return "the kernels compute in float32, not float64"
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"the kernels have no version for head_dim {q.shape[-1]} (at most {MAX_HEAD_DIM})"
+    if q.is_cuda and _shared_memory(q.device) < (NARROW if _width(q.shape[-1]) <= 64 else WIDE):
+        return f"the kernels need more shared memory a block than this GPU's {_shared_memory(q.device)} bytes"
+    return None
+
+
+@triton.jit
+def _parts(x):
+    """Two bfloat16 tensors whose sum is x to 2^-17, the first of them x rounded (in integers: conversions are slow)."""
+    high = ((x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
+    return high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
+
+
+@triton.jit
+def _dot(a, a_low, b, b_low, to, B_EXACT: tl.constexpr = False):
+    """to + (a + a_low) @ (b + b_low), the smallest terms first; B_EXACT: b_low is zero."""
+    to = tl.dot(a_low, b, to)
+    if not B_EXACT:
+        to = tl.dot(a, b_low, to)
+    return tl.dot(a, b, to)
+
+
+@triton.jit
+def _load(x, at, inside):
+    return tl.load(x + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _solve(
+    q, k, start, row, mask, weights, z, iterates, keep, num_iter,
+    STORE: tl.constexpr, EXACT_KEYS: tl.constexpr, K: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """z of queries q [G, C, K]; with STORE, also the iterates 0 ... num_iter - 1 in parts [G, num_iter, 2, C, K]."""
+    chunk = tl.program_id(0).to(tl.int64)
+    t, d, e = tl.arange(0, C), tl.arange(0, D), tl.arange(0, D)
+    inside, at = (d < K)[None, :], t[:, None] * K + d[None, :]
+    keys, keys_low = _parts(_load(k + chunk * C * K, at, inside))
+    first, first_low = _parts(_load(start + chunk * K * K, e[:, None] * K + d[None, :], (e < K)[:, None] & inside))
+    first, first_low = tl.trans(first), tl.trans(first_low)
+    row_t = tl.load(row + chunk * C + t)
+    mask_ts = tl.load(mask + chunk * C * C + t[:, None] * C + t[None, :])
+    rhs = _load(q + chunk * C * K, at, inside)
+    now, before = rhs, tl.zeros_like(rhs)
+    iterates += chunk * num_iter * 2 * C * K
+    for n in range(num_iter):
+        w = tl.load(weights + n)
+        x, x_low = _parts(now)
+        if STORE:
+            tl.store(iterates + at, x, mask=inside)
+            tl.store(iterates + C * K + at, x_low, mask=inside)
+            iterates += 2 * C * K
+        within = _dot(x, x_low, tl.trans(keys), tl.trans(keys_low), tl.zeros([C, C], tl.float32), EXACT_KEYS)
+        product = _dot(x, x_low, first, first_low, tl.zeros([C, D], tl.float32)) * row_t[:, None]
+        within, within_low = _parts(within * mask_ts)
+        product = _dot(within, within_low, keys, keys_low, product, EXACT_KEYS)
+        new = w * (keep * now - product + rhs) + (1 - w) * before
+        before = now
+        now = new
+    tl.store(z + chunk * C * K + at, now, mask=inside)
+
+
+@triton.jit
+def _adjoint(
+    grad_z, k, start, row, mask, weights, iterates, grads, grad_q, grad_row, keep, num_iter,
+    EXACT_KEYS: tl.constexpr, K: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """`_solve` in reverse: from grad_z the gradients of q and row, and of every iterate, in parts like `iterates`."""
+    chunk = tl.program_id(0).to(tl.int64)
+    t, d, e = tl.arange(0, C), tl.arange(0, D), tl.arange(0, D)
+    inside, at = (d < K)[None, :], t[:, None] * K + d[None, :]
+    keys, keys_low = _parts(_load(k + chunk * C * K, at, inside))
+    first, first_low = _parts(_load(start + chunk * K * K, e[:, None] * K + d[None, :], (e < K)[:, None] & inside))
+    row_t = tl.load(row + chunk * C + t)
+    mask_ts = tl.load(mask + chunk * C * C + t[:, None] * C + t[None, :])
+    grad = _load(grad_z + chunk * C * K, at, inside)
+    later, total, of_row = tl.zeros_like(grad), tl.zeros_like(grad), tl.zeros_like(row_t)
+    stored = (chunk + 1) * num_iter * 2 * C * K
+    for n in range(num_iter):
+        w = tl.load(weights + num_iter - 1 - n)
+        stored -= 2 * C * K
+        x, x_low = _parts(grad)
+        tl.store(grads + stored + at, x, mask=inside)
+        tl.store(grads + stored + C * K + at, x_low, mask=inside)
+        total += w * grad
+        within = _dot(x, x_low, tl.trans(keys), tl.trans(keys_low), tl.zeros([C, C], tl.float32), EXACT_KEYS)
+        product = _dot(x, x_low, first, first_low, tl.zeros([C, D], tl.float32))
+        z = _load(iterates + stored, at, inside).to(tl.float32)
+        z += _load(iterates + stored + C * K, at, inside).to(tl.float32)
+        of_row -= w * tl.sum(product * z, axis=1)
+        within, within_low = _parts(within * mask_ts)
+        product = _dot(within, within_low, keys, keys_low, product * row_t[:, None], EXACT_KEYS)
+        earlier = w * (keep * grad - product) + later
+        later = (1 - w) * grad
+        grad = earlier
+    tl.store(grad_q + chunk * C * K + at, total + grad, mask=inside)
+    tl.store(grad_row + chunk * C + t, of_row)
+
+
+@triton.jit
+def _key_grads(
+    k, mask, weights, iterates, grads, grad_k, grad_mask, num_iter,
+    EXACT_KEYS: tl.constexpr, K: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Gradients of keys and mask: sums over the steps of products of the iterates and their gradients."""
+    chunk = tl.program_id(0).to(tl.int64)
+    t, d = tl.arange(0, C), tl.arange(0, D)
+    inside, at = (d < K)[None, :], t[:, None] * K + d[None, :]
+    keys, keys_low = _parts(_load(k + chunk * C * K, at, inside))
+    mask_ts = tl.load(mask + chunk * C * C + t[:, None] * C + t[None, :])
+    of_keys, of_mask = tl.zeros([C, D], tl.float32), tl.zeros([C, C], tl.float32)
+    iterates += chunk * num_iter * 2 * C * K
+    grads += chunk * num_iter * 2 * C * K
+    for n in range(num_iter):
+        w = tl.load(weights + n)
+        z, z_low = _load(iterates, at, inside), _load(iterates + C * K, at, inside)
+        x, x_low = _load(grads, at, inside), _load(grads + C * K, at, inside)
+        iterates += 2 * C * K
+        grads += 2 * C * K
+        along = _dot(z, z_low, tl.trans(keys), tl.trans(keys_low), tl.zeros([C, C], tl.float32), EXACT_KEYS)
+        across = _dot(x, x_low, tl.trans(keys), tl.trans(keys_low), tl.zeros([C, C], tl.float32), EXACT_KEYS) * -w
+        of_mask += along * across
+        along, along_low = _parts(along * mask_ts * -w)
+        of_keys = _dot(tl.trans(along), tl.trans(along_low), x, x_low, of_keys)
+        across, across_low = _parts(across * mask_ts)
+        of_keys = _dot(tl.trans(across), tl.trans(across_low), z, z_low, of_keys)
+    tl.store(grad_k + chunk * C * K + at, of_keys, mask=inside)
+    tl.store(grad_mask + chunk * C * C + t[:, None] * C + t[None, :], of_mask)
+
+
+@triton.jit
+def _start_grads(
+    row, weights, iterates, grads, grad_start, num_iter, K: tl.constexpr, C: tl.constexpr, D: tl.constexpr
+):
+    """Gradient of the covariance at the chunk's start: the like sum."""
+    chunk = tl.program_id(0).to(tl.int64)
+    t, d, e = tl.arange(0, C), tl.arange(0, D), tl.arange(0, D)
+    inside, at = (d < K)[None, :], t[:, None] * K + d[None, :]
+    row_t = tl.load(row + chunk * C + t)
+    of_start = tl.zeros([D, D], tl.float32)
+    iterates += chunk * num_iter * 2 * C * K
+    grads += chunk * num_iter * 2 * C * K
+    for n in range(num_iter):
+        w = tl.load(weights + n)
+        z, z_low = _load(iterates, at, inside), _load(iterates + C * K, at, inside)
+        x = _load(grads, at, inside).to(tl.float32) + _load(grads + C * K, at, inside).to(tl.float32)
+        iterates += 2 * C * K
+        grads += 2 * C * K
+        x, x_low = _parts(x * (row_t * -w)[:, None])
+        of_start = _dot(tl.trans(x), tl.trans(x_low), z, z_low, of_start)
+    tl.store(grad_start + chunk * K * K + e[:, None] * K + d[None, :], of_start, mask=(e < K)[:, None] & inside)
+
+
+class Solve(torch.autograd.Function):
+    """`gka._Solve` on CUDA: q, k [G, C, K]; start [G, K, K]; row [G, C]; mask [G, C, C], all float32 -> z [G, C, K].
+
+    exact_keys: k holds numbers of bfloat16, which spares a third of their products. The backward runs the iterations
+    again, for as many G at a time as `STORED` bytes hold.
+    """
+
+    @staticmethod
+    def forward(ctx, exact_keys, num_iter, ridge_strength, q, k, start, row, mask):
+        q, k, start, row, mask = (x.contiguous() for x in (q, k, start, row, mask))
+        ctx.save_for_backward(q, k, start, row, mask)
+        ctx.options = exact_keys, num_iter, ridge_strength
+        keep, weights = _steps(num_iter, ridge_strength, q.device)
+        z = torch.empty_like(q)
+        if len(q):
+            with torch.cuda.device_of(q):
+                _solve[len(q),](
+                    q, k, start, row, mask, weights, z, z, keep, num_iter,
+                    STORE=False, EXACT_KEYS=exact_keys, **_launch(q), num_stages=1,
+                )  # fmt: skip
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_z):
+        q, k, start, row, mask = ctx.saved_tensors
+        exact_keys, num_iter, ridge_strength = ctx.options
+        keep, weights = _steps(num_iter, ridge_strength, q.device)
+        grad_z = grad_z.contiguous()
+        grad_q, grad_k, grad_start, grad_row, grad_mask = (torch.empty_like(x) for x in (q, k, start, row, mask))
+        size = max(1, STORED // (2 * num_iter * q.shape[1] * q.shape[2] * 4))
+        iterates, grads = q.new_empty(2, min(size, len(q)), num_iter, 2, *q.shape[1:], dtype=torch.bfloat16)
+        stages = 2 if _shared_memory(q.device) >= AHEAD else 1
+        with torch.cuda.device_of(q):
+            for first in range(0, len(q), size):
+                at = slice(first, first + size)
+                grid, launch = (len(q[at]),), _launch(q)
+                system, sums = (k[at], start[at], row[at], mask[at], weights), (weights, iterates, grads)
+                _solve[grid](
+                    q[at], *system, grad_q[at], iterates, keep, num_iter,  # z once more, to be overwritten
+                    STORE=True, EXACT_KEYS=exact_keys, **launch, num_stages=1,
+                )  # fmt: skip
+                _adjoint[grid](
+                    grad_z[at], *system, iterates, grads, grad_q[at], grad_row[at], keep, num_iter,
+                    EXACT_KEYS=exact_keys, **launch, num_stages=1,
+                )  # fmt: skip
+                _key_grads[grid](
+                    k[at], mask[at], *sums, grad_k[at], grad_mask[at], num_iter,
+                    EXACT_KEYS=exact_keys, **launch, num_stages=stages,
+                )  # fmt: skip
+                _start_grads[grid](row[at], *sums, grad_start[at], num_iter, **launch, num_stages=stages)
+        return None, None, None, grad_q, grad_k, grad_start, grad_row, grad_mask
+
+
+def _launch(q: torch.Tensor) -> dict[str, int]:
+    _, size, key_dim = q.shape
+    width = _width(key_dim)
+    return {"K": key_dim, "C": size, "D": width, "num_warps": 8 if width > 64 else 4}
+
+
+def _width(head_dim: int) -> int:
+    """The least tile that holds `head_dim` and that a tensor core takes."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that one block may use, 0 on a CPU."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 0
+
+
+@functools.cache
+def _steps(num_iter: int, ridge_strength: float, device: torch.device) -> tuple[float, torch.Tensor]:
+    """What a step keeps, and the steps' weights [num_iter] (one more, so that there is always a tensor)."""
+    _, keep, weights = coefficients(num_iter, ridge_strength)
+    return keep, torch.tensor([*weights, 0.0], dtype=torch.float32, device=device)
+
+
+@triton.jit
+def _step(
+    q, k, v, g, gk, alpha, C, U, o, C_out, U_out, weights, c, keep, scale, num_iter,
+    ALPHA: tl.constexpr, STATE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """One token of one sequence and head: the covariance stays in registers for all steps."""
+    at = tl.program_id(0).to(tl.int64)
+    i, j, u = tl.arange(0, D), tl.arange(0, D), tl.arange(0, DV)
+    inside = (i < K)[:, None] & (j < K)[None, :]
+    key_i, key_j = (_load(k + at * K, i, i < K).to(tl.float32), _load(k + at * K, j, j < K).to(tl.float32))
+    now = _load(q + at * K, i, i < K).to(tl.float32)
+    cov = key_i[:, None] * key_j[None, :]
+    if STATE:
+        old = _load(C + at * K * K, i[:, None] * K + j[None, :], inside).to(tl.float32)
+        cov += tl.exp(tl.load(gk + at).to(tl.float32)) * old
+    tl.store(C_out + at * K * K + i[:, None] * K + j[None, :], cov, mask=inside)
+    if num_iter > 0:
+        square = tl.sum(tl.sum(cov * cov, axis=1), axis=0)
+        factor = tl.where(square > 0, c / tl.sqrt(tl.maximum(square, 1.2e-38)), 0.0)
+        rhs, before = now, tl.zeros_like(now)
+        solution = now
+        for n in range(num_iter):
+            w = tl.load(weights + n)
+            # The iterate along the other axis: the sum has it along rows, the product needs it along columns.
+            product = factor * tl.sum(cov * solution[None, :], axis=1)
+            new = w * (keep * solution - product + rhs) + (1 - w) * before
+            before = solution
+            solution = new
+        share = 1.0
+        if ALPHA:
+            share = tl.load(alpha + at).to(tl.float32)
+        now = rhs + share * (factor * solution - rhs)
+    inside = (i < K)[:, None] & (u < V)[None, :]
+    value = _load(v + at * V, u, u < V).to(tl.float32)
+    state = key_i[:, None] * value[None, :]
+    if STATE:
+        old = _load(U + at * K * V, i[:, None] * V + u[None, :], inside).to(tl.float32)
+        state += tl.exp(tl.load(g + at).to(tl.float32)) * old
+    tl.store(U_out + at * K * V + i[:, None] * V + u[None, :], state, mask=inside)
+    tl.store(o + at * V + u, (scale * tl.sum(state * now[:, None], axis=0)).to(o.dtype.element_ty), mask=u < V)
+
+
+def step(q, k, v, g, gk, alpha, state: State | None, *, num_iter, ridge_strength, rescale) -> Result:
+    """`gka.step` without gradients: q, k [S, H, K], v [S, H, V], g, gk and alpha (or None) [S, H], of any dtypes."""
+    sequences, heads, key_dim = q.shape
+    value_dim = v.shape[-1]
+    q, k, v, g, gk = (x.contiguous() for x in (q, k, v, g, gk))
+    C, U = (q, v) if state is None else (x.contiguous() for x in state)
+    o = torch.empty_like(v)
+    C_out = torch.empty(sequences, heads, key_dim, key_dim, dtype=torch.float32, device=q.device)
+    U_out = torch.empty(sequences, heads, key_dim, value_dim, dtype=torch.float32, device=q.device)
+    c, _, _ = coefficients(num_iter, ridge_strength)
+    keep, weights = _steps(num_iter, ridge_strength, q.device)
+    with torch.cuda.device_of(q):
+        _step[sequences * heads,](
+            q, k, v, g, gk, g if alpha is None else alpha.contiguous(), C, U, o, C_out, U_out,
+            weights, c, keep, key_dim**-0.5 if rescale else 1.0, num_iter, ALPHA=alpha is not None,
+            STATE=state is not None, K=key_dim, V=value_dim, D=_width(key_dim), DV=_width(value_dim), num_warps=8,
+        )  # fmt: skip
+    return o, (C_out, U_out)

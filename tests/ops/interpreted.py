@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run with TRITON_INTERPRET=1: gka's Triton kernels on a CPU against the float64 reference; prints what is off.
+
+The interpreter is set before Triton is imported, and for a whole process: so this one is a program of its own.
+"""
+
+import functools
+import sys
+
+import numpy as np
+import torch
+
+from hmf.bench import doctor
+from hmf.ops import gka
+from hmf.ops.samples import Shape, sample
+
+
+def widen(x: np.ndarray) -> np.ndarray:
+    return (x.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(x: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def mend_bfloat16():
+    """The interpreter keeps bfloat16 as uint16: its products take the bits for numbers, its casts take long."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    plain = builder.cast_impl
+
+    def dot(self, a, b, to, *precision):
+        a, b = (widen(x.data) if x.dtype.scalar == tl.bfloat16 else x.data for x in (a, b))
+        return interpreter.TensorHandle(np.matmul(a, b) + to.data, to.dtype.scalar)
+
+    def cast(self, x, dtype):
+        change = {(tl.bfloat16, tl.float32): widen, (tl.float32, tl.bfloat16): narrow}
+        convert = change.get((x.dtype.scalar, dtype.scalar))
+        return interpreter.TensorHandle(convert(x.data), dtype.scalar) if convert else plain(self, x, dtype)
+
+    builder.create_dot = dot
+    builder.cast_impl = builder.create_fp_ext = builder.create_fp_trunc = cast
+
+
+def changed(made, value_dim=None, alpha=True):
+    """The sample with values of another dimension than the keys', or without alpha."""
+    tokens, exact, call = dict(made.tokens), dict(made.exact), made.call
+    if value_dim:
+        tokens["v"] = tokens["v"][..., :value_dim]
+        if "U" in exact:
+            exact["U"] = exact["U"][..., :value_dim]
+    if not alpha:
+        exact.pop("alpha")
+        call = lambda function, x: made.call(function, x | {"alpha": None})  # noqa: E731
+    return type(made)(tokens, exact, call)
+
+
+TWO = {"num_iter": 2}
+CASES = [  # name, shape, options, changes, dtype, with gradients
+    ("packed", Shape(lengths=(3, 0, 18, 1), heads=1, head_dim=12, with_state=True),
+     TWO, {"value_dim": 5}, torch.float32, True),
+    ("rows", Shape(batch=2, tokens=16, heads=1, head_dim=16),
+     TWO | {"rescale": False, "bp_lambda": False}, {"alpha": False}, torch.bfloat16, True),
+    ("no steps", Shape(tokens=3, heads=1, head_dim=16), {"num_iter": 0}, {}, torch.float32, True),
+    ("a token", Shape(batch=2, tokens=1, heads=1, head_dim=12, with_state=True),
+     {}, {"value_dim": 5}, torch.bfloat16, False),
+    ("a first token", Shape(tokens=1, heads=1, head_dim=16),
+     TWO | {"rescale": False}, {"alpha": False}, torch.float32, False),
+    ("a token without steps", Shape(tokens=1, heads=1, head_dim=16), {"num_iter": 0}, {}, torch.float32, False),
+]  # fmt: skip
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+
+
+def main() -> int:
+    from hmf.ops import gka_triton
+
+    mend_bfloat16()
+    gka_triton.CHUNK_SIZE = 16
+    gka_triton.STORED = 2 * 2 * 2 * 16 * 16 * 4  # the backward takes two chunks at a time
+    failures = 0
+    for name, shape, options, changes, dtype, gradients in CASES:
+        made = changed(sample("gka", shape), **changes)
+        reference, fast = (functools.partial(version, **options) for version in (gka.reference, gka.fast))
+        expected = doctor.evaluate(reference, made, torch.float64, "cpu", gradients)
+        for tensor, value in doctor.evaluate(fast, made, dtype, "cpu", gradients).items():
+            error = doctor.relative_error(value, expected[tensor])
+            if not error <= TOLERANCES[dtype]:
+                failures += 1
+                print(f"{name}: {tensor} is off by {error:.1e}")
+    print(f"{len(CASES)} cases, {failures} failures")
+    return failures
+
+
+if __name__ == "__main__":
+    sys.exit(main() > 0)
