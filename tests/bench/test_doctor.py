@@ -125,6 +125,7 @@ def test_a_forced_version_is_what_runs_and_is_reported(monkeypatch):
 
 
 def test_a_version_that_an_op_lacks_is_a_finding(monkeypatch):
+    monkeypatch.delitem(dispatch._IMPLEMENTATIONS["gka"], "fast")
     monkeypatch.setenv("HMF_OPS", "fast")
     result = run("doctor", "--json")
     assert result.exit_code == 1
