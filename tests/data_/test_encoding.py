@@ -109,12 +109,16 @@ THOUGHT = {"role": "assistant", "content": "<think>\nCount.\n</think>\n\n2"}
 TALK_WITH = {"lost": [*QUESTION, TWO], "there": [*QUESTION, THOUGHT], "first": [TWO], "unanswered": QUESTION}
 REFUSED = {
     "nobody answers": (None, "unanswered", "no assistant turn"),
-    "the assistant is first": (None, "first", "message 0: the assistant speaks first"),
-    "doubled": (plain(before="<think>\n\n</think>\n\n"), "there", "message 1: <think> is there twice"),
-    "doubled by the prompt": (plain(before=THINK, opening=THINK), "there", "message 1: <think> is there twice"),
-    "doubled under marks": (MARKED.replace("{% gen", "<think>\n{% gen"), "there", "message 1: <think> is there twice"),
-    "thinking is lost": (SIMPLE, "lost", "message 1: the chat template leaves its thinking out"),
-    "marked thinking is lost": (MARKED, "lost", "message 1: the chat template leaves its thinking out"),
+    "the assistant is first": (None, "first", r"messages\[0\]: the assistant speaks first"),
+    "doubled": (plain(before="<think>\n\n</think>\n\n"), "there", r"messages\[1\]: <think> is there twice"),
+    "doubled by the prompt": (plain(before=THINK, opening=THINK), "there", r"messages\[1\]: <think> is there twice"),
+    "doubled under marks": (
+        MARKED.replace("{% gen", "<think>\n{% gen"),
+        "there",
+        r"messages\[1\]: <think> is there twice",
+    ),
+    "thinking is lost": (SIMPLE, "lost", r"messages\[1\]: the chat template leaves its thinking out"),
+    "marked thinking is lost": (MARKED, "lost", r"messages\[1\]: the chat template leaves its thinking out"),
     "another prompt": (plain(opening="Sure: "), "there", "told from its prompt"),
     "no end": (SIMPLE.replace("<|im_end|>{% else", "{% else"), "there", "would not learn to stop"),
     "marks without the end": (MARKED.replace("<|im_end|>{% endgen", "{% endgen"), "there", "would not learn to stop"),

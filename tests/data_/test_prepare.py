@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """From files to rows: every format, mixtures, limits, errors that name their line, and runs that are cut off."""
 
+import fcntl
 import gzip
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -25,6 +27,7 @@ from hmf.data.filters import repetition
 from hmf.data.packing import best_fit
 from hmf.data.prepare import PreparedDataset, prepare
 from hmf.data.sources import Source, content
+from hmf.data.text import stdlib_documents
 from hmf.data.tokenizer import train_tokenizer
 from hmf.errors import HmfError
 from hmf.pipeline import resolve_base
@@ -194,11 +197,11 @@ def weighted(folder, shares, **more):
 def test_weights_are_shares_of_tokens(folder, tmp_path):
     most = prepare(recipe(folder, tmp_path / "most", **weighted(folder, (1, 3))), TEACHER)["sources"]
     assert most[1]["passes"] == 1 and most[0]["passes"] < 1  # no document twice
-    assert most[1]["used"]["tokens"] == pytest.approx(3 * most[0]["used"]["tokens"], rel=0.2)
+    assert most[1]["used"]["tokens"] == pytest.approx(3 * most[0]["used"]["tokens"], abs=3)
     mixed = weighted(folder, (1, 3), tokens=20_000)
     long = prepare(recipe(folder, tmp_path / "long", **mixed), TEACHER)
     used = [source["used"]["tokens"] for source in long["sources"]]
-    assert sum(used) == pytest.approx(20_000, rel=0.05) and used[1] == pytest.approx(15_000, rel=0.05)
+    assert used[0] == 5_000 and used[1] == pytest.approx(15_000, rel=0.02)  # conversations stay whole
     assert long["sources"][1]["passes"] > 2
     prepare(recipe(folder, tmp_path / "again", **mixed), TEACHER)
     prepare(recipe(folder, tmp_path / "seed", **mixed, seed=1), TEACHER)
@@ -248,7 +251,7 @@ def test_filters_leave_out_what_repeats_and_what_is_short(folder, tmp_path):
 
 TEXT, CHAT = {}, {"messages_field": "messages"}
 BAD = {
-    "not JSON": (TEXT, '{"text": "a"', r"bad: bad.jsonl:3: not valid JSON"),
+    "not JSON": (TEXT, '{"text": "a"', r"bad: bad.jsonl:3: not valid JSON .* at character 13 of 12"),
     "no object": (TEXT, "[1]", r"bad.jsonl:3: a JSON object is expected, not list"),
     "no field": (TEXT, '{"body": "a", "id": 1}', r"bad.jsonl:3: no field 'text'; it has 'body', 'id': set text_field"),
     "no text": (TEXT, '{"text": null}', r"bad.jsonl:3: field 'text' holds nothing and not text"),
@@ -291,6 +294,12 @@ def test_places_and_recipes_that_cannot_be(folder, tmp_path, whole):
         prepare(recipe(folder, whole, seed=1), TEACHER)
     with pytest.raises(HmfError, match="the output directory is in use"):
         prepare(recipe(folder, folder), TEACHER)
+    (tmp_path / "out").mkdir(exist_ok=True)
+    busy = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(busy, fcntl.LOCK_EX)
+    with pytest.raises(HmfError, match="out: another process prepares it now"):
+        prepare(recipe(folder, tmp_path / "out"), TEACHER)
+    os.close(busy)
     for changes, expected in (
         ({"sources": [{"path": "a", "weigt": 1}]}, "sources.0: unknown key 'weigt'; did you mean 'weight'"),
         ({"sources": [{"path": "a"}, {"path": "b/a"}]}, "two are called 'a'; give each a name"),
@@ -401,8 +410,21 @@ def test_show_marks_what_is_learnt_and_counts(folder, whole, tmp_path):
         assert any(part.endswith("<|im_end|>") for part in learnt) and not any(
             "<|im_start|>" in part for part in learnt
         )
-        assert "conversations │      24 │" in result.output
+        assert "chat │      24 │" in result.output
     assert not (tmp_path / "out").exists()
     done = runner.invoke(app, ["data", "prepare", str(tmp_path / "recipe.yaml"), "--workers", "1"])
     assert done.exit_code == 0 and "rows of 512 tokens" in done.output
     assert files(tmp_path / "out") == files(whole)
+
+
+def test_the_recipe_prepares_what_its_readme_makes(tmp_path, monkeypatch):
+    home = Path(__file__).resolve().parents[2] / "recipes" / "data"
+    monkeypatch.chdir(tmp_path)
+    made = re.search(r"```python\n(.*?)```", (home / "README.md").read_text(), re.DOTALL)[1]
+    exec(made.replace("range(500)", "range(10)"), {})
+    few = stdlib_documents("train")[:20]
+    monkeypatch.setattr("hmf.data.text.stdlib_documents", lambda split: few)  # all of it takes half a minute
+    index = prepare(load_recipe(home / "recipe.yaml", DataRecipe, ["tokens=40000"]), TEACHER)
+    used = [source["used"]["tokens"] for source in index["sources"]]
+    assert used[0] == 30_000 and used[1] == pytest.approx(10_000, rel=0.1)
+    assert index["filled"] > 0.9

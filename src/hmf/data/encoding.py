@@ -103,14 +103,14 @@ class _Template:
         text, parts = "", list[tuple[str, bool]]()
         for index in answers:
             if not index:
-                raise HmfError("message 0: the assistant speaks first, so its turn has no prompt; start with a user")
+                raise HmfError("messages[0]: the assistant speaks first, so its turn has no prompt; start with a user")
             message = messages[index]
             prompt = self.render(
                 messages[:index], add_generation_prompt=True, enable_thinking=bool(thinking_of(message))
             )
             whole = self.render(messages[: index + 1])
             if not whole.startswith(prompt):
-                raise HmfError(f"message {index}: {_difference(prompt, whole)}")
+                raise HmfError(f"messages[{index}]: {_difference(prompt, whole)}")
             # The template may write a newline after the turn; the turn itself ends with the end-of-turn token.
             turn = whole[len(prompt) :].rstrip("\n")
             self.check_thinking(index, message, prompt[-32:] + turn)
@@ -155,12 +155,12 @@ class _Template:
         if found := _DOUBLED.search(turn):
             around = turn[max(0, found.start() - 24) : found.end() + 24]
             raise HmfError(
-                f"message {index}: <think> is there twice ({around!r}): the chat template writes it around what has "
+                f"messages[{index}]: <think> is there twice ({around!r}): the chat template writes it around what has "
                 "it already; put thinking into reasoning_content without tags, or set thinking: strip"
             )
         if required and (reasoning := thinking_of(message)) and reasoning not in turn:
             raise HmfError(
-                f"message {index}: the chat template leaves its thinking out; set thinking: strip, or take a "
+                f"messages[{index}]: the chat template leaves its thinking out; set thinking: strip, or take a "
                 "tokenizer whose template writes reasoning_content"
             )
 
@@ -195,8 +195,9 @@ def _without_thinking(message: Message) -> Message:
     if message["role"] != "assistant":
         return message
     kept = {name: value for name, value in message.items() if name not in REASONING_FIELDS}
-    if isinstance(content := kept.get("content"), str):
-        kept["content"] = _THINK_BLOCK.sub("", content, count=1) if _THINK_BLOCK.match(content) else content
+    content = text_of(kept.get("content"))
+    if block := _THINK_BLOCK.match(content):
+        kept["content"] = content[block.end() :]
     return kept
 
 

@@ -14,6 +14,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,12 +79,13 @@ def prepare(recipe: DataRecipe, tokenizer: str | Path, workers: int = 1) -> dict
     pairs = [(Source(settings), Encoder.of(settings, recipe)) for settings in recipe.sources]  # before the long work
     cache = recipe.cache or output / TOKENISED
     try:
-        sources = []
-        for source, encoder in pairs:
-            folder = cache / folder_of(source, encoder, loaded, recipe)
-            count = tokenise(source, encoder, folder, recipe, str(tokenizer), workers, loaded)
-            sources.append(Tokenised.read(encoder, folder, count, recipe))
-        index = _write(recipe, sources, loaded)
+        with _alone(output):
+            sources = []
+            for source, encoder in pairs:
+                folder = cache / folder_of(source, encoder, loaded, recipe)
+                count = tokenise(source, encoder, folder, recipe, str(tokenizer), workers, loaded)
+                sources.append(Tokenised.read(encoder, folder, count, recipe))
+            index = _write(recipe, sources, loaded)
     except OSError as error:
         raise HmfError(
             f"{error.filename or output}: not written: {error.strerror or error}; mend that and start again: "
@@ -90,6 +93,22 @@ def prepare(recipe: DataRecipe, tokenizer: str | Path, workers: int = 1) -> dict
         ) from None
     shutil.rmtree(output / TOKENISED, ignore_errors=True)
     return index
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """HmfError when another process prepares here. A lock of the folder itself: it ends with the process."""
+    import fcntl
+
+    output.mkdir(parents=True, exist_ok=True)
+    folder = os.open(output, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise HmfError(f"{output}: another process prepares it now; wait for it, or choose another output") from None
+    finally:
+        os.close(folder)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -192,43 +211,45 @@ def _stated(recipe: DataRecipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json", exclude={"output", "cache", "shard_documents"})
 
 
-def _chosen(recipe: DataRecipe, sources: list[Tokenised]) -> list[np.ndarray]:
-    """The documents that each source gives: all of them once, or by its weight in shuffled order, pass after pass."""
+def _chosen(recipe: DataRecipe, sources: list[Tokenised]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The documents that each source gives, and how many tokens of each: all documents once, or by the source's weight
+    in shuffled order, pass after pass, where the last text ends with the source's share."""
+    usable = [np.flatnonzero(source.lengths) for source in sources]
     if recipe.sources[0].weight is None:
-        return [np.flatnonzero(source.lengths) for source in sources]
+        return [(there, source.lengths[there]) for there, source in zip(usable, sources, strict=True)]
     weights = np.array([source.encoder.source.weight for source in sources], dtype=np.float64)
     weights /= weights.sum()
-    there = np.array([source.lengths.sum() for source in sources])
-    total = recipe.tokens or int((there / weights).min())
+    total = recipe.tokens or (np.array([source.lengths.sum() for source in sources]) / weights).min()
     chosen = []
-    for number, (source, weight) in enumerate(zip(sources, weights, strict=True)):
+    for number, source in enumerate(sources):
+        if not len(usable[number]):
+            raise HmfError(f"{source.title}: no conversation has a supervised token in a row; raise sequence_length")
         rng = np.random.default_rng([recipe.seed, 1, number])
-        wanted, parts = round(total * weight), []
-        usable = np.flatnonzero(source.lengths)
-        if not len(usable):
-            raise HmfError(
-                f"{source.title}: no conversation has a supervised token within a row; raise sequence_length"
-            )
+        wanted, parts = round(total * weights[number]), list[np.ndarray]()
         while wanted > 0:
-            order = rng.permutation(usable)
+            order = rng.permutation(usable[number])
             before = np.cumsum(source.lengths[order]) - source.lengths[order]
             parts.append(order[before < wanted])
             wanted -= int(source.lengths[parts[-1]].sum())
-        chosen.append(np.concatenate(parts))
+        documents = np.concatenate([*parts, usable[number][:0]])
+        sizes = source.lengths[documents].copy()
+        if not source.chat and len(sizes):
+            sizes[-1] += wanted  # what is too much, negative
+        chosen.append((documents, sizes))
     return chosen
 
 
 def _write(recipe: DataRecipe, sources: list[Tokenised], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     length, chosen = recipe.sequence_length, _chosen(recipe, sources)
     # Pieces of documents: (source, document, start, length). A text that is longer than a row is split.
-    pieces = np.concatenate([_pieces(number, source, chosen[number], length) for number, source in enumerate(sources)])
+    pieces = np.concatenate([_pieces(number, *chosen[number], length) for number in range(len(sources))])
     if not len(pieces):
         raise HmfError(f"{recipe.output}: no document can be used; see the sources' filters and sequence_length")
     pieces = pieces[np.random.default_rng([recipe.seed, 2]).permutation(len(pieces))]
     rows = best_fit(pieces[:, 3].tolist(), length, recipe.packing_window)
     order = np.random.default_rng([recipe.seed, 3]).permutation(len(rows))
     filler, per_file = document_separator(tokenizer), max(1, FILE_TOKENS // length)
-    used = [{"documents": len(documents), "tokens": 0, "supervised": 0} for documents in chosen]
+    used = [{"documents": len(documents), "tokens": 0, "supervised": 0} for documents, _ in chosen]
     staged, target = recipe.output / f"{ROWS}.part", recipe.output / ROWS
     for left in (staged, target):
         shutil.rmtree(left, ignore_errors=True)
@@ -273,10 +294,10 @@ def _write(recipe: DataRecipe, sources: list[Tokenised], tokenizer: PreTrainedTo
             asdict(source.counts)
             | {
                 "name": source.title,
-                "kind": "conversations" if source.chat else "text",
+                "kind": "chat" if source.chat else "text",
                 "truncated": source.cut,
                 "unusable": int((source.lengths == 0).sum()),
-                "passes": round(len(chosen[number]) / max(1, int(np.count_nonzero(source.lengths))), 4),
+                "passes": round(used[number]["tokens"] / max(1, int(source.lengths.sum())), 4),
                 "used": used[number],
             }
             for number, source in enumerate(sources)
@@ -290,8 +311,7 @@ def _write(recipe: DataRecipe, sources: list[Tokenised], tokenizer: PreTrainedTo
     return index
 
 
-def _pieces(number: int, source: Tokenised, documents: np.ndarray, length: int) -> np.ndarray:
-    sizes = source.lengths[documents]
+def _pieces(number: int, documents: np.ndarray, sizes: np.ndarray, length: int) -> np.ndarray:
     counts = -(-sizes // length)  # conversations have been cut to one
     which = np.repeat(np.arange(len(documents)), counts)
     start = (np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)) * length

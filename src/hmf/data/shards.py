@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -280,6 +281,11 @@ def _in_order(
                 yield future.result(), size
         for future, size in running:
             yield future.result(), size
+    except BrokenProcessPool:
+        raise HmfError(
+            "a process that tokenises was ended from outside, perhaps for memory; start again with fewer --workers: "
+            "what is finished is kept"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 

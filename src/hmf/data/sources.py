@@ -192,9 +192,12 @@ def content(record: Record, settings: SourceSettings) -> str | Conversation:
     row = record.value
     if isinstance(row, bytes):
         try:
-            row = json.loads(row)
-        except ValueError as error:
-            raise HmfError(f"not valid JSON ({error}); one object a line is expected") from None
+            row = json.loads(row.rstrip(b"\r\n"))
+        except json.JSONDecodeError as error:
+            place = f"{error.msg} at character {error.pos + 1} of {len(error.doc)}"
+            raise HmfError(f"not valid JSON ({place}); one object a line is expected") from None
+        except UnicodeDecodeError as error:
+            raise HmfError(f"not UTF-8 ({error.reason} at byte {error.start + 1}); convert the file") from None
         if not isinstance(row, dict):
             raise HmfError(f"a JSON object is expected, not {type(row).__name__}")
     chat = settings.messages_field is not None

@@ -69,11 +69,21 @@ def show_recipe(recipe: DataRecipe, tokenizer: str | Path, samples: int, tokens:
                     where = f"{settings.title}: {record.where}"
                     _print(console, loaded, where, np.array(document.ids), learnt, tokens)
                     shown += 1
-        kind = "conversations" if settings.messages_field is not None else "text"
+        kind = "chat" if settings.messages_field is not None else "text"
         table.append(asdict(counts) | {"name": settings.title, "kind": kind, "truncated": cut})
     if samples:
         _legend(console)
     console.print(_table(table, f"the first {records:,} records of each source, before mixing"))
+    for source in table:
+        _notes(console, source)
+        if source["truncated"] > recipe.max_truncated_share * source["documents"]:
+            console.print(
+                f"{source['name']}: {source['truncated']:,} of {source['documents']:,} conversations are longer than "
+                f"sequence_length {recipe.sequence_length:,}; preparing stops above max_truncated_share "
+                f"{recipe.max_truncated_share:g}",
+                style=LEFT_OUT,
+                highlight=False,
+            )
 
 
 def print_counts(index: dict[str, Any], console: Console | None = None) -> None:
@@ -86,23 +96,24 @@ def print_counts(index: dict[str, Any], console: Console | None = None) -> None:
         highlight=False,
     )
     for source in index["sources"]:
-        if source["filtered"]:
-            reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(source["filtered"].items()))
-            console.print(f"{source['name']}: filtered by {reasons}", highlight=False)
+        _notes(console, source)
         if source["unusable"]:
-            console.print(
-                f"{source['name']}: {source['unusable']:,} truncated conversations lost all that is supervised and "
-                "are left out",
-                highlight=False,
-            )
+            text = f"{source['unusable']:,} truncated conversations lost all that is supervised and are left out"
+            console.print(f"{source['name']}: {text}", highlight=False)
+
+
+def _notes(console: Console, source: dict[str, Any]) -> None:
+    if source["filtered"]:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(source["filtered"].items()))
+        console.print(f"{source['name']}: filtered by {reasons}", highlight=False)
 
 
 def _table(sources: list[dict[str, Any]], caption: str | None = None) -> Table:
     """One row a source. With a mixture, `tokens` and `supervised` are those that the rows hold."""
     mixed = any("used" in source for source in sources)
     table = Table(caption=caption, caption_justify="left")
-    table.add_column("source")
-    table.add_column("kind")
+    table.add_column("source", overflow="fold")
+    table.add_column("kind", no_wrap=True)
     names = ["records", "filtered", "documents", "truncated", "tokens", "supervised"]
     for name in names + ["share", "passes"] * mixed:
         table.add_column(name, justify="right", no_wrap=True)
