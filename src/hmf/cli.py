@@ -212,6 +212,23 @@ def plan(
         typer.echo(f"saved {plot}")
 
 
+@app.command(name="plan-training", epilog=epilog(
+    "hmf plan-training recipes/qwen3-8b-gdn",
+    "hmf plan-training recipes/qwen3-8b-gdn/1-prime.yaml --gpu h100x8 --set distill.training.strategy=fsdp2",
+))  # fmt: skip
+def plan_training(
+    recipes: Annotated[list[Path], typer.Argument(help="Recipes, or folders of them.", metavar="RECIPE.yaml|DIR...")],
+    gpu: Annotated[str | None, typer.Option(help="For example h200x8; left out: what each recipe names.")] = None,
+    mfu: Annotated[float, typer.Option(help="Share of the GPUs' peak that training is assumed to reach.")] = 0.35,
+    overrides: Overrides = None,
+) -> None:
+    """Dry run: check recipes and plan memory, tokens and GPU-hours of each stage. Needs no GPU, weights or data."""
+    from hmf.bench import training
+    from hmf.pipeline import resolve_base
+
+    training.print_plans(training.plans(recipes, resolve_base, gpu, mfu, overrides or ()))
+
+
 @app.command(epilog=epilog(
     "hmf serve runs/quickstart/model",
     "hmf serve runs/quickstart/model -- --port 9000 --max-model-len 4096",

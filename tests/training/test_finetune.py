@@ -65,7 +65,7 @@ def test_every_parameter_is_in_exactly_one_group(family, symbol):
 def test_rates_reach_the_optimiser_and_the_rest_is_frozen():
     model = tiny_hybrid(Case("GDN", "gqa"))
     groups = choose(model, {"mixers": 1e-3, "norms": 1e-4})
-    rows = optimiser_groups(groups, weight_decay=0.1)
+    rows = optimiser_groups(model, groups, weight_decay=0.1)
     assert {(row["group"], row["lr"], row["weight_decay"]) for row in rows} == {
         ("mixers", 1e-3, 0.1), ("mixers", 1e-3, 0.0), ("norms", 1e-4, 0.0),
     }  # fmt: skip

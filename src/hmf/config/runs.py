@@ -261,8 +261,24 @@ class OptimiserSettings(Settings):
     save_steps: int = Field(500, ge=1)
     precision: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
+    gpus: str | None = None  # what the recipe is written for, as h200x8; `hmf plan-training` plans for it
     divergence_factor: float = Field(10.0, ge=0)  # stop at a loss this many times the usual one; 0: never
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+
+
+class ParallelSettings(OptimiserSettings):
+    """And how several processes, started by torchrun, share the work."""
+
+    # Who holds what: ddp, every process everything; fsdp2, parts of parameters, gradients and optimiser; deepspeed
+    # (ZeRO 2), parts of gradients and optimiser.
+    strategy: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
+    sequence_parallel: int = Field(1, ge=1)  # neighbouring processes that share each row
+
+    @model_validator(mode="after")
+    def _known_to_work(self) -> ParallelSettings:
+        if self.strategy == "deepspeed" and self.sequence_parallel > 1:
+            raise ValueError("sequence_parallel needs strategy ddp or fsdp2, not deepspeed")
+        return self
 
 
 class OnPolicySettings(Settings):
@@ -278,7 +294,7 @@ class DistillSettings(Settings):
 
     data: DataSettings = Field(default_factory=DataSettings)
     objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)
-    training: OptimiserSettings
+    training: ParallelSettings
     on_policy: OnPolicySettings | None = None
 
     @model_validator(mode="after")
@@ -377,7 +393,7 @@ class FinetuneRecipe(Settings):
     rope: RopeSettings = Field(default_factory=RopeSettings)
     trainable: dict[TrainableName, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     lora: LoraSettings | None = None
-    training: OptimiserSettings
+    training: ParallelSettings
     dtype: Literal["float32", "bfloat16"] | None = None  # of the result; left out: as `model` is stored
 
     @model_validator(mode="after")
@@ -411,6 +427,7 @@ class PrimeRecipe(Settings):
     """`hmf prime`: init, distill, export and evaluate under one run folder."""
 
     base: str  # a checkpoint directory, or "teacher" for the embedded one
+    base_config: Path | None = None  # folder with its config.json, beside the recipe, to plan while base is not there
     output: Path
     seed: int = 0
     hybrid: HybridSettings

@@ -40,6 +40,9 @@ SHOWN = 8  # rows whose masks are looked at before training
 class FinetuneTrainer(PublishedCheckpoints, GuardedLoss, Trainer):
     """A Trainer whose loss is one of `losses`, and whose groups of parameters have learning rates of their own."""
 
+    loss_is_scaled_for_ga = True  # from transformers 5.19 on; before that, model_accepts_loss_kwargs says so
+    optimizer: Any
+
     def __init__(self, *args: Any, objective: CrossEntropy | Preference, groups: list[Group], **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.objective, self.groups = objective, groups
@@ -47,12 +50,11 @@ class FinetuneTrainer(PublishedCheckpoints, GuardedLoss, Trainer):
         self._parts: dict[str, torch.Tensor] = {}  # sums since the last log
         self._steps = 0
 
-    optimizer: Any
-
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
-            self.optimizer = kind(optimiser_groups(self.groups, self.args.weight_decay), **options)
+            model = self.model if model is None else model
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = kind(optimiser_groups(model, self.groups, self.args.weight_decay), **options)
         return self.optimizer
 
     def get_batch_samples(
@@ -104,19 +106,20 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
     set_seed(recipe.seed)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader's processes are parallel already
     config = load_config(recipe.model)
-    check_model(recipe, config)
     stored = config.dtype
+    args = arguments(training, output / "checkpoints", recipe.seed, TrainingArguments, use_cache=config.use_cache)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+    length = sequence_length(recipe)
+    check_model(recipe, config, length)
+    rows = rows_for(recipe, tokenizer, training.steps * rows_per_step(args))
     model = load_model(recipe.model, dtype=torch.float32, config=with_rope(config, recipe.rope))
     groups = choose(model, recipe.trainable, recipe.lora)
     adapters = None
     if recipe.lora is not None:
         adapters, added = add_adapters(model, groups, recipe.lora)
         groups.append(added)
-    args = arguments(training, output / "checkpoints", recipe.seed, TrainingArguments, use_cache=model.config.use_cache)
     if args.process_index == 0:
         say(table(groups))
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-    rows, length = rows_for(recipe, tokenizer, training.steps * rows_per_step(args))
     trainer = FinetuneTrainer(
         model=model,
         args=args,
@@ -139,17 +142,17 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
     return target
 
 
-def check_model(recipe: FinetuneRecipe, config: Any) -> None:
-    """HmfError when the recipe cannot train a model of this config."""
+def check_model(recipe: FinetuneRecipe, config: Any, sequence_length: int) -> None:
+    """HmfError when the recipe cannot train a model of this config on rows of so many tokens."""
     pattern = getattr(config, "pattern", None)
     if pattern is None:
         raise HmfError(f"{recipe.model}: is no Hybrid; `hmf prime` makes one of it")
     if pattern.fused:
         raise HmfError(f"{recipe.model}: still holds its teacher; `hmf export` it and give the result")
-    length = sequence_length(recipe)
-    if length > (known := with_rope(config, recipe.rope).max_position_embeddings):
+    if sequence_length > (known := with_rope(config, recipe.rope).max_position_embeddings):
         raise HmfError(
-            f"rows of {length} tokens are longer than the model's {known} positions; set rope.max_position_embeddings"
+            f"rows of {sequence_length} tokens are longer than the model's {known} positions; "
+            "set rope.max_position_embeddings"
         )
 
 
@@ -161,12 +164,11 @@ def sequence_length(recipe: FinetuneRecipe) -> int:
     return recipe.pairs.sequence_length
 
 
-def rows_for(recipe: FinetuneRecipe, tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[Any, int]:
-    """The recipe's rows, as many as the run reads, and their length; HmfError for masks that cannot be meant."""
-    length = sequence_length(recipe)
-    if recipe.pairs is not None:
-        return pair_dataset(recipe.pairs.path, tokenizer, length, rows, recipe.seed), length
-    assert recipe.data is not None
+def rows_for(recipe: FinetuneRecipe, tokenizer: PreTrainedTokenizerBase, rows: int) -> Any:
+    """The recipe's data set, as many rows as the run reads; HmfError for masks that cannot be meant."""
+    if (pairs := recipe.pairs) is not None:
+        return pair_dataset(pairs.path, tokenizer, pairs.sequence_length, rows, recipe.seed)
+    assert recipe.data is not None  # the recipe's validator saw to it
     dataset = mixture(recipe.data, tokenizer, rows, recipe.seed)
     shown = [dataset[index] for index in range(min(SHOWN, rows))]
     # a document's first token has no context and is never supervised
@@ -175,7 +177,7 @@ def rows_for(recipe: FinetuneRecipe, tokenizer: PreTrainedTokenizerBase, rows: i
         raise HmfError(f"data: no token of the first {len(shown)} rows is supervised: there is nothing to learn")
     if recipe.method == "sft" and learned.all():
         raise HmfError("data: every token is supervised, prompts too; method sft is for conversations, cpt for text")
-    return dataset, length
+    return dataset
 
 
 def flops_per_token(model: PreTrainedModel) -> float | None:

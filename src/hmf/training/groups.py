@@ -78,15 +78,8 @@ def choose(model: PreTrainedModel, rates: Mapping[Any, float], lora: LoraSetting
     return groups
 
 
-def add_adapters(model: PreTrainedModel, groups: Iterable[Group], settings: LoraSettings) -> tuple[Any, Group]:
-    """Adapters on every linear layer of the groups that `settings` names, inside `model`; (peft's handle, their group).
-
-    The handle's `merge_and_unload()` adds them to the weights and restores the model's own layers.
-    """
-    if importlib.util.find_spec("peft") is None:
-        raise HmfError("lora: peft is not installed; `pip install peft`, or leave lora out")
-    from peft import LoraConfig, LoraModel
-
+def adapter_targets(model: PreTrainedModel, groups: Iterable[Group], settings: LoraSettings) -> list[str]:
+    """Names of the linear layers that get an adapter; HmfError where a group's weights are of another kind."""
     chosen: dict[str, nn.Parameter] = {}
     for group in groups:
         if group.name in settings.groups:
@@ -98,6 +91,19 @@ def add_adapters(model: PreTrainedModel, groups: Iterable[Group], settings: Lora
             raise HmfError(f"lora.groups: {name} is no linear layer and takes no adapter; leave its group out")
     if not targets:
         raise HmfError(f"lora.groups: {', '.join(settings.groups)}: no linear layer to adapt; name attention or mlp")
+    return targets
+
+
+def add_adapters(model: PreTrainedModel, groups: Iterable[Group], settings: LoraSettings) -> tuple[Any, Group]:
+    """Adapters on every linear layer of the groups that `settings` names, inside `model`; (peft's handle, their group).
+
+    The handle's `merge_and_unload()` adds them to the weights and restores the model's own layers.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise HmfError("lora: peft is not installed; `pip install peft`, or leave lora out")
+    from peft import LoraConfig, LoraModel
+
+    targets = adapter_targets(model, groups, settings)
     frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     handle = LoraModel(
         model,
@@ -119,14 +125,17 @@ def add_adapters(model: PreTrainedModel, groups: Iterable[Group], settings: Lora
     return handle, Group(LORA, adapters, settings.learning_rate)
 
 
-def optimiser_groups(groups: Iterable[Group], weight_decay: float) -> list[dict[str, Any]]:
-    """What an optimiser takes: each group in two parts, because norms, biases and decays (vectors) do not decay."""
-    found = []
+def optimiser_groups(model: nn.Module, groups: Iterable[Group], weight_decay: float) -> list[dict[str, Any]]:
+    """What an optimiser takes: each group in two parts, because norms, biases and decays (vectors) do not decay.
+
+    Parameters are those that `model` has by now under the groups' names: sharding it puts others in their place.
+    """
+    found, current = [], dict(model.named_parameters())
     for group in groups:
         if group.learning_rate is None:
             continue
         for decays in (True, False):
-            parameters = [x for x in group.parameters.values() if x.requires_grad and (x.dim() > 1) == decays]
+            parameters = [current[name] for name, x in group.parameters.items() if (x.dim() > 1) == decays]
             if parameters:
                 found.append({
                     "params": parameters, "lr": group.learning_rate, "group": group.name,

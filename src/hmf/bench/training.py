@@ -1,0 +1,457 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training recipe will take, from the recipe and a config alone: memory of each GPU, tokens, steps, GPU-hours.
+
+The model is built without memory and every tensor counted as the trainers hold it: weights in float32, gradients and
+AdamW's two moments in float32 for those that are trained. Activations are estimated. Nothing here needs a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from hmf.config.layers import base_head_dim
+from hmf.config.pattern import ATTENTION
+from hmf.config.runs import (
+    DataRecipe,
+    DataSettings,
+    DistillRecipe,
+    DistillSettings,
+    FinetuneRecipe,
+    ParallelSettings,
+    PrimeRecipe,
+    Settings,
+    load_recipe,
+)
+from hmf.errors import HmfError
+from hmf.model.checkpoint import load_config
+from hmf.model.configuration import with_rope
+from hmf.model.convert import hybrid_config
+from hmf.model.families import family_of
+from hmf.model.modeling import hybrid_classes
+from hmf.priming.distance import stage1_flops_per_token
+from hmf.priming.objectives import train_only_mixers
+from hmf.training.distill import row_length
+from hmf.training.finetune import check_model, flops_per_token
+from hmf.training.groups import adapter_targets, choose
+from hmf.training.progress import peak_flops
+
+from .gpus import Device, parse_gpus
+from .plan import size_of
+
+MFU = 0.35  # share of the GPUs' peak that the model's own arithmetic is assumed to reach; a guess, not a measurement
+USABLE = 0.92  # of a GPU's memory: the rest is lost between allocations
+WIDE = 4  # bytes of a master weight, of a gradient, of a moment
+# A layer keeps about so many times the inputs and outputs of its linear layers for the backward pass: norms, rotary
+# positions, gates and casts make tensors of the same widths.
+COPIES = 2.0
+LOGITS = 4 * 2**28  # four tensors of the logits that exist at once, see training/losses.py
+FRAMEWORK = 3 * 2**30  # CUDA context, kernels' workspaces, buffers of the communication library
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage of training, as a recipe says it."""
+
+    title: str
+    recipe: DistillSettings | FinetuneRecipe
+    model: PreTrainedModel  # without memory; what is trained requires a gradient
+    sequence_length: int
+    adapters: int = 0  # parameters that low-rank adapters add
+
+    @property
+    def training(self) -> ParallelSettings:
+        return self.recipe.training
+
+    @property
+    def distils(self) -> bool:
+        return isinstance(self.recipe, DistillSettings)
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """A job on `ranks` GPUs. All bytes are of one GPU."""
+
+    job: Job
+    device: Device
+    ranks: int
+    training: ParallelSettings
+    mfu: float = MFU
+
+    @property
+    def shards(self) -> tuple[int, int]:
+        """Over how many GPUs weights are divided, and gradients and moments."""
+        return {"ddp": (1, 1), "deepspeed": (1, self.ranks), "fsdp2": (self.ranks, self.ranks)}[self.training.strategy]
+
+    @property
+    def rows_per_step(self) -> int:
+        streams = self.ranks // self.training.sequence_parallel
+        return self.training.rows_per_step * self.training.gradient_accumulation_steps * streams
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.rows_per_step * self.job.sequence_length
+
+    @property
+    def tokens(self) -> int:
+        return self.training.steps * self.tokens_per_step
+
+    @property
+    def trained(self) -> int:
+        """Parameters."""
+        return self.job.adapters + sum(x.numel() for x in self.job.model.parameters() if x.requires_grad)
+
+    @cached_property
+    def memory(self) -> dict[str, float]:
+        """Bytes of one GPU by what takes them; the first three are exact, the others estimates."""
+        total = self.job.adapters + sum(x.numel() for x in self.job.model.parameters())
+        weights, rest = self.shards
+        return {
+            "weights": WIDE * total / weights,
+            "gradients": WIDE * self.trained / rest,
+            "moments of AdamW": 2 * WIDE * self.trained / rest,
+            "buffers and casts": self._copies(),
+            "activations": self._activations(),
+            "logits": float(self._logits()),
+            "CUDA and communication": float(FRAMEWORK),
+        }
+
+    @property
+    def fits(self) -> bool:
+        return sum(self.memory.values()) <= USABLE * self.device.memory
+
+    @property
+    def _width(self) -> int:
+        """Bytes of a number in the layers' arithmetic."""
+        return 2 if self.training.precision == "bfloat16" else 4
+
+    def _copies(self) -> float:
+        """Buckets that gradients are sent in and the cached casts of trained weights; of divided weights, what is
+        gathered: the parts outside the layers, two layers and a layer's gradients."""
+        layers = [sum(x.numel() for x in layer.parameters()) for layer in self.job.model.model.layers]
+        outside = sum(x.numel() for x in self.job.model.parameters()) - sum(layers)
+        if self.shards[0] > 1:
+            return WIDE * (outside + 3 * max(layers)) + (2 * (outside + max(layers)) if self._width == 2 else 0)
+        buckets = WIDE * self.trained if self.ranks > 1 else 0
+        casts = 2 * (self.trained + max(layers) + outside) if self._width == 2 else 0
+        return buckets + casts
+
+    @property
+    def _backward_layers(self) -> list[nn.Module]:
+        """Those that keep something for the backward pass."""
+        layers = list(self.job.model.model.layers)
+        return layers[self.job.model.config.pattern.replaced[0] :] if self.job.distils else layers
+
+    def _activations(self) -> float:
+        tokens = self.training.rows_per_step * self.job.sequence_length / self.training.sequence_parallel
+        stream = WIDE * self.job.model.config.hidden_size  # the residual stream is as wide as the weights
+        inside = [COPIES * self._width * linear_widths(layer, self.job.model.config) for layer in self._backward_layers]
+        if self.training.gradient_checkpointing:
+            kept = len(inside) * stream + max(inside)
+        else:
+            kept = len(inside) * stream + sum(inside)
+        return tokens * (kept + 4 * stream)  # embeddings, last norm, the teacher's and their difference
+
+    def _logits(self) -> int:
+        recipe = self.job.recipe
+        if isinstance(recipe, DistillSettings) and not has_kl(recipe):
+            return 0
+        tokens = self.training.rows_per_step * self.job.sequence_length // self.training.sequence_parallel
+        return min(LOGITS, 4 * WIDE * tokens * self.job.model.config.vocab_size)
+
+    @cached_property
+    def flops_per_token(self) -> float | None:
+        """The model's own arithmetic with attention's scores, but without what is computed twice and without what
+        recurrences do beside their projections; None for mixtures of experts."""
+        model, length = self.job.model, self.job.sequence_length
+        config, replaced = model.config, model.config.pattern.replaced
+        if isinstance(self.job.recipe, DistillSettings):
+            total = stage1_flops_per_token(model, head=has_kl(self.job.recipe))
+        else:
+            total = flops_per_token(model)
+        if total is None:
+            return None
+        for index, kind in enumerate(config.attention_types):
+            reach = length / 2  # a causal mask leaves half of the pairs
+            if kind == "sliding_attention":
+                reach = min(reach, config.sliding_window)
+            forward = 4 * config.num_attention_heads * base_head_dim(config) * reach
+            keeps = config.pattern.symbols[index] == ATTENTION
+            if not self.job.distils:
+                total += 3 * forward if keeps else 0
+            elif index < replaced[0]:
+                total += forward
+            else:  # the teacher's path, and the student's with its backward pass
+                total += (4 if keeps else 1) * forward
+        return total
+
+    @property
+    def gpu_hours(self) -> float | None:
+        peak = peak_flops(self.device.name.upper().replace("-", " "))
+        if peak is None or self.flops_per_token is None:
+            return None
+        return self.tokens * self.flops_per_token / (peak * self.mfu) / 3600
+
+    def mend(self) -> str:
+        """The first change to the recipe that makes it fit, in words."""
+        for change in _changes(self.training, self.ranks):
+            if replace(self, training=self.training.model_copy(update=change)).fits:
+                return ", ".join(f"training.{key}: {str(value).lower()}" for key, value in change.items())
+        return "more GPUs or larger ones"
+
+
+def _changes(training: ParallelSettings, ranks: int) -> Iterator[dict[str, Any]]:
+    """Ways to need less memory, mildest first; the batch stays what it is."""
+    change: dict[str, Any] = {}
+    if training.precision == "float32":
+        change["precision"] = "bfloat16"
+        yield dict(change)
+    if not training.gradient_checkpointing:
+        change["gradient_checkpointing"] = True
+        yield dict(change)
+    if training.rows_per_step > 1:
+        change["rows_per_step"] = 1
+        change["gradient_accumulation_steps"] = training.gradient_accumulation_steps * training.rows_per_step
+        yield dict(change)
+    if training.strategy == "ddp" and ranks > 1:
+        change["strategy"] = "fsdp2"
+        yield dict(change)
+    accumulation = change.get("gradient_accumulation_steps", training.gradient_accumulation_steps)
+    degree = 2 * training.sequence_parallel
+    while degree <= ranks:
+        factor = degree // training.sequence_parallel
+        yield change | {"sequence_parallel": degree, "gradient_accumulation_steps": accumulation * factor}
+        degree *= 2
+
+
+def has_kl(recipe: DistillSettings) -> bool:
+    """Whether Stage 1 ever computes logits."""
+    return any(recipe.objective.kl.values())
+
+
+def linear_widths(layer: nn.Module, config: Any) -> float:
+    """Inputs and outputs of a layer's linear parts for one token, the teacher's attention aside; of experts, those
+    that a token is sent to."""
+    total = sum(
+        x.in_features + x.out_features
+        for name, x in layer.named_modules()
+        if isinstance(x, nn.Linear) and not (hasattr(layer, "mixer_name") and name.startswith("self_attn."))
+    )
+    if getattr(config, "num_experts_per_tok", None):
+        total += config.num_experts_per_tok * (3 * config.hidden_size + 3 * config.moe_intermediate_size)
+    return total
+
+
+# ---- from recipes
+
+
+def find_recipes(places: Iterable[Path]) -> list[Path]:
+    """Recipe files, those of a folder in the order of their names."""
+    found = []
+    for place in places:
+        if place.is_dir():
+            files = sorted(place.glob("*.yaml"))
+            if not files:
+                raise HmfError(f"{place}: holds no recipe (*.yaml)")
+            found += files
+        else:
+            found.append(place)
+    return found
+
+
+def read_any(path: Path, overrides: Sequence[str] = ()) -> Settings | None:
+    """A recipe of any kind, by its keys; None for one of `hmf pretrain`."""
+    content: Any = {}
+    if path.is_file():
+        with suppress(yaml.YAMLError, UnicodeDecodeError):  # load_recipe says it, with the place
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    keys: set[str] = set(content) if isinstance(content, dict) else set()
+    if "start_from" in keys or {"tokenizer", "model"} <= keys:
+        return None
+    kinds: dict[str, type[Settings]] = {"sources": DataRecipe, "method": FinetuneRecipe, "hybrid": PrimeRecipe}
+    kind: type[Settings] = next((kind for key, kind in kinds.items() if key in keys), DistillRecipe)
+    return load_recipe(path, kind, overrides)
+
+
+class Recipes:
+    """Recipes, and those in and beside their folders: what one will write, another may build on before it is there.
+
+    resolve_base: a base checkpoint's directory by the name that recipes give it.
+    """
+
+    def __init__(self, paths: Iterable[Path], resolve_base: Callable[[str], Path], overrides: Sequence[str] = ()):
+        self.resolve_base = resolve_base
+        self.read = {path: read_any(path, overrides) for path in paths}
+
+    def all(self) -> Iterator[tuple[Path, Settings | None]]:
+        """Every recipe there is: those asked for, then those beside them, read as far as somebody looks."""
+        yield from list(self.read.items())
+        for folder in dict.fromkeys(path.parent for path in self.read):
+            for path in [*sorted(folder.glob("*.yaml")), *sorted(folder.parent.glob("*/*.yaml"))]:
+                if path not in self.read:
+                    with suppress(HmfError):  # nobody asked for this one
+                        self.read[path] = read_any(path)
+                        yield path, self.read[path]
+
+    def plan(self, path: Path, gpus: str | None = None, mfu: float = MFU) -> TrainingPlan | None:
+        """The plan of one of the recipes; None where it trains no Hybrid."""
+        if not 0 < mfu <= 1:
+            raise HmfError(f"--mfu: {mfu} is not in (0, 1]")
+        if (job := self.job(path)) is None:
+            return None
+        if (named := gpus or job.training.gpus) is None:
+            raise HmfError(f"{path}: names no GPUs; give --gpu, for example h200x8, or set training.gpus")
+        device, ranks = parse_gpus(named)
+        if ranks % (degree := job.training.sequence_parallel):
+            raise HmfError(f"{path}: training.sequence_parallel: {degree} does not divide {ranks} GPUs")
+        return TrainingPlan(job, device, ranks, job.training, mfu)
+
+    def job(self, path: Path) -> Job | None:
+        """The training that a recipe asks for; None where it asks for none, as `hmf data prepare`'s."""
+        recipe = self.read[path]
+        try:
+            if isinstance(recipe, PrimeRecipe):
+                return self._stage1(path.stem, recipe.distill, self._prime_config(path, recipe))
+            if isinstance(recipe, DistillRecipe):
+                return self._stage1(path.stem, recipe, self._config(recipe.model))
+            if isinstance(recipe, FinetuneRecipe):
+                return self._stage2(path.stem, recipe)
+        except HmfError as error:
+            raise HmfError(f"{path}: {error}") from None
+        return None
+
+    def _stage1(self, title: str, recipe: DistillSettings, config: Any) -> Job:
+        if not getattr(getattr(config, "pattern", None), "fused", False):
+            raise HmfError("model: is no fused checkpoint (teacher and student); make one with `hmf init`")
+        model = without_memory(config)
+        train_only_mixers(model)
+        return Job(title, recipe, model, self._row(recipe.data))
+
+    def _stage2(self, title: str, recipe: FinetuneRecipe) -> Job:
+        config = self._config(recipe.model)
+        length = self._row(recipe.data) if recipe.data is not None else recipe.pairs.sequence_length  # type: ignore[union-attr]
+        check_model(recipe, config, length)
+        model = without_memory(with_rope(config, recipe.rope))
+        groups = choose(model, recipe.trainable, recipe.lora)
+        adapters = 0
+        if recipe.lora is not None:
+            layers = [model.get_submodule(name) for name in adapter_targets(model, groups, recipe.lora)]
+            adapters = sum(recipe.lora.rank * (x.in_features + x.out_features) for x in layers)
+        return Job(title, recipe, model, length, adapters)
+
+    def _row(self, data: DataSettings) -> int:
+        """Tokens of a row; of rows that are not prepared yet, as the recipe that prepares them says."""
+        if data.prepared is None or data.prepared.is_dir():
+            return row_length(data)
+        for _, recipe in self.all():
+            if isinstance(recipe, DataRecipe) and recipe.output == data.prepared:
+                return recipe.sequence_length
+        raise HmfError(f"data.prepared: {data.prepared} is not there, and no recipe beside this one makes it")
+
+    def _config(self, model: Path) -> Any:
+        """A checkpoint's config; of one that is not there yet, as the recipe that makes it will write it."""
+        if model.is_dir():
+            return load_config(model, weights=False)
+        for path, recipe in self.all():
+            if isinstance(recipe, PrimeRecipe) and model == recipe.output / "model":
+                config = self._prime_config(path, recipe)
+                return hybrid_config(config, config.pattern.with_fused(False))
+            if isinstance(recipe, PrimeRecipe) and model in (recipe.output / "stage0", recipe.output / "stage1"):
+                return self._prime_config(path, recipe)
+            if isinstance(recipe, FinetuneRecipe) and model == recipe.output / "model":
+                return with_rope(self._config(recipe.model), recipe.rope)
+        raise HmfError(f"model: {model} is not there, and no recipe beside this one makes it")
+
+    def _prime_config(self, path: Path, recipe: PrimeRecipe) -> Any:
+        base = self.resolve_base(recipe.base)
+        if not base.is_dir() and recipe.base_config is not None:
+            base = path.parent / recipe.base_config
+        config = load_config(base, weights=False)
+        pattern = recipe.hybrid.layer_pattern(config.num_hidden_layers)
+        return hybrid_config(config, pattern.with_fused(True), recipe.hybrid.options_by_key())
+
+
+def plans(
+    places: Iterable[Path], resolve_base: Callable[[str], Path], gpus: str | None = None, mfu: float = MFU,
+    overrides: Sequence[str] = (),
+) -> list[TrainingPlan]:  # fmt: skip
+    """A plan for each training recipe in files and folders; `gpus` ("h200x8") in place of what a recipe names.
+
+    Raises:
+        HmfError: for a recipe that is wrong, with its file, or that names no GPUs.
+    """
+    paths = find_recipes(places)
+    recipes = Recipes(paths, resolve_base, overrides)
+    found = [plan for path in paths if (plan := recipes.plan(path, gpus, mfu)) is not None]
+    if not found:
+        raise HmfError(f"{', '.join(map(str, paths))}: no recipe that trains a Hybrid")
+    return found
+
+
+def rows(plan: TrainingPlan) -> dict[str, str]:
+    """What `hmf plan-training` prints of one plan, by the row's name."""
+    job, training = plan.job, plan.training
+    total = sum(x.numel() for x in job.model.parameters()) + job.adapters
+    memory = {name: size_of(size) for name, size in plan.memory.items()}
+    hours = plan.gpu_hours
+    return {
+        "method": "stage 1" if job.distils else job.recipe.method,  # type: ignore[union-attr]
+        "parameters": billions(total),
+        "trained": billions(plan.trained),
+        "GPUs": f"{plan.ranks} x {plan.device.name}" if plan.ranks > 1 else plan.device.name,
+        "strategy": f"{training.strategy}, sequence / {training.sequence_parallel}",
+        "tokens of a row": f"{job.sequence_length:,}",
+        "tokens of a step": f"{plan.tokens_per_step:,}",
+        "steps": f"{training.steps:,}",
+        "tokens": billions(plan.tokens),
+        **memory,
+        "sum, of each GPU": size_of(sum(plan.memory.values())),
+        "usable": size_of(USABLE * plan.device.memory),
+        "fits": "yes" if plan.fits else "NO",
+        "GPU-hours": "unknown" if hours is None else f"{hours:,.0f}" if hours >= 10 else f"{hours:,.2f}",
+        "days": "unknown" if hours is None else f"{hours / plan.ranks / 24:,.2f}",
+    }
+
+
+def billions(number: float) -> str:
+    return f"{number / 1e9:,.2f} B" if number >= 1e9 else f"{number / 1e6:,.2f} M"
+
+
+def print_plans(found: Sequence[TrainingPlan]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title="Planned, not measured", title_justify="left", caption_justify="left",
+        caption=f"GPU-hours if {found[0].mfu:.0%} of the GPUs' peak goes into the model's own arithmetic. Weights,\n"
+        "gradients and moments are counted exactly, all in float32; the rest of the memory is estimated.",
+    )  # fmt: skip
+    table.add_column("")
+    for plan in found:
+        table.add_column(plan.job.title, justify="right")
+    told = [rows(plan) for plan in found]
+    for name in told[0]:
+        table.add_row(name, *(row[name] for row in told))
+    console = Console(width=max(80 + 16 * len(found), Console().width))
+    console.print(table)
+    for plan in found:
+        if not plan.fits:
+            console.print(f"{plan.job.title} does not fit; what to change: {plan.mend()}", soft_wrap=True)
+
+
+def without_memory(config: Any) -> PreTrainedModel:
+    """A Hybrid on the meta device, in float32."""
+    with torch.device("meta"), no_init_weights():
+        model = hybrid_classes(family_of(config.model_type)).causal_lm._from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    return model

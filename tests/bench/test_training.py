@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dry run: every recipe in recipes/ passes it, and what it counts is what a trainer holds."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from hmf.bench import training as planner
+from hmf.cli import app
+from hmf.config.pattern import Pattern
+from hmf.errors import HmfError
+from hmf.model.checkpoint import load_config
+from hmf.model.convert import hybrid_config
+from hmf.pipeline import resolve_base
+from hmf.training.distill import DistillTrainer, distill
+from hmf.training.finetune import FinetuneTrainer, finetune
+from tests.training import cutting
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+FILES = sorted(RECIPES.glob("*/*.yaml"))
+SIZES = {"qwen3-0.6b": 0.6, "qwen3-4b": 4.0, "qwen3-8b": 8.2, "qwen3-32b": 32.8, "llama-3.1-8b": 8.0}
+TOKENS = {"1-prime": 39.8e9, "2-long": 28.2e9, "3-sft": 5e9, "4-reasoning": 10e9}
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory):
+    """All of them, in a folder where nothing has been trained but recipes/distill's Stage 0 has its config."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("empty"))
+        teacher = load_config(resolve_base("teacher"), weights=False)
+        hybrid_config(teacher, Pattern.generate(6, "gdn", 0.5).with_fused(True)).save_pretrained("runs/stage0")
+        yield planner.Recipes(FILES, resolve_base)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_recipe_passes_the_dry_run(recipes, path):
+    large = path.parent.name in SIZES
+    plan = recipes.plan(path, None if large else "l4")
+    if plan is None:  # no recipe of a Hybrid's training
+        assert not large
+        return
+    assert plan.fits, plan.mend()
+    assert plan.gpu_hours > 0
+    if large:
+        assert plan.tokens == pytest.approx(TOKENS[path.stem.split("-", 1)[1]], rel=0.01)
+
+
+def test_the_configs_are_the_models_that_they_are_named_after():
+    for name, size in SIZES.items():
+        config = load_config(RECIPES / "configs" / name, weights=False)
+        whole = hybrid_config(config, Pattern(("*",) * config.num_hidden_layers))
+        count = sum(x.numel() for x in planner.without_memory(whole).parameters()) / 1e9
+        assert count == pytest.approx(size, rel=0.02)
+
+
+def test_the_long_context_of_one_stage_is_the_next_ones(recipes):
+    path = RECIPES / "qwen3-8b" / "gdn-4-reasoning.yaml"
+    config = recipes.job(path).model.config
+    assert config.max_position_embeddings == 131072 and config.rope_parameters["rope_theta"] == 5e6
+    assert config.hybrid_override_pattern.count("GDN") == 18 and not config.pattern.fused
+
+
+class Recorded(Exception):
+    pass
+
+
+def record(trainer_class, monkeypatch):
+    """Bytes of weights, gradients and moments in the second step of the next run of such a trainer."""
+    found, real = {}, trainer_class.training_step
+
+    def step(self, model, *args, **kwargs):
+        loss = real(self, model, *args, **kwargs)
+        parameters = list(self.model.parameters())
+        found["weights"] = sum(x.numel() * x.element_size() for x in parameters)
+        found["gradients"] = sum(x.grad.numel() * x.grad.element_size() for x in parameters if x.grad is not None)
+        states = [x for state in self.optimizer.state.values() for x in state.values() if x.dim()]
+        found["moments of AdamW"] = sum(x.numel() * x.element_size() for x in states)
+        if self.state.global_step:
+            raise Recorded
+        return loss
+
+    monkeypatch.setattr(trainer_class, "training_step", step)
+    return found
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 3, "learning_rate": 1e-3}])
+def test_stage_2_holds_what_was_planned(tmp_path, monkeypatch, lora):
+    if lora:
+        pytest.importorskip("peft")
+    recipe = cutting.finetune_recipe(cutting.make_tiny_hybrid(tmp_path / "model"), tmp_path / "run", lora=lora)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True)))
+    (plan,) = planner.plans([file], resolve_base, "l4")
+    found = record(FinetuneTrainer, monkeypatch)
+    with pytest.raises(Recorded):
+        finetune(recipe)
+    assert {name: plan.memory[name] for name in found} == found
+
+
+def test_stage_1_holds_what_was_planned(tmp_path, monkeypatch):
+    stage0 = cutting.make_tiny_stage0(tmp_path / "model")
+    settings = cutting.settings(stage0)
+    file = tmp_path / "recipe.yaml"
+    content = settings.model_dump(mode="json", exclude_unset=True)
+    file.write_text(yaml.safe_dump(content | {"model": str(stage0), "output": str(tmp_path / "run")}))
+    (plan,) = planner.plans([file], resolve_base, "l4")
+    found = record(DistillTrainer, monkeypatch)
+    with pytest.raises(Recorded):
+        distill(stage0, tmp_path / "run", settings)
+    assert {name: plan.memory[name] for name in found} == found
+
+
+def plan_of(name, gpu=None, *overrides):
+    (plan,) = planner.plans([RECIPES / name], resolve_base, gpu, overrides=overrides)
+    return plan
+
+
+def test_what_does_not_fit_says_what_to_change():
+    big = plan_of("qwen3-32b/gdn-1-prime.yaml", "h200x8", "distill.training.strategy=ddp")
+    assert not big.fits and big.mend() == "training.strategy: fsdp2"
+    long = plan_of("qwen3-8b/gdn-2-long.yaml", None, "training.sequence_parallel=1", "training.strategy=fsdp2")
+    assert not long.fits and "sequence_parallel: " in long.mend()
+    assert plan_of("qwen3-8b/gdn-3-sft.yaml", "l4").mend() == "more GPUs or larger ones"
+    mended = plan_of("qwen3-32b/gdn-1-prime.yaml", "h200x8")
+    assert mended.fits and mended.tokens_per_step == big.tokens_per_step
+
+
+def test_divided_work_takes_less_of_each_gpu():
+    whole = plan_of("qwen3-8b/gdn-3-sft.yaml", "h200", "training.strategy=ddp").memory
+    for strategy, shares in (("ddp", (1, 1)), ("fsdp2", (8, 8)), ("deepspeed", (1, 8))):
+        parts = plan_of("qwen3-8b/gdn-3-sft.yaml", "h200x8", f"training.strategy={strategy}").memory
+        for name, share in zip(("weights", "gradients", "moments of AdamW"), (*shares, shares[1]), strict=True):
+            assert parts[name] * share == whole[name]
+    split = plan_of("qwen3-8b/gdn-3-sft.yaml", "h200x8", "training.sequence_parallel=4")
+    one = plan_of("qwen3-8b/gdn-3-sft.yaml", "h200x8")
+    assert split.memory["activations"] * 4 == one.memory["activations"]
+    assert split.tokens_per_step * 4 == one.tokens_per_step
+
+
+def test_flops_are_those_of_the_parameters_and_of_attention(recipes):
+    """A dense count of Qwen3-8B's 18 + 18 layers in rows of 131,072 tokens."""
+    plan = recipes.plan(RECIPES / "qwen3-8b" / "gdn-2-long.yaml")
+    kept = sum(x.numel() for n, x in plan.job.model.named_parameters() if ".mlp." in n or "lm_head" in n)
+    trained = sum(x.numel() for n, x in plan.job.model.named_parameters() if x.requires_grad)
+    scores = 18 * 3 * 2 * 2 * 32 * 128 * 131072 / 2
+    assert plan.flops_per_token == 4 * kept + 6 * trained + scores
+    assert plan.gpu_hours == pytest.approx(plan.tokens * plan.flops_per_token / (0.35 * 989.4e12) / 3600)
+
+
+def test_the_command_and_its_errors(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = CliRunner().invoke(app, ["plan-training", str(RECIPES / "qwen3-8b" / "gdn-1-prime.yaml"), "--gpu", "h100x8"])
+    assert run.exit_code == 0 and "Planned, not measured" in run.output and "8 x h100" in run.output
+    orphan = tmp_path / "sft.yaml"
+    content = yaml.safe_load((RECIPES / "quickstart" / "sft.yaml").read_text())
+    for change, said in (
+        ({}, "sft.yaml: model: runs/quickstart-cpt/model is not there, and no recipe beside this one makes it"),
+        ({"modl": 1}, "sft.yaml: unknown key 'modl'; did you mean 'model'"),
+    ):
+        orphan.write_text(yaml.safe_dump(content | change))
+        with pytest.raises(HmfError, match=said):
+            planner.plans([orphan], resolve_base, "l4")
+    with pytest.raises(HmfError, match="names no GPUs; give --gpu"):
+        planner.plans([RECIPES / "quickstart"], resolve_base)
+    with pytest.raises(HmfError, match="sequence_parallel: 4 does not divide 6 GPUs"):
+        planner.plans([RECIPES / "qwen3-8b" / "gdn-2-long.yaml"], resolve_base, "h200x6")
