@@ -110,12 +110,14 @@ def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from hmf.config.runs import FinetuneRecipe, read_recipe
     from hmf.pipeline import claim
     from hmf.report.curves import draw_curves
+    from hmf.training.checkpoints import by_one
     from hmf.training.finetune import finetune as run
 
     settings, text = read_recipe(recipe, FinetuneRecipe, overrides or ())
-    claim(settings.output, text)
+    first = by_one(lambda: claim(settings.output, text))
     saved = run(settings, draw=draw_curves)
-    typer.echo(f"saved {saved}; next: hmf evaluate {saved}, hmf chat {saved}")
+    if first:
+        typer.echo(f"saved {saved}; next: hmf evaluate {saved}, hmf chat {saved}")
 
 
 @app.command(epilog=epilog(

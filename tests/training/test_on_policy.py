@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hmf.config.runs import DistillSettings
+from hmf.config.runs import DistillSettings, OnPolicySettings
 from hmf.training import distill as module
 from hmf.training.distill import distill
 from tests.training import cutting
@@ -60,8 +60,10 @@ def test_a_run_goes_on_bit_for_bit(stage0, finished, tmp_path):
 
 @pytest.mark.slow
 def test_the_teacher_scores_what_the_student_wrote(stage0, tmp_path, monkeypatch):
-    """The loss of a step is the mean over all generated tokens, by an objective called on the texts alone."""
+    """Almost without chance the texts are what the exported student writes greedily, and the loss of a step is the mean
+    over all tokens of theirs, by an objective called on each text alone."""
     from hmf.model.checkpoint import load_model
+    from hmf.model.convert import drop_teacher
     from hmf.priming.objectives import objective_at
     from hmf.training.on_policy import OnPolicyTrainer
 
@@ -73,15 +75,21 @@ def test_the_teacher_scores_what_the_student_wrote(stage0, tmp_path, monkeypatch
 
     monkeypatch.setattr(OnPolicyTrainer, "stage1_loss", keep)
     chosen = settings(stage0, steps=1, rows_per_step=2, gradient_accumulation_steps=2)
+    chosen = chosen.model_copy(update={"on_policy": OnPolicySettings(max_new_tokens=8, temperature=1e-4)})
     distill(stage0, tmp_path, chosen)
     (logged,) = [x["loss"] for x in json.loads((tmp_path / "stage1.log.json").read_text()) if "loss" in x]
     model, total, count = load_model(stage0, dtype=torch.float32), 0.0, 0
     module.train_only_mixers(model)
+    student = drop_teacher(model)
     for batch, _ in seen:
         for ids, mask, labels in zip(*(batch[k] for k in ("input_ids", "attention_mask", "labels")), strict=True):
             real_ids, real_labels = ids[mask.bool()][None], labels[mask.bool()][None]
             written = int((real_labels != -100).sum())
             assert 1 <= written <= 8 and (real_labels[0, -written:] == real_ids[0, -written:]).all()
+            prompt = real_ids[:, :-written]
+            ends = [282]  # the tokenizer's end of a turn
+            greedy = student.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=ends, pad_token_id=0)
+            assert torch.equal(greedy[:, prompt.shape[1] :][:, :written], real_ids[:, -written:])
             one = model(input_ids=real_ids, labels=real_labels, objective=objective_at(chosen.objective, 0))
             total, count = total + one["loss"].item() * written, count + written
     assert len(seen) == 2 and all(counts[1] == count for _, counts in seen)

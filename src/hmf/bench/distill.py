@@ -61,7 +61,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds of each step, peak memory of steps with weights and gradients in bytes, and the loss."""
+    """Seconds of each step, peak bytes of weights, gradients and all that steps need, and the loss."""
 
     seconds: list[float]
     peak_bytes: int
@@ -119,8 +119,10 @@ def prepared(case: Case, way: str) -> tuple[nn.Module, Callable[[], torch.Tensor
 
 def measure(case: Case, way: str) -> Result:
     """Steps without the optimiser's, which is the same in every way."""
-    model, loss_of_batch = prepared(case, way)
     cuda, seconds, loss = case.device == "cuda", [], torch.tensor(0.0)
+    _reset_peak(cuda)
+    before = _peak(cuda)
+    model, loss_of_batch = prepared(case, way)
     for step in range(WARM_UP + case.repeats):
         if step == WARM_UP:
             _reset_peak(cuda)
@@ -130,7 +132,7 @@ def measure(case: Case, way: str) -> Result:
             loss = loss_of_batch()
         loss.backward()
         seconds.append(_now(cuda) - start)
-    return Result(seconds[WARM_UP:], _peak(cuda), loss.item())
+    return Result(seconds[WARM_UP:], _peak(cuda) - before, loss.item())
 
 
 def run(case: Case, rounds: int = 1, ways: Iterable[str] = WAYS) -> dict[str, Result]:

@@ -212,7 +212,9 @@ def logit_divergence(
         raise HmfError(f"objective.kl_top_k: {top_k} is not below the vocabulary's {vocabulary}; leave it out")
 
     def of_rows(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-        ours, theirs = (_wide(head(x)) / temperature for x in (ours, theirs))
+        ours, theirs = (_wide(head(x)) for x in (ours, theirs))
+        if temperature != 1:
+            ours, theirs = ours / temperature, theirs / temperature
         if top_k is not None:
             kept = theirs.topk(top_k, -1).indices
             ours, theirs = (_with_rest(x, kept) for x in (ours, theirs))
