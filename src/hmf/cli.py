@@ -410,7 +410,7 @@ def bench_solver(
 
 @bench.command(name="distill", epilog=epilog(
     "hmf bench distill",
-    "hmf bench distill ./Qwen3-1.7B --tokens 4096 --rows 2 --dtype bfloat16",
+    "hmf bench distill recipes/configs/qwen3-0.6b --tokens 4096 --rows 2 --dtype bfloat16",
     "hmf bench distill --set num_hidden_layers=12 --set hidden_size=768 --set vocab_size=32000",
 ))  # fmt: skip
 def bench_distill(
