@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from hmf.layers.registry import MIXERS
@@ -56,7 +57,7 @@ class Job:
         return model
 
     def batch(self) -> dict[str, torch.Tensor]:
-        """input_ids, position_ids and labels [2, T]."""
+        """input_ids, position_ids and labels [2, T], for whole rows."""
         documents = DOCUMENTS[self.documents]
         tokens = sum(documents[0])
         positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in documents])
@@ -77,8 +78,10 @@ JOBS += [Job(case, "X-*", "packed", 2) for case in cases() if case not in ONE_EA
 
 def loss_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Logits, and the gradients of a function of all of them, by parameter; embeddings are one."""
-    logits = model(**{k: v for k, v in batch.items() if "labels" not in k}, use_cache=False).logits
-    wanted = torch.nn.functional.one_hot(batch["labels"], logits.shape[-1])
+    whole = batch.pop("labels", None)
+    next_tokens = batch.pop("shift_labels") if whole is None else F.pad(whole[:, 1:], (0, 1), value=-100)
+    logits = model(**batch, use_cache=False).logits
+    wanted = F.one_hot(next_tokens.clamp_min(0), logits.shape[-1])
     (logits.tanh() * (wanted + 0.1)).sum().backward()
     return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,38 +18,65 @@ from hmf.ops.dispatch import put_around
 
 from .collectives import Group
 from .mixing import ATTENTION, around
-from .shards import ShardedLayout, Shards
+from .shards import ShardedLayout, Shards, own_part
 
 IGNORED = -100  # the label that transformers' losses leave out
+STARTS = "document_starts"  # of the whole rows, in a batch of parts
 
 
-def shard(group: Group, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """A batch of whole rows, the same on all processes of `group`, as what this process passes to its model.
+def sequence_group(ranks: int) -> Group:
+    """This process's group of `ranks` neighbours that share rows; all processes must call it.
+
+    Raises:
+        HmfError: the processes do not divide into such groups.
+    """
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    if processes % ranks:
+        raise HmfError(
+            f"training.sequence_parallel: {processes} processes do not divide into groups of {ranks}; start a multiple "
+            f"of {ranks} with torchrun, or change it"
+        )
+    groups = [dist.new_group(list(range(first, first + ranks))) for first in range(0, processes, ranks)]
+    return Group(groups[dist.get_rank() // ranks])
+
+
+
+
+def cut(batch: dict[str, torch.Tensor], rank: int, ranks: int) -> dict[str, torch.Tensor]:
+    """What process `rank` of `ranks` holds of a batch of whole rows, the same in all of them; tensors only.
 
     batch: input_ids [B, T]; optional position_ids [B, T], which restart where a document begins, and labels [B, T].
-    T must divide into two chunks a process. Returns parts [B, T/R] of them, the `shards` and, of labels, `shift_labels`
-    too: the label of each position's next token, which may be of another part.
+    T must divide into two chunks a process. Returns parts [B, T/R] of them; for labels `shift_labels`, the label of
+    each position's next token, which may be of another part; and the whole rows' `document_starts` [B, T].
 
     Raises:
         HmfError: T does not divide, or the batch has padding or anything else that cannot be cut.
     """
-    ids = batch["input_ids"]
-    mask = batch.get("attention_mask")
+    ids, mask, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
     if mask is not None and not bool(mask.all()):
         raise HmfError("attention_mask: sequence parallelism takes no padding; pack documents into whole rows")
     if unknown := batch.keys() - {"input_ids", "position_ids", "labels", "attention_mask"}:
         raise HmfError(f"{', '.join(sorted(unknown))}: sequence parallelism cannot cut it; leave it out of the batch")
-    positions = batch.get("position_ids")
     if positions is None:
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
     positions = positions.expand(ids.shape)
     starts = document_starts(tuple(ids.shape), positions)
-    shards = Shards(torch.ones_like(ids) if starts is None else starts, group)
-    parts = {"input_ids": shards.take(ids), "position_ids": shards.take(positions), "shards": shards}
+    parts = {"input_ids": ids, "position_ids": positions}
     if (labels := batch.get("labels")) is not None:
-        parts["labels"] = shards.take(labels)
-        parts["shift_labels"] = shards.take(F.pad(labels[:, 1:], (0, 1), value=IGNORED))
-    return parts
+        parts["shift_labels"] = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    parts = {name: own_part(x, rank, ranks) for name, x in parts.items()}
+    return {**parts, STARTS: torch.zeros_like(ids, dtype=torch.bool) if starts is None else starts}
+
+
+def with_shards(group: Group, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch from `cut` as a model takes it: with `shards` in the place of `document_starts`."""
+    batch = dict(batch)
+    return {**batch, "shards": Shards(batch.pop(STARTS), group)}
+
+
+def shard(group: Group, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What this process of `group` passes to its model for a batch of whole rows (see `cut`)."""
+    return with_shards(group, cut(batch, group.rank, group.size))
 
 
 def attach(model: PreTrainedModel) -> None:

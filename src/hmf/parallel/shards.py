@@ -41,14 +41,9 @@ class Shards:
     """The parts of some rows that this rank of `group` holds."""
 
     def __init__(self, starts: torch.Tensor, group: Group):
-        """starts [B, T]: whether a token begins a document, the same on all ranks. HmfError where T does not divide."""
+        """starts [B, T]: whether a token begins a document, the same on all ranks; T is a multiple of 2R."""
         batch, tokens = starts.shape
         chunks = 2 * group.size
-        if tokens % chunks:
-            raise HmfError(
-                f"rows of {tokens} tokens do not divide into {chunks} chunks for {group.size} processes; choose a "
-                f"sequence_length that is a multiple of {chunks}"
-            )
         self.group, self.batch, self.chunk = group, batch, tokens // chunks
         device, starts = starts.device, starts.cpu()
         starts = torch.cat([torch.ones(batch, 1, dtype=torch.bool), starts[:, 1:].bool()], 1)
@@ -89,10 +84,6 @@ class Shards:
         self._halos: dict[int, _Halo] = {}
         self._order = torch.tensor([place for rank in range(group.size) for place in own_chunks(rank, group.size)])
         self._order = self._order.argsort().to(device)
-
-    def take(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's part [B, 2c, ...] of whole rows [B, T, ...]."""
-        return x.unflatten(1, (2 * self.group.size, self.chunk))[:, self.own].flatten(1, 2)
 
     def gather_tokens(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """Whole rows in order from every rank's part x; `dim` is that of the 2c tokens."""
@@ -149,3 +140,14 @@ class Shards:
 def own_chunks(rank: int, size: int) -> list[int]:
     """The two of 2R chunks that a rank of R holds."""
     return [rank, 2 * size - 1 - rank]
+
+
+def own_part(x: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    """What a rank of R holds of whole rows: [B, T, ...] -> [B, T/R, ...]. HmfError where T does not divide."""
+    chunks = 2 * size
+    if x.shape[1] % chunks:
+        raise HmfError(
+            f"rows of {x.shape[1]} tokens do not divide into {chunks} chunks for {size} processes; choose a "
+            f"sequence_length that is a multiple of {chunks}"
+        )
+    return x.unflatten(1, (chunks, -1))[:, own_chunks(rank, size)].flatten(1, 2)
