@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -15,11 +17,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from hmf.config.runs import DistillSettings
 from hmf.layers.registry import MIXERS
 from hmf.model.families import family_of
 from hmf.model.modeling import hybrid_classes
 from hmf.parallel.collectives import Group
 from hmf.parallel.sequence import attach, shard
+from hmf.training.distill import distill
 from tests.hybrids import Case, cases, random_ids, randomise, tiny_config
 
 # How two rows are cut into documents: over the borders of chunks, at them, of one token, longer than several chunks.
@@ -122,6 +126,23 @@ def run_jobs(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+def train(rank: int, ranks: int, port: int, stage0: Path, output: Path, given: dict[str, Any]) -> None:
+    """Stage 1 as torchrun would start it."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": str(given["training"].get("strategy") != "deepspeed"),  # it brings its own CPU backend
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    distill(stage0, output, DistillSettings.model_validate(given))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def run(target: Callable[..., None], count: int, *args: Any) -> None:
     """`target(rank, *args)` in `count` processes."""
     context = multiprocessing.get_context("forkserver")
@@ -131,4 +152,5 @@ def run(target: Callable[..., None], count: int, *args: Any) -> None:
         process.start()
     for process in processes:
         process.join()
-    assert [process.exitcode for process in processes] == [0] * count
+    codes = [process.exitcode for process in processes]
+    assert codes == [0] * count

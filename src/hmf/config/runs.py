@@ -298,7 +298,7 @@ class DistillSettings(Settings):
     on_policy: OnPolicySettings | None = None
 
     @model_validator(mode="after")
-    def _on_policy_fits(self) -> DistillSettings:
+    def _fits_together(self) -> DistillSettings:
         if self.on_policy is not None:
             if self.data.prepared is not None:
                 raise ValueError("on_policy draws its prompts from data.text and data.tasks; leave out data.prepared")
@@ -306,6 +306,11 @@ class DistillSettings(Settings):
                 raise ValueError("on_policy.max_new_tokens must leave 16 of data.sequence_length for the prompt")
             if self.objective.layerwise_steps:
                 raise ValueError("objective.layerwise_steps must be 0 with on_policy; train layer by layer first")
+            if self.training.strategy != "ddp" or self.training.sequence_parallel > 1:
+                raise ValueError("on_policy needs training.strategy ddp and training.sequence_parallel 1")
+        chunks = 2 * self.training.sequence_parallel
+        if chunks > 2 and self.data.prepared is None and self.data.sequence_length % chunks:
+            raise ValueError(f"data.sequence_length must be a multiple of {chunks}, twice training.sequence_parallel")
         return self
 
 

@@ -262,8 +262,13 @@ def copy_companions(source: str | Path, target: str | Path) -> None:
             shutil.copyfile(Path(source) / name, Path(target) / name)
 
 
-def save_checkpoint(model: PreTrainedModel, target: str | Path, companions: str | Path) -> None:
-    """Save `model` at `target` with the tokenizer and generation files of the directory `companions`."""
+def save_checkpoint(
+    model: PreTrainedModel, target: str | Path, companions: str | Path, weights: dict[str, Any] | None = None
+) -> None:
+    """Save `model` at `target` with the tokenizer and generation files of the directory `companions`.
+
+    weights: its whole tensors by name, where it holds parts of them itself.
+    """
     with new_directory(target) as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
         copy_companions(companions, folder)

@@ -40,8 +40,6 @@ def sequence_group(ranks: int) -> Group:
     return Group(groups[dist.get_rank() // ranks])
 
 
-
-
 def cut(batch: dict[str, torch.Tensor], rank: int, ranks: int) -> dict[str, torch.Tensor]:
     """What process `rank` of `ranks` holds of a batch of whole rows, the same in all of them; tensors only.
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hmf.config.runs import LayerTarget, ObjectiveSettings
@@ -71,7 +72,8 @@ class Stage1Objective:
         if counts is None:
             counts = token_counts(**batch)
         tokens, supervised = counts.clamp_min(1)
-        decoder, mask, labels = model.model, batch.get("attention_mask"), batch.pop("labels", None)
+        decoder, mask = model.model, batch.get("attention_mask")
+        labeled = _predicts_a_label(batch.pop("labels", None), batch.pop("shift_labels", None))
         inputs = decoder.prepare(**batch, use_cache=False)
         first, count = config.pattern.replaced[0], config.num_hidden_layers
         with torch.no_grad():
@@ -90,10 +92,10 @@ class Stage1Objective:
         if self.kl:
             if self.kl_tokens == "all":
                 chosen, number = mask, tokens
-            elif labels is None:
+            elif labeled is None:
                 raise HmfError("objective: kl_tokens: supervised needs labels in the batch")
             else:
-                chosen, number = _predicts_a_label(labels), supervised
+                chosen, number = labeled, supervised
             ours, theirs = (x.flatten(0, 1) if chosen is None else x[chosen.bool()] for x in (final, target))
             options = (self.kl_direction, self.kl_top_k, self.kl_temperature, self.kl_chunk_size)
             divergence = logit_divergence(ours, theirs, model.get_output_embeddings(), *options)
@@ -160,12 +162,14 @@ def token_counts(
     input_ids: torch.Tensor,
     labels: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
+    shift_labels: torch.Tensor | None = None,
     **batch: Any,
 ) -> torch.Tensor:
     """int64 [2]: real tokens of a batch, and those whose successor has a label: what losses are divided by."""
     ones = input_ids.new_tensor(input_ids.numel())
     tokens = ones if attention_mask is None else attention_mask.sum()
-    supervised = torch.zeros_like(ones) if labels is None else _predicts_a_label(labels).sum()
+    labeled = _predicts_a_label(labels, shift_labels)
+    supervised = torch.zeros_like(ones) if labeled is None else labeled.sum()
     return torch.stack([tokens.long(), supervised.long()])
 
 
@@ -207,12 +211,13 @@ def logit_divergence(
     """
     if torch.is_grad_enabled() and any(x.requires_grad for x in head.parameters()):
         raise HmfError("the head is to stay frozen in distillation; call train_only_mixers(model) first")
-    vocabulary = head.weight.shape[0]
+    weight, vocabulary = whole(head.weight), head.weight.shape[0]
     if top_k is not None and top_k >= vocabulary:
         raise HmfError(f"objective.kl_top_k: {top_k} is not below the vocabulary's {vocabulary}; leave it out")
 
     def of_rows(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-        ours, theirs = (_wide(head(x)) for x in (ours, theirs))
+        # Not head(x): a sharded module's hooks would take the gradient that is asked for here for the step's.
+        ours, theirs = (_wide(F.linear(x, weight, head.bias)) for x in (ours, theirs))
         if temperature != 1:
             ours, theirs = ours / temperature, theirs / temperature
         if top_k is not None:
@@ -249,6 +254,11 @@ class _ByRow(torch.autograd.Function):
         return (weight.unsqueeze(-1) * gradient).to(gradient.dtype), None, None, None
 
 
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """A frozen parameter to compute with, also where FSDP has left this process a part of it."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
 def _with_rest(logits: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Logits [n, V] -> [n, k + 1]: those of the tokens `kept` [n, k], and one of all others together."""
     rest = logits.scatter(-1, kept, -torch.inf).logsumexp(-1, keepdim=True)
@@ -274,9 +284,11 @@ def _mean_square(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return square.mean() if mask is None else (square * mask).sum() / mask.sum().clamp_min(1)
 
 
-def _predicts_a_label(labels: torch.Tensor) -> torch.Tensor:
-    """bool [B, T]: position t predicts token t + 1."""
-    return F.pad(labels[:, 1:] != IGNORED, (0, 1))
+def _predicts_a_label(labels: torch.Tensor | None, shift_labels: torch.Tensor | None = None) -> torch.Tensor | None:
+    """bool [B, T]: position t predicts token t + 1, whose label `shift_labels` has at t; None without labels."""
+    if shift_labels is not None:
+        return shift_labels != IGNORED
+    return None if labels is None else F.pad(labels[:, 1:] != IGNORED, (0, 1))
 
 
 def _attentions(model: PreTrainedModel, inputs: Any) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:

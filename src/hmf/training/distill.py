@@ -26,6 +26,8 @@ from .checkpoints import PublishedCheckpoints
 from .guard import GuardedLoss
 from .progress import require_reporters
 from .run import arguments, rows_per_step, train
+from .sequence import SequenceParallel
+from .strategy import ShardedModel, strategy_arguments, whole_weights
 
 _Base: Any = object  # a mixin: transformers' classes come after it
 SIZED_ROWS = 4  # rows that the sizes of attention outputs are measured on
@@ -66,7 +68,8 @@ class Stage1Loss(_Base):
         for name, value in losses.items():
             if name != "loss":
                 self._parts[f"loss_{name}"] = self._parts.get(f"loss_{name}", 0) + value.detach()
-        self._row = {name: value[:1] for name, value in batch.items() if name != "labels"}
+        # With sequence parallelism all rows: parts of one alone would have other shards.
+        self._row = {name: x if "shards" in batch else x[:1] for name, x in batch.items() if "labels" not in name}
         return losses["loss"]
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -90,7 +93,7 @@ class Stage1Loss(_Base):
         super().log(logs, *args, **kwargs)
 
 
-class DistillTrainer(PublishedCheckpoints, GuardedLoss, Stage1Loss, Trainer):
+class DistillTrainer(PublishedCheckpoints, GuardedLoss, SequenceParallel, ShardedModel, Stage1Loss, Trainer):
     """Stage 1 on given rows."""
 
     def objective_at(self, step: int) -> Objective:
@@ -100,9 +103,12 @@ class DistillTrainer(PublishedCheckpoints, GuardedLoss, Stage1Loss, Trainer):
     @cached_property
     def _attention_sizes(self) -> tuple[float, ...]:
         """On the run's first rows: the same after a resume, and for any number of processes."""
-        rows = [self.train_dataset[index] for index in range(min(SIZED_ROWS, len(self.train_dataset)))]
+        rows = self.whole_rows(SIZED_ROWS)
         with torch.no_grad():
-            return self.model_wrapped(**self._prepare_inputs(self.data_collator(rows)), objective=attention_sizes)
+            sizes = self.model_wrapped(**self._prepare_inputs(self.data_collator(rows)), objective=attention_sizes)
+        # Of processes that share rows each has seen its part of all of them.
+        means = self.accelerator.reduce(torch.tensor(sizes, device=self.args.device), "mean")
+        return tuple(means.tolist())
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -119,7 +125,7 @@ class DistillTrainer(PublishedCheckpoints, GuardedLoss, Stage1Loss, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
-        names = ("input_ids", "labels", "attention_mask", "position_ids")
+        names = ("input_ids", "labels", "attention_mask", "position_ids", "shift_labels", "shards")
         loss = self.stage1_loss(model, {name: inputs[name] for name in names if name in inputs}, num_items_in_batch)
         return (loss, None) if return_outputs else loss
 
@@ -153,12 +159,13 @@ def distill(
     tokenizer = AutoTokenizer.from_pretrained(model)
     training = settings.training
     trainer = _trainer(fused, tokenizer, settings, checkpoints, seed)
-    step_rows = rows_per_step(trainer.args)
+    step_rows = rows_per_step(trainer.args, training.sequence_parallel)
     flops = stage1_flops_per_token(fused, head=any(settings.objective.kl.values()))
     tokens, log = step_rows * row_length(settings.data), output / "stage1.log.json"
     train(trainer, "distil", log, tokens, training.divergence_factor, flops, draw)
+    weights = whole_weights(fused)
     if trainer.is_world_process_zero():
-        save_checkpoint(fused, target, companions=model)
+        save_checkpoint(fused, target, companions=model, weights=weights)
     trainer.accelerator.wait_for_everyone()
     return target
 
@@ -168,9 +175,15 @@ def _trainer(
 ) -> Any:
     training, own = settings.training, settings.on_policy
     if own is None:
-        args = arguments(training, checkpoints, seed, TrainingArguments, use_cache=model.config.use_cache)
-        rows = mixture(settings.data, tokenizer, training.steps * rows_per_step(args), seed)
-        return DistillTrainer(model=model, args=args, train_dataset=rows, objective=settings.objective)
+        args = arguments(
+            training, checkpoints, seed, TrainingArguments,
+            use_cache=model.config.use_cache, **strategy_arguments(training, model),
+        )  # fmt: skip
+        ranks = training.sequence_parallel
+        rows = mixture(settings.data, tokenizer, training.steps * rows_per_step(args, ranks), seed)
+        return DistillTrainer(
+            model=model, args=args, train_dataset=rows, objective=settings.objective, sequence_parallel=ranks
+        )
     if not importlib.util.find_spec("trl"):
         raise HmfError("on_policy: needs trl; `pip install hybrid-model-factory[onpolicy]`, or leave on_policy out")
     from .on_policy import OnPolicyArguments, OnPolicyTrainer, generation_arguments

@@ -61,9 +61,10 @@ def arguments(
     )
 
 
-def rows_per_step(args: TrainingArguments) -> int:
-    """Rows of an optimiser step, of all processes."""
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+def rows_per_step(args: TrainingArguments, sequence_parallel: int = 1) -> int:
+    """Rows of an optimiser step, of all processes, of which `sequence_parallel` share each row."""
+    readers = args.world_size // sequence_parallel
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * readers
 
 
 def train(

@@ -50,6 +50,8 @@ class SequenceParallel(_Base):
     received from the other processes.
     """
 
+    train_dataset: Any
+    data_collator: Any
     _told = False
 
     def __init__(self, *args: Any, sequence_parallel: int = 1, **kwargs: Any):
@@ -62,9 +64,14 @@ class SequenceParallel(_Base):
             self.train_dataset = SharedRows(self.train_dataset, size, sequence_parallel)
             self.data_collator = OwnPart(self.data_collator, self.sequence.rank, sequence_parallel)
 
+    def whole_rows(self, count: int) -> list[Any]:
+        """The first rows of the data set, at most `count`; all processes get the same."""
+        rows = self.train_dataset if self.sequence is None else self.train_dataset.rows
+        return [rows[index] for index in range(min(count, len(rows)))]
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
-        return with_shards(self.sequence, inputs) if STARTS in inputs else inputs
+        return inputs if self.sequence is None or STARTS not in inputs else with_shards(self.sequence, inputs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -74,8 +81,6 @@ class SequenceParallel(_Base):
             self._told = True
             self.sequence.received.clear()
         return loss
-
-    _told = False
 
 
 def traffic(received: Counter[str]) -> str:

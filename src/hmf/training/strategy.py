@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`training.strategy`: how a Trainer spreads a model over processes, by accelerate."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from hmf.config.runs import ParallelSettings
+from hmf.errors import HmfError
+from hmf.layers.base import Mixer
+
+_Base: Any = object  # a mixin: transformers' classes come after it
+
+
+def strategy_arguments(training: ParallelSettings, model: PreTrainedModel) -> dict[str, Any]:
+    """The Trainer's arguments for a recipe's strategy; HmfError where what it needs is not there."""
+    if training.strategy == "fsdp2":
+        if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+            raise HmfError("training.strategy: fsdp2 shares parameters among processes; start 2 or more with torchrun")
+        # A decoder layer is a unit, and so is its mixer, which may be trained on its own.
+        units = {type(layer).__name__ for layer in model.model.layers}
+        units |= {type(module).__name__ for module in model.modules() if isinstance(module, Mixer)}
+        sharding = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
+        return {"fsdp": True, "fsdp_config": sharding | {"transformer_layer_cls_to_wrap": sorted(units)}}
+    if training.strategy == "deepspeed":
+        if not importlib.util.find_spec("deepspeed"):
+            raise HmfError("training.strategy: deepspeed is not installed; `pip install deepspeed`, or choose fsdp2")
+        return {"deepspeed": deepspeed_config(training), "bf16": False}  # its autocast replaces the Trainer's
+    return {}
+
+
+def deepspeed_config(training: ParallelSettings) -> dict[str, Any]:
+    """ZeRO 2 with the Trainer's own optimiser. In bfloat16 products are autocast, parameters stay float32."""
+    return {
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": training.rows_per_step,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "gradient_clipping": training.max_grad_norm,
+        "torch_autocast": {"enabled": training.precision == "bfloat16", "dtype": "bfloat16"},
+    }
+
+
+class ShardedModel(_Base):
+    """Put before a Trainer whose arguments have `strategy_arguments`: FSDP2 that keeps parameters as they are.
+
+    accelerate's own mixed precision would cast them all, and decays must stay float32: products are autocast instead,
+    as they are without FSDP. Also works where the processes are CPUs, for which accelerate knows no FSDP.
+    """
+
+    is_fsdp_enabled: bool
+
+    def create_accelerator_and_postprocess(self) -> None:
+        if self.args.fsdp:
+            self.args.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy()
+        super().create_accelerator_and_postprocess()
+        if self.args.deepspeed and not self.is_deepspeed_enabled:
+            raise HmfError("training.strategy: accelerate knows no deepspeed on CPUs; choose ddp or fsdp2")
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            state = self.accelerator.state
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        for module in self.model.modules():
+            if isinstance(module, Mixer):
+                for inner in module.children():
+                    if isinstance(inner, Mixer) and isinstance(inner, FSDPModule):
+                        register_fsdp_forward_method(inner, "mix")  # called by the mixer around it
+        return prepared
+
+    def compute_loss_context_manager(self) -> Any:
+        if self.args.fsdp and self.args.bf16:
+            return torch.autocast(self.args.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+
+def whole_weights(model: nn.Module) -> dict[str, Any] | None:
+    """All tensors of a model that is sharded, in the first process, on the CPU; None if each process holds it whole.
+
+    All processes must call it.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return None
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    return {name: x.detach().clone() for name, x in weights.items() if name not in tied}
