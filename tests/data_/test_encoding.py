@@ -15,18 +15,22 @@ THREE = {"role": "assistant", "content": "3", "reasoning_content": "Count on."}
 TALK = [*QUESTION, TWO, {"role": "user", "content": "2+1?"}, THREE, {"role": "user", "content": "Thanks"}]
 
 # ChatML that keeps all turns as they are, with and without marks.
+LINE = "{{ '\n' }}"
 PLAIN = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' %}BEFORE{{ m.content }}<|im_end|>AFTER{% else %}{{ m.content }}<|im_end|>{% endif %}"
-    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\nOPEN{% endif %}"
+    "{% if m.role == 'assistant' %}BEFORE{{ m.content }}<|im_end|>AFTER{% else %}{{ m.content }}<|im_end|>"
+    + LINE
+    + "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\nOPEN{% endif %}"
 )
 
 
-def plain(before="", after="", opening=""):
+def plain(before="", after=LINE, opening=""):
     return PLAIN.replace("BEFORE", before).replace("AFTER", after).replace("OPEN", opening)
 
 
-SIMPLE, MARKED = plain(), plain("{% generation %}", "{% endgeneration %}")
+SIMPLE, MARKED = plain(), plain("{% generation %}", "{% endgeneration %}" + LINE)
+# As most templates for training have it: the newline after the turn is marked, too.
+MARKED_WIDE = plain("{% generation %}", LINE + "{% endgeneration %}")
 THINK = "<think>\n"
 
 
@@ -97,8 +101,9 @@ def test_thinking_can_be_stripped_from_field_and_content(tokenizer):
 
 
 @pytest.mark.parametrize("turns", ["all", "last"])
-def test_marks_of_a_template_and_its_prompts_say_the_same(templated, turns):
-    simple, marked = templated(SIMPLE), templated(MARKED)
+@pytest.mark.parametrize("template", [MARKED, MARKED_WIDE], ids=["turn", "turn and newline"])
+def test_marks_of_a_template_and_its_prompts_say_the_same(templated, template, turns):
+    simple, marked = templated(SIMPLE), templated(template)
     [by_prompts] = encode_chat(simple, TALK, thinking="strip", turns=turns)
     [by_marks] = encode_chat(marked, TALK, thinking="strip", turns=turns)
     assert by_prompts == by_marks
@@ -106,10 +111,30 @@ def test_marks_of_a_template_and_its_prompts_say_the_same(templated, turns):
 
 
 THOUGHT = {"role": "assistant", "content": "<think>\nCount.\n</think>\n\n2"}
-TALK_WITH = {"lost": [*QUESTION, TWO], "there": [*QUESTION, THOUGHT], "first": [TWO], "unanswered": QUESTION}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+TALK_WITH = {
+    "lost": [*QUESTION, TWO],
+    "there": [*QUESTION, THOUGHT],
+    "first": [TWO],
+    "unanswered": QUESTION,
+    "nothing": [*QUESTION, {"role": "assistant", "content": " "}],
+    "call": [*QUESTION, CALL],
+}
 REFUSED = {
     "nobody answers": (None, "unanswered", "no assistant turn"),
     "the assistant is first": (None, "first", r"messages\[0\]: the assistant speaks first"),
+    "nothing is said": (None, "nothing", r"messages\[1\]: the assistant says nothing"),
+    "a call is lost": (SIMPLE, "call", r"messages\[1\]: the chat template leaves its tool calls out"),
+    "content is lost": (
+        SIMPLE.replace("{{ m.content }}<|im_end|>", "<|im_end|>", 1),
+        "there",
+        r"messages\[1\]: the chat template leaves its thinking out",
+    ),
+    "an answer is lost": (
+        SIMPLE.replace("{{ m.content }}", "{{ m.content.split('</think>')[0] }}", 1),
+        "there",
+        r"messages\[1\]: the chat template leaves its content out",
+    ),
     "doubled": (plain(before="<think>\n\n</think>\n\n"), "there", r"messages\[1\]: <think> is there twice"),
     "doubled by the prompt": (plain(before=THINK, opening=THINK), "there", r"messages\[1\]: <think> is there twice"),
     "doubled under marks": (
@@ -120,7 +145,7 @@ REFUSED = {
     "thinking is lost": (SIMPLE, "lost", r"messages\[1\]: the chat template leaves its thinking out"),
     "marked thinking is lost": (MARKED, "lost", r"messages\[1\]: the chat template leaves its thinking out"),
     "another prompt": (plain(opening="Sure: "), "there", "told from its prompt"),
-    "no end": (SIMPLE.replace("<|im_end|>{% else", "{% else"), "there", "would not learn to stop"),
+    "no end": (SIMPLE.replace("<|im_end|>" + LINE + "{% else", LINE + "{% else"), "there", "would not learn to stop"),
     "marks without the end": (MARKED.replace("<|im_end|>{% endgen", "{% endgen"), "there", "would not learn to stop"),
     "marks nothing": (MARKED.replace("== 'assistant'", "== 'nobody'"), "there", "marks no token"),
     "raises": ("{{ raise_exception('roles must alternate') }}", "there", "template fails: roles must alternate"),
@@ -132,6 +157,13 @@ def test_what_would_train_something_else_is_refused(tokenizer, templated, name):
     template, messages, words = REFUSED[name]
     with pytest.raises(HmfError, match=words):
         encode_chat(tokenizer if template is None else templated(template), TALK_WITH[messages])
+
+
+def test_tools_that_the_template_does_not_write(templated):
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    for template in (SIMPLE, MARKED):
+        with pytest.raises(HmfError, match=r"the chat template leaves tools out \(add\)"):
+            encode_chat(templated(template), TALK_WITH["there"], tools)
 
 
 def test_a_prompt_that_opens_the_thinking(templated):

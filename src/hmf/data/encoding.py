@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -65,8 +66,8 @@ def encode_chat(
         thinking: "strip" takes the thinking out of all assistant turns, wherever it stands.
         turns: which of the assistant turns are supervised.
     Raises:
-        HmfError: no assistant turn; the template fails, leaves thinking out, writes `<think>` twice, does not start a
-            turn with its own prompt, or does not end it with a special token.
+        HmfError: no assistant turn, or an empty one; the template fails, leaves tools or a part of a turn out, writes
+            `<think>` twice, does not start a turn with its own prompt, or does not end it with a special token.
     """
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
@@ -109,11 +110,12 @@ class _Template:
                 messages[:index], add_generation_prompt=True, enable_thinking=bool(thinking_of(message))
             )
             whole = self.render(messages[: index + 1])
+            self.check_tools(whole)
             if not whole.startswith(prompt):
                 raise HmfError(f"messages[{index}]: {_difference(prompt, whole)}")
             # The template may write a newline after the turn; the turn itself ends with the end-of-turn token.
             turn = whole[len(prompt) :].rstrip("\n")
-            self.check_thinking(index, message, prompt[-32:] + turn)
+            self.check_turn(index, message, turn, opening=prompt[-32:])
             if not (parts and prompt.startswith(text)):
                 documents += self.tokenised(parts)
                 text, parts = "", []
@@ -136,32 +138,54 @@ class _Template:
 
     def by_marks(self, messages: list[Message], turns: Turns) -> Encoded:
         text = self.render(messages)
+        self.check_tools(text)
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
                 # Whether earlier thinking stays is up to a template that marks its turns; the last turn's has to.
-                self.check_thinking(index, message, text, required=index == len(messages) - 1)
+                self.check_turn(index, message, text, whole=index == len(messages) - 1)
         found = self.render(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         ids, mask = list(found["input_ids"]), list(found["assistant_masks"])
-        if 1 not in mask:
+        changes = [index for index in range(len(mask) + 1) if mask[index - 1 : index] != mask[index : index + 1]]
+        spans = [(start, stop) for start, stop in pairwise(changes) if mask[start]]
+        if not spans:
             raise HmfError("the chat template marks no token as the assistant's; mend its {% generation %} block")
-        end = len(mask) - mask[::-1].index(1)
-        self.check_end(ids[:end])
-        if turns == "last":
-            start = len(mask[:end]) - mask[:end][::-1].index(0) if 0 in mask[:end] else 0
-            mask = [0] * start + mask[start:]
-        return Encoded(ids[:end], [token if on else IGNORED for token, on in zip(ids[:end], mask, strict=False)])
+        labels = [IGNORED] * len(ids)
+        for start, stop in spans if turns == "all" else spans[-1:]:
+            while stop > start and self.tokenizer.decode(ids[stop - 1]).isspace():  # a newline after the turn's end
+                stop -= 1
+            self.check_end(ids[start:stop])
+            labels[start:stop] = ids[start:stop]
+        return Encoded(ids[:stop], labels[:stop])
 
-    def check_thinking(self, index: int, message: Message, turn: str, required: bool = True) -> None:
-        if found := _DOUBLED.search(turn):
-            around = turn[max(0, found.start() - 24) : found.end() + 24]
+    def check_turn(self, index: int, message: Message, turn: str, opening: str = "", whole: bool = True) -> None:
+        """HmfError when the `turn` that the template makes of a message, after the prompt's end `opening`, is not what
+        the message says; `whole`: when its thinking has to be there, too."""
+        if found := _DOUBLED.search(opened := opening + turn):
+            around = opened[max(0, found.start() - 24) : found.end() + 24]
             raise HmfError(
                 f"messages[{index}]: <think> is there twice ({around!r}): the chat template writes it around what has "
                 "it already; put thinking into reasoning_content without tags, or set thinking: strip"
             )
-        if required and (reasoning := thinking_of(message)) and reasoning not in turn:
+        thinking, content, calls = thinking_of(message), text_of(message.get("content")), _names(message, "tool_calls")
+        content = _THINK_BLOCK.sub("", content, count=1) if _THINK_BLOCK.match(content) else content
+        if not (thinking or content.strip() or calls):
+            raise HmfError(f"messages[{index}]: the assistant says nothing; remove the row or the message")
+        lost = {
+            "thinking": whole and thinking not in turn,
+            "content": content.strip() not in turn,
+            "tool calls": any(name not in turn for name in calls),
+        }
+        for what in (name for name, gone in lost.items() if gone):
+            mend = "set thinking: strip, or " if what == "thinking" else ""
             raise HmfError(
-                f"messages[{index}]: the chat template leaves its thinking out; set thinking: strip, or take a "
-                "tokenizer whose template writes reasoning_content"
+                f"messages[{index}]: the chat template leaves its {what} out; {mend}take a tokenizer whose template "
+                f"writes {what}"
+            )
+
+    def check_tools(self, text: str) -> None:
+        if lost := [name for name in _names({"tools": self.tools}, "tools") if name not in text]:
+            raise HmfError(
+                f"the chat template leaves tools out ({lost[0]}); take a tokenizer whose template writes them"
             )
 
     def check_end(self, ids: list[int]) -> None:
@@ -191,6 +215,12 @@ def thinking_of(message: Message) -> str:
     return found[0].strip().removeprefix("<think>").removesuffix("</think>").strip() if found else ""
 
 
+def _names(holder: Message, field: str) -> list[str]:
+    """Names of the functions that a list of calls or tools is about."""
+    functions = [item.get("function") or item for item in holder.get(field) or () if isinstance(item, dict)]
+    return [item["name"] for item in functions if isinstance(item, dict) and isinstance(item.get("name"), str)]
+
+
 def _without_thinking(message: Message) -> Message:
     if message["role"] != "assistant":
         return message
@@ -209,5 +239,5 @@ def _difference(prompt: str, whole: str) -> str:
     return (
         f"by the chat template the prompt goes on {prompt[start : same + 24]!r} and the whole conversation "
         f"{whole[start : same + 24]!r}, so a turn cannot be told from its prompt; take a template with "
-        "{% generation %} marks, or set thinking: strip"
+        "{% generation %} marks"
     )
