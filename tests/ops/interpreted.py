@@ -45,9 +45,11 @@ def mend_bfloat16():
     builder.cast_impl = builder.create_fp_ext = builder.create_fp_trunc = cast
 
 
-def changed(made, value_dim=None, alpha=True):
-    """The sample with values of another dimension than the keys', or without alpha."""
+def changed(made, value_dim=None, alpha=True, symmetric=True):
+    """The sample with values of another dimension than the keys', without alpha, or from no covariance."""
     tokens, exact, call = dict(made.tokens), dict(made.exact), made.call
+    if not symmetric:
+        exact["C"] = exact["C"] + exact["U"].roll(1, -1)
     if value_dim:
         tokens["v"] = tokens["v"][..., :value_dim]
         if "U" in exact:
@@ -61,12 +63,12 @@ def changed(made, value_dim=None, alpha=True):
 TWO = {"num_iter": 2}
 CASES = [  # name, shape, options, changes, dtype, with gradients
     ("packed", Shape(lengths=(3, 0, 18, 1), heads=1, head_dim=12, with_state=True),
-     TWO, {"value_dim": 5}, torch.float32, True),
+     TWO, {"value_dim": 5, "symmetric": False}, torch.float32, True),
     ("rows", Shape(batch=2, tokens=16, heads=1, head_dim=16),
      TWO | {"rescale": False, "bp_lambda": False}, {"alpha": False}, torch.bfloat16, True),
     ("no steps", Shape(tokens=3, heads=1, head_dim=16), {"num_iter": 0}, {}, torch.float32, True),
     ("a token", Shape(batch=2, tokens=1, heads=1, head_dim=12, with_state=True),
-     {}, {"value_dim": 5}, torch.bfloat16, False),
+     TWO, {"value_dim": 5, "symmetric": False}, torch.bfloat16, False),
     ("a first token", Shape(tokens=1, heads=1, head_dim=16),
      TWO | {"rescale": False}, {"alpha": False}, torch.float32, False),
     ("a token without steps", Shape(tokens=1, heads=1, head_dim=16), {"num_iter": 0}, {}, torch.float32, False),

@@ -198,7 +198,7 @@ def fast(
 
     options = {"num_iter": num_iter, "ridge_strength": ridge_strength, "rescale": rescale}
     solver = None
-    if reason := kernels.unsupported(q):
+    if reason := kernels.unsupported(q, k):
         dispatch.warn_once(f"gka: running the plain PyTorch version: {reason}")
     elif q.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
         q, k, v, g, gk = (x[:, 0] for x in (q, k, v, g, gk))

@@ -26,18 +26,18 @@ from .gka import Result, State, coefficients
 CHUNK_SIZE = 64
 MAX_HEAD_DIM = 128  # of keys
 STORED = 2**30  # bytes for iterates and their gradients in the backward, at a time
-# Bytes of shared memory for one block: for keys of up to 64, for wider ones, and for these with loads that run ahead.
-NARROW, WIDE, AHEAD = 80 * 2**10, 150 * 2**10, 200 * 2**10
+AHEAD = 200 * 2**10  # bytes of shared memory for one block, where loads may run ahead
 
 
-def unsupported(q: torch.Tensor) -> str | None:
-    """Why the kernels cannot run for queries [..., K], or None."""
+def unsupported(q: torch.Tensor, k: torch.Tensor) -> str | None:
+    """Why the kernels cannot run for queries and keys [..., K], or None."""
     if q.dtype == torch.float64:
         return "the kernels compute in float32, not float64"
     if q.shape[-1] > MAX_HEAD_DIM:
         return f"the kernels have no version for head_dim {q.shape[-1]} (at most {MAX_HEAD_DIM})"
-    if q.is_cuda and _shared_memory(q.device) < (NARROW if _width(q.shape[-1]) <= 64 else WIDE):
-        return f"the kernels need more shared memory a block than this GPU's {_shared_memory(q.device)} bytes"
+    needed = 80 if _width(q.shape[-1]) <= 64 else 150 if k.dtype == torch.bfloat16 else 180
+    if q.is_cuda and _shared_memory(q.device) < needed * 2**10:
+        return f"the kernels need {needed} KiB of shared memory for head_dim {q.shape[-1]} in {k.dtype}"
     return None
 
 
