@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from hmf.cli import app, main
 from hmf.config.runs import PrimeRecipe, read_recipe
+from tests.conftest import ROOT
 
 PRIME = {
     "base": "teacher",
@@ -81,6 +82,17 @@ def test_an_output_in_use_is_left_alone(tmp_path, monkeypatch, capsys):
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine.txt"]
 
 
+def test_a_run_that_cannot_start_claims_no_folder(tmp_path, monkeypatch, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    training = {"steps": 1, "rows_per_step": 1}
+    content = {"method": "cpt", "output": str(tmp_path / "run"), "data": {}, "trainable": {"all": 1}}
+    for model, said in ((str(tmp_path / "none"), "no such directory"), ("src/hmf/assets/teacher", "is no Hybrid")):
+        recipe.write_text(yaml.safe_dump({**content, "model": str(ROOT / model), "training": training}))
+        code, _, err = run(monkeypatch, capsys, "finetune", recipe)
+        assert (code, err.count("\n")) == (2, 1) and said in err
+        assert not (tmp_path / "run").exists()
+
+
 def test_no_recipe_and_broken_yaml(tmp_path, monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, "prime", tmp_path / "none.yaml")
     assert code == 2 and "no such recipe" in err
@@ -114,7 +126,7 @@ def test_overrides_are_part_of_the_recipe(tmp_path):
     changes = ["hybrid.ratio=null", "hybrid.pattern='*-GDN-GKA-*-*-*'", "distill.objective.kl=0.5", "output=there"]
     settings, text = read_recipe(recipe, PrimeRecipe, changes)
     assert (settings.hybrid.ratio, settings.hybrid.pattern) == (None, "*-GDN-GKA-*-*-*")
-    assert (settings.distill.objective.kl, str(settings.output)) == (0.5, "there")
+    assert (settings.distill.objective.kl, str(settings.output)) == ({0: 0.5}, "there")
     written.write_text(text)
     assert read_recipe(written, PrimeRecipe) == (settings, text)
 

@@ -111,9 +111,11 @@ def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from hmf.pipeline import claim
     from hmf.report.curves import draw_curves
     from hmf.training.checkpoints import by_one
+    from hmf.training.finetune import check
     from hmf.training.finetune import finetune as run
 
     settings, text = read_recipe(recipe, FinetuneRecipe, overrides or ())
+    check(settings)  # before the output folder becomes this recipe's
     first = by_one(lambda: claim(settings.output, text))
     saved = run(settings, draw=draw_curves)
     if first:

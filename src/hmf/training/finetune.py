@@ -102,15 +102,12 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
     target = output / "model"
     if target.is_dir():
         return target
-    require_reporters(training.report_to)
+    config = check(recipe)
     set_seed(recipe.seed)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader's processes are parallel already
-    config = load_config(recipe.model)
-    stored = config.dtype
+    stored = config.dtype or torch.float32
     args = arguments(training, output / "checkpoints", recipe.seed, TrainingArguments, use_cache=config.use_cache)
     tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-    length = sequence_length(recipe)
-    check_model(recipe, config, length)
     rows = rows_for(recipe, tokenizer, training.steps * rows_per_step(args))
     model = load_model(recipe.model, dtype=torch.float32, config=with_rope(config, recipe.rope))
     groups = choose(model, recipe.trainable, recipe.lora)
@@ -129,7 +126,7 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
     )
     if isinstance(trainer.objective, Preference):
         trainer.add_callback(_References(trainer, trainer.objective, rows, output / "reference.safetensors"))
-    tokens, log = rows_per_step(args) * length, output / "stage2.log.json"
+    tokens, log = rows_per_step(args) * sequence_length(recipe), output / "stage2.log.json"
     train(trainer, recipe.method, log, tokens, training.divergence_factor, flops_per_token(model), draw)
     if trainer.is_world_process_zero():
         if adapters is not None:
@@ -140,6 +137,14 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
         save_checkpoint(model, target, companions=recipe.model)
     trainer.accelerator.wait_for_everyone()
     return target
+
+
+def check(recipe: FinetuneRecipe) -> Any:
+    """The config of the recipe's model; HmfError for what can be known to be wrong before a run is started."""
+    require_reporters(recipe.training.report_to)
+    config = load_config(recipe.model)
+    check_model(recipe, config, sequence_length(recipe))
+    return config
 
 
 def check_model(recipe: FinetuneRecipe, config: Any, sequence_length: int) -> None:
