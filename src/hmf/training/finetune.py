@@ -102,6 +102,10 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
     target = output / "model"
     if target.is_dir():
         return target
+    if training.strategy != "ddp" or training.sequence_parallel > 1:
+        raise HmfError(
+            f"training.strategy: only ddp without sequence_parallel runs yet (got {training.strategy}); leave both out"
+        )
     config = check(recipe)
     set_seed(recipe.seed)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader's processes are parallel already

@@ -12,7 +12,6 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from hmf.config.runs import OptimiserSettings
-from hmf.errors import HmfError
 
 from .progress import ProgressLine, RunLog
 
@@ -23,10 +22,6 @@ def arguments(
     training: OptimiserSettings, checkpoints: Path, seed: int, kind: type[Arguments], **others: Any
 ) -> Arguments:
     """A recipe's `training` section as the Trainer's arguments of class `kind`; `others` are passed on and win."""
-    if (strategy := getattr(training, "strategy", "ddp")) != "ddp" or getattr(training, "sequence_parallel", 1) > 1:
-        raise HmfError(
-            f"training.strategy: only ddp without sequence_parallel runs yet (got {strategy}); leave both out"
-        )
     schedule = {"min_lr_rate": training.final_learning_rate_ratio} if training.schedule == "cosine_with_min_lr" else {}
     return kind(
         **{
