@@ -39,7 +39,7 @@ def test_a_measurement_sees_memory_and_time(tiny_qwen3_config):
 
 def test_rows_are_ratios_to_the_first_way(tiny_qwen3_config, capsys):
     case = Case(tiny_qwen3_config, "*-GDN-*-GDN", rows=2, tokens=50)
-    found = {"two models": Result([2.0, 4.0, 3.0], 6000, 0.5), "one model": Result([1.5], 2000, 0.5)}
+    found = {"two models": Result([3.0, 4.0, 3.5], 6000, 0.5), "one model": Result([1.5], 2000, 0.5)}
     first, second = rows(case, found)
     assert (first["speedup"], first["memory_ratio"]) == (1, 1)
     assert (second["tokens_per_second"], second["speedup"], second["memory_ratio"]) == (100 / 1.5, 2, 3)

@@ -215,35 +215,36 @@ def logit_divergence(
     if top_k is not None and top_k >= vocabulary:
         raise HmfError(f"objective.kl_top_k: {top_k} is not below the vocabulary's {vocabulary}; leave it out")
 
-    def of_rows(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    def logits(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # Not head(x): a sharded module's hooks would take the gradient that is asked for here for the step's.
         ours, theirs = (_wide(F.linear(x, weight, head.bias)) for x in (ours, theirs))
         if temperature != 1:
             ours, theirs = ours / temperature, theirs / temperature
-        if top_k is not None:
-            kept = theirs.topk(top_k, -1).indices
-            ours, theirs = (_with_rest(x, kept) for x in (ours, theirs))
-        ours, theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
-        if direction == "reverse":
-            ours, theirs = theirs, ours
-        return F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1) * temperature**2
+        if top_k is None:
+            return ours, theirs
+        kept = theirs.topk(top_k, -1).indices
+        return _with_rest(ours, kept), _with_rest(theirs, kept)
 
-    return _ByRow.apply(student, teacher, of_rows, chunk_size or max(1, LOGITS_AT_ONCE // vocabulary))
+    chunk_size = chunk_size or max(1, LOGITS_AT_ONCE // vocabulary)
+    return _ByRow.apply(student, teacher, logits, direction, chunk_size) * temperature**2
 
 
 class _ByRow(torch.autograd.Function):
-    """A function that maps rows [n, D] of two tensors to [n], each row alone, on `chunk_size` rows at a time."""
+    """`divergence` of what `logits` gives for rows [n, D] of two tensors, `chunk_size` rows at a time: [n]."""
 
     @staticmethod
-    def forward(ctx: Any, ours: torch.Tensor, theirs: torch.Tensor, function: Any, chunk_size: int) -> torch.Tensor:
+    def forward(
+        ctx: Any, ours: torch.Tensor, theirs: torch.Tensor, logits: Any, direction: str, chunk_size: int
+    ) -> torch.Tensor:
         values, gradients, wanted = [], [], ctx.needs_input_grad[0]
         for mine, other in zip(ours.split(chunk_size), theirs.split(chunk_size), strict=True):
             with torch.set_grad_enabled(wanted):
                 mine = mine.detach().requires_grad_(wanted)
-                value = function(mine, other)
+                our_logits, their_logits = logits(mine, other)
+                value, gradient = divergence(our_logits.detach(), their_logits, direction)
                 if wanted:
-                    gradients += torch.autograd.grad(value.sum(), mine)
-            values.append(value.detach())
+                    gradients += torch.autograd.grad(our_logits, mine, gradient)
+            values.append(value)
         if wanted:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(values)
@@ -251,7 +252,23 @@ class _ByRow(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, weight: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (weight.unsqueeze(-1) * gradient).to(gradient.dtype), None, None, None
+        return (weight.unsqueeze(-1) * gradient).to(gradient.dtype), None, None, None, None
+
+
+def divergence(ours: torch.Tensor, theirs: torch.Tensor, direction: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divergence of two softmaxes, [n], and its gradient for `ours`, from logits [n, V] of both.
+
+    By hand because such tensors are large: in place and in half of the passes that autograd takes.
+    """
+    log_q, log_p = ours.log_softmax(-1), theirs.log_softmax(-1)
+    if direction == "forward":
+        p = log_p.exp()
+        value = torch.linalg.vecdot(p, log_p.sub_(log_q))
+        return value, log_q.exp_().sub_(p)
+    difference = log_p.neg_().add_(log_q)
+    q = log_q.exp_()
+    value = torch.linalg.vecdot(q, difference)
+    return value, difference.sub_(value.unsqueeze(-1)).mul_(q)
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
