@@ -17,13 +17,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from hmf.config.runs import DistillSettings
+from hmf.config.runs import DistillSettings, FinetuneRecipe
 from hmf.layers.registry import MIXERS
 from hmf.model.families import family_of
 from hmf.model.modeling import hybrid_classes
 from hmf.parallel.collectives import Group
 from hmf.parallel.sequence import attach, shard
 from hmf.training.distill import distill
+from hmf.training.finetune import finetune
 from tests.hybrids import Case, cases, random_ids, randomise, tiny_config
 
 # How two rows are cut into documents: over the borders of chunks, at them, of one token, longer than several chunks.
@@ -128,13 +129,22 @@ def run_jobs(rank: int, folder: Path) -> None:
 
 def train(rank: int, ranks: int, port: int, stage0: Path, output: Path, given: dict[str, Any]) -> None:
     """Stage 1 as torchrun would start it."""
+    as_torchrun(rank, ranks, port, given["training"].get("strategy") != "deepspeed")  # it brings its own CPU backend
+    distill(stage0, output, DistillSettings.model_validate(given))
+
+
+def train_stage2(rank: int, ranks: int, port: int, given: dict[str, Any]) -> None:
+    """Stage 2 as torchrun would start it."""
+    as_torchrun(rank, ranks, port)
+    finetune(FinetuneRecipe.model_validate(given))
+
+
+def as_torchrun(rank: int, ranks: int, port: int, use_cpu: bool = True) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": str(given["training"].get("strategy") != "deepspeed"),  # it brings its own CPU backend
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": str(use_cpu),
     }  # fmt: skip
     torch.set_num_threads(1)
-    distill(stage0, output, DistillSettings.model_validate(given))
 
 
 def free_port() -> int:
@@ -146,7 +156,7 @@ def free_port() -> int:
 def run(target: Callable[..., None], count: int, *args: Any) -> None:
     """`target(rank, *args)` in `count` processes."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hmf.training.distill", "tests.parallel.ranks"])
+    context.set_forkserver_preload(["hmf.training.finetune", "tests.parallel.ranks"])
     processes = [context.Process(target=target, args=(rank, *args)) for rank in range(count)]
     for process in processes:
         process.start()

@@ -18,6 +18,7 @@ from hmf.model.checkpoint import load_config, load_model
 from hmf.training.finetune import finetune
 from hmf.training.groups import add_adapters, choose, optimiser_groups, parts
 from tests.hybrids import Case, random_ids, tiny_hybrid
+from tests.parallel import ranks
 from tests.training import cutting
 
 
@@ -127,6 +128,42 @@ def test_the_result_has_the_dtype_that_was_asked_for(recipe):
     assert load_config(out).dtype == torch.bfloat16
 
 
+# ---- several processes
+
+PAIRS = [{"prompt": f"one {n}", "chosen": f"two {n}", "rejected": f"six {n} {n}"} for n in range(4)]
+SHARED = {
+    # two processes, one row each, that together are a step of two rows
+    "fsdp2": {"rows_per_step": 1, "strategy": "fsdp2", "precision": "float32"},
+    "sequence": {"rows_per_step": 2, "sequence_parallel": 2},
+    "both": {"rows_per_step": 2, "sequence_parallel": 2, "strategy": "fsdp2", "gradient_checkpointing": True},
+    "preferences": {"rows_per_step": 1, "strategy": "fsdp2"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shares", SHARED)
+def test_two_processes_end_like_one(hybrid, tmp_path, shares):
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
+    pairs = {"path": str(tmp_path / "pairs.jsonl"), "sequence_length": 96}
+    kind = {"method": "dpo", "data": None, "pairs": pairs} if shares == "preferences" else {}
+
+    def given(name, training):
+        changes = {"trainable": {"all": 1e-4}, "training": {"steps": 3, "save_steps": 1} | training, **kind}
+        return cutting.finetune_recipe(hybrid, tmp_path / name, **changes)
+
+    one, two = given("one", {"rows_per_step": 2}), given("two", SHARED[shares])
+    finetune(one)
+    ranks.run(ranks.train_stage2, 2, 2, ranks.free_port(), two.model_dump(mode="json", exclude_unset=True))
+    (weights, log), (wanted, wanted_log) = (cutting.result(run.output, "stage2", "model") for run in (two, one))
+    names = [name for name in ("loss", "margin", "accuracy", "grad_norm") if name in wanted_log[0]]
+    for entry, right in zip(log[:3], wanted_log, strict=False):
+        assert {name: entry[name] for name in names} == pytest.approx({name: right[name] for name in names}, rel=1e-4)
+    start = load_file(hybrid / "model.safetensors")
+    for name, value in wanted.items():
+        assert (value - start[name]).abs().max() > 5e-5  # trained at all
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=3e-5, msg=name)
+
+
 # ---- adapters
 
 
@@ -179,6 +216,9 @@ def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(hybrid, tmp_path):
         ({"method": "dpo"}, "method dpo needs pairs and no data"),
         ({"method": "rlhf"}, "method: Input should be 'cpt', 'sft' or 'dpo'"),
         ({"lora": {"groups": ["mixers"], "learning_rate": 1e-4}}, "lora.groups: mixers is trained as a whole"),
+        ({"lora": {"groups": ["mlp"], "learning_rate": 1e-4}, "training": {"steps": 1, "rows_per_step": 1,
+          "strategy": "fsdp2"}}, "lora needs training.strategy ddp or deepspeed"),
+        ({"training": {"steps": 1, "rows_per_step": 1, "sequence_parallel": 3}}, "a multiple of 6, twice training.seq"),
         ({"rope": {"theta": -1}}, "rope.theta: Input should be greater than 0"),
         ({"rope": {"tehta": 1}}, "rope: unknown key 'tehta'; did you mean 'theta'"),
         ({"rope": {"scaling": {"rope_type": "yarn"}}}, "rope.scaling: yarn needs factor"),

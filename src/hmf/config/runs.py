@@ -308,10 +308,15 @@ class DistillSettings(Settings):
                 raise ValueError("objective.layerwise_steps must be 0 with on_policy; train layer by layer first")
             if self.training.strategy != "ddp" or self.training.sequence_parallel > 1:
                 raise ValueError("on_policy needs training.strategy ddp and training.sequence_parallel 1")
-        chunks = 2 * self.training.sequence_parallel
-        if chunks > 2 and self.data.prepared is None and self.data.sequence_length % chunks:
-            raise ValueError(f"data.sequence_length must be a multiple of {chunks}, twice training.sequence_parallel")
+        require_shares(self.data, self.training)
         return self
+
+
+def require_shares(data: DataSettings, training: ParallelSettings) -> None:
+    """ValueError for rows that do not divide among the processes which share them."""
+    chunks = 2 * training.sequence_parallel
+    if chunks > 2 and data.prepared is None and data.sequence_length % chunks:
+        raise ValueError(f"data.sequence_length must be a multiple of {chunks}, twice training.sequence_parallel")
 
 
 class DistillRecipe(DistillSettings):
@@ -413,6 +418,12 @@ class FinetuneRecipe(Settings):
         trained = set(get_args(TrainableGroup)) if "all" in self.trainable else set(self.trainable)
         if self.lora is not None and (both := sorted(trained & set(self.lora.groups))):
             raise ValueError(f"lora.groups: {', '.join(both)} is trained as a whole; adapters are for frozen groups")
+        if self.lora is not None and self.training.strategy == "fsdp2":
+            raise ValueError("lora needs training.strategy ddp or deepspeed: adapters are merged into whole weights")
+        if self.method == "dpo" and self.training.sequence_parallel > 1:
+            raise ValueError("method dpo needs training.sequence_parallel 1: an answer is scored where all of it is")
+        if self.data is not None:
+            require_shares(self.data, self.training)
         return self
 
 

@@ -33,11 +33,13 @@ from .guard import GuardedLoss
 from .losses import IGNORED, CrossEntropy, Preference
 from .progress import require_reporters
 from .run import arguments, rows_per_step, train
+from .sequence import SequenceParallel
+from .strategy import ShardedModel, strategy_arguments, whole_weights
 
 SHOWN = 8  # rows whose masks are looked at before training
 
 
-class FinetuneTrainer(PublishedCheckpoints, GuardedLoss, Trainer):
+class FinetuneTrainer(PublishedCheckpoints, GuardedLoss, SequenceParallel, ShardedModel, Trainer):
     """A Trainer whose loss is one of `losses`, and whose groups of parameters have learning rates of their own."""
 
     loss_is_scaled_for_ga = True  # from transformers 5.19 on; before that, model_accepts_loss_kwargs says so
@@ -102,43 +104,48 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
     target = output / "model"
     if target.is_dir():
         return target
-    if training.strategy != "ddp" or training.sequence_parallel > 1:
-        raise HmfError(
-            f"training.strategy: only ddp without sequence_parallel runs yet (got {training.strategy}); leave both out"
-        )
     config = check(recipe)
     set_seed(recipe.seed)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader's processes are parallel already
     stored = config.dtype or torch.float32
-    args = arguments(training, output / "checkpoints", recipe.seed, TrainingArguments, use_cache=config.use_cache)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-    rows = rows_for(recipe, tokenizer, training.steps * rows_per_step(args))
     model = load_model(recipe.model, dtype=torch.float32, config=with_rope(config, recipe.rope))
     groups = choose(model, recipe.trainable, recipe.lora)
     adapters = None
     if recipe.lora is not None:
         adapters, added = add_adapters(model, groups, recipe.lora)
         groups.append(added)
+    args = arguments(
+        training, output / "checkpoints", recipe.seed, TrainingArguments,
+        use_cache=config.use_cache, **strategy_arguments(training, model),
+    )  # fmt: skip
     if args.process_index == 0:
         say(table(groups))
+    step_rows = rows_per_step(args, training.sequence_parallel)
+    rows = rows_for(recipe, AutoTokenizer.from_pretrained(recipe.model), training.steps * step_rows)
     trainer = FinetuneTrainer(
         model=model,
         args=args,
         train_dataset=rows,
         objective=Preference(recipe.pairs.beta) if recipe.pairs is not None else CrossEntropy(),
         groups=groups,
+        sequence_parallel=training.sequence_parallel,
     )
     if isinstance(trainer.objective, Preference):
         trainer.add_callback(_References(trainer, trainer.objective, rows, output / "reference.safetensors"))
-    tokens, log = rows_per_step(args) * sequence_length(recipe), output / "stage2.log.json"
+    tokens, log = step_rows * sequence_length(recipe), output / "stage2.log.json"
     train(trainer, recipe.method, log, tokens, training.divergence_factor, flops_per_token(model), draw)
+    if adapters is not None:
+        adapters.merge_and_unload()
+    weights = whole_weights(model)
     if trainer.is_world_process_zero():
-        if adapters is not None:
-            adapters.merge_and_unload()
         dtype = getattr(torch, recipe.dtype) if recipe.dtype is not None else stored
-        model.to(dtype)
+        wide = set(model._keep_in_fp32_modules_strict or ())
+        if weights is None:
+            model.to(dtype)
+        else:
+            weights = {name: x if name.rpartition(".")[2] in wide else x.to(dtype) for name, x in weights.items()}
         model.config.dtype = dtype
-        save_checkpoint(model, target, companions=recipe.model)
+        save_checkpoint(model, target, companions=recipe.model, weights=weights)
     trainer.accelerator.wait_for_everyone()
     return target
 

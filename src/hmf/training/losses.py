@@ -2,9 +2,9 @@
 """Losses of Stage 2 on packed rows: cross entropy, and preferences between two answers. Full logits never exist.
 
 Both are called as `model(**batch, objective=loss)`, with input_ids [B, T], labels [B, T] (-100 where nothing is to be
-learned) and position_ids [B, T] that restart at 0 with each document, and return scalars by name, "loss" the one to
-minimise. Each is a sum divided by `count`: that of the batch, or of everything that an optimiser step sees, in all
-processes; then the losses of its batches add up to the loss of one large batch.
+learned; or shift_labels, each position's next one) and position_ids [B, T] that restart at 0 with each document. They
+return scalars by name, "loss" the one to minimise. Each is a sum divided by `count`: that of the batch, or of
+everything that an optimiser step sees, in all processes; then the losses of its batches add up to that of a large one.
 """
 
 from __future__ import annotations
@@ -40,16 +40,19 @@ def token_losses(
     return torch.cat([checkpoint(of_chunk, x, y, use_reentrant=False) for x, y in chunks])
 
 
-def _supervised(labels: torch.Tensor) -> torch.Tensor:
-    """bool [B, T]: position t predicts token t + 1, which has a label."""
-    return F.pad(labels[:, 1:] != IGNORED, (0, 1))
+def _next_labels(labels: torch.Tensor | None, shift_labels: torch.Tensor | None) -> torch.Tensor:
+    """[B, T]: the label of each position's next token; `shift_labels` are that already."""
+    if shift_labels is not None:
+        return shift_labels
+    assert labels is not None
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
-def _label_losses(model: PreTrainedModel, labels: torch.Tensor, chunk_size: int | None, **batch: Any):
-    """Where tokens predict a label, bool [B, T], and the loss of each of those, [N], in reading order."""
-    chosen = _supervised(labels)
+def _label_losses(model: PreTrainedModel, wanted: torch.Tensor, chunk_size: int | None, **batch: Any):
+    """Where the next token has a label, bool [B, T], and the loss of each of those, [N], in reading order."""
+    chosen = wanted != IGNORED
     final = model.model(**batch, use_cache=False).last_hidden_state[chosen]
-    return chosen, token_losses(final, labels.roll(-1, 1)[chosen], model.get_output_embeddings(), chunk_size)
+    return chosen, token_losses(final, wanted[chosen], model.get_output_embeddings(), chunk_size)
 
 
 @dataclass(frozen=True)
@@ -58,15 +61,22 @@ class CrossEntropy:
 
     chunk_size: int | None = None
 
-    def count(self, labels: torch.Tensor, **batch: Any) -> torch.Tensor:
+    def count(
+        self, labels: torch.Tensor | None = None, shift_labels: torch.Tensor | None = None, **batch: Any
+    ) -> torch.Tensor:
         """Supervised tokens of a batch."""
-        return _supervised(labels).sum()
+        return (_next_labels(labels, shift_labels) != IGNORED).sum()
 
     def __call__(
-        self, model: PreTrainedModel, labels: torch.Tensor, count: torch.Tensor | None = None, **batch: Any
+        self,
+        model: PreTrainedModel,
+        labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
+        count: torch.Tensor | None = None,
+        **batch: Any,
     ) -> dict[str, torch.Tensor]:
-        _, losses = _label_losses(model, labels, self.chunk_size, **batch)
-        return {"loss": losses.sum() / (self.count(labels) if count is None else count).clamp_min(1)}
+        chosen, losses = _label_losses(model, _next_labels(labels, shift_labels), self.chunk_size, **batch)
+        return {"loss": losses.sum() / (chosen.sum() if count is None else count).clamp_min(1)}
 
 
 @dataclass(frozen=True)
@@ -103,7 +113,8 @@ class Preference:
         self, model: PreTrainedModel, pairs: int, labels: torch.Tensor, position_ids: torch.Tensor, **batch: Any
     ) -> torch.Tensor:
         """Log-likelihood in nats of each answer [B, `pairs`, 2], summed over its supervised tokens."""
-        chosen, losses = _label_losses(model, labels, self.chunk_size, position_ids=position_ids, **batch)
+        wanted = _next_labels(labels, None)
+        chosen, losses = _label_losses(model, wanted, self.chunk_size, position_ids=position_ids, **batch)
         rows, _ = chosen.nonzero(as_tuple=True)
         documents = ((position_ids == 0).cumsum(1) - 1)[chosen]
         sums = losses.new_zeros(len(labels) * 2 * pairs).index_add(0, rows * 2 * pairs + documents, -losses)
