@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from hmf.config.runs import ObjectiveSettings, OptimiserSettings, PrimeRecipe
+from hmf.errors import HmfError
 from hmf.model.checkpoint import load_model
-from hmf.pipeline import prime
+from hmf.pipeline import claim, prime
 from hmf.priming.objectives import LayerwiseObjective, attention_sizes, train_only_mixers
+from hmf.training.checkpoints import by_one
 from hmf.training.distill import DistillTrainer
 from hmf.training.run import arguments
 from tests.training import cutting
@@ -120,3 +122,24 @@ def test_two_processes_prime_as_one_does_and_one_of_them_writes(stage0, tmp_path
     ours, wanted = (load_file(run / "model/model.safetensors") for run in (two, one))
     for name in wanted:
         assert torch.allclose(ours[name], wanted[name], atol=1e-5), name
+
+
+def claim_in_one(output, environment):
+    os.environ.update(environment)
+    try:
+        first = by_one(lambda: claim(output, "the recipe"))
+        said = f"claimed {first}"
+    except HmfError as error:
+        said = str(error)
+    (output.parent / f"said-{os.environ['RANK']}.txt").write_text(said)
+
+
+def test_what_one_process_cannot_do_is_an_error_of_all(tmp_path):
+    for name, wanted in (("new", ["claimed True", "claimed False"]), ("used", None)):
+        output = tmp_path / name / "run"
+        output.mkdir(parents=True)
+        if wanted is None:
+            (output / "mine.txt").touch()
+        assert cutting.together(claim_in_one, (output,), 2) == [0, 0]
+        said = [(tmp_path / name / f"said-{rank}.txt").read_text() for rank in (0, 1)]
+        assert said == wanted if wanted else all("in use" in line for line in said)
