@@ -18,13 +18,18 @@ SCRIPT = (
     ("<tools>", "<tool_call>", CALL, "</tool_call>", END),
 )
 OTHERS = ["<unk>", "<|im_start|>", "system", "user", "assistant", "tool", "Hi", "word"]
-# The shape of Qwen3's: thinking is on unless `enable_thinking=False` puts an empty thought into the prompt.
+# The shape of Qwen3's: thinking is on unless `enable_thinking=False` puts an empty thought into the prompt. With tools
+# the model calls one, and answers once it has the tool's result.
 TEMPLATE = (
     "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}"
+    "{%- for call in message.tool_calls or [] %}"
+    "{{- '<tool_call>' + (call.function | tojson) + '</tool_call>' }}"
+    "{%- endfor %}"
+    "{{- '<|im_end|>\\n' }}"
     "{% endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
-    "{%- if tools %}{{- '<tools>' }}"
+    "{%- if tools and messages[-1].role != 'tool' %}{{- '<tools>' }}"
     "{%- elif enable_thinking is defined and not enable_thinking %}{{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
     "{% endif %}"
 )

@@ -145,6 +145,75 @@ def test_tool_call_streamed(ask):
     assert (name, json.loads(arguments)) == ("get_time", {"city": "Rome"})
 
 
+def said(ask, messages, stream, **options):
+    """(thoughts, content, [(id, name, arguments)], tokens of the prompt) of one answer."""
+    if not stream:
+        answer = ask(messages, tools=TOOLS, **options)
+        message = answer.choices[0].message
+        calls = [(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ()]
+        return getattr(message, "reasoning", None) or "", message.content or "", calls, answer.usage.prompt_tokens
+    thoughts, content, calls, size = "", "", {}, 0
+    for chunk in ask(messages, tools=TOOLS, stream=True, stream_options={"include_usage": True}, **options):
+        if chunk.usage is not None:
+            size = chunk.usage.prompt_tokens
+        for choice in chunk.choices:
+            thoughts += getattr(choice.delta, "reasoning", None) or ""
+            content += choice.delta.content or ""
+            for part in choice.delta.tool_calls or ():
+                call = calls.setdefault(part.index, ["", "", ""])
+                call[0] += part.id or ""
+                call[1] += part.function.name or ""
+                call[2] += part.function.arguments or ""
+    return thoughts, content, [tuple(call) for call in calls.values()], size
+
+
+def test_ten_turns_with_tool_results(ask):
+    """In each turn a tool is called and answers; streamed and not, with thinking and without, in one conversation."""
+    messages, sizes = [], []
+    for turn in range(10):
+        stream, thinking = turn % 2 == 1, turn % 4 < 2
+        options = {} if thinking else {"extra_body": QUIET}
+        messages.append({"role": "user", "content": "Hi"})
+        _, content, calls, size = said(ask, messages, stream, **options)
+        ((identity, name, arguments),) = calls
+        assert (content, name, json.loads(arguments)) == ("", "get_time", {"city": "Rome"})
+        sizes.append(size)
+        call = {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
+        messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
+        messages.append({"role": "tool", "tool_call_id": identity, "content": "word"})
+        thoughts, content, calls, size = said(ask, messages, stream, **options)
+        assert (thoughts, content.strip(), calls) == ("ponder deeply" if thinking else "", "Hello world", [])
+        sizes.append(size)
+        messages.append({"role": "assistant", "content": content})
+    assert sizes == sorted(set(sizes)) and len(sizes) == 20  # the model is given all that was said
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_langchain(server, thinking):
+    """LangChain's model for OpenAI servers: a tool is called, its result answered; whole and streamed."""
+    langchain = pytest.importorskip("langchain_openai", reason="needs langchain-openai, which `make test` installs")
+    from langchain_core.messages import HumanMessage, ToolMessage
+
+    body = {"extra_body": {} if thinking else QUIET}
+    model = langchain.ChatOpenAI(model=server[1], base_url=f"{server[0]}/v1", api_key="none", temperature=0, **body)
+    tooled, messages = model.bind_tools(TOOLS), [HumanMessage("Hi")]
+    for stream in (False, True):
+        for final in (False, True):
+            if stream:
+                whole = None
+                for part in tooled.stream(messages):
+                    whole = part if whole is None else whole + part
+            else:
+                whole = tooled.invoke(messages)
+            messages.append(whole)
+            if not final:
+                (call,) = whole.tool_calls
+                assert (call["name"], call["args"]) == ("get_time", {"city": "Rome"})
+                messages.append(ToolMessage("word", tool_call_id=call["id"]))
+        assert (whole.content.strip(), whole.tool_calls) == ("Hello world", [])
+        messages.append(HumanMessage("Hi"))
+
+
 def test_prefix_hits_are_in_the_metrics(server, ask):
     def hits() -> float:
         with urllib.request.urlopen(f"{server[0]}/metrics", timeout=60) as answer:
