@@ -348,7 +348,7 @@ def data_show(
         show_recipe(settings, resolve_base(settings.tokenizer), samples, tokens, records)
 
 
-bench = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Measure speed here.")
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Measure here.")
 app.add_typer(bench, name="bench")
 
 
@@ -463,6 +463,36 @@ def bench_distill(
     else:
         shape = f"{config.num_hidden_layers} layers of {config.hidden_size}, vocabulary {config.vocab_size:,}"
         steps.print_rows(table, f"{layers}\n{shape}; {rows} rows of {tokens:,} tokens, kl {kl:g}, {dtype}, {device}")
+
+
+@bench.command(name="states", epilog=epilog(
+    "hmf bench states runs/quickstart/model", "hmf bench states MODEL --dtype float16 --tokens 4096 --device cuda",
+))  # fmt: skip
+def bench_states(
+    model: Annotated[Path, typer.Argument(help="Hybrid checkpoint.")],
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16, for the states.")] = "bfloat16",
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each stretch of text.")] = 1024,
+    batch: Annotated[int, typer.Option(min=1, help="Stretches of held-out text.")] = 4,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+) -> None:
+    """Measures how far log-probabilities drift when recurrent states are stored in fewer bits."""
+    import json
+    from dataclasses import asdict
+
+    from hmf.bench import machine, states
+    from hmf.errors import unknown_name
+
+    if dtype not in (known := ("bfloat16", "float16")):
+        raise HmfError(f"--dtype: {unknown_name('dtype', dtype, known)}")
+    found = states.measure(model, dtype, tokens, batch, device)
+    if as_json:
+        rows = [asdict(drift) for drift in found]
+        report = {"rows": rows, "hardware": machine.hardware(), "versions": machine.versions()}
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        title = f"{model}: states in {dtype}, {batch} x {tokens:,} tokens of held-out text; nats, by position"
+        states.print_drift(found, title)
 
 
 def main() -> None:

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What keeping recurrent states in fewer bits costs: how far log-probabilities drift from those of full states.
+
+Text is read a token at a time, as a server decodes, once with states as they are and once with every recurrent and
+convolution state rounded to the narrower dtype after each token. Weights and activations are the same in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+
+from hmf.data.text import STDLIB, documents
+from hmf.data.tokenizer import encode_texts
+from hmf.errors import HmfError
+from hmf.layers.registry import mixer_class
+
+from . import machine
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Over positions `first` to `last`: nats by which the log-probability of the text's next token moved, on average
+    and at worst; the change of the mean loss; and the share of positions whose likeliest token is another one."""
+
+    first: int
+    last: int
+    mean: float
+    worst: float
+    loss: float
+    changed: float
+
+
+@torch.inference_mode()
+def state_drift(model: PreTrainedModel, input_ids: torch.Tensor, dtype: torch.dtype, parts: int = 4) -> list[Drift]:
+    """The drift of a Hybrid's log-probabilities in `parts` stretches of input_ids [B, T], for states in `dtype`."""
+    found = []
+    steps = zip(_decode(model, input_ids, None), _decode(model, input_ids, dtype), strict=True)
+    for (full, best), (narrow, other) in tqdm(steps, "decoding", input_ids.shape[1] - 1, unit="token", disable=None):
+        found.append(torch.stack([narrow - full, (best != other).to(full)]))
+    table = torch.stack(found)  # [T-1, 2, B]
+    bounds = [len(table) * part // parts for part in range(parts + 1)]
+    drifts = []
+    for first, end in zip(bounds, bounds[1:], strict=False):
+        moved, changed = table[first:end].unbind(1)
+        size = moved.abs()
+        drifts.append(
+            Drift(first, end - 1, size.mean().item(), size.max().item(), -moved.mean().item(), changed.mean().item())
+        )
+    return drifts
+
+
+def _decode(
+    model: PreTrainedModel, input_ids: torch.Tensor, dtype: torch.dtype | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """For each position but the last: the log-probability [B] of the next token, and the likeliest token [B]."""
+    config, cache = model.config, DynamicCache(config=model.config)
+    narrowed = {
+        index: [n for n, s in mixer_class(symbol).state_shapes(config).items() if s.kind in ("recurrent", "conv")]
+        for index, symbol in enumerate(config.pattern.symbols)
+        if index in config.pattern.replaced
+    }
+    for now, after in zip(input_ids.T[:-1], input_ids.T[1:], strict=True):
+        output = model(now[:, None], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        if dtype is not None:
+            for index, names in narrowed.items():
+                states = cache.layers[index].states
+                states |= {name: states[name].to(dtype).to(states[name]) for name in names}
+        scores = output.logits[:, -1].float().log_softmax(-1)
+        yield scores.gather(1, after[:, None])[:, 0], scores.argmax(-1)
+
+
+def measure(
+    source: str | Path, dtype: str, tokens: int, batch: int, device: str = "cpu", corpus: str = STDLIB
+) -> list[Drift]:
+    """On the first `tokens` tokens of each of `batch` held-out stretches of a corpus, for the Hybrid at `source`."""
+    model = AutoModelForCausalLM.from_pretrained(source).to(device).eval()
+    if not getattr(model.config, "pattern", None) or not model.config.pattern.replaced:
+        raise HmfError(f"{source}: has no recurrent layer, so no state to store; name a Hybrid")
+    limit = model.config.max_position_embeddings
+    if not 2 <= tokens <= limit:
+        raise HmfError(f"--tokens: {tokens} is not between 2 and {limit}, the model's max_position_embeddings")
+    texts = [document.text for document in documents(corpus, "heldout", 40 * tokens * batch)]
+    stream = [token for ids in encode_texts(AutoTokenizer.from_pretrained(source), texts) for token in ids]
+    if len(stream) < tokens * batch:
+        raise HmfError(f"--tokens, --batch: the held-out text has {len(stream):,} tokens; ask for fewer")
+    ids = torch.tensor(stream[: tokens * batch], device=device).view(batch, tokens)
+    return state_drift(model, ids, getattr(torch, dtype))
+
+
+def print_drift(found: list[Drift], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", caption="\n".join(machine.lines()), caption_justify="left")
+    for name in ("positions", "mean |drift|", "worst", "change of loss", "other first choice"):
+        table.add_column(name, justify="right")
+    for drift in found:
+        positions, loss = f"{drift.first:,}-{drift.last:,}", f"{drift.loss:+.1g}"
+        table.add_row(positions, f"{drift.mean:.2g}", f"{drift.worst:.2g}", loss, f"{drift.changed:.2%}")
+    Console().print(table)
