@@ -100,15 +100,15 @@ def greedy(llm: Any, prompts: list[list[int]], count: int) -> list[Any]:
     return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
 
 
-def assert_same(outputs: list[Any], answers: list[Answer]) -> None:
-    """The same tokens, and log-probabilities within `TOLERANCE` over the whole vocabulary."""
+def assert_same(outputs: list[Any], answers: list[Answer], tolerance: float = TOLERANCE) -> None:
+    """The same tokens, and log-probabilities within `tolerance` over the whole vocabulary."""
     for output, answer in zip(outputs, answers, strict=True):
         completion = output.outputs[0]
         length = len(output.prompt_token_ids)
         assert list(completion.token_ids) == answer.tokens, f"prompt of {length} tokens"
         rows = torch.tensor([[row[token].logprob for token in range(VOCABULARY)] for row in completion.logprobs])
         worst = (rows - answer.logprobs).abs().max().item()
-        assert worst < TOLERANCE, f"prompt of {length} tokens: log-probabilities off by {worst}"
+        assert worst < tolerance, f"prompt of {length} tokens: log-probabilities off by {worst}"
 
 
 def runner(llm: Any) -> Any:
@@ -123,6 +123,11 @@ def mixers(llm: Any) -> list[Any]:
 
 def free_blocks(llm: Any) -> int:
     return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+
+def groups(llm: Any) -> int:
+    """Kinds of caches, each with blocks of its own."""
+    return len(llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups)
 
 
 def metric(llm: Any, name: str) -> int:

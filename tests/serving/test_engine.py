@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM answers as Hugging Face does under all that a scheduler does: batches, chunks, prefixes, aborts, preemption."""
+"""vLLM answers as Hugging Face does under all that a scheduler does: batches, chunks, prefixes, aborts, preemption.
+
+One Hybrid has a layer of every type, so that each of them goes through all of it.
+"""
+
+import random
 
 import pytest
 import torch
@@ -11,13 +16,16 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 TOKENS = 64
 LENGTHS = [1, 3, 17, 64, 130, 257, 300, 513]
+LONGEST = 3072
+PATTERN = "GKA-*-GDN-SWA-M2-BMF"
+WINDOWS = {"swa_config": {"window_size": 7}, "bmojo_config": {"window_size": 9, "ssm_mixer": "gdn"}}
 
 
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory):
     """A directory, its Hugging Face model, prompts and greedy answers."""
     path = tmp_path_factory.mktemp("hybrid")
-    model = engines.save_hybrid(path, Case("GDN", "vllm"))
+    model = engines.save_hybrid(path, Case("GDN", "vllm"), PATTERN, **WINDOWS)
     prompts = engines.random_prompts(LENGTHS)
     return path, model, prompts, [engines.hugging_face(model, prompt, TOKENS) for prompt in prompts]
 
@@ -26,7 +34,7 @@ def hybrid(tmp_path_factory):
 def caching(hybrid):
     """An engine with the flags of the model card."""
     flags = {"mamba_cache_mode": "align", "mamba_cache_dtype": "float32", "mamba_ssm_cache_dtype": "float32"}
-    with engines.engine(hybrid[0], enable_prefix_caching=True, **flags) as llm:
+    with engines.engine(hybrid[0], enable_prefix_caching=True, max_model_len=LONGEST, **flags) as llm:
         yield llm
 
 
@@ -97,26 +105,89 @@ class TestPrefixCaching:
         caching.reset_prefix_cache()
         for mixer in engines.mixers(caching):
             for pool in mixer.kv_cache:
-                pool.fill_(torch.nan)
+                pool.fill_(torch.nan if pool.is_floating_point() else 10**9)
         engines.assert_same(engines.greedy(caching, prompts, TOKENS), answers)
-        # Attention's blocks come from the same memory: one block of each, at most, for every block of tokens.
+        # All kinds of layers take blocks from the same memory: one of each kind, at most, for every block of tokens.
         block = caching.llm_engine.vllm_config.cache_config.block_size
-        allowed = 1 + 2 * sum(-(-(n + TOKENS) // block) for n in LENGTHS)
+        allowed = 1 + engines.groups(caching) * sum(-(-(n + TOKENS) // block) for n in LENGTHS)
         for mixer in engines.mixers(caching):
-            for pool in mixer.kv_cache:
+            for pool in (pool for pool in mixer.kv_cache if pool.is_floating_point()):
                 written = ~pool.flatten(1).isnan().any(1)
                 assert 0 < written.sum() <= allowed
+
+    def test_longest_prompts(self, caching, hybrid):
+        """To the last token that `max_model_len` allows, several chunks long, beside a short one."""
+        prompts = engines.random_prompts([LONGEST - 1, 2999, 2], seed=30)
+        outputs = engines.greedy(caching, prompts, 1)
+        engines.assert_same(outputs, [engines.hugging_face(hybrid[1], prompt, 1) for prompt in prompts])
+
+    def test_soak(self, caching, hybrid):
+        """1,000 random requests, up to 64 at once, every fifth aborted: in mid-prefill, in mid-decode, or waiting.
+
+        The others answer as Hugging Face does, and every block is free again.
+        """
+        from vllm import SamplingParams
+
+        draw = random.Random(5)
+        lengths = [1, 2, 5, *(draw.randint(3, 90) for _ in range(24)), 127, 128, 129, 400]
+        prompts = engines.random_prompts(lengths, seed=40)
+        answers = [engines.hugging_face(hybrid[1], prompt, 8) for prompt in prompts]
+        doomed = engines.random_prompts([1, 40, 300, 2900], seed=41)
+        caching.reset_prefix_cache()
+        free, engine = engines.free_blocks(caching), caching.llm_engine
+        running: dict[str, int] = {}  # request -> its prompt
+        ends: dict[str, int] = {}  # request to abort -> the step after which
+        started = finished = aborted = most = step = 0
+        while started < 1000 or running or ends:
+            while started < 1000 and len(running) + len(ends) < 64 and draw.random() < 0.9:
+                abort, which = started % 5 == 0, draw.randrange(len(prompts))
+                params = SamplingParams(
+                    temperature=0, max_tokens=64 if abort else draw.randint(1, 8), logprobs=0, ignore_eos=True,
+                    detokenize=False,
+                )  # fmt: skip
+                prompt = draw.choice(doomed) if abort else prompts[which]
+                name = str(started)
+                engine.add_request(name, {"prompt_token_ids": prompt}, params)
+                if abort:
+                    ends[name] = step + draw.randrange(5)
+                else:
+                    running[name] = which
+                started += 1
+            most = max(most, len(running) + len(ends))
+            for output in engine.step():
+                if output.finished:
+                    completion, answer = output.outputs[0], answers[running.pop(output.request_id)]
+                    count = len(completion.token_ids)
+                    assert list(completion.token_ids) == answer.tokens[:count]
+                    given = [row[token].logprob for row, token in zip(completion.logprobs, answer.tokens, strict=False)]
+                    wanted = answer.logprobs[range(count), answer.tokens[:count]]
+                    torch.testing.assert_close(torch.tensor(given), wanted, atol=engines.TOLERANCE, rtol=0)
+                    finished += 1
+            late = [name for name, after in ends.items() if after <= step]
+            engine.abort_request(late)
+            aborted += len(late)
+            ends = {name: after for name, after in ends.items() if name not in late}
+            step += 1
+        assert (finished, aborted, most) == (800, 200, 64)
+        while engine.has_unfinished_requests():
+            engine.step()
+        assert engines.free_blocks(caching) == free
 
 
 def test_bfloat16_keeps_the_decay_in_float32(hybrid):
     path, model, prompts, answers = hybrid
     with engines.engine(path, dtype="bfloat16", enable_prefix_caching=False) as llm:
-        for layer, mixer in zip((0, 2), engines.mixers(llm), strict=True):
-            stored = model.model.layers[layer].gdn
-            for name in ("A_log", "dt_bias"):
-                torch.testing.assert_close(getattr(mixer, name).data, getattr(stored, name).data, atol=0, rtol=0)
-            assert mixer.qkv_proj.weight.dtype == torch.bfloat16
-            assert {pool.dtype for pool in mixer.kv_cache} == {torch.float32}
+        loaded = dict(engines.runner(llm).model.named_parameters())
+        kept = {name: x for name, x in model.named_parameters() if name.endswith(("A_log", "dt_bias"))}
+        assert len(kept) == 8  # of GKA, GDN, Mamba2 and the GDN in B'MOJO-F
+        for name, stored in kept.items():
+            place = {"0": "self_attn.mixer.", "4": "self_attn.mixer.", "5": "self_attn.mixer.gdn."}
+            layer, parameter = name.split(".")[2], name.split(".")[-1]
+            found = loaded[f"model.layers.{layer}.{place.get(layer, 'self_attn.')}{parameter}"]
+            torch.testing.assert_close(found.data, stored.data, atol=0, rtol=0)
+        assert loaded["model.layers.2.self_attn.qkv_proj.weight"].dtype == torch.bfloat16
+        dtypes = {pool.dtype for mixer in engines.mixers(llm) for pool in mixer.kv_cache}
+        assert dtypes == {torch.float32, torch.bfloat16, torch.int64}  # the last two: B'MOJO-F's windows and count
         outputs = engines.greedy(llm, prompts, 1)
     first = torch.tensor([[output.outputs[0].logprobs[0][t].logprob for t in range(61)] for output in outputs])
     assert (first - torch.stack([answer.logprobs[0] for answer in answers])).abs().max() < 0.5
@@ -124,17 +195,20 @@ def test_bfloat16_keeps_the_decay_in_float32(hybrid):
 
 class TestScheduler:
     def test_states_are_float32(self, crowded):
-        assert {pool.dtype for mixer in engines.mixers(crowded) for pool in mixer.kv_cache} == {torch.float32}
+        pools = {pool.dtype for mixer in engines.mixers(crowded) for pool in mixer.kv_cache}
+        assert pools == {torch.float32, torch.int64}  # the last one: the token count of B'MOJO-F
 
     def test_small_chunks(self, crowded, hybrid):
         _, _, prompts, answers = hybrid
         engines.assert_same(engines.greedy(crowded, prompts, TOKENS), answers)
 
     def test_preemption(self, crowded, hybrid):
-        prompts = engines.random_prompts([500] * 8, seed=3)
-        answers = [engines.hugging_face(hybrid[1], prompt, 200) for prompt in prompts]
+        """As many requests as get blocks, and then each needs one more."""
+        block = crowded.llm_engine.vllm_config.cache_config.block_size
+        prompts = engines.random_prompts([block - 8] * 8, seed=3)
+        answers = [engines.hugging_face(hybrid[1], prompt, 24) for prompt in prompts]
         before = engines.metric(crowded, "vllm:num_preemptions")
-        engines.assert_same(engines.greedy(crowded, prompts, 200), answers)
+        engines.assert_same(engines.greedy(crowded, prompts, 24), answers)
         assert engines.metric(crowded, "vllm:num_preemptions") > before
 
     def test_aborts(self, crowded, hybrid):
@@ -153,16 +227,17 @@ class TestScheduler:
                         finished[output.request_id] = output
 
         def add(name, prompt):
-            return engine.add_request(name, {"prompt_token_ids": prompt}, params)
+            engine.add_request(name, {"prompt_token_ids": prompt}, params)
 
-        decoding = add("decoding", prompts[1])
+        add("decoding", prompts[1])
         step(4)
-        prefilling = add("prefilling", prompts[7])  # 513 tokens at 48 a step
+        add("prefilling", prompts[7])  # 513 tokens at 48 a step
         step(3)
-        kept = [add(f"kept-{i}", prompts[i]) for i in (2, 5)]
-        engine.abort_request([decoding, prefilling])
+        for i in (2, 5):
+            add(f"kept-{i}", prompts[i])
+        engine.abort_request(["decoding", "prefilling"])
         while engine.has_unfinished_requests():
             step(1)
-        assert len(kept) == 2
+        assert finished.keys() == {"kept-2", "kept-5"}
         engines.assert_same([finished[f"kept-{i}"] for i in (2, 5)], [answers[i] for i in (2, 5)])
         assert engines.free_blocks(crowded) == free
