@@ -18,10 +18,11 @@ from hmf.serving import serve
 from hmf.serving.chat import LocalChat, Markers, ServerChat, run
 from tests.hybrids import Case
 from tests.serving import engines
+from tests.serving.quantised import quantise_int8
 from tests.serving.scripted import save_scripted
 
 STATES = ["--mamba-cache-dtype", "float32", "--mamba-ssm-cache-dtype", "float32"]
-THOUGHTS = ["--reasoning-parser", "qwen3"]
+PARSERS = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"]
 PREFIXES = ["--enable-prefix-caching", "--mamba-cache-mode", "align"]
 
 
@@ -56,14 +57,14 @@ class TestOptions:
     def test_hybrid_on_a_cpu(self, scripted):
         launch = serve.prepare(scripted)
         assert launch.environment == {"VLLM_CPU_KVCACHE_SPACE": "1"}
-        options = ["--dtype", "float32", "--max-num-seqs", "128", *PREFIXES, *STATES, *THOUGHTS]
+        options = ["--dtype", "float32", "--max-num-seqs", "128", *PREFIXES, *STATES, *PARSERS]
         assert list(launch.arguments) == [str(scripted), *options]
         assert launch.line.startswith(f"VLLM_CPU_KVCACHE_SPACE=1 vllm serve {scripted} --dtype float32")
 
     def test_users_options_replace_ours(self, scripted):
         extra = ["--max-num-seqs=4", "--dtype", "bfloat16", "--served-model-name", "two words"]
         launch = serve.prepare(scripted, extra)
-        assert list(launch.arguments) == [str(scripted), *PREFIXES, *STATES, *THOUGHTS, *extra]
+        assert list(launch.arguments) == [str(scripted), *PREFIXES, *STATES, *PARSERS, *extra]
         assert launch.line.endswith("'two words'")
 
     def test_no_prefix_caching(self, scripted):
@@ -101,6 +102,10 @@ class TestOptions:
         )
         assert " ".join(serve.prepare(scripted).arguments[len([1, *PREFIXES, *STATES]) + 4 :]) == options
 
+    def test_quantised_checkpoint(self, tmp_path):
+        quantise_int8(tmp_path, engines.save_hybrid(tmp_path, Case("GDN", "int8"), "X-*"), lambda name: ".mlp." in name)
+        assert "align" in serve.prepare(_with_tokenizer(tmp_path)).arguments
+
     def test_teacher_still_in_it(self, tmp_path):
         engines.save_hybrid(tmp_path, Case("GDN", "fused"), "GDN*-*DA")
         with pytest.raises(HmfError, match="hmf export"):
@@ -116,7 +121,7 @@ class TestGPUs:
     def test_one_is_enough(self, scripted, gpus):
         gpus(4, 80)
         assert list(serve.prepare(scripted).arguments[1:]) == [
-            "--max-cudagraph-capture-size", "512", "--max-num-seqs", "1024", *PREFIXES, *STATES, *THOUGHTS,
+            "--max-cudagraph-capture-size", "512", "--max-num-seqs", "1024", *PREFIXES, *STATES, *PARSERS,
         ]  # fmt: skip
 
     def test_as_many_as_a_full_sequence_needs(self, tmp_path, gpus):

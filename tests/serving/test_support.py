@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hmf.errors import HmfError
-from hmf.serving.vllm import support
-from hmf.serving.vllm.weights import account, expected_tensors
+from hmf.serving.vllm import support, weights
+from hmf.serving.vllm.weights import account, expected_tensors, quantised_tensors
 from tests.hybrids import Case, tiny_config
 from tests.serving import engines
 
@@ -113,6 +113,19 @@ class TestStates:
         assert (cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype) == ("float32", "float32")
         assert cache.mamba_cache_mode == "align"
 
+    def test_narrower_states_get_one_warning(self, hybrid_dir, monkeypatch):
+        from hmf.serving.vllm import config
+
+        lines = []
+        monkeypatch.setattr(config.logger, "warning_once", lambda text, *values: lines.append(text % values))
+        engine_config(hybrid_dir, mamba_ssm_cache_dtype="float32")
+        assert lines == []
+        engine_config(hybrid_dir, mamba_cache_dtype="bfloat16", mamba_ssm_cache_dtype="bfloat16")
+        (line,) = lines
+        assert "--mamba-cache-dtype bfloat16 and --mamba-ssm-cache-dtype bfloat16" in line
+        assert "(float32)" in line and config.DRIFT in line
+        assert config.DRIFT in " ".join((ROOT / "docs" / "serving.md").read_text().split())
+
     def test_prefix_caching_without_flags(self, hybrid_dir):
         assert engine_config(hybrid_dir, enable_prefix_caching=True).cache_config.mamba_cache_mode == "align"
 
@@ -138,6 +151,10 @@ class TestRefusals:
         with pytest.raises(HmfError, match="--mamba-cache-mode align"):
             support.check(config)
 
+    def test_pipeline_on_a_cpu(self, hybrid_dir):
+        options = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
+        assert "use --tensor-parallel-size instead" in refused(hybrid_dir, **options)
+
     def test_fused_checkpoint(self, tmp_path):
         tiny_config(GDN, **engines.DIMENSIONS, architectures=["HybridQwen3ForCausalLM"]).save_pretrained(tmp_path)
         text = (tmp_path / "config.json").read_text()
@@ -150,6 +167,24 @@ class TestRefusals:
     def test_layer_type_without_a_vllm_layer(self, hybrid_dir, monkeypatch):
         monkeypatch.setattr(support, "MIXERS", {})
         assert "layers of type GDN have no vLLM layer" in refused(hybrid_dir)
+
+    @pytest.mark.parametrize(
+        ("method", "line"),
+        [
+            ("fp8_per_block", "--quantization fp8_per_block is not supported; use compressed-tensors,"),
+            ("fp8_per_tensor", "vLLM's CPU build cannot quantise to fp8_per_tensor; use fp8_per_channel"),
+        ],
+    )
+    def test_quantisation(self, hybrid_dir, method, line):
+        assert line in refused(hybrid_dir, quantization=method, dtype="bfloat16")
+
+    def test_experts(self, tmp_path):
+        sizes = engines.DIMENSIONS | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        config = tiny_config(GDN, family="qwen3_moe", architectures=["HybridQwen3MoeForCausalLM"], **sizes)
+        config.save_pretrained(tmp_path)
+        assert "quantised experts" in refused(tmp_path, quantization="fp8_per_channel", dtype="bfloat16")
+        parallel = {"enable_expert_parallel": True, "tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+        assert "drop --enable-expert-parallel" in refused(tmp_path, **parallel)
 
     def test_head_dim_without_a_kernel(self, tmp_path):
         tiny_config(GDN, architectures=["HybridQwen3ForCausalLM"]).save_pretrained(tmp_path)
@@ -204,6 +239,51 @@ class TestWeights:
         change(tensors)
         with pytest.raises(HmfError, match=line):
             dict(account(tensors.items(), *expected))
+
+    def test_quantised_where_we_serve_unquantised(self, tensors, expected):
+        name = "model.layers.0.gdn.b_proj"
+        tensors |= {
+            f"{name}.weight": tensors[f"{name}.weight"].to(torch.int8),
+            f"{name}.weight_scale": torch.ones(4, 1),
+        }
+        with pytest.raises(HmfError, match=rf"config.json; quantised but .* ignore list: {name}$"):
+            dict(account(tensors.items(), *expected))
+
+    def test_quantised_projections_have_their_scales(self, tensors, expected):
+        """As the serving model has them: a scale beside the weight, or other tensors in its place."""
+        held = {
+            "model.layers.1.mlp.up_proj": ["weight", "weight_scale"],
+            "model.layers.1.mlp.down_proj": ["weight_packed", "weight_scale"],
+            "model.layers.1.mlp.gate_proj": ["weight"],
+        }
+        wanted = quantised_tensors(expected[0], held.get)
+        with pytest.raises(HmfError) as caught:
+            dict(account(tensors.items(), wanted))
+        assert str(caught.value).split("; ", 1)[1] == (
+            "missing: model.layers.1.mlp.up_proj.weight_scale, model.layers.1.mlp.down_proj.weight_packed, "
+            "model.layers.1.mlp.down_proj.weight_scale; unexpected: model.layers.1.mlp.down_proj.weight"
+        )
+        tensors["model.layers.1.mlp.up_proj.weight_scale"] = torch.ones(48, 1)
+        tensors["model.layers.1.mlp.down_proj.weight_packed"] = tensors.pop("model.layers.1.mlp.down_proj.weight")
+        tensors["model.layers.1.mlp.down_proj.weight_scale"] = torch.ones(64, 1)
+        assert dict(account(tensors.items(), wanted)).keys() == tensors.keys()
+
+    @pytest.mark.vllm
+    @pytest.mark.parametrize("vnni", [False, True])
+    def test_products_that_overflow(self, monkeypatch, vnni):
+        found = {"architecture": "x86_64", "avx512_vnni": vnni}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+        weights._adds_in_32_bits.cache_clear()
+        try:
+            weights.require_exact_products("up_proj.weight", torch.tensor([64, -64], dtype=torch.int8))
+            largest = torch.tensor([3, -128], dtype=torch.int8)
+            if vnni:
+                weights.require_exact_products("up_proj.weight", largest)
+            else:
+                with pytest.raises(HmfError, match=r"up_proj.weight: int8 weights up to 128 overflow"):
+                    weights.require_exact_products("up_proj.weight", largest)
+        finally:
+            weights._adds_in_32_bits.cache_clear()
 
     def test_tied_head_may_be_absent(self, tensors, tmp_path):
         config = tiny_config(GDN, "X-*-X-*", tie_word_embeddings=True, **engines.DIMENSIONS)

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 from hmf.bench.gpus import GIB, Device, cpu
 from hmf.bench.plan import UTILISATION, Plan, Settings, as_hybrid, make_plan
 from hmf.errors import HmfError
-from hmf.model.checkpoint import load_config
+from hmf.model.checkpoint import load_config, require_checkpoint
 from hmf.serving.vllm.support import split_problem
 
 CPU_SEQUENCES = 128  # at once, by vLLM's default
@@ -51,7 +51,12 @@ def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
 
     Raises HmfError for what is no plain checkpoint, or does not fit.
     """
-    config = as_hybrid(load_config(source))
+    config = load_config(source, weights=False)
+    if getattr(config, "quantization_config", None):
+        config.quantization_config = None  # planned as it was before: quantised weights take less than that
+    else:
+        require_checkpoint(source)
+    config = as_hybrid(config)
     if config.pattern.fused:
         raise HmfError(f"{source}: still holds the teacher (Stage 0 or 1); run `hmf export` on it and serve the result")
     caching = NO_CACHING not in extra

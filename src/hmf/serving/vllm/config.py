@@ -33,21 +33,31 @@ class HybridConfig(VerifyAndUpdateConfig):
         if not any(state.kind == "recurrent" for states in kinds for state in states):
             # Sliding windows only: nothing for vLLM to keep but keys and values, so no hybrid in its sense.
             config.layer_types = ["full_attention"] * config.num_hidden_layers
+        # A rank must see all experts to account for them; the filter would keep the others from it.
+        vllm_config.parallel_config.enable_ep_weight_filter = False
         # The operator is a seam between CUDA graphs for Hybrids only: other models keep vLLM's list.
         compilation = vllm_config.compilation_config
         object.__setattr__(compilation, "_attention_ops", [*CompilationConfig._attention_ops, OPERATOR])
+
+
+# By `hmf bench states runs/quickstart/model`: 4 x 1,024 tokens of held-out text.
+DRIFT = "in bfloat16, log-probabilities of the quickstart's Hybrid moved by 0.003 nats on average and by 0.04 at most"
 
 
 def _set_state_dtypes(vllm_config: Any) -> None:
     """States are kept in the checkpoint's `state_dtype` (float32 if it names none) unless the user asks otherwise."""
     cache = vllm_config.cache_config
     wanted = getattr(vllm_config.model_config.hf_config, "state_dtype", None) or "float32"
+    narrow = []
     for option in ("mamba_cache_dtype", "mamba_ssm_cache_dtype"):
         given = getattr(cache, option)
         if given == "auto":
             setattr(cache, option, wanted)
         elif getattr(torch, given).itemsize < getattr(torch, wanted).itemsize:
-            logger.warning_once(
-                "--%s %s stores recurrent states less precisely than the checkpoint asks (%s): outputs drift from it.",
-                option.replace("_", "-"), given, wanted,
-            )  # fmt: skip
+            narrow.append(f"--{option.replace('_', '-')} {given}")
+    if narrow:
+        logger.warning_once(
+            "%s: recurrent states are stored less precisely than the checkpoint asks (%s), and outputs drift: %s. "
+            "`hmf bench states MODEL` measures another model.",
+            " and ".join(narrow), wanted, DRIFT,
+        )  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -42,7 +44,7 @@ from hmf.layers.base import StateShape
 from .hosted import HostedMixer
 from .recurrent import RecurrentMixer, state_dtypes
 from .support import mixer_module
-from .weights import account, expected_tensors
+from .weights import account, expected_tensors, quantised_tensors, require_exact_products
 
 _NAMES = "|".join(kind.module_name for kind in LAYER_KINDS.values())
 MIXER_TENSOR = re.compile(rf"model\.layers\.(?P<layer>\d+)\.(?:{_NAMES})\.(?P<tensor>.+)")
@@ -90,6 +92,8 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         orig_to_new_regex={MIXER_TENSOR: r"model.layers.\g<layer>.self_attn.\g<tensor>"},
         orig_to_new_stacked={f".{stream}_conv1d.": (".conv1d.", stream) for stream in "qkv"},
     )
+    # For names in a quantised checkpoint's ignore list: vLLM makes a sliding-window layer's projections as attention's.
+    hf_to_vllm_mapper = WeightsMapper(orig_to_new_substr={".swa.": ".self_attn."})
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
@@ -124,17 +128,32 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load published tensors; raises HmfError that names every missing, unexpected or misshapen one."""
         hosted: set[str] = set()
+        expected, optional = expected_tensors(self.config)
+        if getattr(self.config, "quantization_config", None):
+            expected = quantised_tensors(expected, self._parameters_of)
 
         def others() -> Iterator[tuple[str, torch.Tensor]]:
-            for name, tensor in account(weights, *expected_tensors(self.config)):
+            for name, tensor in account(weights, expected, optional):
                 if (found := MIXER_TENSOR.fullmatch(name)) is not None:
                     mixer = getattr(self.model.layers[int(found["layer"])], "self_attn", None)
                     if isinstance(mixer, HostedMixer):
                         hosted.add(f"model.layers.{found['layer']}.self_attn.{mixer.load(found['tensor'], tensor)}")
                         continue
+                require_exact_products(name, tensor)
                 yield name, tensor
 
         return AutoWeightsLoader(self).load_weights(others(), mapper=self.weights_mapper) | hosted
+
+    def _parameters_of(self, published: str) -> list[str] | None:
+        """Names of the parameters, bias apart, of vLLM's projection that holds a published one; None: no such."""
+        found = MIXER_TENSOR.fullmatch(published)
+        path = f"model.layers.{found['layer']}.self_attn.{found['tensor']}" if found else published
+        parent, _, child = path.rpartition(".")
+        for name in (child, *(name for name, parts in self.packed_modules_mapping.items() if child in parts)):
+            with suppress(AttributeError):  # no such module
+                if isinstance(module := self.get_submodule(f"{parent}.{name}".lstrip(".")), LinearBase):
+                    return [name for name, _ in module.named_parameters(recurse=False) if name != "bias"]
+        return None
 
     # ---- vLLM's questions about states; the first two come before the model exists
 

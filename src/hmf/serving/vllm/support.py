@@ -94,16 +94,61 @@ def _head_dim(config: Any) -> str | None:
     return f"vLLM's attention on a CPU has no kernel for head_dim {head_dim} (only {known}); use a GPU"
 
 
+def _on_cpu(condition: Callable[[Any], bool], line: str) -> Problem:
+    def problem(config: Any) -> str | None:
+        from vllm.platforms import current_platform
+
+        return line if current_platform.is_cpu() and condition(config) else None
+
+    return problem
+
+
+QUANTISED = ("compressed-tensors", "fp8", "fp8_per_tensor", "fp8_per_channel")
+
+
+def _quantised(config: Any) -> str | None:
+    from vllm.platforms import current_platform
+
+    method, hf_config = config.model_config.quantization, config.model_config.hf_config
+    if method is None:
+        return None
+    if method not in QUANTISED:
+        return f"--quantization {method} is not supported; use {', '.join(QUANTISED)}, or the unquantised checkpoint"
+    if method in ("fp8", "fp8_per_tensor") and current_platform.is_cpu():
+        return f"vLLM's CPU build cannot quantise to {method}; use fp8_per_channel, a compressed-tensors one, or a GPU"
+    if getattr(hf_config, "num_experts", 0):
+        return "quantised experts are not supported; serve the unquantised checkpoint without --quantization"
+    if getattr(hf_config, "quantization_config", None) and config.parallel_config.pipeline_parallel_size > 1:
+        return "a quantised checkpoint is served in one stage; drop --pipeline-parallel-size"
+    return None
+
+
 TABLE: tuple[Row, ...] = (
     Row("GDN, GKA, Mamba2, B'MOJO-F and SWA layers, with all options, mixed in any pattern", True),
     Row("Continuous batching, chunked prefill, preemption, `n > 1`", True),
     Row("Prefix caching", True, "`--mamba-cache-mode align`, which is also vLLM's choice"),
     Row("Tool calls, reasoning parsers, streaming", True, "vLLM's own"),
     Row("Tensor parallelism", True, "all layer types, without `kv_proj_rank`"),
+    Row("Pipeline, data and expert parallelism", True, "vLLM's own"),
+    Row(
+        "Quantised weights", True,
+        "compressed-tensors and fp8 checkpoints, `--quantization fp8_per_tensor` or `fp8_per_channel`: attention, MLPs "
+        "and GDN's q, k, v, g and o; a checkpoint must have all else in its `ignore` list", _quantised,
+    ),
     Row("Layer types of your own without a row in `MIXERS`", False, "generate with Hugging Face", _unknown_layers),
     Row("Stage-0 and Stage-1 checkpoints", False, "`hmf export` first", _fused),
     Row("Heads or MLPs that do not split over the ranks", False, "use a divisor of their sizes", _split),
     Row("Head dimensions without an attention kernel on a CPU", False, "use a GPU", _head_dim),
+    Row(
+        "Expert parallelism on a CPU", False, "use tensor parallelism alone",
+        _on_cpu(lambda c: c.parallel_config.enable_expert_parallel,
+                "vLLM's experts on a CPU do not heed which rank holds which; drop --enable-expert-parallel"),
+    ),
+    Row(
+        "Pipeline parallelism on a CPU", False, "use tensor parallelism",
+        _on_cpu(lambda c: c.parallel_config.pipeline_parallel_size > 1,
+                "vLLM's later stages do not start on a CPU; use --tensor-parallel-size instead of pipeline stages"),
+    ),
     Row(
         "Speculative decoding", False, "drop `--speculative-config`: recurrent states cannot be rolled back",
         _when(lambda c: c.speculative_config is not None,
@@ -137,11 +182,6 @@ TABLE: tuple[Row, ...] = (
     Row(
         "Expert load balancing", False, "drop `--enable-eplb`",
         _when(lambda c: c.parallel_config.enable_eplb, "expert load balancing is not supported; drop --enable-eplb"),
-    ),
-    Row(
-        "Quantised weights", False, "serve the unquantised checkpoint",
-        _when(lambda c: c.model_config.quantization is not None,
-              "quantised weights are not supported; serve the unquantised checkpoint without --quantization"),
     ),
 )  # fmt: skip
 

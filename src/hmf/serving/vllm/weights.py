@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from hmf.model.modeling import hybrid_classes
 
 # Computed from the configuration; old checkpoints carry it and every loader drops it.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+# What stands beside, or in the place of, the weight of a quantised projection.
+QUANTISED = re.compile(
+    r"(?P<module>.*)\.(?:weight_(?:scale|scale_inv|zero_point|packed|shape)|input_(?:scale|zero_point))$"
+)
 SHOWN = 5
 
 
@@ -32,29 +37,76 @@ def expected_tensors(config: Any) -> tuple[dict[str, torch.Size], set[str]]:
     return {name: tensor.shape for name, tensor in published.items()}, tied
 
 
+def quantised_tensors(
+    expected: Mapping[str, torch.Size], parameters: Callable[[str], Collection[str] | None]
+) -> dict[str, torch.Size | None]:
+    """The `expected` tensors as a quantised checkpoint has them; None stands for the shapes that its format decides.
+
+    `parameters` names those that a published module has in the serving model; None: the module is not on this rank.
+    """
+    found: dict[str, torch.Size | None] = {}
+    for name, shape in expected.items():
+        module, _, kind = name.rpartition(".")
+        names = parameters(module) if kind == "weight" else None
+        found |= {name: shape} if names is None else {f"{module}.{x}": shape if x == kind else None for x in names}
+    return found
+
+
+def require_exact_products(name: str, tensor: torch.Tensor) -> None:
+    """HmfError for int8 weights whose products this processor gets wrong.
+
+    Without VNNI, x86 adds pairs of products of a weight with 0..255 in 16 bits: beyond 64 they may saturate.
+    """
+    if tensor.dtype == torch.int8 and not _adds_in_32_bits() and (largest := int(tensor.int().abs().max())) > 64:
+        raise HmfError(
+            f"{name}: int8 weights up to {largest} overflow on this processor, which has no VNNI; quantise to at most "
+            "64, or serve the unquantised checkpoint"
+        )
+
+
+@functools.cache
+def _adds_in_32_bits() -> bool:
+    from vllm.platforms import current_platform
+
+    known = torch.cpu.get_capabilities()
+    x86 = current_platform.is_cpu() and known["architecture"] == "x86_64"
+    return not x86 or any(known.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+
+
 def account(
-    weights: Iterable[tuple[str, torch.Tensor]], expected: Mapping[str, torch.Size], optional: Collection[str] = ()
+    weights: Iterable[tuple[str, torch.Tensor]],
+    expected: Mapping[str, torch.Size | None],
+    optional: Collection[str] = (),
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Pass `weights` on; at their end raise HmfError, one line, if they are not exactly the `expected` tensors.
 
     Those of `optional` may be absent.
     """
-    seen, unexpected, misshapen = set(), [], []
+    seen, quantised = set(), {}  # an ordered set of modules
+    unexpected, misshapen = [], []
     for name, tensor in weights:
         if IGNORED.search(name):
             continue
         if name not in expected:
-            unexpected.append(name)
-        elif tensor.shape != expected[name]:
+            if found := QUANTISED.match(name):
+                quantised[found["module"]] = True
+            else:
+                unexpected.append(name)
+        elif (shape := expected[name]) is not None and tensor.shape != shape:
             seen.add(name)
-            misshapen.append(f"{name} {list(tensor.shape)} instead of {list(expected[name])}")
+            misshapen.append(f"{name} {list(tensor.shape)} instead of {list(shape)}")
         else:
             seen.add(name)
             yield name, tensor
     missing = [name for name in expected if name not in seen and name not in optional]
     problems = [
         f"{what}: {', '.join(names[:SHOWN])}{f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("wrong shape", misshapen),
+            ("quantised but only served unquantised, so it belongs in the checkpoint's ignore list", list(quantised)),
+        )
         if names
     ]
     if problems:
