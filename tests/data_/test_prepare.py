@@ -247,7 +247,9 @@ def test_filters_leave_out_what_repeats_and_what_is_short(folder, tmp_path):
         for text in ("again and again\n" * 40, "short", Path(os.__file__).read_text()[:3000])
     ]
     (tmp_path / "some.jsonl").write_text("".join(lines))
-    found = prepare(recipe(folder, tmp_path / "out", sources=[texts]), TEACHER)["sources"][0]
+    index = prepare(recipe(folder, tmp_path / "out", sources=[texts]), TEACHER)
+    assert index == prepare(recipe(folder, tmp_path / "out", sources=[texts]), TEACHER)  # it is there already
+    found = index["sources"][0]
     assert found["filtered"] == {"duplicate_lines": 1, "min_tokens": 1} and found["documents"] == 1
 
 
@@ -325,6 +327,16 @@ def test_a_damaged_set_is_named(whole, tmp_path):
         PreparedDataset(tmp_path / "out")
 
 
+def test_a_damaged_cache_is_named(folder, tmp_path):
+    made = {"sources": [{"path": str(folder / "texts.jsonl")}], "cache": tmp_path / "cache"}
+    prepare(recipe(folder, tmp_path / "a", **made), TEACHER)
+    shards.read_shard.cache_clear()
+    [first] = (tmp_path / "cache").glob("*/000000.arrow")
+    os.truncate(first, first.stat().st_size // 2)
+    with pytest.raises(HmfError, match=r"000000.arrow: is missing or damaged; remove .*texts-\w+ and start again"):
+        prepare(recipe(folder, tmp_path / "b", **made), TEACHER)
+
+
 def _record_states(made, states):
     """Prepare in one process, and copy the folder as it is before each touch."""
     count = 0
@@ -342,7 +354,7 @@ def _record_states(made, states):
 def _prepare_and_die(made):
     """Prepare with two processes, and be killed when the third shard is there."""
     results = 0
-    add = shards._Progress.add
+    add = shards.Progress.add
 
     def die(self, *args):
         nonlocal results
@@ -351,7 +363,7 @@ def _prepare_and_die(made):
         if results == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    shards._Progress.add = die
+    shards.Progress.add = die
     prepare(made, TEACHER, workers=2)
 
 

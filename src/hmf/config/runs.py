@@ -143,6 +143,11 @@ class SourceSettings(Settings):
         return self
 
     @property
+    def field(self) -> str:
+        """Where a record has its text or its messages."""
+        return self.messages_field or self.text_field or "text"
+
+    @property
     def title(self) -> str:
         """`name`, or else the last part of the place."""
         if self.name is not None:

@@ -32,6 +32,7 @@ from hmf.data.packing import Row, best_fit
 from hmf.data.shards import (
     Counts,
     Encoder,
+    Progress,
     folder_of,
     load_tokenizer,
     read_shard,
@@ -208,7 +209,7 @@ def _shard(folder: Path, number: int) -> Path:
 
 def _stated(recipe: DataRecipe) -> dict[str, Any]:
     """All of the recipe that the rows depend on."""
-    return recipe.model_dump(mode="json", exclude={"output", "cache", "shard_documents"})
+    return json.loads(recipe.model_dump_json(exclude={"output", "cache", "shard_documents"}))
 
 
 def _chosen(recipe: DataRecipe, sources: list[Tokenised]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -256,7 +257,7 @@ def _write(recipe: DataRecipe, sources: list[Tokenised], tokenizer: PreTrainedTo
     for part in recipe.output.glob(f"{INDEX}.*"):
         part.unlink()
     staged.mkdir(parents=True)
-    files = {}
+    files, progress = {}, Progress("pack", len(rows), unit=" rows")
     for first in range(0, len(rows), per_file):
         columns: dict[str, list[Any]] = {name: [] for name in _ROW_SCHEMA.names}
         for place in order[first : first + per_file]:
@@ -278,11 +279,13 @@ def _write(recipe: DataRecipe, sources: list[Tokenised], tokenizer: PreTrainedTo
                 columns, (np.concatenate(ids), np.concatenate(supervised), lengths, where), strict=True
             ):
                 columns[name].append(value)
+            progress.add(1, length)
         path = staged / f"{first // per_file:05d}.arrow"
         write_file(path, lambda file, columns=columns: _write_rows(file, columns))  # type: ignore[misc]
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         files[f"{ROWS}/{path.name}"] = {"bytes": path.stat().st_size, "sha256": digest}
+    progress.close()
     os.rename(staged, target)
     index = {
         "recipe": _stated(recipe),

@@ -161,7 +161,7 @@ def tokenise(source: Source, encoder: Encoder, folder: Path, recipe: DataRecipe,
     folder.mkdir(parents=True, exist_ok=True)
     for part in folder.glob("*.part"):
         part.unlink()
-    progress = _Progress(f"tokenise {encoder.source.title}", source.total)
+    progress = Progress(f"tokenise {encoder.source.title}", source.total)
     number = 0
 
     def jobs() -> Iterator[tuple[Path, list[Record]]]:
@@ -217,9 +217,12 @@ def _write_shard(path: Path, batch: list[Record], encoder: Encoder, tokenizer: P
 
 @functools.lru_cache(maxsize=128)
 def read_shard(path: Path) -> pa.RecordBatch:
-    """A shard's documents, mapped from the disk."""
-    with pa.memory_map(str(path)) as file:
-        return pa.ipc.open_stream(file).read_next_batch()
+    """A shard's documents, mapped from the disk; HmfError when it is not as it was written."""
+    try:
+        with pa.memory_map(str(path)) as file:
+            return pa.ipc.open_stream(file).read_next_batch()
+    except (pa.ArrowException, StopIteration, OSError):
+        raise HmfError(f"{path}: is missing or damaged; remove {path.parent} and start again") from None
 
 
 def shard_counts(path: Path) -> Counts:
@@ -300,10 +303,10 @@ def _learnt(found: str | Conversation) -> str:
     )
 
 
-class _Progress:
+class Progress:
     """One moving line on a terminal, a plain one now and then elsewhere; with the time left where the end is known."""
 
-    def __init__(self, title: str, total: int | None):
+    def __init__(self, title: str, total: int | None, unit: str = "B"):
         self.title, self.total = title, total
         self.done, self.own, self.tokens = 0, 0, 0
         self.started = self.printed = time.perf_counter()
@@ -311,7 +314,7 @@ class _Progress:
         if sys.stderr.isatty():
             from tqdm.auto import tqdm
 
-            self.bar = tqdm(total=total, desc=title, unit="B", unit_scale=True)
+            self.bar = tqdm(total=total, desc=title, unit=unit, unit_scale=True)
 
     def skip(self, size: int) -> None:
         self.done += size

@@ -148,7 +148,10 @@ class Source:
         try:
             with parquet.ParquetFile(path) as file:
                 size = path.stat().st_size // max(1, file.metadata.num_rows)
-                for batch in file.iter_batches(batch_size=256):
+                names, fields = file.schema_arrow.names, {self.settings.field, self.settings.tools_field}
+                # Only what is needed; all, to name them, where that is not there.
+                columns = [name for name in names if name in fields] if self.settings.field in names else None
+                for batch in file.iter_batches(batch_size=256, columns=columns):
                     for row in batch.to_pylist():
                         yield Record(f"{name} row {number}", _without_none(row), size)
                         number += 1
@@ -201,7 +204,7 @@ def content(record: Record, settings: SourceSettings) -> str | Conversation:
         if not isinstance(row, dict):
             raise HmfError(f"a JSON object is expected, not {type(row).__name__}")
     chat = settings.messages_field is not None
-    field = settings.messages_field or settings.text_field or "text"
+    field = settings.field
     if field not in row:
         raise HmfError(f"no field {field!r}; it has {', '.join(map(repr, row))}: set text_field or messages_field")
     value = row[field]
