@@ -312,7 +312,8 @@ def data_prepare(
     overrides: Overrides = None,
 ) -> None:
     """Tokenise, mix and pack documents and conversations into rows for training. Continues where it stopped."""
-    from hmf.config.runs import DataRecipe, load_recipe
+    from hmf.config.data import DataRecipe
+    from hmf.config.runs import load_recipe
     from hmf.data.prepare import prepare
     from hmf.pipeline import resolve_base
     from hmf.report.samples import print_counts
@@ -337,7 +338,8 @@ def data_show(
     overrides: Overrides = None,
 ) -> None:
     """Print documents as the model will see them, what it learns marked, and the counts."""
-    from hmf.config.runs import DataRecipe, load_recipe
+    from hmf.config.data import DataRecipe
+    from hmf.config.runs import load_recipe
     from hmf.pipeline import resolve_base
     from hmf.report.samples import show_prepared, show_recipe
 

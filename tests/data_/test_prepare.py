@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from hmf.cli import app
-from hmf.config.runs import DataRecipe, DataSettings, RepetitionSettings, SourceSettings, load_recipe
+from hmf.config.data import DataRecipe, RepetitionSettings, SourceSettings
+from hmf.config.runs import DataSettings, load_recipe
 from hmf.data import shards, tasks
 from hmf.data.encoding import IGNORED, encode_chat, encode_document
 from hmf.data.filters import repetition

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 
-from hmf.config.runs import RepetitionSettings
+from hmf.config.data import RepetitionSettings
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 

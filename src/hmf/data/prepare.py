@@ -26,7 +26,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hmf.config.runs import DataRecipe
+from hmf.config.data import DataRecipe
 from hmf.data.encoding import IGNORED
 from hmf.data.packing import Row, best_fit
 from hmf.data.shards import (

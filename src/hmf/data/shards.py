@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hmf.config.runs import DataRecipe, FilterSettings, SourceSettings
+from hmf.config.data import DataRecipe, FilterSettings, SourceSettings
 from hmf.data.encoding import IGNORED, Encoded, encode_chat, encode_document, text_of, thinking_of
 from hmf.data.filters import repetition
 from hmf.data.sources import Conversation, Record, Source, content

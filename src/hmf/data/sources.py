@@ -16,7 +16,7 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
-from hmf.config.runs import SourceSettings
+from hmf.config.data import SourceSettings
 from hmf.data import text
 from hmf.errors import HmfError, unknown_name
 

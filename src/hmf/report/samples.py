@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from hmf.config.runs import DataRecipe
+from hmf.config.data import DataRecipe
 from hmf.data.encoding import IGNORED
 from hmf.data.prepare import PreparedDataset
 from hmf.data.shards import Counts, Encoder, load_tokenizer
