@@ -20,10 +20,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from hmf.config.data import DataRecipe
 from hmf.config.layers import base_head_dim
 from hmf.config.pattern import ATTENTION
 from hmf.config.runs import (
-    DataRecipe,
     DataSettings,
     DistillRecipe,
     DistillSettings,
