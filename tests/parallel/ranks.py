@@ -33,6 +33,7 @@ DOCUMENTS = {
     "packed": [[5, 1, 20, 22], [12, 30, 6]],
     "at the borders": [[12] * 4, [6, 18, 24]],
     "twice as long": [[96], [96]],
+    "long": [[300, 84], [7, 57, 320]],
 }
 ONE_EACH = [next(case for case in cases() if case.symbol == symbol) for symbol in MIXERS]
 EVERY = "-".join([*MIXERS, "*"])  # a pattern with every layer type
@@ -104,10 +105,10 @@ def on_shards(model: Any, batch: dict[str, torch.Tensor], group: Group) -> tuple
     return whole, gradients
 
 
-def join(rank: int, ranks: int, store: Path) -> None:
+def join(rank: int, ranks: int, store: Path, backend: str = "gloo") -> None:
     torch.set_num_threads(1)
     patience = timedelta(seconds=120)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=patience)
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=patience)
 
 
 def run_jobs(rank: int, folder: Path) -> None:

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows cut among processes give what whole rows give on one, for every layer type."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch.testing import assert_close
 
 from hmf.errors import HmfError
+from hmf.ops import dispatch, linear_attention, short_conv
 from hmf.parallel.collectives import Group
 from hmf.parallel.sequence import attach, shard
 from tests.hybrids import random_ids, tiny_hybrid
 from tests.parallel import ranks
 from tests.parallel.ranks import JOBS
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +25,7 @@ def results(tmp_path_factory):
     return [torch.load(folder / str(number)) for number in range(len(JOBS))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(JOBS)), ids=map(str, JOBS))
 def test_outputs_and_gradients_are_those_of_one_process(results, number):
     logits, gradients = ranks.loss_and_gradients(JOBS[number].model(), JOBS[number].batch())
@@ -34,6 +37,7 @@ def test_outputs_and_gradients_are_those_of_one_process(results, number):
         assert_close(found_gradients[name] / scale, gradient / scale, atol=2e-4, rtol=0, msg=name)
 
 
+@pytest.mark.slow
 def test_only_attention_sends_more_for_longer_rows(results):
     received = {
         job.documents: result[2]
@@ -69,3 +73,30 @@ def test_what_cannot_be_cut_is_refused(alone):
         model(**shard(alone, {"input_ids": ids}), use_cache=True)
     same = model(**shard(alone, {"input_ids": ids}), use_cache=False).logits, model(ids, use_cache=False).logits
     assert_close(*same, atol=2e-5, rtol=0)
+
+
+def test_an_op_that_is_not_known_is_refused():
+    dispatch.put_around({"conv": short_conv})
+    try:
+        with pytest.raises(HmfError, match="ssd: sequence parallelism does not know this op"):
+            linear_attention(*torch.ones(3, 1, 2, 1, 4), torch.zeros(1, 2, 1))
+    finally:
+        dispatch.put_around({})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ranks.ONE_EACH, ids=str)
+def test_two_chunks_on_one_gpu(case, tmp_path):
+    """The kernels, with states that enter, wider values and keys from before a chunk."""
+    job = ranks.Job(replace(case, base={"head_dim": 64}), "X-*-X", "long", 1)
+    model = job.model().float().cuda()
+    batch = {name: x.cuda() for name, x in job.batch().items()}
+    logits, wanted = ranks.loss_and_gradients(copy.deepcopy(model), dict(batch))
+    ranks.join(0, 1, tmp_path / "store", "nccl")
+    try:
+        found, gradients = ranks.on_shards(model, batch, Group())
+    finally:
+        dist.destroy_process_group()
+    assert (found - logits).abs().max() < 0.02 * logits.abs().max()
+    for name, gradient in wanted.items():
+        assert (gradients[name] - gradient).norm() < 0.02 * gradient.norm(), name

@@ -56,8 +56,10 @@ def entry(op: str):
         @functools.wraps(function)
         def call(*args, **kwargs):
             surroundings = _AROUND.get()
-            if op not in surroundings:
+            if not surroundings:
                 return function(*args, **kwargs)
+            if op not in surroundings:
+                raise HmfError(f"{op}: sequence parallelism does not know this op; add it to hmf/parallel/mixing.py")
             put_around({})  # an op that calls another one means the plain one
             try:
                 return surroundings[op](function, *args, **kwargs)
