@@ -209,6 +209,11 @@ def test_preferences_raise_the_margin_and_a_resume_keeps_the_start(hybrid, pairs
         patch.setattr(Preference, "__call__", stop_later)
         with pytest.raises(Stopped):
             finetune(cut)
+    original = pairs.read_text()
+    pairs.write_text(original.replace("one", "two"))
+    with pytest.raises(HmfError, match="reference.safetensors: was measured on other pairs"):
+        finetune(cut)
+    pairs.write_text(original)
     finetune(cut)
     (ours, our_log), (wanted, log) = (cutting.result(run.output, "stage2", "model") for run in (cut, whole))
     assert our_log == log and all(torch.equal(ours[name], wanted[name]) for name in wanted)

@@ -10,6 +10,7 @@ A file has one JSON object in each line:
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,6 +60,11 @@ class PairDataset(Dataset[Row]):
         order = list(range(len(self.packed)))
         Random(f"{self.seed}:{turn}").shuffle(order)
         return self.row(order[place])
+
+    def digest(self) -> str:
+        """Changes with any token of any pair, and with how they are packed."""
+        answers = [[(answer.ids, answer.labels) for pair in pairs for answer in pair] for pairs in self.packed]
+        return hashlib.sha256(json.dumps(answers).encode()).hexdigest()
 
     def row(self, number: int) -> Row:
         """One of the different rows."""

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,
@@ -217,10 +218,20 @@ class _References(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
             self.measure()
-        elif not self.path.is_file():
-            raise HmfError(f"{self.path}: is gone, and the model it was made with has moved on; choose another output")
         else:
-            self.rows.references.copy_(load_file(self.path)["references"])
+            self.read()
+
+    def read(self) -> None:
+        """What was measured when the run began."""
+        if not self.path.is_file():
+            raise HmfError(f"{self.path}: is gone, and the model it was made with has moved on; choose another output")
+        with safe_open(self.path, "pt") as stored:
+            if stored.metadata().get("pairs") != self.rows.digest():
+                raise HmfError(
+                    f"{self.path}: was measured on other pairs; give the run its pairs.path back as it was, or another "
+                    "output"
+                )
+            self.rows.references.copy_(stored.get_tensor("references"))
 
     @torch.no_grad()
     def measure(self) -> None:
@@ -241,7 +252,7 @@ class _References(TrainerCallback):
         model.train()
         if accelerator.is_main_process:
             part = self.path.with_suffix(".part")
-            save_file({"references": references}, part)
+            save_file({"references": references}, part, {"pairs": self.rows.digest()})
             os.replace(part, self.path)
         accelerator.wait_for_everyone()
 
