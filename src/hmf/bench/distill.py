@@ -184,8 +184,10 @@ def print_rows(table_rows: list[dict[str, Any]], title: str) -> None:
 
 
 def _now(cuda: bool) -> float:
-    if cuda:
-        torch.cuda.synchronize()
+    """Seconds; on a CPU those that this process computed for, by thread: what else runs there does not count."""
+    if not cuda:
+        return time.process_time() / torch.get_num_threads()
+    torch.cuda.synchronize()
     return time.perf_counter()
 
 
