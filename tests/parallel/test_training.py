@@ -54,8 +54,8 @@ def same(output, alone, tolerance=2e-5):
 
 
 @pytest.mark.slow
-def test_rows_shared_by_two_processes(stage0, alone, tmp_path, capfd):
-    on(2, stage0, tmp_path, sequence_parallel=2)
+def test_rows_shared_by_pairs_of_four_processes(stage0, alone, tmp_path, capfd):
+    on(4, stage0, tmp_path, sequence_parallel=2, rows_per_step=1)
     same(tmp_path, alone)
     assert capfd.readouterr().err.count("1 GDN") == 1
 

@@ -151,7 +151,9 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
         shards = kwargs.get("shards")
         if shards is not None:  # parts of rows whose rest other processes hold (hmf.parallel); attention asks it too
             if attention_mask is not None or past_key_values is not None:
-                raise HmfError("shards: rows in parts take neither padding nor a cache; give whole rows without them")
+                raise HmfError(
+                    "shards: rows in parts take neither padding nor a cache; pass whole rows and use_cache=False"
+                )
             layout = shards.layout
         else:
             layout = packed_layout((batch, tokens), attention_mask, position_ids, cu_seqlens, past > 0)
