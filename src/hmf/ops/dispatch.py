@@ -49,12 +49,18 @@ _NOTHING: Mapping[str, Callable] = MappingProxyType({})
 _AROUND: ContextVar[Mapping[str, Callable]] = ContextVar("around", default=_NOTHING)
 
 
-def entry(op: str):
-    """Mark the decorated function as the way into `op`: what has been put around `op` is called with it instead."""
+def entry(op: str, recurrence: bool = False):
+    """Mark the decorated function as the way into `op`: what has been put around `op` is called with it instead.
+
+    recurrence: its products are those of states, float32 by definition; autocast is off in it and chooses no other.
+    """
 
     def mark(function: Callable) -> Callable:
         @functools.wraps(function)
         def call(*args, **kwargs):
+            if recurrence and torch.is_autocast_enabled(device := args[0].device.type):
+                with torch.autocast(device, enabled=False):
+                    return call(*args, **kwargs)
             surroundings = _AROUND.get()
             if not surroundings:
                 return function(*args, **kwargs)

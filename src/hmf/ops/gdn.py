@@ -22,7 +22,7 @@ from .varlen import ChunkLayout, sequence_lengths
 Result = tuple[torch.Tensor, torch.Tensor]
 
 
-@dispatch.entry("gdn")
+@dispatch.entry("gdn", recurrence=True)
 def gated_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -36,7 +36,7 @@ State = tuple[torch.Tensor, torch.Tensor]
 Result = tuple[torch.Tensor, State]
 
 
-@dispatch.entry("gka")
+@dispatch.entry("gka", recurrence=True)
 def gated_kalmanet(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -44,7 +44,7 @@ def state_space_dual(
     return y, state
 
 
-@dispatch.entry("ssd")
+@dispatch.entry("ssd", recurrence=True)
 def linear_attention(
     q: torch.Tensor,
     k: torch.Tensor,
