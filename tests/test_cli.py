@@ -36,6 +36,8 @@ def test_every_command_explains_itself_with_an_example(command):
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0
     assert f"hmf {command} " in result.output.split("Examples:")[1]
+    recipes = [word for word in result.output.replace("`", " ").split() if word.startswith("recipes/")]
+    assert all((ROOT / recipe).exists() for recipe in recipes), recipes
 
 
 def test_the_script_and_the_module_are_the_same():

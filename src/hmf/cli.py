@@ -102,8 +102,8 @@ def export(
 
 
 @app.command(epilog=epilog(
-    "hmf finetune recipes/quickstart/finetune.yaml",
-    "hmf finetune recipes/quickstart/finetune.yaml --set training.steps=20 --set output=runs/try",
+    "hmf finetune recipes/quickstart/cpt.yaml",
+    "hmf finetune recipes/quickstart/sft.yaml --set training.steps=20 --set output=runs/try",
 ))  # fmt: skip
 def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Stage 2: train a plain Hybrid on: more pretraining, conversations or preferences. Continues where it stopped."""
@@ -217,8 +217,8 @@ def plan(
 
 
 @app.command(name="plan-training", epilog=epilog(
-    "hmf plan-training recipes/qwen3-8b-gdn",
-    "hmf plan-training recipes/qwen3-8b-gdn/1-prime.yaml --gpu h100x8 --set distill.training.strategy=fsdp2",
+    "hmf plan-training recipes/qwen3-8b",
+    "hmf plan-training recipes/qwen3-8b/gdn-1-prime.yaml --gpu h100x8 --set distill.training.strategy=fsdp2",
 ))  # fmt: skip
 def plan_training(
     recipes: Annotated[list[Path], typer.Argument(help="Recipes, or folders of them.", metavar="RECIPE.yaml|DIR...")],
