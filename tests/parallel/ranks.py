@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -129,9 +130,11 @@ def run_jobs(rank: int, folder: Path) -> None:
 
 
 def train(rank: int, ranks: int, port: int, stage0: Path, output: Path, given: dict[str, Any]) -> None:
-    """Stage 1 as torchrun would start it."""
+    """Stage 1 as torchrun would start it; what it tells goes to `output`/rank<n>.txt."""
     as_torchrun(rank, ranks, port, given["training"].get("strategy") != "deepspeed")  # it brings its own CPU backend
-    distill(stage0, output, DistillSettings.model_validate(given))
+    output.mkdir(exist_ok=True)
+    with (output / f"rank{rank}.txt").open("w") as told, contextlib.redirect_stderr(told):
+        distill(stage0, output, DistillSettings.model_validate(given))
 
 
 def train_stage2(rank: int, ranks: int, port: int, given: dict[str, Any]) -> None:
