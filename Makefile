@@ -28,7 +28,7 @@ serve: setup-test ## serve a Hybrid by vLLM: make serve MODEL=runs/quickstart/mo
 	@$(BIN)/hmf serve $(MODEL)
 
 test: setup-test lint ## linters, layering, types and all tests
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 lint: setup-dev ## style, spelling, layering and types
 	@$(BIN)/ruff check

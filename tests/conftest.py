@@ -12,9 +12,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+SERVING = "tests/serving/"
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     missing = {}
     if not torch.cuda.is_available():
@@ -25,10 +25,19 @@ def pytest_collection_modifyitems(items):
         for marker, reason in missing.items():
             if marker in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
-        # For pytest-xdist: a file's tests share fixtures, and there is room for one engine of vLLM at a time.
-        group = "vllm" if "vllm" in item.keywords else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: "vllm" not in item.keywords)  # the longest group first
+    items.sort(key=lambda item: SERVING not in item.nodeid)  # what takes longest begins first
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests share fixtures, so they stay in one process; there is room for one engine of vLLM at a time."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return SERVING if SERVING in nodeid else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)
