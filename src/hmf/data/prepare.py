@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -281,7 +282,7 @@ def _write(recipe: DataRecipe, sources: list[Tokenised], tokenizer: PreTrainedTo
                 columns[name].append(value)
             progress.add(1, length)
         path = staged / f"{first // per_file:05d}.arrow"
-        write_file(path, lambda file, columns=columns: _write_rows(file, columns))  # type: ignore[misc]
+        write_file(path, partial(_write_rows, columns=columns))
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         files[f"{ROWS}/{path.name}"] = {"bytes": path.stat().st_size, "sha256": digest}
