@@ -134,7 +134,7 @@ def test_a_version_that_an_op_lacks_is_a_finding(monkeypatch):
 
 
 def test_known_bad_combinations_are_notes(monkeypatch):
-    monkeypatch.setattr(dispatch, "known_bad_backward", lambda op: "wrong on this chip" if op == "gdn" else None)
+    monkeypatch.setattr(dispatch, "known_bad_backward", lambda op, dtype: "wrong on this chip" if op == "gdn" else None)
     assert report_of(run("doctor", "--json"))["notes"] == ["known bad: gdn: wrong on this chip"]
 
 

@@ -19,6 +19,16 @@ PACKED = Shape(lengths=(130, 0, 1, 20), heads=2, head_dim=128, with_state=True)
 ODD = Shape(lengths=(70, 3), heads=2, head_dim=80, with_state=True)
 
 
+@pytest.fixture(autouse=True)
+def _one_variant():
+    """Of what goes with them, the kernels of linear attention."""
+    if not torch.cuda.is_available():
+        yield
+    else:
+        with doctor.one_variant():
+            yield
+
+
 def run(program: list[str], **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, *program], env=os.environ | environment, capture_output=True, text=True, timeout=280
@@ -93,7 +103,8 @@ from hmf.ops.samples import Shape, sample
 made = sample("gka", Shape(tokens=64, heads=1, head_dim=128))
 doctor.evaluate(gka.chunked, made, torch.bfloat16, "cuda", True)
 start = time.perf_counter()
-doctor.evaluate(gka.fast, made, torch.bfloat16, "cuda", True)
+with doctor.one_variant():
+    doctor.evaluate(gka.fast, made, torch.bfloat16, "cuda", True)
 print(time.perf_counter() - start)
 """
 

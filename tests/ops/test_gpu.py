@@ -38,20 +38,44 @@ def errors(op: str, function, shape: str, dtype: torch.dtype, gradients: bool = 
     return {name: doctor.relative_error(value, truth(op, shape)[name]) for name, value in found.items()}
 
 
-def kernel(op: str, gradients: bool):
+def kernel(op: str, gradients: bool, dtype: torch.dtype = torch.bfloat16):
     """The fast version, where this machine is one that it is chosen on."""
-    chosen, why = dispatch.choose(op, "cuda", gradients, torch.bfloat16)
+    chosen, why = dispatch.choose(op, "cuda", gradients, dtype)
     if chosen.version != "fast":
         pytest.skip(f"{op} runs {chosen.version} here: {why}")
     return chosen.function
+
+
+@pytest.fixture(autouse=True)
+def _one_variant(request):
+    if "tuned" in request.node.name:
+        yield
+    else:
+        with doctor.one_variant():
+            yield
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("op", KERNELS)
 def test_kernel_is_the_reference(op, shape, dtype):
-    found = errors(op, kernel(op, True), shape, dtype)
+    """With gradients, unless the kernel's backward is known to be bad here."""
+    gradients = dispatch.choose(op, "cuda", True, dtype)[0].version == "fast"
+    found = errors(op, kernel(op, gradients, dtype), shape, dtype, gradients)
     assert max(found.values()) <= TOLERANCE[dtype], found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("op", KERNELS)
+def test_tuned_kernel_is_the_chunked_version_at_a_real_size(op):
+    """The variants that the autotuner chooses: one layer of an 8B model on 2,048 tokens."""
+    made = sample(op, Shape(tokens=2048, heads=32, head_dim=128))
+    gradients = dispatch.choose(op, "cuda", True, torch.bfloat16)[0].version == "fast"
+    expected = doctor.evaluate(dispatch.implementations(op)["chunked"].function, made, torch.float32, "cuda", gradients)
+    found = doctor.evaluate(kernel(op, gradients), made, torch.bfloat16, "cuda", gradients)
+    worst = {name: doctor.relative_error(value, expected[name]) for name, value in found.items()}
+    assert max(worst.values()) <= TOLERANCE[torch.bfloat16], worst
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -85,9 +109,10 @@ def test_kernel_steps_like_the_whole(op):
 def test_a_document_without_tokens_keeps_its_state(op):
     shape = Shape(lengths=(70, 0, 5), heads=2, head_dim=64, with_state=True)
     made = sample(op, shape)
-    run, reference = kernel(op, True), dispatch.implementations(op)["reference"].function
-    found = doctor.evaluate(run, made, torch.bfloat16, "cuda", True)
-    expected = doctor.evaluate(reference, made, torch.float64, "cpu", True)
+    gradients = dispatch.choose(op, "cuda", True, torch.bfloat16)[0].version == "fast"
+    run, reference = kernel(op, gradients), dispatch.implementations(op)["reference"].function
+    found = doctor.evaluate(run, made, torch.bfloat16, "cuda", gradients)
+    expected = doctor.evaluate(reference, made, torch.float64, "cpu", gradients)
     worst = {name: doctor.relative_error(value, expected[name]) for name, value in found.items()}
     assert max(worst.values()) <= TOLERANCE[torch.bfloat16], worst
 

@@ -8,9 +8,11 @@ over the norm of the truth, the largest over outputs, final states and, for trai
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,10 +28,12 @@ from hmf.ops.samples import Sample, Shape, flat, sample
 # No length is a multiple of a chunk; documents of several chunks, of one token and of less than a chunk.
 CASES = {
     "rows": Shape(batch=2, tokens=40, heads=2),
-    "packed": Shape(lengths=(131, 1, 20), heads=3, with_state=True),
+    "packed": Shape(lengths=(131, 1, 20), heads=2, with_state=True),
     "one token": Shape(batch=3, tokens=1, heads=2, with_state=True),
 }
-TRAINING_CASES = ("rows", "packed")  # a step of decoding has no gradient
+# A step of decoding has no gradient. On a GPU a case costs the time to compile its kernels, and documents that start
+# from states use most of what they can do; the other cases are tests (`make test-gpu`).
+TRAINING_CASES = {"cpu": ("rows", "packed"), "cuda": ("packed",)}
 # bfloat16 rounds at 2^-9 = 2e-3; on a GPU float32 products may round their factors to TF32's 2^-11 = 5e-4.
 TOLERANCES = {
     "cpu": {torch.float32: 1e-4, torch.bfloat16: 2e-2},
@@ -73,33 +77,78 @@ class Report:
 
 
 def examine(progress: Callable[[str], None] = lambda line: None) -> Report:
-    """Check every op on every kind of device here; `progress` is told what is being checked."""
+    """Check every op on every kind of device here; `progress` is told what is being checked.
+
+    GPU kernels are compiled first, which takes a CPU core each: processes of their own do that side by side.
+    """
     start = time.perf_counter()
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    checks = []
-    for op in dispatch.ops():
-        progress(f"{op}: reference")
-        samples = {case: sample(op, shape) for case, shape in CASES.items()}
-        truths = {case: _truth(op, made, case in TRAINING_CASES) for case, made in samples.items()}
-        for device in devices:
+    uses = [(op, use) for op in dispatch.ops() for use in ("inference", "training")]
+    with contextlib.ExitStack() as stack:
+        on_gpu: list[Future[Check]] = []
+        if torch.cuda.is_available():
+            workers = min(len(uses), max(1, (os.cpu_count() or 2) // 2))
+            pool = stack.enter_context(ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")))
+            on_gpu = [pool.submit(_check_on_gpu, op, use) for op, use in uses]
+        checks = []
+        for op in dispatch.ops():
+            progress(f"{op}: reference")
+            truths = _truths(op)
             for use in ("inference", "training"):
-                progress(f"{op}: {use} on {device}")
-                checks.append(_check(op, device, use, samples, truths))
+                progress(f"{op}: {use} on cpu")
+                checks.append(_check(op, "cpu", use, truths))
+        for done, check in enumerate(on_gpu):
+            progress(f"the GPU's kernels, {done} of {len(on_gpu)} done")
+            checks.append(check.result())
+    checks.sort(key=lambda check: (check.op, check.device, check.use))
     return Report(checks, _notes(), time.perf_counter() - start)
 
 
-def _check(op: str, device: str, use: str, samples: dict[str, Sample], truths: dict[str, dict]) -> Check:
-    training = use == "training"
+def _truths(op: str) -> dict[str, dict[str, torch.Tensor]]:
+    return {case: _truth(op, sample(op, shape), case in TRAINING_CASES["cpu"]) for case, shape in CASES.items()}
+
+
+def _check_on_gpu(op: str, use: str) -> Check:
+    """`_check` in a process of its own, on one variant of every kernel that would be tuned."""
+    with one_variant():
+        return _check(op, "cuda", use, _truths(op))
+
+
+@contextlib.contextmanager
+def one_variant() -> Iterator[None]:
+    """Triton's autotuner takes the variant of a kernel that needs least memory, instead of compiling and timing dozens.
+
+    They compute the same: tuning would take minutes for sizes that nobody runs.
+    """
+    from triton.runtime.autotuner import Autotuner
+
+    every = Autotuner.prune_configs
+    Autotuner.prune_configs = lambda tuner, kwargs: [
+        min(every(tuner, kwargs), key=lambda x: (x.num_stages, x.num_warps))
+    ]
     try:
-        chosen, reason = dispatch.choose(op, device, training, torch.float32)
-    except HmfError as error:
-        return Check(op, device, use, None, "", problem=str(error))
-    check = Check(op, device, use, chosen.version, reason)
+        yield
+    finally:
+        Autotuner.prune_configs = every
+
+
+def _check(op: str, device: str, use: str, truths: dict[str, dict]) -> Check:
+    training = use == "training"
+    check = Check(op, device, use, None, "")
+    chosen = {}
+    for dtype in TOLERANCES[device]:
+        try:
+            chosen[dtype] = dispatch.choose(op, device, training, dtype)
+        except HmfError as error:
+            check.problem = str(error)
+            return check
+    versions = {_name(dtype): implementation.version for dtype, (implementation, _) in chosen.items()}
+    reasons = {_name(dtype): reason for dtype, (_, reason) in chosen.items()}
+    check.version, check.reason = _together(versions), _together(reasons)
     for dtype, tolerance in TOLERANCES[device].items():
         name = _name(dtype)
-        for case in TRAINING_CASES if training else CASES:
+        for case in TRAINING_CASES[device] if training else CASES:
             try:
-                found = evaluate(chosen.function, samples[case], dtype, device, training)
+                found = evaluate(chosen[dtype][0].function, sample(op, CASES[case]), dtype, device, training)
             except Exception as error:  # whatever a kernel fails with is what the doctor is asked for
                 check.problem = f"{name}, {case}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
                 return check
@@ -112,6 +161,12 @@ def _check(op: str, device: str, use: str, samples: dict[str, Sample], truths: d
                 f"{name}: {check.worst[name]} is off by {check.errors[name]:.1e} (at most {tolerance:.0e})"
             )
     return check
+
+
+def _together(by_dtype: dict[str, str]) -> str:
+    """What all dtypes share, or each dtype's own."""
+    found = set(by_dtype.values())
+    return found.pop() if len(found) == 1 else "; ".join(f"{value} ({dtype})" for dtype, value in by_dtype.items())
 
 
 def _truth(op: str, made: Sample, gradients: bool) -> dict[str, torch.Tensor]:
@@ -165,7 +220,8 @@ def _notes() -> list[str]:
     if forced := os.environ.get("HMF_OPS"):
         notes.append(f"HMF_OPS={forced} names the implementation of every op; unset it for the usual choice")
     for op in dispatch.ops():
-        if reason := dispatch.known_bad_backward(op):
+        by_dtype = {_name(dtype): dispatch.known_bad_backward(op, dtype) for dtype in TOLERANCES["cuda"]}
+        for reason in dict.fromkeys(filter(None, by_dtype.values())):
             notes.append(f"known bad: {op}: {reason}")
     return notes
 

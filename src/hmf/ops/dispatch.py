@@ -110,7 +110,7 @@ def choose(op: str, device_type: str, requires_grad: bool, dtype: torch.dtype) -
         return versions["chunked"], "float64 tensors"
     if fast.requires and not _installed(fast.requires):
         return versions["chunked"], f"{fast.requires} is not installed (pip install 'hybrid-model-factory[train]')"
-    if requires_grad and (reason := known_bad_backward(op)):
+    if requires_grad and (reason := known_bad_backward(op, dtype)):
         return versions["chunked"], reason
     return fast, "CUDA tensors"
 
@@ -129,16 +129,25 @@ def resolve(op: str, *tensors: torch.Tensor) -> Callable:
     return chosen.function
 
 
-def known_bad_backward(op: str) -> str | None:
-    """Why the fast backward of `op` gives wrong gradients on this machine, or None."""
-    if op != "gdn" or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+def known_bad_backward(op: str, dtype: torch.dtype) -> str | None:
+    """Why the fast backward of `op` in `dtype` cannot be had or gives wrong gradients on this machine, or None.
+
+    On Hopper, Triton 3.4 to 3.7.0 miscompiles the gradient of q, k and the decay (fla-org/flash-linear-attention#640).
+    With tilelang fla has another kernel for it, in bfloat16 only, which its plain linear attention (ssd) never takes.
+    """
+    if op not in ("gdn", "ssd") or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         return None
     import triton
     from packaging.version import Version
 
-    if Version("3.4") <= Version(triton.__version__) <= Version("3.7.0") and not _installed("tilelang"):
-        return f"the kernel's backward is wrong on Hopper with Triton {triton.__version__}; pip install tilelang"
-    return None
+    if not Version("3.4") <= Version(triton.__version__) < Version("3.7.1"):
+        return None
+    wrong = f"the kernel's backward is wrong on Hopper with Triton {triton.__version__}"
+    if op == "ssd":
+        return f"{wrong}; install Triton 3.7.1 or later"
+    if not _installed("tilelang"):
+        return f"{wrong}; pip install tilelang"
+    return f"{wrong}, and tilelang's takes no float32; train in bfloat16" if dtype == torch.float32 else None
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
