@@ -116,8 +116,8 @@ class _Blocks:
 
     def __init__(self, layout: ChunkLayout, cu_seqlens: torch.Tensor | None, device: torch.device):
         batch, tokens = layout.shape
-        lengths = torch.tensor(sequence_lengths(batch, tokens, cu_seqlens), device=device)
-        order = torch.tensor(layout.order, device=device)
+        lengths = _lengths(batch, tokens, cu_seqlens, device)
+        order = torch.arange(batch, device=device) if layout.equal else torch.tensor(layout.order, device=device)
         steps = [(order[: at.stop - at.start], step) for step, at in enumerate(layout.steps)]
         self.sequence = torch.cat([s for s, _ in steps])  # [N]
         self.position = torch.cat([torch.full_like(s, step * layout.chunk_size) for s, step in steps])
@@ -155,11 +155,11 @@ def latest(
     past [S, P, ...] is what the call before kept (None: nothing). Returns [S, min(size, P + longest), ...], oldest
     first, zeros in slots of positions before the sequence.
     """
-    lengths = sequence_lengths(x.shape[0], x.shape[1], cu_seqlens)
+    longest = max(sequence_lengths(x.shape[0], x.shape[1], cu_seqlens))
     slots = 0 if past is None else past.shape[1]
-    size = min(size, slots + max(lengths))
-    count = torch.tensor(lengths, device=x.device)[:, None]
-    sequence = torch.arange(len(lengths), device=x.device)[:, None]
+    size = min(size, slots + longest)
+    count = _lengths(x.shape[0], x.shape[1], cu_seqlens, x.device)[:, None]
+    sequence = torch.arange(len(count), device=x.device)[:, None]
     parts = [x.new_zeros(1, *x.shape[2:]), x.flatten(0, 1)]
     if past is not None:
         parts.append(past.to(x.dtype).flatten(0, 1))
@@ -168,3 +168,10 @@ def latest(
     token = 1 + count.cumsum(0) - count + position
     before = 1 + x.shape[0] * x.shape[1] + (sequence + 1) * slots + position
     return flat[torch.where(position >= 0, token, torch.where(position >= -slots, before, 0))]
+
+
+def _lengths(batch: int, tokens: int, cu_seqlens: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """`sequence_lengths` on the device; those of equal rows are made there, as a CUDA graph of a decode step needs."""
+    if cu_seqlens is None:
+        return torch.full((batch,), tokens, device=device)
+    return torch.tensor(sequence_lengths(batch, tokens, cu_seqlens), device=device)

@@ -29,8 +29,12 @@ from .recurrent import RecurrentMixer, Tensors
 
 
 def states(symbol: str, config: Any, ranks: int) -> dict[str, StateShape]:
-    """The states of one request on one of `ranks` ranks: widest first, as each must be aligned to its own width."""
+    """The states of one request on one of `ranks` ranks: widest first, as each must be aligned to its own width.
+
+    A state that is one number has an axis here: vLLM takes a pool of one axis for a single state when it copies blocks.
+    """
     found = mixer_class(symbol).state_shapes(config, ranks)
+    found = {name: state._replace(shape=state.shape or (1,)) for name, state in found.items()}
     return dict(sorted(found.items(), key=lambda item: item[1].kind != "count"))
 
 
@@ -54,6 +58,8 @@ class HostedMixer(RecurrentMixer):
         self.rank, self.ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         super().__init__(symbol, states(symbol, config, self.ranks), prefix)
         layer = extract_layer_index(prefix)
+        shapes = mixer_class(symbol).state_shapes(config, self.ranks)
+        self.numbers = {name for name, state in shapes.items() if not state.shape}
         self.mixer: Mixer = mixer_class(symbol)(rank_config(config, self.ranks), layer).requires_grad_(False)
         with torch.device("meta"):
             whole = mixer_class(symbol)(config, layer)
@@ -79,10 +85,13 @@ class HostedMixer(RecurrentMixer):
         self, inputs: Tensors, states: Tensors | None, cu_seqlens: torch.Tensor | None
     ) -> tuple[torch.Tensor, Tensors]:
         hidden_states, positions = inputs
-        before = None if states is None else dict(zip(self.states, states, strict=True))
+        before = None
+        if states is not None:
+            named = zip(self.states, states, strict=True)
+            before = {name: x[:, 0] if name in self.numbers else x for name, x in named}
         rotary = self.rotary(hidden_states, positions)
         mixed, after = self.mixer.mix(hidden_states, before, cu_seqlens, rotary)
-        return mixed, tuple(after[name] for name in self.states)
+        return mixed, tuple(after[name][:, None] if name in self.numbers else after[name] for name in self.states)
 
     def finish(self, mixed: torch.Tensor, rest: None) -> torch.Tensor:
         return mixed

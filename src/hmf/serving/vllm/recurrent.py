@@ -170,7 +170,7 @@ def _recurrent_mix(inputs: list[torch.Tensor], output: torch.Tensor, layer_name:
     layer = context.no_compile_layers[layer_name]
     metadata = context.attn_metadata
     if metadata is not None:
-        metadata = metadata[layer_name]
+        metadata = metadata.get(layer_name)  # a trial run may have metadata for attention alone
     layer.mix(tuple(inputs), output, metadata)
 
 
