@@ -30,12 +30,16 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A file's tests share fixtures, so they stay in one process; there is room for one engine of vLLM at a time."""
+    """A file's tests share fixtures, so they stay in one process.
+
+    All those with an engine of vLLM do, as there is room for one at a time; a GPU has room for some.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            return SERVING if SERVING in nodeid else nodeid.partition("::")[0]
+            together = SERVING in nodeid and not torch.cuda.is_available()
+            return SERVING if together else nodeid.partition("::")[0]
 
     return ByFile(config, log)
 

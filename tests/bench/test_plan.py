@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hmf.bench import plan as planner
-from hmf.bench.gpus import GIB, GPUS, cpu, parse_gpus
+from hmf.bench.gpus import GPUS, cpu, parse_gpus
 from hmf.bench.memory import weights
 from hmf.cli import app
 from hmf.config.pattern import Pattern
@@ -213,14 +213,15 @@ def test_command_line(tmp_path, monkeypatch):
     ids=["gdn", "gka", "mixed", "transformer"],
 )
 def test_vllm_agrees(tmp_path, case, pattern, fields):
-    """The pool that vLLM makes of 1 GiB on a CPU is the planned one."""
+    """The pool that vLLM makes of 1 GiB is the planned one."""
     # large heads: the smallest block would hold the states of small ones, and hide how it is chosen
     model = engines.save_hybrid(tmp_path, case or Case("GDN", "none"), pattern, head_dim=128, **fields)
     with engines.engine(tmp_path, max_num_batched_tokens=256) as llm:
         config = llm.llm_engine.vllm_config
         cache = config.cache_config
         settings = planner.Settings(batched_tokens=256, prefix_caching=cache.enable_prefix_caching)
-        plan = planner.make_plan(model.config, cpu(), dtype=torch.float32, settings=settings, room=GIB)
+        device = GPUS["h100"] if engines.CUDA else cpu()  # what counts here is the same for all GPUs
+        plan = planner.make_plan(model.config, device, dtype=torch.float32, settings=settings, room=engines.POOL)
         assert cache.block_size == plan.blocks.tokens
         assert cache.num_gpu_blocks == plan.num_blocks
         assert plan.capacity(1024) == pytest.approx(cache.kv_cache_size_tokens, rel=0.02)

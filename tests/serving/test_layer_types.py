@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hmf.config.layers import LAYER_KINDS
-from tests.hybrids import OPTIONS, VOCABULARY, Case, randomise, tiny_config
+from tests.hybrids import OPTIONS, Case, randomise, tiny_config
 from tests.serving import engines
 from tests.serving.quantised import quantise_int8
 
@@ -54,6 +54,7 @@ def test_layer_type(tmp_path, name):
     check(tmp_path, engines.save_hybrid(tmp_path, case, pattern, **fields))
 
 
+@engines.two_devices
 @pytest.mark.parametrize("kv_heads", [2, 1])
 def test_tensor_parallel(tmp_path, kv_heads):
     """Two ranks, every layer type: key/value heads split over them, or one that both hold.
@@ -74,7 +75,8 @@ def test_int8_checkpoint(tmp_path):
     quantise_int8(tmp_path, model, lambda name: ".mlp." in name or ".".join(name.split(".")[-2:]) in names)
     prompts = engines.random_prompts([1, 5, 70], seed=4)
     answers = [engines.hugging_face(model, prompt, TOKENS) for prompt in prompts]
-    with engines.engine(tmp_path, enable_prefix_caching=True) as llm:
+    # vLLM's int8 products on a GPU give no float32.
+    with engines.engine(tmp_path, enable_prefix_caching=True, dtype="bfloat16" if engines.CUDA else "float32") as llm:
         loaded = dict(engines.runner(llm).model.named_parameters())
         quantised = {".".join(name.split(".")[2:-1]) for name in loaded if name.endswith(".weight_scale")}
         assert quantised == {
@@ -83,8 +85,11 @@ def test_int8_checkpoint(tmp_path):
             *(f"{layer}.mlp.{name}" for layer in range(4) for name in ("gate_up_proj", "down_proj")),
         }
         outputs = engines.greedy(llm, prompts, TOKENS)
-    # Sums in another order tip the rounding of an input now and then.
-    engines.assert_same(outputs, answers, tolerance=0.1)
+    if engines.CUDA:
+        wanted = torch.stack([answer.logprobs[0] for answer in answers])
+        assert (engines.first_rows(outputs) - wanted).abs().mean() < 0.3
+    else:  # Sums in another order tip the rounding of an input now and then.
+        engines.assert_same(outputs, answers, tolerance=0.1)
 
 
 def test_fp8_on_the_fly(tmp_path):
@@ -96,9 +101,8 @@ def test_fp8_on_the_fly(tmp_path):
         assert loaded["model.layers.0.self_attn.qkv_proj.weight"].dtype == torch.float8_e4m3fn
         assert loaded["model.layers.2.self_attn.mixer.q_proj.weight"].dtype == torch.bfloat16
         outputs = engines.greedy(llm, prompts, 1)
-    first = torch.tensor([[output.outputs[0].logprobs[0][t].logprob for t in range(VOCABULARY)] for output in outputs])
     wanted = torch.stack([engines.hugging_face(model, prompt, 1).logprobs[0] for prompt in prompts])
-    assert (first - wanted).abs().mean() < 0.3
+    assert (engines.first_rows(outputs) - wanted).abs().mean() < 0.3
 
 
 @torch.no_grad()

@@ -151,6 +151,7 @@ class TestRefusals:
         with pytest.raises(HmfError, match="--mamba-cache-mode align"):
             support.check(config)
 
+    @engines.on_cpu
     def test_pipeline_on_a_cpu(self, hybrid_dir):
         options = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
         assert "use --tensor-parallel-size instead" in refused(hybrid_dir, **options)
@@ -172,9 +173,12 @@ class TestRefusals:
         ("method", "line"),
         [
             ("fp8_per_block", "--quantization fp8_per_block is not supported; use compressed-tensors,"),
-            ("fp8_per_tensor", "vLLM's CPU build cannot quantise to fp8_per_tensor; use fp8_per_channel"),
+            pytest.param(
+                "fp8_per_tensor", "vLLM's CPU build cannot quantise to fp8_per_tensor; use fp8_per_channel",
+                marks=engines.on_cpu,
+            ),
         ],
-    )
+    )  # fmt: skip
     def test_quantisation(self, hybrid_dir, method, line):
         assert line in refused(hybrid_dir, quantization=method, dtype="bfloat16")
 
@@ -183,9 +187,11 @@ class TestRefusals:
         config = tiny_config(GDN, family="qwen3_moe", architectures=["HybridQwen3MoeForCausalLM"], **sizes)
         config.save_pretrained(tmp_path)
         assert "quantised experts" in refused(tmp_path, quantization="fp8_per_channel", dtype="bfloat16")
-        parallel = {"enable_expert_parallel": True, "tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-        assert "drop --enable-expert-parallel" in refused(tmp_path, **parallel)
+        if not engines.CUDA:
+            parallel = {"enable_expert_parallel": True, "tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+            assert "drop --enable-expert-parallel" in refused(tmp_path, **parallel)
 
+    @engines.on_cpu
     def test_head_dim_without_a_kernel(self, tmp_path):
         tiny_config(GDN, architectures=["HybridQwen3ForCausalLM"]).save_pretrained(tmp_path)
         assert "no kernel for head_dim 8" in refused(tmp_path)
@@ -269,6 +275,7 @@ class TestWeights:
         assert dict(account(tensors.items(), wanted)).keys() == tensors.keys()
 
     @pytest.mark.vllm
+    @engines.on_cpu
     @pytest.mark.parametrize("vnni", [False, True])
     def test_products_that_overflow(self, monkeypatch, vnni):
         found = {"architecture": "x86_64", "avx512_vnni": vnni}

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""As a server runs on a GPU: torch.compile, CUDA graphs of prefills in pieces and of decode steps in one."""
+
+import pytest
+
+from hmf.config.layers import LAYER_KINDS
+from tests.hybrids import Case
+from tests.serving import engines
+
+pytestmark = [pytest.mark.gpu, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
+
+TOKENS = 24
+# A decode graph for each size up to `max_num_seqs`; the last one is for prefills.
+GRAPHS = {"max_num_seqs": 8, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 96]}}
+
+
+@pytest.mark.parametrize("symbol", LAYER_KINDS)
+def test_graphs_compute_what_the_model_does(tmp_path, symbol):
+    """Batches smaller than their graph, in a pool full of NaN; the padding's slot stays as it is."""
+    model = engines.save_hybrid(tmp_path, Case(symbol, "graphs"), "X-*-X")
+    prompts = engines.random_prompts([1, 5, 70, 2, 40, 30, 3], seed=6)
+    answers = [engines.hugging_face(model, prompt, TOKENS) for prompt in prompts]
+    with engines.engine(tmp_path, enforce_eager=False, enable_prefix_caching=True, max_model_len=256, **GRAPHS) as llm:
+        assert llm.llm_engine.vllm_config.compilation_config.cudagraph_mode.name == "FULL_AND_PIECEWISE"
+        manager, replayed = engines.runner(llm).cudagraph_manager, set()
+        replay = manager.run_fullgraph
+
+        def counted(graph):
+            replayed.add(graph.num_reqs)
+            return replay(graph)
+
+        manager.run_fullgraph = counted
+        engines.poison(llm)
+        pools = [pool for mixer in engines.mixers(llm) for pool in mixer.kv_cache]
+        null = [pool[0].clone() for pool in pools]
+        for count in (3, 1, 7):
+            engines.assert_same(engines.greedy(llm, prompts[:count], TOKENS), answers[:count])
+        assert {1, 4, 8} <= replayed
+        assert all(pool[0].equal(before) for pool, before in zip(pools, null, strict=True))
