@@ -41,8 +41,10 @@ format: setup-dev ## rewrite the sources in the house style
 	@$(BIN)/ruff check --fix-only --quiet
 	@$(BIN)/ruff format
 
-test-gpu: ## the tests that need CUDA or vLLM, with the python on the path
-	@python -m pytest -m "gpu or vllm"
+test-gpu: ## the tests that need CUDA or vLLM, with the python3 on the path; installs nothing
+	@python3 -c 'import setuptools; setuptools.setup()' --quiet egg_info # by which vLLM finds the plugin in src
+	@PYTHONPATH="$(CURDIR)/src$${PYTHONPATH:+:$$PYTHONPATH}" \
+		python3 -m pytest -n 4 --no-loadscope-reorder -m "gpu or vllm"
 
 clean: ## remove the environment and all caches; runs/ stays
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

@@ -12,7 +12,6 @@ import signal
 from pathlib import Path
 from random import Random
 
-import datasets
 import pytest
 import torch
 from hypothesis import given, settings
@@ -36,6 +35,8 @@ from hmf.pipeline import resolve_base
 from hmf.training.distill import distill, mixture, row_length
 from tests.training import cutting
 from tests.training.cutting import make_tiny_stage0, on_touch
+
+datasets = pytest.importorskip("datasets", reason="needs datasets, which `make test` installs")
 
 TEACHER = resolve_base("teacher")
 WORDS = ["red", "green", "blue", "round", "square", "small", "large", "old", "new", "far"]
