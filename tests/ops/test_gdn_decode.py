@@ -38,7 +38,7 @@ def check(shape: str, dtype: torch.dtype, pool_dtype: torch.dtype, device: str) 
     )  # fmt: skip
     g, beta = -torch.rand(2, sequences + 1, heads, generator=generator)
     beta = -beta
-    pool = torch.randn(2 * sequences + 2, heads, key_dim, value_dim, generator=generator).to(pool_dtype)
+    pool = torch.randn(2 * sequences + 2, heads, value_dim, key_dim, generator=generator).to(pool_dtype)
     pool[0] = float("nan")  # nobody's
     slots = torch.tensor([*(2 * n + 1 for n in range(sequences)), 0], dtype=torch.int32)
 
@@ -46,9 +46,9 @@ def check(shape: str, dtype: torch.dtype, pool_dtype: torch.dtype, device: str) 
     repeat = lambda x: x.repeat_interleave(heads // x.shape[1], 1)[:-1].float()  # noqa: E731
     used = slots[:-1].long()
     expected, state = gdn.step(
-        repeat(l2_normalise(q)), repeat(l2_normalise(k)), repeat(v), g[:-1], beta[:-1], pool[used].float()
+        repeat(l2_normalise(q)), repeat(l2_normalise(k)), repeat(v), g[:-1], beta[:-1], pool[used].float().mT
     )  # fmt: skip
-    expected_pool[used] = state.to(pool_dtype)
+    expected_pool[used] = state.mT.to(pool_dtype)
 
     on_device = pool.to(device)
     o = decode(*(x.to(device) for x in (q, k, v, g, beta)), on_device, slots.to(device), null_slot=0)

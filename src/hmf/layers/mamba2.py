@@ -62,24 +62,38 @@ class Mamba2(Mixer):
         return {"in_proj": self._widths, "conv1d": self._widths[1:4]}.get(name.partition(".")[0])
 
     def mix(self, hidden_states, states, cu_seqlens, position_embeddings) -> tuple[torch.Tensor, States]:
-        o, new = self.options, {}
+        new: States = {}
+        z, x, dt = self.project(hidden_states, position_embeddings)
+        before = (None, None) if states is None else (states["conv"], states["recurrent"])
+        x, new["conv"] = short_conv(x, self.conv1d.weight, self.conv1d.bias, before[0], cu_seqlens)
+        x, B, C = self.heads_of(x)
+        dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
+        y, new["recurrent"] = state_space_dual(x, B, C, dt, -self.A_log.exp(), self.D, before[1], cu_seqlens)
+        return self.output(y, z), new
+
+    def project(self, hidden_states, position_embeddings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """hidden_states [B, T, D] -> z [B, T, H K], the convolution's input [B, T, (H + 2 Hk) K], dt [B, T, H]."""
+        o = self.options
         z, x, B, C, dt = self.in_proj(hidden_states).split(self._widths, dim=-1)
         B, C = (y.unflatten(-1, (-1, self.head_dim)) for y in (B, C))
         if hasattr(self, "B_norm"):
             B, C = self.B_norm(B), self.C_norm(C)
         if o.use_pos_emb:
             B, C = rotate(B, *position_embeddings), rotate(C, *position_embeddings)
-        before = (None, None) if states is None else (states["conv"], states["recurrent"])
-        x = torch.cat([x, B.flatten(-2), C.flatten(-2)], dim=-1)
-        x, new["conv"] = short_conv(x, self.conv1d.weight, self.conv1d.bias, before[0], cu_seqlens)
+        return z, torch.cat([x, B.flatten(-2), C.flatten(-2)], dim=-1), dt
+
+    def heads_of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The convolution's output [..., (H + 2 Hk) K] -> x, B and C [..., H, K]."""
         x, B, C = (y.unflatten(-1, (-1, self.head_dim)) for y in x.split(self._widths[1:4], dim=-1))
         x, B = (y.repeat_interleave(self.heads // y.shape[-2], dim=-2) for y in (x, B))
-        dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
-        y, new["recurrent"] = state_space_dual(x, B, C, dt, -self.A_log.exp(), self.D, before[1], cu_seqlens)
-        compute = torch.promote_types(y.dtype, torch.float32)
+        return x, B, C
+
+    def output(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """y [B, T, H, K] and the gate z [B, T, H K] -> [B, T, D]."""
+        dtype, compute = z.dtype, torch.promote_types(y.dtype, torch.float32)
         y = y.to(compute) * F.silu(z.to(compute)).view_as(y)
         y = F.rms_norm(y, y.shape[-1:], eps=NORM_EPS) * self.norm.weight.to(compute).view(self.heads, -1)
-        return self.out_proj(y.to(hidden_states.dtype).flatten(-2)), new
+        return self.out_proj(y.to(dtype).flatten(-2))
 
     def init_recurrence(self, generator: torch.Generator | None = None) -> None:
         init_decay(self.A_log, self.dt_bias, generator)

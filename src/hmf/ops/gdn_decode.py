@@ -39,12 +39,12 @@ def _decode(
     decay = tl.exp(tl.load(g + sequence * H + head).to(tl.float32))
     strength = tl.load(beta + sequence * H + head).to(tl.float32)
 
-    at = pool + slot * pool_slot + head * K * V + key_at[:, None] * V + value_at[None, :]
-    mask = in_key[:, None] & in_value[None, :]
+    at = pool + slot * pool_slot + head * K * V + value_at[:, None] * K + key_at[None, :]
+    mask = in_value[:, None] & in_key[None, :]
     state = tl.load(at, mask=mask, other=0).to(tl.float32) * decay
-    error = (value - tl.sum(state * key[:, None], axis=0)) * strength
-    state += key[:, None] * error[None, :]
-    tl.store(out, (tl.sum(state * query[:, None], axis=0) * scale).to(o.dtype.element_ty), mask=in_value)
+    error = (value - tl.sum(state * key[None, :], axis=1)) * strength
+    state += error[:, None] * key[None, :]
+    tl.store(out, (tl.sum(state * query[None, :], axis=1) * scale).to(o.dtype.element_ty), mask=in_value)
     tl.store(at, state.to(pool.dtype.element_ty), mask=mask)
 
 
@@ -62,13 +62,13 @@ def decode(
     """Advance the states of S sequences by one token; returns o [S, H, V] in v.dtype.
 
     q [S, Hq, K], k [S, Hk, K], v [S, Hv, V], not normalised, where Hq = H and Hk and Hv divide H, each row's heads side
-    by side in memory; g (log decay), beta [S, H]; pool [slots, H, K, V] of any float dtype, changed in place;
-    slots [S] integers, all different but for `null_slot`, whose rows give zeros and change nothing.
+    by side in memory; g (log decay), beta [S, H]; pool [slots, H, V, K] (vLLM's layout) of any float dtype, changed in
+    place; slots [S] integers, all different but for `null_slot`, whose rows give zeros and change nothing.
     """
     sequences, value_dim, key_dim, heads = v.shape[0], v.shape[-1], k.shape[-1], pool.shape[1]
     if q.shape[1] != heads or any(x.stride()[1:] != (x.shape[-1], 1) for x in (q, k, v)):
         raise ValueError(f"q must have the pool's {heads} heads, and the heads of a row must be side by side in memory")
-    if pool.stride()[1:] != (key_dim * value_dim, value_dim, 1):
+    if pool.stride()[1:] != (key_dim * value_dim, key_dim, 1):
         raise ValueError("the states of a slot must be contiguous")
     o = v.new_empty(sequences, heads, value_dim)
     block_v = min(32, triton.next_power_of_2(value_dim))

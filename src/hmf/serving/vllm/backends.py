@@ -7,11 +7,19 @@ the names between its processes, so each needs a path: `hmf.serving.vllm.backend
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadata, BaseMambaAttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
+from vllm.v1.attention.backends.utils import compute_causal_conv1d_metadata
 
 from .support import MIXERS
+
+SSD_CHUNK = 256  # tokens: what vLLM's kernels of Mamba2 are tuned for
 
 
 class RecurrentMetadata(BaseMambaAttentionMetadata):
@@ -20,7 +28,41 @@ class RecurrentMetadata(BaseMambaAttentionMetadata):
 
 class RecurrentMetadataBuilder(BaseMambaAttentionMetadataBuilder[RecurrentMetadata]):
     metadata_cls = RecurrentMetadata
-    needs_causal_conv1d_metadata = False
+    needs_causal_conv1d_metadata = current_platform.is_cuda()
+
+
+@dataclass
+class SSDMetadata(RecurrentMetadata):
+    """With the chunks that vLLM's kernels of Mamba2 go by."""
+
+    seq_idx_p: torch.Tensor | None = None  # the request of each chunk
+
+
+class SSDMetadataBuilder(RecurrentMetadataBuilder):
+    metadata_cls = SSDMetadata
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **kwargs: Any) -> Any:
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
+        if not metadata.num_prefills or not current_platform.is_cuda():
+            return metadata
+        bounds, of, last, _ = self._build_chunk_metadata_tensors(SSD_CHUNK, metadata, common_attn_metadata)
+        return replace(metadata, cu_chunk_seqlen_p=bounds, seq_idx_p=of, last_chunk_indices_p=last)
+
+
+def one_request(tokens: int, device: torch.device) -> SSDMetadata:
+    """The metadata of one fresh request of `tokens` tokens in slot 1, for any layer type."""
+    bounds = torch.tensor([0, tokens], dtype=torch.int32)
+    nums, batch, offsets = compute_causal_conv1d_metadata(bounds, device=device)
+    chunks = BaseMambaAttentionMetadataBuilder._compute_chunk_metadata(SSD_CHUNK, 1, torch.tensor([0]), bounds)
+    starts, of, last = (torch.tensor(x, dtype=torch.int32, device=device) for x in chunks[:3])
+    return SSDMetadata(
+        num_prefills=1, num_prefill_tokens=tokens, num_decodes=0, num_decode_tokens=0, num_reqs=1,
+        has_initial_states_p=torch.zeros(1, dtype=torch.bool, device=device), query_start_loc_p=bounds.to(device),
+        state_indices_tensor_p=torch.ones(1, dtype=torch.int32, device=device),
+        state_indices_tensor_d=None, query_start_loc_d=None, num_accepted_tokens=None, seq_lens=bounds[1:].to(device),
+        cu_chunk_seqlen_p=starts, seq_idx_p=of, last_chunk_indices_p=last,
+        nums_dict=nums, batch_ptr=batch, token_chunk_offset_ptr=offsets,
+    )  # fmt: skip
 
 
 class RecurrentBackend(AttentionBackend):
@@ -28,9 +70,9 @@ class RecurrentBackend(AttentionBackend):
     def get_name(cls) -> str:
         return f"HMF_{cls.__name__}"
 
-    @staticmethod
-    def get_builder_cls() -> type[RecurrentMetadataBuilder]:
-        return RecurrentMetadataBuilder
+    @classmethod
+    def get_builder_cls(cls) -> type[RecurrentMetadataBuilder]:
+        return SSDMetadataBuilder if cls.__name__ == "M2" else RecurrentMetadataBuilder
 
     @classmethod
     def is_ssm(cls) -> bool:

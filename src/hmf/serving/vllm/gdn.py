@@ -2,25 +2,28 @@
 """Gated DeltaNet inside vLLM (arXiv 2412.06464; equations in `hmf.ops.gdn`).
 
 States of a request: the last conv_size - 1 inputs of the short convolutions of q, k and v [conv_size - 1, channels],
-and the recurrent state [H, K, V]. Heads are split over tensor-parallel ranks; where there are fewer key/value heads
-than ranks, each rank holds the one that its heads read.
+and the recurrent state, in the layout of vLLM's kernels [H, V, K]. Heads are split over tensor-parallel ranks; where
+there are fewer key/value heads than ranks, each rank holds the one that its heads read.
 
 Legend: N tokens of the batch, S sequences, T tokens a sequence, H expanded heads (of this rank), D head_dim.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_update
+from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
 from hmf.config.layers import GDNOptions, layer_options
@@ -29,8 +32,9 @@ from hmf.layers.gdn import l2_normalise
 from hmf.layers.linear import LowRank
 from hmf.ops import gated_delta_rule, short_conv
 
+from .backends import RecurrentMetadata
 from .parts import NormWeight, ShortConvWeights, rms_norm
-from .recurrent import RecurrentMixer, Tensors
+from .recurrent import RecurrentMixer, Tensors, started
 
 
 def states(symbol: str, config: Any, ranks: int) -> dict[str, StateShape]:
@@ -83,6 +87,8 @@ class GatedDeltaNet(RecurrentMixer):
         for parameter in (self.A_log, self.dt_bias):
             set_weight_attrs(parameter, {"weight_loader": sharded_weight_loader(0)})
         self.o_norm = NormWeight(head_dim)
+        if current_platform.is_cuda():
+            self._init_kernels()
         if options.kv_proj_rank is not None:
             kv_dim = options.num_k_heads * head_dim
             self.proj_k = LowRank(kv_dim, options.kv_proj_rank, heads * head_dim)
@@ -117,8 +123,50 @@ class GatedDeltaNet(RecurrentMixer):
             qkv, convs = F.silu(qkv), ()
         q, k, v = self._streams(qkv)
         k, v = self._expand(k, "k"), self._expand(v, "v")
+        before = None if before is None else before.mT
         o, after = gated_delta_rule(l2_normalise(q), l2_normalise(k), v, decay, beta, before, cu_seqlens)
-        return o, (*convs, after)
+        return o, (*convs, after.mT)
+
+    def _init_kernels(self) -> None:
+        """vLLM's prefill: FlashInfer's kernel, which shares the heads of keys and values, or Triton's, for which they
+        are repeated. `--additional-config '{"gdn_prefill_backend": "triton"}'` chooses."""
+        from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import ChunkGatedDeltaRule
+
+        chosen = ChunkGatedDeltaRule()
+        dtype = get_current_vllm_config().model_config.dtype
+        self.shares_heads = (
+            chosen.gdn_prefill_backend == "flashinfer"
+            and self.options.head_dim == 128
+            and find_spec("cutlass") is not None
+        )
+        # Neither takes float32.
+        self.chunks = None if dtype == torch.float32 else chosen if self.shares_heads else chosen.forward_native
+
+    def prefill(self, inputs: Tensors, pools: Tensors, metadata: RecurrentMetadata) -> torch.Tensor:
+        if inputs[0].device.type == "cpu" or self.chunks is None:
+            return super().prefill(inputs, pools, metadata)
+        qkv, decay, beta = inputs
+        slots, known, bounds = (
+            metadata.state_indices_tensor_p, metadata.has_initial_states_p, metadata.query_start_loc_p,
+        )  # fmt: skip
+        if self.options.use_short_conv:
+            qkv = causal_conv1d_fn(
+                qkv.T, self.conv1d.weight.squeeze(1), self.conv1d.bias, pools[0].transpose(1, 2), bounds,
+                cache_indices=slots, has_initial_state=known, activation="silu", metadata=metadata,
+            ).T  # fmt: skip
+        else:
+            qkv = F.silu(qkv)
+        q, k, v = self._streams(qkv[None])
+        if not self.shares_heads or self.options.kv_proj_rank is not None:
+            k, v = self._expand(k, "k"), self._expand(v, "v")
+        slots = slots.long()
+        o, after = self.chunks(
+            q=q.contiguous(), k=k.contiguous(), v=v.contiguous(), g=decay[None], beta=beta[None],
+            initial_state=started(pools[-1][slots], known), output_final_state=True, cu_seqlens=bounds,
+            use_qk_l2norm_in_kernel=True,
+        )  # fmt: skip
+        pools[-1][slots] = after.to(pools[-1].dtype)
+        return o[0]
 
     def decode(self, inputs: Tensors, slots: torch.Tensor) -> torch.Tensor:
         if slots.device.type == "cpu":

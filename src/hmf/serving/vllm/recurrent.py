@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.library import Library
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
-from vllm.config import get_current_vllm_config
+from vllm.config import CUDAGraphMode, get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.mamba.abstract import MambaBase
@@ -29,7 +29,7 @@ from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
 from hmf.layers.base import StateShape
 
-from .backends import RecurrentMetadata, state_backend
+from .backends import RecurrentMetadata, one_request, state_backend
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handler prints it
 
@@ -124,9 +124,8 @@ class RecurrentMixer(MambaBase, nn.Module):
         """Write the recurrence's output of a whole batch, and advance the states of its requests."""
         if metadata is None:  # a trial run without requests
             output.zero_()
-            if output.device.type != "cpu":  # claims the memory that a first long prompt will need
-                bounds = torch.tensor([0, output.shape[0]], device=output.device)
-                self.recur(tuple(x[None] for x in inputs), None, bounds)
+            if output.device.type != "cpu" and get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.NONE:
+                self._rehearse(inputs)
             return
         decodes, tokens = metadata.num_decodes, metadata.num_decode_tokens + metadata.num_prefill_tokens
         output[tokens:].zero_()  # rows of padding
@@ -135,31 +134,45 @@ class RecurrentMixer(MambaBase, nn.Module):
                 tuple(x[:decodes] for x in inputs), metadata.state_indices_tensor_d[:decodes, 0]
             )
         if metadata.num_prefills:
-            slots = metadata.state_indices_tensor_p.long()
-            known = metadata.has_initial_states_p
-            states = tuple(_started(pool[slots], known) for pool in self.kv_cache)
             at = slice(decodes, tokens)
-            mixed, after = self.recur(tuple(x[None, at] for x in inputs), states, metadata.query_start_loc_p)
-            output[at] = mixed[0]
-            self._store(slots, after)
+            output[at] = self.prefill(tuple(x[at] for x in inputs), self.kv_cache, metadata)
+
+    def _rehearse(self, inputs: Tensors) -> None:
+        """One fresh request of so many tokens, in states that are thrown away: it compiles and tunes the real kernels
+        and claims the memory that a first long prompt will need."""
+        tokens, device = inputs[0].shape[0], inputs[0].device
+        pools = tuple(
+            torch.zeros(2, *state.shape, dtype=dtype, device=device)
+            for state, dtype in zip(self.states.values(), self._state_dtypes, strict=True)
+        )
+        self.prefill(inputs, pools, one_request(tokens, device))
+
+    def prefill(self, inputs: Tensors, pools: Tensors, metadata: RecurrentMetadata) -> torch.Tensor:
+        """The metadata's prefills, side by side in inputs [N, ...]: returns [N, *output_shape], changes the pools."""
+        slots, known = metadata.state_indices_tensor_p.long(), metadata.has_initial_states_p
+        before = tuple(started(pool[slots], known) for pool in pools)
+        mixed, after = self.recur(tuple(x[None] for x in inputs), before, metadata.query_start_loc_p)
+        _store(pools, slots, after)
+        return mixed[0]
 
     def decode(self, inputs: Tensors, slots: torch.Tensor) -> torch.Tensor:
         """One token of each of S requests, whose states stand in `slots` [S]: inputs [S, ...] -> [S, *output_shape]."""
         slots = slots.long()
         mixed, after = self.recur(tuple(x[:, None] for x in inputs), tuple(pool[slots] for pool in self.kv_cache), None)
-        self._store(slots, after)
+        _store(self.kv_cache, slots, after)
         return mixed[:, 0]
 
-    def _store(self, slots: torch.Tensor, states: Tensors) -> None:
-        for pool, state in zip(self.kv_cache, states, strict=True):
-            state = state.to(pool.dtype)
-            if pool.device.type != "cpu":  # rows of padding in a CUDA graph point to the null slot: leave it as it is
-                padding = (slots == NULL_BLOCK_ID).view(-1, *[1] * (state.dim() - 1))
-                state = torch.where(padding, pool[slots], state)
-            pool[slots] = state
+
+def _store(pools: Tensors, slots: torch.Tensor, states: Tensors) -> None:
+    for pool, state in zip(pools, states, strict=True):
+        state = state.to(pool.dtype)
+        if pool.device.type != "cpu":  # rows of padding in a CUDA graph point to the null slot: leave it as it is
+            padding = (slots == NULL_BLOCK_ID).view(-1, *[1] * (state.dim() - 1))
+            state = torch.where(padding, pool[slots], state)
+        pool[slots] = state
 
 
-def _started(state: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+def started(state: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     """Zeros for a fresh request: its slot still holds whatever the last owner left, NaN included."""
     return torch.where(known.view(-1, *[1] * (state.dim() - 1)), state, torch.zeros_like(state))
 

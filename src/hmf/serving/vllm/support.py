@@ -20,7 +20,7 @@ TESTED_VLLM = SpecifierSet(">=0.32.0,<0.33")
 MIXERS = {
     "GDN": "hmf.serving.vllm.gdn",
     "GKA": "hmf.serving.vllm.hosted",
-    "M2": "hmf.serving.vllm.hosted",
+    "M2": "hmf.serving.vllm.mamba2",
     "BMF": "hmf.serving.vllm.hosted",
     "SWA": "hmf.serving.vllm.window",
 }

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mamba2 inside vLLM: the layer of `hmf.layers`, on a GPU with vLLM's own kernels for what lies between projections.
+
+Their states have the layout [H, V, K]. They know no groups of keys as small as ours, so x and B are repeated for them.
+
+Legend: N tokens of the batch, S sequences, D model dim, H heads, K head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
+
+from hmf.layers.mamba2 import Mamba2
+
+from .backends import SSD_CHUNK, SSDMetadata
+from .hosted import HostedMixer, states  # noqa: F401 (asked for beside `build`)
+from .recurrent import Tensors, started
+
+
+def build(symbol: str, config: Any, quant_config: Any, prefix: str, attention: nn.Module) -> nn.Module:
+    """The mixer for the place of `attention`."""
+    return Mamba2Mixer(symbol, config, prefix)
+
+
+class Mamba2Mixer(HostedMixer):
+    mixer: Mamba2
+
+    def prefill(self, inputs: Tensors, pools: Tensors, metadata: SSDMetadata) -> torch.Tensor:
+        if not _has_kernels(inputs):
+            return super().prefill(inputs, pools, metadata)
+        from vllm.model_executor.layers.mamba.ops.ssd_combined import mamba_chunk_scan_combined_varlen
+
+        mixer, slots, known = self.mixer, metadata.state_indices_tensor_p, metadata.has_initial_states_p
+        z, x, dt = self._project(inputs)
+        x = causal_conv1d_fn(
+            x.T, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, pools[0], metadata.query_start_loc_p,
+            cache_indices=slots, has_initial_state=known, activation="silu", metadata=metadata,
+        ).T  # fmt: skip
+        x, B, C = mixer.heads_of(x)
+        y, slots = torch.empty_like(x), slots.long()
+        after = mamba_chunk_scan_combined_varlen(
+            x, dt, -mixer.A_log.exp(), B, C, SSD_CHUNK, metadata.query_start_loc_p, metadata.cu_chunk_seqlen_p,
+            metadata.last_chunk_indices_p, metadata.seq_idx_p, y, D=mixer.D, dt_bias=mixer.dt_bias, dt_softplus=True,
+            initial_states=started(pools[1][slots], known), state_dtype=pools[1].dtype,
+        )  # fmt: skip
+        pools[1][slots] = after
+        return mixer.output(y, z)
+
+    def decode(self, inputs: Tensors, slots: torch.Tensor) -> torch.Tensor:
+        if not _has_kernels(inputs):
+            return super().decode(inputs, slots)
+        from vllm.model_executor.layers.mamba.ops.mamba_ssm import selective_state_update
+
+        mixer = self.mixer
+        z, x, dt = self._project(inputs)
+        x = causal_conv1d_update(
+            x, self.kv_cache[0], mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, "silu",
+            conv_state_indices=slots, null_block_id=NULL_BLOCK_ID, out=torch.empty_like(x),
+        )  # fmt: skip
+        x, B, C = mixer.heads_of(x)
+        y, size, A = torch.zeros_like(x), mixer.head_dim, -mixer.A_log.exp()
+        selective_state_update(
+            self.kv_cache[1], x, dt[..., None].expand(-1, -1, size), A[:, None, None].expand(-1, size, size), B, C,
+            mixer.D[:, None].expand(-1, size), mixer.dt_bias[:, None].expand(-1, size), dt_softplus=True,
+            state_batch_indices=slots, null_block_id=NULL_BLOCK_ID, out=y,
+        )  # fmt: skip
+        return mixer.output(y, z)
+
+    def _project(self, inputs: Tensors) -> Tensors:
+        """hidden_states [N, D] and positions [N] -> z, x, dt [N, ...] of `Mamba2.project`."""
+        hidden_states, positions = (x[None] for x in inputs)
+        return tuple(x[0] for x in self.mixer.project(hidden_states, self.rotary(hidden_states, positions)))
+
+
+def _has_kernels(inputs: Tensors) -> bool:
+    """On the GPU; in float32 they would round products to TF32, where `hmf.ops` keeps to the definition."""
+    return inputs[0].is_cuda and inputs[0].dtype != torch.float32
