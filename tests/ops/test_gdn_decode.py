@@ -52,7 +52,7 @@ def check(shape: str, dtype: torch.dtype, pool_dtype: torch.dtype, device: str) 
 
     on_device = pool.to(device)
     o = decode(*(x.to(device) for x in (q, k, v, g, beta)), on_device, slots.to(device), null_slot=0)
-    bounds = {"rtol": 1.6e-2, "atol": 1e-2} if torch.bfloat16 in (dtype, pool_dtype) else {"rtol": 1e-4, "atol": 1e-5}
+    bounds = {"rtol": 1.6e-2, "atol": 2e-2} if torch.bfloat16 in (dtype, pool_dtype) else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(o[:-1].cpu().float(), expected, **bounds)
     torch.testing.assert_close(on_device.cpu(), expected_pool, equal_nan=True, **bounds)
     assert not o[-1].any()
