@@ -497,6 +497,76 @@ def bench_states(
         states.print_drift(found, title)
 
 
+@bench.command(name="serving", epilog=epilog(
+    "hmf bench serving ./Qwen3-8B runs/prime/model --context 16384:20,32768:10",
+    "hmf bench serving recipes/configs/qwen3-8b --mixer gdn --ratio 0.5 --context 16384:20 --json serving.json",
+))  # fmt: skip
+def bench_serving(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help='Directories with a config.json (without weights: random ones), or "teacher".', metavar="MODEL"
+        ),
+    ],
+    context: Annotated[
+        str, typer.Option(help="Prompt tokens and how many sequences at once.", metavar="TOKENS:SEQUENCES,...")
+    ],
+    mixer: Annotated[
+        str, typer.Option(help="With --ratio: measure also the Hybrid that the only MODEL would become.")
+    ] = "gdn",
+    ratio: Annotated[float | None, typer.Option(help="Share of layers to replace.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="Or that Hybrid's pattern, one symbol a layer.")] = None,
+    output: Annotated[int, typer.Option(min=1, help="Tokens that each sequence decodes while it is timed.")] = 128,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs, of which the fastest counts.")] = 1,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of weights; left out: bfloat16, or float32 where there is no GPU.")
+    ] = None,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of GPU memory that vLLM may take.")] = 0.9,
+    batched_tokens: Annotated[int, typer.Option(min=1, help="vLLM's --max-num-batched-tokens.")] = 8192,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs for each model.")] = 1,
+    enforce_eager: Annotated[bool, typer.Option(help="Neither torch.compile nor CUDA graphs.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File to write the rows to, too.")] = None,
+) -> None:
+    """Prefill and decode throughput in vLLM of a Hybrid and its base, or of any models, with ratios to the first."""
+    import json
+    import tempfile
+
+    import torch
+
+    from hmf.bench import machine
+    from hmf.config.runs import HybridSettings
+    from hmf.model.checkpoint import load_config
+    from hmf.model.convert import hybrid_config
+    from hmf.pipeline import resolve_base
+    from hmf.serving import throughput
+    from hmf.serving.serve import require_vllm
+
+    dtype = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    run = throughput.Run(
+        throughput.parse_loads(context), output, repeats, dtype, gpu_memory_utilization, batched_tokens,
+        tensor_parallel_size, enforce_eager,
+    )  # fmt: skip
+    if json_file is not None and not json_file.parent.is_dir():
+        raise HmfError(f"--json: {json_file.parent}: no such directory; name a file in one that exists")
+    with tempfile.TemporaryDirectory(prefix="hmf-config-") as folder:
+        named = [(model, resolve_base(model)) for model in models]
+        if ratio is not None or pattern is not None:
+            if len(models) > 1 or (ratio is not None and pattern is not None):
+                raise HmfError("give at most one of --ratio and --pattern, and then one MODEL")
+            config = load_config(named[0][1], weights=False)
+            layers = HybridSettings(mixer=mixer, ratio=ratio, pattern=pattern).layer_pattern(config.num_hidden_layers)
+            hybrid_config(config, layers).save_pretrained(folder)
+            named.append((f"{models[0]} as a Hybrid", Path(folder)))
+        subjects = [throughput.subject(name, source, run) for name, source in named]
+        require_vllm()
+        table = throughput.rows(subjects, throughput.run_all(subjects, run), run)
+    facts = {"dtype": dtype, "options": [one.arguments for one in subjects]}
+    if json_file is not None:
+        report = {"rows": table, **facts, "hardware": machine.hardware(), "versions": machine.versions()}
+        json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    throughput.print_rows(table, f"{dtype}, {output} tokens decoded by each sequence, {batched_tokens:,} tokens a step")
+
+
 def main() -> None:
     """Entry point of the `hmf` script."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -27,6 +27,13 @@ on_cpu = pytest.mark.skipif(CUDA, reason="about vLLM's CPU build")
 two_devices = pytest.mark.skipif(CUDA and torch.cuda.device_count() < 2, reason="needs two GPUs")
 # Of a server, so that several fit on a GPU beside each other.
 SMALL = ["--kv-cache-memory-bytes", str(POOL), "--gpu-memory-utilization", "0.1", "--max-num-seqs", "16"] * CUDA
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "TRITON_F32_DEFAULT": "ieee",  # else vLLM's attention on a GPU rounds float32 to TF32
+}
 
 
 def save_hybrid(path: Path, case: Case, pattern: str = "X-*-X-*", family: str = "qwen3", **fields: Any) -> Any:
@@ -77,13 +84,7 @@ def teacher_forced(model: Any, prompt: list[int], answer: list[int]) -> torch.Te
 def engine(path: Path, **options: Any) -> Iterator[Any]:
     """A vLLM engine in this process: its pools can be looked at, and it starts in seconds."""
     before = dict(os.environ)
-    os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "TRITON_F32_DEFAULT": "ieee",  # else vLLM's attention on a GPU rounds float32 to TF32
-    }
+    os.environ |= ENVIRONMENT
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 

@@ -111,11 +111,15 @@ class Plan:
         states = sum(cache.state_bytes for cache in self.caches)
         return sum(cache.bytes(context) for cache in self.caches) - states, states
 
+    def step_bytes(self, sequences: float, context: int) -> float:
+        """What one GPU reads and writes in a decode step of `sequences` at `context` tokens each."""
+        kv, states = self.sequence_bytes(context)
+        return self.weights.read(sequences) / self.ranks + sequences * (kv + 2 * states)
+
     def decode_rate(self, sequences: float, context: int) -> float:
         """Tokens per second of `sequences` at `context` tokens each."""
-        kv, states = self.sequence_bytes(context)
-        step = self.weights.read(sequences) / self.ranks + sequences * (kv + 2 * states)
-        return sequences * self.device.bandwidth * COPY_SHARE * self.settings.efficiency / step
+        reached = self.device.bandwidth * COPY_SHARE * self.settings.efficiency
+        return sequences * reached / self.step_bytes(sequences, context)
 
 
 def make_plan(

@@ -52,20 +52,47 @@ def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
     Raises HmfError for what is no plain checkpoint, or does not fit.
     """
     config = load_config(source, weights=False)
-    if getattr(config, "quantization_config", None):
-        config.quantization_config = None  # planned as it was before: quantised weights take less than that
-    else:
+    if not getattr(config, "quantization_config", None):
         require_checkpoint(source)
-    config = as_hybrid(config)
-    if config.pattern.fused:
-        raise HmfError(f"{source}: still holds the teacher (Stage 0 or 1); run `hmf export` on it and serve the result")
+    config = servable(config, source)
     caching = NO_CACHING not in extra
     share = _number(UTILISED, _value(extra, UTILISED) or str(UTILISATION), float)
     settings = Settings(prefix_caching=caching, utilisation=share)
+    plan, options, environment = for_machine(config, settings, _value(extra, RANKS, "-tp"))
+    if not plan.sequences(config.max_position_embeddings):
+        longest = plan.longest(config.max_position_embeddings)
+        if not longest:
+            raise HmfError(
+                f"{source}: {plan.num_blocks} cache blocks hold no sequence; give more memory, or {NO_CACHING}"
+            )
+        options["--max-model-len"] = str(longest)
+    options |= _parsers(source)
+    given = {argument.partition("=")[0] for argument in extra}
+    ours = [text for name, value in options.items() if name not in given for text in (name, value) if text is not None]
+    return Launch((str(source), *ours, *extra), environment)
+
+
+def servable(config: Any, source: str | Path) -> Any:
+    """`config` as the Hybrid that is planned and served; HmfError where it still holds the teacher."""
+    if getattr(config, "quantization_config", None):
+        config.quantization_config = None  # planned as it was before: quantised weights take less than that
+    config = as_hybrid(config)
+    if config.pattern.fused:
+        raise HmfError(f"{source}: still holds the teacher (Stage 0 or 1); run `hmf export` on it and serve the result")
+    return config
+
+
+def for_machine(
+    config: Any, settings: Settings, ranks: str | None = None
+) -> tuple[Plan, dict[str, str | None], dict[str, str]]:
+    """vLLM's options for a Hybrid `config` on this machine, with the plan they follow, and what the environment needs.
+
+    ranks: of tensor parallelism; None is as few GPUs as hold a sequence of full length.
+    """
     options: dict[str, str | None] = {}
     environment = {}
     if torch.cuda.is_available():
-        plan = _plan_gpus(config, settings, _value(extra, RANKS, "-tp"))
+        plan = _plan_gpus(config, settings, ranks)
         if plan.ranks > 1:
             options[RANKS] = str(plan.ranks)
         options["--max-cudagraph-capture-size"] = str(plan.capture_size)
@@ -76,21 +103,11 @@ def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
         if config.dtype == torch.float32:
             options["--dtype"] = "float32"  # vLLM's own choice would narrow the weights
     options["--max-num-seqs"] = str(plan.most_requests)
-    if not plan.sequences(config.max_position_embeddings):
-        longest = plan.longest(config.max_position_embeddings)
-        if not longest:
-            raise HmfError(
-                f"{source}: {plan.num_blocks} cache blocks hold no sequence; give more memory, or {NO_CACHING}"
-            )
-        options["--max-model-len"] = str(longest)
     if plan.blocks.has_states:
-        if caching:
+        if settings.prefix_caching:
             options |= {"--enable-prefix-caching": None, "--mamba-cache-mode": "align"}
         options |= dict.fromkeys(("--mamba-cache-dtype", "--mamba-ssm-cache-dtype"), config.state_dtype)
-    options |= _parsers(source)
-    given = {argument.partition("=")[0] for argument in extra}
-    ours = [text for name, value in options.items() if name not in given for text in (name, value) if text is not None]
-    return Launch((str(source), *ours, *extra), environment)
+    return plan, options, environment
 
 
 def _parsers(source: str | Path) -> dict[str, str | None]:
@@ -129,12 +146,12 @@ def _plan_cpu(config: Any, settings: Settings) -> Plan:
     import psutil  # comes with accelerate
 
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    settings = replace(settings, max_num_seqs=CPU_SEQUENCES)
+    settings = replace(settings, max_num_seqs=settings.max_num_seqs or CPU_SEQUENCES)
     device = cpu(psutil.virtual_memory().available)
     plan = make_plan(config, device, dtype=dtype, settings=settings, room=device.memory)
     if given := os.environ.get(CPU_SPACE):
         return replace(plan, cache_bytes=_number(CPU_SPACE, given, int) * GIB)
-    wanted = (1 + CPU_SEQUENCES * plan.blocks.of_sequence(config.max_position_embeddings)) * plan.blocks.bytes
+    wanted = (1 + plan.max_num_seqs * plan.blocks.of_sequence(config.max_position_embeddings)) * plan.blocks.bytes
     half = (device.memory - plan.weights.total) // 2
     return replace(plan, cache_bytes=max(1, min(math.ceil(wanted / GIB), half // GIB)) * GIB)
 
@@ -184,7 +201,7 @@ def run(launch: Launch) -> int:
             if len(asked) > 1 or (asked and time.monotonic() - asked[0] > GRACE):
                 break
     finally:
-        _end_group(server)
+        end_group(server)
         for number, handler in before.items():
             signal.signal(number, handler)
     return 0 if asked else code or 0
@@ -197,7 +214,7 @@ def _wait(server: subprocess.Popen, seconds: float) -> int | None:
         return None
 
 
-def _end_group(server: subprocess.Popen) -> None:
+def end_group(server: subprocess.Popen) -> None:
     """Let what is left of the server's process group end in three seconds, then end it by force."""
     with suppress(ProcessLookupError):  # nobody is left
         if server.poll() is None:

@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hmf bench serving`: prefill and decode throughput of several models in vLLM, one engine after the other.
+
+Every engine runs in a process of its own, so that its memory is given back before the next one starts. Prompts are
+random token ids, the same for all models and other ones in each run, and prefix caching is off. After a warm-up of the
+same shapes:
+
+- prefill: all sequences are submitted together and each asks for one token; prompt tokens by the time to the last one.
+- decode: from the step that gave the last sequence its first token until every sequence has had `output` more. So
+  nothing but full batches of decodes is timed: no prefill, and no tail of fewer sequences. The rest is then aborted.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+import hmf
+from hmf.bench import machine
+from hmf.bench import plan as planner
+from hmf.bench.gpus import Device
+from hmf.bench.plan import Plan, Settings, make_plan
+from hmf.errors import HmfError, unknown_name
+from hmf.model.checkpoint import WEIGHT_FILES, load_config, require_checkpoint
+from hmf.serving.serve import end_group, for_machine, servable
+from hmf.serving.vllm import register
+
+DTYPES = ("float32", "bfloat16", "float16")
+GROUP = "vllm.general_plugins"
+COPIED = 2**30  # bytes
+
+
+@dataclass(frozen=True)
+class Load:
+    """So many sequences at once, with prompts of so many tokens."""
+
+    tokens: int
+    sequences: int
+
+    def lead(self, batched_tokens: int) -> int:
+        """Tokens that the first sequence may be ahead when the last one gets its first, and a few more."""
+        return 2 * math.ceil(self.tokens * self.sequences / (batched_tokens - self.sequences)) + 8
+
+
+def parse_loads(text: str) -> list[Load]:
+    """`"16384:20,32768:10"` -> [Load(16384, 20), Load(32768, 10)]; HmfError naming the part that is no such pair."""
+    loads = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]+):([0-9]+)\s*", part)
+        if match is None or not int(match[1]) or not int(match[2]):
+            raise HmfError(f"--context: {part!r} is not TOKENS:SEQUENCES; write for example 16384:20,32768:10")
+        loads.append(Load(int(match[1]), int(match[2])))
+    return loads
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is measured, for every model alike. output: tokens that each sequence decodes while it is timed;
+    repeats: timed runs, of which the fastest counts; the others are vLLM's options of these names."""
+
+    loads: Sequence[Load]
+    output: int = 128
+    repeats: int = 1
+    dtype: str = "bfloat16"
+    utilisation: float = planner.UTILISATION
+    batched_tokens: int = 8192
+    ranks: int = 1
+    enforce_eager: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise HmfError(f"--dtype: {unknown_name('dtype', self.dtype, DTYPES)}")
+        if self.batched_tokens <= self.sequences:
+            raise HmfError(f"--batched-tokens: {self.batched_tokens} leaves none for prompts beside {self.sequences} "
+                           "sequences that decode; give more")  # fmt: skip
+
+    @property
+    def sequences(self) -> int:
+        return max(load.sequences for load in self.loads)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, prompt and answer."""
+        return max(load.tokens + load.lead(self.batched_tokens) for load in self.loads) + self.output
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure. folder: what vLLM loads, with a config alone or a whole checkpoint; plan: for its bytes."""
+
+    name: str
+    folder: Path
+    random: bool
+    vocabulary: int
+    plan: Plan | None
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+
+    @property
+    def kind(self) -> str:
+        return (planner.title(self.plan) if self.plan else "quantised") + (", random weights" if self.random else "")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one model: seconds of every timed run for each load; the KV cache in tokens, as vLLM says it; bytes/s of a
+    copy on the GPU, read and written counted alike (None on a CPU); graphs and attention as the worker chose them."""
+
+    prefill: list[list[float]]
+    decode: list[list[float]]
+    capacity: int
+    copy_rate: float | None
+    start: float
+    cuda_graphs: str
+    backends: str
+
+
+def subject(name: str, folder: Path, run: Run) -> Subject:
+    """The model at `folder`; random weights where it holds none. HmfError for what vLLM would not serve."""
+    config = load_config(folder, weights=False)
+    random = not any((folder / file).exists() for file in WEIGHT_FILES)
+    quantised = bool(getattr(config, "quantization_config", None))
+    if not random and not quantised:
+        require_checkpoint(folder)
+    config = servable(config, folder)
+    if run.longest > config.max_position_embeddings:
+        raise HmfError(
+            f"--context: {run.longest:,} tokens with what is decoded, and {name} has max_position_embeddings "
+            f"{config.max_position_embeddings:,}; ask for fewer"
+        )
+    dtype = config.dtype = getattr(torch, run.dtype)
+    settings = Settings(
+        utilisation=run.utilisation, prefix_caching=False, batched_tokens=run.batched_tokens, max_num_seqs=run.sequences
+    )
+    _, options, environment = for_machine(config, settings, str(run.ranks))
+    options |= {
+        "--model": str(folder), "--load-format": "dummy" if random else "auto", "--dtype": run.dtype,
+        "--max-model-len": str(run.longest), "--max-num-batched-tokens": str(run.batched_tokens),
+        "--gpu-memory-utilization": str(run.utilisation), "--no-enable-prefix-caching": None,
+        "--skip-tokenizer-init": None, "--disable-log-stats": None,
+        "--worker-extension-cls": f"hmf.serving.throughput.{Inspection.__name__}",
+    }  # fmt: skip
+    if run.enforce_eager:
+        options["--enforce-eager"] = None
+    # Without a limit of memory: only the bytes of a step are asked of it.
+    plan = None if quantised else make_plan(config, Device("", 0, 0.0), run.ranks, dtype, settings, room=2**60)
+    arguments = tuple(text for pair in options.items() for text in pair if text is not None)
+    return Subject(name, folder, random, config.vocab_size, plan, arguments, environment)
+
+
+# ---- in the process of a model
+
+
+class Inspection:
+    """Mixed into vLLM's worker, which alone knows what it has settled on."""
+
+    vllm_config: Any
+    model_runner: Any
+
+    def hmf_choices(self) -> list[str]:
+        """[CUDA graph mode, attention and state backends]"""
+        mode = getattr(self.vllm_config.compilation_config.cudagraph_mode, "name", "NONE")
+        groups = [group for row in getattr(self.model_runner, "attn_groups", ()) for group in row]
+        return [mode, ", ".join(sorted({group.backend.get_name() for group in groups}))]
+
+
+def measure(job: dict[str, Any], tell: Callable[[str], None]) -> Measured:
+    """Start the engine of a job and time its loads; `tell` is called after the start and after each run."""
+    from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    started = time.perf_counter()
+    arguments = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(job["arguments"])
+    llm = LLM.from_engine_args(EngineArgs.from_cli_args(arguments))
+    started = time.perf_counter() - started
+    tell("warming up")
+    generator = torch.Generator().manual_seed(0)
+    prefill, decode = [], []
+    for load in (Load(**fields) for fields in job["loads"]):
+        shape, lead, times = (load.sequences, load.tokens), load.lead(job["batched_tokens"]), []
+        for repeat in range(1 + job["repeats"]):
+            warm = repeat > 0
+            seconds = []
+            for tokens in (0, job["output"]) if warm else (min(4, job["output"]),):
+                prompts = torch.randint(job["vocabulary"], shape, generator=generator).tolist()
+                seconds.append(_generate(llm.llm_engine, prompts, tokens, lead))
+                tell(f"{planner.short(load.tokens)} x {load.sequences}")
+            if warm:
+                times.append((seconds[0][0], seconds[1][1]))
+        prefill.append([first for first, _ in times])
+        decode.append([rest for _, rest in times])
+    graphs, backends = llm.collective_rpc(Inspection.hmf_choices.__name__)[0]
+    capacity = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
+    llm.llm_engine.engine_core.shutdown()
+    return Measured(prefill, decode, capacity, _copy_rate(), started, graphs, backends)
+
+
+def _generate(engine: Any, prompts: list[list[int]], tokens: int, lead: int) -> tuple[float, float]:
+    """Seconds until all have their first token, and from then until all have `tokens` more."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    params = SamplingParams(
+        temperature=0, max_tokens=1 + lead + tokens if tokens else 1, ignore_eos=True, detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )  # fmt: skip
+    begun = time.perf_counter()
+    had = {f"{begun}-{index}": 0 for index in range(len(prompts))}
+    for name, prompt in zip(had, prompts, strict=True):
+        engine.add_request(name, {"prompt_token_ids": prompt}, params)
+    first, before = 0.0, dict(had)
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            had[output.request_id] += len(output.outputs[0].token_ids)
+        if not first and all(had.values()):
+            first, before = time.perf_counter(), dict(had)
+        if first and min(had[name] - before[name] for name in had) >= tokens:
+            rest = time.perf_counter() - first
+            engine.abort_request(list(had))
+            if max(had[name] - before[name] for name in had) <= tokens + 1:
+                return first - begun, rest
+            break
+    raise HmfError(
+        f"{len(prompts)} sequences of {len(prompts[0]):,} tokens did not decode together: the cache holds too few; "
+        "ask for fewer in --context, or raise --gpu-memory-utilization"
+    )
+
+
+def _copy_rate() -> float | None:
+    """Bytes/s, read and written, of the fastest of some large copies on the GPU; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    source = torch.zeros(COPIED, dtype=torch.uint8, device="cuda")
+    target = torch.zeros_like(source)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(21)]
+    for mark in marks:
+        target.copy_(source)
+        mark.record()
+    torch.cuda.synchronize()
+    return 2 * COPIED / (min(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)) / 1e3)
+
+
+def _main(folder: Path) -> int:
+    """The process of one model: reads job.json in `folder` and adds lines of JSON to events."""
+
+    def tell(**event: Any) -> None:
+        with (folder / "events").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    try:
+        tell(result=asdict(measure(job, lambda text: tell(doing=text))))
+    except HmfError as error:
+        tell(error=str(error))
+        return 2
+    return 0
+
+
+# ---- in the command's process
+
+
+def run_all(subjects: Sequence[Subject], run: Run) -> list[Measured]:
+    """Measure one model after the other, each in a process of its own. HmfError names the one that failed."""
+    steps = len(subjects) * (1 + len(run.loads) * (1 + 2 * run.repeats))
+    found = []
+    with tqdm(total=steps, unit="run", disable=None) as bar, _plugin() as environment:
+        for one in subjects:
+            bar.set_description(f"{one.name}: starting")
+            found.append(_run_one(one, run, environment, bar))
+    return found
+
+
+def _run_one(one: Subject, run: Run, environment: dict[str, str], bar: Any) -> Measured:
+    shared = {"loads": [asdict(load) for load in run.loads], "output": run.output, "repeats": run.repeats}
+    job = {"arguments": one.arguments, "vocabulary": one.vocabulary, "batched_tokens": run.batched_tokens, **shared}
+    with tempfile.TemporaryDirectory(prefix="hmf-bench-") as name:
+        folder = Path(name)
+        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        events, log = folder / "events", folder / "log"
+        events.touch()
+        with log.open("wb") as output, events.open(encoding="utf-8") as lines:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "hmf.serving.throughput", name], stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, env=os.environ | one.environment | environment, process_group=0,
+            )  # fmt: skip
+            last: dict[str, Any] = {}
+            try:
+                while process.poll() is None:
+                    time.sleep(0.2)
+                    last = _follow(lines, one, bar) or last
+            finally:
+                end_group(process)
+            last = _follow(lines, one, bar) or last
+        if "result" in last:
+            return Measured(**last["result"])
+        if "error" in last:
+            raise HmfError(f"{one.name}: {last['error']}")
+        raise HmfError(f"{one.name}: vLLM stopped: {_reason(log.read_text(encoding='utf-8', errors='replace'))}")
+
+
+def _follow(lines: Any, one: Subject, bar: Any) -> dict[str, Any]:
+    """Show what a model's process has told since; returns the last of it."""
+    event: dict[str, Any] = {}
+    for line in lines:
+        event = json.loads(line)
+        if "doing" in event:
+            bar.set_description(f"{one.name}: {event['doing']}", refresh=False)
+            bar.update()
+    return event
+
+
+def _reason(log: str, count: int = 12) -> str:
+    """The first error that a log names, which is the cause of the others, and the log's last lines."""
+    lines = [line.rstrip() for line in log.splitlines() if line.strip()]
+    named = next((found[0] for line in lines if (found := re.search(r"\b[\w.]*(Error|Exception)\b: .*", line))), "")
+    return "\n  ".join([named, "the last lines of its log:", *lines[-count:]])
+
+
+@contextmanager
+def _plugin() -> Iterator[dict[str, str]]:
+    """What the environment needs so that vLLM finds the plugin in each of its processes.
+
+    Nothing where the package is installed. From a bare source tree: a folder on the path with the entry point in it.
+    """
+    target = f"{register.__module__}:{register.__name__}"
+    if any(point.value == target for point in importlib.metadata.entry_points(group=GROUP)):
+        yield {}
+        return
+    with tempfile.TemporaryDirectory(prefix="hmf-plugin-") as folder:
+        described = Path(folder) / f"hmf_plugin-{hmf.__version__}.dist-info"
+        described.mkdir()
+        (described / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: hmf-plugin\nVersion: {hmf.__version__}\n", encoding="utf-8"
+        )
+        (described / "entry_points.txt").write_text(f"[{GROUP}]\nhmf = {target}\n", encoding="utf-8")
+        sources = str(Path(hmf.__file__).parent.parent)
+        yield {"PYTHONPATH": os.pathsep.join(filter(None, [folder, sources, os.environ.get("PYTHONPATH")]))}
+
+
+def rows(subjects: Sequence[Subject], measured: Sequence[Measured], run: Run) -> list[dict[str, Any]]:
+    """One row a load and model, with its ratios to the first model.
+
+    bound_share: of the rate at which the GPU copies, what decoding reached in reading weights and caches.
+    """
+    result = []
+    for index, load in enumerate(run.loads):
+        group: list[dict[str, Any]] = []
+        for one, found in zip(subjects, measured, strict=True):
+            prefill = load.tokens * load.sequences / min(found.prefill[index])
+            decode = run.output * load.sequences / min(found.decode[index])
+            share = None
+            if one.plan and found.copy_rate:
+                read = one.plan.step_bytes(load.sequences, load.tokens + run.output // 2)
+                share = decode / load.sequences * read / found.copy_rate
+            row: dict[str, Any] = {
+                "model": one.name, "kind": one.kind, "context": load.tokens, "sequences": load.sequences,
+                "output": run.output, "prefill_seconds": found.prefill[index], "decode_seconds": found.decode[index],
+                "prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode, "bound_share": share,
+                "capacity_tokens": found.capacity, "copy_bytes_per_second": found.copy_rate,
+                "start_seconds": found.start, "cuda_graphs": found.cuda_graphs, "backends": found.backends,
+            }  # fmt: skip
+            first = group[0] if group else row
+            row |= {
+                "prefill_ratio": prefill / first["prefill_tokens_per_second"],
+                "decode_ratio": decode / first["decode_tokens_per_second"],
+                "capacity_ratio": found.capacity / first["capacity_tokens"],
+            }
+            group.append(row)
+        result += group
+    return result
+
+
+def print_rows(table_rows: list[dict[str, Any]], title: str) -> None:
+    models = {row["model"]: row for row in table_rows}
+    notes = [f"{name}: {row['kind']}; CUDA graphs {row['cuda_graphs']}; {row['backends']}; started in "
+             f"{row['start_seconds']:.0f} s" for name, row in models.items()]  # fmt: skip
+    if rate := table_rows[0]["copy_bytes_per_second"]:
+        notes.append(f"of the bound: bytes that a decode step must move, by a copy's {rate / 1e12:.2f} TB/s")
+    caption = "\n".join([*notes, *machine.lines()])
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    table.add_column("context")
+    table.add_column("model")
+    for name in ("prefill tok/s", "ratio", "decode tok/s", "ratio", "step ms", "of the bound", "KV tokens", "ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row, after in zip(table_rows, [*table_rows[1:], None], strict=True):
+        first, share = row["model"] == table_rows[0]["model"], row["bound_share"]
+        ratios = ("1" if first else f"{row[f'{part}_ratio']:.2f}x" for part in ("prefill", "decode", "capacity"))
+        table.add_row(
+            f"{planner.short(row['context'])} x {row['sequences']}", row["model"],
+            f"{row['prefill_tokens_per_second']:,.0f}", next(ratios),
+            f"{row['decode_tokens_per_second']:,.1f}", next(ratios),
+            f"{min(row['decode_seconds']) / row['output'] * 1e3:.2f}", f"{share:.0%}" if share else "-",
+            f"{row['capacity_tokens']:,}", next(ratios),
+            end_section=after is None or after["model"] == table_rows[0]["model"],
+        )  # fmt: skip
+    Console(width=max(130, Console().width)).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(_main(Path(sys.argv[1])))

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hmf bench serving`: one row a load and model, of what vLLM really decoded."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+import types
+
+import pytest
+from transformers import Qwen3Config
+from typer.testing import CliRunner
+
+from hmf.cli import app
+from hmf.config.pattern import Pattern
+from hmf.errors import HmfError
+from hmf.model.convert import hybrid_config
+from hmf.serving import throughput
+from hmf.serving.throughput import Load, Run
+from tests.conftest import ROOT
+from tests.hybrids import VOCABULARY, Case
+from tests.serving import engines
+
+
+@pytest.fixture
+def configs(tmp_path):
+    """Directories of a base and of its Hybrid, with a config.json alone."""
+    base = Qwen3Config(
+        **engines.DIMENSIONS, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCABULARY,
+        architectures=["Qwen3ForCausalLM"],
+    )  # fmt: skip
+    base.save_pretrained(tmp_path / "base")
+    hybrid_config(base, Pattern(("*", "GDN"))).save_pretrained(tmp_path / "hybrid")
+    return tmp_path / "base", tmp_path / "hybrid"
+
+
+class TestInput:
+    def test_loads(self):
+        assert throughput.parse_loads("16384:20, 32768:10") == [Load(16384, 20), Load(32768, 10)]
+
+    @pytest.mark.parametrize("text", ["", "16384", "16384x20", "16384:20,", "0:4", "64:0", "64:-1", "64:2:3"])
+    def test_no_loads(self, text):
+        with pytest.raises(HmfError, match="^--context: .* is not TOKENS:SEQUENCES; write for example [^\n]*$"):
+            throughput.parse_loads(text)
+
+    @pytest.mark.parametrize(
+        ("arguments", "line"),
+        [
+            (["--context", "64"], "--context: '64'"),
+            (["--dtype", "int8"], "--dtype: unknown dtype 'int8'"),
+            (["--batched-tokens", "4"], "--batched-tokens: 4 leaves none"),
+            (["--context", "5000:1"], "max_position_embeddings 4,096; ask for fewer"),
+            (["--ratio", "0.5", "--pattern", "*-GDN"], "at most one of --ratio and --pattern"),
+            (["--json", "nowhere/rows.json"], "--json: nowhere: no such directory"),
+        ],
+    )
+    def test_refused(self, configs, arguments, line):
+        result = CliRunner().invoke(app, ["bench", "serving", str(configs[0]), "--context", "64:4", *arguments])
+        assert isinstance(result.exception, HmfError) and line in str(result.exception)
+
+    def test_weights_are_random_where_there_are_none(self, configs, tmp_path):
+        engines.save_hybrid(tmp_path / "whole", Case("GDN", "bench"), "*-X")
+        run = Run([Load(64, 4)], dtype="float32")
+        kinds = [throughput.subject("m", folder, run).kind for folder in (*configs, tmp_path / "whole")]
+        assert kinds == ["Transformer, random weights", "Hybrid, 1 + 1, random weights", "Hybrid, 1 + 1"]
+
+
+class Engine:
+    """Gives every sequence a token a step, the second one only from step `late` on."""
+
+    def __init__(self, late):
+        self.late, self.step_number, self.left, self.aborted = late, 0, {}, []
+
+    def add_request(self, name, prompt, params):
+        self.left[name] = params.max_tokens
+
+    def has_unfinished_requests(self):
+        return any(self.left.values())
+
+    def step(self):
+        self.step_number += 1
+        found = []
+        for index, name in enumerate(self.left):
+            if self.left[name] and (index != 1 or self.step_number > self.late):
+                self.left[name] -= 1
+                found.append(types.SimpleNamespace(request_id=name, outputs=[types.SimpleNamespace(token_ids=[1])]))
+        return found
+
+    def abort_request(self, names):
+        self.aborted = names
+
+
+@pytest.mark.vllm
+class TestWindow:
+    def test_decode_is_timed_when_all_decode(self):
+        engine = Engine(late=5)
+        throughput._generate(engine, [[1], [2]], tokens=10, lead=8)
+        assert engine.step_number == 6 + 10 and len(engine.aborted) == 2
+
+    def test_prefill_alone(self):
+        engine = Engine(late=5)
+        assert throughput._generate(engine, [[1], [2]], tokens=0, lead=8)[0] > 0
+        assert engine.step_number == 6
+
+    def test_sequences_that_do_not_fit_at_once(self):
+        with pytest.raises(HmfError, match="2 sequences of 1 tokens did not decode together"):
+            throughput._generate(Engine(late=50), [[1], [2]], tokens=10, lead=8)
+
+
+def test_plugin_of_a_bare_source_tree(monkeypatch):
+    """Where nothing is installed, processes find the entry point that an installation would have."""
+    monkeypatch.setattr(throughput.importlib.metadata, "entry_points", lambda group: [])
+    with throughput._plugin() as environment:
+        show = "from importlib.metadata import distribution\n"
+        show += "for point in distribution('hmf-plugin').entry_points: print(point.name, point.value)"
+        command = [sys.executable, "-c", show]
+        found = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][throughput.GROUP]
+    assert [found.stdout.strip()] == [f"{name} {value}" for name, value in declared.items()]
+
+
+def test_a_failure_names_its_cause():
+    frames = [f"frame {number}" for number in range(30)]
+    log = ["INFO start", "Core ERROR ValueError: no room", *frames, "RuntimeError: see above"]
+    reason = throughput._reason("\n".join(log)).splitlines()
+    assert reason[0] == "ValueError: no room" and reason[-1].strip() == "RuntimeError: see above" and len(reason) == 14
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_command(configs, tmp_path, monkeypatch):
+    """A base and its Hybrid, from configs alone, at two loads: every figure is there, and ratios are theirs."""
+    for name, value in engines.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    saved = tmp_path / "rows.json"
+    arguments = ["--context", "100:3,30:2", "--output", "5", "--enforce-eager", "--json", str(saved)]
+    result = CliRunner().invoke(app, ["bench", "serving", *map(str, configs), *arguments])
+    assert result.exit_code == 0, result.exception
+    report = json.loads(saved.read_text())
+    table = report["rows"]
+    assert [(row["context"], row["sequences"]) for row in table] == [(100, 3), (100, 3), (30, 2), (30, 2)]
+    assert [row["model"] for row in table] == [str(path) for path in configs] * 2
+    for base, row in zip((table[0], table[0], table[2], table[2]), table, strict=True):
+        prompts = row["context"] * row["sequences"]
+        assert row["prefill_tokens_per_second"] == pytest.approx(prompts / row["prefill_seconds"][0])
+        assert row["decode_tokens_per_second"] == pytest.approx(5 * row["sequences"] / row["decode_seconds"][0])
+        for part, figure in (
+            ("prefill", "prefill_tokens_per_second"), ("decode", "decode_tokens_per_second"),
+            ("capacity", "capacity_tokens"),
+        ):  # fmt: skip
+            assert row[figure] > 0 and row[f"{part}_ratio"] == pytest.approx(row[figure] / base[figure])
+        assert ("HMF_GDN" in row["backends"]) == ("Hybrid, 1 + 1" in row["kind"]) and "random" in row["kind"]
+    assert report["versions"]["vllm"] and report["hardware"] and report["dtype"] == "float32"
+    assert "Transformer, random weights" in result.output
