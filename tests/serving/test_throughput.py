@@ -136,6 +136,7 @@ def test_command(configs, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     saved = tmp_path / "rows.json"
     arguments = ["--context", "100:3,30:2", "--output", "5", "--enforce-eager", "--json", str(saved)]
+    arguments += ["--gpu-memory-utilization", "0.2"]
     result = CliRunner().invoke(app, ["bench", "serving", *map(str, configs), *arguments])
     assert result.exit_code == 0, result.exception
     report = json.loads(saved.read_text())
@@ -152,5 +153,9 @@ def test_command(configs, tmp_path, monkeypatch):
         ):  # fmt: skip
             assert row[figure] > 0 and row[f"{part}_ratio"] == pytest.approx(row[figure] / base[figure])
         assert ("HMF_GDN" in row["backends"]) == ("Hybrid, 1 + 1" in row["kind"]) and "random" in row["kind"]
-    assert report["versions"]["vllm"] and report["hardware"] and report["dtype"] == "float32"
+    assert (
+        report["versions"]["vllm"]
+        and report["hardware"]
+        and report["dtype"] == ("bfloat16" if engines.CUDA else "float32")
+    )
     assert "Transformer, random weights" in result.output
