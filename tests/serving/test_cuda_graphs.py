@@ -2,6 +2,7 @@
 """As a server runs on a GPU: torch.compile, CUDA graphs of prefills in pieces and of decode steps in one."""
 
 import pytest
+import torch
 
 from hmf.config.layers import LAYER_KINDS
 from tests.hybrids import Case
@@ -37,3 +38,22 @@ def test_graphs_compute_what_the_model_does(tmp_path, symbol):
             engines.assert_same(engines.greedy(llm, prompts[:count], TOKENS), answers[:count])
         assert {1, 4, 8} <= replayed
         assert all(pool[0].equal(before) for pool, before in zip(pools, null, strict=True))
+
+
+@pytest.mark.parametrize(("symbol", "head_dim"), [("GDN", 128), ("GDN", 32), ("M2", 64), ("GKA", 64), ("BMF", 64)])
+def test_kernels_of_bfloat16(tmp_path, symbol, head_dim):
+    """Prefills in chunks beside requests that decode: as near to float32 as Hugging Face is in bfloat16."""
+    model = engines.save_hybrid(tmp_path, Case(symbol, "bfloat16"), "X-*-X", head_dim=head_dim)
+    rounded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    prompts = engines.random_prompts([1, 5, 70, 290, 300], seed=7)
+    options = GRAPHS | {"dtype": "bfloat16", "max_num_batched_tokens": 160, "max_model_len": 512}
+    with engines.engine(tmp_path, enforce_eager=False, **options) as llm:
+        outputs = engines.greedy(llm, prompts, TOKENS)
+    served, others = [], []
+    for output, prompt in zip(outputs, prompts, strict=True):
+        tokens = list(output.outputs[0].token_ids)
+        found = [row[token].logprob for row, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
+        exact = engines.teacher_forced(model, prompt, tokens)
+        served.append((torch.tensor(found) - exact).abs())
+        others.append((engines.teacher_forced(rounded, prompt, tokens).float() - exact).abs())
+    assert torch.cat(served).mean() <= 2 * torch.cat(others).mean() + 1e-3
