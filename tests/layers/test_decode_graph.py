@@ -40,9 +40,9 @@ def test_one_token_of_each_row(case):
         for name, state in mixer.state_shapes(config).items()
     }
     hidden_states = torch.randn(rows, 1, config.hidden_size)
-    rotary = family_of("qwen3").class_named("RotaryEmbedding")(config)(hidden_states, torch.full((rows, 1), 7))
+    rotary, positions = family_of("qwen3").class_named("RotaryEmbedding")(config), torch.full((rows, 1), 7)
     with OnDevice():
-        output, after = mixer.mix(hidden_states, states, None, rotary)
+        output, after = mixer.mix(hidden_states, states, None, rotary(hidden_states, positions))
     assert output.shape == hidden_states.shape and after.keys() == states.keys()
 
 
