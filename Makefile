@@ -43,8 +43,9 @@ format: setup-dev ## rewrite the sources in the house style
 
 test-gpu: ## the tests that need CUDA or vLLM, with the python3 on the path; installs nothing
 	@python3 -c 'import setuptools; setuptools.setup()' --quiet egg_info # by which vLLM finds the plugin in src
-	@PYTHONPATH="$(CURDIR)/src$${PYTHONPATH:+:$$PYTHONPATH}" \
-		python3 -m pytest -n 4 --no-loadscope-reorder -m "gpu or vllm"
+	@export PYTHONPATH="$(CURDIR)/src$${PYTHONPATH:+:$$PYTHONPATH}"; \
+	python3 -m pytest -n 4 --no-loadscope-reorder -m "(gpu or vllm) and not alone"; together=$$?; \
+	python3 -m pytest -m alone && exit $$together
 
 clean: ## remove the environment and all caches; runs/ stays
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

@@ -129,6 +129,7 @@ def test_a_failure_names_its_cause():
 
 @pytest.mark.vllm
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.timeout(600)
 def test_command(configs, tmp_path, monkeypatch):
     """A base and its Hybrid, from configs alone, at two loads: every figure is there, and ratios are theirs."""
