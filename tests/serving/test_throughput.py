@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`hmf bench serving`: one row a load and model, of what vLLM really decoded."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -122,9 +124,37 @@ def test_plugin_of_a_bare_source_tree(monkeypatch):
 
 def test_a_failure_names_its_cause():
     frames = [f"frame {number}" for number in range(30)]
-    log = ["INFO start", "Core ERROR ValueError: no room", *frames, "RuntimeError: see above"]
+    log = [
+        "INFO start",
+        "(Core) WARNING TypeError: no tokenizer",
+        "(Core) ERROR ValueError: no room",
+        *frames,
+        "RuntimeError: see above",
+    ]
     reason = throughput._reason("\n".join(log)).splitlines()
     assert reason[0] == "ValueError: no room" and reason[-1].strip() == "RuntimeError: see above" and len(reason) == 14
+
+
+def test_a_failure_names_its_model(configs, tmp_path, monkeypatch):
+    monkeypatch.setattr(throughput, "_plugin", lambda: contextlib.nullcontext({}))
+    (tmp_path / "hmf.py").write_text("raise ImportError('out of order')")
+    one = throughput.subject("this one", configs[0], run := Run([Load(64, 4)], dtype="float32"))
+    one = dataclasses.replace(one, environment={"PYTHONPATH": str(tmp_path)})
+    with pytest.raises(HmfError, match="^this one: vLLM stopped: ImportError: out of order\n"):
+        throughput.run_all([one], run)
+
+
+def here(one, run, *_):
+    """The base's engine in this process, which has loaded vLLM already; the Hybrid's is in its own."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    try:
+        return throughput.measure(throughput._job(one, run), print)
+    finally:
+        cleanup_dist_env_and_memory()
+
+
+elsewhere = throughput._run_one
 
 
 @pytest.mark.vllm
@@ -135,6 +165,7 @@ def test_command(configs, tmp_path, monkeypatch):
     """A base and its Hybrid, from configs alone, at two loads: every figure is there, and ratios are theirs."""
     for name, value in engines.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(throughput, "_run_one", lambda one, *_: (here if "base" in one.name else elsewhere)(one, *_))
     saved = tmp_path / "rows.json"
     arguments = ["--context", "100:3,30:2", "--output", "5", "--enforce-eager", "--json", str(saved)]
     arguments += ["--gpu-memory-utilization", "0.2"]

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -281,19 +282,27 @@ def run_all(subjects: Sequence[Subject], run: Run) -> list[Measured]:
     """Measure one model after the other, each in a process of its own. HmfError names the one that failed."""
     steps = len(subjects) * (1 + len(run.loads) * (1 + 2 * run.repeats))
     found = []
-    with tqdm(total=steps, unit="run", disable=None) as bar, _plugin() as environment:
-        for one in subjects:
-            bar.set_description(f"{one.name}: starting")
-            found.append(_run_one(one, run, environment, bar))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no engine is left
+    try:
+        with tqdm(total=steps, unit="run", disable=None) as bar, _plugin() as environment:
+            for one in subjects:
+                bar.set_description(f"{one.name}: starting")
+                found.append(_run_one(one, run, environment, bar))
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return found
 
 
-def _run_one(one: Subject, run: Run, environment: dict[str, str], bar: Any) -> Measured:
+def _job(one: Subject, run: Run) -> dict[str, Any]:
+    """What `measure` is told."""
     shared = {"loads": [asdict(load) for load in run.loads], "output": run.output, "repeats": run.repeats}
-    job = {"arguments": one.arguments, "vocabulary": one.vocabulary, "batched_tokens": run.batched_tokens, **shared}
+    return {"arguments": one.arguments, "vocabulary": one.vocabulary, "batched_tokens": run.batched_tokens, **shared}
+
+
+def _run_one(one: Subject, run: Run, environment: dict[str, str], bar: Any) -> Measured:
     with tempfile.TemporaryDirectory(prefix="hmf-bench-") as name:
         folder = Path(name)
-        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        (folder / "job.json").write_text(json.dumps(_job(one, run)), encoding="utf-8")
         events, log = folder / "events", folder / "log"
         events.touch()
         with log.open("wb") as output, events.open(encoding="utf-8") as lines:
@@ -330,7 +339,8 @@ def _follow(lines: Any, one: Subject, bar: Any) -> dict[str, Any]:
 def _reason(log: str, count: int = 12) -> str:
     """The first error that a log names, which is the cause of the others, and the log's last lines."""
     lines = [line.rstrip() for line in log.splitlines() if line.strip()]
-    named = next((found[0] for line in lines if (found := re.search(r"\b[\w.]*(Error|Exception)\b: .*", line))), "")
+    grave = [line for line in lines if not re.search(r"\b(WARNING|INFO|DEBUG)\b", line)]
+    named = next((found[0] for line in grave if (found := re.search(r"\b[\w.]*(Error|Exception)\b: .*", line))), "")
     return "\n  ".join([named, "the last lines of its log:", *lines[-count:]])
 
 
