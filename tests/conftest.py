@@ -13,6 +13,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVING = "tests/serving/"
+ENGINE_EACH = ("test_cuda_graphs.py", "test_layer_types.py")  # files whose tests share no engine
 
 
 def pytest_collection_modifyitems(items):
@@ -32,16 +33,27 @@ def pytest_collection_modifyitems(items):
 def pytest_xdist_make_scheduler(config, log):
     """A file's tests share fixtures, so they stay in one process.
 
-    All those with an engine of vLLM do, as there is room for one at a time; a GPU has room for some.
+    All those with an engine of vLLM do, as there is room for one at a time; a GPU machine has room for several.
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            together = SERVING in nodeid and not torch.cuda.is_available()
-            return SERVING if together else nodeid.partition("::")[0]
+            file = nodeid.partition("::")[0]
+            if torch.cuda.is_available():
+                return nodeid if file.endswith(ENGINE_EACH) else file
+            return SERVING if SERVING in nodeid else file
 
     return ByFile(config, log)
+
+
+def pytest_runtest_logstart():
+    """A kernel that crashed has broken CUDA for its process: the tests that are left go to another one."""
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
 
 
 @pytest.fixture(autouse=True)
