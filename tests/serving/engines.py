@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from hmf.bench.doctor import one_variant
 from tests.hybrids import VOCABULARY, Case, randomise, tiny_config
 
 # vLLM's attention on a CPU starts at head_dim 32.
@@ -94,8 +95,9 @@ def engine(path: Path, **options: Any) -> Iterator[Any]:
         options = small | {"max_num_seqs": 64, "max_num_batched_tokens": 2048} | options
     llm = None
     try:
-        llm = LLM(str(path), skip_tokenizer_init=True, seed=0, disable_log_stats=False, **options)
-        yield llm
+        with one_variant() if CUDA else contextlib.nullcontext():
+            llm = LLM(str(path), skip_tokenizer_init=True, seed=0, disable_log_stats=False, **options)
+            yield llm
     finally:
         if llm is not None:  # now, not when a failed test's traceback lets go of it
             llm.llm_engine.engine_core.shutdown()

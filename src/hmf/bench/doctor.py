@@ -11,7 +11,7 @@ import contextlib
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -53,6 +53,7 @@ class Check:
     errors: dict[str, float] = field(default_factory=dict)
     worst: dict[str, str] = field(default_factory=dict)
     problem: str | None = None
+    chosen: dict[str, tuple[str, str]] = field(default_factory=dict)  # dtype -> version, reason
 
 
 @dataclass
@@ -84,11 +85,16 @@ def examine(progress: Callable[[str], None] = lambda line: None) -> Report:
     start = time.perf_counter()
     uses = [(op, use) for op in dispatch.ops() for use in ("inference", "training")]
     with contextlib.ExitStack() as stack:
-        on_gpu: list[Future[Check]] = []
+        on_gpu: dict[tuple[str, str], list[Future[Check]]] = {}
         if torch.cuda.is_available():
-            workers = min(len(uses), max(1, (os.cpu_count() or 2) // 2))
-            pool = stack.enter_context(ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")))
-            on_gpu = [pool.submit(_check_on_gpu, op, use) for op, use in uses]
+            workers = min(len(uses) * len(TOLERANCES["cuda"]), max(1, (os.cpu_count() or 2) // 2))
+            context = multiprocessing.get_context(
+                "forkserver"
+            )  # what is imported here is imported once more, not often
+            context.set_forkserver_preload([__name__])
+            pool = stack.enter_context(ProcessPoolExecutor(workers, context))
+            for job in sorted(uses, key=lambda job: job[1] != "training"):  # training compiles most
+                on_gpu[job] = [pool.submit(_check_on_gpu, *job, dtype) for dtype in TOLERANCES["cuda"]]
         checks = []
         for op in dispatch.ops():
             progress(f"{op}: reference")
@@ -96,21 +102,21 @@ def examine(progress: Callable[[str], None] = lambda line: None) -> Report:
             for use in ("inference", "training"):
                 progress(f"{op}: {use} on cpu")
                 checks.append(_check(op, "cpu", use, truths))
-        for done, check in enumerate(on_gpu):
+        for done, parts in enumerate(on_gpu.values()):
             progress(f"the GPU's kernels, {done} of {len(on_gpu)} done")
-            checks.append(check.result())
+            checks.append(_joined([part.result() for part in parts]))
     checks.sort(key=lambda check: (check.op, check.device, check.use))
     return Report(checks, _notes(), time.perf_counter() - start)
 
 
-def _truths(op: str) -> dict[str, dict[str, torch.Tensor]]:
-    return {case: _truth(op, sample(op, shape), case in TRAINING_CASES["cpu"]) for case, shape in CASES.items()}
-
-
-def _check_on_gpu(op: str, use: str) -> Check:
+def _check_on_gpu(op: str, use: str, dtype: torch.dtype) -> Check:
     """`_check` in a process of its own, on one variant of every kernel that would be tuned."""
     with one_variant():
-        return _check(op, "cuda", use, _truths(op))
+        return _check(op, "cuda", use, _truths(op), [dtype])
+
+
+def _truths(op: str) -> dict[str, dict[str, torch.Tensor]]:
+    return {case: _truth(op, sample(op, shape), case in TRAINING_CASES["cpu"]) for case, shape in CASES.items()}
 
 
 @contextlib.contextmanager
@@ -122,44 +128,57 @@ def one_variant() -> Iterator[None]:
     from triton.runtime.autotuner import Autotuner
 
     every = Autotuner.prune_configs
-    Autotuner.prune_configs = lambda tuner, kwargs: [
-        min(every(tuner, kwargs), key=lambda x: (x.num_stages, x.num_warps))
-    ]
+
+    def smallest(tuner, kwargs):
+        return [min(every(tuner, kwargs), key=lambda variant: (variant.num_stages, variant.num_warps))]
+
+    Autotuner.prune_configs = smallest
     try:
         yield
     finally:
         Autotuner.prune_configs = every
 
 
-def _check(op: str, device: str, use: str, truths: dict[str, dict]) -> Check:
-    training = use == "training"
+def _check(op: str, device: str, use: str, truths: dict[str, dict], dtypes: Sequence[torch.dtype] = ()) -> Check:
+    return _joined([_check_dtype(op, device, use, truths, dtype) for dtype in dtypes or TOLERANCES[device]])
+
+
+def _check_dtype(op: str, device: str, use: str, truths: dict[str, dict], dtype: torch.dtype) -> Check:
+    training, name = use == "training", _name(dtype)
     check = Check(op, device, use, None, "")
-    chosen = {}
-    for dtype in TOLERANCES[device]:
+    try:
+        chosen, reason = dispatch.choose(op, device, training, dtype)
+    except HmfError as error:
+        check.problem = str(error)
+        return check
+    check.version, check.reason, check.chosen = chosen.version, reason, {name: (chosen.version, reason)}
+    for case in TRAINING_CASES[device] if training else CASES:
         try:
-            chosen[dtype] = dispatch.choose(op, device, training, dtype)
-        except HmfError as error:
-            check.problem = str(error)
+            found = evaluate(chosen.function, sample(op, CASES[case]), dtype, device, training)
+        except Exception as error:  # whatever a kernel fails with is what the doctor is asked for
+            check.problem = f"{name}, {case}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             return check
-    versions = {_name(dtype): implementation.version for dtype, (implementation, _) in chosen.items()}
-    reasons = {_name(dtype): reason for dtype, (_, reason) in chosen.items()}
-    check.version, check.reason = _together(versions), _together(reasons)
-    for dtype, tolerance in TOLERANCES[device].items():
-        name = _name(dtype)
-        for case in TRAINING_CASES[device] if training else CASES:
-            try:
-                found = evaluate(chosen[dtype][0].function, sample(op, CASES[case]), dtype, device, training)
-            except Exception as error:  # whatever a kernel fails with is what the doctor is asked for
-                check.problem = f"{name}, {case}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-                return check
-            for tensor, value in found.items():
-                off = relative_error(value, truths[case][tensor])
-                if not off <= check.errors.get(name, -1.0):  # NaN counts as larger
-                    check.errors[name], check.worst[name] = off, f"{tensor}, {case}"
-        if not check.errors[name] <= tolerance:
-            check.problem = check.problem or (
-                f"{name}: {check.worst[name]} is off by {check.errors[name]:.1e} (at most {tolerance:.0e})"
-            )
+        for tensor, value in found.items():
+            off = relative_error(value, truths[case][tensor])
+            if not off <= check.errors.get(name, -1.0):  # NaN counts as larger
+                check.errors[name], check.worst[name] = off, f"{tensor}, {case}"
+    tolerance = TOLERANCES[device][dtype]
+    if not check.errors[name] <= tolerance:
+        check.problem = f"{name}: {check.worst[name]} is off by {check.errors[name]:.1e} (at most {tolerance:.0e})"
+    return check
+
+
+def _joined(parts: Sequence[Check]) -> Check:
+    """One check of the checks of its dtypes."""
+    check = parts[0]
+    for part in parts[1:]:
+        check.chosen |= part.chosen
+        check.errors |= part.errors
+        check.worst |= part.worst
+        check.problem = check.problem or part.problem
+    if check.chosen:
+        versions, reasons = ({name: pair[n] for name, pair in check.chosen.items()} for n in (0, 1))
+        check.version, check.reason = _together(versions), _together(reasons)
     return check
 
 
