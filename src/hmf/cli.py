@@ -550,6 +550,8 @@ def bench_serving(
         raise HmfError(f"--json: {json_file.parent}: no such directory; name a file in one that exists")
     with tempfile.TemporaryDirectory(prefix="hmf-config-") as folder:
         named = [(model, resolve_base(model)) for model in models]
+        if len(set(models)) < len(models):
+            raise HmfError("MODEL: one is named twice; name each once")
         if ratio is not None or pattern is not None:
             if len(models) > 1 or (ratio is not None and pattern is not None):
                 raise HmfError("give at most one of --ratio and --pattern, and then one MODEL")

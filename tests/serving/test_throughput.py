@@ -54,11 +54,13 @@ class TestInput:
             (["--batched-tokens", "4"], "--batched-tokens: 4 leaves none"),
             (["--context", "5000:1"], "max_position_embeddings 4,096; ask for fewer"),
             (["--ratio", "0.5", "--pattern", "*-GDN"], "at most one of --ratio and --pattern"),
+            (["BASE"], "one is named twice"),
             (["--json", "nowhere/rows.json"], "--json: nowhere: no such directory"),
         ],
     )
     def test_refused(self, configs, arguments, line):
-        result = CliRunner().invoke(app, ["bench", "serving", str(configs[0]), "--context", "64:4", *arguments])
+        arguments = [str(configs[0]) if argument == "BASE" else argument for argument in ("BASE", *arguments)]
+        result = CliRunner().invoke(app, ["bench", "serving", "--context", "64:4", *arguments])
         assert isinstance(result.exception, HmfError) and line in str(result.exception)
 
     def test_weights_are_random_where_there_are_none(self, configs, tmp_path):
