@@ -4,17 +4,21 @@
 Sliding-window attention has one set that reaches from the query back over w tokens; B'MOJO-F (arXiv 2407.06324) has
 two, in-context tokens in the window and fading tokens in the window before it.
 
-Legend: B batch, T tokens, S sequences (rows or documents), N blocks, C block_size, P past slots, L keys of a block,
-H query heads, Hk key/value heads, K/V head dims.
+Legend: B batch, T tokens, S sequences (rows or documents), N blocks, C block_size, n sequences that have a block at a
+step, P past slots, L keys of a block, H query heads, Hk key/value heads, K/V head dims.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+
+from hmf.errors import HmfError
 
 from . import dispatch
 from .varlen import ChunkLayout, sequence_lengths
@@ -24,8 +28,9 @@ from .varlen import ChunkLayout, sequence_lengths
 class KeySet:
     """Keys and values of the tokens, those of tokens before them, and which of these a query sees.
 
-    k [B, T, Hk, K], v [B, T, Hk, V]; query i sees positions i - high to i - low. past_k [S, P, Hk, K] and past_v
-    [S, P, Hk, V] hold the P positions before each sequence's first token, oldest first, or are None.
+    k [B, T, Hk, K], v [B, T, Hk, V]; query i sees positions i - high to i - low, with 0 <= low <= high. past_k
+    [S, P, Hk, K] and past_v [S, P, Hk, V] hold the P positions before each sequence's first token, oldest first, or
+    are None.
     """
 
     k: torch.Tensor
@@ -34,6 +39,10 @@ class KeySet:
     high: int
     past_k: torch.Tensor | None = None
     past_v: torch.Tensor | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.low <= self.high:
+            raise HmfError(f"KeySet: low={self.low}, high={self.high}: a window needs 0 <= low <= high")
 
 
 @dispatch.entry("window")
@@ -55,96 +64,110 @@ def windowed_attention(
 
 @dispatch.implementation("window", "reference")
 def reference(q, sets, scale, seen=None, cu_seqlens=None) -> torch.Tensor:
-    """Every key against every query of a sequence: the definition. Memory grows with T^2."""
+    """Token by token, each query against the keys that it sees: the definition."""
     batch, tokens, heads, _ = q.shape
     compute = dispatch.compute_dtype(q)
-    outputs, first = [], 0
+    queries, outputs, first = q.to(compute).flatten(0, 1), [], 0
     for s, length in enumerate(sequence_lengths(batch, tokens, cu_seqlens)):
-        row, at = (s, slice(None)) if cu_seqlens is None else (0, slice(first, first + length))
+        own = slice(first, first + length)
+        reached = [_with_past(keys, s, own, seen, heads, compute) for keys in sets]
+        for t, query in enumerate(queries[own]):
+            scores, values = [], []
+            for keys, (k, v) in zip(sets, reached, strict=True):
+                at = len(k) - length + t  # the query's place among the positions of k
+                visible = slice(max(at - keys.high, 0), max(at - keys.low + 1, 0))
+                scores.append(torch.einsum("hk,lhk->hl", query, k[visible]) * scale)
+                values.append(v[visible])
+            weights = torch.cat(scores, -1).softmax(-1).split([len(v) for v in values], -1)
+            outputs.append(sum(torch.einsum("hl,lhv->hv", w, v) for w, v in zip(weights, values, strict=True)))
         first += length
-        scores, values = [], []
-        for keys in sets:
-            k, v = keys.k[row, at], keys.v[row, at]
-            past = 0
-            if keys.past_k is not None and seen is not None:
-                past = min(int(seen[s]), keys.past_k.shape[1])
-                k = torch.cat([keys.past_k[s, keys.past_k.shape[1] - past :], k])
-                v = torch.cat([keys.past_v[s, keys.past_v.shape[1] - past :], v])
-            k, v = (x.to(compute).repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
-            position = torch.arange(length, device=q.device)[:, None]
-            distance = position - torch.arange(-past, length, device=q.device)
-            hidden = (distance < keys.low) | (distance > keys.high)
-            score = torch.einsum("thk,shk->hts", q[row, at].to(compute), k) * scale
-            scores.append(score.masked_fill(hidden, float("-inf")))
-            values.append(v)
-        score = torch.cat(scores, -1)
-        weights = score.masked_fill((score == float("-inf")).all(-1, keepdim=True), 0).softmax(-1)
-        weights = weights.masked_fill(score == float("-inf"), 0)
-        outputs.append(torch.einsum("hts,shv->thv", weights, torch.cat(values)).to(q.dtype))
-    return torch.stack(outputs) if cu_seqlens is None else torch.cat(outputs)[None]
+    return torch.stack(outputs).unflatten(0, (batch, tokens)).to(q.dtype)
+
+
+def _with_past(keys: KeySet, s: int, own: slice, seen: torch.Tensor | None, heads: int, dtype: torch.dtype):
+    """k, v [past + own tokens, H, K|V] of sequence s, with heads repeated; `own` among the tokens of all rows."""
+    k, v = keys.k.flatten(0, 1)[own], keys.v.flatten(0, 1)[own]
+    if keys.past_k is not None and keys.past_v is not None and seen is not None:
+        unused = max(keys.past_k.shape[1] - int(seen[s]), 0)
+        k, v = torch.cat([keys.past_k[s, unused:], k]), torch.cat([keys.past_v[s, unused:], v])
+    return [x.to(dtype).repeat_interleave(heads // x.shape[1], 1) for x in (k, v)]
 
 
 @dispatch.implementation("window", "chunked")
 def blockwise(q, sets, scale, seen=None, cu_seqlens=None, block_size: int | None = None) -> torch.Tensor:
-    """Blocks of queries against the keys that any of them sees: memory O(T window).
+    """Blocks of queries against the blocks of keys that any of them sees: memory O(T window).
 
-    Larger blocks repeat fewer keys and mask more of them; the default is a quarter of the window, at least 64.
+    One product a block, for all sequences at once. Larger blocks copy fewer keys and hide more of them; a GPU is left
+    idle by small ones.
     """
     batch, tokens, heads, _ = q.shape
     if block_size is None:
-        block_size = max(64, max(keys.high - keys.low + 1 for keys in sets) // 4)
-    layout = ChunkLayout(batch, tokens, cu_seqlens, min(block_size, max(tokens, 1)))
-    place = _Blocks(layout, cu_seqlens, q.device)
-    gathered = [place.gather(keys, seen) for keys in sets]
-    k, v, mask = (torch.cat(parts, 1) for parts in zip(*gathered, strict=True))  # [N, L, Hk, K|V]; mask along dim 1
-    mask = mask.mT  # [N, C, L]
-    empty = ~mask.any(-1)
-    mask = mask | empty[..., None]  # a row without keys would give NaN, also where it is thrown away
+        window = max(keys.high - keys.low + 1 for keys in sets)
+        block_size = max(window // 4, 512 if q.is_cuda else 64)
+    layout = ChunkLayout(batch, tokens, cu_seqlens, min(block_size, tokens))
+    kv_heads = sets[0].k.shape[2]
     # Heads that share keys go along the query axis, so keys are never repeated.
-    kv_heads, size = k.shape[2], layout.chunk_size
-    grouped = layout.split(q).transpose(1, 2).unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [N, Hk, H/Hk C, K]
-    o = F.scaled_dot_product_attention(
-        grouped, k.transpose(1, 2), v.transpose(1, 2), scale=scale,
-        attn_mask=mask[:, None].repeat(1, 1, heads // kv_heads, 1),
-    )  # fmt: skip
-    o = o.unflatten(2, (-1, size)).flatten(1, 2).transpose(1, 2)
-    return layout.merge(o.masked_fill(empty[..., None, None], 0))
+    queries = layout.split(q).transpose(1, 2).unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [N, Hk, H/Hk C, K]
+    reaches = [_Reach(keys, layout, heads // kv_heads, seen) for keys in sets]
+    sees_itself = any(keys.low == 0 for keys in sets)
+    outputs = []
+    for step, query in enumerate(layout.by_step(queries)):
+        ks, vs, biases = zip(*(reach.at(step, len(query)) for reach in reaches), strict=True)
+        k, v = (torch.cat([x for parts in lists for x in parts], 1).transpose(1, 2) for lists in (ks, vs))
+        rows = max(map(len, biases))
+        bias = torch.cat([x.expand(rows, -1, -1) for x in biases], -1)[:, None]  # [n or 1, 1, H/Hk C, L]
+        attend = partial(F.scaled_dot_product_attention, query, k, v, scale=scale)
+        if sees_itself:
+            outputs.append(attend(attn_mask=bias))
+        else:  # a query without keys would give NaN
+            empty = (bias == -math.inf).all(-1, keepdim=True)
+            outputs.append(attend(attn_mask=bias.masked_fill(empty, 0)).masked_fill(empty, 0))
+    o = torch.cat(outputs).unflatten(2, (-1, layout.chunk_size)).flatten(1, 2)  # [N, H, C, V]
+    return layout.merge(o.transpose(1, 2))
 
 
-class _Blocks:
-    """Sequence, first position and token index of each block of a `ChunkLayout`."""
+class _Reach:
+    """What the queries of a `ChunkLayout`'s steps see of a set: the last of its past slots, then whole chunks.
 
-    def __init__(self, layout: ChunkLayout, cu_seqlens: torch.Tensor | None, device: torch.device):
-        batch, tokens = layout.shape
-        lengths = _lengths(batch, tokens, cu_seqlens, device)
-        order = torch.arange(batch, device=device) if layout.equal else torch.tensor(layout.order, device=device)
-        steps = [(order[: at.stop - at.start], step) for step, at in enumerate(layout.steps)]
-        self.sequence = torch.cat([s for s, _ in steps])  # [N]
-        self.position = torch.cat([torch.full_like(s, step * layout.chunk_size) for s, step in steps])
-        self.size = layout.chunk_size
-        self.start, self.length = lengths.cumsum(0) - lengths, lengths
+    Positions in reach are one stretch that moves with the step, and the bias of scores, 0 or -inf, depends on distances
+    alone: one for all steps, of which those near the start take the end.
+    """
 
-    def gather(self, keys: KeySet, seen: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys and values that a block's queries may see [N, L, Hk, K|V], and which query sees which [N, L, C]."""
-        device, sequence = self.position.device, self.sequence[:, None]
-        steps = torch.arange(self.size, device=device)
-        reach = torch.arange(-keys.high, self.size - keys.low, device=device)
-        position = self.position[:, None] + reach  # [N, L], negative in the past
-        real = position < self.length[sequence]
-        token = self.start[sequence] + position
-        k, v = keys.k.flatten(0, 1), keys.v.flatten(0, 1)
+    def __init__(self, keys: KeySet, layout: ChunkLayout, group: int, seen: torch.Tensor | None):
+        self.size = size = layout.chunk_size
+        self.chunks = [layout.by_step(layout.split(x)) for x in (keys.k, keys.v)]  # of each step [n, C, Hk, K|V]
         if keys.past_k is None or keys.past_v is None or seen is None:
-            real &= position >= 0
+            self.past = [x.new_zeros(layout.num_sequences, 0, *x.shape[2:]) for x in (keys.k, keys.v)]
+            self.seen = None
         else:
-            slots = keys.past_k.shape[1]
-            real &= position >= -seen.to(device).clamp(max=slots)[sequence]
-            token = torch.where(position >= 0, token + slots * len(self.length), (sequence + 1) * slots + position)
-            k, v = (torch.cat([x.to(k.dtype).flatten(0, 1), y]) for x, y in ((keys.past_k, k), (keys.past_v, v)))
-        token = torch.where(real, token, 0)
-        distance = steps - reach[:, None]  # [L, C]
-        visible = (distance >= keys.low) & (distance <= keys.high)
-        visible = visible & real[..., None] & (self.position[:, None] + steps < self.length[sequence])[:, None]
-        return k[token], v[token], visible
+            order = slice(None) if layout.equal else torch.tensor(layout.order, device=keys.k.device)
+            self.past = [x[order].to(keys.k.dtype) for x in (keys.past_k, keys.past_v)]  # [S, P, Hk, K|V]
+            self.seen = seen.to(keys.k.device)[order, None, None]
+        self.slots = self.past[0].shape[1]
+        # In chunks: how far the newest key of a block is, and the oldest one, no further than there can be any.
+        self.near, self.far = keys.low // size, -(-keys.high // size)
+        self.far = max(min(self.far, len(layout.steps) - 1 - (-self.slots // size)), self.near - 1)
+        query = torch.arange(size, device=keys.k.device)[:, None]
+        distance = query - torch.arange(-self.far * size, (1 - self.near) * size, device=keys.k.device)
+        bias = torch.zeros(distance.shape, dtype=keys.k.dtype, device=keys.k.device)
+        bias.masked_fill_((distance < keys.low) | (distance > keys.high), -math.inf)
+        self.bias = bias.repeat(group, 1)[None]  # [1, H/Hk C, L]
+
+    def at(self, step: int, active: int) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+        """Parts of keys and of values [active, ..., Hk, K|V], and the scores' bias [active or 1, H/Hk C, L]."""
+        oldest, stop = (step - self.far) * self.size, (step + 1 - self.near) * self.size  # positions
+        first = max(oldest, -self.slots)
+        past = slice(self.slots + first, max(self.slots + min(stop, 0), 0))
+        whole = slice(max(step - self.far, 0), max(step + 1 - self.near, 0))
+        k, v = (
+            [before[:active, past], *(x if len(x) == active else x[:active] for x in chunks[whole])]
+            for before, chunks in zip(self.past, self.chunks, strict=True)
+        )
+        bias = self.bias[..., first - oldest :]
+        if self.seen is not None and first < 0:
+            position = torch.arange(first, max(first, stop), device=bias.device)
+            bias = bias.masked_fill(position < -self.seen[:active], -math.inf)
+        return k, v, bias
 
 
 def latest(
