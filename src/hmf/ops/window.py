@@ -110,20 +110,23 @@ def blockwise(q, sets, scale, seen=None, cu_seqlens=None, block_size: int | None
     queries = layout.split(q).transpose(1, 2).unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [N, Hk, H/Hk C, K]
     reaches = [_Reach(keys, layout, heads // kv_heads, seen) for keys in sets]
     sees_itself = any(keys.low == 0 for keys in sets)
-    outputs = []
+    outputs, inner = [], None
     for step, query in enumerate(layout.by_step(queries)):
         ks, vs, biases = zip(*(reach.at(step, len(query)) for reach in reaches), strict=True)
         k, v = (torch.cat([x for parts in lists for x in parts], 1).transpose(1, 2) for lists in (ks, vs))
-        rows = max(map(len, biases))
-        bias = torch.cat([x.expand(rows, -1, -1) for x in biases], -1)[:, None]  # [n or 1, 1, H/Hk C, L]
+        if any(x is not reach.bias for x, reach in zip(biases, reaches, strict=True)):
+            rows = max(map(len, biases))
+            bias = torch.cat([x.expand(rows, -1, -1) for x in biases], -1)[:, None]  # [n or 1, 1, H/Hk C, L]
+        else:  # far from the start: one for all, also of what is kept for the backward
+            bias = inner = torch.cat(biases, -1)[:, None] if inner is None else inner
         attend = partial(F.scaled_dot_product_attention, query, k, v, scale=scale)
         if sees_itself:
             outputs.append(attend(attn_mask=bias))
         else:  # a query without keys would give NaN
             empty = (bias == -math.inf).all(-1, keepdim=True)
             outputs.append(attend(attn_mask=bias.masked_fill(empty, 0)).masked_fill(empty, 0))
-    o = torch.cat(outputs).unflatten(2, (-1, layout.chunk_size)).flatten(1, 2)  # [N, H, C, V]
-    return layout.merge(o.transpose(1, 2))
+    o = torch.cat([o.unflatten(2, (-1, layout.chunk_size)).permute(0, 3, 1, 2, 4) for o in outputs])
+    return layout.merge(o.flatten(2, 3))  # [N, C, H, V]
 
 
 class _Reach:
@@ -163,7 +166,7 @@ class _Reach:
             [before[:active, past], *(x if len(x) == active else x[:active] for x in chunks[whole])]
             for before, chunks in zip(self.past, self.chunks, strict=True)
         )
-        bias = self.bias[..., first - oldest :]
+        bias = self.bias if first == oldest else self.bias[..., first - oldest :]
         if self.seen is not None and first < 0:
             position = torch.arange(first, max(first, stop), device=bias.device)
             bias = bias.masked_fill(position < -self.seen[:active], -math.inf)
