@@ -561,12 +561,19 @@ def bench_serving(
             named.append((f"{models[0]} as a Hybrid", Path(folder)))
         subjects = [throughput.subject(name, source, run) for name, source in named]
         require_vllm()
-        table = throughput.rows(subjects, throughput.run_all(subjects, run), run)
-    facts = {"dtype": dtype, "options": [one.arguments for one in subjects]}
-    if json_file is not None:
-        report = {"rows": table, **facts, "hardware": machine.hardware(), "versions": machine.versions()}
-        json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    throughput.print_rows(table, f"{dtype}, {output} tokens decoded by each sequence, {batched_tokens:,} tokens a step")
+        measured: list[throughput.Measured] = []
+        try:
+            for found in throughput.run_all(subjects, run):
+                measured.append(found)
+        finally:
+            if measured:
+                table = throughput.rows(subjects, measured, run)
+                title = f"{dtype}, {output} tokens decoded by each sequence, {batched_tokens:,} tokens a step"
+                facts = {"dtype": dtype, "options": [one.arguments for one in subjects]}
+                report = {"rows": table, **facts, "hardware": machine.hardware(), "versions": machine.versions()}
+                if json_file is not None:
+                    json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+                throughput.print_rows(table, title)
 
 
 def main() -> None:

@@ -86,6 +86,8 @@ def engine(path: Path, **options: Any) -> Iterator[Any]:
     """A vLLM engine in this process: its pools can be looked at, and it starts in seconds."""
     before = dict(os.environ)
     os.environ |= ENVIRONMENT
+    if CUDA and options.get("dtype", "float32") == "float32":
+        os.environ["HMF_OPS"] = "chunked"  # the kernels of linear attention round float32 to TF32 in any case
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 

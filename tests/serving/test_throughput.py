@@ -143,7 +143,26 @@ def test_a_failure_names_its_model(configs, tmp_path, monkeypatch):
     one = throughput.subject("this one", configs[0], run := Run([Load(64, 4)], dtype="float32"))
     one = dataclasses.replace(one, environment={"PYTHONPATH": str(tmp_path)})
     with pytest.raises(HmfError, match="^this one: vLLM stopped: ImportError: out of order\n"):
-        throughput.run_all([one], run)
+        list(throughput.run_all([one], run))
+
+
+def test_a_failure_leaves_the_figures_before_it(configs, tmp_path, monkeypatch):
+    def run_one(one, run, *_):
+        if one.name == str(configs[1]):
+            raise HmfError(f"{one.name}: vLLM stopped")
+        return throughput.Measured([[2.0]], [[1.0]], 1000, None, 3.0, "NONE", "CPU_ATTN")
+
+    monkeypatch.setattr(throughput, "_run_one", run_one)
+    monkeypatch.setattr("hmf.serving.serve.require_vllm", lambda: None)
+    saved = tmp_path / "rows.json"
+    result = CliRunner().invoke(
+        app, ["bench", "serving", *map(str, configs), "--context", "64:4", "--output", "5", "--json", str(saved)]
+    )
+    assert str(result.exception) == f"{configs[1]}: vLLM stopped"
+    (row,) = json.loads(saved.read_text())["rows"]
+    assert (row["model"], row["prefill_tokens_per_second"], row["decode_tokens_per_second"]) == (
+        str(configs[0]), 128.0, 20.0,
+    )  # fmt: skip
 
 
 def here(one, run, *_):

@@ -278,19 +278,17 @@ def _main(folder: Path) -> int:
 # ---- in the command's process
 
 
-def run_all(subjects: Sequence[Subject], run: Run) -> list[Measured]:
+def run_all(subjects: Sequence[Subject], run: Run) -> Iterator[Measured]:
     """Measure one model after the other, each in a process of its own. HmfError names the one that failed."""
     steps = len(subjects) * (1 + len(run.loads) * (1 + 2 * run.repeats))
-    found = []
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no engine is left
     try:
         with tqdm(total=steps, unit="run", disable=None) as bar, _plugin() as environment:
             for one in subjects:
                 bar.set_description(f"{one.name}: starting")
-                found.append(_run_one(one, run, environment, bar))
+                yield _run_one(one, run, environment, bar)
     finally:
         signal.signal(signal.SIGTERM, before)
-    return found
 
 
 def _job(one: Subject, run: Run) -> dict[str, Any]:
@@ -366,14 +364,14 @@ def _plugin() -> Iterator[dict[str, str]]:
 
 
 def rows(subjects: Sequence[Subject], measured: Sequence[Measured], run: Run) -> list[dict[str, Any]]:
-    """One row a load and model, with its ratios to the first model.
+    """One row a load and model that has been measured, with its ratios to the first model.
 
     bound_share: of the rate at which the GPU copies, what decoding reached in reading weights and caches.
     """
     result = []
     for index, load in enumerate(run.loads):
         group: list[dict[str, Any]] = []
-        for one, found in zip(subjects, measured, strict=True):
+        for one, found in zip(subjects, measured, strict=False):
             prefill = load.tokens * load.sequences / min(found.prefill[index])
             decode = run.output * load.sequences / min(found.decode[index])
             share = None
