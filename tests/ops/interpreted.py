@@ -73,7 +73,35 @@ CASES = [  # name, shape, options, changes, dtype, with gradients
      TWO | {"rescale": False}, {"alpha": False}, torch.float32, False),
     ("a token without steps", Shape(tokens=1, heads=1, head_dim=16), {"num_iter": 0}, {}, torch.float32, False),
 ]  # fmt: skip
+
+
+def pool_errors(device: str, dtype: torch.dtype, pool_dtype: torch.dtype) -> dict[str, float]:
+    """Of a step in pools with rows of nobody (NaN), of others and of padding, relative to `gka.step`."""
+    from hmf.ops import gka_triton
+
+    made = sample("gka", Shape(batch=3, tokens=1, heads=2, head_dim=16, with_state=True))
+    x = made.tensors(torch.float64)
+    x = {name: y.to(pool_dtype).double() if name in "CU" else y[:, 0] for name, y in x.items()}
+    options = {"num_iter": 4, "ridge_strength": 0.02, "rescale": True}
+    tokens = [x[name] for name in ("q", "k", "v", "g", "gk", "alpha")]
+    expected, after = gka.step(*tokens, (x["C"], x["U"]), **options, bp_lambda=True)
+    used, pools = torch.tensor([4, 1, 6]), []
+    for state in (x["C"], x["U"]):
+        pool = torch.full((8, *state.shape[1:]), torch.nan, dtype=pool_dtype)
+        pool[used] = state.to(pool_dtype)
+        pools.append(pool.to(device))
+    padded = [torch.cat([y, y[:1]]).to(device, dtype if y.dim() > 2 else torch.float32) for y in tokens]
+    slots = torch.tensor([*used.tolist(), 0], dtype=torch.int32, device=device)
+    o, _ = gka_triton.step(*padded, tuple(pools), **options, slots=slots)
+    others = torch.ones(8, dtype=torch.bool).index_fill(0, used, False)
+    assert not o[-1].any() and all(pool[others.to(device)].isnan().all() for pool in pools)
+    found = {"output": o[:-1], "covariance": pools[0][used], "recurrent": pools[1][used]}
+    exact = [expected, *after]
+    return {name: doctor.relative_error(y.cpu().double(), z) for (name, y), z in zip(found.items(), exact, strict=True)}
+
+
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+POOLS = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)]  # tokens, states
 
 
 def main() -> int:
@@ -92,6 +120,11 @@ def main() -> int:
             if not error <= TOLERANCES[dtype]:
                 failures += 1
                 print(f"{name}: {tensor} is off by {error:.1e}")
+    for dtype, pool_dtype in POOLS:
+        for tensor, error in pool_errors("cpu", dtype, pool_dtype).items():
+            if not error <= TOLERANCES[pool_dtype]:
+                failures += 1
+                print(f"a pool of {pool_dtype}: {tensor} is off by {error:.1e}")
     print(f"{len(CASES)} cases, {failures} failures")
     return failures
 

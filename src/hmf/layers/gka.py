@@ -43,6 +43,23 @@ class GatedKalmaNet(LinearMixer):
 
     def mix(self, hidden_states, states, cu_seqlens, position_embeddings) -> tuple[torch.Tensor, States]:
         new: States = {}
+        inputs = self.inputs(hidden_states, states, cu_seqlens, new)
+        before = None if states is None else (states["covariance"], states["recurrent"])
+        o, (new["covariance"], new["recurrent"]) = gated_kalmanet(
+            *inputs, before, cu_seqlens, bp_lambda=self.options.bp_lambda, **self.solver
+        )
+        return self.output(o, hidden_states), new
+
+    @property
+    def solver(self) -> dict[str, Any]:
+        """What the op and its step are told beside tensors."""
+        o = self.options
+        return {"num_iter": o.num_iter, "ridge_strength": o.ridge_strength, "rescale": o.gla_rescale}
+
+    def inputs(
+        self, hidden_states: torch.Tensor, states: States | None, cu_seqlens: torch.Tensor | None, new: States
+    ) -> tuple[torch.Tensor | None, ...]:
+        """q, k, v [B, T, H, K], g, gk and alpha (or None) [B, T, H] of the op; convolutions' states go to `new`."""
         options, gate_dtype = self.options, self.A_log.dtype
         q, k, v = (self.project(name, hidden_states, states, cu_seqlens, new) for name in "qkv")
         q = q.repeat_interleave(options.num_heads // q.shape[-2], dim=-2)
@@ -55,14 +72,7 @@ class GatedKalmaNet(LinearMixer):
             alpha = self.alpha_proj(hidden_states).to(gate_dtype).sigmoid()
         none = hidden_states.new_zeros(*hidden_states.shape[:2], options.num_heads, dtype=gate_dtype)
         g = self.decay(hidden_states) if options.use_forgetting_gate else none
-        gk = g if options.use_forgetting_gate_kk else none
-        before = None if states is None else (states["covariance"], states["recurrent"])
-        o, (new["covariance"], new["recurrent"]) = gated_kalmanet(
-            q, k, v, g, gk, alpha, before, cu_seqlens,
-            num_iter=options.num_iter, ridge_strength=options.ridge_strength, bp_lambda=options.bp_lambda,
-            rescale=options.gla_rescale,
-        )  # fmt: skip
-        return self.output(o, hidden_states), new
+        return q, k, v, g, g if options.use_forgetting_gate_kk else none, alpha
 
 
 def normalise(x: torch.Tensor) -> torch.Tensor:

@@ -267,20 +267,28 @@ def _steps(num_iter: int, ridge_strength: float, device: torch.device) -> tuple[
 
 @triton.jit
 def _step(
-    q, k, v, g, gk, alpha, C, U, o, C_out, U_out, weights, c, keep, scale, num_iter,
-    ALPHA: tl.constexpr, STATE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    q, k, v, g, gk, alpha, C, U, o, C_out, U_out, slots, C_slot, U_slot, null_slot, weights, c, keep, scale, num_iter,
+    ALPHA: tl.constexpr, STATE: tl.constexpr, POOL: tl.constexpr, H: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """One token of one sequence and head: the covariance stays in registers for all steps."""
     at = tl.program_id(0).to(tl.int64)
     i, j, u = tl.arange(0, D), tl.arange(0, D), tl.arange(0, DV)
+    C_at, U_at = at * K * K, at * K * V
+    if POOL:
+        slot, head = tl.load(slots + at // H).to(tl.int64), at % H
+        if slot == null_slot:  # a row of padding
+            tl.store(o + at * V + u, tl.zeros([DV], o.dtype.element_ty), mask=u < V)
+            return
+        C_at, U_at = slot * C_slot + head * K * K, slot * U_slot + head * K * V
     inside = (i < K)[:, None] & (j < K)[None, :]
     key_i, key_j = (_load(k + at * K, i, i < K).to(tl.float32), _load(k + at * K, j, j < K).to(tl.float32))
     now = _load(q + at * K, i, i < K).to(tl.float32)
     cov = key_i[:, None] * key_j[None, :]
     if STATE:
-        old = _load(C + at * K * K, i[:, None] * K + j[None, :], inside).to(tl.float32)
+        old = _load(C + C_at, i[:, None] * K + j[None, :], inside).to(tl.float32)
         cov += tl.exp(tl.load(gk + at).to(tl.float32)) * old
-    tl.store(C_out + at * K * K + i[:, None] * K + j[None, :], cov, mask=inside)
+    tl.store(C_out + C_at + i[:, None] * K + j[None, :], cov.to(C_out.dtype.element_ty), mask=inside)
     if num_iter > 0:
         square = tl.sum(tl.sum(cov * cov, axis=1), axis=0)
         factor = tl.where(square > 0, c / tl.sqrt(tl.maximum(square, 1.2e-38)), 0.0)
@@ -301,27 +309,42 @@ def _step(
     value = _load(v + at * V, u, u < V).to(tl.float32)
     state = key_i[:, None] * value[None, :]
     if STATE:
-        old = _load(U + at * K * V, i[:, None] * V + u[None, :], inside).to(tl.float32)
+        old = _load(U + U_at, i[:, None] * V + u[None, :], inside).to(tl.float32)
         state += tl.exp(tl.load(g + at).to(tl.float32)) * old
-    tl.store(U_out + at * K * V + i[:, None] * V + u[None, :], state, mask=inside)
+    tl.store(U_out + U_at + i[:, None] * V + u[None, :], state.to(U_out.dtype.element_ty), mask=inside)
     tl.store(o + at * V + u, (scale * tl.sum(state * now[:, None], axis=0)).to(o.dtype.element_ty), mask=u < V)
 
 
-def step(q, k, v, g, gk, alpha, state: State | None, *, num_iter, ridge_strength, rescale) -> Result:
-    """`gka.step` without gradients: q, k [S, H, K], v [S, H, V], g, gk and alpha (or None) [S, H], of any dtypes."""
+def step(
+    q, k, v, g, gk, alpha, state: State | None, *, num_iter, ridge_strength, rescale,
+    slots: torch.Tensor | None = None, null_slot: int = 0,
+) -> Result:  # fmt: skip
+    """`gka.step` without gradients: q, k [S, H, K], v [S, H, V], g, gk and alpha (or None) [S, H], of any dtypes.
+
+    With slots [S], integers, `state` is a pool of states [slots, H, K, K|V] of any float dtypes, in whose rows the
+    sequences' states stand and are changed in place: as a server keeps them, read and written once. All slots differ
+    but for `null_slot`, whose rows give zeros and change nothing.
+    """
     sequences, heads, key_dim = q.shape
     value_dim = v.shape[-1]
     q, k, v, g, gk = (x.contiguous() for x in (q, k, v, g, gk))
-    C, U = (q, v) if state is None else (x.contiguous() for x in state)
     o = torch.empty_like(v)
-    C_out = torch.empty(sequences, heads, key_dim, key_dim, dtype=torch.float32, device=q.device)
-    U_out = torch.empty(sequences, heads, key_dim, value_dim, dtype=torch.float32, device=q.device)
+    if slots is None:
+        C, U = (q, v) if state is None else (x.contiguous() for x in state)
+        C_out = torch.empty(sequences, heads, key_dim, key_dim, dtype=torch.float32, device=q.device)
+        U_out = torch.empty(sequences, heads, key_dim, value_dim, dtype=torch.float32, device=q.device)
+    else:
+        if state is None or any(not x[0].is_contiguous() for x in state):
+            raise ValueError("slots need a pool whose states are contiguous, each by itself")
+        C, U = C_out, U_out = state
     c, _, _ = coefficients(num_iter, ridge_strength)
     keep, weights = _steps(num_iter, ridge_strength, q.device)
     with torch.cuda.device_of(q):
         _step[sequences * heads,](
             q, k, v, g, gk, g if alpha is None else alpha.contiguous(), C, U, o, C_out, U_out,
+            g if slots is None else slots, C_out.stride(0), U_out.stride(0), null_slot,
             weights, c, keep, key_dim**-0.5 if rescale else 1.0, num_iter, ALPHA=alpha is not None,
-            STATE=state is not None, K=key_dim, V=value_dim, D=_width(key_dim), DV=_width(value_dim), num_warps=8,
+            STATE=state is not None, POOL=slots is not None, H=heads,
+            K=key_dim, V=value_dim, D=_width(key_dim), DV=_width(value_dim), num_warps=8,
         )  # fmt: skip
     return o, (C_out, U_out)

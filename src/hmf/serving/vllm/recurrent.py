@@ -152,18 +152,18 @@ class RecurrentMixer(MambaBase, nn.Module):
         slots, known = metadata.state_indices_tensor_p.long(), metadata.has_initial_states_p
         before = tuple(started(pool[slots], known) for pool in pools)
         mixed, after = self.recur(tuple(x[None] for x in inputs), before, metadata.query_start_loc_p)
-        _store(pools, slots, after)
+        store(pools, slots, after)
         return mixed[0]
 
     def decode(self, inputs: Tensors, slots: torch.Tensor) -> torch.Tensor:
         """One token of each of S requests, whose states stand in `slots` [S]: inputs [S, ...] -> [S, *output_shape]."""
         slots = slots.long()
         mixed, after = self.recur(tuple(x[:, None] for x in inputs), tuple(pool[slots] for pool in self.kv_cache), None)
-        _store(self.kv_cache, slots, after)
+        store(self.kv_cache, slots, after)
         return mixed[:, 0]
 
 
-def _store(pools: Tensors, slots: torch.Tensor, states: Tensors) -> None:
+def store(pools: Tensors, slots: torch.Tensor, states: Tensors) -> None:
     for pool, state in zip(pools, states, strict=True):
         state = state.to(pool.dtype)
         if pool.device.type != "cpu":  # rows of padding in a CUDA graph point to the null slot: leave it as it is

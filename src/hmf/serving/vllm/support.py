@@ -19,7 +19,7 @@ TESTED_VLLM = SpecifierSet(">=0.32.0,<0.33")
 # Layer symbols and the modules that serve them, each with two functions: `states` of a request, and `build` a mixer.
 MIXERS = {
     "GDN": "hmf.serving.vllm.gdn",
-    "GKA": "hmf.serving.vllm.hosted",
+    "GKA": "hmf.serving.vllm.gka",
     "M2": "hmf.serving.vllm.mamba2",
     "BMF": "hmf.serving.vllm.hosted",
     "SWA": "hmf.serving.vllm.window",
