@@ -40,14 +40,25 @@ def test_graphs_compute_what_the_model_does(tmp_path, symbol):
         assert all(pool[0].equal(before) for pool, before in zip(pools, null, strict=True))
 
 
+def test_flashinfer_shares_heads(tmp_path):
+    pytest.importorskip("cutlass", reason="needs FlashInfer's CuTe DSL, nvidia-cutlass-dsl")
+    check_bfloat16(tmp_path, "GDN", 128, additional_config={"gdn_prefill_backend": "flashinfer"})
+
+
 @pytest.mark.parametrize(("symbol", "head_dim"), [("GDN", 128), ("GDN", 32), ("M2", 64), ("GKA", 64), ("BMF", 64)])
 def test_kernels_of_bfloat16(tmp_path, symbol, head_dim):
+    check_bfloat16(tmp_path, symbol, head_dim)
+
+
+def check_bfloat16(tmp_path, symbol, head_dim, **options):
     """Prefills in chunks beside requests that decode: as near to float32 as Hugging Face is in bfloat16."""
     model = engines.save_hybrid(tmp_path, Case(symbol, "bfloat16"), "X-*-X", head_dim=head_dim)
     rounded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
     prompts = engines.random_prompts([1, 5, 70, 290, 300], seed=7)
-    options = GRAPHS | {"dtype": "bfloat16", "max_num_batched_tokens": 160, "max_model_len": 512}
+    options |= GRAPHS | {"dtype": "bfloat16", "max_num_batched_tokens": 160, "max_model_len": 512}
     with engines.engine(tmp_path, enforce_eager=False, **options) as llm:
+        if "additional_config" in options:
+            assert all(mixer.shares_heads for mixer in engines.mixers(llm))
         outputs = engines.greedy(llm, prompts, TOKENS)
     served, others = [], []
     for output, prompt in zip(outputs, prompts, strict=True):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from vllm.model_executor.layers.quantization import QuantizationConfig
@@ -35,6 +36,8 @@ from hmf.ops import gated_delta_rule, short_conv
 from .backends import RecurrentMetadata
 from .parts import NormWeight, ShortConvWeights, rms_norm
 from .recurrent import RecurrentMixer, Tensors, started
+
+logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handler prints it
 
 
 def states(symbol: str, config: Any, ranks: int) -> dict[str, StateShape]:
@@ -128,19 +131,22 @@ class GatedDeltaNet(RecurrentMixer):
         return o, (*convs, after.mT)
 
     def _init_kernels(self) -> None:
-        """vLLM's prefill: FlashInfer's kernel, which shares the heads of keys and values, or Triton's, for which they
-        are repeated. `--additional-config '{"gdn_prefill_backend": "triton"}'` chooses."""
+        """vLLM's prefill: Triton's kernels, for which heads of keys and values are repeated, or FlashInfer's, which
+        share them, where `--gdn-prefill-backend flashinfer` asks for it and it has a kernel."""
         from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import ChunkGatedDeltaRule
 
-        chosen = ChunkGatedDeltaRule()
-        dtype = get_current_vllm_config().model_config.dtype
+        vllm_config = get_current_vllm_config()
+        chosen, asked = ChunkGatedDeltaRule(), vllm_config.additional_config or {}
         self.shares_heads = (
-            chosen.gdn_prefill_backend == "flashinfer"
+            asked.get("gdn_prefill_backend") == chosen.gdn_prefill_backend == "flashinfer"
             and self.options.head_dim == 128
             and find_spec("cutlass") is not None
         )
         # Neither takes float32.
-        self.chunks = None if dtype == torch.float32 else chosen if self.shares_heads else chosen.forward_native
+        half = vllm_config.model_config.dtype != torch.float32
+        self.chunks = None if not half else chosen if self.shares_heads else chosen.forward_native
+        name = "hmf.ops" if not half else "FlashInfer" if self.shares_heads else "Triton"
+        logger.info_once("Prefill of GDN layers by %s.", name)
 
     def prefill(self, inputs: Tensors, pools: Tensors, metadata: RecurrentMetadata) -> torch.Tensor:
         if inputs[0].device.type == "cpu" or self.chunks is None:
