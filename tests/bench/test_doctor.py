@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`hmf doctor` tells right kernels from wrong ones; `hmf bench ops` measures what it says."""
 
+import contextlib
 import json
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
@@ -136,6 +139,48 @@ def test_a_version_that_an_op_lacks_is_a_finding(monkeypatch):
 def test_known_bad_combinations_are_notes(monkeypatch):
     monkeypatch.setattr(dispatch, "known_bad_backward", lambda op, dtype: "wrong on this chip" if op == "gdn" else None)
     assert report_of(run("doctor", "--json"))["notes"] == ["known bad: gdn: wrong on this chip"]
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "triton", "tilelang", "line"),
+    [
+        ("gdn", torch.bfloat16, "3.6.0", False, "Triton 3.6.0; pip install tilelang"),
+        ("gdn", torch.bfloat16, "3.6.0", True, None),
+        ("gdn", torch.float32, "3.6.0", True, "train in bfloat16"),
+        ("gdn", torch.float16, "3.6.0", True, "train in bfloat16"),
+        ("ssd", torch.bfloat16, "3.7.0.post1", True, "install Triton 3.7.1"),
+        ("ssd", torch.bfloat16, "3.7.1", False, None),
+        ("gka", torch.float32, "3.6.0", False, None),
+    ],
+)
+def test_backwards_that_hopper_lacks(monkeypatch, op, dtype, triton, tilelang, line):
+    module = pytest.importorskip("triton")
+    monkeypatch.setattr(module, "__version__", triton)
+    monkeypatch.setattr(dispatch, "_installed", lambda package: package != "tilelang" or tilelang)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    found = dispatch.known_bad_backward(op, dtype)
+    assert found is None if line is None else line in found
+
+
+class DeadPool(contextlib.AbstractContextManager):
+    def __exit__(self, *_):
+        return None
+
+    def submit(self, *_):
+        future = Future()
+        future.set_exception(BrokenProcessPool())
+        return future
+
+
+def test_a_kernel_that_kills_its_process_is_a_finding(monkeypatch):
+    monkeypatch.setattr(doctor, "ProcessPoolExecutor", lambda *_: DeadPool())
+    monkeypatch.setattr(dispatch, "ops", lambda: ["window"])
+    monkeypatch.setattr(dispatch, "known_bad_backward", lambda op, dtype: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    report = doctor.examine()
+    problems = {check.device: check.problem for check in report.checks}
+    assert problems["cpu"] is None and "has died" in problems["cuda"] and not report.passed
 
 
 def test_every_op_has_a_sample():

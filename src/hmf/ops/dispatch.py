@@ -130,7 +130,7 @@ def resolve(op: str, *tensors: torch.Tensor) -> Callable:
 
 
 def known_bad_backward(op: str, dtype: torch.dtype) -> str | None:
-    """Why the fast backward of `op` in `dtype` cannot be had or gives wrong gradients on this machine, or None.
+    """Why the fast backward of `op` in `dtype` gives wrong gradients or cannot run on this machine; None if it is good.
 
     On Hopper, Triton 3.4 to 3.7.0 miscompiles the gradient of q, k and the decay (fla-org/flash-linear-attention#640).
     With tilelang fla has another kernel for it, in bfloat16 only, which its plain linear attention (ssd) never takes.
@@ -147,7 +147,7 @@ def known_bad_backward(op: str, dtype: torch.dtype) -> str | None:
         return f"{wrong}; install Triton 3.7.1 or later"
     if not _installed("tilelang"):
         return f"{wrong}; pip install tilelang"
-    return f"{wrong}, and tilelang's takes no float32; train in bfloat16" if dtype == torch.float32 else None
+    return None if dtype == torch.bfloat16 else f"{wrong}, and tilelang's takes bfloat16 alone; train in bfloat16"
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
