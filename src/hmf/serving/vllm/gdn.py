@@ -10,6 +10,7 @@ Legend: N tokens of the batch, S sequences, T tokens a sequence, H expanded head
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -90,6 +91,7 @@ class GatedDeltaNet(RecurrentMixer):
         for parameter in (self.A_log, self.dt_bias):
             set_weight_attrs(parameter, {"weight_loader": sharded_weight_loader(0)})
         self.o_norm = NormWeight(head_dim)
+        self.chunks: Callable | None = None  # vLLM's op for prefills
         if current_platform.is_cuda():
             self._init_kernels()
         if options.kv_proj_rank is not None:
@@ -143,13 +145,12 @@ class GatedDeltaNet(RecurrentMixer):
             and find_spec("cutlass") is not None
         )
         # Neither takes float32.
-        half = vllm_config.model_config.dtype != torch.float32
-        self.chunks = None if not half else chosen if self.shares_heads else chosen.forward_native
-        name = "hmf.ops" if not half else "FlashInfer" if self.shares_heads else "Triton"
-        logger.info_once("Prefill of GDN layers by %s.", name)
+        if vllm_config.model_config.dtype != torch.float32:
+            self.chunks = chosen if self.shares_heads else chosen.forward_native
+            logger.info_once("Prefill of GDN layers by %s.", "FlashInfer" if self.shares_heads else "Triton")
 
     def prefill(self, inputs: Tensors, pools: Tensors, metadata: RecurrentMetadata) -> torch.Tensor:
-        if inputs[0].device.type == "cpu" or self.chunks is None:
+        if self.chunks is None:
             return super().prefill(inputs, pools, metadata)
         qkv, decay, beta = inputs
         slots, known, bounds = (

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from vllm.platforms import current_platform
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
 from hmf.layers.mamba2 import Mamba2
@@ -79,4 +80,4 @@ class Mamba2Mixer(HostedMixer):
 
 def _has_kernels(inputs: Tensors) -> bool:
     """On the GPU; in float32 they would round products to TF32, where `hmf.ops` keeps to the definition."""
-    return inputs[0].is_cuda and inputs[0].dtype != torch.float32
+    return current_platform.is_cuda() and inputs[0].dtype != torch.float32
