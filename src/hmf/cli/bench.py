@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hmf bench`: parse, make one measurement, print it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hmf.cli.shared import BatchedTokens, Mixer, Ratio, epilog, group
+from hmf.errors import HmfError
+
+app = group("Measure here.")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; left out: cuda if there is one.")]
+
+
+@app.command(epilog=epilog(
+    "hmf bench ops",
+    "hmf bench ops --ops gdn,ssd --tokens 8192 --heads 32 --head-dim 128 --dtype bfloat16 --versions chunked,fast",
+))  # fmt: skip
+def ops(
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of one sequence.")] = 2048,
+    heads: Annotated[int, typer.Option(min=1, help="Heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=1, help="Key and value dimensions of a head.")] = 64,
+    ops: Annotated[str, typer.Option(help="Ops, joined by commas; empty for all.")] = "",
+    versions: Annotated[str, typer.Option(help="Of reference, chunked, fast, by commas; empty for all here.")] = "",
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs; the reference is run once.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Times each op's versions, forward and backward. The sequential references take seconds to minutes."""
+    import json
+
+    import torch
+
+    from hmf.bench import machine
+    from hmf.bench import ops as timings
+    from hmf.errors import unknown_name
+    from hmf.ops.samples import Shape
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in dtypes:
+        raise HmfError(f"--dtype: {unknown_name('dtype', dtype, dtypes)}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted, named = ([name for name in text.split(",") if name] for text in (ops, versions))
+    shape = Shape(tokens=tokens, heads=heads, head_dim=head_dim)
+    rows = timings.rows(timings.run(shape, dtypes[dtype], device, repeats, wanted, named))
+    if as_json:
+        typer.echo(json.dumps({"rows": rows, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2))
+    else:
+        timings.print_rows(rows, f"{tokens:,} tokens, {heads} heads of {head_dim}, {dtype}, {device}; ms: min / median")
+
+
+@app.command(epilog=epilog("hmf bench solver", "hmf bench solver --head-dim 64 --plot solver.png"))
+def solver(
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of one sequence.")] = 256,
+    heads: Annotated[int, typer.Option(min=1, help="Heads, from short to long memory.")] = 4,
+    head_dim: Annotated[int, typer.Option(min=1, help="Key and value dimensions of a head.")] = 128,
+    ridge_strength: Annotated[float, typer.Option(help="The layer's option; smaller converges slower.")] = 0.02,
+    plot: Annotated[Path | None, typer.Option(help="Picture to write (.png, .svg).")] = None,
+) -> None:
+    """How near GKA's iteration comes to the exact ridge solution, by num_iter: outputs and gradients."""
+    from hmf.bench import solver
+    from hmf.ops.samples import Shape
+
+    found = solver.distances(Shape(tokens=tokens, heads=heads, head_dim=head_dim), ridge_strength)
+    title = f"GKA, {tokens:,} tokens, {heads} heads of {head_dim}, ridge_strength {ridge_strength:g}"
+    solver.print_distances(found, f"{title}: relative distance from the exact solution")
+    if plot is not None:
+        solver.plot(found, title, plot)
+        typer.echo(f"saved {plot}")
+
+
+@app.command(epilog=epilog(
+    "hmf bench distill",
+    "hmf bench distill recipes/configs/qwen3-0.6b --tokens 4096 --rows 2 --dtype bfloat16",
+    "hmf bench distill --set num_hidden_layers=12 --set hidden_size=768 --set vocab_size=32000",
+))  # fmt: skip
+def distill(
+    model: Annotated[
+        str, typer.Argument(help='Directory with a config.json (weights are random), or "teacher".')
+    ] = "teacher",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="In place of what the config says; repeatable."),
+    ] = None,
+    mixer: Mixer = "gdn",
+    ratio: Annotated[float | None, typer.Option(help="Share of layers to replace; left out: 0.5.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="Or one symbol a layer, joined by '-'.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 2,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 512,
+    kl: Annotated[float, typer.Option(min=0, help="Weight of the logits' KL beside the MSE before the head.")] = 1.0,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16 (autocast over float32 weights).")] = "float32",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of a process.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Processes for each way, in turn.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Times Stage 1's step in one fused model against teacher and student as two models, and their peak memory."""
+    import json
+
+    import torch
+
+    from hmf.bench import distill as steps
+    from hmf.bench import machine
+    from hmf.config.runs import HybridSettings
+    from hmf.errors import unknown_name
+    from hmf.model.checkpoint import load_config
+    from hmf.pipeline import resolve_base
+
+    if dtype not in ("float32", "bfloat16"):
+        raise HmfError(f"--dtype: {unknown_name('dtype', dtype, ('float32', 'bfloat16'))}")
+    config = steps.changed(load_config(resolve_base(model), weights=False), overrides or ())
+    if ratio is not None and pattern is not None:
+        raise HmfError("give at most one of --ratio and --pattern")
+    settings = HybridSettings(mixer=mixer, ratio=None if pattern else ratio or 0.5, pattern=pattern)
+    layers = str(settings.layer_pattern(config.num_hidden_layers))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    case = steps.Case(config, layers, rows, tokens, kl, device, dtype, repeats)
+    table = steps.rows(case, steps.run(case, rounds))
+    if as_json:
+        facts = {"pattern": layers, "hardware": machine.hardware(), "versions": machine.versions()}
+        typer.echo(json.dumps({"rows": table, **facts}, indent=2))
+    else:
+        shape = f"{config.num_hidden_layers} layers of {config.hidden_size}, vocabulary {config.vocab_size:,}"
+        steps.print_rows(table, f"{layers}\n{shape}; {rows} rows of {tokens:,} tokens, kl {kl:g}, {dtype}, {device}")
+
+
+@app.command(epilog=epilog(
+    "hmf bench states runs/quickstart/model", "hmf bench states MODEL --dtype float16 --tokens 4096 --device cuda",
+))  # fmt: skip
+def states(
+    model: Annotated[Path, typer.Argument(help="Hybrid checkpoint.")],
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16, for the states.")] = "bfloat16",
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each stretch of text.")] = 1024,
+    batch: Annotated[int, typer.Option(min=1, help="Stretches of held-out text.")] = 4,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Measures how far log-probabilities drift when recurrent states are stored in fewer bits."""
+    import json
+    from dataclasses import asdict
+
+    from hmf.bench import machine, states
+    from hmf.errors import unknown_name
+
+    if dtype not in (known := ("bfloat16", "float16")):
+        raise HmfError(f"--dtype: {unknown_name('dtype', dtype, known)}")
+    found = states.measure(model, dtype, tokens, batch, device)
+    if as_json:
+        rows = [asdict(drift) for drift in found]
+        report = {"rows": rows, "hardware": machine.hardware(), "versions": machine.versions()}
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        title = f"{model}: states in {dtype}, {batch} x {tokens:,} tokens of held-out text; nats, by position"
+        states.print_drift(found, title)
+
+
+@app.command(epilog=epilog(
+    "hmf bench serving ./Qwen3-8B runs/prime/model --context 16384:20,32768:10",
+    "hmf bench serving recipes/configs/qwen3-8b --mixer gdn --ratio 0.5 --context 16384:20 --json serving.json",
+))  # fmt: skip
+def serving(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help='Directories with a config.json (without weights: random ones), or "teacher".', metavar="MODEL"
+        ),
+    ],
+    context: Annotated[
+        str, typer.Option(help="Prompt tokens and how many sequences at once.", metavar="TOKENS:SEQUENCES,...")
+    ],
+    mixer: Annotated[
+        str, typer.Option(help="With --ratio: measure also the Hybrid that the only MODEL would become.")
+    ] = "gdn",
+    ratio: Ratio = None,
+    pattern: Annotated[str | None, typer.Option(help="Or that Hybrid's pattern, one symbol a layer.")] = None,
+    output: Annotated[int, typer.Option(min=1, help="Tokens that each sequence decodes while it is timed.")] = 128,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs, of which the fastest counts.")] = 1,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of weights; left out: bfloat16, or float32 where there is no GPU.")
+    ] = None,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of GPU memory that vLLM may take.")] = 0.9,
+    batched_tokens: BatchedTokens = 8192,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs for each model.")] = 1,
+    enforce_eager: Annotated[bool, typer.Option(help="Neither torch.compile nor CUDA graphs.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File to write the rows to, too.")] = None,
+) -> None:
+    """Prefill and decode throughput in vLLM of a Hybrid and its base, or of any models, with ratios to the first."""
+    import json
+    import tempfile
+
+    import torch
+
+    from hmf.bench import machine
+    from hmf.config.runs import HybridSettings
+    from hmf.model.checkpoint import load_config
+    from hmf.model.convert import hybrid_config
+    from hmf.pipeline import resolve_base
+    from hmf.serving import throughput
+    from hmf.serving.serve import require_vllm
+
+    dtype = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    run = throughput.Run(
+        throughput.parse_loads(context), output, repeats, dtype, gpu_memory_utilization, batched_tokens,
+        tensor_parallel_size, enforce_eager,
+    )  # fmt: skip
+    if json_file is not None and not json_file.parent.is_dir():
+        raise HmfError(f"--json: {json_file.parent}: no such directory; name a file in one that exists")
+    with tempfile.TemporaryDirectory(prefix="hmf-config-") as folder:
+        named = [(model, resolve_base(model)) for model in models]
+        if len(set(models)) < len(models):
+            raise HmfError("MODEL: one is named twice; name each once")
+        if ratio is not None or pattern is not None:
+            if len(models) > 1 or (ratio is not None and pattern is not None):
+                raise HmfError("give at most one of --ratio and --pattern, and then one MODEL")
+            config = load_config(named[0][1], weights=False)
+            layers = HybridSettings(mixer=mixer, ratio=ratio, pattern=pattern).layer_pattern(config.num_hidden_layers)
+            hybrid_config(config, layers).save_pretrained(folder)
+            named.append((f"{models[0]} as a Hybrid", Path(folder)))
+        subjects = [throughput.subject(name, source, run) for name, source in named]
+        require_vllm()
+        measured: list[throughput.Measured] = []
+        try:
+            for found in throughput.run_all(subjects, run):
+                measured.append(found)
+        finally:
+            if measured:
+                table = throughput.rows(subjects, measured, run)
+                title = f"{dtype}, {output} tokens decoded by each sequence, {batched_tokens:,} tokens a step"
+                facts = {"dtype": dtype, "options": [one.arguments for one in subjects]}
+                report = {"rows": table, **facts, "hardware": machine.hardware(), "versions": machine.versions()}
+                if json_file is not None:
+                    json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+                throughput.print_rows(table, title)
