@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's state backends for recurrent layers: one for each layer type, all alike.
+"""vLLM's state backends for recurrent layers: one for each layer type, alike but for what Mamba2's kernels need.
 
 A backend of its own lets layer types with different states share a model. vLLM names backends by their path and sends
 the names between its processes, so each needs a path: `hmf.serving.vllm.backends.GDN` and so on.
@@ -19,7 +19,8 @@ from vllm.v1.attention.backends.utils import compute_causal_conv1d_metadata
 
 from .support import MIXERS
 
-SSD_CHUNK = 256  # tokens: what vLLM's kernels of Mamba2 are tuned for
+HAS_KERNELS = current_platform.is_cuda()  # vLLM's own, of convolutions, GDN and Mamba2
+SSD_CHUNK = 256  # tokens that vLLM's kernels of Mamba2 take at a time, as in the published Mamba2 models
 
 
 class RecurrentMetadata(BaseMambaAttentionMetadata):
@@ -28,7 +29,7 @@ class RecurrentMetadata(BaseMambaAttentionMetadata):
 
 class RecurrentMetadataBuilder(BaseMambaAttentionMetadataBuilder[RecurrentMetadata]):
     metadata_cls = RecurrentMetadata
-    needs_causal_conv1d_metadata = current_platform.is_cuda()
+    needs_causal_conv1d_metadata = HAS_KERNELS
 
 
 @dataclass
@@ -43,7 +44,7 @@ class SSDMetadataBuilder(RecurrentMetadataBuilder):
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **kwargs: Any) -> Any:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
-        if not metadata.num_prefills or not current_platform.is_cuda():
+        if not metadata.num_prefills or not HAS_KERNELS:
             return metadata
         bounds, of, last, _ = self._build_chunk_metadata_tensors(SSD_CHUNK, metadata, common_attn_metadata)
         return replace(metadata, cu_chunk_seqlen_p=bounds, seq_idx_p=of, last_chunk_indices_p=last)

@@ -25,7 +25,6 @@ from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn,
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.model_executor.utils import set_weight_attrs
-from vllm.platforms import current_platform
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
 from hmf.config.layers import GDNOptions, layer_options
@@ -34,7 +33,7 @@ from hmf.layers.gdn import l2_normalise
 from hmf.layers.linear import LowRank
 from hmf.ops import gated_delta_rule, short_conv
 
-from .backends import RecurrentMetadata
+from .backends import HAS_KERNELS, RecurrentMetadata
 from .parts import NormWeight, ShortConvWeights, rms_norm
 from .recurrent import RecurrentMixer, Tensors, started
 
@@ -91,9 +90,7 @@ class GatedDeltaNet(RecurrentMixer):
         for parameter in (self.A_log, self.dt_bias):
             set_weight_attrs(parameter, {"weight_loader": sharded_weight_loader(0)})
         self.o_norm = NormWeight(head_dim)
-        self.chunks: Callable | None = None  # vLLM's op for prefills
-        if current_platform.is_cuda():
-            self._init_kernels()
+        self._init_kernels()
         if options.kv_proj_rank is not None:
             kv_dim = options.num_k_heads * head_dim
             self.proj_k = LowRank(kv_dim, options.kv_proj_rank, heads * head_dim)
@@ -134,20 +131,30 @@ class GatedDeltaNet(RecurrentMixer):
 
     def _init_kernels(self) -> None:
         """vLLM's prefill: Triton's kernels, for which heads of keys and values are repeated, or FlashInfer's, which
-        share them, where `--gdn-prefill-backend flashinfer` asks for it and it has a kernel."""
-        from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import ChunkGatedDeltaRule
-
+        share them, where `--gdn-prefill-backend flashinfer` asks for it and it has a kernel. Neither takes float32."""
+        self.chunks: Callable | None = None  # vLLM's op for prefills
+        self.shares_heads = False
+        if not HAS_KERNELS:
+            return
         vllm_config = get_current_vllm_config()
-        chosen, asked = ChunkGatedDeltaRule(), vllm_config.additional_config or {}
-        self.shares_heads = (
-            asked.get("gdn_prefill_backend") == chosen.gdn_prefill_backend == "flashinfer"
-            and self.options.head_dim == 128
-            and find_spec("cutlass") is not None
-        )
-        # Neither takes float32.
+        asked = (vllm_config.additional_config or {}).get("gdn_prefill_backend")
+        name = None
         if vllm_config.model_config.dtype != torch.float32:
-            self.chunks = chosen if self.shares_heads else chosen.forward_native
-            logger.info_once("Prefill of GDN layers by %s.", "FlashInfer" if self.shares_heads else "Triton")
+            from vllm.third_party.flash_linear_attention.ops import chunk_gated_delta_rule
+
+            self.chunks, name = chunk_gated_delta_rule, "triton"
+            if asked == "flashinfer" and self.options.head_dim == 128 and find_spec("cutlass") is not None:
+                from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import ChunkGatedDeltaRule
+
+                chosen = ChunkGatedDeltaRule()
+                if chosen.gdn_prefill_backend == asked:
+                    self.chunks, self.shares_heads, name = chosen, True, asked
+            logger.info_once("Prefill of GDN layers by %s.", name)
+        if asked not in (None, "auto", name):
+            logger.warning_once(
+                "--gdn-prefill-backend %s is not used: it can be triton, or flashinfer on Hopper with head_dim 128 and "
+                "nvidia-cutlass-dsl, both in bfloat16 or float16.", asked,
+            )  # fmt: skip
 
     def prefill(self, inputs: Tensors, pools: Tensors, metadata: RecurrentMetadata) -> torch.Tensor:
         if self.chunks is None:

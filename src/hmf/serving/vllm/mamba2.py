@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mamba2 inside vLLM: the layer of `hmf.layers`, on a GPU with vLLM's own kernels for what lies between projections.
 
-Their states have the layout [H, V, K]. They know no groups of keys as small as ours, so x and B are repeated for them.
+Their states have the layout [H, V, K]. B and C have equally many heads there; here B has those of keys and C those of
+queries, so B and x are repeated for them.
 
-Legend: N tokens of the batch, S sequences, D model dim, H heads, K head_dim.
+Legend: N tokens of the batch, S sequences, D model dim, H query heads, K/V head_dim.
 """
 
 from __future__ import annotations
@@ -13,12 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
-from vllm.platforms import current_platform
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
 from hmf.layers.mamba2 import Mamba2
 
-from .backends import SSD_CHUNK, SSDMetadata
+from .backends import HAS_KERNELS, SSD_CHUNK, SSDMetadata
 from .hosted import HostedMixer, states  # noqa: F401 (asked for beside `build`)
 from .recurrent import Tensors, started
 
@@ -79,5 +79,5 @@ class Mamba2Mixer(HostedMixer):
 
 
 def _has_kernels(inputs: Tensors) -> bool:
-    """On the GPU; in float32 they would round products to TF32, where `hmf.ops` keeps to the definition."""
-    return current_platform.is_cuda() and inputs[0].dtype != torch.float32
+    """vLLM's are for CUDA; in float32 they would round products to TF32, where `hmf.ops` keeps to the definition."""
+    return HAS_KERNELS and inputs[0].dtype != torch.float32
