@@ -139,3 +139,9 @@ def test_a_window_that_looks_ahead_is_refused():
     x = normal(1, 3, HK, K)
     with pytest.raises(HmfError, match="low=-1, high=4"):
         KeySet(x, x, -1, 4)
+
+
+def test_half_a_past_is_refused():
+    x = normal(1, 3, HK, K)
+    with pytest.raises(HmfError, match="give both or neither"):
+        KeySet(x, x, 0, 4, past_k=x)

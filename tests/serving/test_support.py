@@ -151,6 +151,12 @@ class TestRefusals:
         with pytest.raises(HmfError, match="--mamba-cache-mode align"):
             support.check(config)
 
+    def test_stochastic_rounding(self, hybrid_dir):
+        config = engine_config(hybrid_dir)
+        config.mamba_config.enable_stochastic_rounding = True  # vLLM's command line takes it on some GPUs only
+        with pytest.raises(HmfError, match="drop --enable-mamba-cache-stochastic-rounding"):
+            support.check(config)
+
     @engines.on_cpu
     def test_pipeline_on_a_cpu(self, hybrid_dir):
         options = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}

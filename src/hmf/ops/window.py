@@ -30,7 +30,7 @@ class KeySet:
 
     k [B, T, Hk, K], v [B, T, Hk, V]; query i sees positions i - high to i - low, with 0 <= low <= high. past_k
     [S, P, Hk, K] and past_v [S, P, Hk, V] hold the P positions before each sequence's first token, oldest first, or
-    are None.
+    both are None.
     """
 
     k: torch.Tensor
@@ -43,6 +43,8 @@ class KeySet:
     def __post_init__(self):
         if not 0 <= self.low <= self.high:
             raise HmfError(f"KeySet: low={self.low}, high={self.high}: a window needs 0 <= low <= high")
+        if (self.past_k is None) != (self.past_v is None):
+            raise HmfError("KeySet: past_k or past_v alone; give both or neither")
 
 
 @dispatch.entry("window")
@@ -84,8 +86,10 @@ def reference(q, sets, scale, seen=None, cu_seqlens=None) -> torch.Tensor:
     return torch.stack(outputs).unflatten(0, (batch, tokens)).to(q.dtype)
 
 
-def _with_past(keys: KeySet, s: int, own: slice, seen: torch.Tensor | None, heads: int, dtype: torch.dtype):
-    """k, v [past + own tokens, H, K|V] of sequence s, with heads repeated; `own` among the tokens of all rows."""
+def _with_past(
+    keys: KeySet, s: int, own: slice, seen: torch.Tensor | None, heads: int, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """k, v [real past slots + own tokens, H, K|V] of sequence s, with heads repeated; `own` among all rows' tokens."""
     k, v = keys.k.flatten(0, 1)[own], keys.v.flatten(0, 1)[own]
     if keys.past_k is not None and keys.past_v is not None and seen is not None:
         unused = max(keys.past_k.shape[1] - int(seen[s]), 0)

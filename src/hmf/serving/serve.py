@@ -215,7 +215,7 @@ def _wait(server: subprocess.Popen, seconds: float) -> int | None:
 
 
 def end_group(server: subprocess.Popen) -> None:
-    """Let what is left of the server's process group end in three seconds, then end it by force."""
+    """Let what is left of the process group that `server` leads end in three seconds, then end it by force."""
     with suppress(ProcessLookupError):  # nobody is left
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGTERM)

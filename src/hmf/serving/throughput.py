@@ -73,8 +73,9 @@ def parse_loads(text: str) -> list[Load]:
 
 @dataclass(frozen=True)
 class Run:
-    """What is measured, for every model alike. output: tokens that each sequence decodes while it is timed;
-    repeats: timed runs, of which the fastest counts; the others are vLLM's options of these names."""
+    """What is measured, for every model alike. output: tokens that each sequence decodes while it is timed; repeats:
+    timed runs, of which the fastest counts; utilisation, batched_tokens, ranks and enforce_eager: vLLM's
+    --gpu-memory-utilization, --max-num-batched-tokens, --tensor-parallel-size and --enforce-eager."""
 
     loads: Sequence[Load]
     output: int = 128
@@ -104,7 +105,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure. folder: what vLLM loads, with a config alone or a whole checkpoint; plan: for its bytes."""
+    """A model to measure. folder: what vLLM loads, with a config alone or a whole checkpoint; plan: for the bytes of a
+    decode step, None where weights are quantised; arguments, environment: of its engine."""
 
     name: str
     folder: Path
@@ -122,7 +124,8 @@ class Subject:
 @dataclass(frozen=True)
 class Measured:
     """Of one model: seconds of every timed run for each load; the KV cache in tokens, as vLLM says it; bytes/s of a
-    copy on the GPU, read and written counted alike (None on a CPU); graphs and attention as the worker chose them."""
+    copy on the GPU, read and written counted alike (None on a CPU); seconds until the engine was ready; CUDA graphs and
+    attention and state backends as the worker chose them."""
 
     prefill: list[list[float]]
     decode: list[list[float]]

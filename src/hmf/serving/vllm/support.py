@@ -174,6 +174,11 @@ TABLE: tuple[Row, ...] = (
         _when(lambda c: c.cache_config.use_replayssm, "ReplaySSM does not know these layers; drop --use-replayssm"),
     ),
     Row(
+        "Stochastic rounding of states", False, "drop `--enable-mamba-cache-stochastic-rounding`",
+        _when(lambda c: c.mamba_config.enable_stochastic_rounding,
+              "states are rounded to nearest alone; drop --enable-mamba-cache-stochastic-rounding"),
+    ),
+    Row(
         "Context parallelism", False, "use tensor parallelism",
         _when(lambda c: max(c.parallel_config.decode_context_parallel_size,
                             c.parallel_config.prefill_context_parallel_size) > 1,
