@@ -112,21 +112,17 @@ class GatedDeltaNet(RecurrentMixer):
         gate = self.g_proj(hidden_states)[0] if self.options.use_gate else None
         return (qkv, decay, beta), gate
 
-    def recur(
-        self, inputs: Tensors, states: Tensors | None, cu_seqlens: torch.Tensor | None
-    ) -> tuple[torch.Tensor, Tensors]:
+    def recur(self, inputs: Tensors, states: Tensors, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor, Tensors]:
         qkv, decay, beta = inputs
-        before = None if states is None else states[-1]
         if self.options.use_short_conv:
-            window = None if states is None else states[0].transpose(1, 2)
+            window = states[0].transpose(1, 2)
             qkv, window = short_conv(qkv, self.conv1d.weight, self.conv1d.bias, window, cu_seqlens)
             convs: Tensors = (window.transpose(1, 2),)
         else:
             qkv, convs = F.silu(qkv), ()
         q, k, v = self._streams(qkv)
         k, v = self._expand(k, "k"), self._expand(v, "v")
-        before = None if before is None else before.mT
-        o, after = gated_delta_rule(l2_normalise(q), l2_normalise(k), v, decay, beta, before, cu_seqlens)
+        o, after = gated_delta_rule(l2_normalise(q), l2_normalise(k), v, decay, beta, states[-1].mT, cu_seqlens)
         return o, (*convs, after.mT)
 
     def _init_kernels(self) -> None:

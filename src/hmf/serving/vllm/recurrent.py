@@ -73,12 +73,10 @@ class RecurrentMixer(MambaBase, nn.Module):
         """positions [N], hidden_states [N, D] -> (the recurrence's inputs, each [N, ...]; what else `finish` needs)."""
 
     @abstractmethod
-    def recur(
-        self, inputs: Tensors, states: Tensors | None, cu_seqlens: torch.Tensor | None
-    ) -> tuple[torch.Tensor, Tensors]:
+    def recur(self, inputs: Tensors, states: Tensors, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor, Tensors]:
         """Run the recurrence: over rows [S, 1, ...], or over S documents packed in one row [1, T, ...].
 
-        `states` (None: zeros) has one row a sequence, and so have the returned final states.
+        `states` have one row a sequence, and so have the returned final states.
         The output has the shape of the inputs' leading axes, then `output_shape`.
         """
 
