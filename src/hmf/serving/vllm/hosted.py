@@ -2,7 +2,8 @@
 """Any mixer of `hmf.layers` inside vLLM, as it is.
 
 A mixer's `mix` takes states and packed documents and gives new states: all that vLLM's batches need. So a layer type
-is served from the day that it has a Hugging Face layer; one whose speed matters gets a file of its own, as GDN has.
+is served from the day that it has a Hugging Face layer; one whose speed matters gets a file of its own: GDN all of it,
+GKA and Mamba2 their way with states on a GPU.
 
 Under tensor parallelism each rank builds the mixer of a model with its share of the heads, loads that share of every
 tensor, and adds up what the ranks' projections out of the heads give.
@@ -81,14 +82,10 @@ class HostedMixer(RecurrentMixer):
     def project(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> tuple[Tensors, None]:
         return (hidden_states, positions), None
 
-    def recur(
-        self, inputs: Tensors, states: Tensors | None, cu_seqlens: torch.Tensor | None
-    ) -> tuple[torch.Tensor, Tensors]:
+    def recur(self, inputs: Tensors, states: Tensors, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor, Tensors]:
         hidden_states, positions = inputs
-        before = None
-        if states is not None:
-            named = zip(self.states, states, strict=True)
-            before = {name: x[:, 0] if name in self.numbers else x for name, x in named}
+        named = zip(self.states, states, strict=True)
+        before = {name: x[:, 0] if name in self.numbers else x for name, x in named}
         rotary = self.rotary(hidden_states, positions)
         mixed, after = self.mixer.mix(hidden_states, before, cu_seqlens, rotary)
         return mixed, tuple(after[name][:, None] if name in self.numbers else after[name] for name in self.states)
