@@ -41,10 +41,11 @@ format: setup-dev ## rewrite the sources in the house style
 	@$(BIN)/ruff check --fix-only --quiet
 	@$(BIN)/ruff format
 
-test-gpu: ## the tests that need CUDA or vLLM, with the python3 on the path; installs nothing
+WORKERS ?= 4
+test-gpu: ## the tests that need CUDA or vLLM, with the python3 on the path; installs nothing: make test-gpu WORKERS=12
 	@python3 -c 'import setuptools; setuptools.setup()' --quiet egg_info # by which vLLM finds the plugin in src
 	@export PYTHONPATH="$(CURDIR)/src$${PYTHONPATH:+:$$PYTHONPATH}"; \
-	python3 -m pytest -n 4 --no-loadscope-reorder -m "(gpu or vllm) and not alone"; together=$$?; \
+	python3 -m pytest -n $(WORKERS) --no-loadscope-reorder -m "(gpu or vllm) and not alone"; together=$$?; \
 	python3 -m pytest -m alone tests/serving && exit $$together
 
 clean: ## remove the environment and all caches; runs/ stays

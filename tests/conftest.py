@@ -13,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVING = "tests/serving/"
-ENGINE_EACH = ("test_cuda_graphs.py", "test_layer_types.py")  # files whose tests share no engine
+SHARE_NOTHING = ("test_cuda_graphs.py", "test_layer_types.py", "test_gpu.py")  # long tests, no common fixtures
 
 
 def pytest_collection_modifyitems(items):
@@ -41,7 +41,7 @@ def pytest_xdist_make_scheduler(config, log):
         def _split_scope(self, nodeid):
             file = nodeid.partition("::")[0]
             if torch.cuda.is_available():
-                return nodeid if file.endswith(ENGINE_EACH) else file
+                return nodeid if file.endswith(SHARE_NOTHING) else file
             return SERVING if SERVING in nodeid else file
 
     return ByFile(config, log)

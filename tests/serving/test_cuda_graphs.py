@@ -40,12 +40,14 @@ def test_graphs_compute_what_the_model_does(tmp_path, symbol):
         assert all(pool[0].equal(before) for pool, before in zip(pools, null, strict=True))
 
 
-def test_flashinfer_shares_heads(tmp_path):
-    pytest.importorskip("cutlass", reason="needs FlashInfer's CuTe DSL, nvidia-cutlass-dsl")
-    check_bfloat16(tmp_path, "GDN", 128, additional_config={"gdn_prefill_backend": "flashinfer"})
+@pytest.mark.parametrize("backend", ["flashinfer", "triton"])
+def test_prefill_of_gdn(tmp_path, backend):
+    if backend == "flashinfer":
+        pytest.importorskip("cutlass", reason="needs FlashInfer's CuTe DSL, nvidia-cutlass-dsl")
+    check_bfloat16(tmp_path, "GDN", 128, additional_config={"gdn_prefill_backend": backend})
 
 
-@pytest.mark.parametrize(("symbol", "head_dim"), [("GDN", 128), ("GDN", 32), ("M2", 64), ("GKA", 64), ("BMF", 64)])
+@pytest.mark.parametrize(("symbol", "head_dim"), [("GDN", 32), ("M2", 64), ("GKA", 64), ("BMF", 64)])
 def test_kernels_of_bfloat16(tmp_path, symbol, head_dim):
     check_bfloat16(tmp_path, symbol, head_dim)
 
@@ -58,7 +60,8 @@ def check_bfloat16(tmp_path, symbol, head_dim, **options):
     options |= GRAPHS | {"dtype": "bfloat16", "max_num_batched_tokens": 160, "max_model_len": 512}
     with engines.engine(tmp_path, enforce_eager=False, **options) as llm:
         if "additional_config" in options:
-            assert all(mixer.shares_heads for mixer in engines.mixers(llm))
+            flashinfer = options["additional_config"] == {"gdn_prefill_backend": "flashinfer"}
+            assert all(mixer.shares_heads == flashinfer for mixer in engines.mixers(llm))
         outputs = engines.greedy(llm, prompts, TOKENS)
     served, others = [], []
     for output, prompt in zip(outputs, prompts, strict=True):

@@ -11,7 +11,7 @@ import torch
 from hmf.config.layers import LAYER_KINDS
 from tests.hybrids import OPTIONS, Case, randomise, tiny_config
 from tests.serving import engines
-from tests.serving.quantised import quantise_int8
+from tests.serving.quantised import quantise
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -72,7 +72,7 @@ def test_int8_checkpoint(tmp_path):
     """Attention, MLPs and GDN's wide projections in int8; what is small, and GKA, as it was."""
     model = engines.save_hybrid(tmp_path, Case("GDN", "int8"), "X-*-SWA-GKA", intermediate_size=64, **DICTS)
     names = {f"{kind}.{name}_proj" for kind in ("gdn", "swa", "self_attn") for name in "qkvo"} | {"gdn.g_proj"}
-    quantise_int8(tmp_path, model, lambda name: ".mlp." in name or ".".join(name.split(".")[-2:]) in names)
+    quantise(tmp_path, model, lambda name: ".mlp." in name or ".".join(name.split(".")[-2:]) in names)
     prompts = engines.random_prompts([1, 5, 70], seed=4)
     answers = [engines.hugging_face(model, prompt, TOKENS) for prompt in prompts]
     # vLLM's int8 products on a GPU give no float32.
@@ -90,6 +90,25 @@ def test_int8_checkpoint(tmp_path):
         assert (engines.first_rows(outputs) - wanted).abs().mean() < 0.3
     else:  # Sums in another order tip the rounding of an input now and then.
         engines.assert_same(outputs, answers, tolerance=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["float8", "fp8"])
+def test_fp8_checkpoint(tmp_path, form):
+    """From compressed-tensors, and from the method called fp8: nearer to the rounded model than that is to the other."""
+    model = engines.save_hybrid(tmp_path, Case("GDN", form), "X-*-GKA", intermediate_size=64)
+    prompts = engines.random_prompts(LENGTHS, seed=4)
+    exact = torch.stack([engines.hugging_face(model, prompt, 1).logprobs[0] for prompt in prompts])
+    wide = ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj")
+    quantise(tmp_path, model, lambda name: ".mlp." in name or (".gka." not in name and name.endswith(wide)), form)
+    rounded = torch.stack([engines.hugging_face(model, prompt, 1).logprobs[0] for prompt in prompts])
+    with engines.engine(tmp_path, dtype="bfloat16") as llm:
+        loaded = dict(engines.runner(llm).model.named_parameters())
+        for name in ("0.self_attn.qkv_proj", "1.self_attn.o_proj", "2.mlp.down_proj"):
+            assert loaded[f"model.layers.{name}.weight"].dtype == torch.float8_e4m3fn
+        assert loaded["model.layers.2.self_attn.mixer.q_proj.weight"].dtype == torch.bfloat16
+        served = engines.first_rows(engines.greedy(llm, prompts, 1))
+    assert (served - rounded).abs().mean() < (rounded - exact).abs().mean()
 
 
 def test_fp8_on_the_fly(tmp_path):

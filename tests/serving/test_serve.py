@@ -18,7 +18,7 @@ from hmf.serving import serve
 from hmf.serving.chat import LocalChat, Markers, ServerChat, run
 from tests.hybrids import Case
 from tests.serving import engines
-from tests.serving.quantised import quantise_int8
+from tests.serving.quantised import quantise
 from tests.serving.scripted import save_scripted
 
 STATES = ["--mamba-cache-dtype", "float32", "--mamba-ssm-cache-dtype", "float32"]
@@ -103,7 +103,7 @@ class TestOptions:
         assert " ".join(serve.prepare(scripted).arguments[len([1, *PREFIXES, *STATES]) + 4 :]) == options
 
     def test_quantised_checkpoint(self, tmp_path):
-        quantise_int8(tmp_path, engines.save_hybrid(tmp_path, Case("GDN", "int8"), "X-*"), lambda name: ".mlp." in name)
+        quantise(tmp_path, engines.save_hybrid(tmp_path, Case("GDN", "int8"), "X-*"), lambda name: ".mlp." in name)
         assert "align" in serve.prepare(_with_tokenizer(tmp_path)).arguments
 
     def test_teacher_still_in_it(self, tmp_path):

@@ -126,8 +126,8 @@ class GatedDeltaNet(RecurrentMixer):
         return o, (*convs, after.mT)
 
     def _init_kernels(self) -> None:
-        """vLLM's prefill: Triton's kernels, for which heads of keys and values are repeated, or FlashInfer's, which
-        share them, where `--gdn-prefill-backend flashinfer` asks for it and it has a kernel. Neither takes float32."""
+        """vLLM's prefill: FlashInfer's kernel where it has one, which shares heads of keys and values, or Triton's, for
+        which they are repeated. Neither takes float32."""
         self.chunks: Callable | None = None  # vLLM's op for prefills
         self.shares_heads = False
         if not HAS_KERNELS:
@@ -139,12 +139,13 @@ class GatedDeltaNet(RecurrentMixer):
             from vllm.third_party.flash_linear_attention.ops import chunk_gated_delta_rule
 
             self.chunks, name = chunk_gated_delta_rule, "triton"
-            if asked == "flashinfer" and self.options.head_dim == 128 and find_spec("cutlass") is not None:
+            wanted = asked in (None, "auto", "flashinfer")
+            if wanted and self.options.head_dim == 128 and find_spec("cutlass") is not None:
                 from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import ChunkGatedDeltaRule
 
                 chosen = ChunkGatedDeltaRule()
-                if chosen.gdn_prefill_backend == asked:
-                    self.chunks, self.shares_heads, name = chosen, True, asked
+                if chosen.gdn_prefill_backend == "flashinfer":
+                    self.chunks, self.shares_heads, name = chosen, True, "flashinfer"
             logger.info_once("Prefill of GDN layers by %s.", name)
         if asked not in (None, "auto", name):
             logger.warning_once(
