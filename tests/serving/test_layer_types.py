@@ -95,11 +95,11 @@ def test_int8_checkpoint(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", ["float8", "fp8"])
 def test_fp8_checkpoint(tmp_path, form):
-    """From compressed-tensors, and from the method called fp8: nearer to the rounded model than that is to the other."""
+    """Of compressed-tensors, and of the method called fp8: nearer to the rounded model than that is to the exact one."""
     model = engines.save_hybrid(tmp_path, Case("GDN", form), "X-*-GKA", intermediate_size=64)
     prompts = engines.random_prompts(LENGTHS, seed=4)
     exact = torch.stack([engines.hugging_face(model, prompt, 1).logprobs[0] for prompt in prompts])
-    wide = ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj")
+    wide = (".q_proj", ".k_proj", ".v_proj", ".g_proj", ".o_proj")
     quantise(tmp_path, model, lambda name: ".mlp." in name or (".gka." not in name and name.endswith(wide)), form)
     rounded = torch.stack([engines.hugging_face(model, prompt, 1).logprobs[0] for prompt in prompts])
     with engines.engine(tmp_path, dtype="bfloat16") as llm:
