@@ -95,7 +95,7 @@ def test_int8_checkpoint(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", ["float8", "fp8"])
 def test_fp8_checkpoint(tmp_path, form):
-    """Of compressed-tensors, and of the method called fp8: nearer to the rounded model than that is to the exact one."""
+    """Of compressed-tensors and of the method called fp8: nearer to the rounded model than that is to the exact one."""
     model = engines.save_hybrid(tmp_path, Case("GDN", form), "X-*-GKA", intermediate_size=64)
     prompts = engines.random_prompts(LENGTHS, seed=4)
     exact = torch.stack([engines.hugging_face(model, prompt, 1).logprobs[0] for prompt in prompts])
