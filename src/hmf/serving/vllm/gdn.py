@@ -11,7 +11,6 @@ Legend: N tokens of the batch, S sequences, T tokens a sequence, H expanded head
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -55,6 +54,14 @@ def states(symbol: str, config: Any, ranks: int) -> dict[str, StateShape]:
 def build(symbol: str, config: Any, quant_config: Any, prefix: str, attention: nn.Module) -> nn.Module:
     """The mixer for the place of `attention`."""
     return GatedDeltaNet(symbol, config, quant_config, prefix)
+
+
+def _has_flashinfer() -> bool:
+    try:
+        import flashinfer.gdn_prefill  # noqa: F401
+    except ImportError:  # also where nvidia-cutlass-dsl, in which the kernels are written, is missing or not whole
+        return False
+    return True
 
 
 class GatedDeltaNet(RecurrentMixer):
@@ -140,7 +147,7 @@ class GatedDeltaNet(RecurrentMixer):
 
             self.chunks, name = chunk_gated_delta_rule, "triton"
             wanted = asked in (None, "auto", "flashinfer")
-            if wanted and self.options.head_dim == 128 and find_spec("cutlass") is not None:
+            if wanted and self.options.head_dim == 128 and _has_flashinfer():
                 from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import ChunkGatedDeltaRule
 
                 chosen = ChunkGatedDeltaRule()
