@@ -121,7 +121,7 @@ class TestGPUs:
     def test_one_is_enough(self, scripted, gpus):
         gpus(4, 80)
         assert list(serve.prepare(scripted).arguments[1:]) == [
-            "--max-cudagraph-capture-size", "512", "--max-num-seqs", "1024", *PREFIXES, *STATES, *PARSERS,
+            "--max-num-seqs", "1024", *PREFIXES, *STATES, *PARSERS,
         ]  # fmt: skip
 
     def test_as_many_as_a_full_sequence_needs(self, tmp_path, gpus):

@@ -89,10 +89,10 @@ def examine(progress: Callable[[str], None] = lambda line: None) -> Report:
     with contextlib.ExitStack() as stack:
         on_gpu: dict[tuple[str, str], list[Future[Check]]] = {}
         if torch.cuda.is_available():
-            workers = min(len(uses) * len(TOLERANCES["cuda"]), max(1, (os.cpu_count() or 2) // 2))
+            workers = min(len(uses) * len(TOLERANCES["cuda"]), max(1, (os.cpu_count() or 2) - 1))
             context = multiprocessing.get_context("forkserver")  # a process that has used CUDA cannot be forked
             context.set_forkserver_preload([__name__])  # imported once for all workers
-            pool = stack.enter_context(ProcessPoolExecutor(workers, context))
+            pool = stack.enter_context(ProcessPoolExecutor(workers, context, _quiet))
             for job in sorted(uses, key=lambda job: job[1] != "training"):  # training compiles most
                 on_gpu[job] = [pool.submit(_check_on_gpu, *job, dtype) for dtype in TOLERANCES["cuda"]]
         checks = []
@@ -107,6 +107,13 @@ def examine(progress: Callable[[str], None] = lambda line: None) -> Report:
             checks.append(_result(*job, parts))
     checks.sort(key=lambda check: (check.op, check.device, check.use))
     return Report(checks, _notes(), time.perf_counter() - start)
+
+
+def _quiet() -> None:
+    """A worker prints nothing: libraries of kernels warn about each other, once in every process."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
 
 
 def _check_on_gpu(op: str, use: str, dtype: torch.dtype) -> Check:
@@ -257,6 +264,18 @@ def _notes() -> list[str]:
     return notes
 
 
+def _reasons(checks: Sequence[Check]) -> list[str]:
+    """Why each version runs: a line for each reason, with the ops that it is given for."""
+    uses: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for check in checks:
+        if check.reason:
+            uses.setdefault((check.device, check.reason), {}).setdefault(check.op, []).append(check.use)
+    return [
+        f"on {device}: {', '.join(op if len(of) > 1 else f'{op} ({of[0]})' for op, of in ops.items())}: {reason}"
+        for (device, reason), ops in uses.items()
+    ]
+
+
 def print_report(report: Report) -> None:
     title = "Errors against the reference, relative to its norm: outputs, states and, in training, gradients"
     table = Table(title=title, title_justify="left", caption="\n".join(machine.lines()), caption_justify="left")
@@ -264,20 +283,18 @@ def print_report(report: Report) -> None:
         table.add_column(name, no_wrap=True)
     for dtype in TOLERANCES["cpu"]:
         table.add_column(_name(dtype), justify="right")
-    for name in ("verdict", "why"):
-        table.add_column(name)
+    table.add_column("verdict")
     for check in report.checks:
         errors = (check.errors.get(_name(dtype)) for dtype in TOLERANCES["cpu"])
         table.add_row(
             check.op, check.device, check.use, check.version or "nothing",
-            *("" if error is None else f"{error:.0e}" for error in errors),
-            "wrong" if check.problem else "ok", check.reason,
+            *("" if error is None else f"{error:.0e}" for error in errors), "wrong" if check.problem else "ok",
         )  # fmt: skip
     console = Console(width=max(100, Console().width))
     console.print(table)
     failures = [check for check in report.checks if check.problem]
     problems = [f"wrong: {check.op}, {check.use} on {check.device}: {check.problem}" for check in failures]
-    for note in [*report.notes, *problems]:
+    for note in [*_reasons(report.checks), *report.notes, *problems]:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     names = ", ".join(sorted({check.op for check in failures}))
     verdict = f"wrong here: {names}" if failures else "every op equals its reference here"

@@ -95,7 +95,6 @@ def for_machine(
         plan = _plan_gpus(config, settings, ranks)
         if plan.ranks > 1:
             options[RANKS] = str(plan.ranks)
-        options["--max-cudagraph-capture-size"] = str(plan.capture_size)
     else:
         plan = _plan_cpu(config, settings)
         if CPU_SPACE not in os.environ:

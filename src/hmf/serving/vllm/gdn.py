@@ -202,7 +202,7 @@ class GatedDeltaNet(RecurrentMixer):
             qkv = F.silu(qkv)
         q, k, v = self._streams(qkv)
         if self.options.kv_proj_rank is not None:
-            k, v = (self._expand(x[:, None], stream)[:, 0] for x, stream in ((k, "k"), (v, "v")))
+            k, v = (self._expand(x[:, None], stream)[:, 0].contiguous() for x, stream in ((k, "k"), (v, "v")))
         return decode(q, k, v, decay, beta, self.kv_cache[-1], slots, NULL_BLOCK_ID)
 
     def finish(self, mixed: torch.Tensor, rest: torch.Tensor | None) -> torch.Tensor:
