@@ -268,16 +268,29 @@ def test_stored_tokenizer_survives(parity_dir, tmp_path):
 # --- registration ---
 
 
-def test_long_import_path_registers_the_auto_classes():
-    """In a fresh process, as the published model cards do it; `import hmf` itself is what all other tests rely on."""
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import hmf.model.hybrid_zoo.models.model_register",  # as the published model cards do it
+        "import hmf, importlib.util; importlib.util.find_spec('transformers')",  # looked for, as accelerate does
+        "import transformers.models.auto.modeling_auto, hmf",
+        "import hmf.model.modeling",
+    ],
+)
+def test_the_auto_classes_know_hybrids(first):
+    """In fresh processes, whichever of hmf and transformers is imported first."""
     code = (
-        "import hmf.model.hybrid_zoo.models.model_register\n"
-        "from transformers import AutoModelForCausalLM\n"
+        f"{first}\nfrom transformers import AutoModelForCausalLM\n"
         f"print(type(AutoModelForCausalLM.from_pretrained({str(STORED)!r})).__name__)"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout.split() == ["HybridQwen3ForCausalLM"], done.stderr
+
+
+def test_the_command_line_does_not_wait_for_torch():
+    code = "import sys, hmf.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
 
 
 def test_classes_can_be_imported_by_name_and_models_pickled(tiny_qwen3):

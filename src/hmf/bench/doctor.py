@@ -89,9 +89,9 @@ def examine(progress: Callable[[str], None] = lambda line: None) -> Report:
     with contextlib.ExitStack() as stack:
         on_gpu: dict[tuple[str, str], list[Future[Check]]] = {}
         if torch.cuda.is_available():
-            workers = min(len(uses) * len(TOLERANCES["cuda"]), max(1, (os.cpu_count() or 2) - 1))
+            workers = min(len(uses) * len(TOLERANCES["cuda"]), max(1, (os.cpu_count() or 2) // 2))
             context = multiprocessing.get_context("forkserver")  # a process that has used CUDA cannot be forked
-            context.set_forkserver_preload([__name__])  # imported once for all workers
+            context.set_forkserver_preload([__name__, "transformers"])  # imported once for all workers; fla needs both
             pool = stack.enter_context(ProcessPoolExecutor(workers, context, _quiet))
             for job in sorted(uses, key=lambda job: job[1] != "training"):  # training compiles most
                 on_gpu[job] = [pool.submit(_check_on_gpu, *job, dtype) for dtype in TOLERANCES["cuda"]]

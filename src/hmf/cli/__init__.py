@@ -350,9 +350,8 @@ def data_show(
 def main() -> None:
     """Entry point of the `hmf` script."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # its bars are for reading and writing files; long steps show their own
+    # Its bars are for reading and writing files; long steps show their own.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app(standalone_mode=True)
     except HmfError as error:
