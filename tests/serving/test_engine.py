@@ -4,6 +4,7 @@
 One Hybrid has a layer of every type, so that each of them goes through all of it.
 """
 
+import itertools
 import random
 
 import pytest
@@ -196,6 +197,29 @@ class TestScheduler:
     def test_states_are_float32(self, crowded):
         pools = {pool.dtype for mixer in engines.mixers(crowded) for pool in mixer.kv_cache}
         assert pools == {torch.float32, torch.int64}  # the last one: the token count of B'MOJO-F
+
+    @torch.inference_mode()
+    def test_fresh_requests(self, crowded):
+        """As run before memory is measured: several together get what each gets alone, whatever their slots held."""
+        from hmf.serving.vllm.backends import fresh_requests
+
+        def dirty(mixer, slots):
+            fill = {True: torch.nan, False: 10**9}
+            pools = mixer.kv_cache
+            return tuple(x.new_full((1 + slots, *x.shape[1:]), fill[x.is_floating_point()]) for x in pools)
+
+        for mixer in engines.mixers(crowded):
+            device = mixer.kv_cache[0].device
+            hidden_states = torch.randn(50, engines.DIMENSIONS["hidden_size"], device=device)
+            inputs, _ = mixer.project(torch.arange(50, device=device), hidden_states)
+            pools, together = dirty(mixer, 3), fresh_requests(50, 3, device)
+            mixed = mixer.prefill(inputs, pools, together)
+            for n, (first, last) in enumerate(itertools.pairwise(together.query_start_loc_p.tolist())):
+                own, single = dirty(mixer, 1), fresh_requests(last - first, 1, device)
+                alone = mixer.prefill(tuple(x[first:last] for x in inputs), own, single)
+                torch.testing.assert_close(mixed[first:last], alone, atol=1e-4, rtol=1e-4)
+                for pool, mine in zip(pools, own, strict=True):
+                    torch.testing.assert_close(pool[1 + n], mine[1], atol=1e-4, rtol=1e-4)
 
     def test_small_chunks(self, crowded, hybrid):
         _, _, prompts, answers = hybrid

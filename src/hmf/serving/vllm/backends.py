@@ -50,18 +50,19 @@ class SSDMetadataBuilder(RecurrentMetadataBuilder):
         return replace(metadata, cu_chunk_seqlen_p=bounds, seq_idx_p=of, last_chunk_indices_p=last)
 
 
-def one_request(tokens: int, device: torch.device) -> SSDMetadata:
-    """The metadata of one fresh request of `tokens` tokens in slot 1, for any layer type."""
-    bounds = torch.tensor([0, tokens], dtype=torch.int32)
+def fresh_requests(tokens: int, count: int, device: torch.device) -> SSDMetadata:
+    """The metadata of `count` fresh requests of `tokens` tokens in all, in slots 1 ... count, for any layer type."""
+    bounds = (torch.arange(count + 1) * tokens // count).int()
     nums, batch, offsets = compute_causal_conv1d_metadata(bounds, device=device)
-    chunks = BaseMambaAttentionMetadataBuilder._compute_chunk_metadata(SSD_CHUNK, 1, torch.tensor([0]), bounds)
+    before = torch.zeros(count, dtype=torch.int32)
+    chunks = BaseMambaAttentionMetadataBuilder._compute_chunk_metadata(SSD_CHUNK, count, before, bounds)
     starts, of, last = (torch.tensor(x, dtype=torch.int32, device=device) for x in chunks[:3])
     return SSDMetadata(
-        num_prefills=1, num_prefill_tokens=tokens, num_decodes=0, num_decode_tokens=0, num_reqs=1,
-        has_initial_states_p=torch.zeros(1, dtype=torch.bool, device=device), query_start_loc_p=bounds.to(device),
-        state_indices_tensor_p=torch.ones(1, dtype=torch.int32, device=device),
-        state_indices_tensor_d=None, query_start_loc_d=None, num_accepted_tokens=None, seq_lens=bounds[1:].to(device),
-        cu_chunk_seqlen_p=starts, seq_idx_p=of, last_chunk_indices_p=last,
+        num_prefills=count, num_prefill_tokens=tokens, num_decodes=0, num_decode_tokens=0, num_reqs=count,
+        has_initial_states_p=torch.zeros(count, dtype=torch.bool, device=device), query_start_loc_p=bounds.to(device),
+        state_indices_tensor_p=torch.arange(1, count + 1, dtype=torch.int32, device=device),
+        state_indices_tensor_d=None, query_start_loc_d=None, num_accepted_tokens=None,
+        seq_lens=bounds.diff().to(device), cu_chunk_seqlen_p=starts, seq_idx_p=of, last_chunk_indices_p=last,
         nums_dict=nums, batch_ptr=batch, token_chunk_offset_ptr=offsets,
     )  # fmt: skip
 

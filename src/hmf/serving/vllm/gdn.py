@@ -38,6 +38,8 @@ from .recurrent import RecurrentMixer, Tensors, started
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handler prints it
 
+MANY_HEADS = 512  # more than a GPU has multiprocessors, several times
+
 
 def states(symbol: str, config: Any, ranks: int) -> dict[str, StateShape]:
     """The states of one request on one of `ranks` ranks, in the order and layout that vLLM's kernels use."""
@@ -153,6 +155,8 @@ class GatedDeltaNet(RecurrentMixer):
                 chosen = ChunkGatedDeltaRule()
                 if chosen.gdn_prefill_backend == "flashinfer":
                     self.chunks, self.shares_heads, name = chosen, True, "flashinfer"
+                    # It compiles one kernel for few heads of all requests together and another one for many.
+                    self.rehearsals = (1, -(-MANY_HEADS // self.heads))
             logger.info_once("Prefill of GDN layers by %s.", name)
         if asked not in (None, "auto", name):
             logger.warning_once(

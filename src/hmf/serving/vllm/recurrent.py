@@ -29,7 +29,7 @@ from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
 from hmf.layers.base import StateShape
 
-from .backends import RecurrentMetadata, one_request, state_backend
+from .backends import RecurrentMetadata, fresh_requests, state_backend
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handler prints it
 
@@ -65,6 +65,8 @@ class RecurrentMixer(MambaBase, nn.Module):
         if prefix in layers:
             raise ValueError(f"duplicate layer name {prefix}")
         layers[prefix] = self
+
+    rehearsals: tuple[int, ...] = (1,)  # requests of the prefills that are run before memory is measured
 
     # ---- what a layer type defines
 
@@ -136,14 +138,15 @@ class RecurrentMixer(MambaBase, nn.Module):
             output[at] = self.prefill(tuple(x[at] for x in inputs), self.kv_cache, metadata)
 
     def _rehearse(self, inputs: Tensors) -> None:
-        """One fresh request of so many tokens, in states that are thrown away: it compiles and tunes the real kernels
-        and claims the memory that a first long prompt will need."""
+        """Fresh requests of so many tokens in all, in states that are thrown away: they compile and tune the real
+        kernels and claim the memory that a first long prompt will need."""
         tokens, device = inputs[0].shape[0], inputs[0].device
-        pools = tuple(
-            torch.zeros(2, *state.shape, dtype=dtype, device=device)
-            for state, dtype in zip(self.states.values(), self._state_dtypes, strict=True)
-        )
-        self.prefill(inputs, pools, one_request(tokens, device))
+        for requests in dict.fromkeys(min(count, tokens) for count in self.rehearsals):
+            pools = tuple(
+                torch.zeros(1 + requests, *state.shape, dtype=dtype, device=device)
+                for state, dtype in zip(self.states.values(), self._state_dtypes, strict=True)
+            )
+            self.prefill(inputs, pools, fresh_requests(tokens, requests, device))
 
     def prefill(self, inputs: Tensors, pools: Tensors, metadata: RecurrentMetadata) -> torch.Tensor:
         """The metadata's prefills, side by side in inputs [N, ...]: returns [N, *output_shape], changes the pools."""
@@ -171,8 +174,8 @@ def store(pools: Tensors, slots: torch.Tensor, states: Tensors) -> None:
 
 
 def started(state: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """Zeros for a fresh request: its slot still holds whatever the last owner left, NaN included."""
-    return torch.where(known.view(-1, *[1] * (state.dim() - 1)), state, torch.zeros_like(state))
+    """`state`, changed to zeros for a fresh request: its slot holds what the last owner left, NaN included."""
+    return state.masked_fill_(~known.view(-1, *[1] * (state.dim() - 1)), 0)
 
 
 @eager_break_during_capture
