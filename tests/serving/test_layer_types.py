@@ -5,6 +5,9 @@ Each case is one engine: prompts that are prefilled in chunks beside others that
 cache, against Hugging Face.
 """
 
+import copy
+import types
+
 import pytest
 import torch
 
@@ -66,6 +69,43 @@ def test_tensor_parallel(tmp_path, kv_heads):
     bmojo = {"window_size": 9, "ssm_mixer": "mamba2", "tie_attn_weights": False}
     model = engines.save_hybrid(tmp_path, case, "GKA-*-X-SWA-M2-BMF", "llama", bmojo_config=bmojo, **fields)
     check(tmp_path, model, tensor_parallel_size=2, distributed_executor_backend="mp")
+
+
+@engines.on_cpu
+@torch.inference_mode()
+def test_two_pipeline_stages(tmp_path, monkeypatch):
+    """Each stage holds and accounts for its own tensors, and hands on what the next one needs.
+
+    vLLM's CPU build runs no pipeline, so the stages run here after each other, as in a trial run: without requests,
+    recurrent layers give zeros.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import parallel_state
+    from vllm.forward_context import set_forward_context
+    from vllm.model_executor.model_loader import get_model
+
+    engines.save_hybrid(tmp_path, Case("GDN", "stages"), "X-GKA-M2-BMF", **DICTS)
+    ids = torch.tensor(engines.random_prompts([40], seed=4)[0])
+    positions, stages, outputs = torch.arange(40), [(0, 1), (0, 2), (1, 2)], {}
+    with engines.engine(tmp_path) as llm:
+        whole = dict(engines.runner(llm).model.named_parameters())
+        held = []
+        for rank, size in stages:
+            config = copy.deepcopy(llm.llm_engine.vllm_config)
+            config.compilation_config.static_forward_context = {}
+            group = types.SimpleNamespace(
+                rank_in_group=rank, world_size=size, is_first_rank=rank == 0, is_last_rank=rank == size - 1
+            )
+            monkeypatch.setattr(parallel_state, "_PP", group)
+            with set_current_vllm_config(config), set_forward_context(None, config, num_tokens=40):
+                model = get_model(vllm_config=config)
+                outputs[rank, size] = model(ids, positions, outputs.get((rank - 1, size)))
+            mine = dict(model.named_parameters())
+            assert all(torch.equal(tensor, whole[name]) for name, tensor in mine.items())
+            held.append(set(mine))
+        monkeypatch.undo()
+    assert held[0] == set(whole) == held[1] | held[2] and not held[1] & held[2]
+    torch.testing.assert_close(outputs[1, 2], outputs[0, 1])
 
 
 def test_int8_checkpoint(tmp_path):

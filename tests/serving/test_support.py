@@ -162,6 +162,15 @@ class TestRefusals:
         options = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
         assert "use --tensor-parallel-size instead" in refused(hybrid_dir, **options)
 
+    def test_stage_without_states(self, tmp_path):
+        """vLLM looks for recurrent layers in every stage when it caches prefixes."""
+        config = tiny_config(GDN, "*-*-SWA-*-GDN-*", architectures=["HybridQwen3ForCausalLM"], **engines.DIMENSIONS)
+        config.save_pretrained(tmp_path)
+        checked = engine_config(tmp_path, enable_prefix_caching=True)
+        checked.parallel_config.pipeline_parallel_size = 2
+        with pytest.raises(HmfError, match="stage 1 of 2 has no recurrent layer.* use --no-enable-prefix-caching"):
+            support.check(checked)
+
     def test_fused_checkpoint(self, tmp_path):
         tiny_config(GDN, **engines.DIMENSIONS, architectures=["HybridQwen3ForCausalLM"]).save_pretrained(tmp_path)
         text = (tmp_path / "config.json").read_text()

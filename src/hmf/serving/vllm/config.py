@@ -10,9 +10,6 @@ from vllm.config import CompilationConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from hmf.config.pattern import ATTENTION
-from hmf.layers.registry import mixer_class
-
 from . import support
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handler prints it
@@ -27,10 +24,7 @@ class HybridConfig(VerifyAndUpdateConfig):
         support.check(vllm_config)
         _set_state_dtypes(vllm_config)
         config = vllm_config.model_config.hf_config
-        kinds = (
-            mixer_class(symbol).state_shapes(config).values() for symbol in set(config.pattern.symbols) - {ATTENTION}
-        )
-        if not any(state.kind == "recurrent" for states in kinds for state in states):
+        if not any(support.keeps_states(symbol, config) for symbol in set(config.pattern.symbols)):
             # Sliding windows only: nothing for vLLM to keep but keys and values, so no hybrid in its sense.
             config.layer_types = ["full_attention"] * config.num_hidden_layers
         # A rank must see all experts to account for them; the filter would keep the others from it.

@@ -13,6 +13,7 @@ from packaging.specifiers import SpecifierSet
 from hmf.config.layers import layer_options, needed_kinds
 from hmf.config.pattern import ATTENTION
 from hmf.errors import HmfError
+from hmf.layers.registry import mixer_class
 
 TESTED_VLLM = SpecifierSet(">=0.32.0,<0.33")
 
@@ -80,6 +81,31 @@ def _split(config: Any) -> str | None:
     return split_problem(config.model_config.hf_config, config.parallel_config.tensor_parallel_size)
 
 
+def keeps_states(symbol: str, config: Any) -> bool:
+    """Whether a layer of a Hugging Face `config` has a recurrent state, and is not attention, in windows or not."""
+    if symbol == ATTENTION:
+        return False
+    return any(state.kind == "recurrent" for state in mixer_class(symbol).state_shapes(config).values())
+
+
+def _stages(config: Any) -> str | None:
+    stages = config.parallel_config.pipeline_parallel_size
+    if stages == 1 or not config.cache_config.enable_prefix_caching:
+        return None
+    from vllm.distributed.utils import get_pp_indices
+
+    hf_config = config.model_config.hf_config
+    recurrent = [keeps_states(symbol, hf_config) for symbol in hf_config.pattern.symbols]
+    bounds = [get_pp_indices(len(recurrent), stage, stages) for stage in range(stages)]
+    without = [stage for stage, (first, last) in enumerate(bounds) if not any(recurrent[first:last])]
+    if not without or not any(recurrent):
+        return None
+    return (
+        f"pipeline stage {without[0] + 1} of {stages} has no recurrent layer, and vLLM cannot cache prefixes there; "
+        "use --no-enable-prefix-caching, fewer stages, or VLLM_PP_LAYER_PARTITION to cut elsewhere"
+    )
+
+
 def _head_dim(config: Any) -> str | None:
     from vllm.platforms import current_platform
 
@@ -138,6 +164,7 @@ TABLE: tuple[Row, ...] = (
     Row("Layer types of your own without a row in `MIXERS`", False, "generate with Hugging Face", _unknown_layers),
     Row("Stage-0 and Stage-1 checkpoints", False, "`hmf export` first", _fused),
     Row("Heads or MLPs that do not split over the ranks", False, "use a divisor of their sizes", _split),
+    Row("Prefix caching where a pipeline stage has no recurrent layer", False, "`--no-enable-prefix-caching`", _stages),
     Row("Head dimensions without an attention kernel on a CPU", False, "use a GPU", _head_dim),
     Row(
         "Expert parallelism on a CPU", False, "use tensor parallelism alone",
