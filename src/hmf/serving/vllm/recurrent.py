@@ -55,6 +55,8 @@ class RecurrentMixer(MambaBase, nn.Module):
     A subclass gives `output_shape`, `project`, `recur` and `finish`.
     """
 
+    rehearsals: tuple[int, ...] = (1,)  # numbers of requests in the prefills that are run before memory is measured
+
     def __init__(self, symbol: str, states: dict[str, StateShape], prefix: str):
         super().__init__()
         vllm_config = get_current_vllm_config()
@@ -65,8 +67,6 @@ class RecurrentMixer(MambaBase, nn.Module):
         if prefix in layers:
             raise ValueError(f"duplicate layer name {prefix}")
         layers[prefix] = self
-
-    rehearsals: tuple[int, ...] = (1,)  # requests of the prefills that are run before memory is measured
 
     # ---- what a layer type defines
 
