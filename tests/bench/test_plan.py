@@ -56,9 +56,15 @@ class TestMeasured:
         assert hybrid == pytest.approx(745_194, rel=0.03)
         assert hybrid / transformer == pytest.approx(1.91, rel=0.03)
 
-    @pytest.mark.parametrize(("sequences", "context", "rate"), [(20, 16384, 830.6), (10, 32768, 414.4)])
-    def test_decode(self, h100, sequences, context, rate):
-        assert h100[1].decode_rate(sequences, context) == pytest.approx(rate, rel=0.03)
+    @pytest.mark.parametrize(
+        ("sequences", "context", "hybrid", "transformers"),
+        [(20, 16384, 1141.0, (830.6, 807.7)), (10, 32768, 584.8, (414.4, 403.7))],
+    )
+    def test_decode(self, h100, sequences, context, hybrid, transformers):
+        planned = [plan.decode_rate(sequences, context) for plan in h100]
+        assert planned[0] == pytest.approx(hybrid, rel=0.03)
+        for measured in transformers:
+            assert planned[1] == pytest.approx(measured, rel=0.03)
 
 
 class TestBytes:

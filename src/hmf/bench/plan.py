@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model will need and do on given GPUs, from its config alone: memory, sequences, blocks, decode throughput.
 
-A decode step reads the weights, the caches of all sequences, and reads and writes their states; bandwidth bounds it:
+A decode step reads the weights, the caches of all sequences, and reads and writes their states; beside that a layer
+takes time in which little is moved, as its small kernels come one after another:
 
-    tokens/s = n * bandwidth / (weights + sum over n sequences of (keys and values + 2 * states))
+    seconds of a step = (weights + sum over n sequences of (keys and values + 2 * states)) / bandwidth
+                        + layers * layer_overhead
 
-times what decoding reached of that bound. Tensor parallelism divides both sides; what it costs in messages between GPUs
-is not in the figure.
+Tensor parallelism divides the bytes; what it costs in messages between GPUs is not in the figure.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from hmf.model.convert import hybrid_config
 from .gpus import COPY_SHARE, GIB, Device, parse_gpus
 from .memory import Blocks, LayerCache, Weights, layer_caches, require_unquantised, weights, working_bytes
 
-# Share of the copy rate that vLLM 0.32 reached in decoding Qwen3-8B on an H100: 830.6 tokens/s of 20 sequences at 16K.
-EFFICIENCY = 0.89
+# Seconds; so vLLM 0.32 decoded Qwen3-8B and its GDN Hybrid on an H100, at 16K and 32K, within 3% (docs/planning.md).
+LAYER_OVERHEAD = 85e-6
 UTILISATION = 0.9
 # vLLM's default ceiling of captured batch sizes, and the sizes below it.
 LARGEST_CAPTURE = 512
@@ -36,19 +37,18 @@ CAPTURE_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, LARGEST_CAPTURE + 1, 16
 
 @dataclass(frozen=True)
 class Settings:
-    """utilisation: share of GPU memory that vLLM may take; efficiency: share of the copy rate that decoding reaches;
-    batched_tokens and max_num_seqs (None: the device's default): vLLM's options, which bound one step."""
+    """utilisation: share of GPU memory that vLLM may take; layer_overhead: seconds that a decode step takes in each layer
+    beside moving bytes; batched_tokens, max_num_seqs (None: the device's): vLLM's options, which bound one step."""
 
     utilisation: float = UTILISATION
-    efficiency: float = EFFICIENCY
+    layer_overhead: float = LAYER_OVERHEAD
     prefix_caching: bool = True
     batched_tokens: int = 8192
     max_num_seqs: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("utilisation", "efficiency"):
-            if not 0 < getattr(self, name) <= 1:
-                raise HmfError(f"--{name}: {getattr(self, name)} is not in (0, 1]")
+        if not 0 < self.utilisation <= 1:
+            raise HmfError(f"--utilisation: {self.utilisation} is not in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ class Plan:
 
     def decode_rate(self, sequences: float, context: int) -> float:
         """Tokens per second of `sequences` at `context` tokens each."""
-        reached = self.device.bandwidth * COPY_SHARE * self.settings.efficiency
-        return sequences * reached / self.step_bytes(sequences, context)
+        moving = self.step_bytes(sequences, context) / (self.device.bandwidth * COPY_SHARE)
+        return sequences / (moving + len(self.pattern) * self.settings.layer_overhead)
 
 
 def make_plan(
@@ -230,9 +230,9 @@ def print_plans(found: Sequence[Plan], context: int) -> None:
     first = found[0]
     table = Table(
         title=f"{devices(first)}, sequences of {context:,} tokens", title_justify="left",
-        caption=f"vLLM takes {first.settings.utilisation:g} of the memory.\nDecoding is bound by bandwidth: "
-        f"{first.settings.efficiency:g} of the copy rate,\n{COPY_SHARE:.2f} of "
-        f"{first.device.bandwidth * first.ranks / 1e12:g} TB/s.", caption_justify="left",
+        caption=f"vLLM takes {first.settings.utilisation:g} of the memory. A decode step moves\n"
+        f"its bytes at {COPY_SHARE:.2f} of {first.device.bandwidth * first.ranks / 1e12:g} TB/s, and a layer takes "
+        f"{first.settings.layer_overhead * 1e6:g} µs\nbeside that.", caption_justify="left",
     )  # fmt: skip
     table.add_column("")
     for plan in found:

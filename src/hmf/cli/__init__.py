@@ -185,7 +185,9 @@ def plan(
     ratio: Ratio = None,
     pattern: Annotated[str | None, typer.Option(help="Or the Hybrid's pattern, one symbol a layer.")] = None,
     utilisation: Annotated[float, typer.Option(help="Share of GPU memory that vLLM may take.")] = 0.9,
-    efficiency: Annotated[float, typer.Option(help="Share of the memory copy rate that decoding reaches.")] = 0.89,
+    layer_overhead: Annotated[
+        float, typer.Option(min=0, help="Microseconds of a decode step in each layer, beside moving bytes.")
+    ] = 85,
     prefix_caching: Annotated[bool, typer.Option(help="Keep states at block boundaries for later prompts.")] = True,
     max_num_seqs: Annotated[int | None, typer.Option(min=1, help="vLLM's option; left out: its default.")] = None,
     batched_tokens: BatchedTokens = 8192,
@@ -204,7 +206,7 @@ def plan(
             raise HmfError("give at most one of --ratio and --pattern")
         settings = HybridSettings(mixer=mixer, ratio=ratio, pattern=pattern)
         config = hybrid_config(config, settings.layer_pattern(config.num_hidden_layers))
-    options = planner.Settings(utilisation, efficiency, prefix_caching, batched_tokens, max_num_seqs)
+    options = planner.Settings(utilisation, layer_overhead / 1e6, prefix_caching, batched_tokens, max_num_seqs)
     found = planner.plans(config, gpu, options)
     planner.print_plans(found, context)
     if plot is not None:
