@@ -98,7 +98,7 @@ def examine(progress: Callable[[str], None] = lambda line: None) -> Report:
         checks = []
         for op in dispatch.ops():
             progress(f"{op}: reference")
-            truths = _truths(op)
+            truths = _truths(op, TRAINING_CASES["cpu"])
             for use in ("inference", "training"):
                 progress(f"{op}: {use} on cpu")
                 checks.append(_joined([_check(op, "cpu", use, truths, dtype) for dtype in TOLERANCES["cpu"]]))
@@ -118,8 +118,9 @@ def _quiet() -> None:
 
 def _check_on_gpu(op: str, use: str, dtype: torch.dtype) -> Check:
     """Runs in a worker, on one variant of every kernel that would be tuned."""
+    cases = TRAINING_CASES["cuda"] if use == "training" else ()
     with one_variant():
-        return _check(op, "cuda", use, _truths(op), dtype)
+        return _check(op, "cuda", use, _truths(op, cases), dtype)
 
 
 def _result(op: str, use: str, parts: Sequence[Future[Check]]) -> Check:
@@ -130,8 +131,9 @@ def _result(op: str, use: str, parts: Sequence[Future[Check]]) -> Check:
         return Check(op, "cuda", use, None, "", problem="not checked: a process that runs the GPU's kernels has died")
 
 
-def _truths(op: str) -> dict[str, dict[str, torch.Tensor]]:
-    return {case: _truth(op, sample(op, shape), case in TRAINING_CASES["cpu"]) for case, shape in CASES.items()}
+def _truths(op: str, training_cases: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
+    """What the reference gives in each case, with gradients in `training_cases`."""
+    return {case: _truth(op, sample(op, shape), case in training_cases) for case, shape in CASES.items()}
 
 
 @contextlib.contextmanager

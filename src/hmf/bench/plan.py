@@ -37,8 +37,8 @@ CAPTURE_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, LARGEST_CAPTURE + 1, 16
 
 @dataclass(frozen=True)
 class Settings:
-    """utilisation: share of GPU memory that vLLM may take; layer_overhead: seconds that a decode step takes in each layer
-    beside moving bytes; batched_tokens, max_num_seqs (None: the device's): vLLM's options, which bound one step."""
+    """utilisation: share of GPU memory that vLLM may take; layer_overhead: seconds of a decode step in each layer that
+    move nothing; batched_tokens and max_num_seqs (None: the device's default): vLLM's options, which bound one step."""
 
     utilisation: float = UTILISATION
     layer_overhead: float = LAYER_OVERHEAD
