@@ -18,7 +18,7 @@ from hmf.cli import app
 from hmf.config.pattern import Pattern
 from hmf.errors import HmfError
 from hmf.model.convert import hybrid_config
-from hmf.serving import throughput
+from hmf.serving import serve, throughput
 from hmf.serving.throughput import Load, Run
 from tests.conftest import ROOT
 from tests.hybrids import VOCABULARY, Case
@@ -39,9 +39,9 @@ def configs(tmp_path):
 
 class TestInput:
     def test_loads(self):
-        assert throughput.parse_loads("16384:20, 32768:10") == [Load(16384, 20), Load(32768, 10)]
+        assert throughput.parse_loads("16384:20, 32768:max") == [Load(16384, 20), Load(32768, 0)]
 
-    @pytest.mark.parametrize("text", ["", "16384", "16384x20", "16384:20,", "0:4", "64:0", "64:-1", "64:2:3"])
+    @pytest.mark.parametrize("text", ["", "16384", "16384x20", "16384:20,", "0:4", "64:0", "64:-1", "64:2:3", "max:2"])
     def test_no_loads(self, text):
         with pytest.raises(HmfError, match="^--context: .* is not TOKENS:SEQUENCES; write for example [^\n]*$"):
             throughput.parse_loads(text)
@@ -62,6 +62,24 @@ class TestInput:
         arguments = [str(configs[0]) if argument == "BASE" else argument for argument in ("BASE", *arguments)]
         result = CliRunner().invoke(app, ["bench", "serving", "--context", "64:4", *arguments])
         assert isinstance(result.exception, HmfError) and line in str(result.exception)
+
+    def test_as_many_as_fit(self, configs, monkeypatch):
+        """More of the Hybrid than of the base, and the plan's, with a little left."""
+        monkeypatch.setattr(serve, "CPU_SEQUENCES", 10**6)
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        run = Run([Load(3000, 0), Load(64, 4)], output=8, dtype="float32")
+        base, hybrid = (throughput.subject("m", folder, run) for folder in configs)
+        assert [load.tokens for load in base.loads] == [3000, 64] and base.loads[1].sequences == 4
+        cached = 3000 * 2 * 2 * 2 * engines.DIMENSIONS["head_dim"] * 4  # layers, keys and values, heads
+        assert 0.85 * 2**30 < base.loads[0].sequences * cached < 2**30
+        assert 1.8 < hybrid.loads[0].sequences / base.loads[0].sequences < 2
+        for one in (base, hybrid):
+            assert one.arguments[one.arguments.index("--max-num-seqs") + 1] == str(one.loads[0].sequences)
+
+    def test_none_fits(self, configs, monkeypatch):
+        monkeypatch.setattr(throughput, "PLANNED", 1e-9)
+        with pytest.raises(HmfError, match="^--context: m: not one sequence of 64 tokens fits; ask for fewer$"):
+            throughput.subject("m", configs[0], Run([Load(64, 0)], dtype="float32"))
 
     def test_weights_are_random_where_there_are_none(self, configs, tmp_path):
         engines.save_hybrid(tmp_path / "whole", Case("GDN", "bench"), "*-X")
@@ -188,13 +206,14 @@ def test_command(configs, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(throughput, "_run_one", lambda one, *_: (here if "base" in one.name else elsewhere)(one, *_))
     saved = tmp_path / "rows.json"
-    arguments = ["--context", "100:3,30:2", "--output", "5", "--enforce-eager", "--json", str(saved)]
+    arguments = ["--context", "100:3,30:max", "--output", "5", "--enforce-eager", "--json", str(saved)]
     arguments += ["--gpu-memory-utilization", "0.2"]
     result = CliRunner().invoke(app, ["bench", "serving", *map(str, configs), *arguments])
     assert result.exit_code == 0, result.exception
     report = json.loads(saved.read_text())
     table = report["rows"]
-    assert [(row["context"], row["sequences"]) for row in table] == [(100, 3), (100, 3), (30, 2), (30, 2)]
+    assert [row["context"] for row in table] == [100, 100, 30, 30]
+    assert [row["sequences"] for row in table[:2]] == [3, 3] and min(row["sequences"] for row in table[2:]) > 3
     assert [row["model"] for row in table] == [str(path) for path in configs] * 2
     for base, row in zip((table[0], table[0], table[2], table[2]), table, strict=True):
         prompts = row["context"] * row["sequences"]

@@ -161,7 +161,7 @@ def states(
 
 
 @app.command(epilog=epilog(
-    "hmf bench serving ./Qwen3-8B runs/prime/model --context 16384:20,32768:10",
+    "hmf bench serving ./Qwen3-8B runs/prime/model --context 16384:20,16384:max",
     "hmf bench serving recipes/configs/qwen3-8b --mixer gdn --ratio 0.5 --context 16384:20 --json serving.json",
 ))  # fmt: skip
 def serving(
@@ -172,7 +172,11 @@ def serving(
         ),
     ],
     context: Annotated[
-        str, typer.Option(help="Prompt tokens and how many sequences at once.", metavar="TOKENS:SEQUENCES,...")
+        str,
+        typer.Option(
+            help='Prompt tokens and how many sequences at once, or "max": as many as each model\'s cache holds.',
+            metavar="TOKENS:SEQUENCES,...",
+        ),
     ],
     mixer: Annotated[
         str, typer.Option(help="With --ratio: measure also the Hybrid that the only MODEL would become.")

@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,12 @@ from hmf.serving.vllm import register
 DTYPES = ("float32", "bfloat16", "float16")
 GROUP = "vllm.general_plugins"
 COPIED = 2**30  # bytes
+PLANNED = 0.95  # of the sequences that a plan says fit
 
 
 @dataclass(frozen=True)
 class Load:
-    """So many sequences at once, with prompts of so many tokens."""
+    """So many sequences at once, with prompts of so many tokens; 0: as many as a model's cache holds."""
 
     tokens: int
     sequences: int
@@ -61,13 +62,13 @@ class Load:
 
 
 def parse_loads(text: str) -> list[Load]:
-    """`"16384:20,32768:10"` -> [Load(16384, 20), Load(32768, 10)]; HmfError naming the part that is no such pair."""
+    """`"16384:20,32768:max"` -> [Load(16384, 20), Load(32768, 0)]; HmfError naming the part that is no such pair."""
     loads = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*([0-9]+):([0-9]+)\s*", part)
-        if match is None or not int(match[1]) or not int(match[2]):
-            raise HmfError(f"--context: {part!r} is not TOKENS:SEQUENCES; write for example 16384:20,32768:10")
-        loads.append(Load(int(match[1]), int(match[2])))
+        match = re.fullmatch(r"\s*(0*[1-9][0-9]*):(0*[1-9][0-9]*|max)\s*", part)
+        if match is None:
+            raise HmfError(f"--context: {part!r} is not TOKENS:SEQUENCES; write for example 16384:20,32768:max")
+        loads.append(Load(int(match[1]), 0 if match[2] == "max" else int(match[2])))
     return loads
 
 
@@ -89,27 +90,24 @@ class Run:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise HmfError(f"--dtype: {unknown_name('dtype', self.dtype, DTYPES)}")
-        if self.batched_tokens <= self.sequences:
-            raise HmfError(f"--batched-tokens: {self.batched_tokens} leaves none for prompts beside {self.sequences} "
+        if self.batched_tokens <= (most := max(load.sequences for load in self.loads)):
+            raise HmfError(f"--batched-tokens: {self.batched_tokens} leaves none for prompts beside {most} "
                            "sequences that decode; give more")  # fmt: skip
 
-    @property
-    def sequences(self) -> int:
-        return max(load.sequences for load in self.loads)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence, prompt and answer."""
-        return max(load.tokens + load.lead(self.batched_tokens) for load in self.loads) + self.output
+    def length(self, load: Load) -> int:
+        """Tokens of the longest sequence of a load, prompt and answer."""
+        return load.tokens + load.lead(self.batched_tokens) + self.output
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure. folder: what vLLM loads, with a config alone or a whole checkpoint; plan: for the bytes of a
-    decode step, None where weights are quantised; arguments, environment: of its engine."""
+    """A model to measure. folder: what vLLM loads, with a config alone or a whole checkpoint; loads: the run's, with as
+    many sequences as fit this model; plan: for the bytes of a decode step, None where weights are quantised; arguments,
+    environment: of its engine."""
 
     name: str
     folder: Path
+    loads: tuple[Load, ...]
     random: bool
     vocabulary: int
     plan: Plan | None
@@ -144,19 +142,19 @@ def subject(name: str, folder: Path, run: Run) -> Subject:
     if not random and not quantised:
         require_checkpoint(folder)
     config = servable(config, folder)
-    if run.longest > config.max_position_embeddings:
+    dtype = config.dtype = getattr(torch, run.dtype)
+    loads = tuple(load if load.sequences else _filled(load, name, config, run) for load in run.loads)
+    longest, most = max(map(run.length, loads)), max(load.sequences for load in loads)
+    if longest > config.max_position_embeddings:
         raise HmfError(
-            f"--context: {run.longest:,} tokens with what is decoded, and {name} has max_position_embeddings "
+            f"--context: {longest:,} tokens with what is decoded, and {name} has max_position_embeddings "
             f"{config.max_position_embeddings:,}; ask for fewer"
         )
-    dtype = config.dtype = getattr(torch, run.dtype)
-    settings = Settings(
-        utilisation=run.utilisation, prefix_caching=False, batched_tokens=run.batched_tokens, max_num_seqs=run.sequences
-    )
+    settings = replace(_settings(run), max_num_seqs=most)
     _, options, environment = for_machine(config, settings, str(run.ranks))
     options |= {
         "--model": str(folder), "--load-format": "dummy" if random else "auto", "--dtype": run.dtype,
-        "--max-model-len": str(run.longest), "--max-num-batched-tokens": str(run.batched_tokens),
+        "--max-model-len": str(longest), "--max-num-batched-tokens": str(run.batched_tokens),
         "--gpu-memory-utilization": str(run.utilisation), "--no-enable-prefix-caching": None,
         "--skip-tokenizer-init": None, "--disable-log-stats": None,
         "--worker-extension-cls": f"hmf.serving.throughput.{Inspection.__name__}",
@@ -166,7 +164,21 @@ def subject(name: str, folder: Path, run: Run) -> Subject:
     # Without a limit of memory: only the bytes of a step are asked of it.
     plan = None if quantised else make_plan(config, Device("", 0, 0.0), run.ranks, dtype, settings, room=2**60)
     arguments = tuple(text for pair in options.items() for text in pair if text is not None)
-    return Subject(name, folder, random, config.vocab_size, plan, arguments, environment)
+    return Subject(name, folder, loads, random, config.vocab_size, plan, arguments, environment)
+
+
+def _settings(run: Run) -> Settings:
+    return Settings(utilisation=run.utilisation, prefix_caching=False, batched_tokens=run.batched_tokens)
+
+
+def _filled(load: Load, name: str, config: Any, run: Run) -> Load:
+    """`load` with as many sequences as the planned cache of a model holds until they end, less what a plan may err."""
+    plan, *_ = for_machine(config, _settings(run), str(run.ranks))
+    for sequences in range(min(plan.most_requests, run.batched_tokens // 2), 0, -1):
+        found = replace(load, sequences=sequences)
+        if sequences <= PLANNED * plan.sequences(run.length(found)):
+            return found
+    raise HmfError(f"--context: {name}: not one sequence of {load.tokens:,} tokens fits; ask for fewer")
 
 
 # ---- in the process of a model
@@ -296,7 +308,7 @@ def run_all(subjects: Sequence[Subject], run: Run) -> Iterator[Measured]:
 
 def _job(one: Subject, run: Run) -> dict[str, Any]:
     """What `measure` is told."""
-    shared = {"loads": [asdict(load) for load in run.loads], "output": run.output, "repeats": run.repeats}
+    shared = {"loads": [asdict(load) for load in one.loads], "output": run.output, "repeats": run.repeats}
     return {"arguments": one.arguments, "vocabulary": one.vocabulary, "batched_tokens": run.batched_tokens, **shared}
 
 
@@ -372,9 +384,10 @@ def rows(subjects: Sequence[Subject], measured: Sequence[Measured], run: Run) ->
     bound_share: of the rate at which the GPU copies, what decoding reached in reading weights and caches.
     """
     result = []
-    for index, load in enumerate(run.loads):
+    for index in range(len(run.loads)):
         group: list[dict[str, Any]] = []
         for one, found in zip(subjects, measured, strict=False):
+            load = one.loads[index]
             prefill = load.tokens * load.sequences / min(found.prefill[index])
             decode = run.output * load.sequences / min(found.decode[index])
             share = None
