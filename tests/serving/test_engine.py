@@ -190,7 +190,9 @@ def test_bfloat16_keeps_the_decay_in_float32(hybrid):
     rounded = type(model).from_pretrained(path, dtype=torch.bfloat16)
     theirs = torch.stack([engines.hugging_face(rounded, prompt, 1).logprobs[0] for prompt in prompts])
     exact = torch.stack([answer.logprobs[0] for answer in answers])
-    assert (engines.first_rows(outputs) - exact).abs().mean() <= 2 * (theirs - exact).abs().mean() + 1e-3
+    off = (engines.first_rows(outputs) - exact).abs()
+    assert off.max() < 0.5
+    assert off.mean() <= 2 * (theirs - exact).abs().mean() + 1e-3
 
 
 class TestScheduler:
