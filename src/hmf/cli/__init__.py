@@ -278,6 +278,10 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Which implementation of each op runs here, why, and whether it equals the reference. Exits 1 if one does not."""
+    from hmf.bench import workers
+
+    workers.head_start()
+
     import json
 
     from rich.console import Console

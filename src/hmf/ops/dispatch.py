@@ -147,7 +147,25 @@ def known_bad_backward(op: str, dtype: torch.dtype) -> str | None:
         return f"{wrong}; install Triton 3.7.1 or later"
     if not _installed("tilelang"):
         return f"{wrong}; pip install tilelang"
+    if reason := _fla_passes_over_tilelang():
+        return f"{wrong}, and fla takes it in place of tilelang's: {reason}"
     return None if dtype == torch.bfloat16 else f"{wrong}, and tilelang's takes bfloat16 alone; train in bfloat16"
+
+
+@functools.cache
+def _fla_passes_over_tilelang() -> str | None:
+    """Why fla runs its own backward though tilelang is installed, and what to do; None: it does not."""
+    try:
+        from fla.ops.common.backends.tilelang import CommonTileLangBackend
+    except ImportError:
+        return "it is older than 0.6; pip install -U fla-core"
+    if os.environ.get("FLA_DISABLE_BACKEND_DISPATCH") == "1":
+        return "unset FLA_DISABLE_BACKEND_DISPATCH"
+    if not CommonTileLangBackend().is_enabled():
+        return "unset FLA_TILELANG"
+    if not CommonTileLangBackend.is_available():
+        return "tilelang needs nvcc; install a CUDA toolkit, or pip install nvidia-cuda-nvcc"
+    return None
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
