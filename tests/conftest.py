@@ -14,6 +14,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVING = "tests/serving/"
+# These begin first, so that none is left when all else is done.
+LONGEST = ("serving/test_server.py", "serving/test_serve.py", "test_tuned_kernel", SERVING)
 SHARE_NOTHING = ("test_cuda_graphs.py", "test_layer_types.py", "test_gpu.py")  # long tests, no common fixtures
 
 
@@ -27,7 +29,7 @@ def pytest_collection_modifyitems(items):
         for marker, reason in missing.items():
             if marker in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
-    items.sort(key=lambda item: SERVING not in item.nodeid)  # what takes longest begins first
+    items.sort(key=lambda item: next((n for n, part in enumerate(LONGEST) if part in item.nodeid), len(LONGEST)))
 
 
 @pytest.hookimpl(optionalhook=True)
