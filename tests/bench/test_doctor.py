@@ -238,10 +238,10 @@ def test_bench_prints_a_table():
 
 
 def test_speedup_is_the_ratio_of_medians():
-    slow = timings.Timing("x", "reference", [6.0], [9.0])
+    slow = timings.Timing("x", "reference", [6.0], [12.0])
     quick = timings.Timing("x", "chunked", [1.0, 2.0, 30.0], [4.0, 3.0, 2.0])
-    ratios = [(row["forward_speedup"], row["backward_speedup"]) for row in timings.rows([slow, quick])]
-    assert ratios == [(1, 1), (3, 3)]
+    ratios = [(row["forward_speedup"], row["backward_speedup"], row["speedup"]) for row in timings.rows([slow, quick])]
+    assert ratios == [(1, 1, 1), (3, 4, 3.6)]
 
 
 @pytest.mark.parametrize(

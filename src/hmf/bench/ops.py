@@ -31,12 +31,12 @@ class Timing:
     forward: list[float]
     backward: list[float]
 
-    def speedup(self, baseline: Timing) -> tuple[float, float]:
-        """How many times faster than `baseline`, forward and backward, by medians."""
-        return (
-            statistics.median(baseline.forward) / statistics.median(self.forward),
-            statistics.median(baseline.backward) / statistics.median(self.backward),
-        )
+    def speedup(self, baseline: Timing) -> tuple[float, float, float]:
+        """How many times faster than `baseline`: forward, backward, and one after the other, by medians."""
+        parts = [[statistics.median(x) for x in (timing.forward, timing.backward)] for timing in (baseline, self)]
+        (slow_forward, slow_backward), (forward, backward) = parts
+        both = (slow_forward + slow_backward) / (forward + backward)
+        return slow_forward / forward, slow_backward / backward, both
 
 
 def available(op: str, device: str) -> list[str]:
@@ -105,11 +105,11 @@ def rows(timings: Sequence[Timing]) -> list[dict]:
     result = []
     for timing in timings:
         baseline = first.setdefault(timing.op, timing)
-        forward, backward = timing.speedup(baseline)
+        forward, backward, both = timing.speedup(baseline)
         result.append({
             "op": timing.op, "version": timing.version, "repeats": len(timing.forward),
             "forward_ms": _milliseconds(timing.forward), "backward_ms": _milliseconds(timing.backward),
-            "baseline": baseline.version, "forward_speedup": forward, "backward_speedup": backward,
+            "baseline": baseline.version, "forward_speedup": forward, "backward_speedup": backward, "speedup": both,
         })  # fmt: skip
     return result
 
@@ -122,14 +122,14 @@ def print_rows(table_rows: list[dict], title: str) -> None:
     table = Table(title=title, title_justify="left", caption="\n".join(machine.lines()), caption_justify="left")
     for name in ("op", "version"):
         table.add_column(name)
-    for name in ("forward ms", "backward ms", "forward ratio", "backward ratio", "repeats"):
+    for name in ("forward ms", "backward ms", "forward ratio", "backward ratio", "both", "repeats"):
         table.add_column(name, justify="right", no_wrap=True)
     for row, after in zip(table_rows, [*table_rows[1:], None], strict=True):
-        parts, first = ("forward", "backward"), row["version"] == row["baseline"]
+        first = row["version"] == row["baseline"]
         table.add_row(
             row["op"], row["version"],
-            *("{min:,.1f} / {median:,.1f}".format(**row[f"{part}_ms"]) for part in parts),
-            *("1" if first else f"{row[f'{part}_speedup']:.1f}x" for part in parts),
+            *("{min:,.1f} / {median:,.1f}".format(**row[f"{part}_ms"]) for part in ("forward", "backward")),
+            *("1" if first else f"{row[key]:.1f}x" for key in ("forward_speedup", "backward_speedup", "speedup")),
             str(row["repeats"]),
             end_section=after is None or after["op"] != row["op"],
         )  # fmt: skip
