@@ -133,4 +133,4 @@ def print_rows(table_rows: list[dict], title: str) -> None:
             str(row["repeats"]),
             end_section=after is None or after["op"] != row["op"],
         )  # fmt: skip
-    Console(width=max(110, Console().width)).print(table)
+    Console(width=max(125, Console().width)).print(table)
