@@ -186,10 +186,8 @@ def test_tilelang_that_fla_would_not_take(monkeypatch, variable, enabled, nvcc, 
     monkeypatch.delenv("FLA_DISABLE_BACKEND_DISPATCH", raising=False)
     if variable:
         monkeypatch.setenv(variable, "1")
-    dispatch._fla_passes_over_tilelang.cache_clear()
-    found = dispatch._fla_passes_over_tilelang()
+    found = dispatch._fla_passes_over_tilelang.__wrapped__()  # not what an earlier call kept
     assert found is None if line is None else line in found
-    dispatch._fla_passes_over_tilelang.cache_clear()
 
 
 class DeadPool(contextlib.AbstractContextManager):

@@ -122,7 +122,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _prepare_worker() -> None:
-    """A worker prints nothing: libraries of kernels warn about each other, once in every process."""
+    """One core, and nothing printed: libraries of kernels warn about each other, once in every process."""
     torch.set_num_threads(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
