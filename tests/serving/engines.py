@@ -19,13 +19,25 @@ from tests.hybrids import VOCABULARY, Case, randomise, tiny_config
 
 # vLLM's attention on a CPU starts at head_dim 32.
 DIMENSIONS = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 48, "max_position_embeddings": 4096}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 CUDA = torch.cuda.is_available()
 # Of log-probabilities in float32, which Hugging Face computes on the CPU in either case. On a GPU other kernels add up
 # in another order, and where the first two tokens are as near as that, either may come first (`agreement`).
 TOLERANCE = 1e-2 if CUDA else 1e-3
 POOL = 2**30  # bytes for all caches
 on_cpu = pytest.mark.skipif(CUDA, reason="about vLLM's CPU build")
-two_devices = pytest.mark.skipif(CUDA and torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+def devices(count: int) -> pytest.MarkDecorator:
+    """For a test with as many ranks, each on a GPU of its own if there are GPUs at all."""
+    return pytest.mark.skipif(CUDA and torch.cuda.device_count() < count, reason=f"needs {count} GPUs")
+
+
+def gpus(count: int) -> list[pytest.MarkDecorator]:
+    """For one that a CPU cannot run."""
+    return [pytest.mark.gpu, devices(count)]
+
+
 # Of a server, so that several fit on a GPU beside each other.
 SMALL = ["--kv-cache-memory-bytes", str(POOL), "--gpu-memory-utilization", "0.1", "--max-num-seqs", "16"] * CUDA
 ENVIRONMENT = {
@@ -34,6 +46,9 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "TRITON_F32_DEFAULT": "ieee",  # else vLLM's attention on a GPU rounds float32 to TF32
+    # Ranks add up without NVLink multicast, which virtual machines with several GPUs may lack.
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
 }
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,8 +36,8 @@ TEMPLATE = (
 )
 
 
-def save_scripted(path: Path) -> None:
-    """A Hybrid with a tokenizer and a chat template at `path`, whose answers are `SCRIPT`."""
+def save_scripted(path: Path, family: str = "qwen3", **fields: Any) -> None:
+    """A Hybrid with a tokenizer and a chat template at `path`, whose answers are `SCRIPT`; fields: of its config."""
     from tokenizers import AddedToken, Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
@@ -53,8 +54,8 @@ def save_scripted(path: Path) -> None:
     from tests.hybrids import randomise, tiny_config
 
     size = {"vocab_size": len(words), "max_position_embeddings": 1024, "eos_token_id": ids[END], "bos_token_id": None}
-    config = tiny_config(Case("GDN", "scripted"), "X-*", **(engines.DIMENSIONS | size))
-    model = hybrid_classes(family_of("qwen3")).causal_lm(config).eval()
+    config = tiny_config(Case("GDN", "scripted"), "X-*", family, **(engines.DIMENSIONS | size | fields))
+    model = hybrid_classes(family_of(family)).causal_lm(config).eval()
     randomise(model)
     with torch.no_grad():
         # Each token's embedding is a direction of its own; the head reads the direction of its predecessor. The mixers

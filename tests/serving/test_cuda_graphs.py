@@ -52,12 +52,29 @@ def test_kernels_of_bfloat16(tmp_path, symbol, head_dim):
     check_bfloat16(tmp_path, symbol, head_dim)
 
 
-def check_bfloat16(tmp_path, symbol, head_dim, **options):
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        pytest.param({"tensor_parallel_size": 2}, marks=engines.devices(2)),
+        pytest.param({"tensor_parallel_size": 4}, marks=engines.devices(4)),
+        pytest.param({"pipeline_parallel_size": 2}, marks=engines.devices(2)),
+    ],
+    ids=["two-ranks", "four-ranks", "two-stages"],
+)
+def test_several_gpus(tmp_path, parallel):
+    """torch.compile, the kernels of bfloat16 and CUDA graphs, on ranks and in stages with every layer type."""
+    passes = {"pass_config": {"fuse_allreduce_rms": False}}  # of FlashInfer, perhaps by NVLink multicast
+    options = {"compilation_config": GRAPHS["compilation_config"] | passes, "distributed_executor_backend": "mp"}
+    fields = {"swa_config": {"window_size": 7}, "bmojo_config": {"window_size": 9, "ssm_mixer": "gdn"}}
+    check_bfloat16(tmp_path, "GDN", 64, "GKA-*-X-SWA-M2-BMF-*-X", fields, **parallel, **options)
+
+
+def check_bfloat16(tmp_path, symbol, head_dim, pattern="X-*-X", fields=None, **options):
     """Prefills in chunks beside requests that decode: as near to float32 as Hugging Face is in bfloat16."""
-    model = engines.save_hybrid(tmp_path, Case(symbol, "bfloat16"), "X-*-X", head_dim=head_dim)
+    model = engines.save_hybrid(tmp_path, Case(symbol, "bfloat16"), pattern, head_dim=head_dim, **fields or {})
     rounded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
     prompts = engines.random_prompts([1, 5, 70, 290, 300], seed=7)
-    options |= GRAPHS | {"dtype": "bfloat16", "max_num_batched_tokens": 160, "max_model_len": 512}
+    options = GRAPHS | {"dtype": "bfloat16", "max_num_batched_tokens": 160, "max_model_len": 512} | options
     with engines.engine(tmp_path, enforce_eager=False, **options) as llm:
         if "additional_config" in options:
             flashinfer = options["additional_config"] == {"gdn_prefill_backend": "flashinfer"}

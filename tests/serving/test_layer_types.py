@@ -40,15 +40,15 @@ CASES = {
 }
 
 
-def check(path, model, **options):
+def check(path, model, caching=True, **options):
     prompts = engines.random_prompts(LENGTHS, seed=4)
     answers = [engines.hugging_face(model, prompt, TOKENS) for prompt in prompts]
-    with engines.engine(path, enable_prefix_caching=True, max_num_batched_tokens=160, **options) as llm:
+    with engines.engine(path, enable_prefix_caching=caching, max_num_batched_tokens=160, **options) as llm:
         cold = engines.greedy(llm, prompts, TOKENS)
         warm = engines.greedy(llm, prompts, TOKENS)
     engines.assert_same(cold, answers)
     engines.assert_same(warm, answers)
-    assert warm[-1].num_cached_tokens > 0
+    assert (warm[-1].num_cached_tokens > 0) == caching
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -57,18 +57,50 @@ def test_layer_type(tmp_path, name):
     check(tmp_path, engines.save_hybrid(tmp_path, case, pattern, **fields))
 
 
-@engines.two_devices
-@pytest.mark.parametrize("kv_heads", [2, 1])
-def test_tensor_parallel(tmp_path, kv_heads):
-    """Two ranks, every layer type: key/value heads split over them, or one that both hold.
-
-    Llama's B'MOJO-F has biases, and a scale that does not follow from a rank's heads.
-    """
-    case = Case("GDN", f"tp-{kv_heads}", base={"num_key_value_heads": kv_heads}, options={"conv_bias": True})
+def every_type(path, pattern="GKA-*-X-SWA-M2-BMF", kv_heads=2):
+    """Every layer type. Llama's B'MOJO-F has biases, and a scale that does not follow from a rank's heads."""
+    case = Case("GDN", f"ranks-{kv_heads}", base={"num_key_value_heads": kv_heads}, options={"conv_bias": True})
     fields = {"attention_bias": True, "swa_config": {"window_size": 7}}
     bmojo = {"window_size": 9, "ssm_mixer": "mamba2", "tie_attn_weights": False}
-    model = engines.save_hybrid(tmp_path, case, "GKA-*-X-SWA-M2-BMF", "llama", bmojo_config=bmojo, **fields)
-    check(tmp_path, model, tensor_parallel_size=2, distributed_executor_backend="mp")
+    return engines.save_hybrid(path, case, pattern, "llama", bmojo_config=bmojo, **fields)
+
+
+FOUR = engines.gpus(4)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "kv_heads"),
+    [
+        pytest.param(2, 2, marks=engines.devices(2)), pytest.param(2, 1, marks=engines.devices(2)),
+        pytest.param(4, 4, marks=FOUR), pytest.param(4, 2, marks=FOUR), pytest.param(4, 1, marks=FOUR),
+    ],
+)  # fmt: skip
+def test_tensor_parallel(tmp_path, ranks, kv_heads):
+    """Ranks that split the key/value heads, or of which several hold the same one."""
+    model = every_type(tmp_path, kv_heads=kv_heads)
+    check(tmp_path, model, tensor_parallel_size=ranks, distributed_executor_backend="mp")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "ranks", "caching"),
+    [
+        pytest.param("GKA-*-X-SWA-M2-BMF", 1, True, marks=engines.gpus(2)),
+        pytest.param("GKA-*-X-SWA-M2-BMF-*-X", 1, True, marks=engines.gpus(2)),
+        pytest.param("SWA-X-GKA-*-*-*", 1, False, marks=engines.gpus(2)),  # a stage without recurrent layers
+        pytest.param("GKA-*-X-SWA-M2-BMF-*-X", 2, True, marks=FOUR),
+    ],
+)
+def test_pipeline_parallel(tmp_path, pattern, ranks, caching):
+    """Two stages, of one rank or of more."""
+    model = every_type(tmp_path, pattern)
+    parallel = {"pipeline_parallel_size": 2, "tensor_parallel_size": ranks, "distributed_executor_backend": "mp"}
+    check(tmp_path, model, caching, **parallel)
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=engines.gpus(2)), pytest.param(4, marks=FOUR)])
+def test_expert_parallel(tmp_path, ranks):
+    model = engines.save_hybrid(tmp_path, Case("GDN", "experts"), "X-*-GKA", "qwen3_moe", **engines.EXPERTS)
+    check(tmp_path, model, tensor_parallel_size=ranks, enable_expert_parallel=True, distributed_executor_backend="mp")
 
 
 @engines.on_cpu
@@ -191,12 +223,11 @@ def test_four_ranks_add_up(symbol, kv_heads):
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "ministral3", "qwen3_moe"])
 def test_family(tmp_path, family):
-    fields = {"ministral3": MINISTRAL, "qwen3_moe": EXPERTS, "qwen2": TIED}.get(family, {})
+    fields = {"ministral3": MINISTRAL, "qwen3_moe": engines.EXPERTS, "qwen2": TIED}.get(family, {})
     check(tmp_path, engines.save_hybrid(tmp_path, Case("GDN", family), "X-*-SWA", family, **fields, **DICTS))
 
 
 TIED = {"tie_word_embeddings": True, "hidden_size": 128}  # vLLM takes head_dim to be hidden_size / heads here
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 # Queries grow past `original_max_position_embeddings`.
 MINISTRAL = {
     "rope_parameters": {

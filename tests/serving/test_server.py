@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -233,3 +234,32 @@ def test_prefix_hits_are_in_the_metrics(server, ask):
 def test_start_says_the_smallest_cacheable_prefix(server):
     line = next(line for line in server[2].read_text().splitlines() if "smallest cacheable prefix" in line)
     assert re.search(rf"is {'[0-9]+' if engines.CUDA else 128} tokens", line)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "flags"),
+    [
+        pytest.param("qwen3", {}, [], marks=engines.devices(2)),
+        pytest.param("qwen3_moe", engines.EXPERTS, ["--enable-expert-parallel"], marks=engines.gpus(2)),
+    ],
+    ids=["whole-copies", "shared-experts"],
+)
+def test_two_copies(tmp_path, family, fields, flags):
+    """Data parallelism: both engines answer, and say the same."""
+    model, log = tmp_path / "model", tmp_path / "log"
+    save_scripted(model, family, **fields)
+    process, address = start_server(model, log, "--data-parallel-size", "2", "--enforce-eager", *flags)
+    try:
+        ask = {"messages": HI, "temperature": 0, "max_tokens": 8, **QUIET}
+        with ThreadPoolExecutor(8) as pool:
+            choices = list(pool.map(lambda _: post((address, str(model)), **ask), range(16)))
+        assert {choice["message"]["content"] for choice in choices} == {"Hello world"}
+        with urllib.request.urlopen(f"{address}/metrics", timeout=60) as answer:
+            lines = answer.read().decode().splitlines()
+        answered = dict.fromkeys("01", 0.0)
+        for line in lines:
+            if line.startswith("vllm:request_success_total"):
+                answered[re.search(r'engine="(\d+)"', line)[1]] += float(line.split()[-1])
+        assert sum(answered.values()) == 16 and min(answered.values()) > 0
+    finally:
+        stop(process)

@@ -6,20 +6,22 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 from hmf.bench import machine
 from hmf.errors import HmfError, unknown_name
 from hmf.ops import dispatch
 from hmf.ops.samples import Sample, Shape, flat, sample
 
+# At the full size, or the first run of an op in a process would pay for all the memory that later ones find there:
+# twice the time, for a reference.
 WARM_UP = 2
-# The sequential definition takes its own order of time: one run, warmed up on a few tokens.
-SLOW = "reference"
+LONGEST = 10.0  # seconds of timed runs, of which there is one in any case; the warm-up is one run if it takes as long
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,18 @@ def available(op: str, device: str) -> list[str]:
 
 
 def measure(op: str, version: str, shape: Shape, dtype: torch.dtype, device: str, repeats: int) -> Timing:
-    function = dispatch.implementations(op)[version].function
-    slow = version == SLOW
-    warm_up = sample(op, replace(shape, tokens=min(shape.tokens, 64)) if slow else shape)
-    for _ in range(1 if slow else WARM_UP):
-        _run(function, warm_up, dtype, device)
-    made = sample(op, shape)
-    times = [_run(function, made, dtype, device) for _ in range(1 if slow else repeats)]
+    function, made = dispatch.implementations(op)[version].function, sample(op, shape)
+    _repeated(function, made, dtype, device, WARM_UP)
+    times = _repeated(function, made, dtype, device, repeats)
     return Timing(op, version, [forward for forward, _ in times], [backward for _, backward in times])
+
+
+def _repeated(function, made: Sample, dtype: torch.dtype, device: str, repeats: int) -> list[tuple[float, float]]:
+    """`_run` until there are `repeats` or all took `LONGEST`."""
+    times: list[tuple[float, float]] = []
+    while len(times) < repeats and sum(map(sum, times)) < LONGEST:
+        times.append(_run(function, made, dtype, device))
+    return times
 
 
 def _run(function, made: Sample, dtype: torch.dtype, device: str) -> tuple[float, float]:
@@ -96,7 +102,12 @@ def run(
         for version in available(op, device)
         if not versions or version in versions
     ]
-    return [measure(op, version, shape, dtype, device, repeats) for op, version in chosen]
+    found = []
+    with tqdm(chosen, unit="version", disable=None) as bar:
+        for op, version in bar:
+            bar.set_description(f"{op}: {version}")
+            found.append(measure(op, version, shape, dtype, device, repeats))
+    return found
 
 
 def rows(timings: Sequence[Timing]) -> list[dict]:

@@ -29,7 +29,7 @@ def ops(
     versions: Annotated[str, typer.Option(help="Of reference, chunked, fast, by commas; empty for all here.")] = "",
     device: Device = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs; the reference is run once.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs; fewer of a version that takes 10 seconds.")] = 5,
     as_json: AsJson = False,
 ) -> None:
     """Times each op's versions, forward and backward. The sequential references take seconds to minutes."""
