@@ -49,6 +49,8 @@ ENVIRONMENT = {
     # Ranks add up without NVLink multicast, which virtual machines with several GPUs may lack.
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
     "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+    # A process that has counted its GPUs cannot fork ranks, and vLLM forks unless CUDA is wholly up.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
 
 
