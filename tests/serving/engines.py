@@ -112,6 +112,8 @@ def engine(path: Path, **options: Any) -> Iterator[Any]:
     if CUDA:  # nothing to measure at the start, and room for other engines
         small = {"kv_cache_memory_bytes": POOL, "gpu_memory_utilization": 0.1}
         options = small | {"max_num_seqs": 64, "max_num_batched_tokens": 2048} | options
+        if "distributed_executor_backend" in options:
+            options["worker_extension_cls"] = "tests.serving.untuned.Untuned"
     llm = None
     try:
         with one_variant() if CUDA else contextlib.nullcontext():
