@@ -236,6 +236,17 @@ def test_start_says_the_smallest_cacheable_prefix(server):
     assert re.search(rf"is {'[0-9]+' if engines.CUDA else 128} tokens", line)
 
 
+def nccl_lacks() -> str | None:
+    """What vLLM's own bindings miss in the NCCL that is here."""
+    from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+
+    try:
+        NCCLLibrary()
+    except (AttributeError, OSError) as error:
+        return str(error)
+    return None
+
+
 @pytest.mark.parametrize(
     ("family", "fields", "flags"),
     [
@@ -246,6 +257,8 @@ def test_start_says_the_smallest_cacheable_prefix(server):
 )
 def test_two_copies(tmp_path, family, fields, flags):
     """Data parallelism: both engines answer, and say the same."""
+    if flags and (lacking := nccl_lacks()):
+        pytest.skip(f"vLLM's experts in several copies need a newer NCCL: {lacking}")
     model, log = tmp_path / "model", tmp_path / "log"
     save_scripted(model, family, **fields)
     process, address = start_server(model, log, "--data-parallel-size", "2", "--enforce-eager", *flags)
