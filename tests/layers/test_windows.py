@@ -47,13 +47,28 @@ def test_sliding_window_is_the_bases_attention_under_a_window(family, window):
     assert_close(*outputs(lambda distance: distance < window), atol=1e-5, rtol=0)
 
 
-@pytest.mark.skipif("ministral3" not in FAMILIES, reason="the family is not in the table")
+GROWING = {
+    "rope_type": "default",
+    "rope_theta": 1e4,
+    "llama_4_scaling_beta": 0.7,
+    "original_max_position_embeddings": 4,
+}
+
+
 @torch.no_grad()
 def test_sliding_window_scales_queries_by_position_where_the_base_does():
-    rope = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.7}
-    rope["original_max_position_embeddings"] = 4
-    _, outputs = mixer_and_attention("SWA", {"window_size": 9}, "ministral3", rope_parameters=rope)
+    _, outputs = mixer_and_attention("SWA", {"window_size": 9}, "ministral3", rope_parameters=GROWING)
     assert_close(*outputs(lambda distance: distance < 9), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_bmojo_scales_queries_by_position_where_the_base_does(tied):
+    """In both windows: the recurrent layer hands on its input, so that together they are one of twice the size."""
+    options = {"window_size": 4, "ssm_mixer": "gdn", "tie_attn_weights": tied}
+    mixer, outputs = mixer_and_attention("BMF", options, "ministral3", rope_parameters=GROWING)
+    mixer.inner.mix = lambda hidden_states, *rest: (hidden_states, {})
+    assert_close(*outputs(lambda distance: distance < 8), atol=1e-5, rtol=0)
 
 
 @every_family

@@ -224,7 +224,7 @@ def test_four_ranks_add_up(symbol, kv_heads):
 @pytest.mark.parametrize("family", ["qwen2", "llama", "ministral3", "qwen3_moe"])
 def test_family(tmp_path, family):
     fields = {"ministral3": MINISTRAL, "qwen3_moe": engines.EXPERTS, "qwen2": TIED}.get(family, {})
-    check(tmp_path, engines.save_hybrid(tmp_path, Case("GDN", family), "X-*-SWA", family, **fields, **DICTS))
+    check(tmp_path, engines.save_hybrid(tmp_path, Case("GDN", family), "X-*-SWA-BMF", family, **fields, **DICTS))
 
 
 TIED = {"tie_word_embeddings": True, "hidden_size": 128}  # vLLM takes head_dim to be hidden_size / heads here

@@ -112,15 +112,22 @@ class Mixer(nn.Module):
         hidden_states: torch.Tensor,
         states: States | None,
         cu_seqlens: torch.Tensor | None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        position_embeddings: tuple[torch.Tensor, ...] | None,
     ) -> tuple[torch.Tensor, States]:
         """One pass over whole tokens: no padding.
 
         hidden_states [B, T, D], or [1, N, D] with cu_seqlens [S+1]; states, each [S, ...], left by the same method on
-        the tokens before, or None at the start; position_embeddings (cos, sin), each [B, T, head_dim] alike.
+        the tokens before, or None at the start; position_embeddings: what `positioned` gives for these tokens.
         Returns the output in hidden_states' shape and the states after the last token of each sequence.
         """
         raise NotImplementedError
+
+    def positioned(
+        self, position_embeddings: tuple[torch.Tensor, torch.Tensor], position_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """What `mix` gets of positions, each [B, T, ...]: the rotary tables (cos, sin) [B, T, head_dim], and what
+        else a mixer needs."""
+        return position_embeddings
 
     def forward(
         self,
@@ -128,6 +135,7 @@ class Mixer(nn.Module):
         layout: PackedLayout | None = None,
         past_key_values: Any = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """hidden_states [B, T, D] -> ([B, T, D], None), in the place of a Hugging Face attention.
@@ -137,12 +145,13 @@ class Mixer(nn.Module):
         """
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         states = cache.states if cache is not None and cache.is_initialized else None
+        tables = None if position_embeddings is None else self.positioned(position_embeddings, position_ids)
         if layout is None:
-            output, states = self.mix(hidden_states, states, None, position_embeddings)
+            output, states = self.mix(hidden_states, states, None, tables)
         else:
-            if position_embeddings is not None:
-                position_embeddings = tuple(layout.pack(x) for x in position_embeddings)
-            output, states = self.mix(layout.pack(hidden_states), states, layout.cu_seqlens, position_embeddings)
+            if tables is not None:
+                tables = tuple(layout.pack(x) for x in tables)
+            output, states = self.mix(layout.pack(hidden_states), states, layout.cu_seqlens, tables)
             output = layout.unpack(output)
         if cache is not None:
             cache.store(states, hidden_states.shape[1])

@@ -18,7 +18,7 @@ from hmf.config.layers import LAYER_KINDS
 from hmf.ops import KeySet, windowed_attention
 from hmf.ops.window import latest
 
-from .attention import rotate, stock_parameters
+from .attention import rotate, rotate_query, stock_parameters, with_query_scale
 from .base import Mixer, Start, States, StateShape, split_heads
 from .swa import count_tokens
 
@@ -49,7 +49,9 @@ class BMojoAttention(nn.Module):
         y = getattr(self, f"{name}_proj{end}")(x).unflatten(-1, (-1, self.head_dim))
         if (norm := getattr(self, f"{name}_norm{end}", None)) is not None:
             y = norm(y)
-        return y if name == "v" else rotate(y, *position_embeddings)
+        if name == "v":
+            return y
+        return rotate_query(y, *position_embeddings) if name == "q" else rotate(y, *position_embeddings[:2])
 
 
 class BMojoF(Mixer):
@@ -65,6 +67,7 @@ class BMojoF(Mixer):
         from .registry import mixer_class  # the registry names this class
 
         super().__init__(config, layer_idx)
+        self.rope = config.rope_parameters
         self.bmojo_attn = BMojoAttention(config, self.options, "q_norm.weight" in stock_parameters(config, layer_idx))
         symbol = self.options.inner_symbol
         self.inner_name = LAYER_KINDS[symbol].module_name
@@ -89,10 +92,13 @@ class BMojoF(Mixer):
         windows = {"k": near, "v": near, "fading_k": fading, "fading_v": fading}
         return {INNER + name: state for name, state in inner.items()} | windows | {"seen": StateShape((), "count")}
 
+    def positioned(self, position_embeddings, position_ids) -> tuple[torch.Tensor, ...]:
+        return with_query_scale(position_embeddings, position_ids, self.rope)
+
     def mix(self, hidden_states, states, cu_seqlens, position_embeddings) -> tuple[torch.Tensor, States]:
         before = states or {}
         inner = {name.removeprefix(INNER): x for name, x in before.items() if name.startswith(INNER)} or None
-        fading, inner = self.inner.mix(hidden_states, inner, cu_seqlens, position_embeddings)
+        fading, inner = self.inner.mix(hidden_states, inner, cu_seqlens, position_embeddings[:2])
         new = {INNER + name: x for name, x in inner.items()}
         new["seen"] = count_tokens(hidden_states, states, cu_seqlens)
 

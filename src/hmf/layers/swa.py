@@ -16,7 +16,7 @@ from hmf.config.layers import base_head_dim
 from hmf.ops import KeySet, windowed_attention
 from hmf.ops.window import latest
 
-from .attention import rotate, stock_parameters
+from .attention import rotate, rotate_query, stock_parameters, with_query_scale
 from .base import Mixer, Start, States, StateShape, split_heads
 
 
@@ -45,25 +45,14 @@ class SlidingWindowAttention(Mixer):
         window = StateShape((reach, kv_heads, base_head_dim(config)), "window")
         return {"k": window, "v": window, "seen": StateShape((), "count")}
 
-    def forward(
-        self, hidden_states, layout=None, past_key_values=None, position_embeddings=None, position_ids=None, **kwargs
-    ):
-        """As `Mixer.forward`; for bases that scale queries by position, the scale travels with the rotary tables."""
-        if (beta := self.rope.get("llama_4_scaling_beta")) is not None:
-            # Ministral 3: queries grow with the log of how often the position exceeds the pre-training length.
-            times = (position_ids // self.rope["original_max_position_embeddings"]).float()
-            scale = (1 + beta * times.log1p())[..., None, None]
-            position_embeddings = (*position_embeddings, scale.to(hidden_states))
-        return super().forward(hidden_states, layout, past_key_values, position_embeddings)
+    def positioned(self, position_embeddings, position_ids) -> tuple[torch.Tensor, ...]:
+        return with_query_scale(position_embeddings, position_ids, self.rope)
 
     def mix(self, hidden_states, states, cu_seqlens, position_embeddings) -> tuple[torch.Tensor, States]:
         q, k, v = (getattr(self, f"{name}_proj")(hidden_states).unflatten(-1, (-1, self.head_dim)) for name in "qkv")
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        cos, sin, *query_scale = position_embeddings
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        for factor in query_scale:
-            q = q * factor
+        q, k = rotate_query(q, *position_embeddings), rotate(k, *position_embeddings[:2])
         reach = self.options.window_size - 1
         before, new = states or {}, {"seen": count_tokens(hidden_states, states, cu_seqlens)}
         keys = KeySet(k, v, 0, reach, before.get("k"), before.get("v"))

@@ -130,11 +130,12 @@ class LayerwiseObjective:
         mask, tokens = batch.get("attention_mask"), counts[0].clamp_min(1)
         inputs = model.model.prepare(**batch, use_cache=False)
         seen = _attentions(model, inputs)
+        positions = {name: inputs.shared[name] for name in ("position_ids", "position_embeddings")}
         losses = []
         for place, (index, name) in enumerate(mixer_names(model)):
             given, wanted = seen.pop(index)
             mixer = model.model.layers[index].get_submodule(name)
-            found, _ = mixer(given, layout=inputs.layout, position_embeddings=inputs.shared["position_embeddings"])
+            found, _ = mixer(given, layout=inputs.layout, **positions)
             size = self.sizes[place] if self.sizes else _mean_square(wanted, mask)
             losses.append(_total(_squared(found, wanted), mask) / (tokens * size))
         loss = torch.stack(losses).mean()

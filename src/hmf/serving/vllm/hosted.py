@@ -86,7 +86,7 @@ class HostedMixer(RecurrentMixer):
         hidden_states, positions = inputs
         named = zip(self.states, states, strict=True)
         before = {name: x[:, 0] if name in self.numbers else x for name, x in named}
-        rotary = self.rotary(hidden_states, positions)
+        rotary = self.mixer.positioned(self.rotary(hidden_states, positions), positions)
         mixed, after = self.mixer.mix(hidden_states, before, cu_seqlens, rotary)
         return mixed, tuple(after[name][:, None] if name in self.numbers else after[name] for name in self.states)
 
