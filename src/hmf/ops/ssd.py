@@ -14,6 +14,7 @@ Legend: B batch, T tokens, S sequences, N chunks, C chunk_size, H heads, K/V key
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from . import dispatch
 from .varlen import ChunkLayout, sequence_lengths
@@ -95,14 +96,90 @@ def chunked(q, k, v, g, initial_state=None, cu_seqlens=None, chunk_size: int = 6
         o, state = step(q, k, v, g, state)
         return o[:, None].to(out_dtype), state
     layout = ChunkLayout(batch, tokens, cu_seqlens, chunk_size)
-    q, k, v, g = (layout.split_heads(x, compute) for x in (q, k, v, g))  # [N, H, C, K|V], g [N, H, C]
-    decay_in, decay, total = chunk_decays(g)
-    update = (k * (total - decay_in).exp()[..., None]).mT @ v
-    starts, final = scan_states(layout, total.exp()[..., None], update, initial_state)
-    o = torch.baddbmm(
-        ((q @ k.mT * decay) @ v).flatten(0, 1), (q * decay_in.exp()[..., None]).flatten(0, 1), starts.flatten(0, 1)
-    ).view_as(v)
-    return layout.merge(o.transpose(1, 2)).to(out_dtype), final
+    initial = state_or_zeros(initial_state, (layout.num_sequences, heads, key_dim, v.shape[-1]), k, compute)
+    q, k, v = (layout.split(x.to(compute)) for x in (q, k, v))
+    o, final = _Chunks.apply(layout, q, k, v, layout.split_heads(g, compute), initial)
+    return layout.merge(o).to(out_dtype), final
+
+
+class _Chunks(torch.autograd.Function):
+    """o [N, C, H, V] and the final states [S, H, K, V] from q, k [N, C, H, K], v [N, C, H, V], g [N, H, C] and the
+    initial states.
+
+    Of what is made in between only the states before each chunk outlive a call: it is made for a few chunks at a time,
+    which stay in cache on a CPU, and once more in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx, layout, q, k, v, g, initial):
+        order = torch.tensor(layout.order, device=v.device)
+        state = initial[order]
+        starts = state.new_empty(len(g), *state.shape[1:])
+        o = torch.empty_like(v, memory_format=torch.contiguous_format)
+        for at, steps in _groups(layout, g):
+            q_n, k_n, v_n = _by_head(at, q, k, v)
+            decay_in, decay, total = chunk_decays(g[at])
+            from_start, to_end, carry = (x.exp()[..., None] for x in (decay_in, total - decay_in, total))
+            _scan(steps, state, carry, (k_n * to_end).mT @ v_n, out=starts[at])
+            o_n = (q_n @ k_n.mT).mul_(decay) @ v_n
+            o_n.flatten(0, 1).baddbmm_((q_n * from_start).flatten(0, 1), starts[at].flatten(0, 1))
+            o[at] = o_n.transpose(1, 2)
+        ctx.layout = layout
+        ctx.save_for_backward(q, k, v, g, starts, order)
+        return o, torch.empty_like(state).index_copy_(0, order, state)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_o, grad_final):
+        q, k, v, g, starts, order = ctx.saved_tensors
+        grad_state = grad_final[order]  # of the states after a chunk, from the last one to the first
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+        grad_g = torch.empty_like(g)
+        for at, steps in reversed(_groups(ctx.layout, g)):
+            q_n, k_n, v_n, grad_n = _by_head(at, q, k, v, grad_o)
+            decay_in, decay, total = chunk_decays(g[at])
+            from_start, to_end, carry = (x.exp()[..., None] for x in (decay_in, total - decay_in, total))
+            after = torch.empty_like(starts[at])
+            _scan(steps[::-1], grad_state, carry, (q_n * from_start).mT @ grad_n, out=after)
+            grad_scores = (grad_n @ v_n.mT).mul_(decay)
+            grad_q = (grad_n @ starts[at].mT).mul_(from_start).add_(grad_scores @ k_n)
+            grad_out = (v_n @ after.mT).mul_(to_end)
+            grad_total = (grad_out * k_n).sum((-2, -1)) + (starts[at] * after).sum((-2, -1)) * carry[..., 0, 0]
+            grad_k = grad_out.add_(grad_scores.mT @ q_n)
+            grad_v = (q_n @ k_n.mT).mul_(decay).mT @ grad_n
+            grad_v += (k_n * to_end) @ after
+            # Scores have exp(decay_in) of the query as a factor and exp(-decay_in) of the key.
+            grad_in = (grad_q * q_n).sum(-1) - (grad_k * k_n).sum(-1)
+            grad_g[at] = grad_in.flip(-1).cumsum(-1).flip(-1) + grad_total[..., None]
+            for grad, value in zip(grads, (grad_q, grad_k, grad_v), strict=True):
+                grad[at] = value.transpose(1, 2)
+        return None, *grads, grad_g, torch.empty_like(grad_state).index_copy_(0, order, grad_state)
+
+
+def _groups(layout: ChunkLayout, g: torch.Tensor) -> list[tuple[slice, list[slice]]]:
+    """Runs of the layout's steps: a slice of N, and in it a slice for every step. A GPU takes all at once."""
+    groups: list[tuple[slice, list[slice]]] = []
+    for step in layout.steps:
+        first = groups[-1][0].start if groups else 0
+        if not groups or not (g.is_cuda or (step.stop - first) * g[0].numel() <= 4096):
+            groups.append((step, []))
+            first = step.start
+        groups[-1][1].append(slice(step.start - first, step.stop - first))
+        groups[-1] = slice(first, step.stop), groups[-1][1]
+    return groups
+
+
+def _scan(steps: list[slice], state: torch.Tensor, carry: torch.Tensor, update: torch.Tensor, out: torch.Tensor):
+    """state <- carry state + update, in place, step by step; `out` takes the states before."""
+    for at in steps:
+        now = state[: at.stop - at.start]
+        out[at] = now
+        torch.addcmul(update[at], carry[at], now, out=now)
+
+
+def _by_head(at: slice, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Chunks `at` of [N, C, H, ...] as [n, H, C, ...], contiguous: a batched product copies operands that are not."""
+    return [x[at].transpose(1, 2).contiguous() for x in tensors]
 
 
 @dispatch.implementation("ssd", "fast", requires="fla")
@@ -122,11 +199,10 @@ def fast(q, k, v, g, initial_state=None, cu_seqlens=None) -> Result:
 def chunk_decays(g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """From log decays g [..., C]: the log decay from the chunk's start to each token, that token included [..., C]; the
     decay from token s to token t, zero for s > t [..., C, C]; the log decay over the whole chunk [..., 1]."""
-    size = g.shape[-1]
     decay_in = g.cumsum(-1)
-    later = torch.full((size, size), float("-inf"), dtype=g.dtype, device=g.device).triu(1)
-    # Masked before exp: above the diagonal the difference is positive and may overflow.
-    decay = (decay_in[..., :, None] - decay_in[..., None, :]).add_(later).exp_()
+    # Masked before exp too: above the diagonal the difference is positive and may overflow. Not by -inf, of which a CPU
+    # takes exp slowly.
+    decay = (decay_in[..., :, None] - decay_in[..., None, :]).tril_().exp_().tril()
     return decay_in, decay, decay_in[..., -1:]
 
 
