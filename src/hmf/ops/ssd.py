@@ -158,15 +158,15 @@ class _Chunks(torch.autograd.Function):
 
 def _groups(layout: ChunkLayout, g: torch.Tensor) -> list[tuple[slice, list[slice]]]:
     """Runs of the layout's steps: a slice of N, and in it a slice for every step. A GPU takes all at once."""
-    groups: list[tuple[slice, list[slice]]] = []
+    groups: list[list[slice]] = []
     for step in layout.steps:
-        first = groups[-1][0].start if groups else 0
-        if not groups or not (g.is_cuda or (step.stop - first) * g[0].numel() <= 4096):
-            groups.append((step, []))
-            first = step.start
-        groups[-1][1].append(slice(step.start - first, step.stop - first))
-        groups[-1] = slice(first, step.stop), groups[-1][1]
-    return groups
+        if not groups or not (g.is_cuda or (step.stop - groups[-1][0].start) * g[0].numel() <= 4096):
+            groups.append([])
+        groups[-1].append(step)
+    return [
+        (slice(first := steps[0].start, steps[-1].stop), [slice(at.start - first, at.stop - first) for at in steps])
+        for steps in groups
+    ]
 
 
 def _scan(steps: list[slice], state: torch.Tensor, carry: torch.Tensor, update: torch.Tensor, out: torch.Tensor):
