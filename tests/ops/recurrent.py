@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hmf.ops import ssd
 from tests.ops.cases import assert_same, flat, outputs_and_grads, shape
 
 
@@ -61,6 +62,21 @@ def check_packed_is_alone(case: RecurrentCase, version: Callable, lengths: list[
             continue
         alone = case.call(version, [x[:, first:stop] for x in inputs], [x[s : s + 1] for x in states])
         assert_same([o[:, first:stop], *(x[s : s + 1] for x in final)], alone)
+
+
+def check_groups_are_whole(case: RecurrentCase, monkeypatch):
+    """Chunks computed a few at a time give what all at once give."""
+    _, tokens, sequences, cu_seqlens = shape([9, 50, 17])
+    inputs, states = case.inputs(1, tokens), case.states(sequences)
+
+    def run(group):
+        monkeypatch.setattr(ssd, "GROUP", group)
+        return outputs_and_grads(
+            lambda *x: case.call(case.chunked, x[: len(inputs)], x[len(inputs) :], cu_seqlens), inputs + states
+        )
+
+    for group in (1, 64):
+        assert_same(run(group), run(10_000))
 
 
 def check_bfloat16(case: RecurrentCase):

@@ -47,6 +47,10 @@ def test_packed_is_alone(lengths):
     recurrent.check_packed_is_alone(case, case.chunked, lengths)
 
 
+def test_groups_are_whole(monkeypatch):
+    recurrent.check_groups_are_whole(case, monkeypatch)
+
+
 def test_bfloat16():
     recurrent.check_bfloat16(case)
 

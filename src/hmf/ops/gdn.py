@@ -14,9 +14,10 @@ Legend: B batch, T tokens, S sequences, N chunks, C chunk_size, H heads, K/V key
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from . import dispatch
-from .ssd import chunk_decays, state_or_zeros
+from .ssd import by_head, chunk_groups, decay_factors, state_or_zeros
 from .varlen import ChunkLayout, sequence_lengths
 
 Result = tuple[torch.Tensor, torch.Tensor]
@@ -69,10 +70,7 @@ def reference(q, k, v, g, beta, initial_state=None, cu_seqlens=None) -> Result:
 
 @dispatch.implementation("gdn", "chunked")
 def chunked(q, k, v, g, beta, initial_state=None, cu_seqlens=None, chunk_size: int = 64) -> Result:
-    """Matrix products inside chunks, a scan over chunks: the WY form of the paper's section 3.3.
-
-    Within a chunk the corrected values u solve a unit lower-triangular system; what the incoming state adds is w.
-    """
+    """Matrix products inside chunks, a scan over chunks: the WY form of the paper's section 3.3."""
     out_dtype, compute = v.dtype, dispatch.compute_dtype(v)
     batch, tokens, heads, key_dim = q.shape
     if tokens == 1 and cu_seqlens is None:
@@ -81,32 +79,94 @@ def chunked(q, k, v, g, beta, initial_state=None, cu_seqlens=None, chunk_size: i
         o, state = step(q, k, v, g, beta, state)
         return o[:, None].to(out_dtype), state
     layout = ChunkLayout(batch, tokens, cu_seqlens, chunk_size)
-    q, k, v, g, beta = (layout.split_heads(x, compute) for x in (q, k, v, g, beta))  # [N, H, C, ...]
-    q = q * key_dim**-0.5
-    decay_in, decay, total = chunk_decays(g)
-    k_beta = k * beta[..., None]
-    # Of the system only what is below the diagonal is read. Its inverse times both right sides costs less than a solve.
-    eye = torch.eye(chunk_size, dtype=compute, device=k.device).expand_as(decay)
-    inverse = torch.linalg.solve_triangular(k_beta @ k.mT * decay, eye, upper=False, unitriangular=True)
-    rhs = torch.cat([v * beta[..., None], k_beta * decay_in.exp()[..., None]], dim=-1)
-    u, w = (inverse @ rhs).split([v.shape[-1], key_dim], dim=-1)
-    within = q @ k.mT * decay
-    q_in = q * decay_in.exp()[..., None]
-    k_out = k * (total - decay_in).exp()[..., None]
-    carry = total.exp()[..., None]
+    initial = state_or_zeros(initial_state, (layout.num_sequences, heads, key_dim, v.shape[-1]), k, compute)
+    q, k, v = (layout.split(x.to(compute)) for x in (q, k, v))
+    o, final = _Chunks.apply(layout, q, k, v, *(layout.split_heads(x, compute) for x in (g, beta)), initial)
+    return layout.merge(o).to(out_dtype), final
 
-    state = state_or_zeros(initial_state, (layout.num_sequences, heads, key_dim, v.shape[-1]), k)[layout.order]
-    starts, values, done = [state[:0]], [v[:0]], []
-    for u_n, w_n, carry_n, k_n in zip(*map(layout.by_step, (u, w, carry, k_out)), strict=True):
-        active = len(u_n)
-        done.append(state[active:])
-        starts.append(state[:active])
-        values.append(u_n - w_n @ starts[-1])
-        state = torch.addcmul(k_n.mT @ values[-1], carry_n, starts[-1])
-    state = torch.cat([state, *reversed(done)])
-    final = torch.empty_like(state).index_copy(0, torch.tensor(layout.order, device=state.device), state)
-    o = q_in @ torch.cat(starts) + within @ torch.cat(values)
-    return layout.merge(o.transpose(1, 2)).to(out_dtype), final
+
+class _Chunks(torch.autograd.Function):
+    """o [N, C, H, V] and the final states [S, H, K, V] from q, k [N, C, H, K], v [N, C, H, V], g, beta [N, H, C] and
+    the initial states, a few chunks at a time as in `ssd`.
+
+    In a chunk the corrected values are u = (1 + A)^-1 beta (v - exp(g_in) k S), S being the state before it, g_in the
+    log decay since then and A[t, s] = beta_t (k_t . k_s) exp(g_in_t - g_in_s) for s < t. They, the inverses and the
+    states before chunks are kept for the backward.
+    """
+
+    @staticmethod
+    def forward(ctx, layout, q, k, v, g, beta, initial):
+        order = torch.tensor(layout.order, device=v.device)
+        state = initial[order]
+        starts = state.new_empty(len(g), *state.shape[1:])
+        inverses = g.new_empty(*g.shape, g.shape[-1])
+        values = g.new_empty(*g.shape, v.shape[-1])
+        o = torch.empty_like(v, memory_format=torch.contiguous_format)
+        for at, steps in chunk_groups(layout, g):
+            q_n, k_n, v_n = by_head(at, q, k, v)
+            q_n *= q.shape[-1] ** -0.5
+            decay, from_start, to_end, carry = decay_factors(g[at])
+            inverses[at] = _inverse((k_n @ k_n.mT).mul_(decay).mul_(beta[at][..., None]))
+            solve = inverses[at] * beta[at][..., None, :]
+            torch.matmul(solve, v_n, out=values[at])
+            from_state, k_out = solve @ (k_n * from_start), k_n * to_end
+            for step in steps:
+                starts[at][step] = now = state[: step.stop - step.start]
+                u = values[at][step].flatten(0, 1).baddbmm_(from_state[step].flatten(0, 1), now.flatten(0, 1), alpha=-1)
+                now.mul_(carry[step]).flatten(0, 1).baddbmm_(k_out[step].flatten(0, 1).mT, u)
+            o_n = (q_n @ k_n.mT).mul_(decay) @ values[at]
+            o_n.flatten(0, 1).baddbmm_((q_n * from_start).flatten(0, 1), starts[at].flatten(0, 1))
+            o[at] = o_n.transpose(1, 2)
+        ctx.layout = layout
+        ctx.save_for_backward(q, k, v, g, beta, starts, inverses, values, order)
+        return o, torch.empty_like(state).index_copy_(0, order, state)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_o, grad_final):
+        q, k, v, g, beta, starts, inverses, values, order = ctx.saved_tensors
+        scale = q.shape[-1] ** -0.5
+        grad_state = grad_final[order]  # of the states after a chunk, from the last one to the first
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+        grad_g, grad_beta = torch.empty_like(g), torch.empty_like(beta)
+        for at, steps in reversed(chunk_groups(ctx.layout, g)):
+            q_n, k_n, v_n, grad_n = by_head(at, q, k, v, grad_o)
+            q_n *= scale
+            decay, from_start, to_end, carry = decay_factors(g[at])
+            beta_n, start, u = beta[at][..., None], starts[at], values[at]
+            from_state, k_out = (inverses[at] * beta_n.mT) @ (k_n * from_start), k_n * to_end
+            grad_u = (q_n @ k_n.mT).mul_(decay).mT @ grad_n
+            grad_start = (q_n * from_start).mT @ grad_n
+            after = torch.empty_like(start)
+            for step in reversed(steps):
+                after[step] = now = grad_state[: step.stop - step.start]
+                grad_now = grad_u[step].flatten(0, 1).baddbmm_(k_out[step].flatten(0, 1), now.flatten(0, 1))
+                now.mul_(carry[step]).add_(grad_start[step])
+                now.flatten(0, 1).baddbmm_(from_state[step].flatten(0, 1).mT, grad_now, alpha=-1)
+            grad_rhs = inverses[at].mT @ grad_u  # of beta (v - exp(g_in) k S)
+            grad_scores = (grad_n @ u.mT).mul_(decay)
+            grad_q = (grad_n @ start.mT).mul_(from_start).add_(grad_scores @ k_n)
+            grad_system = (grad_rhs @ u.mT).mul_(decay).tril_(-1).neg_()  # of A / (beta exp(g_in_t - g_in_s))
+            # A token's key where it corrects its own value, a factor of exp(g_in), then where later ones meet it, of
+            # exp(-g_in).
+            grad_own = (grad_rhs @ start.mT).mul_(from_start).neg_().add_(grad_system @ k_n)
+            grad_beta[at] = (grad_rhs * v_n).sum(-1) + (grad_own * k_n).sum(-1)
+            grad_own *= beta_n
+            grad_met = (u @ after.mT).mul_(to_end)
+            grad_total = (grad_met * k_n).sum((-2, -1)) + (start * after).sum((-2, -1)) * carry[..., 0, 0]
+            grad_met += grad_scores.mT @ q_n
+            grad_met += grad_system.mT @ (beta_n * k_n)
+            grad_in = (grad_q * q_n).sum(-1) + ((grad_own - grad_met) * k_n).sum(-1)
+            grad_g[at] = grad_in.flip(-1).cumsum(-1).flip(-1) + grad_total[..., None]
+            for grad, value in zip(grads, (grad_q * scale, grad_own + grad_met, grad_rhs * beta_n), strict=True):
+                grad[at] = value.transpose(1, 2)
+        return None, *grads, grad_g, grad_beta, torch.empty_like(grad_state).index_copy_(0, order, grad_state)
+
+
+def _inverse(below: torch.Tensor) -> torch.Tensor:
+    """(1 + A)^-1 for A [..., C, C], of which only what is below the diagonal is read."""
+    eye = torch.eye(below.shape[-1], dtype=below.dtype, device=below.device).expand_as(below)
+    return torch.linalg.solve_triangular(below, eye, upper=False, unitriangular=True)
 
 
 @dispatch.implementation("gdn", "fast", requires="fla")

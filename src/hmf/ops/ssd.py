@@ -21,6 +21,8 @@ from .varlen import ChunkLayout, sequence_lengths
 
 Result = tuple[torch.Tensor, torch.Tensor]
 
+GROUP = 4096  # tokens times heads whose chunks are computed together on a CPU, or its cache would not hold them
+
 
 def state_space_dual(
     x: torch.Tensor,
@@ -116,10 +118,9 @@ class _Chunks(torch.autograd.Function):
         state = initial[order]
         starts = state.new_empty(len(g), *state.shape[1:])
         o = torch.empty_like(v, memory_format=torch.contiguous_format)
-        for at, steps in _groups(layout, g):
-            q_n, k_n, v_n = _by_head(at, q, k, v)
-            decay_in, decay, total = chunk_decays(g[at])
-            from_start, to_end, carry = (x.exp()[..., None] for x in (decay_in, total - decay_in, total))
+        for at, steps in chunk_groups(layout, g):
+            q_n, k_n, v_n = by_head(at, q, k, v)
+            decay, from_start, to_end, carry = decay_factors(g[at])
             _scan(steps, state, carry, (k_n * to_end).mT @ v_n, out=starts[at])
             o_n = (q_n @ k_n.mT).mul_(decay) @ v_n
             o_n.flatten(0, 1).baddbmm_((q_n * from_start).flatten(0, 1), starts[at].flatten(0, 1))
@@ -135,10 +136,9 @@ class _Chunks(torch.autograd.Function):
         grad_state = grad_final[order]  # of the states after a chunk, from the last one to the first
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
         grad_g = torch.empty_like(g)
-        for at, steps in reversed(_groups(ctx.layout, g)):
-            q_n, k_n, v_n, grad_n = _by_head(at, q, k, v, grad_o)
-            decay_in, decay, total = chunk_decays(g[at])
-            from_start, to_end, carry = (x.exp()[..., None] for x in (decay_in, total - decay_in, total))
+        for at, steps in reversed(chunk_groups(ctx.layout, g)):
+            q_n, k_n, v_n, grad_n = by_head(at, q, k, v, grad_o)
+            decay, from_start, to_end, carry = decay_factors(g[at])
             after = torch.empty_like(starts[at])
             _scan(steps[::-1], grad_state, carry, (q_n * from_start).mT @ grad_n, out=after)
             grad_scores = (grad_n @ v_n.mT).mul_(decay)
@@ -156,11 +156,11 @@ class _Chunks(torch.autograd.Function):
         return None, *grads, grad_g, torch.empty_like(grad_state).index_copy_(0, order, grad_state)
 
 
-def _groups(layout: ChunkLayout, g: torch.Tensor) -> list[tuple[slice, list[slice]]]:
+def chunk_groups(layout: ChunkLayout, g: torch.Tensor) -> list[tuple[slice, list[slice]]]:
     """Runs of the layout's steps: a slice of N, and in it a slice for every step. A GPU takes all at once."""
     groups: list[list[slice]] = []
     for step in layout.steps:
-        if not groups or not (g.is_cuda or (step.stop - groups[-1][0].start) * g[0].numel() <= 4096):
+        if not groups or not (g.is_cuda or (step.stop - groups[-1][0].start) * g[0].numel() <= GROUP):
             groups.append([])
         groups[-1].append(step)
     return [
@@ -177,7 +177,7 @@ def _scan(steps: list[slice], state: torch.Tensor, carry: torch.Tensor, update: 
         torch.addcmul(update[at], carry[at], now, out=now)
 
 
-def _by_head(at: slice, *tensors: torch.Tensor) -> list[torch.Tensor]:
+def by_head(at: slice, *tensors: torch.Tensor) -> list[torch.Tensor]:
     """Chunks `at` of [N, C, H, ...] as [n, H, C, ...], contiguous: a batched product copies operands that are not."""
     return [x[at].transpose(1, 2).contiguous() for x in tensors]
 
@@ -204,6 +204,13 @@ def chunk_decays(g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     # takes exp slowly.
     decay = (decay_in[..., :, None] - decay_in[..., None, :]).tril_().exp_().tril()
     return decay_in, decay, decay_in[..., -1:]
+
+
+def decay_factors(g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """From log decays g [..., C]: the decay from token s to token t, zero for s > t [..., C, C]; from the chunk's start
+    to each token and from each token to the chunk's end [..., C, 1]; over the whole chunk [..., 1, 1]."""
+    decay_in, decay, total = chunk_decays(g)
+    return decay, *(x.exp()[..., None] for x in (decay_in, total - decay_in, total))
 
 
 def scan_states(
