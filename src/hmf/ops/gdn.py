@@ -17,7 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import dispatch
-from .ssd import by_head, chunk_groups, decay_factors, state_or_zeros
+from .ssd import by_head, by_step, chunk_groups, decay_factors, state_or_zeros
 from .varlen import ChunkLayout, sequence_lengths
 
 Result = tuple[torch.Tensor, torch.Tensor]
@@ -102,19 +102,20 @@ class _Chunks(torch.autograd.Function):
         inverses = g.new_empty(*g.shape, g.shape[-1])
         values = g.new_empty(*g.shape, v.shape[-1])
         o = torch.empty_like(v, memory_format=torch.contiguous_format)
-        for at, steps in chunk_groups(layout, g):
+        for at, sequences in chunk_groups(layout, g):
             q_n, k_n, v_n = by_head(at, q, k, v)
             q_n *= q.shape[-1] ** -0.5
             decay, from_start, to_end, carry = decay_factors(g[at])
             inverses[at] = _inverse((k_n @ k_n.mT).mul_(decay).mul_(beta[at][..., None]))
-            solve = inverses[at] * beta[at][..., None, :]
-            torch.matmul(solve, v_n, out=values[at])
+            solve, u = inverses[at] * beta[at][..., None, :], values[at]
+            torch.matmul(solve, v_n, out=u)
             from_state, k_out = solve @ (k_n * from_start), k_n * to_end
-            for step in steps:
-                starts[at][step] = now = state[: step.stop - step.start]
-                u = values[at][step].flatten(0, 1).baddbmm_(from_state[step].flatten(0, 1), now.flatten(0, 1), alpha=-1)
-                now.mul_(carry[step]).flatten(0, 1).baddbmm_(k_out[step].flatten(0, 1).mT, u)
-            o_n = (q_n @ k_n.mT).mul_(decay) @ values[at]
+            for u_t, w, k_t, decayed, start in by_step(sequences, u, from_state, k_out.mT, carry, starts[at]):
+                now = state.flatten(0, 1)[: len(start)]
+                start.copy_(now)
+                u_t.baddbmm_(w, now, alpha=-1)
+                now.mul_(decayed).baddbmm_(k_t, u_t)
+            o_n = (q_n @ k_n.mT).mul_(decay) @ u
             o_n.flatten(0, 1).baddbmm_((q_n * from_start).flatten(0, 1), starts[at].flatten(0, 1))
             o[at] = o_n.transpose(1, 2)
         ctx.layout = layout
@@ -129,7 +130,7 @@ class _Chunks(torch.autograd.Function):
         grad_state = grad_final[order]  # of the states after a chunk, from the last one to the first
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
         grad_g, grad_beta = torch.empty_like(g), torch.empty_like(beta)
-        for at, steps in reversed(chunk_groups(ctx.layout, g)):
+        for at, sequences in reversed(chunk_groups(ctx.layout, g)):
             q_n, k_n, v_n, grad_n = by_head(at, q, k, v, grad_o)
             q_n *= scale
             decay, from_start, to_end, carry = decay_factors(g[at])
@@ -138,11 +139,12 @@ class _Chunks(torch.autograd.Function):
             grad_u = (q_n @ k_n.mT).mul_(decay).mT @ grad_n
             grad_start = (q_n * from_start).mT @ grad_n
             after = torch.empty_like(start)
-            for step in reversed(steps):
-                after[step] = now = grad_state[: step.stop - step.start]
-                grad_now = grad_u[step].flatten(0, 1).baddbmm_(k_out[step].flatten(0, 1), now.flatten(0, 1))
-                now.mul_(carry[step]).add_(grad_start[step])
-                now.flatten(0, 1).baddbmm_(from_state[step].flatten(0, 1).mT, grad_now, alpha=-1)
+            steps = by_step(sequences, grad_u, k_out, from_state.mT, carry, grad_start, after)
+            for grad_t, k_t, w, decayed, update, end in reversed(steps):
+                now = grad_state.flatten(0, 1)[: len(end)]
+                end.copy_(now)
+                grad_t.baddbmm_(k_t, now)
+                torch.addcmul(update, decayed, now, out=now).baddbmm_(w, grad_t, alpha=-1)
             grad_rhs = inverses[at].mT @ grad_u  # of beta (v - exp(g_in) k S)
             grad_scores = (grad_n @ u.mT).mul_(decay)
             grad_q = (grad_n @ start.mT).mul_(from_start).add_(grad_scores @ k_n)

@@ -13,6 +13,8 @@ Legend: B batch, T tokens, S sequences, N chunks, C chunk_size, H heads, K/V key
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -118,10 +120,10 @@ class _Chunks(torch.autograd.Function):
         state = initial[order]
         starts = state.new_empty(len(g), *state.shape[1:])
         o = torch.empty_like(v, memory_format=torch.contiguous_format)
-        for at, steps in chunk_groups(layout, g):
+        for at, sequences in chunk_groups(layout, g):
             q_n, k_n, v_n = by_head(at, q, k, v)
             decay, from_start, to_end, carry = decay_factors(g[at])
-            _scan(steps, state, carry, (k_n * to_end).mT @ v_n, out=starts[at])
+            _scan(by_step(sequences, carry, (k_n * to_end).mT @ v_n, starts[at]), state.flatten(0, 1))
             o_n = (q_n @ k_n.mT).mul_(decay) @ v_n
             o_n.flatten(0, 1).baddbmm_((q_n * from_start).flatten(0, 1), starts[at].flatten(0, 1))
             o[at] = o_n.transpose(1, 2)
@@ -136,11 +138,12 @@ class _Chunks(torch.autograd.Function):
         grad_state = grad_final[order]  # of the states after a chunk, from the last one to the first
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
         grad_g = torch.empty_like(g)
-        for at, steps in reversed(chunk_groups(ctx.layout, g)):
+        for at, sequences in reversed(chunk_groups(ctx.layout, g)):
             q_n, k_n, v_n, grad_n = by_head(at, q, k, v, grad_o)
             decay, from_start, to_end, carry = decay_factors(g[at])
             after = torch.empty_like(starts[at])
-            _scan(steps[::-1], grad_state, carry, (q_n * from_start).mT @ grad_n, out=after)
+            update = (q_n * from_start).mT @ grad_n
+            _scan(reversed(by_step(sequences, carry, update, after)), grad_state.flatten(0, 1))
             grad_scores = (grad_n @ v_n.mT).mul_(decay)
             grad_q = (grad_n @ starts[at].mT).mul_(from_start).add_(grad_scores @ k_n)
             grad_out = (v_n @ after.mT).mul_(to_end)
@@ -156,25 +159,30 @@ class _Chunks(torch.autograd.Function):
         return None, *grads, grad_g, torch.empty_like(grad_state).index_copy_(0, order, grad_state)
 
 
-def chunk_groups(layout: ChunkLayout, g: torch.Tensor) -> list[tuple[slice, list[slice]]]:
-    """Runs of the layout's steps: a slice of N, and in it a slice for every step. A GPU takes all at once."""
-    groups: list[list[slice]] = []
+def chunk_groups(layout: ChunkLayout, g: torch.Tensor) -> list[tuple[slice, list[int]]]:
+    """Runs of the layout's steps: a slice of N, and how many sequences each step has. A GPU takes all at once."""
+    groups: list[tuple[slice, list[int]]] = []
     for step in layout.steps:
         if not groups or not (g.is_cuda or (step.stop - groups[-1][0].start) * g[0].numel() <= GROUP):
-            groups.append([])
-        groups[-1].append(step)
-    return [
-        (slice(first := steps[0].start, steps[-1].stop), [slice(at.start - first, at.stop - first) for at in steps])
-        for steps in groups
-    ]
+            groups.append((slice(step.start, step.start), []))
+        at, sequences = groups[-1]
+        groups[-1] = slice(at.start, step.stop), [*sequences, step.stop - step.start]
+    return groups
 
 
-def _scan(steps: list[slice], state: torch.Tensor, carry: torch.Tensor, update: torch.Tensor, out: torch.Tensor):
-    """state <- carry state + update, in place, step by step; `out` takes the states before."""
-    for at in steps:
-        now = state[: at.stop - at.start]
-        out[at] = now
-        torch.addcmul(update[at], carry[at], now, out=now)
+def by_step(sequences: list[int], *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """Of tensors [n, H, ...] of a group of chunks, each step's views with sequences and heads in one dimension."""
+    heads = tensors[0].shape[1]
+    sizes = [count * heads for count in sequences]
+    return list(zip(*(x.flatten(0, 1).split(sizes) for x in tensors), strict=True))
+
+
+def _scan(steps: Iterable[tuple[torch.Tensor, ...]], state: torch.Tensor) -> None:
+    """state [S H, K, V] <- carry state + update, in place, step by step; `out` takes the states before."""
+    for carry, update, out in steps:
+        now = state[: len(out)]
+        out.copy_(now)
+        torch.addcmul(update, carry, now, out=now)
 
 
 def by_head(at: slice, *tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -202,7 +210,8 @@ def chunk_decays(g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     decay_in = g.cumsum(-1)
     # Masked before exp too: above the diagonal the difference is positive and may overflow. Not by -inf, of which a CPU
     # takes exp slowly.
-    decay = (decay_in[..., :, None] - decay_in[..., None, :]).tril_().exp_().tril()
+    decay = (decay_in[..., :, None] - decay_in[..., None, :]).tril_().exp_()
+    decay = decay.tril() if decay.requires_grad else decay.tril_()  # the gradient of exp reads its result
     return decay_in, decay, decay_in[..., -1:]
 
 
