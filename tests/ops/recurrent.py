@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from hmf.ops import ssd
+from hmf.ops.samples import Shape, sample
 from tests.ops.cases import assert_same, flat, outputs_and_grads, shape
 
 
@@ -77,6 +78,17 @@ def check_groups_are_whole(case: RecurrentCase, monkeypatch):
 
     for group in (1, 64):
         assert_same(run(group), run(10_000))
+
+
+def check_arguments_stay(op: str, version: Callable):
+    """No argument is written to, also with one head and whole chunks, where another order of dimensions is a view."""
+    made = sample(op, Shape(tokens=128, heads=1, head_dim=8, with_state=True))
+    tensors = {name: x.requires_grad_() for name, x in made.tensors(torch.float32).items()}
+    before = {name: x.detach().clone() for name, x in tensors.items()}
+    results = flat(made.call(version, tensors))
+    weights = [torch.ones_like(x) for x in results]
+    torch.autograd.backward(results, weights)
+    assert_same([*tensors.values(), *weights], [*before.values(), *map(torch.ones_like, weights)], 0)
 
 
 def check_bfloat16(case: RecurrentCase):

@@ -51,6 +51,10 @@ def test_groups_are_whole(monkeypatch):
     recurrent.check_groups_are_whole(case, monkeypatch)
 
 
+def test_arguments_stay():
+    recurrent.check_arguments_stay("gdn", gdn.chunked)
+
+
 def test_bfloat16():
     recurrent.check_bfloat16(case)
 

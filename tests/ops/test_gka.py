@@ -59,6 +59,10 @@ def test_packed_is_alone(lengths):
     recurrent.check_packed_is_alone(case, case.chunked, lengths)
 
 
+def test_arguments_stay():
+    recurrent.check_arguments_stay("gka", gka.chunked)
+
+
 def test_bfloat16():
     recurrent.check_bfloat16(case)
 

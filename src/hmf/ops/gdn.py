@@ -104,7 +104,7 @@ class _Chunks(torch.autograd.Function):
         o = torch.empty_like(v, memory_format=torch.contiguous_format)
         for at, sequences in chunk_groups(layout, g):
             q_n, k_n, v_n = by_head(at, q, k, v)
-            q_n *= q.shape[-1] ** -0.5
+            q_n = q_n * q.shape[-1] ** -0.5
             decay, from_start, to_end, carry = decay_factors(g[at])
             inverses[at] = _inverse((k_n @ k_n.mT).mul_(decay).mul_(beta[at][..., None]))
             solve, u = inverses[at] * beta[at][..., None, :], values[at]
@@ -132,7 +132,7 @@ class _Chunks(torch.autograd.Function):
         grad_g, grad_beta = torch.empty_like(g), torch.empty_like(beta)
         for at, sequences in reversed(chunk_groups(ctx.layout, g)):
             q_n, k_n, v_n, grad_n = by_head(at, q, k, v, grad_o)
-            q_n *= scale
+            q_n = q_n * scale
             decay, from_start, to_end, carry = decay_factors(g[at])
             beta_n, start, u = beta[at][..., None], starts[at], values[at]
             from_state, k_out = (inverses[at] * beta_n.mT) @ (k_n * from_start), k_n * to_end

@@ -186,7 +186,8 @@ def _scan(steps: Iterable[tuple[torch.Tensor, ...]], state: torch.Tensor) -> Non
 
 
 def by_head(at: slice, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Chunks `at` of [N, C, H, ...] as [n, H, C, ...], contiguous: a batched product copies operands that are not."""
+    """Chunks `at` of [N, C, H, ...] as [n, H, C, ...], contiguous: a batched product copies operands that are not.
+    Views if there is one head."""
     return [x[at].transpose(1, 2).contiguous() for x in tensors]
 
 
