@@ -293,6 +293,19 @@ def test_the_command_line_does_not_wait_for_torch():
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
 
 
+@pytest.mark.parametrize("command", ["distill", "finetune", "prime"])
+def test_a_wrong_recipe_is_found_without_torch(command, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("colour: blue\n")
+    code = "import sys, hmf.cli\ntry: hmf.cli.main()\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, command, str(recipe)], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.split() == ["2", "False"]
+    assert f"{recipe}: unknown key 'colour'" in done.stderr
+
+
 def test_classes_can_be_imported_by_name_and_models_pickled(tiny_qwen3):
     from hmf.model.configuration import HybridQwen3Config
     from hmf.model.modeling import HybridQwen3ForCausalLM

@@ -66,12 +66,14 @@ def init(
 def distill(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Stage 1: train the mixers of a fused checkpoint to do what its attention does. Continues where it stopped."""
     from hmf.config.runs import DistillRecipe, read_recipe
+
+    settings, text = read_recipe(recipe, DistillRecipe, overrides or ())  # before imports that take seconds
+
     from hmf.pipeline import claim
     from hmf.report.curves import draw_curves
     from hmf.training.checkpoints import by_one
     from hmf.training.distill import distill as run
 
-    settings, text = read_recipe(recipe, DistillRecipe, overrides or ())
     first = by_one(lambda: claim(settings.output, text))
     saved = run(settings.model, settings.output, settings, settings.seed, draw=draw_curves)
     if first:
@@ -104,13 +106,15 @@ def export(
 def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Stage 2: train a plain Hybrid on: more pretraining, conversations or preferences. Continues where it stopped."""
     from hmf.config.runs import FinetuneRecipe, read_recipe
+
+    settings, text = read_recipe(recipe, FinetuneRecipe, overrides or ())
+
     from hmf.pipeline import claim
     from hmf.report.curves import draw_curves
     from hmf.training.checkpoints import by_one
     from hmf.training.finetune import check
     from hmf.training.finetune import finetune as run
 
-    settings, text = read_recipe(recipe, FinetuneRecipe, overrides or ())
     check(settings)  # before the output folder becomes this recipe's
     first = by_one(lambda: claim(settings.output, text))
     saved = run(settings, draw=draw_curves)
@@ -125,10 +129,12 @@ def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
 def prime(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """The whole job: init, distil, export, evaluate, under one run folder. Steps already done are not done again."""
     from hmf.config.runs import PrimeRecipe, read_recipe
+
+    settings, text = read_recipe(recipe, PrimeRecipe, overrides or ())
+
     from hmf.pipeline import prime as run
     from hmf.report.table import next_commands, print_scores
 
-    settings, text = read_recipe(recipe, PrimeRecipe, overrides or ())
     scores = run(settings, text, say=typer.echo)
     if scores:  # none in the processes that only train along
         print_scores(scores)
