@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hmf.ops import ssd
+from hmf.ops import varlen
 from hmf.ops.samples import Shape, sample
 from tests.ops.cases import assert_same, flat, outputs_and_grads, shape
 
@@ -71,7 +71,7 @@ def check_groups_are_whole(case: RecurrentCase, monkeypatch):
     inputs, states = case.inputs(1, tokens), case.states(sequences)
 
     def run(group):
-        monkeypatch.setattr(ssd, "GROUP", group)
+        monkeypatch.setattr(varlen, "GROUP", group)
         return outputs_and_grads(
             lambda *x: case.call(case.chunked, x[: len(inputs)], x[len(inputs) :], cu_seqlens), inputs + states
         )

@@ -17,8 +17,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import dispatch
-from .ssd import by_head, by_step, chunk_groups, decay_factors, state_or_zeros
-from .varlen import ChunkLayout, sequence_lengths
+from .ssd import decay_factors, state_or_zeros
+from .varlen import ChunkLayout, by_head, chunk_groups, sequence_lengths, step_views
 
 Result = tuple[torch.Tensor, torch.Tensor]
 
@@ -110,7 +110,7 @@ class _Chunks(torch.autograd.Function):
             solve, u = inverses[at] * beta[at][..., None, :], values[at]
             torch.matmul(solve, v_n, out=u)
             from_state, k_out = solve @ (k_n * from_start), k_n * to_end
-            for u_t, w, k_t, decayed, start in by_step(sequences, u, from_state, k_out.mT, carry, starts[at]):
+            for u_t, w, k_t, decayed, start in step_views(sequences, u, from_state, k_out.mT, carry, starts[at]):
                 now = state.flatten(0, 1)[: len(start)]
                 start.copy_(now)
                 u_t.baddbmm_(w, now, alpha=-1)
@@ -139,7 +139,7 @@ class _Chunks(torch.autograd.Function):
             grad_u = (q_n @ k_n.mT).mul_(decay).mT @ grad_n
             grad_start = (q_n * from_start).mT @ grad_n
             after = torch.empty_like(start)
-            steps = by_step(sequences, grad_u, k_out, from_state.mT, carry, grad_start, after)
+            steps = step_views(sequences, grad_u, k_out, from_state.mT, carry, grad_start, after)
             for grad_t, k_t, w, decayed, update, end in reversed(steps):
                 now = grad_state.flatten(0, 1)[: len(end)]
                 end.copy_(now)

@@ -19,11 +19,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import dispatch
-from .varlen import ChunkLayout, sequence_lengths
+from .varlen import ChunkLayout, by_head, chunk_groups, sequence_lengths, step_views
 
 Result = tuple[torch.Tensor, torch.Tensor]
-
-GROUP = 4096  # tokens times heads whose chunks are computed together on a CPU, or its cache would not hold them
 
 
 def state_space_dual(
@@ -123,7 +121,7 @@ class _Chunks(torch.autograd.Function):
         for at, sequences in chunk_groups(layout, g):
             q_n, k_n, v_n = by_head(at, q, k, v)
             decay, from_start, to_end, carry = decay_factors(g[at])
-            _scan(by_step(sequences, carry, (k_n * to_end).mT @ v_n, starts[at]), state.flatten(0, 1))
+            _scan(step_views(sequences, carry, (k_n * to_end).mT @ v_n, starts[at]), state.flatten(0, 1))
             o_n = (q_n @ k_n.mT).mul_(decay) @ v_n
             o_n.flatten(0, 1).baddbmm_((q_n * from_start).flatten(0, 1), starts[at].flatten(0, 1))
             o[at] = o_n.transpose(1, 2)
@@ -143,7 +141,7 @@ class _Chunks(torch.autograd.Function):
             decay, from_start, to_end, carry = decay_factors(g[at])
             after = torch.empty_like(starts[at])
             update = (q_n * from_start).mT @ grad_n
-            _scan(reversed(by_step(sequences, carry, update, after)), grad_state.flatten(0, 1))
+            _scan(reversed(step_views(sequences, carry, update, after)), grad_state.flatten(0, 1))
             grad_scores = (grad_n @ v_n.mT).mul_(decay)
             grad_q = (grad_n @ starts[at].mT).mul_(from_start).add_(grad_scores @ k_n)
             grad_out = (v_n @ after.mT).mul_(to_end)
@@ -159,36 +157,12 @@ class _Chunks(torch.autograd.Function):
         return None, *grads, grad_g, torch.empty_like(grad_state).index_copy_(0, order, grad_state)
 
 
-def chunk_groups(layout: ChunkLayout, g: torch.Tensor) -> list[tuple[slice, list[int]]]:
-    """Runs of the layout's steps: a slice of N, and how many sequences each step has. A GPU takes all at once."""
-    groups: list[tuple[slice, list[int]]] = []
-    for step in layout.steps:
-        if not groups or not (g.is_cuda or (step.stop - groups[-1][0].start) * g[0].numel() <= GROUP):
-            groups.append((slice(step.start, step.start), []))
-        at, sequences = groups[-1]
-        groups[-1] = slice(at.start, step.stop), [*sequences, step.stop - step.start]
-    return groups
-
-
-def by_step(sequences: list[int], *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-    """Of tensors [n, H, ...] of a group of chunks, each step's views with sequences and heads in one dimension."""
-    heads = tensors[0].shape[1]
-    sizes = [count * heads for count in sequences]
-    return list(zip(*(x.flatten(0, 1).split(sizes) for x in tensors), strict=True))
-
-
 def _scan(steps: Iterable[tuple[torch.Tensor, ...]], state: torch.Tensor) -> None:
     """state [S H, K, V] <- carry state + update, in place, step by step; `out` takes the states before."""
     for carry, update, out in steps:
         now = state[: len(out)]
         out.copy_(now)
         torch.addcmul(update, carry, now, out=now)
-
-
-def by_head(at: slice, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Chunks `at` of [N, C, H, ...] as [n, H, C, ...], contiguous: a batched product copies operands that are not.
-    Views if there is one head."""
-    return [x[at].transpose(1, 2).contiguous() for x in tensors]
 
 
 @dispatch.implementation("ssd", "fast", requires="fla")

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Documents cut into chunks: one layout for equal rows and for packed documents.
 
-Legend: B batch, T tokens, S sequences (rows or documents), N chunks, C chunk_size.
+Legend: B batch, T tokens, S sequences (rows or documents), N chunks, n chunks of a group, C chunk_size, H heads.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
+GROUP = 4096  # tokens times heads whose chunks are computed together on a CPU, or its cache would not hold them
 
 
 def sequence_lengths(batch: int, tokens: int, cu_seqlens: torch.Tensor | None) -> list[int]:
@@ -79,3 +81,30 @@ class ChunkLayout:
         source = torch.empty(tokens + 1, dtype=torch.long)
         source[self._rows.flatten()] = torch.arange(self._rows.numel())
         return x.flatten(0, 1).index_select(0, source[:tokens].to(x.device)).unsqueeze(0)
+
+
+def chunk_groups(layout: ChunkLayout, g: torch.Tensor) -> list[tuple[slice, list[int]]]:
+    """Runs of the layout's steps: a slice of N, and how many sequences each step has. A GPU takes all at once.
+
+    g [N, H, C] has one value for each token and head.
+    """
+    groups: list[tuple[slice, list[int]]] = []
+    for step in layout.steps:
+        if not groups or not (g.is_cuda or (step.stop - groups[-1][0].start) * g[0].numel() <= GROUP):
+            groups.append((slice(step.start, step.start), []))
+        at, sequences = groups[-1]
+        groups[-1] = slice(at.start, step.stop), [*sequences, step.stop - step.start]
+    return groups
+
+
+def step_views(sequences: list[int], *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """Of tensors [n, H, ...] of a group of chunks, each step's views with sequences and heads in one dimension."""
+    heads = tensors[0].shape[1]
+    sizes = [count * heads for count in sequences]
+    return list(zip(*(x.flatten(0, 1).split(sizes) for x in tensors), strict=True))
+
+
+def by_head(at: slice, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Chunks `at` of [N, C, H, ...] as [n, H, C, ...], contiguous: a batched product copies operands that are not.
+    Views if there is one head."""
+    return [x[at].transpose(1, 2).contiguous() for x in tensors]
