@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`hmf serve` finds the options of a checkpoint and a machine and leaves nothing; `hmf chat --url` talks to it."""
 
+import importlib.util
 import os
 import signal
 import socket
@@ -23,7 +24,11 @@ from tests.serving.scripted import save_scripted
 
 STATES = ["--mamba-cache-dtype", "float32", "--mamba-ssm-cache-dtype", "float32"]
 PARSERS = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"]
+LOCAL = ["--host", "127.0.0.1"]
 PREFIXES = ["--enable-prefix-caching", "--mamba-cache-mode", "align"]
+
+
+needs_vllm = pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="needs vLLM's parser of options")
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +62,14 @@ class TestOptions:
     def test_hybrid_on_a_cpu(self, scripted):
         launch = serve.prepare(scripted)
         assert launch.environment == {"VLLM_CPU_KVCACHE_SPACE": "1"}
-        options = ["--dtype", "float32", "--max-num-seqs", "128", *PREFIXES, *STATES, *PARSERS]
+        options = ["--dtype", "float32", "--max-num-seqs", "128", *PREFIXES, *STATES, *LOCAL, *PARSERS]
         assert list(launch.arguments) == [str(scripted), *options]
         assert launch.line.startswith(f"VLLM_CPU_KVCACHE_SPACE=1 vllm serve {scripted} --dtype float32")
 
     def test_users_options_replace_ours(self, scripted):
         extra = ["--max-num-seqs=4", "--dtype", "bfloat16", "--served-model-name", "two words"]
         launch = serve.prepare(scripted, extra)
-        assert list(launch.arguments) == [str(scripted), *PREFIXES, *STATES, *PARSERS, *extra]
+        assert list(launch.arguments) == [str(scripted), *PREFIXES, *STATES, *LOCAL, *PARSERS, *extra]
         assert launch.line.endswith("'two words'")
 
     def test_no_prefix_caching(self, scripted):
@@ -75,17 +80,18 @@ class TestOptions:
         monkeypatch.setenv(serve.CPU_SPACE, "2")
         assert serve.prepare(scripted).environment == {}
         monkeypatch.setenv(serve.CPU_SPACE, "lots")
-        with pytest.raises(HmfError, match="VLLM_CPU_KVCACHE_SPACE: 'lots' is no number"):
+        with pytest.raises(HmfError, match="VLLM_CPU_KVCACHE_SPACE: 'lots' is not a whole number"):
             serve.prepare(scripted)
 
     def test_transformer_has_no_states(self, tmp_path):
         engines.save_hybrid(tmp_path, Case("GDN", "none"), "*-*")
-        assert serve.prepare(_with_tokenizer(tmp_path)).arguments[1:] == ("--dtype", "float32", "--max-num-seqs", "128")
+        options = ["--dtype", "float32", "--max-num-seqs", "128", *LOCAL]
+        assert list(serve.prepare(_with_tokenizer(tmp_path)).arguments[1:]) == options
 
     def test_state_dtype_is_the_checkpoints(self, tmp_path):
         engines.save_hybrid(tmp_path, Case("GDN", "half"), "X-*", state_dtype="bfloat16")
         arguments = serve.prepare(_with_tokenizer(tmp_path)).arguments
-        assert arguments[-4:] == ("--mamba-cache-dtype", "bfloat16", "--mamba-ssm-cache-dtype", "bfloat16")
+        assert arguments[-6:-2] == ("--mamba-cache-dtype", "bfloat16", "--mamba-ssm-cache-dtype", "bfloat16")
 
     @pytest.mark.parametrize(
         ("template", "options"),
@@ -100,7 +106,33 @@ class TestOptions:
         monkeypatch.setattr(
             serve.AutoTokenizer, "from_pretrained", lambda source: types.SimpleNamespace(chat_template=template)
         )
-        assert " ".join(serve.prepare(scripted).arguments[len([1, *PREFIXES, *STATES]) + 4 :]) == options
+        assert " ".join(serve.prepare(scripted).arguments[len([1, *PREFIXES, *STATES, *LOCAL]) + 4 :]) == options
+
+    @needs_vllm
+    def test_options_in_any_of_vllms_spellings(self, scripted, tmp_path):
+        """Whatever vLLM's own parser accepts is seen: underscores, abbreviations, and options in a file."""
+        (tmp_path / "config.yaml").write_text("enable-prefix-caching: false\nhost: 0.0.0.0\n")
+        extra = ["--max_num_seqs=4", "--dtyp", "bfloat16", "--config", str(tmp_path / "config.yaml")]
+        assert list(serve.prepare(scripted, extra).arguments) == [str(scripted), *STATES, *PARSERS, *extra]
+        with pytest.raises(HmfError, match="after --: unrecognized arguments: --max-num-sequences"):
+            serve.prepare(scripted, ["--max-num-sequences", "4"])
+        with pytest.raises(HmfError, match="after --: argument --max-num-seqs.*'many'"):
+            serve.prepare(scripted, ["--max-num-seqs", "many"])
+
+    @needs_vllm
+    def test_who_can_reach_it(self, scripted, monkeypatch):
+        monkeypatch.delenv(serve.API_KEY, raising=False)
+        assert "http://127.0.0.1:8000, for this machine only" in serve.prepare(scripted).access
+        assert "http://127.0.0.1:9000, for this machine only" in serve.prepare(scripted, ["--port=9000"]).access
+        assert "localhost:8000, for this machine only" in serve.prepare(scripted, ["--host", "localhost"]).access
+        opened = serve.prepare(scripted, ["--host", "::"])
+        assert "http://[::]:8000: everyone who reaches" in opened.access and opened.arguments.count("--host") == 1
+        keyed = serve.prepare(scripted, ["--host=0.0.0.0", "--api-key", "sesame", "--api_key=open"])
+        assert "for whoever has the API key" in keyed.access
+        assert "open" in keyed.arguments[-1] and "open" not in keyed.line
+        monkeypatch.setenv(serve.API_KEY, "sesame")
+        assert "for whoever has the API key" in serve.prepare(scripted, ["--host", "0.0.0.0"]).access
+        assert "--host" not in serve.prepare(scripted, ["--uds", "/tmp/socket"]).arguments
 
     def test_quantised_checkpoint(self, tmp_path):
         quantise(tmp_path, engines.save_hybrid(tmp_path, Case("GDN", "int8"), "X-*"), lambda name: ".mlp." in name)
@@ -121,7 +153,7 @@ class TestGPUs:
     def test_one_is_enough(self, scripted, gpus):
         gpus(4, 80)
         assert list(serve.prepare(scripted).arguments[1:]) == [
-            "--max-num-seqs", "1024", *PREFIXES, *STATES, *PARSERS,
+            "--max-num-seqs", "1024", *PREFIXES, *STATES, *LOCAL, *PARSERS,
         ]  # fmt: skip
 
     def test_as_many_as_a_full_sequence_needs(self, tmp_path, gpus):
@@ -170,6 +202,102 @@ class TestChat:
                 ServerChat(scripted, url)
 
 
+class TestEnd:
+    """`serve.run` with a stand-in for vLLM, which has a child and does what its argument says."""
+
+    STAND_IN = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+what, pids = sys.argv[2:]
+if what == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen(["/bin/sh", "-c", 'trap "" TERM; sleep 120'])
+Path(pids + ".part").write_text(f"{os.getpid()} {child.pid}")
+os.rename(pids + ".part", pids)
+if what == "interrupted":
+    try:
+        time.sleep(120)
+    except KeyboardInterrupt:
+        sys.exit(0)
+if what == "refused":
+    Path(os.environ["HMF_SERVE_REASON_FILE"]).write_text("model: no kernel for this")
+if what in ("refused", "ended"):
+    sys.exit(0)
+time.sleep(120)
+"""
+    RUN = "import sys; from hmf.errors import HmfError; from hmf.serving import serve\n" + (
+        "try: serve.run(serve.Launch(tuple(sys.argv[1:])))\nexcept HmfError as error: sys.exit(f'hmf: {error}')"
+    )
+
+    @pytest.fixture
+    def start(self, tmp_path):
+        """Call with what the stand-in does: the process of `serve.run` and the processes that it started."""
+        package = tmp_path / "vllm" / "entrypoints" / "cli"
+        package.mkdir(parents=True)
+        (package / "main.py").write_text(self.STAND_IN)
+        for folder in (package, package.parent, package.parent.parent):
+            (folder / "__init__.py").touch()
+        (tmp_path / "run.py").write_text(self.RUN)
+
+        def begin(what, script='exec "$@"'):
+            path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+            command = [sys.executable, str(tmp_path / "run.py"), what, str(tmp_path / "pids")]
+            process = subprocess.Popen(
+                ["/bin/sh", "-c", script, "sh", *command], env=os.environ | {"PYTHONPATH": path},
+                stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            _until(lambda: (tmp_path / "pids").is_file(), 60)
+            return process, [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+
+        return begin
+
+    @pytest.mark.parametrize(
+        ("what", "number"), [("deaf", signal.SIGTERM), ("interrupted", signal.SIGINT), ("interrupted", signal.SIGHUP)]
+    )
+    def test_stopped(self, start, what, number):
+        """In time, also when neither the server nor its child listens."""
+        process, started = start(what)
+        begun = time.monotonic()
+        process.send_signal(number)
+        assert process.wait(15) == 0 and time.monotonic() - begun < 15
+        assert not any(map(_runs, started))
+
+    def test_second_interrupt_does_not_wait(self, start):
+        process, started = start("deaf")
+        begun = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(15) == 0 and time.monotonic() - begun < 6
+        assert not any(map(_runs, started))
+
+    def test_killed(self, start):
+        process, started = start("deaf")
+        process.kill()
+        process.wait()
+        _until(lambda: not any(map(_runs, started)), 15)
+
+    def test_interrupts_reach_a_background_job(self, start, tmp_path):
+        """A script's background jobs ignore SIGINT, and so would what they start."""
+        shell, started = start("interrupted", 'trap "" INT; exec "$@"')
+        os.kill(started[0], signal.SIGINT)  # straight to the server, which is to hear it
+        _until(lambda: not _runs(started[0]), 15)
+        assert "ended by itself (exit code 0)" in shell.communicate(timeout=15)[1]
+
+    @pytest.mark.parametrize(
+        ("what", "line"),
+        [
+            ("ended", "hmf: the server ended by itself (exit code 0); its last messages above say why"),
+            ("refused", "hmf: model: no kernel for this"),
+        ],
+    )
+    def test_ended_by_itself(self, start, what, line):
+        process, started = start(what)
+        errors = process.communicate(timeout=15)[1]
+        assert process.returncode == 1 and errors.splitlines()[-1] == line
+        assert not any(map(_runs, started))
+
+
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.timeout(600)
@@ -202,8 +330,9 @@ def test_server_and_chat(scripted, tmp_path):
         assert len(begun) >= 2  # the front end and the engine
     finally:
         process.send_signal(signal.SIGINT)
-        code = process.wait(90)
+        code = process.wait(15)
     assert code == 0, log.read_text()[-3000:]
+    assert log.read_text().splitlines()[-1] == "The server has stopped."
     deadline = time.monotonic() + 10
     while (left := [pid for pid in begun if _runs(pid)]) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -229,6 +358,13 @@ def _until_up(process, connect, log):
             assert process.poll() is None, log.read_text()[-3000:]
             time.sleep(0.5)
     raise AssertionError(f"no answer:\n{log.read_text()[-3000:]}")
+
+
+def _until(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def _descendants(pid):

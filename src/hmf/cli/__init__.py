@@ -240,6 +240,7 @@ def plan_training(
 @app.command(epilog=epilog(
     "hmf serve runs/quickstart/model",
     "hmf serve runs/quickstart/model -- --port 9000 --max-model-len 4096",
+    "VLLM_API_KEY=a-long-secret hmf serve runs/quickstart/model -- --host 0.0.0.0",
 ))  # fmt: skip
 def serve(
     model: Annotated[str, typer.Argument(help='Checkpoint directory, or "teacher".')],
@@ -254,8 +255,10 @@ def serve(
         server.require_vllm()
     launch = server.prepare(resolve_base(model), extra or ())
     typer.echo(launch.line)
+    typer.echo(launch.access)
     if not dry_run:
-        raise typer.Exit(server.run(launch))
+        server.run(launch)
+        typer.echo("The server has stopped.")
 
 
 @app.command(epilog=epilog(

@@ -86,8 +86,9 @@ class ServerChat:
             import openai
         except ImportError:
             raise HmfError("--url: needs the openai client; pip install openai") from None
+        api_key = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY", "none")
         base = url.rstrip("/").removesuffix("/v1") + "/v1"
-        self.client = openai.OpenAI(base_url=base, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=0)
+        self.client = openai.OpenAI(base_url=base, api_key=api_key, max_retries=0)
         self.url, self.failure = url, openai.OpenAIError
         try:
             served = [model.id for model in self.client.models.list()]

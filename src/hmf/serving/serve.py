@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import ipaddress
 import math
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,30 +28,38 @@ from hmf.bench.gpus import GIB, Device, cpu
 from hmf.bench.plan import UTILISATION, Plan, Settings, as_hybrid, make_plan
 from hmf.errors import HmfError
 from hmf.model.checkpoint import load_config, require_checkpoint
-from hmf.serving.vllm.support import split_problem
+from hmf.serving.vllm.support import REASON_FILE, split_problem
 
 CPU_SEQUENCES = 128  # at once, by vLLM's default
 CPU_SPACE = "VLLM_CPU_KVCACHE_SPACE"  # GiB
-GRACE = 60.0  # seconds that vLLM has to stop before it is killed
-NO_CACHING, UTILISED, RANKS = "--no-enable-prefix-caching", "--gpu-memory-utilization", "--tensor-parallel-size"
+API_KEY = "VLLM_API_KEY"  # read by vLLM itself
+GRACE = 8.0  # seconds that vLLM has to stop before it is killed
+LOOPBACK, PORT = "127.0.0.1", 8000
+UTILISED, RANKS = "--gpu-memory-utilization", "--tensor-parallel-size"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A command `vllm serve ...` and what it needs in the environment."""
+    """A command `vllm serve ...`, what it needs in the environment, and who can reach the server."""
 
     arguments: tuple[str, ...]
     environment: dict[str, str] = field(default_factory=dict)
+    secrets: frozenset[str] = frozenset()  # API keys among the arguments
+    access: str = ""
 
     @property
     def line(self) -> str:
-        """For a shell."""
+        """For a shell, without the secrets."""
         settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        return " ".join([*settings, shlex.join(["vllm", "serve", *self.arguments])])
+        return " ".join([*settings, shlex.join(["vllm", "serve", *map(self._shown, self.arguments)])])
+
+    def _shown(self, argument: str) -> str:
+        name, equals, value = argument.rpartition("=")
+        return f"{name}{equals}..." if value in self.secrets else argument
 
 
 def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
-    """The command for the checkpoint at `source` on this machine; options in `extra` go before ours.
+    """The command for the checkpoint at `source` on this machine; vLLM's options in `extra` go before ours.
 
     Raises HmfError for what is no plain checkpoint, or does not fit.
     """
@@ -55,21 +67,86 @@ def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
     if not getattr(config, "quantization_config", None):
         require_checkpoint(source)
     config = servable(config, source)
-    caching = NO_CACHING not in extra
-    share = _number(UTILISED, _value(extra, UTILISED) or str(UTILISATION), float)
-    settings = Settings(prefix_caching=caching, utilisation=share)
-    plan, options, environment = for_machine(config, settings, _value(extra, RANKS, "-tp"))
+    given = given_options(source, extra)
+    settings = Settings(
+        prefix_caching=given.get("enable_prefix_caching") is not False,
+        utilisation=given.get("gpu_memory_utilization", UTILISATION),
+    )
+    plan, options, environment = for_machine(config, settings, given.get("tensor_parallel_size"))
     if not plan.sequences(config.max_position_embeddings):
         longest = plan.longest(config.max_position_embeddings)
         if not longest:
             raise HmfError(
-                f"{source}: {plan.num_blocks} cache blocks hold no sequence; give more memory, or {NO_CACHING}"
+                f"{source}: {plan.num_blocks} cache blocks hold no sequence; give more memory, or "
+                "--no-enable-prefix-caching"
             )
         options["--max-model-len"] = str(longest)
+    if given.get("uds") is None:
+        options["--host"] = LOOPBACK
     options |= _parsers(source)
-    given = {argument.partition("=")[0] for argument in extra}
-    ours = [text for name, value in options.items() if name not in given for text in (name, value) if text is not None]
-    return Launch((str(source), *ours, *extra), environment)
+    ours = [
+        text
+        for name, value in options.items()
+        if name.removeprefix("--").replace("-", "_") not in given
+        for text in (name, value)
+        if text is not None
+    ]
+    keys = frozenset(key for key in given.get("api_key") or () if key)
+    return Launch((str(source), *ours, *extra), environment, keys, access(given))
+
+
+def given_options(source: str | Path, extra: Sequence[str]) -> dict[str, Any]:
+    """The values of the options that the command line `extra` gives, in any of the spellings that vLLM accepts, by the
+    names of vLLM's settings. Raises HmfError where vLLM's parser refuses them."""
+    if not extra:
+        return {}
+    require_vllm()
+    parser = _parser()
+    not_given = object()
+    values = Namespace(**{action.dest: not_given for action in parser._actions})
+    try:
+        values = parser.parse_args([str(source), *extra], values)
+    except ArgumentProblem as problem:
+        raise HmfError(f"after --: {problem}; `vllm serve --help=all` lists the options") from None
+    return {name: value for name, value in vars(values).items() if value is not not_given and name != "model_tag"}
+
+
+class ArgumentProblem(Exception):
+    """What vLLM's parser has to say of a command line."""
+
+
+@functools.cache
+def _parser() -> ArgumentParser:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> Any:
+            raise ArgumentProblem(" ".join(message.split()))
+
+    return make_arg_parser(Parser(prog="vllm serve"))
+
+
+def access(given: dict[str, Any]) -> str:
+    """One line: where a server with these options listens, and who can use it."""
+    if (path := given.get("uds")) is not None:
+        return f"The server listens on the socket {path}."
+    host, port = given.get("host") or ("" if "host" in given else LOOPBACK), given.get("port", PORT)
+    shown = f"[{host}]" if ":" in host else host or "0.0.0.0"
+    scheme = "https" if given.get("ssl_keyfile") else "http"
+    line = f"The server listens on {scheme}://{shown}:{port}"
+    if _is_loopback(host):
+        return f"{line}, for this machine only; `-- --host 0.0.0.0` opens it to others, with a key in {API_KEY}."
+    if given.get("api_key") or os.environ.get(API_KEY):
+        return f"{line}, for whoever has the API key."
+    return f"{line}: everyone who reaches this machine can use it; set {API_KEY} in the environment to require a key."
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def servable(config: Any, source: str | Path) -> Any:
@@ -83,7 +160,7 @@ def servable(config: Any, source: str | Path) -> Any:
 
 
 def for_machine(
-    config: Any, settings: Settings, ranks: str | None = None
+    config: Any, settings: Settings, ranks: int | None = None
 ) -> tuple[Plan, dict[str, str | None], dict[str, str]]:
     """vLLM's options for a Hybrid `config` on this machine, with the plan they follow, and what the environment needs.
 
@@ -122,15 +199,14 @@ def _parsers(source: str | Path) -> dict[str, str | None]:
     return options
 
 
-def _plan_gpus(config: Any, settings: Settings, ranks: str | None) -> Plan:
+def _plan_gpus(config: Any, settings: Settings, ranks: int | None) -> Plan:
     """On as few of this machine's GPUs as hold a sequence of full length, or on `ranks`."""
     seen, count = torch.cuda.get_device_properties(0), torch.cuda.device_count()
     device = Device(seen.name, seen.total_memory, bandwidth=0.0)
     if ranks is not None:
-        number = _number(RANKS, ranks, int)
-        if problem := split_problem(config, number):
+        if problem := split_problem(config, ranks):
             raise HmfError(f"{RANKS}: {problem}")
-        return make_plan(config, device, number, settings=settings)
+        return make_plan(config, device, ranks, settings=settings)
     tried = [number for number in (1, 2, 4, 8) if number <= count and not split_problem(config, number)]
     for number in tried:
         with suppress(HmfError):
@@ -149,26 +225,17 @@ def _plan_cpu(config: Any, settings: Settings) -> Plan:
     device = cpu(psutil.virtual_memory().available)
     plan = make_plan(config, device, dtype=dtype, settings=settings, room=device.memory)
     if given := os.environ.get(CPU_SPACE):
-        return replace(plan, cache_bytes=_number(CPU_SPACE, given, int) * GIB)
+        return replace(plan, cache_bytes=_gibibytes(given))
     wanted = (1 + plan.max_num_seqs * plan.blocks.of_sequence(config.max_position_embeddings)) * plan.blocks.bytes
     half = (device.memory - plan.weights.total) // 2
     return replace(plan, cache_bytes=max(1, min(math.ceil(wanted / GIB), half // GIB)) * GIB)
 
 
-def _number(name: str, text: str, kind: type) -> Any:
+def _gibibytes(text: str) -> int:
     try:
-        return kind(text)
+        return int(text) * GIB
     except ValueError:
-        raise HmfError(f"{name}: {text!r} is no number") from None
-
-
-def _value(arguments: Sequence[str], *names: str) -> str | None:
-    """The value of an option in a list of arguments, written `--name value` or `--name=value`."""
-    for position, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name in names:
-            return value if equals else next(iter(arguments[position + 1 :]), None)
-    return None
+        raise HmfError(f"{CPU_SPACE}: {text!r} is not a whole number of GiB; change it or unset it") from None
 
 
 def require_vllm() -> None:
@@ -180,30 +247,71 @@ def require_vllm() -> None:
         )
 
 
-def run(launch: Launch) -> int:
-    """Run the server until it ends, or until Ctrl-C, SIGTERM or SIGHUP stops it; returns the exit code, 0 when stopped.
+def run(launch: Launch) -> None:
+    """Run the server until Ctrl-C, SIGTERM or SIGHUP stops it, which takes at most about 12 seconds.
 
-    Nothing that it started is left behind.
+    Nothing that it started is left behind, also when this process is killed. Raises HmfError when the server ended by
+    itself, with the reason if one of its processes gave one.
     """
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *launch.arguments]
-    # In a process group of its own: a Ctrl-C reaches the front end alone, once, and what is left can be found.
-    server = subprocess.Popen(command, env=os.environ | launch.environment, process_group=0)
     asked: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="hmf-serve-") as folder, _handled(lambda: asked.append(time.monotonic())):
+        reason = Path(folder) / "reason"
+        environment = os.environ | launch.environment | {REASON_FILE: str(reason)}
+        # In a process group of its own: a Ctrl-C reaches this process alone, and what the server starts can be found.
+        server = subprocess.Popen(command, env=environment, process_group=0)
+        with _ended_with_us(server.pid):
+            try:
+                signalled = False
+                while (code := _wait(server, 0.2)) is None:
+                    if asked and not signalled:
+                        server.send_signal(signal.SIGTERM)
+                        signalled = True
+                    if len(asked) > 1 or (asked and time.monotonic() - asked[0] > GRACE):
+                        break
+            finally:
+                end_group(server)
+        if not asked:
+            why = reason.read_text(encoding="utf-8").strip() if reason.is_file() else ""
+            raise HmfError(why or f"the server ended by itself ({_ending(code)}); its last messages above say why")
 
-    def stop(number: int, frame: Any) -> None:
-        asked.append(time.monotonic())
-        server.send_signal(signal.SIGINT)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+def _ending(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"signal {signal.Signals(-code).name}"
+    return f"exit code {code}"
+
+
+@contextmanager
+def _handled(stop: Callable[[], object]) -> Iterator[None]:
+    """Call `stop` on Ctrl-C, SIGTERM and SIGHUP.
+
+    Handlers are there before the server starts: a signal that a script ignores for its background jobs would stay
+    ignored in the server, and one that is handled is not.
+    """
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda *_: stop()) for number in signals}
     try:
-        while (code := _wait(server, 0.5)) is None:
-            if len(asked) > 1 or (asked and time.monotonic() - asked[0] > GRACE):
-                break
+        yield
     finally:
-        end_group(server)
         for number, handler in before.items():
             signal.signal(number, handler)
-    return 0 if asked else code or 0
+
+
+# Waits until the pipe's other end is closed, which the end of a process does however it comes.
+_WATCH = 'read line || { kill -TERM "-$1"; sleep 3; kill -KILL "-$1"; } 2>/dev/null'
+
+
+@contextmanager
+def _ended_with_us(group: int) -> Iterator[None]:
+    """End the process group when this process ends inside the block, `kill -9` included."""
+    watch = subprocess.Popen(
+        ["/bin/sh", "-c", _WATCH, "sh", str(group)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, process_group=0
+    )
+    try:
+        yield
+    finally:
+        watch.communicate(b"\n")
 
 
 def _wait(server: subprocess.Popen, seconds: float) -> int | None:

@@ -43,7 +43,7 @@ from hmf.layers.base import StateShape
 
 from .hosted import HostedMixer
 from .recurrent import RecurrentMixer, state_dtypes
-from .support import mixer_module
+from .support import mixer_module, reported
 from .weights import account, expected_tensors, quantised_tensors, require_exact_products
 
 _NAMES = "|".join(kind.module_name for kind in LAYER_KINDS.values())
@@ -95,6 +95,7 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
     # For names in a quantised checkpoint's ignore list: vLLM makes a sliding-window layer's projections as attention's.
     hf_to_vllm_mapper = WeightsMapper(orig_to_new_substr={".swa.": ".self_attn."})
 
+    @reported()
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config = vllm_config.model_config.hf_config
@@ -125,6 +126,7 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         return self.logits_processor(self.lm_head, hidden_states)
 
+    @reported()
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load published tensors; raises HmfError that names every missing, unexpected or misshapen one."""
         hosted: set[str] = set()

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
@@ -25,6 +28,9 @@ MIXERS = {
     "BMF": "hmf.serving.vllm.hosted",
     "SWA": "hmf.serving.vllm.window",
 }
+
+# Names a file for the reason why a process of the server cannot go on: `hmf serve` prints it last.
+REASON_FILE = "HMF_SERVE_REASON_FILE"
 
 Problem = Callable[[Any], str | None]
 
@@ -218,6 +224,18 @@ TABLE: tuple[Row, ...] = (
 )  # fmt: skip
 
 
+@contextmanager
+def reported() -> Iterator[None]:
+    """Leave an HmfError of the block for `hmf serve`; vLLM prints it too, but other messages follow."""
+    try:
+        yield
+    except HmfError as error:
+        if file := os.environ.get(REASON_FILE):
+            Path(file).write_text(str(error), encoding="utf-8")
+        raise
+
+
+@reported()
 def check(vllm_config: Any) -> None:
     """Raise HmfError, one line, for the first row of the table that refuses this configuration."""
     for row in TABLE:
@@ -225,6 +243,7 @@ def check(vllm_config: Any) -> None:
             raise HmfError(f"{vllm_config.model_config.model}: {problem}")
 
 
+@reported()
 def check_version() -> None:
     """Raise HmfError when the installed vLLM is outside the tested range."""
     import vllm
