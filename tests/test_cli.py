@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line as a user meets it: help, examples, and bad input in one line with exit code 2."""
 
+import json
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from hmf.cli import app, main
 from hmf.config.runs import PrimeRecipe, read_recipe
 from tests.conftest import ROOT
+from tests.training.cutting import make_tiny_stage0
 
 PRIME = {
     "base": "teacher",
@@ -28,7 +30,7 @@ def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 def commands() -> list[str]:
-    groups = [("", app), *((f"{info.name} ", info.typer_instance) for info in app.registered_groups)]
+    groups = [(f"{info.name} " if info.name else "", info.typer_instance) for info in app.registered_groups]
     return [
         prefix + (info.name or info.callback.__name__) for prefix, group in groups for info in group.registered_commands
     ]
@@ -157,3 +159,24 @@ def test_prime_does_the_whole_job_once(tmp_path, monkeypatch, capsys):
     recipe.write_text(yaml.safe_dump({**content, "seed": 1}))
     code, _, err = run(monkeypatch, capsys, "prime", recipe)
     assert code == 2 and "another recipe" in err
+
+
+def test_evaluate_takes_several_models_and_prints_json(tmp_path, monkeypatch, capsys):
+    make_tiny_stage0(tmp_path)
+    options = ["--tasks", "", "--text-bytes", "2000", "--length", "96"]
+    code, out, err = run(monkeypatch, capsys, "evaluate", tmp_path / "base", tmp_path / "stage0", *options, "--json")
+    scores = json.loads(out)
+    assert code == 0 and list(scores) == [str(tmp_path / "base"), str(tmp_path / "stage0")]
+    base, hybrid = scores.values()
+    assert base["text"]["tokens"] == hybrid["text"]["tokens"] > 0
+    assert base["text"]["perplexity"] != hybrid["text"]["perplexity"]
+    code, out, _ = run(monkeypatch, capsys, "evaluate", "teacher", *options, "--dtype", "bfloat16", "--baselines")
+    assert code == 0 and "order-3 models, bits per byte" in " ".join(out.split())
+    for wrong, line in (
+        (["teacher", "teacher"], "MODEL: one is named twice"),
+        (["teacher", "--tasks", "recal"], "did you mean 'recall'?"),
+        (["teacher", "--device", "cuda"], "PyTorch finds no GPU here"),
+    ):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        code, _, err = run(monkeypatch, capsys, "evaluate", *wrong)
+        assert (code, err.count("\n")) == (2, 1) and line in err

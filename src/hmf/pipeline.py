@@ -4,50 +4,20 @@
 from __future__ import annotations
 
 import json
-import os
-from importlib import resources
 from pathlib import Path
 from typing import Any
-
-import torch
-from transformers import AutoTokenizer
 
 from hmf.config.runs import EvaluateSettings, PrimeRecipe
 from hmf.data import tasks
 from hmf.errors import HmfError, unknown_name
-from hmf.evaluation.run import evaluate_model
-from hmf.model.checkpoint import load_model
-from hmf.model.convert import footprint
+from hmf.evaluation.run import evaluate_checkpoint
+from hmf.folders import resolve_base
 from hmf.priming.export import export
-from hmf.priming.stage0 import Stage0Report, base_layers, make_stage0
+from hmf.priming.stage0 import base_layers, make_stage0
 from hmf.report.curves import draw_curves
-from hmf.training.checkpoints import by_one, replace_text, require_room
+from hmf.training.checkpoints import replace_text, require_room
 from hmf.training.distill import distill
-
-EMBEDDED_TEACHER = "teacher"
-
-
-def resolve_base(base: str) -> Path:
-    """A base checkpoint's directory; the name "teacher" is the one that comes with the package."""
-    if base == EMBEDDED_TEACHER and not Path(base).is_dir():
-        return Path(str(resources.files("hmf") / "assets" / "teacher"))
-    return Path(base)
-
-
-def claim(output: Path, recipe: str) -> None:
-    """Make `output` this recipe's run folder, or find that it is already; HmfError when it is something else's."""
-    kept = output / "recipe.yaml"
-    if kept.is_file():
-        if kept.read_text(encoding="utf-8") != recipe:
-            raise HmfError(f"{output}: was started with another recipe ({kept}); choose another output or remove it")
-        return
-    # What a claim that was cut off left, or another process of this run has just written, is no use of the folder.
-    if output.exists() and (output.is_file() or any(not item.name.startswith(kept.name) for item in output.iterdir())):
-        raise HmfError(f"{output}: the output directory is in use; choose another or remove it first")
-    output.mkdir(parents=True, exist_ok=True)
-    part = output / f"{kept.name}.{os.getpid()}.part"
-    part.write_text(recipe, encoding="utf-8")
-    os.replace(part, kept)
+from hmf.training.run import run_folder
 
 
 def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[str, Any]]:
@@ -65,58 +35,30 @@ def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[st
 
     def start() -> None:
         check_disk(run, base)
-        claim(run, text)
         if not (run / "stage0").is_dir():
-            say(describe(make_stage0(base, pattern, run / "stage0", options, recipe.seed, recipe.hybrid.conv_start)))
+            report = make_stage0(base, pattern, run / "stage0", options, recipe.seed, recipe.hybrid.conv_start)
+            say(report.describe())
 
-    first = by_one(start)
-    distill(run / "stage0", run, recipe.distill, recipe.seed, draw=draw_curves)
-    if not first:
-        return {}
-    if not (run / "model").is_dir():
-        export(run / "stage1", run / "model")
-    models = {"teacher": base, "stage 0": run / "stage0", "primed": run / "model"}
-    return {
-        name: scored(path, recipe.evaluate, run / f"scores.{name.replace(' ', '')}.json", say)
-        for name, path in models.items()
-    }
+    with run_folder(run, text, start) as first:
+        distill(run / "stage0", run, recipe.distill, recipe.seed, draw=draw_curves)
+        if not first:
+            return {}
+        if not (run / "model").is_dir():
+            export(run / "stage1", run / "model")
+        models = {"teacher": base, "stage 0": run / "stage0", "primed": run / "model"}
+        return {
+            name: scored(path, recipe.evaluate, run / f"scores.{name.replace(' ', '')}.json", name)
+            for name, path in models.items()
+        }
 
 
-def scored(path: Path, settings: EvaluateSettings, result: Path, say: Any = print) -> dict[str, Any]:
+def scored(path: Path, settings: EvaluateSettings, result: Path, name: str) -> dict[str, Any]:
     """Scores and footprint of a checkpoint, read from the file `result` when it has been written before."""
     if result.is_file():
         return json.loads(result.read_text(encoding="utf-8"))
-    say(f"evaluate: {path}")
-    scores = evaluate_checkpoint(path, settings)
+    scores = evaluate_checkpoint(path, settings, name=name)
     replace_text(result, json.dumps(scores, indent=1) + "\n")
     return scores
-
-
-def evaluate_checkpoint(path: str | Path, settings: EvaluateSettings) -> dict[str, Any]:
-    """`hmf evaluate`: held-out text, generated tasks and footprint of a checkpoint, in float32 on a CPU."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(path, dtype="auto" if device == "cuda" else torch.float32).to(device)
-    scores = evaluate_model(
-        model,
-        AutoTokenizer.from_pretrained(path),
-        tasks=settings.tasks,
-        n=settings.samples,
-        length=settings.length,
-        thinking=settings.thinking,
-        max_new_tokens=settings.max_new_tokens,
-        max_bytes=settings.text_bytes,
-        batch_size=settings.batch_size,
-    )
-    return {**scores, "footprint": footprint(model)}
-
-
-def describe(report: Stage0Report) -> str:
-    """A Stage-0 report for people."""
-    lines = [f"pattern {report.pattern}"]
-    lines += [f"{count:6d} tensors {what}" for what, count in report.counts().items()]
-    unused = {name: why for start in report.starts.values() for name, why in start.unused.items()}
-    lines += [f"       not used by the mixers: {name} ({why})" for name, why in sorted(unused.items())]
-    return "\n".join(lines)
 
 
 def disk_needed(base: Path) -> int:

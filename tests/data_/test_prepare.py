@@ -31,7 +31,7 @@ from hmf.data.sources import Source, content
 from hmf.data.text import stdlib_documents
 from hmf.data.tokenizer import train_tokenizer
 from hmf.errors import HmfError
-from hmf.pipeline import resolve_base
+from hmf.folders import resolve_base
 from hmf.training.distill import distill, mixture, row_length
 from tests.training import cutting
 from tests.training.cutting import make_tiny_stage0, on_touch

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from hmf.config.pattern import Pattern
 from hmf.config.runs import DistillSettings
 from hmf.errors import HmfError
-from hmf.pipeline import resolve_base
+from hmf.folders import resolve_base
 from hmf.priming.stage0 import make_stage0
 from hmf.training.distill import DistillTrainer, distill
 

@@ -13,11 +13,10 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArgument
 from hmf.config.runs import ObjectiveSettings, OptimiserSettings, PrimeRecipe
 from hmf.errors import HmfError
 from hmf.model.checkpoint import load_model
-from hmf.pipeline import claim, prime
+from hmf.pipeline import prime
 from hmf.priming.objectives import LayerwiseObjective, attention_sizes, train_only_mixers
-from hmf.training.checkpoints import by_one
 from hmf.training.distill import DistillTrainer
-from hmf.training.run import arguments
+from hmf.training.run import arguments, run_folder
 from tests.training import cutting
 
 OBJECTIVE = {"layerwise_steps": 1, "kl": 0.5, "kl_tokens": "supervised", "pre_lm_head": 2.0}
@@ -127,8 +126,8 @@ def test_two_processes_prime_as_one_does_and_one_of_them_writes(stage0, tmp_path
 def claim_in_one(output, environment):
     os.environ.update(environment)
     try:
-        first = by_one(lambda: claim(output, "the recipe"))
-        said = f"claimed {first}"
+        with run_folder(output, "the recipe") as first:
+            said = f"claimed {first}"
     except HmfError as error:
         said = str(error)
     (output.parent / f"said-{os.environ['RANK']}.txt").write_text(said)

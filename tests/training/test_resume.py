@@ -12,8 +12,8 @@ import torch
 import transformers.trainer
 
 from hmf.errors import HmfError
+from hmf.folders import claimed
 from hmf.model.checkpoint import new_directory
-from hmf.pipeline import claim
 from hmf.training import checkpoints
 from hmf.training.checkpoints import MANIFEST, UNPUBLISHED, newest_valid, problem, publish, published, rotate
 from hmf.training.distill import distill
@@ -229,9 +229,12 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(stage0, finished, sm
 def test_a_killed_process_leaves_nothing_in_the_way_of_the_next(tmp_path):
     output = tmp_path / "run"
     output.mkdir()
-    (output / "recipe.yaml.7.part").write_text("base: tea")  # killed while it claimed the folder
-    claim(output, "base: teacher")
-    assert (output / "recipe.yaml").read_text() == "base: teacher"
+    (output / "recipe.yaml.part").write_text("base: tea")  # killed while it claimed the folder
+    (output / ".running").write_text("process 7 on another machine\n")
+    with claimed(output, "base: teacher"):
+        assert (output / "recipe.yaml").read_text() == "base: teacher"
+        (output / "stage1.log.json").touch()
+    assert sorted(path.name for path in output.iterdir()) == ["recipe.yaml", "stage1.log.json"]
     for name in (".stage0.ab12cd_9", ".stage0.x.ab12cd_9"):
         (output / name).mkdir()
     with new_directory(output / "stage0") as folder:

@@ -87,6 +87,16 @@ def test_curves_are_data_and_a_picture(stage0, tmp_path):
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
 
 
+def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path, capsys):
+    def draw(path):
+        raise RuntimeError("no fonts\nat all")
+
+    log = progress.RunLog(tmp_path / "stage1.log.json", draw)
+    log.write(SimpleNamespace(is_world_process_zero=True, log_history=[{"loss": 1.0}]))
+    assert json.loads((tmp_path / "stage1.log.json").read_text()) == [{"loss": 1.0}]
+    assert "stage1.log.json: no picture of it was drawn (no fonts at all)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_a_missing_reporter_is_one_line(stage0, tmp_path, name, monkeypatch):
     monkeypatch.setattr(progress.importlib.util, "find_spec", lambda package: None)

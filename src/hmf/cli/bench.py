@@ -4,17 +4,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from hmf.cli.shared import BatchedTokens, Mixer, Ratio, epilog, group
+from hmf.cli.shared import AsJson, BatchedTokens, Device, Dtype, Mixer, Ratio, epilog, group
 from hmf.errors import HmfError
+from hmf.folders import resolve_base
 
 app = group("Measure here.")
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; left out: cuda if there is one.")]
 
 
 @app.command(epilog=epilog(
@@ -28,7 +26,7 @@ def ops(
     ops: Annotated[str, typer.Option(help="Ops, joined by commas; empty for all.")] = "",
     versions: Annotated[str, typer.Option(help="Of reference, chunked, fast, by commas; empty for all here.")] = "",
     device: Device = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Annotated[Dtype, typer.Option(help="Of the tensors.")] = "float32",
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs; fewer of a version that takes 10 seconds.")] = 5,
     as_json: AsJson = False,
 ) -> None:
@@ -39,16 +37,12 @@ def ops(
 
     from hmf.bench import machine
     from hmf.bench import ops as timings
-    from hmf.errors import unknown_name
     from hmf.ops.samples import Shape
 
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if dtype not in dtypes:
-        raise HmfError(f"--dtype: {unknown_name('dtype', dtype, dtypes)}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted, named = ([name for name in text.split(",") if name] for text in (ops, versions))
     shape = Shape(tokens=tokens, heads=heads, head_dim=head_dim)
-    rows = timings.rows(timings.run(shape, dtypes[dtype], device, repeats, wanted, named))
+    rows = timings.rows(timings.run(shape, getattr(torch, dtype), device, repeats, wanted, named))
     if as_json:
         typer.echo(json.dumps({"rows": rows, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2))
     else:
@@ -95,7 +89,7 @@ def distill(
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 512,
     kl: Annotated[float, typer.Option(min=0, help="Weight of the logits' KL beside the MSE before the head.")] = 1.0,
     device: Device = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16 (autocast over float32 weights).")] = "float32",
+    dtype: Annotated[Dtype, typer.Option(help="bfloat16: autocast over float32 weights.")] = "float32",
     repeats: Annotated[int, typer.Option(min=1, help="Timed steps of a process.")] = 3,
     rounds: Annotated[int, typer.Option(min=1, help="Processes for each way, in turn.")] = 2,
     as_json: AsJson = False,
@@ -108,12 +102,8 @@ def distill(
     from hmf.bench import distill as steps
     from hmf.bench import machine
     from hmf.config.runs import HybridSettings
-    from hmf.errors import unknown_name
     from hmf.model.checkpoint import load_config
-    from hmf.pipeline import resolve_base
 
-    if dtype not in ("float32", "bfloat16"):
-        raise HmfError(f"--dtype: {unknown_name('dtype', dtype, ('float32', 'bfloat16'))}")
     config = steps.changed(load_config(resolve_base(model), weights=False), overrides or ())
     if ratio is not None and pattern is not None:
         raise HmfError("give at most one of --ratio and --pattern")
@@ -135,10 +125,10 @@ def distill(
 ))  # fmt: skip
 def states(
     model: Annotated[Path, typer.Argument(help="Hybrid checkpoint.")],
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float16, for the states.")] = "bfloat16",
+    dtype: Annotated[Literal["bfloat16", "float16"], typer.Option(help="Of the states.")] = "bfloat16",
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of each stretch of text.")] = 1024,
     batch: Annotated[int, typer.Option(min=1, help="Stretches of held-out text.")] = 4,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to measure.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Measures how far log-probabilities drift when recurrent states are stored in fewer bits."""
@@ -146,10 +136,7 @@ def states(
     from dataclasses import asdict
 
     from hmf.bench import machine, states
-    from hmf.errors import unknown_name
 
-    if dtype not in (known := ("bfloat16", "float16")):
-        raise HmfError(f"--dtype: {unknown_name('dtype', dtype, known)}")
     found = states.measure(model, dtype, tokens, batch, device)
     if as_json:
         rows = [asdict(drift) for drift in found]
@@ -186,7 +173,7 @@ def serving(
     output: Annotated[int, typer.Option(min=1, help="Tokens that each sequence decodes while it is timed.")] = 128,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs, of which the fastest counts.")] = 1,
     dtype: Annotated[
-        str | None, typer.Option(help="Of weights; left out: bfloat16, or float32 where there is no GPU.")
+        Dtype | None, typer.Option(help="Of weights; left out: bfloat16, or float32 where there is no GPU.")
     ] = None,
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share of GPU memory that vLLM may take.")] = 0.9,
     batched_tokens: BatchedTokens = 8192,
@@ -204,7 +191,6 @@ def serving(
     from hmf.config.runs import HybridSettings
     from hmf.model.checkpoint import load_config
     from hmf.model.convert import hybrid_config
-    from hmf.pipeline import resolve_base
     from hmf.serving import throughput
     from hmf.serving.serve import require_vllm
 

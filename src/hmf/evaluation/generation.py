@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hmf.data.shards import Progress
 from hmf.data.tasks import Sample
 
 
@@ -25,9 +26,13 @@ def task_accuracy(
     samples: Sequence[Sample],
     batch_size: int = 16,
     max_new_tokens: int = 160,
+    title: str = "answers",
 ) -> TaskScore:
-    """Generates the last turn of each sample from its prompt, in left-padded batches."""
-    answers = generate_answers(model, tokenizer, samples, batch_size, max_new_tokens)
+    """Generates the last turn of each sample from its prompt, in left-padded batches.
+
+    title: what lines of progress begin with.
+    """
+    answers = generate_answers(model, tokenizer, samples, batch_size, max_new_tokens, title)
     correct = sum(sample.is_correct(text) for sample, (text, _) in zip(samples, answers, strict=True))
     truncated = sum(not ended for _, ended in answers)
     return TaskScore(correct / len(samples), len(samples), truncated / len(samples))
@@ -40,12 +45,14 @@ def generate_answers(
     samples: Sequence[Sample],
     batch_size: int = 16,
     max_new_tokens: int = 160,
+    title: str = "answers",
 ) -> list[tuple[str, bool]]:
     """Text of each answer, and whether it ended by itself."""
     prompts = [sample.prompt(tokenizer) for sample in samples]
     # Prompts of like lengths go together, so that little padding is computed.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: list[tuple[str, bool]] = [("", False)] * len(prompts)
+    progress = Progress(title, len(prompts), unit=" answers")
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = tokenizer(
@@ -67,4 +74,6 @@ def generate_answers(
             ended = tokenizer.eos_token_id in ids
             ids = ids[: ids.index(tokenizer.eos_token_id)] if ended else ids
             answers[index] = (tokenizer.decode(ids), ended)
+        progress.add(len(chosen), output.numel())
+    progress.close()
     return answers

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hmf.data.shards import Progress
 from hmf.data.tokenizer import document_separator, encode_texts
 from hmf.errors import HmfError
 
@@ -31,6 +32,7 @@ def perplexity(
     window: int = 1024,
     stride: int | None = None,
     batch_size: int = 8,
+    title: str = "text",
 ) -> TextScore:
     """Scores every token of every document once; the first one is predicted from the document separator.
 
@@ -38,6 +40,7 @@ def perplexity(
         window: tokens that the model sees at once.
         stride: tokens by which the window moves; None for windows that do not overlap. A smaller stride gives each
             token more context and costs more.
+        title: what lines of progress begin with.
     Raises:
         HmfError: no text, or a stride that skips tokens.
     """
@@ -59,9 +62,13 @@ def perplexity(
         raise HmfError("perplexity: no text to score; give at least one document that is not empty")
     total_bytes = sum(len(document.encode()) for document in documents)
     windows.sort(key=lambda item: len(item[0]), reverse=True)  # like lengths together: little padding
-    nats = 0.0
+    nats, progress = 0.0, Progress(title, scored_tokens, unit=" tokens")
     for start in range(0, len(windows), batch_size):
-        nats += _batch_nats(model, windows[start : start + batch_size], tokenizer.pad_token_id or 0)
+        batch = windows[start : start + batch_size]
+        nats += _batch_nats(model, batch, tokenizer.pad_token_id or 0)
+        tokens = sum(scored for _, scored in batch)
+        progress.add(tokens, tokens)
+    progress.close()
     return TextScore(
         perplexity=math.exp(nats / scored_tokens),
         bits_per_byte=nats / math.log(2) / total_bytes,

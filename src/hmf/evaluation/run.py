@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All scores of a model in one dict: `evaluate_model`, and `python -m hmf.evaluation` around it."""
+"""All scores of a model in one dict: `evaluate_model`, and `evaluate_checkpoint` for a directory."""
 
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hmf.config.runs import EvaluateSettings
 from hmf.data import tasks as generated
 from hmf.data import text
 from hmf.data.tokenizer import encode_texts
+from hmf.errors import HmfError
 from hmf.evaluation.generation import task_accuracy
 from hmf.evaluation.ngram import bits_per_byte
 from hmf.evaluation.perplexity import perplexity
+from hmf.model.checkpoint import load_model
+from hmf.model.convert import footprint
 
 DEFAULT_TASKS = ("recall", "needle", "arithmetic", "tool_call")
 
@@ -31,6 +37,7 @@ def evaluate_model(
     batch_size: int = 16,
     max_new_tokens: int = 160,
     seed: int = 0,
+    name: str = "evaluate",
 ) -> dict[str, Any]:
     """Held-out text and task accuracy of a model, in evaluation mode and in the dtype that it has.
 
@@ -41,6 +48,7 @@ def evaluate_model(
         thinking: with reasoning or without; None is as without the choice in the chat template: with.
         corpus: "stdlib", or a folder or file; its held-out part is scored.
         max_bytes: held-out text at most; None for all, 0 for none.
+        name: what lines of progress begin with.
     Returns:
         {"text": {perplexity, bits_per_byte, tokens, bytes}, "tasks": {name: {accuracy, n, truncated}}, "seconds"}
     """
@@ -50,14 +58,17 @@ def evaluate_model(
     result: dict[str, Any] = {}
     if max_bytes is None or max_bytes > 0:
         heldout = [document.text for document in text.documents(corpus, "heldout", max_bytes)]
-        result["text"] = asdict(perplexity(model, tokenizer, heldout, window=length, batch_size=batch_size))
+        title = f"{name}: text"
+        score = perplexity(model, tokenizer, heldout, window=length, batch_size=batch_size, title=title)
+        result["text"] = asdict(score)
     result["tasks"] = {}
     for task in tasks:
         samples = [
             generated.sample(task, seed + index, tokenizer, length, split="heldout", thinking=thinking is not False)
             for index in range(n)
         ]
-        result["tasks"][task] = asdict(task_accuracy(model, tokenizer, samples, batch_size, max_new_tokens))
+        title = f"{name}: {task}"
+        result["tasks"][task] = asdict(task_accuracy(model, tokenizer, samples, batch_size, max_new_tokens, title))
     model.train(was_training)
     return {**result, "length": length, "seconds": round(time.perf_counter() - started, 1)}
 
@@ -75,3 +86,38 @@ def baselines(
         "order3_bytes": bits_per_byte(train_bytes, heldout_bytes, 256, size),
         "order3_tokens": bits_per_byte(tokens, heldout_tokens, len(tokenizer), size),
     }
+
+
+def evaluate_checkpoint(
+    path: str | Path,
+    settings: EvaluateSettings,
+    device: str | None = None,
+    dtype: str | None = None,
+    with_baselines: bool = False,
+    name: str = "evaluate",
+) -> dict[str, Any]:
+    """`hmf evaluate`: the scores of `evaluate_model`, and the footprint, of the checkpoint at `path`.
+
+    device, dtype: None is "cuda" if there is one and the stored dtype, else "cpu" and "float32".
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise HmfError("--device cuda: PyTorch finds no GPU here; leave --device out")
+    dtype = dtype or ("auto" if device == "cuda" else "float32")
+    model = load_model(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype)).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    scores = evaluate_model(
+        model,
+        tokenizer,
+        tasks=settings.tasks,
+        n=settings.samples,
+        length=settings.length,
+        thinking=settings.thinking,
+        max_new_tokens=settings.max_new_tokens,
+        max_bytes=settings.text_bytes,
+        batch_size=settings.batch_size,
+        name=name,
+    )
+    if with_baselines:
+        scores["baselines"] = baselines(tokenizer, max_bytes=settings.text_bytes)
+    return {**scores, "footprint": footprint(model)}

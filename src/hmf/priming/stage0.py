@@ -36,6 +36,14 @@ class Stage0Report:
             "initialised": sum(len(s.initialised) for s in starts),
         }
 
+    def describe(self) -> str:
+        """The report as lines of text."""
+        lines = [f"pattern {self.pattern}"]
+        lines += [f"{count:6d} tensors {what}" for what, count in self.counts().items()]
+        unused = {name: why for start in self.starts.values() for name, why in start.unused.items()}
+        lines += [f"       not used by the mixers: {name} ({why})" for name, why in sorted(unused.items())]
+        return "\n".join(lines)
+
 
 def initialise(model: PreTrainedModel, seed: int = 0, conv_start: str = "random") -> dict[str, Start]:
     """Fill all mixers of a fused `model`; a layer's random tensors depend on `seed` and its index only.

@@ -43,6 +43,9 @@ def _caption(score: dict[str, Any]) -> str:
     if score["tasks"]:
         count = next(iter(score["tasks"].values()))["n"]
         parts.append(f"accuracy of greedy answers to {count} prompts a task, up to {score['length']:,} tokens")
+    if found := score.get("baselines"):
+        values = ", ".join(f"{name.removeprefix('order3_')} {value:.3f}" for name, value in found.items())
+        parts.append(f"order-3 models, bits per byte: {values} (the first model: {score['text']['bits_per_byte']:.3f})")
     return "; ".join(parts)
 
 

@@ -151,7 +151,7 @@ def subject(name: str, folder: Path, run: Run) -> Subject:
             f"{config.max_position_embeddings:,}; ask for fewer"
         )
     settings = replace(_settings(run), max_num_seqs=most)
-    _, options, environment = for_machine(config, settings, str(run.ranks))
+    _, options, environment = for_machine(config, settings, run.ranks)
     options |= {
         "--model": str(folder), "--load-format": "dummy" if random else "auto", "--dtype": run.dtype,
         "--max-model-len": str(longest), "--max-num-batched-tokens": str(run.batched_tokens),
@@ -173,7 +173,7 @@ def _settings(run: Run) -> Settings:
 
 def _filled(load: Load, name: str, config: Any, run: Run) -> Load:
     """`load` with as many sequences as the planned cache of a model holds until they end, less what a plan may err."""
-    plan, *_ = for_machine(config, _settings(run), str(run.ranks))
+    plan, *_ = for_machine(config, _settings(run), run.ranks)
     for sequences in range(min(plan.most_requests, run.batched_tokens // 2), 0, -1):
         found = replace(load, sequences=sequences)
         if sequences <= PLANNED * plan.sequences(run.length(found)):

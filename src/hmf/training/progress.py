@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from hmf.errors import HmfError
 
-from .checkpoints import replace_text
+from .checkpoints import replace_text, say
 
 PLAIN_INTERVAL = 15.0  # seconds between lines where there is no terminal
 # Dense bfloat16 multiply-adds, in 1e12 floating-point operations a second, from the makers' data sheets. The first name
@@ -125,4 +125,7 @@ class RunLog(TrainerCallback):
         if state.is_world_process_zero and state.log_history:
             replace_text(self.path, json.dumps(state.log_history, indent=1) + "\n")
             if self.draw is not None:
-                self.draw(self.path)
+                try:
+                    self.draw(self.path)
+                except Exception as error:  # a picture is not worth a run
+                    say(f"{self.path}: no picture of it was drawn ({' '.join(str(error).split())})")

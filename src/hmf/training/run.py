@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,10 +13,25 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from hmf.config.runs import OptimiserSettings
+from hmf.folders import claimed
 
+from .checkpoints import by_one
 from .progress import ProgressLine, RunLog
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
+
+
+@contextmanager
+def run_folder(output: Path, recipe: str, start: Callable[[], object] = lambda: None) -> Iterator[bool]:
+    """Hold `output` for the recipe text `recipe` during the block, and call `start` in it first: both in one process of
+    several, for which the others wait. Yields whether this is that process. See `hmf.folders.claimed`."""
+    with ExitStack() as held:
+
+        def begin() -> None:
+            held.enter_context(claimed(output, recipe))
+            start()
+
+        yield by_one(begin)
 
 
 def arguments(

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hmf data`: prepare training data and look at it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hmf.cli.shared import Overrides, RecipeFile, epilog, group
+from hmf.folders import resolve_base
+
+app = group("Prepare training data and look at it.")
+
+
+@app.command(name="prepare", epilog=epilog(
+    "hmf data prepare recipes/data/recipe.yaml",
+    "hmf data prepare recipe.yaml --workers 16 --set sequence_length=32768 --set output=runs/data-32k",
+))  # fmt: skip
+def data_prepare(
+    recipe: RecipeFile,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; the result is the same for any number. Left out: all cores.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Tokenise, mix and pack documents and conversations into rows for training. Continues where it stopped."""
+    from hmf.config.data import DataRecipe
+    from hmf.config.runs import load_recipe
+    from hmf.data.prepare import prepare
+    from hmf.report.samples import print_counts
+
+    settings = load_recipe(recipe, DataRecipe, overrides or ())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    print_counts(prepare(settings, resolve_base(settings.tokenizer), workers or cores))
+    typer.echo(f"saved {settings.output}; look at it: hmf data show {settings.output}")
+    typer.echo(f"train on it: data: {{prepared: {settings.output}}} in a recipe")
+
+
+@app.command(
+    name="show", epilog=epilog("hmf data show recipes/data/recipe.yaml", "hmf data show runs/data --samples 5")
+)
+def data_show(
+    source: Annotated[
+        Path, typer.Argument(help="A recipe, before the work, or a prepared folder.", metavar="RECIPE|DIR")
+    ],
+    samples: Annotated[int, typer.Option(min=0, help="Documents to print; of a recipe: of each source.")] = 3,
+    tokens: Annotated[int, typer.Option(min=8, help="Longest print of a document; the middle is left out.")] = 400,
+    records: Annotated[int, typer.Option(min=1, help="Of a recipe: records of each source to read and count.")] = 200,
+    overrides: Overrides = None,
+) -> None:
+    """Print documents as the model will see them, what it learns marked, and the counts."""
+    from hmf.config.data import DataRecipe
+    from hmf.config.runs import load_recipe
+    from hmf.report.samples import show_prepared, show_recipe
+
+    if source.is_dir():
+        show_prepared(source, resolve_base, samples, tokens)
+    else:
+        settings = load_recipe(source, DataRecipe, overrides or ())
+        show_recipe(settings, resolve_base(settings.tokenizer), samples, tokens, records)

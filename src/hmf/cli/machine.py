@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a machine can do: `hmf plan` and `plan-training` for any, `hmf doctor` for this one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hmf.cli.shared import AsJson, BatchedTokens, Overrides, Ratio, epilog, group
+from hmf.errors import HmfError
+from hmf.folders import resolve_base
+
+app = group("")
+
+
+@app.command(epilog=epilog(
+    "hmf plan runs/quickstart/model --gpu l4 --context 2048",
+    "hmf plan ./Qwen3-8B --mixer gdn --ratio 0.5 --gpu h200x8 --context 131072 --plot plan.png",
+))  # fmt: skip
+def plan(
+    model: Annotated[str, typer.Argument(help='Directory with a config.json (no weights needed), or "teacher".')],
+    gpu: Annotated[str, typer.Option(help="What to serve on, for example h100, l40s or h200x8.")],
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 32768,
+    mixer: Annotated[
+        str, typer.Option(help="With --ratio: plan the Hybrid that this Transformer would become.")
+    ] = "gdn",
+    ratio: Ratio = None,
+    pattern: Annotated[str | None, typer.Option(help="Or the Hybrid's pattern, one symbol a layer.")] = None,
+    utilisation: Annotated[float, typer.Option(help="Share of GPU memory that vLLM may take.")] = 0.9,
+    layer_overhead: Annotated[
+        float, typer.Option(min=0, help="Microseconds of a decode step in each layer, beside moving bytes.")
+    ] = 85,
+    prefix_caching: Annotated[bool, typer.Option(help="Keep states at block boundaries for later prompts.")] = True,
+    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="vLLM's option; left out: its default.")] = None,
+    batched_tokens: BatchedTokens = 8192,
+    plot: Annotated[Path | None, typer.Option(help="Picture to write, over context lengths (.png, .svg).")] = None,
+) -> None:
+    """What serving takes and gives on some GPUs: memory, sequences, cache blocks, decode speed. Needs no GPU."""
+    from hmf.bench import plan as planner
+    from hmf.config.runs import HybridSettings
+    from hmf.model.checkpoint import load_config
+    from hmf.model.convert import hybrid_config
+
+    config = load_config(resolve_base(model), weights=False)
+    if ratio is not None or pattern is not None:
+        if ratio is not None and pattern is not None:
+            raise HmfError("give at most one of --ratio and --pattern")
+        settings = HybridSettings(mixer=mixer, ratio=ratio, pattern=pattern)
+        config = hybrid_config(config, settings.layer_pattern(config.num_hidden_layers))
+    options = planner.Settings(utilisation, layer_overhead / 1e6, prefix_caching, batched_tokens, max_num_seqs)
+    found = planner.plans(config, gpu, options)
+    planner.print_plans(found, context)
+    if plot is not None:
+        planner.plot(found, context, plot)
+        typer.echo(f"saved {plot}")
+
+
+@app.command(name="plan-training", epilog=epilog(
+    "hmf plan-training recipes/qwen3-8b",
+    "hmf plan-training recipes/qwen3-8b/gdn-1-prime.yaml --gpu h100x8 --set distill.training.strategy=fsdp2",
+))  # fmt: skip
+def plan_training(
+    recipes: Annotated[list[Path], typer.Argument(help="Recipes, or folders of them.", metavar="RECIPE.yaml|DIR...")],
+    gpu: Annotated[str | None, typer.Option(help="For example h200x8; left out: what each recipe names.")] = None,
+    mfu: Annotated[float, typer.Option(help="Share of the GPUs' peak that training is assumed to reach.")] = 0.35,
+    overrides: Overrides = None,
+) -> None:
+    """Dry run: check recipes and plan memory, tokens and GPU-hours of each stage. Needs no GPU, weights or data."""
+    from hmf.bench import training
+
+    training.print_plans(training.plans(recipes, resolve_base, gpu, mfu, overrides or ()))
+
+
+@app.command(epilog=epilog("hmf doctor", "hmf doctor --json", "HMF_OPS=reference hmf doctor"))
+def doctor(
+    as_json: AsJson = False,
+) -> None:
+    """Which implementation of each op runs here, why, and whether it equals the reference. Exits 1 if one does not."""
+    from hmf.bench import workers
+
+    workers.head_start()
+
+    import json
+
+    from rich.console import Console
+
+    from hmf.bench import doctor as checks
+
+    with Console(stderr=True).status("checking") as status:
+        report = checks.examine(lambda line: status.update(f"checking {line}"))
+    if as_json:
+        typer.echo(json.dumps(report.json(), indent=2))
+    else:
+        checks.print_report(report)
+    if not report.passed:
+        raise typer.Exit(1)

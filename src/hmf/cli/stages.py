@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stages from a Transformer to a Hybrid: `hmf init`, `distill`, `export`, `finetune`, all of it by `prime`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hmf.cli.shared import Dtype, Mixer, Out, Overrides, RecipeFile, epilog, group
+from hmf.errors import HmfError
+from hmf.folders import resolve_base
+
+app = group("")
+
+
+@app.command(epilog=epilog(
+    "hmf init teacher --mixer gdn --ratio 0.5 --out runs/stage0",
+    "hmf init ./Qwen3-8B --mixer gdn --layers 1,3,5-9 --out runs/stage0",
+    'hmf init ./Qwen3-8B --pattern "*-GDN-*-GDN" --out runs/stage0',
+))  # fmt: skip
+def init(
+    base: Annotated[
+        str, typer.Argument(help='Checkpoint directory of a Transformer, or "teacher" for the embedded one.')
+    ],
+    out: Out,
+    mixer: Mixer = "gdn",
+    ratio: Annotated[float | None, typer.Option(help="Share of layers to replace, spread evenly.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers to replace, for example 1,3,5-7.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="One symbol a layer, joined by '-'.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the tensors that start at random.")] = 0,
+) -> None:
+    """Stage 0: make a fused checkpoint, mixers started from attention beside the frozen teacher."""
+    from pydantic import ValidationError
+
+    from hmf.config.pattern import parse_layer_list
+    from hmf.config.runs import HybridSettings
+    from hmf.priming.stage0 import base_layers, make_stage0
+
+    chosen = list(parse_layer_list(layers)) if layers is not None else None
+    try:
+        settings = HybridSettings(mixer=mixer, ratio=ratio, layers=chosen, pattern=pattern)
+    except ValidationError:
+        raise HmfError("give exactly one of --ratio, --layers and --pattern") from None
+    source = resolve_base(base)
+    report = make_stage0(source, settings.layer_pattern(base_layers(source)), out, seed=seed)
+    typer.echo(report.describe())
+    typer.echo(f"saved {out}; next: hmf distill RECIPE.yaml with model: {out}")
+
+
+@app.command(epilog=epilog("hmf distill recipes/distill/recipe.yaml"))
+def distill(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Stage 1: train the mixers of a fused checkpoint to do what its attention does. Continues where it stopped."""
+    from hmf.config.runs import DistillRecipe, read_recipe
+
+    settings, text = read_recipe(recipe, DistillRecipe, overrides or ())  # before imports that take seconds
+
+    from hmf.report.curves import draw_curves
+    from hmf.training.distill import distill as run
+    from hmf.training.run import run_folder
+
+    with run_folder(settings.output, text) as first:
+        saved = run(settings.model, settings.output, settings, settings.seed, draw=draw_curves)
+    if first:
+        typer.echo(f"saved {saved}; next: hmf export {saved} --out {settings.output}/model")
+
+
+@app.command(epilog=epilog("hmf export runs/distill/stage1 --out runs/distill/model --dtype bfloat16"))
+def export(
+    fused: Annotated[Path, typer.Argument(help="Fused checkpoint: the result of init or distill.")],
+    out: Out,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights; left out: as stored.")] = None,
+) -> None:
+    """Drop the teacher: write a plain Hybrid in the published format."""
+    import torch
+
+    from hmf.priming.export import export as run
+
+    run(fused, out, getattr(torch, dtype) if dtype else None)
+    typer.echo(f"saved {out}; load it with AutoModelForCausalLM after `import hmf`")
+
+
+@app.command(epilog=epilog(
+    "hmf finetune recipes/quickstart/cpt.yaml",
+    "hmf finetune recipes/quickstart/sft.yaml --set training.steps=20 --set output=runs/try",
+))  # fmt: skip
+def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Stage 2: train a plain Hybrid on: more pretraining, conversations or preferences. Continues where it stopped."""
+    from hmf.config.runs import FinetuneRecipe, read_recipe
+
+    settings, text = read_recipe(recipe, FinetuneRecipe, overrides or ())
+
+    from hmf.report.curves import draw_curves
+    from hmf.training.finetune import check
+    from hmf.training.finetune import finetune as run
+    from hmf.training.run import run_folder
+
+    check(settings)  # before the output folder becomes this recipe's
+    with run_folder(settings.output, text) as first:
+        saved = run(settings, draw=draw_curves)
+    if first:
+        typer.echo(f"saved {saved}; next: hmf evaluate {saved}, hmf chat {saved}")
+
+
+@app.command(epilog=epilog(
+    "hmf prime recipes/quickstart/recipe.yaml",
+    "hmf prime recipes/quickstart/recipe.yaml --set hybrid.mixer=gka --set output=runs/gka",
+))  # fmt: skip
+def prime(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """The whole job: init, distil, export, evaluate, under one run folder. Steps already done are not done again."""
+    from hmf.config.runs import PrimeRecipe, read_recipe
+
+    settings, text = read_recipe(recipe, PrimeRecipe, overrides or ())
+
+    from hmf.pipeline import prime as run
+    from hmf.report.table import next_commands, print_scores
+
+    scores = run(settings, text, say=typer.echo)
+    if scores:  # none in the processes that only train along
+        print_scores(scores)
+        typer.echo(next_commands(settings.output))
+
+
+@app.command(epilog=epilog("hmf pretrain recipes/teacher/recipe.yaml"))
+def pretrain(recipe: RecipeFile) -> None:
+    """Train a tiny teacher and its tokenizer from scratch (how the embedded one was made)."""
+    from hmf.training.pretrain import main as run
+
+    run(str(recipe))

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders that commands read from and write to: where a base is, and whose an output folder is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import resources
+from pathlib import Path
+
+from hmf.errors import HmfError
+
+EMBEDDED_TEACHER = "teacher"
+RECIPE, STAGE0, HOLDER = "recipe.yaml", "stage0", ".running"
+PART = f"{RECIPE}.part"
+
+
+def resolve_base(base: str) -> Path:
+    """A base checkpoint's directory; the name "teacher" is the one that comes with the package."""
+    if base == EMBEDDED_TEACHER and not Path(base).is_dir():
+        return Path(str(resources.files("hmf") / "assets" / "teacher"))
+    return Path(base)
+
+
+def require_unused(output: Path) -> None:
+    """HmfError when there is a file at `output`, or a folder that is not empty."""
+    if output.is_file() or (output.is_dir() and any(item.name not in (HOLDER, PART) for item in output.iterdir())):
+        raise HmfError(f"{output}: the output directory is in use; choose another or remove it first")
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Make the folder `output`, and let no other process work in it during the block.
+
+    The lock is one of the operating system's on the folder itself, so it ends with the process. HmfError names the
+    process that holds it.
+    """
+    import fcntl
+
+    holder = output / HOLDER
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        folder = os.open(output, os.O_RDONLY)
+    except FileExistsError:
+        raise HmfError(f"{output}: is a file; choose another output or remove it first") from None
+    except OSError as error:
+        raise HmfError(f"{output}: cannot be made ({error.strerror}: {error.filename}); choose another") from None
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            who = holder.read_text(encoding="utf-8").strip() if holder.is_file() else "another process"
+            raise HmfError(f"{output}: {who} works in it now; wait for it, or choose another output") from None
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        try:
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            with suppress(OSError):  # unless something is in it
+                output.rmdir()
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def claimed(output: Path, recipe: str) -> Iterator[None]:
+    """Hold `output` as the run folder of the recipe text `recipe` during the block.
+
+    The folder belongs to the first recipe that has trained in it: until then, a recipe that turned out to be wrong is
+    replaced, with the Stage-0 checkpoint that it may have made. HmfError when the folder is something else's,
+    or when another process works in it.
+    """
+    kept = output / RECIPE
+    if not kept.is_file():
+        require_unused(output)
+    with locked(output):
+        if kept.is_file() and kept.read_text(encoding="utf-8") != recipe:
+            beside = {item.name for item in output.iterdir() if not item.name.startswith(f".{STAGE0}.")}
+            if beside - {RECIPE, PART, STAGE0, HOLDER}:
+                raise HmfError(
+                    f"{output}: was started with another recipe ({kept}); choose another output or remove it first"
+                )
+            shutil.rmtree(output / STAGE0, ignore_errors=True)
+        fresh = not kept.is_file()
+        (output / PART).write_text(recipe, encoding="utf-8")
+        os.replace(output / PART, kept)
+        try:
+            yield
+        except BaseException:
+            if fresh and all(item.name in (RECIPE, HOLDER) for item in output.iterdir()):
+                kept.unlink()
+            raise
