@@ -13,8 +13,8 @@ import types
 import pytest
 import torch
 
-from hmf.bench.gpus import GIB
 from hmf.errors import HmfError
+from hmf.gpus import GIB
 from hmf.serving import serve
 from hmf.serving.chat import LocalChat, Markers, ServerChat, run
 from tests.hybrids import Case

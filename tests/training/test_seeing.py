@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from hmf.cli import app
 from hmf.errors import HmfError
+from hmf.gpus import peak_flops
 from hmf.model.checkpoint import load_model
 from hmf.priming.distance import layer_errors, stage1_flops_per_token
 from hmf.priming.objectives import train_only_mixers
@@ -22,7 +23,7 @@ from hmf.training import progress
 from hmf.training.checkpoints import newest_valid
 from hmf.training.distill import DistillTrainer, distill
 from hmf.training.guard import LEAST, PATIENCE, LossWatch
-from hmf.training.progress import ProgressLine, peak_flops
+from hmf.training.progress import ProgressLine
 from tests.training import cutting
 
 
@@ -53,6 +54,7 @@ def test_utilisation_is_shown_on_gpus_of_known_peak(monkeypatch):
     assert line.utilisation(1e6, args) is None
     assert line.utilisation(1e6, SimpleNamespace(device=torch.device("cpu"), world_size=1)) is None
     assert peak_flops("NVIDIA H100 PCIe") < peak_flops("NVIDIA H200") and peak_flops("NVIDIA L4") == 121e12
+    assert peak_flops("NVIDIA GH200 480GB") == peak_flops("NVIDIA H200") and peak_flops("NVIDIA L40") is None
 
 
 def test_operations_of_a_token_are_those_that_run(stage0):

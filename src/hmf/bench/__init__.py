@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measurements, and plans made without a GPU."""
+"""Measurements."""

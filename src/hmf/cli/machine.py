@@ -28,7 +28,7 @@ def plan(
     ] = "gdn",
     ratio: Ratio = None,
     pattern: Annotated[str | None, typer.Option(help="Or the Hybrid's pattern, one symbol a layer.")] = None,
-    utilisation: Annotated[float, typer.Option(help="Share of GPU memory that vLLM may take.")] = 0.9,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of GPU memory that vLLM may take.")] = 0.9,
     layer_overhead: Annotated[
         float, typer.Option(min=0, help="Microseconds of a decode step in each layer, beside moving bytes.")
     ] = 85,
@@ -38,10 +38,10 @@ def plan(
     plot: Annotated[Path | None, typer.Option(help="Picture to write, over context lengths (.png, .svg).")] = None,
 ) -> None:
     """What serving takes and gives on some GPUs: memory, sequences, cache blocks, decode speed. Needs no GPU."""
-    from hmf.bench import plan as planner
     from hmf.config.runs import HybridSettings
     from hmf.model.checkpoint import load_config
     from hmf.model.convert import hybrid_config
+    from hmf.planning import serving as planner
 
     config = load_config(resolve_base(model), weights=False)
     if ratio is not None or pattern is not None:
@@ -49,7 +49,9 @@ def plan(
             raise HmfError("give at most one of --ratio and --pattern")
         settings = HybridSettings(mixer=mixer, ratio=ratio, pattern=pattern)
         config = hybrid_config(config, settings.layer_pattern(config.num_hidden_layers))
-    options = planner.Settings(utilisation, layer_overhead / 1e6, prefix_caching, batched_tokens, max_num_seqs)
+    options = planner.Settings(
+        gpu_memory_utilization, layer_overhead / 1e6, prefix_caching, batched_tokens, max_num_seqs
+    )
     found = planner.plans(config, gpu, options)
     planner.print_plans(found, context)
     if plot is not None:
@@ -68,7 +70,7 @@ def plan_training(
     overrides: Overrides = None,
 ) -> None:
     """Dry run: check recipes and plan memory, tokens and GPU-hours of each stage. Needs no GPU, weights or data."""
-    from hmf.bench import training
+    from hmf.planning import training
 
     training.print_plans(training.plans(recipes, resolve_base, gpu, mfu, overrides or ()))
 

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from hmf.bench.gpus import GIB, Device, cpu
-from hmf.bench.plan import UTILISATION, Plan, Settings, as_hybrid, make_plan
 from hmf.errors import HmfError
+from hmf.gpus import GIB, Device, cpu
 from hmf.model.checkpoint import load_config, require_checkpoint
+from hmf.planning.serving import UTILISATION, Plan, Settings, as_hybrid, make_plan
 from hmf.serving.vllm.support import REASON_FILE, split_problem
 
 CPU_SEQUENCES = 128  # at once, by vLLM's default

@@ -35,11 +35,11 @@ from tqdm import tqdm
 
 import hmf
 from hmf.bench import machine
-from hmf.bench import plan as planner
-from hmf.bench.gpus import Device
-from hmf.bench.plan import Plan, Settings, make_plan
 from hmf.errors import HmfError, unknown_name
+from hmf.gpus import Device
 from hmf.model.checkpoint import WEIGHT_FILES, load_config, require_checkpoint
+from hmf.planning import serving as planner
+from hmf.planning.serving import Plan, Settings, make_plan
 from hmf.serving.serve import end_group, for_machine, servable
 from hmf.serving.vllm import register
 

@@ -15,21 +15,11 @@ import torch
 from transformers import TrainerCallback
 
 from hmf.errors import HmfError
+from hmf.gpus import peak_flops
 
 from .checkpoints import replace_text, say
 
 PLAIN_INTERVAL = 15.0  # seconds between lines where there is no terminal
-# Dense bfloat16 multiply-adds, in 1e12 floating-point operations a second, from the makers' data sheets. The first name
-# that is part of the device's counts.
-PEAK_TFLOPS = {
-    "B200": 2250.0, "GH200": 989.4, "H200 NVL": 835.5, "H200": 989.4, "H100 NVL": 835.5, "H100 PCIe": 756.0,
-    "H100": 989.4, "A100": 311.9, "L40S": 362.1, "L4": 121.0, "A10G": 70.0, "A10": 125.0,
-}  # fmt: skip
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Operations a second that a GPU can do at most, by torch.cuda.get_device_name(); None where it is not known."""
-    return next((1e12 * peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
 
 
 def require_reporters(names: Iterable[str]) -> None:

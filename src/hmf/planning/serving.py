@@ -22,9 +22,9 @@ import torch
 
 from hmf.config.pattern import ATTENTION, Pattern
 from hmf.errors import HmfError
+from hmf.gpus import COPY_SHARE, GIB, Device, parse_gpus
 from hmf.model.convert import hybrid_config
 
-from .gpus import COPY_SHARE, GIB, Device, parse_gpus
 from .memory import Blocks, LayerCache, Weights, layer_caches, require_unquantised, weights, working_bytes
 
 # Seconds; so vLLM 0.32 decoded Qwen3-8B and its GDN Hybrid on an H100, at 16K and 32K, within 3% (docs/planning.md).
@@ -48,7 +48,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not 0 < self.utilisation <= 1:
-            raise HmfError(f"--utilisation: {self.utilisation} is not in (0, 1]")
+            raise HmfError(f"--gpu-memory-utilization: {self.utilisation} is not in (0, 1]")
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hmf.bench import plan as planner
-from hmf.bench.gpus import GPUS, cpu, parse_gpus
-from hmf.bench.memory import weights
 from hmf.cli import app
 from hmf.config.pattern import Pattern
 from hmf.errors import HmfError
+from hmf.gpus import GPUS, cpu, parse_gpus
 from hmf.model.convert import hybrid_config
 from hmf.model.families import FAMILIES
+from hmf.planning import serving as planner
+from hmf.planning.memory import weights
 from tests.hybrids import Case, tiny_config
 from tests.serving import engines
 
@@ -168,7 +168,7 @@ class TestInput:
         ("gpus", "line"),
         [
             ("h20", "did you mean 'h200'"), ("h100x0", "at least one GPU"), ("h100x3", "do not split over 3"),
-            ("", "unknown GPU"),
+            ("", "unknown GPU"), ("rtx5090", "unknown GPU 'rtx5090'; did you mean 'rtx4090'"),
         ],
     )  # fmt: skip
     def test_refused_names(self, gpus, line):
@@ -186,7 +186,7 @@ class TestInput:
             planner.plans(config, "h100")
 
     def test_shares(self):
-        with pytest.raises(HmfError, match="--utilisation: 90"):
+        with pytest.raises(HmfError, match="--gpu-memory-utilization: 90"):
             planner.Settings(utilisation=90)
 
 

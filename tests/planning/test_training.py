@@ -7,13 +7,13 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from hmf.bench import training as planner
 from hmf.cli import app
 from hmf.config.pattern import Pattern
 from hmf.errors import HmfError
 from hmf.folders import resolve_base
 from hmf.model.checkpoint import load_config
 from hmf.model.convert import hybrid_config
+from hmf.planning import training as planner
 from hmf.training.distill import DistillTrainer, distill
 from hmf.training.finetune import FinetuneTrainer, finetune
 from tests.training import cutting

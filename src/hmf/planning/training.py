@@ -34,6 +34,7 @@ from hmf.config.runs import (
     load_recipe,
 )
 from hmf.errors import HmfError
+from hmf.gpus import Device, parse_gpus
 from hmf.model.checkpoint import load_config
 from hmf.model.configuration import with_rope
 from hmf.model.convert import hybrid_config
@@ -44,10 +45,8 @@ from hmf.priming.objectives import train_only_mixers
 from hmf.training.distill import row_length
 from hmf.training.finetune import check_model, flops_per_token
 from hmf.training.groups import adapter_targets, choose
-from hmf.training.progress import peak_flops
 
-from .gpus import Device, parse_gpus
-from .plan import size_of
+from .serving import size_of
 
 MFU = 0.35  # share of the GPUs' peak that the model's own arithmetic is assumed to reach; a guess, not a measurement
 USABLE = 0.92  # of a GPU's memory: the rest is lost between allocations
@@ -197,10 +196,9 @@ class TrainingPlan:
 
     @property
     def gpu_hours(self) -> float | None:
-        peak = peak_flops(self.device.name.upper().replace("-", " "))
-        if peak is None or self.flops_per_token is None:
+        if not self.device.peak or self.flops_per_token is None:
             return None
-        return self.tokens * self.flops_per_token / (peak * self.mfu) / 3600
+        return self.tokens * self.flops_per_token / (self.device.peak * self.mfu) / 3600
 
     def mend(self) -> str:
         """The first change to the recipe that makes it fit, in words."""

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory, bandwidth and peak of GPUs: the one table of them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from hmf.errors import HmfError, unknown_name
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """memory: bytes that CUDA reports as total, of which vLLM takes its share; bandwidth: bytes/s on the data sheet;
+    peak: dense bfloat16 multiply-adds in operations/s, likewise; block: vLLM's cache blocks hold a multiple of so many
+    tokens; steps: how many vLLM has under way at once."""
+
+    name: str
+    memory: int
+    bandwidth: float
+    peak: float = 0.0
+    block: int = 16
+    steps: int = 2
+
+    @property
+    def max_num_seqs(self) -> int:
+        """vLLM's default number of sequences at once."""
+        return 1024 if self.memory >= 70 * GIB else 256
+
+
+# CUDA sees about 99% of HBM, and 15/16 of that where GDDR6 keeps its error correction in itself.
+HBM, GDDR_ECC, GDDR = 0.99, 0.99 * 15 / 16, 0.985
+# Name here, name in torch.cuda.get_device_name(), GB of memory, the share of it that CUDA sees, TB/s, and TFLOP/s: from
+# NVIDIA's data sheets, of the GeForce from its architecture's white paper. A name that is part of another comes after.
+_TABLE = (
+    ("h100-pcie", "H100 PCIe", 80, HBM, 2.0, 756.0),
+    ("h100-nvl", "H100 NVL", 94, HBM, 3.9, 835.5),
+    ("h100", "H100", 80, HBM, 3.35, 989.4),
+    ("h200-nvl", "H200 NVL", 141, HBM, 4.8, 835.5),
+    ("h200", "H200", 141, HBM, 4.8, 989.4),
+    ("gh200", "GH200", 96, HBM, 4.0, 989.4),
+    ("b200", "B200", 180, HBM, 8.0, 2250.0),
+    ("a100-40", "A100-SXM4-40GB", 40, HBM, 1.555, 311.9),
+    ("a100", "A100", 80, HBM, 2.039, 311.9),
+    ("l40s", "L40S", 48, GDDR_ECC, 0.864, 362.1),
+    ("l4", "L4", 24, GDDR_ECC, 0.3, 121.0),
+    ("a10g", "A10G", 24, GDDR_ECC, 0.6, 70.0),
+    ("a10", "A10", 24, GDDR_ECC, 0.6, 125.0),
+    ("rtx4090", "RTX 4090", 24, GDDR, 1.008, 165.2),
+)
+GPUS: dict[str, Device] = {
+    name: Device(name, round(size * GIB * seen), terabytes * 1e12, teraflops * 1e12)
+    for name, _, size, seen, terabytes, teraflops in _TABLE
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Operations a second that a GPU can do at most, by torch.cuda.get_device_name(); None where it is not known."""
+    for name, cuda_name, *_ in _TABLE:
+        if re.search(rf"\b{cuda_name}\b", device_name):
+            return GPUS[name].peak
+    return None
+
+
+# Of the data sheet's bandwidth, what a device-to-device copy reaches: 3.01 of 3.35 TB/s on an H100 SXM, bytes read and
+# written counted alike.
+COPY_SHARE = 3.01 / 3.35
+
+
+def parse_gpus(text: str) -> tuple[Device, int]:
+    """`"h200x8"` -> (the row of h200, 8); no count is one GPU. HmfError for an unknown name or a count of zero."""
+    text = text.strip().lower()
+    match = re.fullmatch(r"(.+)x([0-9]+)", text)
+    name, count = (match[1], int(match[2])) if match and match[1] in GPUS else (text, 1)
+    if name not in GPUS:
+        raise HmfError(f"--gpu: {unknown_name('GPU', name, GPUS)}")
+    if count < 1:
+        raise HmfError(f"--gpu: {text!r}: at least one GPU is needed; write for example {name}x8")
+    return GPUS[name], count
+
+
+def cpu(memory: int = 0) -> Device:
+    """vLLM's CPU build, which plans its steps one by one."""
+    return Device("cpu", memory, bandwidth=0.0, block=128, steps=1)
