@@ -30,9 +30,13 @@ def ops(
     device: Device = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs; fewer of a version that takes 10 seconds.")] = 5,
+    forward: Annotated[bool, typer.Option("--forward", help="Forward alone, as in inference.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Times each op's versions, forward and backward. The sequential references take seconds to minutes."""
+    """Times each op's versions, forward and backward. The sequential references take seconds to minutes.
+
+    What dispatch refuses on this machine is not run; the table says why.
+    """
     import json
 
     import torch
@@ -48,11 +52,14 @@ def ops(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted, named = ([name for name in text.split(",") if name] for text in (ops, versions))
     shape = Shape(tokens=tokens, heads=heads, head_dim=head_dim)
-    rows = timings.rows(timings.run(shape, dtypes[dtype], device, repeats, wanted, named))
+    found = timings.run(shape, dtypes[dtype], device, repeats, wanted, named, not forward)
+    rows = timings.rows(found)
     if as_json:
         typer.echo(json.dumps({"rows": rows, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2))
     else:
         timings.print_rows(rows, f"{tokens:,} tokens, {heads} heads of {head_dim}, {dtype}, {device}; ms: min / median")
+    if failed := [f"{timing.op} {timing.version}: {timing.reason}" for timing in found if timing.failed]:
+        raise HmfError("; ".join(failed))
 
 
 @app.command(epilog=epilog("hmf bench solver", "hmf bench solver --head-dim 64 --plot solver.png"))
