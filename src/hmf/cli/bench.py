@@ -170,6 +170,8 @@ def states(
 @app.command(epilog=epilog(
     "hmf bench serving ./Qwen3-8B runs/prime/model --context 16384:20,16384:max",
     "hmf bench serving recipes/configs/qwen3-8b --mixer gdn --ratio 0.5 --context 16384:20 --json serving.json",
+    "hmf bench serving recipes/configs/qwen3-8b --mixer gdn,gka --ratio 0.5 --context 16384:max,32768:max "
+    """--variant '{"gka_overrides": {"num_iter": 10}}' --format card""",
 ))  # fmt: skip
 def serving(
     models: Annotated[
@@ -186,10 +188,18 @@ def serving(
         ),
     ],
     mixer: Annotated[
-        str, typer.Option(help="With --ratio: measure also the Hybrid that the only MODEL would become.")
+        str, typer.Option(help="With --ratio: measure also the Hybrids that the only MODEL would become, by commas.")
     ] = "gdn",
     ratio: Ratio = None,
     pattern: Annotated[str | None, typer.Option(help="Or that Hybrid's pattern, one symbol a layer.")] = None,
+    hf_overrides: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="vLLM's --hf-overrides, for every model whose config has such keys."),
+    ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(metavar="JSON", help="Measure these models once more with such overrides; repeatable."),
+    ] = None,
     output: Annotated[int, typer.Option(min=1, help="Tokens that each sequence decodes while it is timed.")] = 128,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs, of which the fastest counts.")] = 1,
     dtype: Annotated[
@@ -199,9 +209,15 @@ def serving(
     batched_tokens: BatchedTokens = 8192,
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs for each model.")] = 1,
     enforce_eager: Annotated[bool, typer.Option(help="Neither torch.compile nor CUDA graphs.")] = False,
+    form: Annotated[
+        str, typer.Option("--format", help='"table", or "card": the two tables of a model card, in Markdown.')
+    ] = "table",
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write the rows to, too.")] = None,
 ) -> None:
-    """Prefill and decode throughput in vLLM of a Hybrid and its base, or of any models, with ratios to the first."""
+    """Prefill and decode throughput in vLLM of a Hybrid and its base, or of any models, with ratios to the first.
+
+    A model that fails costs no other one's rows.
+    """
     import json
     import tempfile
 
@@ -209,12 +225,15 @@ def serving(
 
     from hmf.bench import machine
     from hmf.config.runs import HybridSettings
+    from hmf.errors import unknown_name
     from hmf.model.checkpoint import load_config
     from hmf.model.convert import hybrid_config
     from hmf.pipeline import resolve_base
-    from hmf.serving import throughput
+    from hmf.serving import tables, throughput, variants
     from hmf.serving.serve import require_vllm
 
+    if form not in ("table", "card"):
+        raise HmfError(f"--format: {unknown_name('format', form, ('table', 'card'))}")
     dtype = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     run = throughput.Run(
         throughput.parse_loads(context), output, repeats, dtype, gpu_memory_utilization, batched_tokens,
@@ -230,21 +249,31 @@ def serving(
             if len(models) > 1 or (ratio is not None and pattern is not None):
                 raise HmfError("give at most one of --ratio and --pattern, and then one MODEL")
             config = load_config(named[0][1], weights=False)
-            layers = HybridSettings(mixer=mixer, ratio=ratio, pattern=pattern).layer_pattern(config.num_hidden_layers)
-            hybrid_config(config, layers).save_pretrained(folder)
-            named.append((f"{models[0]} as a Hybrid", Path(folder)))
-        subjects = [throughput.subject(name, source, run) for name, source in named]
+            for name in dict.fromkeys(mixer.split(",")) if pattern is None else ("a pattern",):
+                settings = HybridSettings(mixer=name.strip(), ratio=ratio, pattern=pattern)
+                place = Path(folder) / str(len(named))
+                hybrid_config(config, settings.layer_pattern(config.num_hidden_layers)).save_pretrained(place)
+                named.append((f"{models[0]} with {name.strip()}", place))
+        subjects = variants.subjects(named, run, hf_overrides, variant or ())
         require_vllm()
-        measured: list[throughput.Measured] = []
+        measured: list[throughput.Measured | None] = []
+        errors: list[HmfError] = []
+        table: list[dict] = []
         try:
             for found in throughput.run_all(subjects, run):
-                measured.append(found)
-        finally:
-            if measured:
-                table = throughput.rows(subjects, measured, run)
-                title = f"{dtype}, {output} tokens decoded by each sequence, {batched_tokens:,} tokens a step"
-                facts = {"dtype": dtype, "options": [one.arguments for one in subjects]}
-                report = {"rows": table, **facts, "hardware": machine.hardware(), "versions": machine.versions()}
+                if isinstance(found, HmfError):
+                    errors.append(found)
+                measured.append(None if isinstance(found, HmfError) else found)
+                table = tables.rows(subjects, measured, run)
                 if json_file is not None:
+                    facts = {"dtype": dtype, "options": [one.arguments for one in subjects]}
+                    report = {"rows": table, **facts, "hardware": machine.hardware(), "versions": machine.versions()}
                     json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-                throughput.print_rows(table, title)
+        finally:
+            if table and form == "card":
+                typer.echo(tables.card(table, subjects[0].name, run.ranks))
+            elif table:
+                title = f"{dtype}, {output} tokens decoded by each sequence, {batched_tokens:,} tokens a step"
+                tables.print_rows(table, title, subjects[0].name)
+        if errors:
+            raise HmfError("\n".join(map(str, errors)))
