@@ -46,7 +46,7 @@ test-gpu: ## the tests that need CUDA or vLLM, with the python3 on the path; ins
 	@python3 -c 'import setuptools; setuptools.setup()' --quiet egg_info # by which vLLM finds the plugin in src
 	@export PYTHONPATH="$(CURDIR)/src$${PYTHONPATH:+:$$PYTHONPATH}"; \
 	python3 -m pytest -n $(WORKERS) --no-loadscope-reorder -m "(gpu or vllm) and not alone"; together=$$?; \
-	python3 -m pytest -m alone tests/serving && exit $$together
+	python3 -m pytest -m alone tests/bench && exit $$together
 
 clean: ## remove the environment and all caches; runs/ stays
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

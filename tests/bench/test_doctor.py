@@ -235,6 +235,52 @@ def test_bench_prints_a_table():
         assert word in result.output
 
 
+@pytest.fixture
+def refuses_backward(monkeypatch):
+    """A machine on which the fast version of `gdn` is known to have a wrong backward, and that of `window` fails."""
+
+    def fails(*arguments):
+        raise RuntimeError("no kernel image\nis available [here]")
+
+    for op, function in (("gdn", dispatch.implementations("gdn")["chunked"].function), ("window", fails)):
+        monkeypatch.setitem(dispatch._IMPLEMENTATIONS[op], "fast", dispatch.Implementation("fast", function, None))
+    reasons = {("gdn", True): "its backward is wrong here [here]", ("gdn", False): None, ("window", True): None}
+    reasons[("window", False)] = None
+    monkeypatch.setattr(
+        dispatch, "not_fast", lambda op, device, grad, dtype: reasons.get((op, grad), "the op has no GPU kernel")
+    )
+
+
+SMALL = ("--tokens", "5", "--heads", "2", "--head-dim", "4", "--device", "cpu", "--versions", "chunked,fast")
+
+
+def test_bench_does_not_run_what_dispatch_refuses(refuses_backward):
+    result = run("bench", "ops", *SMALL, "--ops", "gdn,ssd", "--json")
+    assert result.exit_code == 0, result.output
+    chunked, fast, plain, refused = report_of(result)["rows"]
+    assert fast["forward_ms"] and fast["backward_ms"] is None and fast["backward_speedup"] is fast["speedup"] is None
+    assert fast["reason"] == "forward alone: its backward is wrong here [here]" and fast["forward_speedup"] > 0
+    assert chunked["backward_ms"] and plain["backward_ms"] and chunked["reason"] is plain["reason"] is None
+    assert refused["forward_ms"] is None and refused["reason"] == "the op has no GPU kernel"
+    table = run("bench", "ops", *SMALL, "--ops", "gdn,ssd").output
+    assert "gdn fast: forward alone: its backward is wrong here [here]" in table and "ssd fast: the op has no" in table
+
+
+def test_a_version_that_fails_costs_no_other_row(refuses_backward):
+    result = run("bench", "ops", *SMALL, "--ops", "window,ssd", "--json")
+    line = "window fast: RuntimeError: no kernel image is available [here]"
+    assert isinstance(result.exception, HmfError) and str(result.exception) == line
+    measured = [(row["op"], row["version"]) for row in report_of(result)["rows"] if row["forward_ms"]]
+    assert measured == [("window", "chunked"), ("ssd", "chunked")]
+
+
+def test_forward_alone(refuses_backward):
+    rows = report_of(run("bench", "ops", *SMALL, "--ops", "gdn", "--forward", "--json"))["rows"]
+    assert [row["version"] for row in rows if row["forward_ms"] and not row["reason"]] == ["chunked", "fast"]
+    assert all(row["backward_ms"] is row["speedup"] is None for row in rows)
+    assert "-" in run("bench", "ops", *SMALL, "--ops", "gdn", "--forward").output
+
+
 def test_speedup_is_the_ratio_of_medians():
     slow = timings.Timing("x", "reference", [6.0], [12.0])
     quick = timings.Timing("x", "chunked", [1.0, 2.0, 30.0], [4.0, 3.0, 2.0])

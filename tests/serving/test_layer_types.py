@@ -57,6 +57,20 @@ def test_layer_type(tmp_path, name):
     check(tmp_path, engines.save_hybrid(tmp_path, case, pattern, **fields))
 
 
+def test_options_given_at_the_start(tmp_path):
+    """`--hf-overrides` with a layer type's overrides, merged over its options in the checkpoint."""
+    case = Case("GKA", "overridden", options={"num_iter": 6, "ridge_strength": 0.3})
+    model = engines.save_hybrid(tmp_path, case)
+    overrides = {"gka_overrides": {"num_iter": 1}}
+    other = type(model)(type(model.config).from_pretrained(tmp_path, **overrides)).eval()
+    other.load_state_dict(model.state_dict())
+    (prompt,) = engines.random_prompts([40], seed=4)
+    answers = [engines.hugging_face(each, prompt, 3) for each in (other, model)]
+    assert (answers[0].logprobs[0] - answers[1].logprobs[0]).abs().max() > 10 * engines.TOLERANCE
+    with engines.engine(tmp_path, hf_overrides=overrides) as llm:
+        engines.assert_same(engines.greedy(llm, [prompt], 3), answers[:1])
+
+
 def every_type(path, pattern="GKA-*-X-SWA-M2-BMF", kv_heads=2):
     """Every layer type. Llama's B'MOJO-F has biases, and a scale that does not follow from a rank's heads."""
     case = Case("GDN", f"ranks-{kv_heads}", base={"num_key_value_heads": kv_heads}, options={"conv_bias": True})

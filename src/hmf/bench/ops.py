@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time of every op's versions, forward and backward, and how many times faster than the first version each is."""
+"""Time of every op's versions, forward and backward, and how many times faster than the first version each is.
+
+What dispatch would refuse on this machine is not run: its row says why. So does the row of a version that fails.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
@@ -26,50 +30,73 @@ LONGEST = 10.0  # seconds of timed runs, of which there is one in any case; the 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of every repeat; `forward` keeps what the backward needs."""
+    """Seconds of every repeat; `forward` keeps what the backward needs, unless `backward` is not timed. What is not
+    timed is empty, and `reason` says why in one line where nobody asked for that; `failed`: it was tried."""
 
     op: str
     version: str
     forward: list[float]
     backward: list[float]
+    reason: str | None = None
+    failed: bool = False
 
-    def speedup(self, baseline: Timing) -> tuple[float, float, float]:
-        """How many times faster than `baseline`: forward, backward, and one after the other, by medians."""
-        parts = [[statistics.median(x) for x in (timing.forward, timing.backward)] for timing in (baseline, self)]
-        (slow_forward, slow_backward), (forward, backward) = parts
-        both = (slow_forward + slow_backward) / (forward + backward)
-        return slow_forward / forward, slow_backward / backward, both
-
-
-def available(op: str, device: str) -> list[str]:
-    """Versions of `op` that can run on `device`, slowest first."""
-    fast = dispatch.choose(op, device, False, torch.float32)[0].version == "fast"
-    known = dispatch.implementations(op)
-    return [version for version in dispatch.VERSIONS if version in known and (version != "fast" or fast)]
+    def speedup(self, baseline: Timing) -> list[float | None]:
+        """How many times faster than `baseline`: forward, backward, and one after the other, by medians; None where
+        one of the two has no time."""
+        slow, quick = ([_median(timing.forward), _median(timing.backward)] for timing in (baseline, self))
+        return [_ratio(*pair) for pair in (*zip(slow, quick, strict=True), (_sum(slow), _sum(quick)))]
 
 
-def measure(op: str, version: str, shape: Shape, dtype: torch.dtype, device: str, repeats: int) -> Timing:
+def _median(seconds: list[float]) -> float | None:
+    return statistics.median(seconds) if seconds else None
+
+
+def _sum(parts: list[float | None]) -> float | None:
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
+
+
+def _ratio(slow: float | None, quick: float | None) -> float | None:
+    return None if slow is None or quick is None else slow / quick
+
+
+def measure(
+    op: str, version: str, shape: Shape, dtype: torch.dtype, device: str, repeats: int, backward: bool = True
+) -> Timing:
+    """Times one version, as far as dispatch lets it run here."""
+    reason = None
+    if version == "fast":
+        if refused := dispatch.not_fast(op, device, False, dtype):
+            return Timing(op, version, [], [], refused)
+        if backward and (reason := dispatch.not_fast(op, device, True, dtype)):
+            backward, reason = False, f"forward alone: {reason}"
     function, made = dispatch.implementations(op)[version].function, sample(op, shape)
-    _repeated(function, made, dtype, device, WARM_UP)
-    times = _repeated(function, made, dtype, device, repeats)
-    return Timing(op, version, [forward for forward, _ in times], [backward for _, backward in times])
+    try:
+        _repeated(function, made, dtype, device, WARM_UP, backward)
+        times = _repeated(function, made, dtype, device, repeats, backward)
+    except Exception as error:  # a kernel that does not compile or no memory: the others' rows stay
+        return Timing(op, version, [], [], " ".join(f"{type(error).__name__}: {error}".split()), failed=True)
+    return Timing(op, version, [forward for forward, _ in times], [after for _, after in times if backward], reason)
 
 
-def _repeated(function, made: Sample, dtype: torch.dtype, device: str, repeats: int) -> list[tuple[float, float]]:
+def _repeated(
+    function, made: Sample, dtype: torch.dtype, device: str, repeats: int, backward: bool
+) -> list[tuple[float, float]]:
     """`_run` until there are `repeats` or all took `LONGEST`."""
     times: list[tuple[float, float]] = []
     while len(times) < repeats and sum(map(sum, times)) < LONGEST:
-        times.append(_run(function, made, dtype, device))
+        times.append(_run(function, made, dtype, device, backward))
     return times
 
 
-def _run(function, made: Sample, dtype: torch.dtype, device: str) -> tuple[float, float]:
+def _run(function, made: Sample, dtype: torch.dtype, device: str, backward: bool) -> tuple[float, float]:
     """Seconds of one forward and of its backward for the output and the final states."""
-    tensors = {name: x.requires_grad_() for name, x in made.tensors(dtype, device).items()}
+    tensors = {name: x.requires_grad_(backward) for name, x in made.tensors(dtype, device).items()}
     start = _now(device)
     results = flat(made.call(function, tensors))
     middle = _now(device)
-    torch.autograd.backward(results, [torch.ones_like(x) for x in results])
+    if backward:
+        torch.autograd.backward(results, [torch.ones_like(x) for x in results])
     return middle - start, _now(device) - middle
 
 
@@ -86,8 +113,9 @@ def run(
     repeats: int = 5,
     ops: Sequence[str] = (),
     versions: Sequence[str] = (),
+    backward: bool = True,
 ) -> list[Timing]:
-    """Timings of `ops` (empty: all) in those of their `versions` (empty: all) that run on `device`."""
+    """Timings of `ops` (empty: all) in their `versions` (empty: all; on a CPU all but the GPU's kernels)."""
     if device not in ("cpu", "cuda"):
         raise HmfError(f"--device: {unknown_name('device', device, ('cpu', 'cuda'))}")
     if device == "cuda" and not torch.cuda.is_available():
@@ -99,48 +127,54 @@ def run(
     chosen = [
         (op, version)
         for op in ops or dispatch.ops()
-        for version in available(op, device)
-        if not versions or version in versions
+        for version in dispatch.VERSIONS
+        if version in dispatch.implementations(op)
+        and (version in versions if versions else version != "fast" or device == "cuda")
     ]
     found = []
     with tqdm(chosen, unit="version", disable=None) as bar:
         for op, version in bar:
             bar.set_description(f"{op}: {version}")
-            found.append(measure(op, version, shape, dtype, device, repeats))
+            found.append(measure(op, version, shape, dtype, device, repeats, backward))
     return found
 
 
 def rows(timings: Sequence[Timing]) -> list[dict]:
-    """One row a timing, in milliseconds, with its ratios to the first version of its op."""
+    """One row a timing, in milliseconds, with its ratios to the first version of its op that has a time."""
     first: dict[str, Timing] = {}
     result = []
     for timing in timings:
-        baseline = first.setdefault(timing.op, timing)
+        baseline = first.setdefault(timing.op, timing) if timing.forward else first.get(timing.op, timing)
         forward, backward, both = timing.speedup(baseline)
         result.append({
             "op": timing.op, "version": timing.version, "repeats": len(timing.forward),
             "forward_ms": _milliseconds(timing.forward), "backward_ms": _milliseconds(timing.backward),
             "baseline": baseline.version, "forward_speedup": forward, "backward_speedup": backward, "speedup": both,
+            "reason": timing.reason,
         })  # fmt: skip
     return result
 
 
-def _milliseconds(seconds: list[float]) -> dict[str, float]:
-    return {"min": min(seconds) * 1e3, "median": statistics.median(seconds) * 1e3}
+def _milliseconds(seconds: list[float]) -> dict[str, float] | None:
+    return {"min": min(seconds) * 1e3, "median": statistics.median(seconds) * 1e3} if seconds else None
 
 
 def print_rows(table_rows: list[dict], title: str) -> None:
-    table = Table(title=title, title_justify="left", caption="\n".join(machine.lines()), caption_justify="left")
+    reasons = [f"{row['op']} {row['version']}: {row['reason']}" for row in table_rows if row["reason"]]
+    caption = "\n".join([*map(escape, reasons), *machine.lines()])
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for name in ("op", "version"):
         table.add_column(name)
     for name in ("forward ms", "backward ms", "forward ratio", "backward ratio", "both", "repeats"):
         table.add_column(name, justify="right", no_wrap=True)
     for row, after in zip(table_rows, [*table_rows[1:], None], strict=True):
+        times = [row["forward_ms"], row["backward_ms"]]
+        ratios = [row[key] for key in ("forward_speedup", "backward_speedup", "speedup")]
         first = row["version"] == row["baseline"]
         table.add_row(
             row["op"], row["version"],
-            *("{min:,.1f} / {median:,.1f}".format(**row[f"{part}_ms"]) for part in ("forward", "backward")),
-            *("1" if first else f"{row[key]:.1f}x" for key in ("forward_speedup", "backward_speedup", "speedup")),
+            *("-" if time is None else "{min:,.1f} / {median:,.1f}".format(**time) for time in times),
+            *("-" if ratio is None else "1" if first else f"{ratio:.1f}x" for ratio in ratios),
             str(row["repeats"]),
             end_section=after is None or after["op"] != row["op"],
         )  # fmt: skip

@@ -28,9 +28,13 @@ def ops(
     device: Device = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the tensors.")] = "float32",
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs; fewer of a version that takes 10 seconds.")] = 5,
+    forward: Annotated[bool, typer.Option("--forward", help="Forward alone, as in inference.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Times each op's versions, forward and backward. The sequential references take seconds to minutes."""
+    """Times each op's versions, forward and backward. The sequential references take seconds to minutes.
+
+    What dispatch refuses on this machine is not run; the table says why.
+    """
     import json
 
     import torch
@@ -42,11 +46,14 @@ def ops(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted, named = ([name for name in text.split(",") if name] for text in (ops, versions))
     shape = Shape(tokens=tokens, heads=heads, head_dim=head_dim)
-    rows = timings.rows(timings.run(shape, getattr(torch, dtype), device, repeats, wanted, named))
+    found = timings.run(shape, getattr(torch, dtype), device, repeats, wanted, named, not forward)
+    rows = timings.rows(found)
     if as_json:
         typer.echo(json.dumps({"rows": rows, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2))
     else:
         timings.print_rows(rows, f"{tokens:,} tokens, {heads} heads of {head_dim}, {dtype}, {device}; ms: min / median")
+    if failed := [f"{timing.op} {timing.version}: {timing.reason}" for timing in found if timing.failed]:
+        raise HmfError("; ".join(failed))
 
 
 @app.command(epilog=epilog("hmf bench solver", "hmf bench solver --head-dim 64 --plot solver.png"))
@@ -150,6 +157,8 @@ def states(
 @app.command(epilog=epilog(
     "hmf bench serving ./Qwen3-8B runs/prime/model --context 16384:20,16384:max",
     "hmf bench serving recipes/configs/qwen3-8b --mixer gdn --ratio 0.5 --context 16384:20 --json serving.json",
+    "hmf bench serving recipes/configs/qwen3-8b --mixer gdn,gka --ratio 0.5 --context 16384:max,32768:max "
+    """--variant '{"gka_overrides": {"num_iter": 10}}' --format card""",
 ))  # fmt: skip
 def serving(
     models: Annotated[
@@ -166,10 +175,18 @@ def serving(
         ),
     ],
     mixer: Annotated[
-        str, typer.Option(help="With --ratio: measure also the Hybrid that the only MODEL would become.")
+        str, typer.Option(help="With --ratio: measure also the Hybrids that the only MODEL would become, by commas.")
     ] = "gdn",
     ratio: Ratio = None,
     pattern: Annotated[str | None, typer.Option(help="Or that Hybrid's pattern, one symbol a layer.")] = None,
+    hf_overrides: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="vLLM's --hf-overrides, for every model whose config has such keys."),
+    ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(metavar="JSON", help="Measure these models once more with such overrides; repeatable."),
+    ] = None,
     output: Annotated[int, typer.Option(min=1, help="Tokens that each sequence decodes while it is timed.")] = 128,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs, of which the fastest counts.")] = 1,
     dtype: Annotated[
@@ -179,19 +196,24 @@ def serving(
     batched_tokens: BatchedTokens = 8192,
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs for each model.")] = 1,
     enforce_eager: Annotated[bool, typer.Option(help="Neither torch.compile nor CUDA graphs.")] = False,
+    form: Annotated[
+        Literal["table", "card"], typer.Option("--format", help="card: the two tables of a model card, in Markdown.")
+    ] = "table",
     json_file: Annotated[Path | None, typer.Option("--json", help="File to write the rows to, too.")] = None,
 ) -> None:
-    """Prefill and decode throughput in vLLM of a Hybrid and its base, or of any models, with ratios to the first."""
+    """Prefill and decode throughput in vLLM of a Hybrid and its base, or of any models, with ratios to the first.
+
+    A model that fails costs no other one's rows.
+    """
     import json
     import tempfile
 
     import torch
 
-    from hmf.bench import machine
+    from hmf.bench import machine, tables, throughput, variants
     from hmf.config.runs import HybridSettings
     from hmf.model.checkpoint import load_config
     from hmf.model.convert import hybrid_config
-    from hmf.serving import throughput
     from hmf.serving.serve import require_vllm
 
     dtype = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
@@ -209,21 +231,31 @@ def serving(
             if len(models) > 1 or (ratio is not None and pattern is not None):
                 raise HmfError("give at most one of --ratio and --pattern, and then one MODEL")
             config = load_config(named[0][1], weights=False)
-            layers = HybridSettings(mixer=mixer, ratio=ratio, pattern=pattern).layer_pattern(config.num_hidden_layers)
-            hybrid_config(config, layers).save_pretrained(folder)
-            named.append((f"{models[0]} as a Hybrid", Path(folder)))
-        subjects = [throughput.subject(name, source, run) for name, source in named]
+            for name in dict.fromkeys(mixer.split(",")) if pattern is None else ("a pattern",):
+                settings = HybridSettings(mixer=name.strip(), ratio=ratio, pattern=pattern)
+                place = Path(folder) / str(len(named))
+                hybrid_config(config, settings.layer_pattern(config.num_hidden_layers)).save_pretrained(place)
+                named.append((f"{models[0]} with {name.strip()}", place))
+        subjects = variants.subjects(named, run, hf_overrides, variant or ())
         require_vllm()
-        measured: list[throughput.Measured] = []
+        measured: list[throughput.Measured | None] = []
+        errors: list[HmfError] = []
+        table: list[dict] = []
         try:
             for found in throughput.run_all(subjects, run):
-                measured.append(found)
-        finally:
-            if measured:
-                table = throughput.rows(subjects, measured, run)
-                title = f"{dtype}, {output} tokens decoded by each sequence, {batched_tokens:,} tokens a step"
-                facts = {"dtype": dtype, "options": [one.arguments for one in subjects]}
-                report = {"rows": table, **facts, "hardware": machine.hardware(), "versions": machine.versions()}
+                if isinstance(found, HmfError):
+                    errors.append(found)
+                measured.append(None if isinstance(found, HmfError) else found)
+                table = tables.rows(subjects, measured, run)
                 if json_file is not None:
+                    facts = {"dtype": dtype, "options": [one.arguments for one in subjects]}
+                    report = {"rows": table, **facts, "hardware": machine.hardware(), "versions": machine.versions()}
                     json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-                throughput.print_rows(table, title)
+        finally:
+            if table and form == "card":
+                typer.echo(tables.card(table, subjects[0].name, run.ranks))
+            elif table:
+                title = f"{dtype}, {output} tokens decoded by each sequence, {batched_tokens:,} tokens a step"
+                tables.print_rows(table, title, subjects[0].name)
+        if errors:
+            raise HmfError("\n".join(map(str, errors)))

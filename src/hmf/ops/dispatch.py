@@ -101,18 +101,22 @@ def choose(op: str, device_type: str, requires_grad: bool, dtype: torch.dtype) -
                 f"HMF_OPS={forced}: op {op!r} has only {', '.join(versions)}; unset HMF_OPS or name one of them"
             )
         return versions[forced], "named by HMF_OPS"
-    fast = versions.get("fast")
+    reason = not_fast(op, device_type, requires_grad, dtype)
+    return (versions["fast"], "CUDA tensors") if reason is None else (versions["chunked"], reason)
+
+
+def not_fast(op: str, device_type: str, requires_grad: bool, dtype: torch.dtype) -> str | None:
+    """Why such tensors do not get the fast version of `op`, in one line; None: they do. HMF_OPS is not asked."""
+    fast = _IMPLEMENTATIONS[op].get("fast")
     if fast is None:
-        return versions["chunked"], "the op has no GPU kernel"
+        return "the op has no GPU kernel"
     if device_type != "cuda":
-        return versions["chunked"], f"no GPU kernel on {device_type}"
+        return f"no GPU kernel on {device_type}"
     if dtype == torch.float64:
-        return versions["chunked"], "float64 tensors"
+        return "float64 tensors"
     if fast.requires and not _installed(fast.requires):
-        return versions["chunked"], f"{fast.requires} is not installed (pip install 'hybrid-model-factory[train]')"
-    if requires_grad and (reason := known_bad_backward(op, dtype)):
-        return versions["chunked"], reason
-    return fast, "CUDA tensors"
+        return f"{fast.requires} is not installed (pip install 'hybrid-model-factory[train]')"
+    return known_bad_backward(op, dtype) if requires_grad else None
 
 
 def resolve(op: str, *tensors: torch.Tensor) -> Callable:

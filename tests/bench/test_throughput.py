@@ -14,12 +14,13 @@ import pytest
 from transformers import Qwen3Config
 from typer.testing import CliRunner
 
+from hmf.bench import throughput, variants
+from hmf.bench.throughput import Load, Run
 from hmf.cli import app
 from hmf.config.pattern import Pattern
 from hmf.errors import HmfError
 from hmf.model.convert import hybrid_config
-from hmf.serving import serve, throughput
-from hmf.serving.throughput import Load, Run
+from hmf.serving import serve
 from tests.conftest import ROOT
 from tests.hybrids import VOCABULARY, Case
 from tests.serving import engines
@@ -122,7 +123,8 @@ class TestWindow:
 
     def test_prefill_alone(self):
         engine = Engine(late=5)
-        assert throughput._generate(engine, [[1], [2]], tokens=0, lead=8)[0] > 0
+        last, _, mean = throughput._generate(engine, [[1], [2]], tokens=0, lead=8)
+        assert 0 < mean < last  # the first sequence had its token five steps earlier
         assert engine.step_number == 6
 
     def test_sequences_that_do_not_fit_at_once(self):
@@ -160,27 +162,126 @@ def test_a_failure_names_its_model(configs, tmp_path, monkeypatch):
     (tmp_path / "hmf.py").write_text("raise ImportError('out of order')")
     one = throughput.subject("this one", configs[0], run := Run([Load(64, 4)], dtype="float32"))
     one = dataclasses.replace(one, environment={"PYTHONPATH": str(tmp_path)})
-    with pytest.raises(HmfError, match="^this one: vLLM stopped: ImportError: out of order\n"):
-        list(throughput.run_all([one], run))
+    (error,) = throughput.run_all([one], run)
+    assert str(error).startswith("this one: vLLM stopped: ImportError: out of order\n")
 
 
-def test_a_failure_leaves_the_figures_before_it(configs, tmp_path, monkeypatch):
-    def run_one(one, run, *_):
-        if one.name == str(configs[1]):
-            raise HmfError(f"{one.name}: vLLM stopped")
-        return throughput.Measured([[2.0]], [[1.0]], 1000, None, 3.0, "NONE", "CPU_ATTN")
-
-    monkeypatch.setattr(throughput, "_run_one", run_one)
-    monkeypatch.setattr("hmf.serving.serve.require_vllm", lambda: None)
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """`hmf bench serving` with engines that take 2 s and decode one sequence's tokens a second for each layer of the
+    model's name; (result, saved report)."""
     saved = tmp_path / "rows.json"
-    result = CliRunner().invoke(
-        app, ["bench", "serving", *map(str, configs), "--context", "64:4", "--output", "5", "--json", str(saved)]
+    monkeypatch.setattr("hmf.serving.serve.require_vllm", lambda: None)
+
+    def run(*arguments, failing=()):
+        def run_one(one, run, *_):
+            if one.name in failing:
+                raise HmfError(f"{one.name}: vLLM stopped")
+            if saved.exists():  # what has been measured before stands there already
+                seen.append(len(json.loads(saved.read_text())["rows"]))
+            loads, slow = len(one.loads), 1 + ("gka" in one.name)
+            return throughput.Measured(
+                [[2.0 * slow]] * loads,
+                [[1.0 * slow]] * loads,
+                1000,
+                None,
+                3.0,
+                "NONE",
+                "CPU_ATTN",
+                [[1.5 * slow]] * loads,
+            )
+
+        seen = []
+        monkeypatch.setattr(throughput, "_run_one", run_one)
+        result = CliRunner().invoke(app, ["bench", "serving", *arguments, "--output", "5", "--json", str(saved)])
+        return result, json.loads(saved.read_text())["rows"] if saved.exists() else [], seen
+
+    return run
+
+
+def test_a_failure_costs_no_other_figures(configs, bench):
+    base, hybrid = map(str, configs)
+    result, rows, seen = bench(base, hybrid, "teacher", "--context", "64:4", failing=[hybrid])
+    assert str(result.exception) == f"{hybrid}: vLLM stopped"
+    assert [row["model"] for row in rows] == [base, "teacher"] and seen == [1]
+    assert (rows[0]["prefill_tokens_per_second"], rows[0]["decode_tokens_per_second"]) == (128.0, 20.0)
+    assert "20.0" in result.output
+
+
+def test_without_the_first_there_are_no_ratios(configs, bench):
+    base, hybrid = map(str, configs)
+    result, rows, _ = bench(base, hybrid, "--context", "64:4", failing=[base])
+    assert [row["model"] for row in rows] == [hybrid] and rows[0]["decode_ratio"] is rows[0]["ttft_ratio"] is None
+    assert str(result.exception) == f"{base}: vLLM stopped"
+
+
+VARIANT = '{"gka_overrides": {"num_iter": 10}}'
+
+
+def test_several_hybrids_and_variants(configs, bench):
+    """One Hybrid a layer type, and again those that have the keys; prefills are of the base's number of sequences."""
+    base = str(configs[0])
+    arguments = ["--mixer", "gdn,gka", "--ratio", "0.5", "--context", "64:max,100:4", "--variant", VARIANT]
+    result, rows, _ = bench(base, *arguments)
+    assert result.exit_code == 0, result.exception
+    names = [base, f"{base} with gdn", f"{base} with gka", f"{base} with gka, num_iter=10"]
+    assert [row["model"] for row in rows] == names * 2
+    for load in (rows[:4], rows[4:]):
+        assert len({row["prefilled_sequences"] for row in load}) == 1
+        assert load[0]["prefilled_sequences"] == load[0]["sequences"]
+        assert [row["ttft_ratio"] for row in load] == [1, 1, 2, 2] and [row["filled"] for row in load] == [
+            load[0]["context"] == 64
+        ] * 4
+    assert {row["sequences"] for row in rows[4:]} == {4} and {row["mean_ttft"] for row in rows} == {1.5, 3.0}
+
+
+def test_card(configs, bench):
+    """The two tables of a model card: Hybrids first, the base last, a column a context."""
+    base = str(configs[0])
+    result, rows, _ = bench(
+        base, "--mixer", "gka", "--ratio", "0.5", "--context", "1024:max,2048:max", "--format", "card"
     )
-    assert str(result.exception) == f"{configs[1]}: vLLM stopped"
-    (row,) = json.loads(saved.read_text())["rows"]
-    assert (row["model"], row["prefill_tokens_per_second"], row["decode_tokens_per_second"]) == (
-        str(configs[0]), 128.0, 20.0,
-    )  # fmt: skip
+    assert result.exit_code == 0, result.exception
+    tables = [line for line in result.output.splitlines() if line.startswith("|")]
+    head = ["| Model | 1K | 2K |", "|---|---|---|"]
+    decode = {row["context"]: f"{row['decode_tokens_per_second']:,.0f}" for row in rows if row["model"] == base}
+    hybrid = [row for row in rows if row["model"] != base]
+    cells = [f"{row['decode_tokens_per_second']:,.0f} ({row['decode_ratio']:.2f}×)" for row in hybrid]
+    assert tables == [
+        *head, f"| {base} with gka | {cells[0]} | {cells[1]} |", f"| {base} | {decode[1024]} | {decode[2048]} |",
+        *head, f"| {base} with gka | 3,000 ms (2.00×) | 3,000 ms (2.00×) |", f"| {base} | 1,500 ms | 1,500 ms |",
+    ]  # fmt: skip
+    assert "with a saturated KV cache" in result.output and "at the Transformer's saturated batch size" in result.output
+    fixed, _, _ = bench(base, "--context", "64:4", "--format", "card")
+    assert "| Model | 64 × 4 |" in fixed.output and "saturated" not in fixed.output
+
+
+class TestOverrides:
+    def arguments(self, one):
+        at = one.arguments.index("--hf-overrides") if "--hf-overrides" in one.arguments else None
+        return None if at is None else json.loads(one.arguments[at + 1])
+
+    def test_each_model_gets_what_its_config_takes(self, configs):
+        named = [("base", configs[0]), ("hybrid", configs[1])]
+        shared = '{"max_position_embeddings": 9000, "gdn_overrides": {"allow_neg_eigval": true}}'
+        found = variants.subjects(named, Run([Load(5000, 1)], dtype="float32"), shared)
+        assert [self.arguments(one) for one in found] == [{"max_position_embeddings": 9000}, json.loads(shared)]
+        assert self.arguments(variants.subjects(named, Run([Load(64, 1)], dtype="float32"))[1]) is None
+
+    @pytest.mark.parametrize(
+        ("arguments", "line"),
+        [
+            (["--hf-overrides", "{num_iter: 10}"], "--hf-overrides: {num_iter: 10} is no table in JSON"),
+            (["--variant", "[1]"], "--variant: [1] is no table in JSON"),
+            (["--variant", VARIANT], "no MODEL has such keys, or layers of that type"),
+            (["--hf-overrides", '{"max_positions": 1}'], "--hf-overrides: max_positions: no MODEL has such a key"),
+            (["--variant", '{"gdn_overrides": {"num_iter": 1}}'], "unknown key 'num_iter'"),
+            (["--format", "cards"], "--format: unknown format 'cards'; did you mean 'card'?"),
+        ],
+    )
+    def test_refused(self, configs, arguments, line):
+        result = CliRunner().invoke(app, ["bench", "serving", *map(str, configs), "--context", "64:4", *arguments])
+        assert isinstance(result.exception, HmfError) and line in str(result.exception)
 
 
 def here(one, run, *_):
@@ -216,11 +317,12 @@ def test_command(configs, tmp_path, monkeypatch):
     assert [row["sequences"] for row in table[:2]] == [3, 3] and min(row["sequences"] for row in table[2:]) > 3
     assert [row["model"] for row in table] == [str(path) for path in configs] * 2
     for base, row in zip((table[0], table[0], table[2], table[2]), table, strict=True):
-        prompts = row["context"] * row["sequences"]
+        assert row["prefilled_sequences"] == base["sequences"] and row["mean_ttft"] <= row["prefill_seconds"][0]
+        prompts = row["context"] * row["prefilled_sequences"]
         assert row["prefill_tokens_per_second"] == pytest.approx(prompts / row["prefill_seconds"][0])
         assert row["decode_tokens_per_second"] == pytest.approx(5 * row["sequences"] / row["decode_seconds"][0])
         for part, figure in (
-            ("prefill", "prefill_tokens_per_second"), ("decode", "decode_tokens_per_second"),
+            ("prefill", "prefill_tokens_per_second"), ("decode", "decode_tokens_per_second"), ("ttft", "mean_ttft"),
             ("capacity", "capacity_tokens"),
         ):  # fmt: skip
             assert row[figure] > 0 and row[f"{part}_ratio"] == pytest.approx(row[figure] / base[figure])

@@ -5,7 +5,8 @@ Every engine runs in a process of its own, so that its memory is given back befo
 random token ids, the same for all models and other ones in each run, and prefix caching is off. After a warm-up of the
 same shapes:
 
-- prefill: all sequences are submitted together and each asks for one token; prompt tokens by the time to the last one.
+- prefill: sequences are submitted together and each asks for one token; prompt tokens by the time to the last one, and
+  the mean of the times to each. As many for every model: where each fills its cache, as many as the first one holds.
 - decode: from the step that gave the last sequence its first token until every sequence has had `output` more. So
   nothing but full batches of decodes is timed: no prefill, and no tail of fewer sequences. The rest is then aborted.
 """
@@ -29,12 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 import hmf
-from hmf.bench import machine
 from hmf.errors import HmfError, unknown_name
 from hmf.gpus import Device
 from hmf.model.checkpoint import WEIGHT_FILES, load_config, require_checkpoint
@@ -51,10 +49,12 @@ PLANNED = 0.95  # of the sequences that a plan says fit
 
 @dataclass(frozen=True)
 class Load:
-    """So many sequences at once, with prompts of so many tokens; 0: as many as a model's cache holds."""
+    """So many sequences that decode at once, with prompts of so many tokens; 0: as many as a model's cache holds.
+    prefilled: how many are submitted to time their prefill, 0: the same."""
 
     tokens: int
     sequences: int
+    prefilled: int = 0
 
     def lead(self, batched_tokens: int) -> int:
         """Tokens that the first sequence may be ahead when the last one gets its first, and a few more."""
@@ -102,8 +102,8 @@ class Run:
 @dataclass(frozen=True)
 class Subject:
     """A model to measure. folder: what vLLM loads, with a config alone or a whole checkpoint; loads: the run's, with as
-    many sequences as fit this model; plan: for the bytes of a decode step, None where weights are quantised; arguments,
-    environment: of its engine."""
+    many sequences as fit this model, and for prefill as many as fit the first; plan: for the bytes of a decode step,
+    None where weights are quantised; arguments, environment: of its engine."""
 
     name: str
     folder: Path
@@ -123,7 +123,7 @@ class Subject:
 class Measured:
     """Of one model: seconds of every timed run for each load; the KV cache in tokens, as vLLM says it; bytes/s of a
     copy on the GPU, read and written counted alike (None on a CPU); seconds until the engine was ready; CUDA graphs and
-    attention and state backends as the worker chose them."""
+    attention and state backends as the worker chose them; ttft: the mean seconds to a first token of each prefill."""
 
     prefill: list[list[float]]
     decode: list[list[float]]
@@ -132,11 +132,19 @@ class Measured:
     start: float
     cuda_graphs: str
     backends: str
+    ttft: list[list[float]]
 
 
-def subject(name: str, folder: Path, run: Run) -> Subject:
-    """The model at `folder`; random weights where it holds none. HmfError for what vLLM would not serve."""
+def subject(
+    name: str, folder: Path, run: Run, overrides: dict[str, Any] | None = None, first: Subject | None = None
+) -> Subject:
+    """The model at `folder`; random weights where it holds none. HmfError for what vLLM would not serve.
+
+    overrides: vLLM's --hf-overrides; first: the model that the others are compared with, None for that one itself.
+    """
     config = load_config(folder, weights=False)
+    for key, value in (overrides or {}).items():
+        setattr(config, key, value)  # as vLLM does
     random = not any((folder / file).exists() for file in WEIGHT_FILES)
     quantised = bool(getattr(config, "quantization_config", None))
     if not random and not quantised:
@@ -144,7 +152,10 @@ def subject(name: str, folder: Path, run: Run) -> Subject:
     config = servable(config, folder)
     dtype = config.dtype = getattr(torch, run.dtype)
     loads = tuple(load if load.sequences else _filled(load, name, config, run) for load in run.loads)
-    longest, most = max(map(run.length, loads)), max(load.sequences for load in loads)
+    if first is not None:
+        loads = tuple(replace(load, prefilled=base.sequences) for load, base in zip(loads, first.loads, strict=True))
+    longest = max(map(run.length, loads))
+    most = max(max(load.sequences, load.prefilled) for load in loads)
     if longest > config.max_position_embeddings:
         raise HmfError(
             f"--context: {longest:,} tokens with what is decoded, and {name} has max_position_embeddings "
@@ -157,10 +168,12 @@ def subject(name: str, folder: Path, run: Run) -> Subject:
         "--max-model-len": str(longest), "--max-num-batched-tokens": str(run.batched_tokens),
         "--gpu-memory-utilization": str(run.utilisation), "--no-enable-prefix-caching": None,
         "--skip-tokenizer-init": None, "--disable-log-stats": None,
-        "--worker-extension-cls": f"hmf.serving.throughput.{Inspection.__name__}",
+        "--worker-extension-cls": f"hmf.bench.throughput.{Inspection.__name__}",
     }  # fmt: skip
     if run.enforce_eager:
         options["--enforce-eager"] = None
+    if overrides:
+        options["--hf-overrides"] = json.dumps(overrides)
     # Without a limit of memory: only the bytes of a step are asked of it.
     plan = None if quantised else make_plan(config, Device("", 0, 0.0), run.ranks, dtype, settings, room=2**60)
     arguments = tuple(text for pair in options.items() for text in pair if text is not None)
@@ -209,28 +222,29 @@ def measure(job: dict[str, Any], tell: Callable[[str], None]) -> Measured:
     started = time.perf_counter() - started
     tell("warming up")
     generator = torch.Generator().manual_seed(0)
-    prefill, decode = [], []
+    prefill, decode, ttft = list[float](), list[float](), list[float]()
     for load in (Load(**fields) for fields in job["loads"]):
-        shape, lead, times = (load.sequences, load.tokens), load.lead(job["batched_tokens"]), []
+        lead, times = load.lead(job["batched_tokens"]), []
         for repeat in range(1 + job["repeats"]):
             warm = repeat > 0
             seconds = []
             for tokens in (0, job["output"]) if warm else (min(4, job["output"]),):
-                prompts = torch.randint(job["vocabulary"], shape, generator=generator).tolist()
+                sequences = load.sequences if tokens else load.prefilled or load.sequences
+                prompts = torch.randint(job["vocabulary"], (sequences, load.tokens), generator=generator).tolist()
                 seconds.append(_generate(llm.llm_engine, prompts, tokens, lead))
-                tell(f"{planner.short(load.tokens)} x {load.sequences}")
+                tell(f"{planner.short(load.tokens)} x {sequences}")
             if warm:
-                times.append((seconds[0][0], seconds[1][1]))
-        prefill.append([first for first, _ in times])
-        decode.append([rest for _, rest in times])
+                times.append((seconds[0][0], seconds[1][1], seconds[0][2]))
+        for found, part in zip((prefill, decode, ttft), zip(*times, strict=True), strict=True):
+            found.append(list(part))
     graphs, backends = llm.collective_rpc(Inspection.hmf_choices.__name__)[0]
     capacity = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
     llm.llm_engine.engine_core.shutdown()
-    return Measured(prefill, decode, capacity, _copy_rate(), started, graphs, backends)
+    return Measured(prefill, decode, capacity, _copy_rate(), started, graphs, backends, ttft)
 
 
-def _generate(engine: Any, prompts: list[list[int]], tokens: int, lead: int) -> tuple[float, float]:
-    """Seconds until all have their first token, and from then until all have `tokens` more."""
+def _generate(engine: Any, prompts: list[list[int]], tokens: int, lead: int) -> tuple[float, float, float]:
+    """Seconds until all have their first token, from then until all have `tokens` more, the mean to a first."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -242,9 +256,11 @@ def _generate(engine: Any, prompts: list[list[int]], tokens: int, lead: int) -> 
     had = {f"{begun}-{index}": 0 for index in range(len(prompts))}
     for name, prompt in zip(had, prompts, strict=True):
         engine.add_request(name, {"prompt_token_ids": prompt}, params)
-    first, before = 0.0, dict(had)
+    first, before, waited = 0.0, dict(had), 0.0
     while engine.has_unfinished_requests():
         for output in engine.step():
+            if not had[output.request_id] and output.outputs[0].token_ids:
+                waited += time.perf_counter() - begun
             had[output.request_id] += len(output.outputs[0].token_ids)
         if not first and all(had.values()):
             first, before = time.perf_counter(), dict(had)
@@ -252,7 +268,7 @@ def _generate(engine: Any, prompts: list[list[int]], tokens: int, lead: int) -> 
             rest = time.perf_counter() - first
             engine.abort_request(list(had))
             if max(had[name] - before[name] for name in had) <= tokens + 1:
-                return first - begun, rest
+                return first - begun, rest, waited / len(had)
             break
     raise HmfError(
         f"{len(prompts)} sequences of {len(prompts[0]):,} tokens did not decode together: the cache holds too few; "
@@ -293,15 +309,18 @@ def _main(folder: Path) -> int:
 # ---- in the command's process
 
 
-def run_all(subjects: Sequence[Subject], run: Run) -> Iterator[Measured]:
-    """Measure one model after the other, each in a process of its own. HmfError names the one that failed."""
+def run_all(subjects: Sequence[Subject], run: Run) -> Iterator[Measured | HmfError]:
+    """Measure one model after the other, each in a process of its own; an error names the one that failed."""
     steps = len(subjects) * (1 + len(run.loads) * (1 + 2 * run.repeats))
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no engine is left
     try:
         with tqdm(total=steps, unit="run", disable=None) as bar, _plugin() as environment:
             for one in subjects:
                 bar.set_description(f"{one.name}: starting")
-                yield _run_one(one, run, environment, bar)
+                try:
+                    yield _run_one(one, run, environment, bar)
+                except HmfError as error:
+                    yield error
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -320,7 +339,7 @@ def _run_one(one: Subject, run: Run, environment: dict[str, str], bar: Any) -> M
         events.touch()
         with log.open("wb") as output, events.open(encoding="utf-8") as lines:
             process = subprocess.Popen(
-                [sys.executable, "-m", "hmf.serving.throughput", name], stdin=subprocess.DEVNULL, stdout=output,
+                [sys.executable, "-m", "hmf.bench.throughput", name], stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT, env=os.environ | one.environment | environment, process_group=0,
             )  # fmt: skip
             last: dict[str, Any] = {}
@@ -376,66 +395,6 @@ def _plugin() -> Iterator[dict[str, str]]:
         (described / "entry_points.txt").write_text(f"[{GROUP}]\nhmf = {target}\n", encoding="utf-8")
         sources = str(Path(hmf.__file__).parent.parent)
         yield {"PYTHONPATH": os.pathsep.join(filter(None, [folder, sources, os.environ.get("PYTHONPATH")]))}
-
-
-def rows(subjects: Sequence[Subject], measured: Sequence[Measured], run: Run) -> list[dict[str, Any]]:
-    """One row a load and model that has been measured, with its ratios to the first model.
-
-    bound_share: of the rate at which the GPU copies, what decoding reached in reading weights and caches.
-    """
-    result = []
-    for index in range(len(run.loads)):
-        group: list[dict[str, Any]] = []
-        for one, found in zip(subjects, measured, strict=False):
-            load = one.loads[index]
-            prefill = load.tokens * load.sequences / min(found.prefill[index])
-            decode = run.output * load.sequences / min(found.decode[index])
-            share = None
-            if one.plan and found.copy_rate:
-                read = one.plan.step_bytes(load.sequences, load.tokens + run.output // 2)
-                share = decode / load.sequences * read / found.copy_rate
-            row: dict[str, Any] = {
-                "model": one.name, "kind": one.kind, "context": load.tokens, "sequences": load.sequences,
-                "output": run.output, "prefill_seconds": found.prefill[index], "decode_seconds": found.decode[index],
-                "prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode, "bound_share": share,
-                "capacity_tokens": found.capacity, "copy_bytes_per_second": found.copy_rate,
-                "start_seconds": found.start, "cuda_graphs": found.cuda_graphs, "backends": found.backends,
-            }  # fmt: skip
-            first = group[0] if group else row
-            row |= {
-                "prefill_ratio": prefill / first["prefill_tokens_per_second"],
-                "decode_ratio": decode / first["decode_tokens_per_second"],
-                "capacity_ratio": found.capacity / first["capacity_tokens"],
-            }
-            group.append(row)
-        result += group
-    return result
-
-
-def print_rows(table_rows: list[dict[str, Any]], title: str) -> None:
-    models = {row["model"]: row for row in table_rows}
-    notes = [f"{name}: {row['kind']}; CUDA graphs {row['cuda_graphs']}; {row['backends']}; started in "
-             f"{row['start_seconds']:.0f} s" for name, row in models.items()]  # fmt: skip
-    if rate := table_rows[0]["copy_bytes_per_second"]:
-        notes.append(f"of the bound: bytes that a decode step must move, by a copy's {rate / 1e12:.2f} TB/s")
-    caption = "\n".join([*notes, *machine.lines()])
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
-    table.add_column("context")
-    table.add_column("model")
-    for name in ("prefill tok/s", "ratio", "decode tok/s", "ratio", "step ms", "of the bound", "KV tokens", "ratio"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row, after in zip(table_rows, [*table_rows[1:], None], strict=True):
-        first, share = row["model"] == table_rows[0]["model"], row["bound_share"]
-        ratios = ("1" if first else f"{row[f'{part}_ratio']:.2f}x" for part in ("prefill", "decode", "capacity"))
-        table.add_row(
-            f"{planner.short(row['context'])} x {row['sequences']}", row["model"],
-            f"{row['prefill_tokens_per_second']:,.0f}", next(ratios),
-            f"{row['decode_tokens_per_second']:,.1f}", next(ratios),
-            f"{min(row['decode_seconds']) / row['output'] * 1e3:.2f}", f"{share:.0%}" if share else "-",
-            f"{row['capacity_tokens']:,}", next(ratios),
-            end_section=after is None or after["model"] == table_rows[0]["model"],
-        )  # fmt: skip
-    Console(width=max(130, Console().width)).print(table)
 
 
 if __name__ == "__main__":

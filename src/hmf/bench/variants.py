@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which models `hmf bench serving` measures: those that are named, and again with other values in their configs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hmf.config.layers import LAYER_KINDS, needed_kinds
+from hmf.errors import HmfError
+from hmf.model.checkpoint import load_config
+from hmf.planning.serving import as_hybrid
+
+from .throughput import Run, Subject, subject
+
+
+def subjects(
+    named: Sequence[tuple[str, Path]], run: Run, hf_overrides: str | None = None, variants: Sequence[str] = ()
+) -> list[Subject]:
+    """The models to measure: all of `named`, then for each of `variants` those whose config has its keys once more.
+
+    hf_overrides, variants: JSON. HmfError for what no model takes: it would change nothing.
+    """
+    configs = {name: as_hybrid(load_config(folder, weights=False)) for name, folder in named}
+    shared = {} if hf_overrides is None else parse_overrides("--hf-overrides", hf_overrides)
+    for key in shared:
+        if not any(takes(config, key) for config in configs.values()):
+            raise HmfError(f"--hf-overrides: {key}: no MODEL has such a key, or layers of that type; leave it out")
+    plain = {name: {key: x for key, x in shared.items() if takes(config, key)} for name, config in configs.items()}
+    found = [(name, folder, plain[name]) for name, folder in named]
+    for text in variants:
+        extra = parse_overrides("--variant", text)
+        taking = [(name, folder) for name, folder in named if all(takes(configs[name], key) for key in extra)]
+        if not taking:
+            raise HmfError(f"--variant: {text}: no MODEL has such keys, or layers of that type; leave it out")
+        label = ", ".join(_values(extra))
+        found += [(f"{name}, {label}", folder, plain[name] | extra) for name, folder in taking]
+    result: list[Subject] = []
+    for name, folder, overrides in found:
+        result.append(subject(name, folder, run, overrides, result[0] if result else None))
+    return result
+
+
+def _values(overrides: dict[str, Any]) -> Iterator[str]:
+    for key, value in overrides.items():
+        yield from _values(value) if isinstance(value, dict) else [f"{key}={value}"]
+
+
+def takes(config: Any, key: str) -> bool:
+    """Whether an override of `key` says something of a model's config: of layers that it has, or a key of its own."""
+    for kind in LAYER_KINDS.values():
+        if key in (kind.config_key, f"{kind.name}_overrides"):
+            return hasattr(config, "pattern") and kind in needed_kinds(config, config.pattern.symbols)
+    return hasattr(config, key)
+
+
+def parse_overrides(option: str, text: str) -> dict[str, Any]:
+    """JSON as vLLM's --hf-overrides takes it; HmfError that names `option`."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict) or not found:
+        raise HmfError(
+            f'{option}: {text} is no table in JSON; write for example {{"gka_overrides": {{"num_iter": 10}}}}'
+        )
+    return found
