@@ -4,11 +4,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
+import hmf
 from hmf.cli import app, main
 from hmf.config.runs import PrimeRecipe, read_recipe
 from tests.conftest import ROOT
@@ -98,6 +100,43 @@ def test_a_run_that_cannot_start_claims_no_folder(tmp_path, monkeypatch, capsys)
         code, _, err = run(monkeypatch, capsys, "finetune", recipe)
         assert (code, err.count("\n")) == (2, 1) and said in err
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["nonsense"], "No such command 'nonsense'"),
+        (["evaluate", "teacher", "--smples", "3"], "No such option: --smples (Possible options: --baselines"),
+        (["bench", "states", "x", "--dtype", "int8"], "'int8' is not one of 'bfloat16', 'float16'"),
+        (["bench", "serving", "x", "--context", "1:1", "--format", "cards"], "'cards' is not one of 'table', 'card'"),
+        (["evaluate", "two\nhmf: lines"], "two\\nhmf: lines: no such directory"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_line_is_one_line(arguments, line, monkeypatch, capsys):
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert (code, err.count("\n")) == (2, 1) and line in err and err.startswith("hmf: ")
+
+
+def test_an_unexpected_error_is_one_line_and_a_log(monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise RuntimeError("first\nsecond")
+
+    monkeypatch.setattr("hmf.model.checkpoint.load_config", fail)
+    code, _, err = run(monkeypatch, capsys, "plan", "teacher", "--gpu", "h100")
+    assert (code, err.count("\n")) == (1, 1) and "unexpected RuntimeError: first; please report it with " in err
+    log = Path(err.strip().rpartition(" ")[2])
+    assert "in fail" in log.read_text() and "second" in log.read_text()
+    log.unlink()
+    monkeypatch.setenv("HMF_DEBUG", "")  # set back at the end
+    monkeypatch.setattr(sys, "argv", ["hmf", "--debug", "plan", "teacher", "--gpu", "h100"])
+    with pytest.raises(RuntimeError, match="second"):
+        main()
+
+
+def test_version_and_short_help(monkeypatch, capsys):
+    assert run(monkeypatch, capsys, "--version")[:2] == (0, f"hmf {hmf.__version__}\n")
+    code, out, _ = run(monkeypatch, capsys, "bench", "ops", "-h")
+    assert code == 0 and "Examples" in out
 
 
 def test_no_recipe_and_broken_yaml(tmp_path, monkeypatch, capsys):

@@ -51,7 +51,6 @@ class TestInput:
         ("arguments", "line"),
         [
             (["--context", "64"], "--context: '64'"),
-            (["--dtype", "int8"], "--dtype: unknown dtype 'int8'"),
             (["--batched-tokens", "4"], "--batched-tokens: 4 leaves none"),
             (["--context", "5000:1"], "max_position_embeddings 4,096; ask for fewer"),
             (["--ratio", "0.5", "--pattern", "*-GDN"], "at most one of --ratio and --pattern"),
@@ -276,7 +275,6 @@ class TestOverrides:
             (["--variant", VARIANT], "no MODEL has such keys, or layers of that type"),
             (["--hf-overrides", '{"max_positions": 1}'], "--hf-overrides: max_positions: no MODEL has such a key"),
             (["--variant", '{"gdn_overrides": {"num_iter": 1}}'], "unknown key 'num_iter'"),
-            (["--format", "cards"], "--format: unknown format 'cards'; did you mean 'card'?"),
         ],
     )
     def test_refused(self, configs, arguments, line):

@@ -5,22 +5,52 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
+import traceback
+from typing import Annotated
 
 import typer
+from typer.exceptions import TyperException
 
+import hmf
 from hmf.cli import bench, data, machine, models, stages
 from hmf.cli.shared import group
 from hmf.errors import HmfError
 
+DEBUG = "HMF_DEBUG"  # set: unexpected errors show their traceback
+
 app = group(
     "Turn a pre-trained Transformer into a Hybrid of attention and state-space layers; train, evaluate, serve it.",
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 for commands in (stages, models, machine):
     app.add_typer(commands.app)
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"hmf {hmf.__version__}")
+        raise typer.Exit
+
+
+def _show_tracebacks(asked: bool) -> None:
+    if asked:
+        os.environ[DEBUG] = "1"
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", callback=_show_tracebacks, help="Show the traceback of an unexpected error.")
+    ] = False,
+) -> None:
+    """Options of all commands."""
 
 
 def main() -> None:
@@ -29,7 +59,29 @@ def main() -> None:
     # Its bars are for reading and writing files; long steps show their own.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        app(standalone_mode=True)
+        code = app(standalone_mode=False)
     except HmfError as error:
-        typer.echo(f"hmf: {error}", err=True)
-        sys.exit(2)
+        _end(str(error), 2)
+    except TyperException as error:  # options that cannot be parsed; without any message, help has been printed
+        _end(error.format_message(), 2)
+    except KeyboardInterrupt as stop:
+        _end(f"stopped {stop}".strip(), 130)
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            raise
+        with tempfile.NamedTemporaryFile("w", prefix="hmf-", suffix=".log", delete=False, encoding="utf-8") as log:
+            traceback.print_exc(file=log)
+        reason = str(error).strip().split("\n")[0]
+        _end(f"unexpected {type(error).__name__}: {reason}; please report it with {log.name}", 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _end(message: str, code: int) -> None:
+    """Print one line, in which nothing of a file or its name can look like another line, and exit."""
+    if message:
+        shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
+        typer.echo(f"hmf: {shown}", err=True)
+    sys.exit(code)

@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 from hmf.config.runs import OptimiserSettings
 from hmf.folders import claimed
 
-from .checkpoints import by_one
+from .checkpoints import by_one, newest_valid
 from .progress import ProgressLine, RunLog
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
@@ -98,5 +98,10 @@ def train(
     trainer.add_callback(ProgressLine(title, tokens_per_step, flops_per_token))
     try:
         trainer.train(resume_from_checkpoint=trainer.start_from())
+    except KeyboardInterrupt:
+        last = newest_valid(checkpoints := Path(trainer.args.output_dir))
+        start = f"step {last.name.rpartition('-')[2]}, its last checkpoint in {checkpoints}" if last else "the start"
+        done = f"at step {trainer.state.global_step} of {trainer.state.max_steps}"
+        raise KeyboardInterrupt(f"{done}; the same command goes on from {start}") from None
     finally:
         log.write(trainer.state)
