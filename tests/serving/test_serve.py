@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -194,6 +195,32 @@ class TestChat:
         assert "".join(text for text, is_thought in parts if not is_thought).strip() == "Hello world"
         assert [message["role"] for message in chat.messages] == ["user", "assistant"]
 
+    def test_an_answer_that_is_cut_off(self, scripted):
+        chat = LocalChat(scripted, max_new_tokens=2)
+        list(chat.answer("Hi"))
+        assert chat.cut_off
+        chat.max_new_tokens = 100
+        list(chat.answer("Hi"))
+        assert not chat.cut_off
+
+    def test_a_stopped_answer_ends_in_its_thread_and_is_remembered(self, scripted, capsys):
+        """Ctrl-C during an answer, here after its first piece; then the conversation goes on."""
+        chat = LocalChat(scripted, max_new_tokens=10**5)
+        chat.model.generation_config.eos_token_id = chat.tokenizer.eos_token_id = None  # it never ends by itself
+        whole, lines = chat.answer, iter(["Hi", "Hi", ""])
+
+        def interrupted(text):
+            for piece in whole(text):
+                yield piece
+                raise KeyboardInterrupt
+
+        chat.answer = interrupted
+        before = threading.active_count()
+        run(chat, "name", lambda: next(lines))
+        assert threading.active_count() == before
+        assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
+        assert capsys.readouterr().out.count("(stopped)") == 2
+
     def test_no_server(self, scripted):
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
@@ -319,7 +346,7 @@ def test_server_and_chat(scripted, tmp_path):
         from rich.console import Console
 
         with (tmp_path / "said").open("w") as said:
-            run(chat, scripted, lambda prompt: next(lines), Console(file=said, force_terminal=True, width=80))
+            run(chat, scripted, lambda: next(lines), Console(file=said, force_terminal=True, width=80))
         text = (tmp_path / "said").read_text()
         assert "\x1b[2mponder" in text and "Hello" in text and "\x1b[2mHello" not in text
         quiet = ServerChat(scripted, url, thinking=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer, TextIteratorStreamer
+from transformers import AutoTokenizer, StoppingCriteriaList, TextIteratorStreamer
 
 from hmf.errors import HmfError
 from hmf.model.checkpoint import load_model
@@ -22,10 +23,18 @@ Part = tuple[str, bool]  # a piece of an answer, and whether it is a thought
 
 
 class Chat(Protocol):
-    """Messages so far and the model that answers."""
+    """Messages so far and the model that answers.
+
+    cut_off: whether the last answer reached the most tokens that one may have, before the model had ended it.
+    """
+
+    cut_off: bool
 
     def answer(self, text: str) -> Iterator[Part]:
-        """Send `text`; yields the answer as it comes and remembers both turns."""
+        """Send `text`; yields the answer as it comes and remembers both turns.
+
+        A KeyboardInterrupt stops the answer: what has come of it is remembered, and the exception goes on.
+        """
         ...
 
 
@@ -39,6 +48,7 @@ class LocalChat:
             raise HmfError(f"{source}: the tokenizer has no chat template; chat needs an instruction-tuned checkpoint")
         self.thinking, self.max_new_tokens, self.temperature = thinking, max_new_tokens, temperature
         self.messages: list[dict[str, str]] = []
+        self.cut_off = False
 
     def answer(self, text: str) -> Iterator[Part]:
         self.messages.append({"role": "user", "content": text})
@@ -51,12 +61,21 @@ class LocalChat:
         ).to(self.model.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+        configured = self.model.generation_config.eos_token_id
+        ends = {self.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
         arguments = {**inputs, **sampling, "streamer": streamer, "max_new_tokens": self.max_new_tokens}
         failure: list[BaseException] = []
+        stopped = threading.Event()
+        self.cut_off = False
 
         def generate() -> None:
             try:
-                self.model.generate(**arguments, pad_token_id=self.tokenizer.pad_token_id)
+                tokens = self.model.generate(
+                    **arguments,
+                    stopping_criteria=StoppingCriteriaList([lambda *_, **__: stopped.is_set()]),
+                    pad_token_id=self.tokenizer.pad_token_id,
+                )[0, inputs["input_ids"].shape[1] :]
+                self.cut_off = len(tokens) == self.max_new_tokens and tokens[-1].item() not in ends
             except BaseException as error:
                 failure.append(error)
                 streamer.end()
@@ -64,13 +83,16 @@ class LocalChat:
         worker = threading.Thread(target=generate, daemon=True)
         worker.start()
         pieces, markers = [], Markers()
-        for piece in streamer:
-            pieces.append(piece)
-            yield from markers.parts(piece)
-        worker.join()
+        try:
+            for piece in streamer:
+                pieces.append(piece)
+                yield from markers.parts(piece)
+        finally:  # also where the caller stops, or Ctrl-C does
+            stopped.set()
+            worker.join()
+            self.messages.append({"role": "assistant", "content": "".join(pieces)})
         if failure:
             raise failure[0]
-        self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
 
 class ServerChat:
@@ -103,15 +125,17 @@ class ServerChat:
             "extra_body": {"chat_template_kwargs": {"enable_thinking": thinking}},
         }
         self.messages: list[Any] = []
+        self.cut_off = False
 
     def answer(self, text: str) -> Iterator[Part]:
         self.messages.append({"role": "user", "content": text})
         pieces, markers = [], Markers()  # a server without a reasoning parser leaves the markers in
+        self.cut_off = False
         try:
             stream = self.client.chat.completions.create(messages=self.messages, stream=True, **self.arguments)
             for chunk in stream:
                 for choice in chunk.choices:
-                    delta = choice.delta
+                    delta, self.cut_off = choice.delta, choice.finish_reason == "length"
                     # vLLM's own field, under its present or its former name
                     if thought := getattr(delta, "reasoning", None) or getattr(delta, "reasoning_content", None):
                         yield thought, True
@@ -120,27 +144,54 @@ class ServerChat:
                         yield from markers.parts(delta.content)
         except self.failure as error:
             raise self._said(error) from None
-        self.messages.append({"role": "assistant", "content": "".join(pieces)})
+        finally:  # also where the caller stops, or Ctrl-C does
+            self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
     def _said(self, error: Exception) -> HmfError:
         what = " ".join(str(error).split()).rstrip(".")
         return HmfError(f"--url: {self.url}: {what}; is the server up? `hmf serve DIR` starts one")
 
 
-def run(chat: Chat, name: str | Path, read: Callable[[str], str] = input, console: Console | None = None) -> None:
-    """`hmf chat`: read a line, stream the answer, until an empty line, Ctrl-D or Ctrl-C."""
-    console = console or Console(highlight=False)
-    console.print(f"{name}: an empty line ends the conversation", style="dim")
+def run(chat: Chat, name: str | Path, read: Callable[[], str] | None = None, console: Console | None = None) -> None:
+    """`hmf chat`: read a message, stream the answer, until an empty message, Ctrl-D, or Ctrl-C at the prompt.
+
+    Ctrl-C during an answer stops the answer. read: gives the next message; left out: from the terminal, or the next
+    line of the standard input where it is no terminal.
+    """
+    console, read = console or Console(highlight=False), read or _reader()
+    console.print(f"{name}: an empty message ends the conversation; {KEYS}", style="dim", soft_wrap=True)
     while True:
         try:
-            text = read("> ").strip()
+            text = read().strip()
         except (EOFError, KeyboardInterrupt):
             text = ""
         if not text:
             return
-        for piece, is_thought in chat.answer(text):
-            console.print(piece, style="dim" if is_thought else None, end="", markup=False, soft_wrap=True)
+        try:
+            for piece, is_thought in chat.answer(text):
+                console.print(piece, style="dim" if is_thought else None, end="", markup=False, soft_wrap=True)
+        except KeyboardInterrupt:
+            console.print("\n(stopped)", style="dim")
+            continue
         console.print()
+        if chat.cut_off:
+            console.print("(cut off: --max-new-tokens allows longer answers)", style="dim")
+
+
+KEYS = "Escape and Enter begin a new line, Ctrl-X Ctrl-E opens an editor, Ctrl-C stops an answer"
+
+
+def _reader() -> Callable[[], str]:
+    if not sys.stdin.isatty():
+        return lambda: input("> ")
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+    # Pasted text may have several lines: they are one message.
+    session: PromptSession[str] = PromptSession("> ", key_bindings=keys, enable_open_in_editor=True)
+    return session.prompt
 
 
 class Markers:
