@@ -126,13 +126,15 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None:
-            adopt(past_key_values, self.config)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
         batch, tokens = inputs_embeds.shape[:2]
-        if attention_mask is not None and attention_mask.dim() != 2:
+        if past_key_values is not None:
+            adopt(past_key_values, self.config, batch)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if attention_mask is not None and getattr(attention_mask, "shape", None) != (batch, past + tokens):
+            given = list(attention_mask.shape) if hasattr(attention_mask, "shape") else type(attention_mask).__name__
             raise HmfError(
-                f"attention_mask: needs [batch, tokens] for recurrent layers, got {tuple(attention_mask.shape)}"
+                f"attention_mask: recurrent layers need [batch, cached + new tokens], here {[batch, past + tokens]}; "
+                f"got {given}"
             )
         if attention_mask is not None and tokens > 1 and bool(attention_mask.all()):
             attention_mask = None
@@ -239,6 +241,12 @@ class HybridCausalLMMixin(AsItsFamily, StrictLoading):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if (cache := model_kwargs.get("past_key_values")) is not None:
             adopt(cache, self.config)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any):
+        raise HmfError(
+            "generate_batch: continuous batching of transformers is not supported with recurrent layers; "
+            "use generate, or `hmf serve`"
+        )
 
 
 def _causal_lm_forward(stock: Any) -> Any:
