@@ -69,8 +69,8 @@ class MixerCacheLayer(CacheLayerMixin):
         raise HmfError("a mixer's cache holds states, not keys and values")
 
 
-# An offloading cache moves keys and values between GPU and CPU, and passes over linear-attention layers, whose states are
-# small. It tells them by this class.
+# An offloading cache moves keys and values between GPU and CPU. It leaves the small states of linear-attention layers
+# where they are, and recognises those layers by this class.
 LinearAttentionCacheLayerMixin.register(MixerCacheLayer)
 
 

@@ -72,11 +72,15 @@ class StrictLoading(_Base):
 
 
 def _check_offloading(model: PreTrainedModel) -> None:
-    """HmfError where accelerate would fetch a mixer's tensors for each call: it sees modules called, not tensors used."""
+    """HmfError for a mixer on the CPU or disk: accelerate fetches the tensors of modules that are called, and a mixer
+    reads some of them without a call."""
     places = set(map(str, getattr(model, "hf_device_map", {}).values()))
     for name, module in model.named_modules() if places & {"cpu", "disk"} else ():
         if isinstance(module, Mixer) and any(parameter.is_meta for parameter in module.parameters()):
-            raise HmfError(f"device_map: {name} cannot be offloaded to the CPU or disk; give its layer a device to stay on")
+            raise HmfError(
+                f"device_map: {name} cannot be offloaded to the CPU or disk; place its layer on a GPU, or the whole "
+                "model on the CPU"
+            )
 
 
 @contextmanager
