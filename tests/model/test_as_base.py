@@ -19,7 +19,8 @@ from transformers.generation.streamers import BaseStreamer
 from hmf.errors import HmfError
 from hmf.model.convert import drop_teacher
 from hmf.model.families import FAMILIES
-from tests.twins import IDS, MASK, MORE, NEW, ONE, PADDED, POSITIONS, close, fused_model, generate, greedy
+from tests.hybrids import random_ids
+from tests.twins import IDS, MASK, MORE, NEW, ONE, PAD, PADDED, POSITIONS, close, fused_model, generate, greedy
 
 
 def second_turn(model, mask=None, **given):
@@ -138,14 +139,18 @@ def test_left_padded_rows_are_rows_alone(model, given):
         assert found[row, start:].tolist() == greedy(model, IDS[row : row + 1, start:])[0].tolist()
 
 
+@pytest.mark.parametrize("name", ["twin", "gdn"])
 @torch.no_grad()
-def test_forward_with_a_mask_has_generates_positions(model):
-    """Positions come from the mask in both, or from the caller."""
-    expected = model(IDS[1:, 5:]).logits[0]
-    for given in ({}, {"position_ids": POSITIONS}):
-        close(model(PADDED, attention_mask=MASK, **given).logits[1, 5:], expected)
-    step = generate(model, PADDED, max_new_tokens=1, min_new_tokens=1, return_dict_in_generate=True, output_logits=True)
-    close(step.logits[0][1], expected[-1])
+def test_forward_with_a_mask_has_generates_positions(name, families):
+    """Positions come from the mask in both, or from the caller; Ministral 3 scales its queries by them."""
+    model, ids, mask = families["ministral3"][name], random_ids(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[1, :20] = 0
+    ids, expected = ids.masked_fill(mask == 0, PAD), model(ids[1:, 20:]).logits[0]
+    for given in ({}, {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)}):
+        close(model(ids, attention_mask=mask, **given).logits[1, 20:], expected)
+    assert (model(ids, position_ids=torch.arange(40)[None]).logits[1, 20:] - expected).abs().max() > 1e-2
+    first = {"max_new_tokens": 1, "min_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
+    close(generate(model, ids, **first).logits[0][1], expected[-1])
 
 
 @torch.no_grad()
@@ -279,7 +284,7 @@ REFUSED = {
 @torch.no_grad()
 def test_what_a_state_cannot_do_is_refused_by_name(name, trio, folders):
     with pytest.raises((HmfError, ValueError), match=REFUSED[name]) as caught:  # assisted: transformers' own words
-        refused(name, trio["gdn"], folders / "gdn")
+        refused(name, copy.deepcopy(trio["gdn"]), folders / "gdn")
     assert "\n" not in str(caught.value)
 
 
