@@ -296,7 +296,7 @@ def hybrid_classes(family: Family) -> HybridClasses:
             {name for mixer in MIXERS.values() for name in mixer.float32_parameters}
         ),
     }
-    stock = family.class_named("ForCausalLM")
+    stock: Any = family.class_named("ForCausalLM")
     model = type(f"{family.hybrid_prefix}Model", (HybridModelMixin, family.class_named("Model")), dict(common))
     causal_lm = type(
         f"{family.hybrid_prefix}ForCausalLM",
