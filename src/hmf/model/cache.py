@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin, StaticLayer
 
 from hmf.errors import HmfError
 
@@ -39,6 +39,12 @@ class MixerCacheLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    @property
+    def batch_size(self) -> int:
+        if not self.states:
+            raise AttributeError("batch_size: not known before the first tokens")  # as transformers' own layers do
+        return next(iter(self.states.values())).shape[0]
+
     def reset(self) -> None:
         self.states, self.seen_tokens, self.is_initialized = {}, 0, False
 
@@ -51,13 +57,9 @@ class MixerCacheLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.states = {name: x.repeat_interleave(repeats, dim=0) for name, x in self.states.items()}
 
-    def offload(self) -> None:
-        self.states = {name: x.to("cpu", non_blocking=True) for name, x in self.states.items()}
-
-    def prefetch(self) -> None:
-        """States are moved to the op's device where they are used."""
-
     def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove == 0 or tokens_to_remove >= self.seen_tokens:  # a positive number is the length to keep
+            return
         raise HmfError("a recurrent state cannot be rolled back: assisted or speculative decoding is not supported")
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -67,10 +69,16 @@ class MixerCacheLayer(CacheLayerMixin):
         raise HmfError("a mixer's cache holds states, not keys and values")
 
 
-def adopt(cache: Cache, config: Any) -> Cache:
+# An offloading cache moves keys and values between GPU and CPU. It leaves the small states of linear-attention layers
+# where they are, and recognises those layers by this class.
+LinearAttentionCacheLayerMixin.register(MixerCacheLayer)
+
+
+def adopt(cache: Cache, config: Any, batch: int | None = None) -> Cache:
     """Give every mixer of a hybrid `config` its own layer in a cache that transformers or the user made.
 
-    Raises HmfError for a used cache of another model, or a kind of cache that cannot hold states.
+    batch: rows of the tokens that come next. Raises HmfError for a used cache of another model, of other rows or
+    with layers of different lengths, and for a kind of cache that cannot hold states.
     """
     symbols = config.pattern.symbols
     if not hasattr(cache, "layers") or any(isinstance(layer, StaticLayer) for layer in cache.layers):
@@ -93,4 +101,27 @@ def adopt(cache: Cache, config: Any) -> Cache:
                 "past_key_values: filled by another model; start from an empty DynamicCache(config=model.config)"
             )
         cache.layers[index] = MixerCacheLayer()
+    lengths = {layer.get_seq_length() for layer in cache.layers}
+    if len(lengths) > 1:
+        raise HmfError(
+            f"past_key_values: its layers hold {sorted(lengths)} tokens, as after crop, reset or a forward pass that "
+            "failed; start from an empty DynamicCache(config=model.config)"
+        )
+    for index in config.pattern.replaced:
+        rows = getattr(cache.layers[index], "batch_size", batch)
+        if batch not in (None, rows):
+            raise HmfError(f"past_key_values: holds {rows} sequences, the batch has {batch}")
+    if getattr(cache, "offloading", False):
+        _check_offloading(len(symbols) - len(config.pattern.replaced))
     return cache
+
+
+def _check_offloading(attentions: int) -> None:
+    """transformers fetches the next attention layer's keys while one runs, on a CUDA stream."""
+    if not torch.cuda.is_available():
+        raise HmfError("cache_implementation='offloaded': needs a CUDA device; leave it out")
+    if attentions < 2:
+        raise HmfError(
+            f"cache_implementation='offloaded': needs two attention layers or more, the model has {attentions}; "
+            "leave it out"
+        )

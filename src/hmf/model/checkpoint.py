@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from hmf.errors import HmfError
+from hmf.layers.base import Mixer
 
 from .families import family_of
 
@@ -46,12 +47,19 @@ class StrictLoading(_Base):
     _other_tensors: tuple[str, ...] = ()
 
     @classmethod
-    def from_pretrained(cls, source: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        source = pretrained_model_name_or_path
         # transformers raises or warns over several lines; the loading info holds the same names for our one line.
         kwargs["ignore_mismatched_sizes"] = True
-        if Path(source).is_dir():
-            require_checkpoint(source)
-            check_merged(Path(source), kwargs.get("config") or cls.config_class.from_pretrained(source))
+        if source is not None and Path(source).is_dir():
+            if variant := kwargs.get("variant"):
+                raise HmfError(f"{source}: variant={variant!r} is not supported; rename the weights without it")
+            folder, config = require_checkpoint(Path(source, kwargs.get("subfolder") or "")), kwargs.get("config")
+            if not isinstance(config, PreTrainedConfig):
+                config = cls.config_class.from_pretrained(config or folder)
+            check_merged(folder, config)
         with _without_load_report():
             try:
                 model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
@@ -59,7 +67,20 @@ class StrictLoading(_Base):
                 raise HmfError(f"{source}: damaged weights ({error}); copy the file again") from None
         others = {name for name in info["unexpected_keys"] if name.startswith(cls._other_tensors or "\0")}
         check_loading(str(source), {**info, "unexpected_keys": set(info["unexpected_keys"]) - others})
+        _check_offloading(model)
         return (model, info) if output_loading_info else model
+
+
+def _check_offloading(model: PreTrainedModel) -> None:
+    """HmfError for a mixer on the CPU or disk: accelerate fetches the tensors of modules that are called, and a mixer
+    reads some of them without a call."""
+    places = set(map(str, getattr(model, "hf_device_map", {}).values()))
+    for name, module in model.named_modules() if places & {"cpu", "disk"} else ():
+        if isinstance(module, Mixer) and any(parameter.is_meta for parameter in module.parameters()):
+            raise HmfError(
+                f"device_map: {name} cannot be offloaded to the CPU or disk; place its layer on a GPU, or the whole "
+                "model on the CPU"
+            )
 
 
 @contextmanager

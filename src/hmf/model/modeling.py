@@ -8,6 +8,7 @@ mixer to the family's layer where that expects `self_attn`.
 from __future__ import annotations
 
 import functools
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,13 +126,15 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None:
-            adopt(past_key_values, self.config)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
         batch, tokens = inputs_embeds.shape[:2]
-        if attention_mask is not None and attention_mask.dim() != 2:
+        if past_key_values is not None:
+            adopt(past_key_values, self.config, batch)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if attention_mask is not None and getattr(attention_mask, "shape", None) != (batch, past + tokens):
+            given = list(attention_mask.shape) if hasattr(attention_mask, "shape") else type(attention_mask).__name__
             raise HmfError(
-                f"attention_mask: needs [batch, tokens] for recurrent layers, got {tuple(attention_mask.shape)}"
+                f"attention_mask: recurrent layers need [batch, cached + new tokens], here {[batch, past + tokens]}; "
+                f"got {given}"
             )
         if attention_mask is not None and tokens > 1 and bool(attention_mask.all()):
             attention_mask = None
@@ -229,17 +232,6 @@ class HybridCausalLMMixin(AsItsFamily, StrictLoading):
         self.model = hybrid_classes(self.family).model(config)
         self.post_init()
 
-    def forward(self, *args: Any, objective: Any = None, **kwargs: Any) -> Any:
-        """The family's forward; with an `objective` (hmf.priming.objectives), its losses on this batch instead.
-
-        Training goes through here so that wrappers for several processes see every forward pass.
-        """
-        if objective is not None:
-            return objective(self, *args, **kwargs)
-        if self.config.pattern.fused and kwargs.get("labels") is not None:
-            raise HmfError("labels: a fused checkpoint is trained by distillation; `hmf export` it to train on labels")
-        return super().forward(*args, **kwargs)
-
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any):
         if generation_config.cache_implementation not in (None, "dynamic", "offloaded"):
             raise HmfError(
@@ -249,6 +241,31 @@ class HybridCausalLMMixin(AsItsFamily, StrictLoading):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if (cache := model_kwargs.get("past_key_values")) is not None:
             adopt(cache, self.config)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any):
+        raise HmfError(
+            "generate_batch: continuous batching of transformers is not supported with recurrent layers; "
+            "use generate, or `hmf serve`"
+        )
+
+
+def _causal_lm_forward(stock: Any) -> Any:
+    """`stock`, the family's forward, with the family's own signature, which transformers and its users read.
+
+    Training adds the keyword `objective` (hmf.priming.objectives, hmf.training.losses): what it makes of the batch is
+    returned instead. It goes through here so that wrappers for several processes see every forward pass.
+    """
+    names = list(inspect.signature(stock).parameters)[1:]
+
+    @functools.wraps(stock)
+    def forward(self: Any, *args: Any, objective: Any = None, **kwargs: Any) -> Any:
+        if objective is not None:
+            return objective(self, *args, **kwargs)
+        if self.config.pattern.fused and (dict(zip(names, args, strict=False)) | kwargs).get("labels") is not None:
+            raise HmfError("labels: a fused checkpoint is trained by distillation; `hmf export` it to train on labels")
+        return stock(self, *args, **kwargs)
+
+    return forward
 
 
 @dataclass(frozen=True)
@@ -279,9 +296,12 @@ def hybrid_classes(family: Family) -> HybridClasses:
             {name for mixer in MIXERS.values() for name in mixer.float32_parameters}
         ),
     }
+    stock: Any = family.class_named("ForCausalLM")
     model = type(f"{family.hybrid_prefix}Model", (HybridModelMixin, family.class_named("Model")), dict(common))
     causal_lm = type(
-        f"{family.hybrid_prefix}ForCausalLM", (HybridCausalLMMixin, family.class_named("ForCausalLM")), dict(common)
+        f"{family.hybrid_prefix}ForCausalLM",
+        (HybridCausalLMMixin, stock),
+        common | {"forward": _causal_lm_forward(stock.forward)},
     )
     return HybridClasses(config, model, causal_lm)
 
