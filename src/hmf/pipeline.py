@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from hmf.config.runs import EvaluateSettings, PrimeRecipe
 from hmf.data import tasks
+from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError, unknown_name
 from hmf.evaluation.run import evaluate_model
 from hmf.model.checkpoint import load_model
@@ -95,10 +95,11 @@ def scored(path: Path, settings: EvaluateSettings, result: Path, say: Any = prin
 def evaluate_checkpoint(path: str | Path, settings: EvaluateSettings) -> dict[str, Any]:
     """`hmf evaluate`: held-out text, generated tasks and footprint of a checkpoint, in float32 on a CPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(path, dtype="auto" if device == "cuda" else torch.float32).to(device)
+    tokenizer = load_tokenizer(path)
+    model = load_model(path, dtype="auto" if device == "cuda" else torch.float32, generates=True).to(device)
     scores = evaluate_model(
         model,
-        AutoTokenizer.from_pretrained(path),
+        tokenizer,
         tasks=settings.tasks,
         n=settings.samples,
         length=settings.length,

@@ -98,7 +98,7 @@ class TestOptions:
     )  # fmt: skip
     def test_parsers_follow_the_template(self, scripted, monkeypatch, template, options):
         monkeypatch.setattr(
-            serve.AutoTokenizer, "from_pretrained", lambda source: types.SimpleNamespace(chat_template=template)
+            serve, "load_tokenizer", lambda source: types.SimpleNamespace(chat_template=template)
         )
         assert " ".join(serve.prepare(scripted).arguments[len([1, *PREFIXES, *STATES]) + 4 :]) == options
 

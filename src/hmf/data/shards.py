@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hmf.config.data import DataRecipe, FilterSettings, SourceSettings
 from hmf.data.encoding import IGNORED, Encoded, encode_chat, encode_document, text_of, thinking_of
@@ -106,14 +106,6 @@ class Encoder:
         return kept
 
 
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are parallel already
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise HmfError(f"tokenizer: {name}: cannot be loaded ({str(error).splitlines()[0]})") from None
-
-
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of what each id means: prepared rows are good for any tokenizer with the same one."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
@@ -158,6 +150,7 @@ def tokenise(source: Source, encoder: Encoder, folder: Path, recipe: DataRecipe,
     done = folder / "shards.json"  # written last
     if done.is_file():
         return json.loads(done.read_text(encoding="utf-8"))["shards"]
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are parallel already
     folder.mkdir(parents=True, exist_ok=True)
     for part in folder.glob("*.part"):
         part.unlink()

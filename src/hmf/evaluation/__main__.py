@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hmf  # noqa: F401  registers the hybrid architectures
+from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError
 from hmf.evaluation.run import DEFAULT_TASKS, baselines, evaluate_model
+from hmf.model.checkpoint import load_model
 
 
 def main() -> None:
@@ -27,10 +28,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the scores there as JSON")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not (options.model / "config.json").is_file():
-        raise HmfError(f"{options.model}: no config.json there; give a model folder")
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = load_tokenizer(options.model)
+    model = load_model(options.model, dtype=torch.float32, generates=True).to(device)
     scores = evaluate_model(
         model,
         tokenizer,

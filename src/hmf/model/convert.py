@@ -6,9 +6,11 @@ Tensors are shared, not copied.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -52,6 +54,9 @@ def hybridise(
     names = {name for _, name in mixer_names(model)}
     if left := sorted(name for name in missing if not names & set(name.split("."))):
         raise HmfError(f"{type(base).__name__}: the base lacks {', '.join(left)}")
+    for name, mixer in mixers(model):  # tensors may have dtypes of their own: a mixer has its attention's
+        attention = model.get_submodule(name.rpartition(".")[0]).self_attn
+        mixer.to(functools.reduce(torch.promote_types, (x.dtype for x in attention.parameters() if x.dim() > 1)))
     return model
 
 
@@ -87,6 +92,7 @@ def _rebuild(config: Any, source: PreTrainedModel, dropped: tuple[str, ...] = ()
             f"{type(source).__name__}: tensors without a place in the Hybrid: {', '.join(sorted(unexpected))}"
         )
     model.tie_weights()
+    model.config.dtype = source.config.dtype or model.dtype
     model.generation_config = source.generation_config
     return model.train(source.training), set(missing)
 

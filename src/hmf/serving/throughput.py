@@ -39,7 +39,8 @@ from hmf.bench import plan as planner
 from hmf.bench.gpus import Device
 from hmf.bench.plan import Plan, Settings, make_plan
 from hmf.errors import HmfError, unknown_name
-from hmf.model.checkpoint import WEIGHT_FILES, load_config, require_checkpoint
+from hmf.model.checkpoint import load_config
+from hmf.model.files import INDEX, WEIGHTS, require_checkpoint
 from hmf.serving.serve import end_group, for_machine, servable
 from hmf.serving.vllm import register
 
@@ -137,7 +138,7 @@ class Measured:
 def subject(name: str, folder: Path, run: Run) -> Subject:
     """The model at `folder`; random weights where it holds none. HmfError for what vLLM would not serve."""
     config = load_config(folder, weights=False)
-    random = not any((folder / file).exists() for file in WEIGHT_FILES)
+    random = not any((folder / file).exists() for file in (WEIGHTS, INDEX))
     quantised = bool(getattr(config, "quantization_config", None))
     if not random and not quantised:
         require_checkpoint(folder)
