@@ -97,9 +97,7 @@ class TestOptions:
         ],
     )  # fmt: skip
     def test_parsers_follow_the_template(self, scripted, monkeypatch, template, options):
-        monkeypatch.setattr(
-            serve, "load_tokenizer", lambda source: types.SimpleNamespace(chat_template=template)
-        )
+        monkeypatch.setattr(serve, "load_tokenizer", lambda source: types.SimpleNamespace(chat_template=template))
         assert " ".join(serve.prepare(scripted).arguments[len([1, *PREFIXES, *STATES]) + 4 :]) == options
 
     def test_quantised_checkpoint(self, tmp_path):

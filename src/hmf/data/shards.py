@@ -33,6 +33,7 @@ from hmf.config.data import DataRecipe, FilterSettings, SourceSettings
 from hmf.data.encoding import IGNORED, Encoded, encode_chat, encode_document, text_of, thinking_of
 from hmf.data.filters import repetition
 from hmf.data.sources import Conversation, Record, Source, content
+from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError
 
 FORMAT = 1  # of these files; a change makes all of them anew

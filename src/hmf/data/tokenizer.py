@@ -13,7 +13,15 @@ from hmf.errors import HmfError, notice
 from hmf.model.files import read_object, reading, require_folder
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-VOCABULARIES = ("tokenizer.json", "tokenizer.model*", "vocab.json", "tekken.json", "vocab.txt", "*.tiktoken", "spiece.*")
+VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model*",
+    "vocab.json",
+    "tekken.json",
+    "vocab.txt",
+    "*.tiktoken",
+    "spiece.*",
+)
 # Ordinary text to a decoder, one token each: reasoning and tool parsers look them up in the vocabulary.
 MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 # Qwen's rules: a word takes one leading sign or blank, digits stand alone, signs take the line's end, blanks group.
@@ -51,7 +59,9 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     config = folder / "tokenizer_config.json"
     name = read_object(config).get("tokenizer_class") if config.exists() else None
     if name is not None and (not isinstance(name, str) or tokenizer_class_from_name(name) is None):
-        raise HmfError(f"{config}: tokenizer_class: {name!r} is none that transformers has; name the class of the files")
+        raise HmfError(
+            f"{config}: tokenizer_class: {name!r} is none that transformers has; name the class of the files"
+        )
     try:
         with reading(folder):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -120,7 +130,9 @@ def document_separator(tokenizer: PreTrainedTokenizerBase) -> int:
         return tokenizer.bos_token_id
     found = tokenizer.get_vocab().get(END_OF_TEXT, tokenizer.eos_token_id)
     if found is None:
-        raise HmfError(f"{tokenizer.name_or_path}: the tokenizer has no token to begin or end a text; set its eos_token")
+        raise HmfError(
+            f"{tokenizer.name_or_path}: the tokenizer has no token to begin or end a text; set its eos_token"
+        )
     return found
 
 

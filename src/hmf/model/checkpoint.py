@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from hmf.errors import HmfError, listed, notice
 
-from .families import family_of
+from .families import FAMILIES, family_of
 from .files import (
     COMPUTED,
     DTYPES,
@@ -33,6 +33,7 @@ from .files import (
     require_checkpoint,
     require_config,
     require_token_ids,
+    same_values,
     stored_tensors,
     stored_values,
 )
@@ -182,8 +183,8 @@ def load_config(source: str | Path, weights: bool = True) -> Any:
         raise HmfError(
             f"{file}: {said[1] if isinstance(error, StrictDataclassError) and said[1:] else said[0]}"
         ) from None
-    if (size := getattr(config, "vocab_size", None)) is not None:
-        require_token_ids(file, size)
+    if model_type.removeprefix("hybrid_") in FAMILIES:
+        require_token_ids(file, config.vocab_size)
     settle(config, folder, weights)
     return config
 
@@ -265,8 +266,8 @@ def tell_narrowed(folder: Path, used: Mapping[str, torch.dtype], stored: Mapping
     if narrowed := [name for name, (a, b) in pairs.items() if torch.promote_types(a, b) != b]:
         before, after = (str(dtype).removeprefix("torch.") for dtype in pairs[narrowed[0]])
         notice(
-            f"{folder}: {len(narrowed)} of {len(pairs)} tensors are stored in a wider dtype than they are used in, first "
-            f"{narrowed[0]}: {before} is narrowed to {after}; to compute with all digits, set dtype in config.json"
+            f"{folder}: {len(narrowed)} of {len(pairs)} tensors are narrowed for this command, first {narrowed[0]}: "
+            f"{before} to {after}; the dtype of the files in config.json keeps all digits"
         )
 
 

@@ -293,4 +293,3 @@ def require_token_ids(file: Path, size: int) -> None:
                     f"{file}: {key}: {number!r} is not the number of one of the model's {size} embeddings; "
                     "set it to the tokenizer's, or to null"
                 )
-

@@ -34,6 +34,7 @@ def export(fused: str | Path, out: str | Path, dtype: torch.dtype | None = None)
         hybrid = hybrid.to(dtype)
         hybrid.config.dtype = dtype
         if changed := [name for name, x in hybrid.named_parameters() if x.dtype != before[name]]:
-            notice(f"{fused}: --dtype: {len(changed)} of {len(before)} tensors are cast to {str(dtype)[6:]}: {listed(changed, 2)}")
+            name = str(dtype).removeprefix("torch.")
+            notice(f"{fused}: {len(changed)} of {len(before)} tensors are cast to {name}: {listed(changed, 2)}")
     save_checkpoint(hybrid, out, companions=fused)
     return hybrid

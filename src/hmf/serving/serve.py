@@ -22,7 +22,7 @@ import torch
 from hmf.bench.gpus import GIB, Device, cpu
 from hmf.bench.plan import UTILISATION, Plan, Settings, as_hybrid, make_plan
 from hmf.data.tokenizer import load_tokenizer
-from hmf.errors import HmfError, listed, notice
+from hmf.errors import HmfError, notice
 from hmf.layers.registry import MIXERS
 from hmf.model.checkpoint import generation_config, has_own_head, load_config
 from hmf.model.files import DTYPES, require_checkpoint, require_finite, stored_tensors
@@ -94,8 +94,11 @@ def _tell_narrowed(folder: Path, config: Any, option: str) -> None:
     if not isinstance(dtype, torch.dtype):
         return  # vLLM refuses it
     kept = {parameter for mixer in MIXERS.values() for parameter in mixer.float32_parameters}
-    names = [name for name, x in stored_tensors(folder).items()
-             if name.rpartition(".")[2] not in kept and torch.promote_types(DTYPES.get(x.dtype, dtype), dtype) != dtype]
+    names = [
+        name
+        for name, x in stored_tensors(folder).items()
+        if name.rpartition(".")[2] not in kept and torch.promote_types(DTYPES.get(x.dtype, dtype), dtype) != dtype
+    ]
     if names:
         notice(
             f"{folder}: vLLM narrows {len(names)} tensors to {str(dtype)[6:]}, first {names[0]}; to keep their digits, "

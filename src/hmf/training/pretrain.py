@@ -104,9 +104,7 @@ def main(recipe_path: str) -> None:
     source = recipe.output if published(checkpoints) else recipe.start_from
     if source is not None and not (source / "tokenizer.json").is_file():
         raise HmfError(f"{recipe_path}: start_from: {source} holds no tokenizer.json; give a model folder")
-    tokenizer = (
-        _tokenizer(recipe, Path(recipe_path).parent) if source is None else load_tokenizer(source)
-    )
+    tokenizer = _tokenizer(recipe, Path(recipe_path).parent) if source is None else load_tokenizer(source)
     for how_it_was_loaded in ("is_local", "local_files_only"):  # else they would be saved with it
         tokenizer.init_kwargs.pop(how_it_was_loaded, None)
     tokenizer.save_pretrained(recipe.output)
