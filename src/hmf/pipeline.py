@@ -96,7 +96,9 @@ def evaluate_checkpoint(path: str | Path, settings: EvaluateSettings) -> dict[st
     """`hmf evaluate`: held-out text, generated tasks and footprint of a checkpoint, in float32 on a CPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(path)
-    model = load_model(path, dtype="auto" if device == "cuda" else torch.float32, generates=True).to(device)
+    model = load_model(path, dtype="auto" if device == "cuda" else torch.float32, generates=bool(settings.tasks)).to(
+        device
+    )
     scores = evaluate_model(
         model,
         tokenizer,

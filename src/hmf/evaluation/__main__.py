@@ -29,7 +29,7 @@ def main() -> None:
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(options.model)
-    model = load_model(options.model, dtype=torch.float32, generates=True).to(device)
+    model = load_model(options.model, dtype=torch.float32, generates=bool(options.tasks)).to(device)
     scores = evaluate_model(
         model,
         tokenizer,

@@ -100,10 +100,8 @@ def _tell_narrowed(folder: Path, config: Any, option: str) -> None:
         if name.rpartition(".")[2] not in kept and torch.promote_types(DTYPES.get(x.dtype, dtype), dtype) != dtype
     ]
     if names:
-        notice(
-            f"{folder}: vLLM narrows {len(names)} tensors to {str(dtype)[6:]}, first {names[0]}; to keep their digits, "
-            f"hmf serve {folder} -- --dtype float32"
-        )
+        fix = "" if dtype == torch.float32 else f"; to keep their digits, hmf serve {folder} -- --dtype float32"
+        notice(f"{folder}: vLLM narrows {len(names)} tensors to {str(dtype)[6:]}, first {names[0]}{fix}")
 
 
 def servable(config: Any, source: str | Path) -> Any:
