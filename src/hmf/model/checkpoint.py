@@ -221,7 +221,8 @@ def load_model(
     if dtype == STORED:
         cast(model, dtypes)
         model.config.dtype = config.dtype or model.dtype
-    tell_narrowed(folder, {name: x.dtype for name, x in model.state_dict().items()}, dtypes)
+    fix = f"; set dtype in {folder / 'config.json'} to the wider one to keep its digits" if dtype == "auto" else ""
+    _tell_narrowed(folder, {name: x.dtype for name, x in model.state_dict().items()}, dtypes, fix)
     return model
 
 
@@ -260,14 +261,14 @@ def cast(
             tensor.data = tensor.data.to(dtype)
 
 
-def tell_narrowed(folder: Path, used: Mapping[str, torch.dtype], stored: Mapping[str, torch.dtype]) -> None:
+def _tell_narrowed(folder: Path, used: Mapping[str, torch.dtype], stored: Mapping[str, torch.dtype], fix: str) -> None:
     """A notice where tensors that are `stored` in some dtypes are `used` in others, which do not hold their values."""
     pairs = {name: (stored[name], dtype) for name, dtype in used.items() if name in stored}
     if narrowed := [name for name, (a, b) in pairs.items() if torch.promote_types(a, b) != b]:
         before, after = (str(dtype).removeprefix("torch.") for dtype in pairs[narrowed[0]])
         notice(
-            f"{folder}: {len(narrowed)} of {len(pairs)} tensors are narrowed for this command, first {narrowed[0]}: "
-            f"{before} to {after}; the dtype of the files in config.json keeps all digits"
+            f"{folder}: {len(narrowed)} of {len(pairs)} tensors are narrowed as they are loaded, first {narrowed[0]} "
+            f"from {before} to {after}{fix}"
         )
 
 

@@ -57,6 +57,15 @@ def reading(what: Path) -> Iterator[None]:
         raise HmfError(f"{error.filename or what}: cannot be read: {reason(error)}") from None
 
 
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """A safetensors file; HmfError, with the reason, where it cannot be read."""
+    with reading(file):
+        file.open("rb").close()  # safetensors takes every failure for a missing file
+        with safe_open(file, "pt") as weights:
+            yield weights
+
+
 def reason(error: OSError) -> str:
     return "no permission" if isinstance(error, PermissionError) else error.strerror or str(error)
 
@@ -159,7 +168,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor in the weight files; HmfError for a damaged file and for a name that two files have."""
     found: dict[str, Stored] = {}
     for file in weight_files(folder):
-        with reading(folder / file), safe_open(folder / file, "pt") as weights:
+        with opened(folder / file) as weights:
             for name in list(weights.keys()):
                 if name in found:
                     raise HmfError(
@@ -174,7 +183,7 @@ def stored_values(folder: Path, names: Iterable[str] | None = None) -> Iterator[
     """(file, name, tensor) of the weight files, one after the other; `names`: of these alone."""
     wanted = None if names is None else set(names)
     for file in weight_files(folder):
-        with reading(folder / file), safe_open(folder / file, "pt") as weights:
+        with opened(folder / file) as weights:
             for name in list(weights.keys()):
                 if wanted is None or name in wanted:
                     yield file, name, weights.get_tensor(name)
@@ -218,6 +227,14 @@ def follow_umask(path: Path) -> None:
             item.chmod((0o777 if item.is_dir() else 0o666) & ~mask)
 
 
+def require_unused(target: str | Path) -> None:
+    """HmfError when `target` exists and is no empty directory."""
+    target = Path(target)
+    with reading(target):
+        if target.is_file() or (target.is_dir() and any(target.iterdir())):
+            raise HmfError(f"{target}: the output directory is in use; choose another or remove it first")
+
+
 @contextmanager
 def new_directory(target: str | Path) -> Iterator[Path]:
     """A fresh directory that appears as `target` only when the block ends well.
@@ -228,8 +245,7 @@ def new_directory(target: str | Path) -> Iterator[Path]:
     target = Path(target)
     made: list[Path] = []
     try:
-        if target.is_file() or (target.is_dir() and any(target.iterdir())):
-            raise HmfError(f"{target}: the output directory is in use; choose another or remove it first")
+        require_unused(target)
         made = [parent for parent in target.parents if not parent.exists()]  # nearest first
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}")  # mkdtemp's names

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from hmf.errors import HmfError, listed, notice
 from hmf.model.checkpoint import STORED, load_model, save_checkpoint
 from hmf.model.convert import drop_teacher
-from hmf.model.files import require_finite
+from hmf.model.files import require_finite, require_unused
 
 
 def export(fused: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -20,8 +20,7 @@ def export(fused: str | Path, out: str | Path, dtype: torch.dtype | None = None)
     `dtype` casts the weights (decay parameters stay float32); None keeps the stored one. The tokenizer's files come
     out byte-identical. Returns the Hybrid; HmfError when `fused` holds no teacher or `out` is in use.
     """
-    if Path(out).is_dir() and any(Path(out).iterdir()):
-        raise HmfError(f"{out}: the output directory is in use; choose another or remove it first")
+    require_unused(out)
     model = load_model(fused, dtype=STORED)
     if not getattr(getattr(model.config, "pattern", None), "fused", False):
         raise HmfError(

@@ -18,7 +18,7 @@ from hmf.layers.base import Start
 from hmf.model.checkpoint import STORED, load_config, load_model, save_checkpoint
 from hmf.model.convert import hybridise, mixers
 from hmf.model.families import FAMILIES, family_of
-from hmf.model.files import COMPUTED, require_finite, stored_tensors
+from hmf.model.files import COMPUTED, require_finite, require_unused, stored_tensors
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,7 @@ def make_stage0(
     conv_start: str = "random",
 ) -> Stage0Report:
     """`hmf init`: load `base`, hybridise, fill the mixers, save the fused checkpoint at `out` with base's tokenizer."""
-    if Path(out).is_dir() and any(Path(out).iterdir()):
-        raise HmfError(f"{out}: the output directory is in use; choose another or remove it first")
+    require_unused(out)
     base_layers(base)  # refuses what cannot become a Hybrid before the weights are read
     require_finite(Path(base))
     check_tokenizer(base)
