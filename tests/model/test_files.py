@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import hmf
 from hmf.config.pattern import Pattern
@@ -162,6 +162,26 @@ def test_every_tensor_keeps_its_dtype_and_its_digits(tiny_qwen3_dir, tmp_path_fa
     if config != "absent":
         assert json.loads((base.parent / "hybrid/config.json").read_text())["dtype"] == config
     load_model(base.parent / "hybrid")
+
+
+def test_experts_and_routers_keep_their_dtypes(tmp_path):
+    """Routers in float32 among experts in bfloat16; experts that are merged in memory keep their digits."""
+    base = tmp_path / "base"
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 8}
+    experts = {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts)).bfloat16().save_pretrained(base)
+
+    def widen(tensors):
+        for name in [name for name in tensors if "mlp.gate." in name or "layers.2.mlp.experts.1.up_proj" in name]:
+            tensors[name] = tensors[name].float() * 1.0001
+
+    given = edit(base, widen)
+    fused, hybrid = primed(base)
+    assert fused.keys() > given.keys()
+    for name, x in given.items():
+        merged = "layers.2.mlp.experts" in name  # in the widest dtype of its experts
+        assert same(fused[name], x) or (merged and torch.equal(fused[name], x.float())), name
+        assert name not in hybrid or same(hybrid[name], fused[name])
 
 
 def test_copies_of_wider_norms_keep_their_digits(base):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`hmf serve` finds the options of a checkpoint and a machine and leaves nothing; `hmf chat --url` talks to it."""
 
+import json
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import types
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from hmf.bench.gpus import GIB
 from hmf.errors import HmfError
@@ -103,6 +105,35 @@ class TestOptions:
     def test_quantised_checkpoint(self, tmp_path):
         quantise(tmp_path, engines.save_hybrid(tmp_path, Case("GDN", "int8"), "X-*"), lambda name: ".mlp." in name)
         assert "align" in serve.prepare(_with_tokenizer(tmp_path)).arguments
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            (lambda tensors: tensors["model.norm.weight"][1:3].fill_(float("nan")), "norm.weight: 2 of 64 numbers are"),
+            (lambda tensors: tensors["lm_head.weight"].add_(1), "lm_head.weight differs from the embeddings"),
+        ],
+        ids=["nan", "head"],
+    )
+    def test_weights_that_would_answer_nonsense(self, tmp_path, change, said):
+        engines.save_hybrid(_with_tokenizer(tmp_path), Case("GDN", "bad"), "X-*")
+        tensors = load_file(tmp_path / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        serve.prepare(tmp_path)
+        change(tensors)
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(HmfError, match=said):
+            serve.prepare(tmp_path)
+
+    @pytest.mark.parametrize(("given", "narrowed"), [("auto", None), ("bfloat16", "bfloat16"), ("half", "float16")])
+    def test_narrowed_weights_are_named(self, tmp_path, capfd, given, narrowed):
+        engines.save_hybrid(_with_tokenizer(tmp_path), Case("GDN", "wide"), "X-*")
+        serve.prepare(tmp_path, [] if given == "auto" else ["--dtype", given])
+        line = capfd.readouterr().err
+        assert (f"tensors to {narrowed}, first " in line) if narrowed else not line
+        assert "A_log" not in line
 
     def test_teacher_still_in_it(self, tmp_path):
         engines.save_hybrid(tmp_path, Case("GDN", "fused"), "GDN*-*DA")

@@ -67,7 +67,8 @@ def opened(file: Path) -> Iterator[Any]:
 
 
 def reason(error: OSError) -> str:
-    return "no permission" if isinstance(error, PermissionError) else error.strerror or str(error)
+    """Why a file cannot be read or written, in one line."""
+    return "no permission" if isinstance(error, PermissionError) else error.strerror or " ".join(str(error).split())
 
 
 def read_object(file: Path) -> dict[str, Any]:
