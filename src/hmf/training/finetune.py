@@ -154,6 +154,7 @@ def check(recipe: FinetuneRecipe) -> Any:
     require_reporters(recipe.training.report_to)
     config = load_config(recipe.model)
     check_model(recipe, config, sequence_length(recipe))
+    load_tokenizer(recipe.model)
     return config
 
 
