@@ -278,6 +278,30 @@ def test_a_tensor_that_the_index_does_not_list_is_used(base):
     assert all(same(fused[name], x) for name, x in given.items())
 
 
+def test_two_copies_of_a_parameter(base):
+    edit(base, lambda tensors: tensors.update({"norm.weight": torch.ones(64)}))
+    refused(f"tensor norm.weight is there as {NORM} too", base_stage0, base)
+
+
+def test_a_file_without_tensors(base):
+    save_file({}, base / "model.safetensors", {"format": "pt"})
+    refused("model.safetensors: holds no tensor", base_stage0, base)
+
+
+def test_the_decoder_s_own_names_are_read(base):
+    """As a decoder saved alone writes them."""
+
+    def rename(tensors):
+        del tensors[HEAD]
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name).bfloat16()
+
+    given = edit(base, rename)
+    edit_json(base / "config.json", tie_word_embeddings=True)
+    fused, _ = primed(base)
+    assert all(same(fused[f"model.{name}"], x) for name, x in given.items())
+
+
 def test_weights_in_another_format_alone(base):
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
     refused(r"no weights .*pytorch_model\.bin cannot be read", load_model, base)

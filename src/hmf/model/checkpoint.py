@@ -239,8 +239,8 @@ def stored_dtypes(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[
     found = {}
     for name in model.state_dict():
         home = f"{name.rpartition('.')[0]}."
-        names = next((n for n in (name, name.removeprefix("model.")) if n in stored), None)
-        parts = [stored[names].dtype] if names else [x.dtype for n, x in stored.items() if n.startswith(home)]
+        own = stored.get(name, stored.get(name.removeprefix("model.")))
+        parts = [own.dtype] if own else [x.dtype for other, x in stored.items() if other.startswith(home)]
         if parts:
             found[name] = _widest(parts)
     return found
@@ -288,7 +288,7 @@ def generation_config(folder: Path, config: Any, needed: bool) -> GenerationConf
         problem = f"{file}: cannot be used to generate ({' '.join(str(error).split())})"
     if needed:
         raise HmfError(problem)
-    notice(f"{problem}; the file travels, and nothing is read of it")
+    notice(f"{problem}; nothing is read of it here")
     return GenerationConfig.from_model_config(config)
 
 

@@ -126,7 +126,13 @@ def require_config(source: str | Path) -> Path:
 def require_checkpoint(source: str | Path) -> Path:
     """`source` as a directory with a readable config and whole weight files, or HmfError naming what is not."""
     folder = require_config(source)
-    for name, tensor in stored_tensors(folder).items():
+    if not (stored := stored_tensors(folder)):
+        raise HmfError(f"{folder / weight_files(folder)[0]}: holds no tensor; copy the file again")
+    for name, tensor in stored.items():
+        if f"model.{name}" in stored:  # both are names of one parameter
+            raise HmfError(
+                f"{folder / tensor.file}: tensor {name} is there as model.{name} too; keep the one of this model"
+            )
         if tensor.dtype not in DTYPES and not COMPUTED.search(name):
             raise HmfError(
                 f"{folder / tensor.file}: tensor {name} is {tensor.dtype}, not one of {', '.join(DTYPES)}; "
