@@ -1,12 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one exception that users see, and the wording that unknown names share."""
+"""What users read from the library: the one exception, notices, and the wording that unknown names share."""
 
 import difflib
+import functools
+import os
+import sys
 from collections.abc import Iterable
 
 
 class HmfError(Exception):
     """Bad input, said in one line: the file, the key and the mend. The command line prints it and exits with 2."""
+
+
+@functools.cache
+def notice(line: str) -> None:
+    """Print what a user must know and no error is, on stderr: each line once, and by one of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"hmf: {line}", file=sys.stderr, flush=True)
+
+
+def listed(names: Iterable[str], shown: int = 4) -> str:
+    """The first of some names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:

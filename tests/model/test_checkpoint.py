@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from hmf.errors import HmfError
-from hmf.model.checkpoint import COMPANIONS, copy_companions, load_config, load_model, new_directory, save_checkpoint
+from hmf.model.checkpoint import load_config, load_model, save_checkpoint
+from hmf.model.files import copy_companions, new_directory
 
 ROOT = Path(__file__).resolve().parents[2]
 STORED = ROOT / "tests" / "data" / "qwen3_gdn"
@@ -240,15 +241,28 @@ def test_directory_under_a_file(tmp_path):
         pytest.fail("the block must not run")
 
 
-def test_companions_are_byte_identical(checkpoint, tmp_path):
+def test_companions_are_byte_identical(checkpoint, tmp_path, capsys):
     source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir()
-    for number, name in enumerate(COMPANIONS):
+    travels = (
+        "tokenizer.json", "vocab.json", "tekken.json", "chat_template.jinja", "generation_config.json", "LICENSE",
+        "preprocessor_config.json", "a name of tomorrow.xyz", "chat_templates/rag.jinja",
+        "additional_chat_templates/tools/deep.jinja",
+    )  # fmt: skip
+    stays = (
+        "pytorch_model.bin", "pytorch_model.bin.index.json", "model.gguf", "optimizer.pt", "consolidated.safetensors",
+        "params.json", "README.md", "modeling_own.py", "original/params.json", ".gitattributes",
+    )  # fmt: skip
+    for number, name in enumerate((*travels, *stays)):
+        (source / name).parent.mkdir(exist_ok=True, parents=True)
         (source / name).write_bytes(b'{ "a":\t%d }\r\n' % number)  # not as any writer of ours would print it
-    (source / "model.safetensors").write_bytes(b"not a companion")
+    (source / "model.safetensors").write_bytes(b"written anew")
     save_checkpoint(load_model(checkpoint), target, companions=source)
-    for name in COMPANIONS:
+    for name in travels:
         assert (target / name).read_bytes() == (source / name).read_bytes(), name
+    there = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
+    assert there == {*travels, "config.json", "model.safetensors"}
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and all(name.split("/")[0] in line for name in sorted(stays)[:8])
     saved = load_file(target / "model.safetensors")
     assert saved.keys() == load_file(STORED / "model.safetensors").keys()
 

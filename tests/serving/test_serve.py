@@ -2,6 +2,7 @@
 """`hmf serve` finds the options of a checkpoint and a machine and leaves nothing; `hmf chat --url` talks to it."""
 
 import importlib.util
+import json
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import types
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from hmf.errors import HmfError
 from hmf.gpus import GIB
@@ -104,9 +106,7 @@ class TestOptions:
         ],
     )  # fmt: skip
     def test_parsers_follow_the_template(self, scripted, monkeypatch, template, options):
-        monkeypatch.setattr(
-            serve.AutoTokenizer, "from_pretrained", lambda source: types.SimpleNamespace(chat_template=template)
-        )
+        monkeypatch.setattr(serve, "load_tokenizer", lambda source: types.SimpleNamespace(chat_template=template))
         assert " ".join(serve.prepare(scripted).arguments[len([1, *PREFIXES, *STATES, *LOCAL]) + 4 :]) == options
 
     @needs_vllm
@@ -138,6 +138,35 @@ class TestOptions:
     def test_quantised_checkpoint(self, tmp_path):
         quantise(tmp_path, engines.save_hybrid(tmp_path, Case("GDN", "int8"), "X-*"), lambda name: ".mlp." in name)
         assert "align" in serve.prepare(_with_tokenizer(tmp_path)).arguments
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            (lambda tensors: tensors["model.norm.weight"][1:3].fill_(float("nan")), "norm.weight: 2 of 64 numbers are"),
+            (lambda tensors: tensors["lm_head.weight"].add_(1), "lm_head.weight differs from the embeddings"),
+        ],
+        ids=["nan", "head"],
+    )
+    def test_weights_that_would_answer_nonsense(self, tmp_path, change, said):
+        engines.save_hybrid(_with_tokenizer(tmp_path), Case("GDN", "bad"), "X-*")
+        tensors = load_file(tmp_path / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        serve.prepare(tmp_path)
+        change(tensors)
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(HmfError, match=said):
+            serve.prepare(tmp_path)
+
+    @pytest.mark.parametrize(("given", "narrowed"), [("auto", None), ("bfloat16", "bfloat16"), ("half", "float16")])
+    def test_narrowed_weights_are_named(self, tmp_path, capfd, given, narrowed):
+        engines.save_hybrid(_with_tokenizer(tmp_path), Case("GDN", "wide"), "X-*")
+        serve.prepare(tmp_path, [] if given == "auto" else ["--dtype", given])
+        line = capfd.readouterr().err
+        assert (f"tensors to {narrowed}, first " in line) if narrowed else not line
+        assert "A_log" not in line
 
     def test_teacher_still_in_it(self, tmp_path):
         engines.save_hybrid(tmp_path, Case("GDN", "fused"), "GDN*-*DA")

@@ -254,6 +254,7 @@ class TestWeights:
                 lambda t: t.update({"model.layers.2.gdn.g.weight": t.pop("model.layers.2.gdn.g_proj.weight")}),
                 r"missing: model\.layers\.2\.gdn\.g_proj\.weight; unexpected: model\.layers\.2\.gdn\.g\.weight$",
             ),
+            (lambda t: t["model.norm.weight"].view(-1)[3:5].fill_(torch.inf), r"infinite: model\.norm.* \(2 of 64 "),
         ],
     )
     def test_damaged(self, tensors, expected, change, line):
@@ -310,6 +311,9 @@ class TestWeights:
     def test_tied_head_may_be_absent(self, tensors, tmp_path):
         config = tiny_config(GDN, "X-*-X-*", tie_word_embeddings=True, **engines.DIMENSIONS)
         expected = expected_tensors(config)
+        with pytest.raises(HmfError, match=r"tie_word_embeddings must be false: lm_head\.weight$"):
+            dict(account(tensors.items(), *expected))
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].to(torch.float64)
         dict(account(tensors.items(), *expected))
         del tensors["lm_head.weight"]
         dict(account(tensors.items(), *expected))

@@ -3,12 +3,13 @@
 
 import importlib.util
 import json
+import shutil
 import signal
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hmf.config.layers import LAYER_KINDS
@@ -92,7 +93,7 @@ def test_a_group_without_parameters_is_an_error():
 
 
 def test_continued_pretraining_moves_its_groups_only_and_ends_as_a_plain_hybrid(recipe, hybrid, capfd):
-    training = {"steps": 30, "rows_per_step": 4, "save_steps": 100}
+    training = {"steps": 30, "rows_per_step": 4, "save_steps": 30}
     run = recipe(training=training, trainable={"mixers": 2e-2, "norms": 2e-2}, rope={"theta": "5e6"})
     out = finetune(run)
     assert losses(run.output)[-1]["loss"] < 0.8 * losses(run.output)[0]["loss"]
@@ -106,6 +107,9 @@ def test_continued_pretraining_moves_its_groups_only_and_ends_as_a_plain_hybrid(
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.generate(random_ids(1, 5), max_new_tokens=3, do_sample=False).shape == (1, 8)
     assert finetune(run) == out  # done once
+    (run.output / "new").touch()
+    modes = {file.stat().st_mode for file in run.output.rglob("*") if file.is_file()}
+    assert modes == {(run.output / "new").stat().st_mode}  # checkpoints of the Trainer too
 
 
 def test_accumulated_batches_are_one_large_batch(hybrid, tmp_path):
@@ -125,6 +129,23 @@ def test_the_result_has_the_dtype_that_was_asked_for(recipe):
     dtypes = {name: x.dtype for name, x in load_file(out / "model.safetensors").items()}
     assert dtypes.pop("model.layers.1.gdn.A_log") == dtypes.pop("model.layers.1.gdn.dt_bias") == torch.float32
     assert set(dtypes.values()) == {torch.bfloat16}
+    assert load_config(out).dtype == torch.bfloat16
+
+
+def test_without_a_dtype_every_tensor_keeps_the_one_of_its_file(hybrid, tmp_path):
+    source = shutil.copytree(hybrid, hybrid.parent / "mixed")  # beside its corpus
+    given = {
+        name: x if "norm" in name or name.endswith(("A_log", "dt_bias")) else x.bfloat16()
+        for name, x in load_file(source / "model.safetensors").items()
+    }
+    save_file(given, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    training = {"steps": 1, "rows_per_step": 1}
+    out = finetune(cutting.finetune_recipe(source, tmp_path / "run", trainable={"mixers": 1e-3}, training=training))
+    saved = load_file(out / "model.safetensors")
+    assert {name: x.dtype for name, x in saved.items()} == {name: x.dtype for name, x in given.items()}
+    assert all(torch.equal(x, given[name]) for name, x in saved.items() if ".gdn." not in name)
     assert load_config(out).dtype == torch.bfloat16
 
 

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from hmf.data.text import STDLIB, documents
-from hmf.data.tokenizer import encode_texts
+from hmf.data.tokenizer import encode_texts, load_tokenizer
 from hmf.errors import HmfError
 from hmf.layers.registry import mixer_class
+from hmf.model.checkpoint import load_model
 
 from . import machine
 
@@ -80,14 +81,14 @@ def measure(
     source: str | Path, dtype: str, tokens: int, batch: int, device: str = "cpu", corpus: str = STDLIB
 ) -> list[Drift]:
     """On the first `tokens` tokens of each of `batch` held-out stretches of a corpus, for the Hybrid at `source`."""
-    model = AutoModelForCausalLM.from_pretrained(source).to(device).eval()
+    model = load_model(source).to(device).eval()
     if not getattr(model.config, "pattern", None) or not model.config.pattern.replaced:
         raise HmfError(f"{source}: has no recurrent layer, so no state to store; name a Hybrid")
     limit = model.config.max_position_embeddings
     if not 2 <= tokens <= limit:
         raise HmfError(f"--tokens: {tokens} is not between 2 and {limit}, the model's max_position_embeddings")
     texts = [document.text for document in documents(corpus, "heldout", 40 * tokens * batch)]
-    stream = [token for ids in encode_texts(AutoTokenizer.from_pretrained(source), texts) for token in ids]
+    stream = [token for ids in encode_texts(load_tokenizer(source), texts) for token in ids]
     if len(stream) < tokens * batch:
         raise HmfError(f"--tokens, --batch: the held-out text has {len(stream):,} tokens; ask for fewer")
     ids = torch.tensor(stream[: tokens * batch], device=device).view(batch, tokens)

@@ -35,7 +35,8 @@ from tqdm import tqdm
 import hmf
 from hmf.errors import HmfError, unknown_name
 from hmf.gpus import Device
-from hmf.model.checkpoint import WEIGHT_FILES, load_config, require_checkpoint
+from hmf.model.checkpoint import load_config
+from hmf.model.files import INDEX, WEIGHTS, require_checkpoint
 from hmf.planning import serving as planner
 from hmf.planning.serving import Plan, Settings, make_plan
 from hmf.serving.serve import end_group, for_machine, servable
@@ -145,7 +146,7 @@ def subject(
     config = load_config(folder, weights=False)
     for key, value in (overrides or {}).items():
         setattr(config, key, value)  # as vLLM does
-    random = not any((folder / file).exists() for file in WEIGHT_FILES)
+    random = not any((folder / file).exists() for file in (WEIGHTS, INDEX))
     quantised = bool(getattr(config, "quantization_config", None))
     if not random and not quantised:
         require_checkpoint(folder)

@@ -35,7 +35,6 @@ from hmf.data.shards import (
     Encoder,
     Progress,
     folder_of,
-    load_tokenizer,
     read_shard,
     shard_counts,
     tokenise,
@@ -44,7 +43,7 @@ from hmf.data.shards import (
     write_file,
 )
 from hmf.data.sources import Source
-from hmf.data.tokenizer import document_separator
+from hmf.data.tokenizer import document_separator, load_tokenizer
 from hmf.errors import HmfError
 
 INDEX, ROWS, TOKENISED = "index.json", "rows", "tokenised"

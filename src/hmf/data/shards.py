@@ -27,12 +27,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hmf.config.data import DataRecipe, FilterSettings, SourceSettings
 from hmf.data.encoding import IGNORED, Encoded, encode_chat, encode_document, text_of, thinking_of
 from hmf.data.filters import repetition
 from hmf.data.sources import Conversation, Record, Source, content
+from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError
 
 FORMAT = 1  # of these files; a change makes all of them anew
@@ -106,14 +107,6 @@ class Encoder:
         return kept
 
 
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are parallel already
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise HmfError(f"tokenizer: {name}: cannot be loaded ({str(error).splitlines()[0]})") from None
-
-
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of what each id means: prepared rows are good for any tokenizer with the same one."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
@@ -158,6 +151,7 @@ def tokenise(source: Source, encoder: Encoder, folder: Path, recipe: DataRecipe,
     done = folder / "shards.json"  # written last
     if done.is_file():
         return json.loads(done.read_text(encoding="utf-8"))["shards"]
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are parallel already
     folder.mkdir(parents=True, exist_ok=True)
     for part in folder.glob("*.part"):
         part.unlink()

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hmf.config.runs import EvaluateSettings
 from hmf.data import tasks as generated
 from hmf.data import text
-from hmf.data.tokenizer import encode_texts
+from hmf.data.tokenizer import encode_texts, load_tokenizer
 from hmf.errors import HmfError
 from hmf.evaluation.generation import task_accuracy
 from hmf.evaluation.ngram import bits_per_byte
@@ -104,8 +104,9 @@ def evaluate_checkpoint(
     if device == "cuda" and not torch.cuda.is_available():
         raise HmfError("--device cuda: PyTorch finds no GPU here; leave --device out")
     dtype = dtype or ("auto" if device == "cuda" else "float32")
-    model = load_model(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype)).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(path)
+    weights = dtype if dtype == "auto" else getattr(torch, dtype)
+    model = load_model(path, dtype=weights, generates=bool(settings.tasks)).to(device)
     scores = evaluate_model(
         model,
         tokenizer,

@@ -3,39 +3,46 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
-import json
-import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from hmf.errors import HmfError
+from hmf.errors import HmfError, listed, notice
 from hmf.layers.base import Mixer
 
-from .families import family_of
+from .families import FAMILIES, family_of
+from .files import (
+    COMPUTED,
+    DTYPES,
+    Stored,
+    copy_companions,
+    new_directory,
+    read_object,
+    require_checkpoint,
+    require_config,
+    require_token_ids,
+    same_values,
+    stored_tensors,
+    stored_values,
+)
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
+STORED = "stored"  # a dtype for `load_model`: each tensor's own
+HEAD, EMBEDDINGS = "lm_head.weight", ("model.embed_tokens.weight", "embed_tokens.weight")
+GENERATION = "generation_config.json"
 _Base: Any = object  # a mixin: transformers' classes come after it
-
-# Files beside the weights that belong to the tokenizer or to generation; they travel unchanged, byte for byte.
-COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "tekken.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
-)  # fmt: skip
 
 
 class StrictLoading(_Base):
@@ -56,9 +63,13 @@ class StrictLoading(_Base):
         if source is not None and Path(source).is_dir():
             if variant := kwargs.get("variant"):
                 raise HmfError(f"{source}: variant={variant!r} is not supported; rename the weights without it")
-            folder, config = require_checkpoint(Path(source, kwargs.get("subfolder") or "")), kwargs.get("config")
-            if not isinstance(config, PreTrainedConfig):
-                config = cls.config_class.from_pretrained(config or folder)
+            folder, given = require_checkpoint(Path(source, kwargs.get("subfolder") or "")), kwargs.get("config")
+            if isinstance(given, PreTrainedConfig):
+                config = copy.deepcopy(given)
+            else:
+                config = cls.config_class.from_pretrained(given or folder)
+            if settle(config, folder) or given is not None:
+                kwargs["config"] = config
             check_merged(folder, config)
         with _without_load_report():
             try:
@@ -109,8 +120,9 @@ def check_loading(source: str, info: dict[str, Any]) -> None:
         ("error_msgs", "unreadable", "copy the whole checkpoint again"),
     ):
         if names := sorted(_tensor(entry) for entry in info.get(key) or ()):
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            raise HmfError(f"{source}: tensors {said}: {', '.join(names[:4])}{more}; {mend}")
+            if names == [HEAD] and key == "missing_keys":
+                mend = "if it is the embeddings, set tie_word_embeddings to true in config.json"
+            raise HmfError(f"{source}: tensors {said}: {listed(names)}; {mend}")
 
 
 def _tensor(entry: Any) -> str:
@@ -133,70 +145,42 @@ def check_merged(folder: Path, config: Any) -> None:
     published = revert_weight_conversion(model, merged)
     homes = tuple(f"{name.rpartition('.')[0]}." for name in merged.keys() - published.keys())
     needed = {name: list(x.shape) for name, x in published.items() if name.startswith(homes)}
-    found: dict[str, list[int]] = {}
-    for file in _weight_files(folder):
-        with safe_open(folder / file, "pt") as stored:
-            found |= {key: stored.get_slice(key).get_shape() for key in list(stored.keys()) if key.startswith(homes)}
+    found = {name: stored.shape for name, stored in stored_tensors(folder).items() if name.startswith(homes)}
     misshapen = [(name, found[name], shape) for name, shape in needed.items() if found.get(name, shape) != shape]
     missing, extra = needed.keys() - found.keys(), found.keys() - needed.keys()
     check_loading(str(folder), {"missing_keys": missing, "unexpected_keys": extra, "mismatched_keys": misshapen})
 
 
-def require_config(source: str | Path) -> Path:
-    """`source` as a directory with a readable config, or HmfError naming what is not."""
-    folder = Path(source)
-    if not folder.is_dir():
-        raise HmfError(f"{folder}: no such directory; give a local checkpoint directory")
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise HmfError(f"{folder}: no config.json; this is not a checkpoint directory")
-    _read_object(config_file)
-    return folder
+def settle(config: Any, folder: Path, weights: bool = True) -> bool:
+    """Change what `config`, of the checkpoint `folder`, must not have from there; whether there was anything.
 
-
-def require_checkpoint(source: str | Path) -> Path:
-    """`source` as a directory with a readable config and whole weight files, or HmfError naming what is not."""
-    folder = require_config(source)
-    for name in _weight_files(folder):
-        if not (folder / name).is_file():
-            raise HmfError(f"{folder / name}: missing, though the index names it")
-        try:
-            with safe_open(folder / name, "pt") as stored:
-                dtypes = {key: stored.get_slice(key).get_dtype() for key in stored.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise HmfError(f"{folder / name}: damaged ({error}); copy the file again") from None
-        if wrong := sorted(key for key, dtype in dtypes.items() if dtype not in WEIGHT_DTYPES):
-            raise HmfError(
-                f"{folder / name}: tensor {wrong[0]} is {dtypes[wrong[0]]}, not one of {', '.join(WEIGHT_DTYPES)}; "
-                "give the unquantised weights"
-            )
-    return folder
-
-
-def _weight_files(folder: Path) -> list[str]:
-    """Names of the files that hold the weights, or HmfError."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        return ["model.safetensors"]
-    if not index.is_file():
-        raise HmfError(
-            f"{folder}: no weights ({' or '.join(WEIGHT_FILES)}); a checkpoint needs both config and weights"
+    The choice of an implementation, which may name code on the hub, is dropped. With `weights`, a head of the model's
+    own is kept though the config ties it to the embeddings.
+    """
+    changed, file = False, folder / "config.json"
+    content = read_object(file)
+    for key in ("attn_implementation", "experts_implementation"):
+        for name in (key, f"_{key}"):
+            if (value := content.get(name)) is not None:
+                notice(f"{file}: {name}: {value!r} is dropped; it is no property of a model, and may name foreign code")
+                if isinstance(value, dict) or getattr(config, f"_{key}") == value:  # not what a caller asked for
+                    setattr(config, f"_{key}", None)
+                    changed = True
+    if weights and getattr(config, "tie_word_embeddings", False) and has_own_head(folder):
+        notice(
+            f"{file}: tie_word_embeddings is true, but {HEAD} differs from the embeddings; it is kept, and "
+            "tie_word_embeddings becomes false"
         )
-    weight_map = _read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise HmfError(f"{index}: weight_map: no table of tensor and file names; copy the file again")
-    return sorted(set(weight_map.values()))
+        config.tie_word_embeddings = False
+        changed = True
+    return changed
 
 
-def _read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`, or HmfError."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise HmfError(f"{file}: not valid JSON ({error}); copy the file again") from None
-    if not isinstance(content, dict):
-        raise HmfError(f"{file}: holds no JSON object; copy the file again")
-    return content
+def has_own_head(folder: Path) -> bool:
+    """Whether the weight files hold a head that is not the embeddings."""
+    pair = {name: tensor for _, name, tensor in stored_values(folder, (HEAD, *EMBEDDINGS))}
+    embeddings = next((pair[name] for name in EMBEDDINGS if name in pair), None)
+    return HEAD in pair and embeddings is not None and not same_values(pair[HEAD], embeddings)
 
 
 def load_config(source: str | Path, weights: bool = True) -> Any:
@@ -206,90 +190,148 @@ def load_config(source: str | Path, weights: bool = True) -> Any:
     """
     folder = require_checkpoint(source) if weights else require_config(source)
     file = folder / "config.json"
-    model_type = _read_object(file).get("model_type")
+    model_type = read_object(file).get("model_type")
     if not isinstance(model_type, str):
         raise HmfError(f"{file}: model_type: {model_type!r} names no architecture; this is not a model's config")
     if model_type.startswith("hybrid_"):
         family_of(model_type, str(file))
     try:
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except HmfError as error:
         raise HmfError(str(error).replace("config.json", str(file), 1)) from None
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         said = [line.strip() for line in str(error).splitlines() if line.strip()]
         # transformers' validators put the field's own complaint on the second line
         raise HmfError(
             f"{file}: {said[1] if isinstance(error, StrictDataclassError) and said[1:] else said[0]}"
         ) from None
+    if model_type.removeprefix("hybrid_") in FAMILIES:
+        require_token_ids(file, config.vocab_size)
+    settle(config, folder, weights)
+    return config
 
 
 def load_model(
-    source: str | Path, dtype: str | torch.dtype = "auto", config: Any = None, **kwargs: Any
+    source: str | Path, dtype: str | torch.dtype = "auto", config: Any = None, generates: bool = False, **kwargs: Any
 ) -> PreTrainedModel:
-    """A causal language model, base or Hybrid, with every tensor accounted for. `dtype` "auto" is the stored one.
+    """A causal language model, base or Hybrid, with every tensor accounted for.
 
+    dtype: "auto" is the config's; with "stored" each tensor has the one that it has in its file.
     config: takes the place of the stored one.
+    generates: whether a generation config that cannot be used is an error; else it is named, and not used.
     """
     folder = require_checkpoint(source)
     config = load_config(folder) if config is None else config
     if not config.model_type.startswith("hybrid_"):  # a Hybrid's own from_pretrained does it
         check_merged(folder, config)
+    stored = stored_tensors(folder)
     with _without_load_report():
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            folder,
+            config=config,
+            dtype=_widest(x.dtype for x in stored.values()) if dtype == STORED else dtype,
+            generation_config=generation_config(folder, config, generates),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            **kwargs,
         )
     check_loading(str(folder), info)
+    if computed := [name for name in stored if COMPUTED.search(name)]:
+        notice(f"{folder}: {len(computed)} tensors follow from config.json and are not read: {listed(computed, 1)}")
+    dtypes = stored_dtypes(model, stored)
+    if dtype == STORED:
+        cast(model, dtypes)
+        model.config.dtype = config.dtype or model.dtype
+    fix = f"; set dtype in {folder / 'config.json'} to the wider one to keep its digits" if dtype == "auto" else ""
+    _tell_narrowed(folder, {name: x.dtype for name, x in model.state_dict().items()}, dtypes, fix)
     return model
 
 
-@contextmanager
-def new_directory(target: str | Path) -> Iterator[Path]:
-    """A fresh directory that appears as `target` only when the block ends well.
+def _widest(dtypes: Iterable[str]) -> torch.dtype:
+    """The smallest dtype that holds the values of all `dtypes`, given as safetensors names them."""
+    return functools.reduce(torch.promote_types, [DTYPES[name] for name in dtypes if name in DTYPES])
 
-    HmfError when `target` exists and is not empty; on any failure nothing is left behind, and what a killed process
-    left is removed by the next.
+
+def stored_dtypes(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str, torch.dtype]:
+    """The dtypes that the tensors of `model` have in the files, by the model's names.
+
+    What is merged at load, such as experts, has the widest of its parts.
     """
-    target = Path(target)
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise HmfError(f"{target}: the output directory is in use; choose another or remove it first")
-    made = [parent for parent in target.parents if not parent.exists()]  # nearest first
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}")  # mkdtemp's names
-        for left in target.parent.iterdir():
-            if unfinished.fullmatch(left.name):
-                shutil.rmtree(left, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise HmfError(f"{target}: cannot be made ({error.strerror}: {error.filename}); choose another") from None
-    try:
-        yield work
-        if target.is_dir():
-            target.rmdir()
-        work.chmod(0o755)
-        work.rename(target)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        for parent in made:
-            with suppress(OSError):  # no longer empty: somebody else's by now
-                parent.rmdir()
-        raise
+    found = {}
+    for name in model.state_dict():
+        home = f"{name.rpartition('.')[0]}."
+        own = stored.get(name, stored.get(name.removeprefix("model.")))
+        parts = [own.dtype] if own else [x.dtype for other, x in stored.items() if other.startswith(home)]
+        if parts:
+            found[name] = _widest(parts)
+    return found
 
 
-def copy_companions(source: str | Path, target: str | Path) -> None:
-    """Copy tokenizer and generation files unchanged."""
-    for name in COMPANIONS:
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, Path(target) / name)
+def cast(
+    model: PreTrainedModel, dtypes: Mapping[str, torch.dtype], weights: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Give the tensors of `model` the `dtypes` by name, in place; what must be float32 does not become narrower.
+
+    weights: its whole tensors by name, where it holds parts of them itself.
+    """
+    wide = set(model._keep_in_fp32_modules_strict or ())
+    for name, tensor in model.named_parameters() if weights is None else weights.items():
+        if (dtype := dtypes.get(name)) is not None:
+            if name.rpartition(".")[2] in wide:
+                dtype = torch.promote_types(dtype, torch.float32)
+            tensor.data = tensor.data.to(dtype)
+
+
+def _tell_narrowed(folder: Path, used: Mapping[str, torch.dtype], stored: Mapping[str, torch.dtype], fix: str) -> None:
+    """A notice where tensors that are `stored` in some dtypes are `used` in others, which do not hold their values."""
+    pairs = {name: (stored[name], dtype) for name, dtype in used.items() if name in stored}
+    if narrowed := [name for name, (a, b) in pairs.items() if torch.promote_types(a, b) != b]:
+        before, after = (str(dtype).removeprefix("torch.") for dtype in pairs[narrowed[0]])
+        notice(
+            f"{folder}: {len(narrowed)} of {len(pairs)} tensors are narrowed as they are loaded, first {narrowed[0]} "
+            f"from {before} to {after}{fix}"
+        )
+
+
+def generation_config(folder: Path, config: Any, needed: bool) -> GenerationConfig:
+    """From its file, else from config.json as transformers reads it."""
+    is_there = (folder / GENERATION).exists()
+    file = folder / (GENERATION if is_there else "config.json")
+    try:
+        content = read_object(file)
+        if is_there:
+            require_token_ids(file, config.vocab_size)
+            return GenerationConfig.from_dict(content)
+        return GenerationConfig.from_pretrained(folder, "config.json", _from_model_config=True)
+    except HmfError as error:
+        problem = str(error)
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        problem = f"{file}: cannot be used to generate ({' '.join(str(error).split())})"
+    if needed:
+        raise HmfError(problem)
+    notice(f"{problem}; nothing is read of it here")
+    return GenerationConfig.from_model_config(config)
 
 
 def save_checkpoint(
     model: PreTrainedModel, target: str | Path, companions: str | Path, weights: dict[str, Any] | None = None
 ) -> None:
-    """Save `model` at `target` with the tokenizer and generation files of the directory `companions`.
+    """Save `model` at `target` with what stands beside the weights in the directory `companions`.
+
+    Tensors are written in the dtypes that they have; config.json names `model.config.dtype`.
 
     weights: its whole tensors by name, where it holds parts of them itself.
     """
+    generation, dtype = model.generation_config, model.config.dtype
     with new_directory(target) as folder:
-        model.save_pretrained(folder, state_dict=weights)
+        try:
+            model.generation_config = GenerationConfig()  # transformers rejects on saving what it has read
+            model.save_pretrained(folder, state_dict=weights)
+        finally:
+            model.generation_config = generation
+        if dtype is not None:
+            model.config.dtype = dtype  # transformers takes the first tensor's
+            model.config.save_pretrained(folder)
+        generation.to_json_file(folder / GENERATION, keys_to_pop=["compile_config"])
         copy_companions(companions, folder)

@@ -6,9 +6,11 @@ Tensors are shared, not copied.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -52,7 +54,18 @@ def hybridise(
     names = {name for _, name in mixer_names(model)}
     if left := sorted(name for name in missing if not names & set(name.split("."))):
         raise HmfError(f"{type(base).__name__}: the base lacks {', '.join(left)}")
+    for name, mixer in mixers(model):
+        _take_dtypes(mixer, model.get_submodule(name.rpartition(".")[0]).self_attn)
     return model
+
+
+def _take_dtypes(mixer: nn.Module, attention: nn.Module) -> None:
+    """The base's tensors may have dtypes of their own: a mixer has its attention's, so that copies keep all digits."""
+    given = dict(attention.named_parameters())
+    mixer.to(functools.reduce(torch.promote_types, (x.dtype for x in given.values() if x.dim() > 1)))
+    for name, x in mixer.named_parameters():
+        if (source := given.get(".".join(name.split(".")[-2:]))) is not None:
+            x.data = x.data.to(torch.promote_types(x.dtype, source.dtype))
 
 
 def drop_teacher(fused: PreTrainedModel) -> PreTrainedModel:
@@ -87,6 +100,7 @@ def _rebuild(config: Any, source: PreTrainedModel, dropped: tuple[str, ...] = ()
             f"{type(source).__name__}: tensors without a place in the Hybrid: {', '.join(sorted(unexpected))}"
         )
     model.tie_weights()
+    model.config.dtype = source.config.dtype or model.dtype
     model.generation_config = source.generation_config
     return model.train(source.training), set(missing)
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from hmf.errors import HmfError
-from hmf.model.checkpoint import load_model, save_checkpoint
+from hmf.errors import HmfError, listed, notice
+from hmf.model.checkpoint import STORED, load_model, save_checkpoint
 from hmf.model.convert import drop_teacher
+from hmf.model.files import require_finite, require_unused
 
 
 def export(fused: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -19,16 +20,20 @@ def export(fused: str | Path, out: str | Path, dtype: torch.dtype | None = None)
     `dtype` casts the weights (decay parameters stay float32); None keeps the stored one. The tokenizer's files come
     out byte-identical. Returns the Hybrid; HmfError when `fused` holds no teacher or `out` is in use.
     """
-    if Path(out).is_dir() and any(Path(out).iterdir()):
-        raise HmfError(f"{out}: the output directory is in use; choose another or remove it first")
-    model = load_model(fused)
+    require_unused(out)
+    model = load_model(fused, dtype=STORED)
     if not getattr(getattr(model.config, "pattern", None), "fused", False):
         raise HmfError(
             f"{fused}: holds no teacher, there is nothing to drop; export takes the result of init or distill"
         )
     hybrid = drop_teacher(model)
+    require_finite(Path(fused))
     if dtype is not None:
+        before = {name: x.dtype for name, x in hybrid.named_parameters()}
         hybrid = hybrid.to(dtype)
         hybrid.config.dtype = dtype
+        if changed := [name for name, x in hybrid.named_parameters() if x.dtype != before[name]]:
+            name = str(dtype).removeprefix("torch.")
+            notice(f"{fused}: {len(changed)} of {len(before)} tensors are cast to {name}: {listed(changed, 2)}")
     save_checkpoint(hybrid, out, companions=fused)
     return hybrid

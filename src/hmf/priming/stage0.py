@@ -12,11 +12,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hmf.config.pattern import Pattern
+from hmf.data.tokenizer import check_tokenizer
 from hmf.errors import HmfError
 from hmf.layers.base import Start
-from hmf.model.checkpoint import load_config, load_model, save_checkpoint
+from hmf.model.checkpoint import STORED, load_config, load_model, save_checkpoint
 from hmf.model.convert import hybridise, mixers
 from hmf.model.families import FAMILIES, family_of
+from hmf.model.files import COMPUTED, require_finite, require_unused, stored_tensors
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Stage0Report:
     """Tensors of the new model by where they came from."""
 
     pattern: Pattern
-    kept: int  # tensors of the base, all of them
+    kept: int  # tensors of the base's files, all of them
     starts: dict[str, Start]  # by mixer
 
     def counts(self) -> dict[str, int]:
@@ -84,12 +86,13 @@ def make_stage0(
     conv_start: str = "random",
 ) -> Stage0Report:
     """`hmf init`: load `base`, hybridise, fill the mixers, save the fused checkpoint at `out` with base's tokenizer."""
-    if Path(out).is_dir() and any(Path(out).iterdir()):
-        raise HmfError(f"{out}: the output directory is in use; choose another or remove it first")
+    require_unused(out)
     base_layers(base)  # refuses what cannot become a Hybrid before the weights are read
-    base_model = load_model(base)
+    require_finite(Path(base))
+    check_tokenizer(base)
+    base_model = load_model(base, dtype=STORED)
     model = hybridise(base_model, pattern, options)
-    kept = len(base_model.state_dict())
+    kept = len([name for name in stored_tensors(Path(base)) if not COMPUTED.search(name)])
     starts = initialise(model, seed, conv_start)
     save_checkpoint(model, out, companions=base)
     return Stage0Report(model.config.pattern, kept, starts)

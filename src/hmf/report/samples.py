@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from hmf.config.data import DataRecipe
 from hmf.data.encoding import IGNORED
 from hmf.data.prepare import PreparedDataset
-from hmf.data.shards import Counts, Encoder, load_tokenizer
+from hmf.data.shards import Counts, Encoder
 from hmf.data.sources import Source
+from hmf.data.tokenizer import load_tokenizer
 
 LEARNT, CONTEXT, LEFT_OUT = "bold green", "dim", "yellow"
 

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer, StoppingCriteriaList, TextIteratorStreamer
+from transformers import StoppingCriteriaList, TextIteratorStreamer
 
+from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError
 from hmf.model.checkpoint import load_model
 
@@ -42,10 +43,10 @@ class LocalChat:
     """By Hugging Face's `generate`. Raises HmfError for a checkpoint without a chat template."""
 
     def __init__(self, source: str | Path, thinking: bool = True, max_new_tokens: int = 512, temperature: float = 0.0):
-        self.model = load_model(source).eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        self.tokenizer = AutoTokenizer.from_pretrained(source)
+        self.tokenizer = load_tokenizer(source)
         if not self.tokenizer.chat_template:
             raise HmfError(f"{source}: the tokenizer has no chat template; chat needs an instruction-tuned checkpoint")
+        self.model = load_model(source, generates=True).eval().to("cuda" if torch.cuda.is_available() else "cpu")
         self.thinking, self.max_new_tokens, self.temperature = thinking, max_new_tokens, temperature
         self.messages: list[dict[str, str]] = []
         self.cut_off = False

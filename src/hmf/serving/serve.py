@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
-from hmf.errors import HmfError
+from hmf.data.tokenizer import load_tokenizer
+from hmf.errors import HmfError, notice
 from hmf.gpus import GIB, Device, cpu
-from hmf.model.checkpoint import load_config, require_checkpoint
+from hmf.layers.registry import MIXERS
+from hmf.model.checkpoint import generation_config, has_own_head, load_config
+from hmf.model.files import DTYPES, require_checkpoint, require_finite, stored_tensors
 from hmf.planning.serving import UTILISATION, Plan, Settings, as_hybrid, make_plan
 from hmf.serving.vllm.support import REASON_FILE, split_problem
 
@@ -64,9 +66,17 @@ def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
     Raises HmfError for what is no plain checkpoint, or does not fit.
     """
     config = load_config(source, weights=False)
-    if not getattr(config, "quantization_config", None):
+    quantised = bool(getattr(config, "quantization_config", None))
+    folder = Path(source)
+    if not quantised:
         require_checkpoint(source)
+        if config.tie_word_embeddings and has_own_head(folder):
+            raise HmfError(
+                f"{folder / 'config.json'}: tie_word_embeddings is true, but lm_head.weight differs from the "
+                "embeddings, and vLLM would drop it; set it to false"
+            )
     config = servable(config, source)
+    generation_config(folder, config, needed=True)  # vLLM reads it too
     given = given_options(source, extra)
     settings = Settings(
         prefix_caching=given.get("enable_prefix_caching") is not False,
@@ -84,6 +94,9 @@ def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
     if given.get("uds") is None:
         options["--host"] = LOOPBACK
     options |= _parsers(source)
+    if not quantised:
+        _tell_narrowed(folder, config, given.get("dtype") or options.get("--dtype") or "auto")
+    require_finite(folder)
     ours = [
         text
         for name, value in options.items()
@@ -149,6 +162,25 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _tell_narrowed(folder: Path, config: Any, option: str) -> None:
+    """A notice where vLLM, with this --dtype, computes in less than what tensors are stored in."""
+    name = {"half": "float16", "float": "float32"}.get(option, option)
+    dtype = getattr(torch, name, None) if name != "auto" else config.dtype
+    if name == "auto" and dtype in (None, torch.float32):
+        dtype = torch.bfloat16  # its choice
+    if not isinstance(dtype, torch.dtype):
+        return  # vLLM refuses it
+    kept = {parameter for mixer in MIXERS.values() for parameter in mixer.float32_parameters}
+    names = [
+        name
+        for name, x in stored_tensors(folder).items()
+        if name.rpartition(".")[2] not in kept and torch.promote_types(DTYPES.get(x.dtype, dtype), dtype) != dtype
+    ]
+    if names:
+        fix = "" if dtype == torch.float32 else f"; to keep their digits, hmf serve {folder} -- --dtype float32"
+        notice(f"{folder}: vLLM narrows {len(names)} tensors to {str(dtype)[6:]}, first {names[0]}{fix}")
+
+
 def servable(config: Any, source: str | Path) -> Any:
     """`config` as the Hybrid that is planned and served; HmfError where it still holds the teacher."""
     if getattr(config, "quantization_config", None):
@@ -188,7 +220,7 @@ def for_machine(
 
 def _parsers(source: str | Path) -> dict[str, str | None]:
     """Parsers of tool calls and of reasoning, where the chat template has their markers."""
-    template = AutoTokenizer.from_pretrained(source).chat_template or ""
+    template = load_tokenizer(source).chat_template or ""
     if isinstance(template, list | dict):  # several by name
         template = str(template)
     options: dict[str, str | None] = {}

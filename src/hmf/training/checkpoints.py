@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from hmf.errors import HmfError
+from hmf.model.files import follow_umask
 
 MANIFEST = "manifest.json"
 UNPUBLISHED = "unpublished"
@@ -72,6 +73,7 @@ def publish(staged: Path, target: Path, processes: int) -> None:
     with ThreadPoolExecutor(max_workers=4) as pool:
         facts = dict(zip(names, pool.map(_facts, files), strict=True))
     (staged / MANIFEST).write_text(_manifest(processes, facts), encoding="utf-8")
+    follow_umask(staged)
     for path in (*files, staged / MANIFEST, staged):
         _sync(path)
     if target.exists():  # one that was found damaged, or this run would not have come here again

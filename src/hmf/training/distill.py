@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from hmf.config.runs import DataSettings, DistillSettings, ObjectiveSettings
 from hmf.data import tasks, text
 from hmf.data.packing import MixtureDataset, PromptDataset
-from hmf.data.tokenizer import encode_texts
+from hmf.data.tokenizer import encode_texts, load_tokenizer
 from hmf.errors import HmfError, unknown_name
 from hmf.model.checkpoint import load_model, save_checkpoint
 from hmf.priming.distance import layer_errors, stage1_flops_per_token
@@ -156,7 +156,7 @@ def distill(
     if not getattr(getattr(fused.config, "pattern", None), "fused", False):
         raise HmfError(f"{model}: no fused checkpoint (teacher and student); make one with `hmf init`")
     train_only_mixers(fused)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     training = settings.training
     trainer = _trainer(fused, tokenizer, settings, checkpoints, seed)
     step_rows = rows_per_step(trainer.args, training.sequence_parallel)
@@ -228,4 +228,6 @@ def mixture(
         raise HmfError("data.text_share: is below 1 but data.tasks is empty; name tasks or set it to 1")
     documents = [document.text for document in text.documents(data.text, "train")]
     encoded = encode_texts(tokenizer, documents)
+    if data.text_share and not any(encoded):
+        raise HmfError(f"data.text: {data.text}: no text in {len(documents)} documents; name another corpus")
     return kind(encoded, tokenizer, data.sequence_length, data.tasks, rows, data.text_share, seed)

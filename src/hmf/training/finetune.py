@@ -12,7 +12,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import (
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -23,9 +22,11 @@ from transformers import (
 
 from hmf.config.runs import FinetuneRecipe
 from hmf.data.preference import PairDataset, pair_dataset
+from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError
-from hmf.model.checkpoint import load_config, load_model, save_checkpoint
+from hmf.model.checkpoint import cast, load_config, load_model, save_checkpoint, stored_dtypes
 from hmf.model.configuration import with_rope
+from hmf.model.files import follow_umask, stored_tensors
 
 from .checkpoints import PublishedCheckpoints, say
 from .distill import mixture, row_length
@@ -108,8 +109,8 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
     config = check(recipe)
     set_seed(recipe.seed)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader's processes are parallel already
-    stored = config.dtype or torch.float32
     model = load_model(recipe.model, dtype=torch.float32, config=with_rope(config, recipe.rope))
+    dtypes = stored_dtypes(model, stored_tensors(recipe.model))
     groups = choose(model, recipe.trainable, recipe.lora)
     adapters = None
     if recipe.lora is not None:
@@ -122,7 +123,7 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
     if args.process_index == 0:
         say(table(groups))
     step_rows = rows_per_step(args, training.sequence_parallel)
-    rows = rows_for(recipe, AutoTokenizer.from_pretrained(recipe.model), training.steps * step_rows)
+    rows = rows_for(recipe, load_tokenizer(recipe.model), training.steps * step_rows)
     trainer = FinetuneTrainer(
         model=model,
         args=args,
@@ -139,13 +140,10 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
         adapters.merge_and_unload()
     weights = whole_weights(model)
     if trainer.is_world_process_zero():
-        dtype = getattr(torch, recipe.dtype) if recipe.dtype is not None else stored
-        wide = set(model._keep_in_fp32_modules_strict or ())
-        if weights is None:
-            model.to(dtype)
-        else:
-            weights = {name: x if name.rpartition(".")[2] in wide else x.to(dtype) for name, x in weights.items()}
-        model.config.dtype = dtype
+        if recipe.dtype is not None:
+            dtypes = dict.fromkeys(dtypes, getattr(torch, recipe.dtype))
+        cast(model, dtypes, weights)
+        model.config.dtype = getattr(torch, recipe.dtype) if recipe.dtype is not None else config.dtype
         save_checkpoint(model, target, companions=recipe.model, weights=weights)
     trainer.accelerator.wait_for_everyone()
     return target
@@ -156,6 +154,7 @@ def check(recipe: FinetuneRecipe) -> Any:
     require_reporters(recipe.training.report_to)
     config = load_config(recipe.model)
     check_model(recipe, config, sequence_length(recipe))
+    load_tokenizer(recipe.model)
     return config
 
 
@@ -253,6 +252,7 @@ class _References(TrainerCallback):
         if accelerator.is_main_process:
             part = self.path.with_suffix(".part")
             save_file({"references": references}, part, {"pairs": self.rows.digest()})
+            follow_umask(part)
             os.replace(part, self.path)
         accelerator.wait_for_everyone()
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hmf.errors import HmfError
+from hmf.model.files import follow_umask
 
 MEMORY = 100  # losses that the median is taken over
 LEAST = 20  # losses before which nothing counts as divergence
@@ -107,6 +108,7 @@ class GuardedLoss(_Base):
         if tensors:
             name = "bad_batch.safetensors" if alone else f"bad_batch.{self.args.process_index}.safetensors"
             save_file(tensors, run / name, {"step": str(step), "reason": wrong})
+            follow_umask(run / name)
         self.accelerator.wait_for_everyone()
         raise HmfError(
             f"step {step}: {wrong}; the batch is in {run / ('bad_batch.safetensors' if alone else 'bad_batch.*')}, the "

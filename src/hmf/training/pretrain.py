@@ -12,7 +12,6 @@ import torch
 from pydantic import Field, model_validator
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedTokenizerBase,
     Qwen3Config,
     Trainer,
@@ -24,8 +23,9 @@ from transformers import (
 from hmf.config.runs import DataSettings, OptimiserSettings, Settings, load_recipe
 from hmf.data import tasks, text
 from hmf.data.packing import Row
-from hmf.data.tokenizer import END_OF_TEXT, train_tokenizer
+from hmf.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 from hmf.errors import HmfError
+from hmf.model.files import follow_umask
 
 from .checkpoints import PublishedCheckpoints, published
 from .distill import mixture
@@ -104,9 +104,7 @@ def main(recipe_path: str) -> None:
     source = recipe.output if published(checkpoints) else recipe.start_from
     if source is not None and not (source / "tokenizer.json").is_file():
         raise HmfError(f"{recipe_path}: start_from: {source} holds no tokenizer.json; give a model folder")
-    tokenizer = (
-        _tokenizer(recipe, Path(recipe_path).parent) if source is None else AutoTokenizer.from_pretrained(source)
-    )
+    tokenizer = _tokenizer(recipe, Path(recipe_path).parent) if source is None else load_tokenizer(source)
     for how_it_was_loaded in ("is_local", "local_files_only"):  # else they would be saved with it
         tokenizer.init_kwargs.pop(how_it_was_loaded, None)
     tokenizer.save_pretrained(recipe.output)
@@ -137,6 +135,7 @@ def main(recipe_path: str) -> None:
     }
     model.config.use_cache = True
     model.to(torch.bfloat16).save_pretrained(recipe.output)
+    follow_umask(recipe.output)
     (recipe.output / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,10 +15,9 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from hmf.errors import HmfError
 from hmf.model.families import family_of
+from hmf.model.files import COMPUTED, not_finite, same_values
 from hmf.model.modeling import hybrid_classes
 
-# Computed from the configuration; old checkpoints carry it and every loader drops it.
-IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 # What stands beside, or in the place of, the weight of a quantised projection.
 QUANTISED = re.compile(
     r"(?P<module>.*)\.(?:weight_(?:scale|scale_inv|zero_point|packed|shape)|input_(?:scale|zero_point))$"
@@ -24,15 +25,17 @@ QUANTISED = re.compile(
 SHOWN = 5
 
 
-def expected_tensors(config: Any) -> tuple[dict[str, torch.Size], set[str]]:
+def expected_tensors(config: Any) -> tuple[dict[str, torch.Size], dict[str, str]]:
     """Names and shapes of a published checkpoint's tensors, from the Hugging Face model of this configuration.
 
-    The second value names those that may be absent because they are tied to others.
+    The second value names those that may be absent because they are tied to others, and these.
     """
+    config = copy.copy(config)
+    config._attn_implementation = config._experts_implementation = None  # a config may name code on the hub
     # Not through AutoModel: a worker process gets a copy of the config's class, which the Auto classes do not know.
     with torch.device("meta"):
         model = hybrid_classes(family_of(config.model_type)).causal_lm(config)
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+    tied = dict(getattr(model, "_tied_weights_keys", None) or {}) if config.tie_word_embeddings else {}
     published = revert_weight_conversion(model, model.state_dict())  # experts stacked in memory, one by one in the file
     return {name: tensor.shape for name, tensor in published.items()}, tied
 
@@ -76,16 +79,16 @@ def _adds_in_32_bits() -> bool:
 def account(
     weights: Iterable[tuple[str, torch.Tensor]],
     expected: Mapping[str, torch.Size | None],
-    optional: Collection[str] = (),
+    optional: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Pass `weights` on; at their end raise HmfError, one line, if they are not exactly the `expected` tensors.
 
-    Those of `optional` may be absent.
+    Those of `optional` may be absent, or equal to the tensors that they name. No number may be NaN or infinite.
     """
     seen, quantised = set(), {}  # an ordered set of modules
-    unexpected, misshapen = [], []
+    unexpected, misshapen, broken, pairs = [], [], [], {}
     for name, tensor in weights:
-        if IGNORED.search(name):
+        if COMPUTED.search(name):
             continue
         if name not in expected:
             if found := QUANTISED.match(name):
@@ -97,7 +100,13 @@ def account(
             misshapen.append(f"{name} {list(tensor.shape)} instead of {list(shape)}")
         else:
             seen.add(name)
+            if count := not_finite(tensor):
+                broken.append(f"{name} ({count} of {tensor.numel()} numbers)")
+            if name in optional or name in optional.values():
+                pairs[name] = tensor
             yield name, tensor
+    both = [(name, of) for name, of in optional.items() if name in pairs and of in pairs]
+    untied = [name for name, of in both if not same_values(pairs[name], pairs[of])]
     missing = [name for name in expected if name not in seen and name not in optional]
     problems = [
         f"{what}: {', '.join(names[:SHOWN])}{f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''}"
@@ -105,6 +114,8 @@ def account(
             ("missing", missing),
             ("unexpected", unexpected),
             ("wrong shape", misshapen),
+            ("NaN or infinite", broken),
+            ("not equal to the embeddings, so tie_word_embeddings must be false", untied),
             ("quantised but only served unquantised, so it belongs in the checkpoint's ignore list", list(quantised)),
         )
         if names
