@@ -24,7 +24,8 @@ from transformers.utils import logging
 
 from hmf.errors import HmfError
 
-from .families import family_of
+from .families import FAMILIES, family_of
+from .rope import check_rope, require_rope
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -185,13 +186,15 @@ def load_config(source: str | Path, weights: bool = True) -> Any:
     """
     folder = require_checkpoint(source) if weights else require_config(source)
     file = folder / "config.json"
-    model_type = _read_object(file).get("model_type")
+    content = _read_object(file)
+    model_type = content.get("model_type")
     if not isinstance(model_type, str):
         raise HmfError(f"{file}: model_type: {model_type!r} names no architecture; this is not a model's config")
-    if model_type.startswith("hybrid_"):
-        family_of(model_type, str(file))
+    known = model_type.removeprefix("hybrid_") in FAMILIES
+    if known or model_type.startswith("hybrid_"):
+        check_rope(content, family_of(model_type, str(file)), str(file))
     try:
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
     except HmfError as error:
         raise HmfError(str(error).replace("config.json", str(file), 1)) from None
     except (ValueError, TypeError, StrictDataclassError) as error:
@@ -200,6 +203,9 @@ def load_config(source: str | Path, weights: bool = True) -> Any:
         raise HmfError(
             f"{file}: {said[1] if isinstance(error, StrictDataclassError) and said[1:] else said[0]}"
         ) from None
+    if known:
+        require_rope(config, str(file))
+    return config
 
 
 def load_model(

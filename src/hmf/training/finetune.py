@@ -25,7 +25,7 @@ from hmf.config.runs import FinetuneRecipe
 from hmf.data.preference import PairDataset, pair_dataset
 from hmf.errors import HmfError
 from hmf.model.checkpoint import load_config, load_model, save_checkpoint
-from hmf.model.configuration import with_rope
+from hmf.model.rope import with_rope
 
 from .checkpoints import PublishedCheckpoints, say
 from .distill import mixture, row_length
