@@ -36,8 +36,12 @@ class HybridConfigMixin(_Base):
     def __post_init__(self, **kwargs: Any) -> None:
         listed = self.layer_types
         self.layer_types = None
+        if kwargs.get("per_layer_config") is not None:
+            raise HmfError("config.json: per_layer_config: layers of different shapes do not fit; take it out")
         super().__post_init__(**kwargs)
         check_rope(vars(self), self.family, "config.json")
+        if not getattr(self, "is_causal", True):
+            raise HmfError("config.json: is_causal: false, and mixers see the past alone; only causal bases fit")
         self.head_dim = base_head_dim(self)  # published for every family, also where the base leaves it out
         count = self.num_hidden_layers
         # On disk, and so here, the list may hold the pattern's symbols; in memory it holds transformers' names.

@@ -137,8 +137,6 @@ def with_rope(config: Any, rope: RopeSettings) -> Any:
             f"rope: the model's positions have rope_type {kind!r}, which a recipe cannot change; leave rope out"
         )
     fields["max_position_embeddings"] = length = rope.max_position_embeddings or config.max_position_embeddings
-    if "max_position_embeddings" in table:  # Ministral 3 repeats it there
-        table["max_position_embeddings"] = length
     if rope.scaling is not None:
         table = _rescaled(config, family, rope.scaling, rope.max_position_embeddings)
         if ORIGINAL in fields:  # a copy outside the table, which transformers prefers
@@ -146,6 +144,8 @@ def with_rope(config: Any, rope: RopeSettings) -> Any:
                 fields[ORIGINAL] = table[ORIGINAL]
             else:
                 del fields[ORIGINAL]
+    if "max_position_embeddings" in table:  # Ministral 3 repeats it there
+        table["max_position_embeddings"] = length
     if rope.theta is not None:
         table["rope_theta"] = rope.theta
     fields["rope_parameters"] = table
