@@ -187,6 +187,9 @@ def test_impossible_values_are_refused_by_file_and_key(model_type, name, key, va
     ("family", "fields", "line"),
     [
         ("qwen3", {"rope_parameters": None, "rope_theta": 0}, "rope_theta: "),
+        ("qwen3", {"rope_parameters": None}, "rope_parameters: None is no table"),
+        ("qwen3", {"rope_parameters": {"rope_theta": math.nan}, "rope_theta": 1e4}, "rope_parameters.rope_theta: "),
+        ("qwen3", {"per_layer_config": {"0": {"head_dim": 16}}}, "per_layer_config: "),
         ("qwen3", {"rope_parameters": "default"}, "rope_parameters: 'default' is no table"),
         ("qwen3", {"max_position_embeddings": 0}, "max_position_embeddings: "),
         ("qwen3", {"rope_parameters": THETA | {"rope_type": "yarn"}}, "rope_parameters.factor: is missing"),

@@ -69,8 +69,9 @@ def check_rope(fields: Mapping[str, Any], family: Family, source: str) -> None:
     """HmfError for rotary positions, in the fields of a config.json in any spelling, that cannot be computed."""
     name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"  # as transformers prefers them
     table = fields.get(name)
-    if not isinstance(table, Mapping | None):
-        raise HmfError(f"{source}: {name}: {table!r} is no table of keys and values")
+    written_outside = table is None and "rope_theta" in fields
+    if name in fields and not isinstance(table, Mapping) and not written_outside:
+        raise HmfError(f"{source}: {name}: {table!r} is no table; give the base model's rope_type and rope_theta")
     table = dict(table or {})
     if nested := next((key for key, value in table.items() if isinstance(value, Mapping)), None):
         raise HmfError(
@@ -79,22 +80,22 @@ def check_rope(fields: Mapping[str, Any], family: Family, source: str) -> None:
         )
     if table and family.query_growth() is not None:
         needed = (GROWTH,) if table.get("rope_type", table.get("type")) in FROM_ORIGINAL else (GROWTH, ORIGINAL)
-        if missing := [key for key in needed if key not in table and key not in fields]:
+        if missing := [key for key in needed if key not in table]:
             raise HmfError(
                 f"{source}: {name}.{missing[0]}: is missing, and {family.prefix} scales its queries by it; "
                 f"give it as the base model has it ({GROWTH} 0 leaves queries as they are)"
             )
     outside = {key: fields[key] for key in ("rope_theta", "max_position_embeddings", ORIGINAL) if key in fields}
     known = {"rope_type": table["type"]} if "type" in table else {}
-    try:
-        _Table(**{str(key): value for key, value in (known | table | outside).items()})
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"]))
-        message = problem["msg"].removeprefix("Value error, ")
-        where = f"{key if key in outside else f'{name}.{key}'}: {message}" if key else f"{name}.{message}"
-        given = f" (got {problem['input']!r})" if key else ""
-        raise HmfError(f"{source}: {where}{given}") from None
+    for above in ({}, outside):
+        try:
+            _Table(**{str(key): value for key, value in (known | table | above).items()})
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+            if key:
+                message = f"{key}: {message} (got {problem['input']!r})"
+            raise HmfError(f"{source}: {message if key in above else f'{name}.{message}'}") from None
 
 
 def require_rope(config: Any, source: str) -> None:
