@@ -21,6 +21,8 @@ from .families import Family, family_of
 
 TYPES = ("default", *ROPE_INIT_FUNCTIONS)
 ORIGINAL, GROWTH = "original_max_position_embeddings", "llama_4_scaling_beta"
+NEEDED = {kind: keys[0] for kind, keys in ROPE_KEYS.items()}
+NEEDED |= {"dynamic": ("factor",), "longrope": ("short_factor", "long_factor")}
 FROM_ORIGINAL = ("yarn", "llama3", "longrope")  # computed from the length before any scaling
 
 
@@ -52,9 +54,7 @@ class _Table(BaseModel):
             raise ValueError(f"rope_type: {self.rope_type!r} is none of {', '.join(TYPES)}")
         if (legacy := (self.model_extra or {}).get("type", self.rope_type)) != self.rope_type:
             raise ValueError(f"type: {legacy!r} and rope_type {self.rope_type!r} disagree; take one of them out")
-        needed = ("short_factor", "long_factor") if self.rope_type == "longrope" else ("factor",)
-        needed = ROPE_KEYS[self.rope_type][0] if self.rope_type in ROPE_KEYS else needed
-        if missing := [key for key in needed if key not in self.model_fields_set]:
+        if missing := [key for key in NEEDED.get(self.rope_type, ()) if key not in self.model_fields_set]:
             raise ValueError(f"{missing[0]}: is missing, and {self.rope_type} needs it")
         if self.rope_type == "yarn" and self.beta_slow >= self.beta_fast:
             raise ValueError(f"beta_slow: {self.beta_slow} is not below beta_fast, {self.beta_fast}")
@@ -100,7 +100,7 @@ def check_rope(fields: Mapping[str, Any], family: Family, source: str) -> None:
 
 def require_rope(config: Any, source: str) -> None:
     """HmfError where the config of a family's model, whose values are checked, still gives no rotary table."""
-    rotary_class = family_of(config.model_type).class_named("RotaryEmbedding")
+    rotary_class: Any = family_of(config.model_type).class_named("RotaryEmbedding")
     rope = config.rope_parameters
     try:
         with torch.device("cpu"):

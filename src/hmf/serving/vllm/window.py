@@ -23,7 +23,7 @@ def build(symbol: str, config: Any, quant_config: Any, prefix: str, attention: A
     return windowed(attention, layer_options(config, symbol).window_size, quant_config, prefix)
 
 
-def windowed(attention: Any, window: int, quant_config: Any, prefix: str) -> nn.Module:
+def windowed(attention: Any, window: int | None, quant_config: Any, prefix: str) -> nn.Module:
     """`attention` with its inner attention, which fixes the window when it is made, made anew."""
     attention.attn = Attention(
         attention.num_heads,
