@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hmf.config.layers import LAYER_KINDS
+from hmf.errors import HmfError
 from tests.hybrids import OPTIONS, Case, randomise, tiny_config
 from tests.serving import engines
 from tests.serving.quantised import quantise
@@ -263,6 +264,17 @@ def test_windows_in_all_layers(tmp_path, family):
     """Of attention and sliding-window layers, without a recurrent one: for vLLM, no hybrid in its sense."""
     fields = {"qwen3": WINDOWS | {"max_window_layers": 1}, "ministral3": {"sliding_window": 16}}[family]
     check(tmp_path, engines.save_hybrid(tmp_path, Case("SWA", "windows"), "*-X-*", family, **fields))
+
+
+def test_a_bias_without_a_place_stops(tmp_path, monkeypatch):
+    """vLLM's loaders pass over biases that its layers do not have."""
+    from hmf.serving.vllm import models
+
+    engines.save_hybrid(tmp_path, Case("GDN", "bias"), "X-*", attention_bias=True)
+    monkeypatch.setattr(models, "_complete", lambda *_: None)  # as vLLM's Qwen3 is
+    line = r"model\.layers\.1\.self_attn\.o_proj\.bias: vLLM's layer has no bias"
+    with pytest.raises(HmfError, match=line), engines.engine(tmp_path):
+        pass
 
 
 def test_every_layer_type_is_served():

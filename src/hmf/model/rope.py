@@ -190,9 +190,8 @@ def _rescaled(config: Any, family: Family, scaling: RopeScaling, length: int | N
         stays.add(ORIGINAL)  # queries grow from there, however positions are scaled
     replaced = {key for keys in ROPE_KEYS.values() for group in keys for key in group} - stays
     # YaRN's own attention factor, written out: another factor has another.
-    if "attention_factor" in old and math.isclose(
-        old["attention_factor"], 0.1 * math.log(old["factor"]) + 1, rel_tol=1e-3
-    ):
+    given, its_own = old.get("attention_factor", 0.0), 0.1 * math.log(old.get("factor", 1.0)) + 1
+    if math.isclose(given, its_own, rel_tol=1e-3):
         replaced.add("attention_factor")
     if "type" in old:  # the former name of the key, beside it
         new["type"] = scaling.rope_type
