@@ -16,8 +16,11 @@ TOKENS = 20
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def mixer_and_attention(symbol, options, family, **fields):
-    """A mixer started from a random attention of the base, both float64, and a call that gives both outputs."""
+def mixer_and_attention(symbol, options, family, growth=None, **fields):
+    """A mixer started from a random attention of the base, both float64, and a call that gives both outputs.
+
+    growth: of the attention's queries with their position, in place of what the config says.
+    """
     config = tiny_config(Case(symbol, "case", options=options), "X", family, **fields)
     config._attn_implementation = "eager"
     attention = family_of(family).class_named("Attention")(config, 0).double()
@@ -25,6 +28,8 @@ def mixer_and_attention(symbol, options, family, **fields):
     mixer = MIXERS[symbol](config, 0).double()
     mixer.init_from_attention(attention, torch.Generator().manual_seed(1), 0.3)
     rotary = family_of(family).class_named("RotaryEmbedding")(config)
+    if growth is not None:  # the attention reads it whenever it is called, a mixer when it is made
+        config.rope_parameters["llama_4_scaling_beta"] = growth
 
     def outputs(visible):
         """mixer's output, and the attention's where query i sees the keys that visible(i - j) allows."""
@@ -57,16 +62,23 @@ GROWING = {
 
 @torch.no_grad()
 def test_sliding_window_scales_queries_by_position_where_the_base_does():
-    _, outputs = mixer_and_attention("SWA", {"window_size": 9}, "ministral3", rope_parameters=GROWING)
+    _, outputs = mixer_and_attention("SWA", {"window_size": 9}, "ministral3", rope_parameters=dict(GROWING))
     assert_close(*outputs(lambda distance: distance < 9), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("scaled", [True, False, None])
 @torch.no_grad()
-def test_bmojo_scales_queries_by_position_where_the_base_does(tied):
-    """In both windows: the recurrent layer hands on its input, so that together they are one of twice the size."""
+def test_bmojo_scales_queries_by_position_if_its_config_says_so(tied, scaled):
+    """In both windows: the recurrent layer hands on its input, so that together they are one of twice the size.
+
+    Without the key, as in published checkpoints, they do not grow: the attention's must not either.
+    """
     options = {"window_size": 4, "ssm_mixer": "gdn", "tie_attn_weights": tied}
-    mixer, outputs = mixer_and_attention("BMF", options, "ministral3", rope_parameters=GROWING)
+    options |= {} if scaled is None else {"scale_queries": scaled}
+    growth = None if scaled else 0.0
+    rope = {"rope_parameters": dict(GROWING)}
+    mixer, outputs = mixer_and_attention("BMF", options, "ministral3", growth, **rope)
     mixer.inner.mix = lambda hidden_states, *rest: (hidden_states, {})
     assert_close(*outputs(lambda distance: distance < 8), atol=1e-5, rtol=0)
 

@@ -263,6 +263,55 @@ def test_llama3_rope_scaling(legacy, tmp_path):
 
 
 @torch.no_grad()
+def test_bmojo_scales_queries_only_where_its_config_says_so(tmp_path):
+    """New layers on a base that scales them do, and write the key; published checkpoints do not have it."""
+    stock, options = stock_model("ministral3", "no-window"), {"bmojo_config": {"window_size": 4, "ssm_mixer": "gdn"}}
+    stock.config.rope_parameters["original_max_position_embeddings"] = 4
+    fused = hybridise(stock, Pattern.parse("*-BMF-*-GDN"), options)
+    initialise(fused)
+    saved(drop_teacher(fused), tmp_path / "new")
+    shutil.copytree(tmp_path / "new", tmp_path / "published")
+    file = tmp_path / "published/config.json"
+    config = json.loads(file.read_text())
+    assert config["bmojo_config"].pop("scale_queries") is True
+    file.write_text(json.dumps(config))
+    new, published = load_model(tmp_path / "new"), load_model(tmp_path / "published")
+    ids = random_ids(1, 30)
+    assert torch.equal(new(ids[:, :4]).logits, published(ids[:, :4]).logits)
+    assert (new(ids).logits - published(ids).logits).abs().max() > 1e-3
+    new.model.layers[1].bmojo_f.growth = None  # and nothing else differs
+    assert torch.equal(new(ids).logits, published(ids).logits)
+    saved(published, tmp_path / "again")
+    assert json.loads((tmp_path / "again/config.json").read_text())["bmojo_config"] == config["bmojo_config"]
+    refused = {"bmojo_config": options["bmojo_config"] | {"scale_queries": False}}
+    assert not hybridise(stock, Pattern.parse("*-BMF-*-GDN"), refused).model.layers[1].bmojo_f.options.scale_queries
+    plain = hybridise(stock_model("qwen3", "odd-head-dim"), Pattern.parse("*-BMF-*-GDN"), options)
+    assert "scale_queries" not in plain.config.to_dict()["bmojo_config"]
+
+
+def test_queries_grow_in_no_other_family():
+    """Whatever keys a config holds: the family's own attention decides."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 1.0}
+    rope["original_max_position_embeddings"] = 2
+    row = FAMILIES["llama"]
+    torch.manual_seed(0)
+    stock = row.class_named("ForCausalLM")(row.config_class()(**SIZES, rope_parameters=rope)).eval()
+    fused = hybridise(stock, Pattern.parse("*-SWA-*-SWA"), {"swa_config": {"window_size": 64}})
+    initialise(fused)
+    ids = random_ids(1, 30)
+    torch.testing.assert_close(drop_teacher(fused)(ids).logits, stock(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_windows_that_the_family_does_not_know_are_none():
+    """Llama's attention reads no `sliding_window`, so a Hybrid's does not either."""
+    row = FAMILIES["llama"]
+    stock = row.class_named("ForCausalLM")(row.config_class()(**SIZES, sliding_window=3)).eval()
+    same = drop_teacher(hybridise(stock, Pattern.parse("*-*-*-*")))
+    ids = random_ids(1, 30)
+    assert torch.equal(same(ids).logits, stock(ids).logits)
+
+
+@torch.no_grad()
 def test_router_outputs_and_balance_loss():
     stock, ids = stock_model("qwen3_moe", "odd-head-dim"), random_ids(2, 9)
     attention = drop_teacher(hybridise(stock, Pattern.parse("*-*-*-*")))

@@ -264,7 +264,8 @@ def test_layerwise_is_nothing_when_the_mixer_is_the_attention(tiny_qwen3):
     assert model(input_ids=ids, attention_mask=mask, objective=Stage1Objective("all"))["loss"].item() < 1e-9
 
 
-def test_layerwise_where_queries_grow_with_their_position():
+@pytest.mark.parametrize("kind", ["swa", "bmojo"])
+def test_layerwise_where_queries_grow_with_their_position(kind):
     """Ministral 3 does that to queries; its mixers are told the positions as its attention is."""
     from transformers import Ministral3Config, Ministral3ForCausalLM
 
@@ -273,7 +274,8 @@ def test_layerwise_where_queries_grow_with_their_position():
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None}
     base = Ministral3ForCausalLM(Ministral3Config(**sizes, **heads, rope_parameters=rope)).eval()
-    model = hybridise(base, Pattern.parse("*-SWA"), {"swa_config": {"window_size": 64}})
+    pattern = Pattern.parse({"swa": "*-SWA", "bmojo": "*-BMF"}[kind])
+    model = hybridise(base, pattern, {f"{kind}_config": {"window_size": 64}})
     initialise(model)
     ids, objective = torch.randint(0, 64, (2, 20)), LayerwiseObjective()
     assert model(input_ids=ids, objective=objective)["loss"].item() < 1e-10

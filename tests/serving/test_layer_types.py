@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hmf.config.layers import LAYER_KINDS
+from hmf.errors import HmfError
 from tests.hybrids import OPTIONS, Case, randomise, tiny_config
 from tests.serving import engines
 from tests.serving.quantised import quantise
@@ -235,20 +236,59 @@ def test_four_ranks_add_up(symbol, kv_heads):
     torch.testing.assert_close(total, whole.mix(hidden_states, None, None, None)[0])
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama", "ministral3", "qwen3_moe"])
-def test_family(tmp_path, family):
-    fields = {"ministral3": MINISTRAL, "qwen3_moe": engines.EXPERTS, "qwen2": TIED}.get(family, {})
-    check(tmp_path, engines.save_hybrid(tmp_path, Case("GDN", family), "X-*-SWA-BMF", family, **fields, **DICTS))
-
-
-TIED = {"tie_word_embeddings": True, "hidden_size": 128}  # vLLM takes head_dim to be hidden_size / heads here
+WINDOWS = {"use_sliding_window": True, "sliding_window": 16}
 # Queries grow past `original_max_position_embeddings`.
 MINISTRAL = {
-    "rope_parameters": {
-        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 16.0, "original_max_position_embeddings": 64,
-        "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
-    }
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 16.0, "original_max_position_embeddings": 64,
+    "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.2, "mscale_all_dim": 0.7, "llama_4_scaling_beta": 0.1,
 }  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8, "original_max_position_embeddings": 128,
+    "attention_factor": 1.3, "beta_fast": 20, "beta_slow": 2, "truncate": False,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
+    "original_max_position_embeddings": 128,
+}  # fmt: skip
+SCALED = {"bmojo_config": DICTS["bmojo_config"] | {"scale_queries": True}}
+# What the configs of each family can hold and vLLM's stock layers might not heed: windows of some attention layers or
+# of all, biases, scaled positions, layers without experts.
+BASES = {
+    # vLLM takes Qwen2's head_dim to be hidden_size / heads
+    "qwen2": WINDOWS | {"max_window_layers": 3, "hidden_size": 128, "tie_word_embeddings": True},
+    "qwen3": WINDOWS | {"max_window_layers": 1, "attention_bias": True, "rope_parameters": YARN},
+    "qwen3_moe": engines.EXPERTS | WINDOWS | {
+        "mlp_only_layers": [1], "decoder_sparse_step": 2, "norm_topk_prob": True, "attention_bias": True,
+    },
+    "llama": {"attention_bias": True, "mlp_bias": True, "sliding_window": 16, "rope_parameters": LLAMA3},
+    "ministral3": {"sliding_window": 16, "rope_parameters": MINISTRAL} | SCALED,
+    "ministral3 as published": {"rope_parameters": MINISTRAL, "hidden_act": "silu", "rms_norm_eps": 1e-3},
+    "llama linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_family(tmp_path, name):
+    family = name.split()[0]
+    check(tmp_path, engines.save_hybrid(tmp_path, Case("GDN", name), "X-*-SWA-BMF-*", family, **DICTS | BASES[name]))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "ministral3"])
+def test_windows_in_all_layers(tmp_path, family):
+    """Of attention and sliding-window layers, without a recurrent one: for vLLM, no hybrid in its sense."""
+    fields = {"qwen3": WINDOWS | {"max_window_layers": 1}, "ministral3": {"sliding_window": 16}}[family]
+    check(tmp_path, engines.save_hybrid(tmp_path, Case("SWA", "windows"), "*-X-*", family, **fields))
+
+
+def test_a_bias_without_a_place_stops(tmp_path, monkeypatch):
+    """vLLM's loaders pass over biases that its layers do not have."""
+    from hmf.serving.vllm import models
+
+    engines.save_hybrid(tmp_path, Case("GDN", "bias"), "X-*", attention_bias=True)
+    monkeypatch.setattr(models, "_complete", lambda *_: None)  # as vLLM's Qwen3 is
+    line = r"model\.layers\.1\.self_attn\.o_proj\.bias: vLLM's layer has no bias"
+    with pytest.raises(HmfError, match=line), engines.engine(tmp_path):
+        pass
 
 
 def test_every_layer_type_is_served():

@@ -2,6 +2,7 @@
 """What the plugin refuses, it refuses before anything is loaded, in one line; what it does not know it leaves alone."""
 
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from tests.serving import engines
 
 ROOT = Path(__file__).resolve().parents[2]
 GDN = Case("GDN", "vllm")
+STACKS = re.compile(r"models\.(llama|mistral|qwen)")  # vLLM's modules that hold the families' stacks
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +213,67 @@ class TestRefusals:
     def test_head_dim_without_a_kernel(self, tmp_path):
         tiny_config(GDN, architectures=["HybridQwen3ForCausalLM"]).save_pretrained(tmp_path)
         assert "no kernel for head_dim 8" in refused(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("family", "fields", "line"),
+        [
+            ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu': vLLM's MLPs have silu alone"),
+            ("qwen2", {}, "head_dim 32: vLLM's Qwen2 takes it to be hidden_size / num_attention_heads, 16"),
+            ("qwen3", {"dual_chunk_attention_config": {"chunk_size": 64}}, "dual_chunk_attention_config in"),
+            ("ministral3", {"attention_bias": True}, "attention_bias in config.json"),
+            ("llama", {"qkv_bias": False, "attention_bias": True}, "qkv_bias in config.json"),
+            ("qwen3", {"rope_parameters": ROPE | {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
+            (
+                "llama",
+                {"rope_parameters": ROPE | {"rope_type": "longrope", "short_factor": [1.0] * 16, "factor": 2.0,
+                                            "long_factor": [2.0] * 16, "original_max_position_embeddings": 64}},
+                "rope_type 'longrope'",
+            ),
+            ("qwen3", {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+            ("qwen3", {"rope_parameters": ROPE | {"rope_dim": 16}}, "rope_parameters.rope_dim"),
+            (
+                "qwen3",
+                {"rope_parameters": ROPE | {"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 512}},
+                "(yarn) ends at 1024, before the 4096 of the longest sequence; use --max-model-len 1024",
+            ),
+        ],
+    )  # fmt: skip
+    def test_what_vllm_computes_otherwise(self, tmp_path, family, fields, line):
+        from hmf.model.families import FAMILIES
+
+        architecture = f"{FAMILIES[family].hybrid_prefix}ForCausalLM"
+        fields = engines.DIMENSIONS | fields | {"architectures": [architecture]}
+        tiny_config(GDN, family=family, **fields).save_pretrained(tmp_path)
+        assert line in refused(tmp_path)
+
+    def test_vllms_layers_read_no_other_keys(self):
+        """Each key that the stock stacks take from a config is one that transformers computes with, or refused."""
+        import inspect
+        import sys
+
+        from hmf.model.families import FAMILIES
+        from hmf.serving.vllm import models
+
+        # Those that `hybrid_layer`, `_suit_stock_layers` or a Hybrid's config sees to, and what every config has.
+        handled = {
+            "llama_4_scaling", "max_window_layers", "sliding_window", "is_causal", "layer_types",
+            "ada_rms_norm_t_cond_dim",  # only with `ada_rms_norm_t_cond`
+        }  # fmt: skip
+        for family in FAMILIES.values():
+            served = getattr(models, f"{family.hybrid_prefix}ForCausalLM").family
+            used = {cls for cls in (*served.stack.__mro__, *served.layer.__mro__) if STACKS.search(cls.__module__)}
+            for module in {cls.__module__ for cls in used}:  # and what they are built of
+                used |= {
+                    cls for cls in vars(sys.modules[module]).values()
+                    if inspect.isclass(cls) and STACKS.search(cls.__module__)
+                    and not cls.__name__.endswith(("DecoderLayer", "Model", "ForCausalLM"))
+                }  # fmt: skip
+            text = "".join(map(inspect.getsource, used))
+            read = {*re.findall(r'\bconfig,\s*"(\w+)"', text), *re.findall(r"\bconfig\.(\w+)", text)}
+            assert "hidden_size" in read
+            config = tiny_config(GDN, family=family.model_type)
+            known = {name for name in read if hasattr(config, name)}
+            assert read - known - handled - set(support.READ_BY_VLLM[family.model_type]) == set(), family.prefix
 
     def test_heads_that_do_not_split(self, hybrid_dir):
         assert "do not split over 3 ranks" in refused(

@@ -10,12 +10,15 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Ministral3Config, Ministral3ForCausalLM
 
 from hmf.config.layers import LAYER_KINDS
+from hmf.config.pattern import Pattern
 from hmf.config.runs import FinetuneRecipe, LoraSettings, load_recipe
 from hmf.errors import HmfError
 from hmf.model.checkpoint import load_config, load_model
+from hmf.priming.export import export
+from hmf.priming.stage0 import make_stage0
 from hmf.training.finetune import finetune
 from hmf.training.groups import add_adapters, choose, optimiser_groups, parts
 from tests.hybrids import Case, random_ids, tiny_hybrid
@@ -280,3 +283,27 @@ def test_longer_positions_are_written_and_used(recipe):
     assert config.rope_parameters == wanted
     model = load_model(out)
     assert model.model.rotary_emb.rope_type == "yarn"
+
+
+def test_a_longer_model_is_made_longer_again(recipe, hybrid, tmp_path):
+    """Ministral 3, whose queries grow with their position: every key stays that the recipes do not name."""
+    rope = {
+        "rope_type": "yarn", "type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64,
+        "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+    }  # fmt: skip
+    base = tmp_path / "base"
+    shutil.copytree(hybrid.parent / "base", base)
+    fields = json.loads((base / "config.json").read_text())
+    sizes = {key: fields[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 128}
+    Ministral3ForCausalLM(Ministral3Config(**sizes, **heads, rope_parameters=dict(rope))).save_pretrained(base)
+    make_stage0(base, Pattern.parse("*-SWA"), tmp_path / "stage0")
+    export(tmp_path / "stage0", tmp_path / "model")
+    model, training = tmp_path / "model", {"steps": 1, "rows_per_step": 1}
+    for factor in (4.0, 8.0):
+        longer = {"max_position_embeddings": int(64 * factor), "scaling": {"rope_type": "yarn", "factor": factor}}
+        changes = {"model": str(model), "output": str(tmp_path / f"{factor:g}"), "rope": longer, "training": training}
+        model = finetune(recipe(**changes))
+        config = load_config(model)
+        assert config.max_position_embeddings == 64 * factor
+        assert config.rope_parameters == rope | {"factor": factor}

@@ -11,16 +11,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
 
 from hmf.errors import HmfError, unknown_name
 
 
 class LayerOptions(BaseModel):
-    """Base of the options classes. `derived` names the fields that come from the base model's config."""
+    """Base of the options classes. `derived` names the fields that come from the base model's config.
+
+    A default is what a checkpoint means that does not name the option, as the published ones; `new_where_queries_grow`
+    is what layers that are made anew get instead, on a base that scales its queries by their position.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     derived: ClassVar[frozenset[str]] = frozenset()
+    new_where_queries_grow: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod
     def dimensions(cls, base: Any) -> dict[str, Any]:
@@ -144,6 +149,7 @@ class BMojoFOptions(LayerOptions):
     """B'MOJO-F (arXiv 2407.06324), `bmojo_config`; the inner layer's own dict stands beside it."""
 
     derived = frozenset({"hidden_size", "num_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"})
+    new_where_queries_grow = {"scale_queries": True}
     hidden_size: int
     num_heads: int
     num_key_value_heads: int
@@ -151,6 +157,9 @@ class BMojoFOptions(LayerOptions):
     rms_norm_eps: float
     window_size: PositiveInt = 2048
     tie_attn_weights: bool = True
+    # By position, where the base's are (Ministral 3). The published software does not do it and does not know the key,
+    # so that it is written only where it is true.
+    scale_queries: bool = Field(False, exclude_if=lambda value: not value)
     ssm_mixer: Literal["mamba2", "gdn", "gka", "gated_deltanet", "gated_kalmanet"] = "mamba2"
 
     @property

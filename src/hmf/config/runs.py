@@ -229,26 +229,40 @@ class DistillRecipe(DistillSettings):
     seed: int = 0
 
 
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+AtLeastOne = Annotated[float, Field(ge=1, allow_inf_nan=False)]
+# The keys of each scaling that a recipe can give: those that it needs, and the others.
+ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "yarn": (
+        ("factor",),
+        ("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim",
+         "truncate"),
+    ),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
+}  # fmt: skip
+
+
 class RopeScaling(Settings):
     """Scaled positions, under transformers' names; "default" takes a scaling away."""
 
     rope_type: Literal["default", "linear", "yarn", "llama3"]
-    factor: float | None = Field(None, ge=1)
-    original_max_position_embeddings: int | None = Field(None, ge=1)  # left out: what the model had
-    beta_fast: float | None = Field(None, gt=0)
-    beta_slow: float | None = Field(None, gt=0)
-    attention_factor: float | None = Field(None, gt=0)
-    low_freq_factor: float | None = Field(None, gt=0)
-    high_freq_factor: float | None = Field(None, gt=0)
+    factor: AtLeastOne | None = None  # from the length before any scaling
+    original_max_position_embeddings: int | None = Field(None, ge=1)  # that length; left out: as the model has it
+    beta_fast: Positive | None = None
+    beta_slow: Positive | None = None
+    attention_factor: Positive | None = None
+    mscale: NotNegative | None = None
+    mscale_all_dim: NotNegative | None = None
+    truncate: bool | None = None
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
 
     @model_validator(mode="after")
     def _keys_of_its_type(self) -> RopeScaling:
-        needed, optional = {
-            "default": ((), ()),
-            "linear": (("factor",), ()),
-            "yarn": (("factor",), ("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")),
-            "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
-        }[self.rope_type]
+        needed, optional = ROPE_KEYS[self.rope_type]
         given = self.model_dump(exclude={"rope_type"}, exclude_none=True)
         if missing := [name for name in needed if name not in given]:
             raise ValueError(f"{self.rope_type} needs {', '.join(missing)}")
@@ -265,7 +279,7 @@ class RopeScaling(Settings):
 class RopeSettings(Settings):
     """What becomes of the attention layers' rotary positions; what is left out stays as the model has it."""
 
-    theta: float | None = Field(None, gt=0)
+    theta: Positive | None = None
     max_position_embeddings: int | None = Field(None, ge=1)
     scaling: RopeScaling | None = None
 

@@ -6,6 +6,8 @@ Legend: B batch, T tokens, H heads, K head_dim.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,20 +23,30 @@ def stock_parameters(config: Any, layer_idx: int) -> frozenset[str]:
     return frozenset(name for name, _ in attention.named_parameters())
 
 
-def with_query_scale(
-    position_embeddings: tuple[torch.Tensor, torch.Tensor], position_ids: torch.Tensor | None, rope: dict[str, Any]
-) -> tuple[torch.Tensor, ...]:
-    """(cos, sin), and for a base whose queries grow with their position the factor [B or 1, T, 1, 1] beside them.
+def query_growth(config: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What the base multiplies its queries with by position: position_ids [B or 1, T] -> [B or 1, 1, T, 1].
 
-    In Ministral 3 that is the log of how often the position exceeds the pre-training length. rope: `rope_parameters`.
+    None where the family's queries do not grow. In Ministral 3 it is the log of how often the position exceeds the
+    length of pre-training.
     """
-    if (beta := rope.get("llama_4_scaling_beta")) is None:
+    if (grow := config.family.query_growth()) is None:
+        return None
+    rope = config.rope_parameters
+    original = rope["original_max_position_embeddings"]
+    return functools.partial(grow, beta=rope["llama_4_scaling_beta"], max_position_embeddings=original)
+
+
+def with_query_scale(
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    position_ids: torch.Tensor | None,
+    growth: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> tuple[torch.Tensor, ...]:
+    """(cos, sin), and with a `query_growth` its factor [B or 1, T, 1, 1] beside them."""
+    if growth is None:
         return position_embeddings
     if position_ids is None:
         raise ValueError("position_ids: the base scales its queries by position; pass them")
-    times = (position_ids // rope["original_max_position_embeddings"]).float()
-    factor = (1 + beta * times.log1p())[..., None, None]
-    return (*position_embeddings, factor.to(position_embeddings[0]))
+    return (*position_embeddings, growth(position_ids).transpose(1, 2).to(position_embeddings[0]))
 
 
 def rotate_query(

@@ -18,7 +18,7 @@ from hmf.config.layers import LAYER_KINDS
 from hmf.ops import KeySet, windowed_attention
 from hmf.ops.window import latest
 
-from .attention import rotate, rotate_query, stock_parameters, with_query_scale
+from .attention import query_growth, rotate, rotate_query, stock_parameters, with_query_scale
 from .base import Mixer, Start, States, StateShape, split_heads
 from .swa import count_tokens
 
@@ -67,7 +67,7 @@ class BMojoF(Mixer):
         from .registry import mixer_class  # the registry names this class
 
         super().__init__(config, layer_idx)
-        self.rope = config.rope_parameters
+        self.growth = query_growth(config) if self.options.scale_queries else None
         self.bmojo_attn = BMojoAttention(config, self.options, "q_norm.weight" in stock_parameters(config, layer_idx))
         symbol = self.options.inner_symbol
         self.inner_name = LAYER_KINDS[symbol].module_name
@@ -93,7 +93,7 @@ class BMojoF(Mixer):
         return {INNER + name: state for name, state in inner.items()} | windows | {"seen": StateShape((), "count")}
 
     def positioned(self, position_embeddings, position_ids) -> tuple[torch.Tensor, ...]:
-        return with_query_scale(position_embeddings, position_ids, self.rope)
+        return with_query_scale(position_embeddings, position_ids, self.growth)
 
     def mix(self, hidden_states, states, cu_seqlens, position_embeddings) -> tuple[torch.Tensor, States]:
         before = states or {}

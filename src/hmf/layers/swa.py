@@ -16,7 +16,7 @@ from hmf.config.layers import base_head_dim
 from hmf.ops import KeySet, windowed_attention
 from hmf.ops.window import latest
 
-from .attention import rotate, rotate_query, stock_parameters, with_query_scale
+from .attention import query_growth, rotate, rotate_query, stock_parameters, with_query_scale
 from .base import Mixer, Start, States, StateShape, split_heads
 
 
@@ -28,7 +28,7 @@ class SlidingWindowAttention(Mixer):
     def __init__(self, config: Any, layer_idx: int):
         super().__init__(config, layer_idx)
         self.head_dim = base_head_dim(config)
-        self.rope = config.rope_parameters
+        self.growth = query_growth(config)
         stock = stock_parameters(config, layer_idx)
         inner, kv = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, inner, bias="q_proj.bias" in stock)
@@ -46,7 +46,7 @@ class SlidingWindowAttention(Mixer):
         return {"k": window, "v": window, "seen": StateShape((), "count")}
 
     def positioned(self, position_embeddings, position_ids) -> tuple[torch.Tensor, ...]:
-        return with_query_scale(position_embeddings, position_ids, self.rope)
+        return with_query_scale(position_embeddings, position_ids, self.growth)
 
     def mix(self, hidden_states, states, cu_seqlens, position_embeddings) -> tuple[torch.Tensor, States]:
         q, k, v = (getattr(self, f"{name}_proj")(hidden_states).unflatten(-1, (-1, self.head_dim)) for name in "qkv")

@@ -38,6 +38,7 @@ from .files import (
     stored_tensors,
     stored_values,
 )
+from .rope import check_rope, require_rope
 
 STORED = "stored"  # a dtype for `load_model`: each tensor's own
 HEAD, EMBEDDINGS = "lm_head.weight", ("model.embed_tokens.weight", "embed_tokens.weight")
@@ -190,11 +191,13 @@ def load_config(source: str | Path, weights: bool = True) -> Any:
     """
     folder = require_checkpoint(source) if weights else require_config(source)
     file = folder / "config.json"
-    model_type = read_object(file).get("model_type")
+    content = read_object(file)
+    model_type = content.get("model_type")
     if not isinstance(model_type, str):
         raise HmfError(f"{file}: model_type: {model_type!r} names no architecture; this is not a model's config")
-    if model_type.startswith("hybrid_"):
-        family_of(model_type, str(file))
+    known = model_type.removeprefix("hybrid_") in FAMILIES
+    if known or model_type.startswith("hybrid_"):
+        check_rope(content, family_of(model_type, str(file)), str(file))
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except HmfError as error:
@@ -205,7 +208,8 @@ def load_config(source: str | Path, weights: bool = True) -> Any:
         raise HmfError(
             f"{file}: {said[1] if isinstance(error, StrictDataclassError) and said[1:] else said[0]}"
         ) from None
-    if model_type.removeprefix("hybrid_") in FAMILIES:
+    if known:
+        require_rope(config, str(file))
         require_token_ids(file, config.vocab_size)
     settle(config, folder, weights)
     return config

@@ -10,10 +10,10 @@ from typing import Any
 
 from hmf.config.layers import LAYER_KINDS, base_head_dim, layer_options, needed_kinds
 from hmf.config.pattern import ATTENTION, Pattern
-from hmf.config.runs import RopeSettings
 from hmf.errors import HmfError
 
 from .families import FAMILIES, Family
+from .rope import check_rope
 
 STATE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -36,7 +36,12 @@ class HybridConfigMixin(_Base):
     def __post_init__(self, **kwargs: Any) -> None:
         listed = self.layer_types
         self.layer_types = None
+        if kwargs.get("per_layer_config") is not None:
+            raise HmfError("config.json: per_layer_config: layers of different shapes do not fit; take it out")
         super().__post_init__(**kwargs)
+        check_rope(vars(self), self.family, "config.json")
+        if not getattr(self, "is_causal", True):
+            raise HmfError("config.json: is_causal: false, and mixers see the past alone; only causal bases fit")
         self.head_dim = base_head_dim(self)  # published for every family, also where the base leaves it out
         count = self.num_hidden_layers
         # On disk, and so here, the list may hold the pattern's symbols; in memory it holds transformers' names.
@@ -52,8 +57,11 @@ class HybridConfigMixin(_Base):
         if self.state_dtype not in STATE_DTYPES:
             raise HmfError(f"config.json: state_dtype {self.state_dtype!r} is none of {', '.join(STATE_DTYPES)}")
         if self.layer_types is None:  # one kind for all layers, as Llama, Ministral 3 and Qwen3-MoE decide it
-            is_full = getattr(self, "sliding_window", None) is None
-            self.layer_types = ["full_attention" if is_full else "sliding_attention"] * count
+            # Llama's attention knows no windows, whatever its config.json holds.
+            window = self.sliding_window if hasattr(self.family.config_class(), "sliding_window") else None
+            self.layer_types = ["full_attention" if window is None else "sliding_attention"] * count
+        if "sliding_attention" in self.layer_types and self.sliding_window < 1:
+            raise HmfError(f"config.json: sliding_window: {self.sliding_window} hides every token; give 1 or more")
         self.attention_types = self.layer_types
         self.layer_types = [
             kind if symbol == ATTENTION else "linear_attention"
@@ -88,28 +96,6 @@ class HybridConfigMixin(_Base):
             if output.get(key, ...) is None:
                 del output[key]
         return output
-
-
-def with_rope(config: Any, rope: RopeSettings) -> Any:
-    """A copy of a (Hybrid's) config with other rotary positions; the model it came from must be built anew from it."""
-    fields = config.to_dict()
-    fields.pop("transformers_version", None)
-    before = config.max_position_embeddings
-    fields["max_position_embeddings"] = rope.max_position_embeddings or before
-    parameters = dict(config.rope_parameters)
-    if rope.scaling is not None:
-        scaling = rope.scaling.model_dump(exclude_none=True)
-        if scaling["rope_type"] in ("yarn", "llama3"):
-            scaling.setdefault("original_max_position_embeddings", before)
-            if scaling["original_max_position_embeddings"] >= fields["max_position_embeddings"]:
-                raise HmfError(
-                    f"rope.max_position_embeddings: {fields['max_position_embeddings']} is not above the "
-                    f"{scaling['original_max_position_embeddings']} positions that are scaled; give the longer context"
-                )
-        parameters = {k: parameters[k] for k in ("rope_theta", "partial_rotary_factor") if k in parameters} | scaling
-    if rope.theta is not None:
-        parameters["rope_theta"] = rope.theta
-    return type(config)(**fields | {"rope_parameters": parameters})
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from hmf.config.layers import LAYER_KINDS
-from hmf.config.pattern import Pattern
+from hmf.config.pattern import ATTENTION, Pattern
 from hmf.errors import HmfError
 
 from .families import family_of
@@ -28,12 +28,17 @@ def hybrid_config(base: Any, pattern: Pattern, options: Mapping[str, Mapping[str
     family = family_of(base.model_type)
     classes = hybrid_classes(family)
     fields = base.to_dict()
-    for key in ("model_type", "architectures", "layer_types", "transformers_version", *(options or {})):
+    options = dict(options or {})
+    if family.query_growth() is not None:
+        for kind in (LAYER_KINDS[symbol] for symbol in set(pattern.symbols) - {ATTENTION}):
+            if (new := kind.options.new_where_queries_grow) and kind.config_key not in fields:
+                options[kind.config_key] = {**new, **options.get(kind.config_key, {})}
+    for key in ("model_type", "architectures", "layer_types", "transformers_version", *options):
         fields.pop(key, None)
     fields |= {
         "hybrid_override_pattern": str(pattern),
         "architectures": [classes.causal_lm.__name__],
-        **(options or {}),
+        **options,
     }
     config = classes.config(**fields)
     kinds = getattr(base, "attention_types", None) or getattr(base, "layer_types", None)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,13 @@ class Family:
 
         is_moe = hasattr(self._module("modeling"), "load_balancing_loss_func")
         return modeling_outputs.MoeModelOutputWithPast if is_moe else modeling_outputs.BaseModelOutputWithPast
+
+    def query_growth(self) -> Callable[..., Any] | None:
+        """What a family whose queries grow with their position (Ministral 3) multiplies them with, or None.
+
+        (position_ids [B, T], beta, original length) -> [B, 1, T, 1]
+        """
+        return getattr(self._module("modeling"), "get_llama_4_attn_scale", None)
 
     def _module(self, kind: str) -> Any:
         return importlib.import_module(f"transformers.models.{self.model_type}.{kind}_{self.model_type}")

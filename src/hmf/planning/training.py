@@ -36,10 +36,10 @@ from hmf.config.runs import (
 from hmf.errors import HmfError
 from hmf.gpus import Device, parse_gpus
 from hmf.model.checkpoint import load_config
-from hmf.model.configuration import with_rope
 from hmf.model.convert import hybrid_config
 from hmf.model.families import family_of
 from hmf.model.modeling import hybrid_classes
+from hmf.model.rope import with_rope
 from hmf.priming.distance import stage1_flops_per_token
 from hmf.priming.objectives import train_only_mixers
 from hmf.training.distill import row_length

@@ -25,8 +25,8 @@ from hmf.data.preference import PairDataset, pair_dataset
 from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError
 from hmf.model.checkpoint import cast, load_config, load_model, save_checkpoint, stored_dtypes
-from hmf.model.configuration import with_rope
 from hmf.model.files import follow_umask, stored_tensors
+from hmf.model.rope import with_rope
 
 from .checkpoints import PublishedCheckpoints, say
 from .distill import mixture, row_length

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_pp_group
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -39,12 +39,15 @@ from vllm.model_executor.models.utils import (
 
 from hmf.config.layers import LAYER_KINDS
 from hmf.config.pattern import ATTENTION
+from hmf.errors import HmfError
+from hmf.layers.attention import stock_parameters
 from hmf.layers.base import StateShape
 
 from .hosted import HostedMixer
 from .recurrent import RecurrentMixer, state_dtypes
-from .support import mixer_module, reported
+from .support import ELSEWHERE, mixer_module, reported
 from .weights import account, expected_tensors, quantised_tensors, require_exact_products
+from .window import windowed
 
 _NAMES = "|".join(kind.module_name for kind in LAYER_KINDS.values())
 MIXER_TENSOR = re.compile(rf"model\.layers\.(?P<layer>\d+)\.(?:{_NAMES})\.(?P<tensor>.+)")
@@ -60,26 +63,39 @@ class Family:
 
 
 def hybrid_layer(stock: type[nn.Module]) -> type[nn.Module]:
-    """`stock`, a vLLM decoder layer class, with the attention of some layers swapped as the pattern says."""
+    """`stock`, a vLLM decoder layer class, with mixers where the pattern says so, and the windows of the config."""
 
     class HybridDecoderLayer(stock):
         def __init__(self, *args: Any, prefix: str = "", **kwargs: Any):
             super().__init__(*args, prefix=prefix, **kwargs)
             vllm_config = get_current_vllm_config()
             config = vllm_config.model_config.hf_config
-            symbol = config.pattern.symbols[extract_layer_index(prefix)]
-            if symbol != ATTENTION:
-                # The stock layer has announced its attention to vLLM, which would give it a KV cache: take that back.
-                announced = vllm_config.compilation_config.static_forward_context
-                for name in [name for name in announced if name.startswith(f"{prefix}.self_attn.")]:
-                    del announced[name]
+            index, quant_config = extract_layer_index(prefix), vllm_config.quant_config
+            symbol, stock_attention = config.pattern.symbols[index], self.get_submodule("self_attn")
+            _complete(stock_attention, config, index, quant_config, f"{prefix}.self_attn")
+            window = config.sliding_window if config.attention_types[index] == "sliding_attention" else None
+            if symbol == ATTENTION and stock_attention.attn.sliding_window == window:
+                return
+            # The stock layer has announced its attention to vLLM, which would give it a KV cache: take that back.
+            announced = vllm_config.compilation_config.static_forward_context
+            for name in [name for name in announced if name.startswith(f"{prefix}.self_attn.")]:
+                del announced[name]
+            if symbol == ATTENTION:  # the stock layers of Qwen have no windows of their own
+                self.self_attn = windowed(stock_attention, window, quant_config, f"{prefix}.self_attn")
+            else:
                 name = f"{prefix}.{LAYER_KINDS[symbol].module_name}"
-                stock_attention = self.get_submodule("self_attn")
-                self.self_attn = mixer_module(symbol).build(
-                    symbol, config, vllm_config.quant_config, name, stock_attention
-                )
+                self.self_attn = mixer_module(symbol).build(symbol, config, quant_config, name, stock_attention)
 
     return HybridDecoderLayer
+
+
+def _complete(attention: Any, config: Any, index: int, quant_config: Any, prefix: str) -> None:
+    """Give a stock attention the output bias that transformers' has in Qwen3, and vLLM's leaves out."""
+    if attention.o_proj.bias is None and "o_proj.bias" in stock_parameters(config, index):
+        width = attention.total_num_heads * attention.head_dim
+        attention.o_proj = RowParallelLinear(
+            width, config.hidden_size, bias=True, quant_config=quant_config, prefix=f"{prefix}.o_proj"
+        )
 
 
 class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
@@ -142,20 +158,29 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
                         hosted.add(f"model.layers.{found['layer']}.self_attn.{mixer.load(found['tensor'], tensor)}")
                         continue
                 require_exact_products(name, tensor)
+                linear = self._linear_of(name.removesuffix(".bias")) if name.endswith(".bias") else None
+                if linear is not None and linear.bias is None:  # vLLM's loaders pass over such a tensor
+                    raise HmfError(f"{name}: vLLM's layer has no bias; {ELSEWHERE}")
                 yield name, tensor
 
         return AutoWeightsLoader(self).load_weights(others(), mapper=self.weights_mapper) | hosted
 
-    def _parameters_of(self, published: str) -> list[str] | None:
-        """Names of the parameters, bias apart, of vLLM's projection that holds a published one; None: no such."""
+    def _linear_of(self, published: str) -> LinearBase | None:
+        """vLLM's projection that holds a published one; None: no such, or not on this rank."""
         found = MIXER_TENSOR.fullmatch(published)
         path = f"model.layers.{found['layer']}.self_attn.{found['tensor']}" if found else published
         parent, _, child = path.rpartition(".")
         for name in (child, *(name for name, parts in self.packed_modules_mapping.items() if child in parts)):
             with suppress(AttributeError):  # no such module
                 if isinstance(module := self.get_submodule(f"{parent}.{name}".lstrip(".")), LinearBase):
-                    return [name for name, _ in module.named_parameters(recurse=False) if name != "bias"]
+                    return module
         return None
+
+    def _parameters_of(self, published: str) -> list[str] | None:
+        """Names of its parameters, bias apart, or None."""
+        if (module := self._linear_of(published)) is None:
+            return None
+        return [name for name, _ in module.named_parameters(recurse=False) if name != "bias"]
 
     # ---- vLLM's questions about states; the first two come before the model exists
 
@@ -186,13 +211,16 @@ def _largest_states(vllm_config: VllmConfig) -> list[StateShape]:
 
 
 def _suit_stock_layers(config: Any) -> None:
-    """Attributes that vLLM's stock layers read under another name than transformers writes."""
-    # Qwen2's stack takes differing layer types for a sliding window over the first `max_window_layers`.
+    """Attributes that vLLM's stock layers read under another name, or in another form, than transformers writes."""
+    # Qwen2's stack takes differing layer types for windows that its layers do not have, unless this says that none has.
+    # The attention of `hybrid_layer` has them.
     config.max_window_layers = config.num_hidden_layers
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("llama_4_scaling_beta") is not None:  # Ministral 3
+    rope = config.rope_parameters
+    if config.family.query_growth() is not None:  # Ministral 3
         keys = {"beta": "llama_4_scaling_beta", "original_max_position_embeddings": "original_max_position_embeddings"}
         config.llama_4_scaling = {name: rope[key] for name, key in keys.items()}
+    if rope["rope_type"] == "linear":  # vLLM takes what is no float for a list
+        config.rope_parameters = rope | {"factor": float(rope["factor"])}
 
 
 class HybridQwen2ForCausalLM(HybridForCausalLM):

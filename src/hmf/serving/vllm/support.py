@@ -13,8 +13,9 @@ from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
-from hmf.config.layers import layer_options, needed_kinds
+from hmf.config.layers import base_head_dim, layer_options, needed_kinds
 from hmf.config.pattern import ATTENTION
+from hmf.config.runs import ROPE_KEYS
 from hmf.errors import HmfError
 from hmf.layers.registry import mixer_class
 
@@ -33,6 +34,7 @@ MIXERS = {
 REASON_FILE = "HMF_SERVE_REASON_FILE"
 
 Problem = Callable[[Any], str | None]
+ELSEWHERE = "generate with Hugging Face instead"
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def _unknown_layers(config: Any) -> str | None:
     symbols = set(config.model_config.hf_config.pattern.symbols) - {ATTENTION, *MIXERS}
     if not symbols:
         return None
-    return f"layers of type {', '.join(sorted(symbols))} have no vLLM layer yet; generate with Hugging Face instead"
+    return f"layers of type {', '.join(sorted(symbols))} have no vLLM layer yet; {ELSEWHERE}"
 
 
 def split_problem(config: Any, ranks: int) -> str | None:
@@ -155,6 +157,75 @@ def _quantised(config: Any) -> str | None:
     return None
 
 
+# Keys that vLLM's stock layers read and transformers' do not: with them, the two would compute different models.
+READ_BY_VLLM = {
+    "llama": ("bias", "qkv_bias", "target_layer_count"),
+    "ministral3": (
+        "ada_rms_norm_t_cond", "attention_bias", "bias", "mlp_bias", "qkv_bias", "target_layer_count",
+    ),
+    "qwen2": ("dual_chunk_attention_config", "qk_norm"),
+    "qwen3": ("dual_chunk_attention_config",),
+    "qwen3_moe": ("dual_chunk_attention_config", "shared_expert_intermediate_size"),
+}  # fmt: skip
+# And those that vLLM reads in every model.
+READ_BY_VLLM_ALWAYS = ("mrope_section", "rotary_emb_base", "rotary_emb_fraction", "rotary_pct", "xdrope_section")
+
+
+def _unlike_transformers(config: Any) -> str | None:
+    hf_config = config.model_config.hf_config
+    names = (*READ_BY_VLLM.get(hf_config.family.model_type, ()), *READ_BY_VLLM_ALWAYS)
+    found = [name for name in names if getattr(hf_config, name, None)]
+    if "qkv_bias" in names and hasattr(hf_config, "qkv_bias"):  # false, it takes `attention_bias` back
+        found.append("qkv_bias")
+    if not found:
+        return None
+    return f"{found[0]} in config.json: vLLM's layers read it and transformers' do not; take it out"
+
+
+def _activation(config: Any) -> str | None:
+    activation = config.model_config.hf_config.hidden_act
+    return None if activation == "silu" else f"hidden_act {activation!r}: vLLM's MLPs have silu alone; {ELSEWHERE}"
+
+
+def _whole_width(config: Any) -> str | None:
+    hf_config = config.model_config.hf_config
+    width = base_head_dim(hf_config) * hf_config.num_attention_heads
+    if hf_config.family.model_type != "qwen2" or width == hf_config.hidden_size:
+        return None
+    return (
+        f"head_dim {hf_config.head_dim}: vLLM's Qwen2 takes it to be hidden_size / num_attention_heads, "
+        f"{hf_config.hidden_size // hf_config.num_attention_heads}; {ELSEWHERE}"
+    )
+
+
+# Of `rope_parameters`, what vLLM's tables and transformers' are computed from alike.
+ROPE = {key for keys in ROPE_KEYS.values() for group in keys for key in group} | {
+    "rope_type", "type", "rope_theta", "llama_4_scaling_beta", "max_position_embeddings",
+}  # fmt: skip
+
+
+def _positions(config: Any) -> str | None:
+    model, rope = config.model_config, config.model_config.hf_config.rope_parameters
+    kind, length = rope["rope_type"], model.hf_config.max_position_embeddings
+    if kind not in ROPE_KEYS:
+        return f"rope_type {kind!r}: vLLM's positions are not transformers'; {ELSEWHERE}"
+    if rope.get("partial_rotary_factor", 1) != 1:
+        return "partial_rotary_factor: transformers rotates whole heads in this family; take it out"
+    if unknown := sorted(rope.keys() - ROPE - {"partial_rotary_factor"}):
+        return f"rope_parameters.{unknown[0]}: transformers does not read it, and vLLM may; take it out"
+    # vLLM computes its tables once, for so many positions, and reads beyond their end without noticing.
+    if kind == "yarn":
+        length = rope["original_max_position_embeddings"] * rope["factor"]
+    elif kind == "linear":
+        length *= rope["factor"]
+    if model.max_model_len <= length:
+        return None
+    return (
+        f"vLLM's table of rotary positions ({kind}) ends at {int(length)}, before the {model.max_model_len} of the "
+        f"longest sequence; use --max-model-len {int(length)}"
+    )
+
+
 TABLE: tuple[Row, ...] = (
     Row("GDN, GKA, Mamba2, B'MOJO-F and SWA layers, with all options, mixed in any pattern", True),
     Row("Continuous batching, chunked prefill, preemption, `n > 1`", True),
@@ -167,10 +238,20 @@ TABLE: tuple[Row, ...] = (
         "compressed-tensors and fp8 checkpoints, `--quantization fp8_per_tensor` or `fp8_per_channel`: attention, MLPs "
         "and GDN's q, k, v, g and o; a checkpoint must have all else in its `ignore` list", _quantised,
     ),
+    Row("Sliding windows of attention layers, all or some", True, "as the config of the base has them"),
+    Row("Rotary positions: `default`, `linear`, `yarn`, `llama3`", True, "and Ministral 3's queries"),
     Row("Layer types of your own without a row in `MIXERS`", False, "generate with Hugging Face", _unknown_layers),
     Row("Stage-0 and Stage-1 checkpoints", False, "`hmf export` first", _fused),
     Row("Heads or MLPs that do not split over the ranks", False, "use a divisor of their sizes", _split),
     Row("Prefix caching where a pipeline stage has no recurrent layer", False, "`--no-enable-prefix-caching`", _stages),
+    Row("Rotary positions of other types or beyond their table", False, "generate with Hugging Face", _positions),
+    Row("Activations other than SiLU", False, "generate with Hugging Face", _activation),
+    Row("Qwen2 with a `head_dim` that is not hidden size / heads", False, "generate with Hugging Face", _whole_width),
+    Row(
+        "Config keys that vLLM reads and transformers does not", False,
+        ", ".join(f"`{key}`" for key in sorted({*READ_BY_VLLM_ALWAYS, *sum(READ_BY_VLLM.values(), ())})),
+        _unlike_transformers,
+    ),
     Row("Head dimensions without an attention kernel on a CPU", False, "use a GPU", _head_dim),
     Row(
         "Expert parallelism on a CPU", False, "use tensor parallelism alone",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sliding-window layers: the family's stock attention in vLLM, told how far to look back."""
+"""Sliding windows: the family's stock attention in vLLM, told how far to look back."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ def states(symbol: str, config: Any, ranks: int) -> dict[str, StateShape]:
 
 
 def build(symbol: str, config: Any, quant_config: Any, prefix: str, attention: Any) -> nn.Module:
+    """`attention` with the window of the layer's own options."""
+    return windowed(attention, layer_options(config, symbol).window_size, quant_config, prefix)
+
+
+def windowed(attention: Any, window: int | None, quant_config: Any, prefix: str) -> nn.Module:
     """`attention` with its inner attention, which fixes the window when it is made, made anew."""
     attention.attn = Attention(
         attention.num_heads,
@@ -27,7 +32,7 @@ def build(symbol: str, config: Any, quant_config: Any, prefix: str, attention: A
         num_kv_heads=attention.num_kv_heads,
         cache_config=get_current_vllm_config().cache_config,
         quant_config=quant_config,
-        per_layer_sliding_window=layer_options(config, symbol).window_size,
+        per_layer_sliding_window=window,
         prefix=f"{prefix}.attn",
     )
     return attention

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotary positions in a config: which values can be computed, and what a recipe's `rope` makes of them.
+
+transformers warns of values that cannot be computed, or fails when the model is built or first called.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from hmf.config.runs import ROPE_KEYS, AtLeastOne, NotNegative, Positive, RopeScaling, RopeSettings
+from hmf.errors import HmfError
+
+from .families import Family, family_of
+
+TYPES = ("default", *ROPE_INIT_FUNCTIONS)
+ORIGINAL, GROWTH = "original_max_position_embeddings", "llama_4_scaling_beta"
+NEEDED = {kind: keys[0] for kind, keys in ROPE_KEYS.items()}
+NEEDED |= {"dynamic": ("factor",), "longrope": ("short_factor", "long_factor")}
+FROM_ORIGINAL = ("yarn", "llama3", "longrope")  # computed from the length before any scaling
+
+
+class _Table(BaseModel):
+    """`rope_parameters` with everything that is outside it: the values of keys that are known. Others are kept."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+    rope_type: str = "default"
+    rope_theta: Positive = 1.0
+    max_position_embeddings: PositiveInt = 2**62
+    original_max_position_embeddings: PositiveInt = 1
+    factor: AtLeastOne = 1.0
+    attention_factor: Positive = 1.0
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    mscale: NotNegative = 0.0
+    mscale_all_dim: NotNegative = 0.0
+    truncate: bool = True
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+    short_factor: list[Positive] = []
+    long_factor: list[Positive] = []
+    partial_rotary_factor: Positive = 1.0
+    llama_4_scaling_beta: NotNegative = 0.0
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> _Table:
+        if self.rope_type not in TYPES:
+            raise ValueError(f"rope_type: {self.rope_type!r} is none of {', '.join(TYPES)}")
+        if (legacy := (self.model_extra or {}).get("type", self.rope_type)) != self.rope_type:
+            raise ValueError(f"type: {legacy!r} and rope_type {self.rope_type!r} disagree; take one of them out")
+        if missing := [key for key in NEEDED.get(self.rope_type, ()) if key not in self.model_fields_set]:
+            raise ValueError(f"{missing[0]}: is missing, and {self.rope_type} needs it")
+        if self.rope_type == "yarn" and self.beta_slow >= self.beta_fast:
+            raise ValueError(f"beta_slow: {self.beta_slow} is not below beta_fast, {self.beta_fast}")
+        if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor: {self.low_freq_factor} is not below high_freq_factor, {self.high_freq_factor}"
+            )
+        return self
+
+
+def check_rope(fields: Mapping[str, Any], family: Family, source: str) -> None:
+    """HmfError for rotary positions, in the fields of a config.json in any spelling, that cannot be computed."""
+    name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"  # as transformers prefers them
+    table = fields.get(name)
+    written_outside = table is None and "rope_theta" in fields
+    if name in fields and not isinstance(table, Mapping) and not written_outside:
+        raise HmfError(f"{source}: {name}: {table!r} is no table; give the base model's rope_type and rope_theta")
+    table = dict(table or {})
+    if nested := next((key for key, value in table.items() if isinstance(value, Mapping)), None):
+        raise HmfError(
+            f"{source}: {name}.{nested}: {family.prefix} has the same positions in every layer; give one table "
+            "without layer types"
+        )
+    if table and family.query_growth() is not None:
+        needed = (GROWTH,) if table.get("rope_type", table.get("type")) in FROM_ORIGINAL else (GROWTH, ORIGINAL)
+        if missing := [key for key in needed if key not in table]:
+            raise HmfError(
+                f"{source}: {name}.{missing[0]}: is missing, and {family.prefix} scales its queries by it; "
+                f"give it as the base model has it ({GROWTH} 0 leaves queries as they are)"
+            )
+    outside = {key: fields[key] for key in ("rope_theta", "max_position_embeddings", ORIGINAL) if key in fields}
+    known = {"rope_type": table["type"]} if "type" in table else {}
+    for above in ({}, outside):
+        try:
+            _Table(**{str(key): value for key, value in (known | table | above).items()})
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+            if key:
+                message = f"{key}: {message} (got {problem['input']!r})"
+            raise HmfError(f"{source}: {message if key in above else f'{name}.{message}'}") from None
+
+
+def require_rope(config: Any, source: str) -> None:
+    """HmfError where the config of a family's model, whose values are checked, still gives no rotary table."""
+    rotary_class: Any = family_of(config.model_type).class_named("RotaryEmbedding")
+    rope = config.rope_parameters
+    try:
+        with torch.device("cpu"):
+            rotary = rotary_class(config)
+            whole = rotary_class.compute_default_rope_parameters(config)[0]
+    except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise HmfError(f"{source}: rope_parameters: {rope} cannot be computed ({said})") from None
+    if rotary.inv_freq.shape != whole.shape:
+        factor = rope.get("partial_rotary_factor")
+        raise HmfError(
+            f"{source}: partial_rotary_factor: {factor} with rope_type {rope['rope_type']}, and the family's attention "
+            "rotates whole heads; take it out"
+        )
+    if not (rotary.inv_freq.isfinite().all() and math.isfinite(rotary.attention_scaling)):
+        raise HmfError(f"{source}: rope_parameters: {rope} give frequencies that are not finite")
+
+
+def with_rope(config: Any, rope: RopeSettings) -> Any:
+    """A copy of a (Hybrid's) config with other rotary positions; the model it came from must be built anew from it.
+
+    Keys that `rope` does not change stay, those that transformers does not know included. A scaling is always relative
+    to the length before any scaling, and one of another type takes the place of the old one's keys.
+
+    Raises:
+        HmfError: for what cannot be computed, and where the length before any scaling is not known.
+    """
+    fields, family = config.to_dict(), family_of(config.model_type)
+    fields.pop("transformers_version", None)
+    table, kind = dict(config.rope_parameters), config.rope_parameters["rope_type"]
+    if rope == RopeSettings():
+        return type(config)(**fields)
+    if kind not in ROPE_KEYS:
+        raise HmfError(
+            f"rope: the model's positions have rope_type {kind!r}, which a recipe cannot change; leave rope out"
+        )
+    fields["max_position_embeddings"] = length = rope.max_position_embeddings or config.max_position_embeddings
+    if rope.scaling is not None:
+        table = _rescaled(config, family, rope.scaling, rope.max_position_embeddings)
+        if ORIGINAL in fields:  # a copy outside the table, which transformers prefers
+            if ORIGINAL in table:
+                fields[ORIGINAL] = table[ORIGINAL]
+            else:
+                del fields[ORIGINAL]
+    if "max_position_embeddings" in table:  # Ministral 3 repeats it there
+        table["max_position_embeddings"] = length
+    if rope.theta is not None:
+        table["rope_theta"] = rope.theta
+    fields["rope_parameters"] = table
+    check_rope(fields, family, "rope")
+    if table["rope_type"] == "yarn" and (rope.scaling or rope.max_position_embeddings):
+        factor, original = table["factor"], table[ORIGINAL]
+        if factor * original + 1 <= length:
+            raise HmfError(
+                f"rope.scaling.factor: {factor:g} times the {original} positions before scaling do not reach the "
+                f"model's {length}; give yarn with factor {length / original:g}"
+            )
+    changed = type(config)(**fields)
+    require_rope(changed, "rope")
+    return changed
+
+
+def _rescaled(config: Any, family: Family, scaling: RopeScaling, length: int | None) -> dict[str, Any]:
+    """The table of a config with another scaling; length: of the recipe, if it gives one."""
+    old, new = dict(config.rope_parameters), scaling.model_dump(exclude_none=True)
+    kind, before = old["rope_type"], config.max_position_embeddings
+    original = old.get(ORIGINAL, getattr(config, ORIGINAL, before if kind == "default" else None))
+    if scaling.rope_type in FROM_ORIGINAL:
+        if new.setdefault(ORIGINAL, original) is None:
+            raise HmfError(
+                f"rope.scaling.{ORIGINAL}: the model's positions are scaled ({kind}), and its config does not have the "
+                "length before that; give it"
+            )
+        if new[ORIGINAL] >= (reached := length or before):
+            raise HmfError(
+                f"rope.max_position_embeddings: {reached} is not above the {new[ORIGINAL]} positions that are scaled; "
+                "give the longer context"
+            )
+    elif scaling.rope_type == "default" and kind != "default" and original not in (None, before) and length is None:
+        raise HmfError(
+            f"rope.max_position_embeddings: the model's {before} positions come from the scaling that is taken away "
+            f"({original} before it); give how many it shall have"
+        )
+    needed, optional = ROPE_KEYS[scaling.rope_type]
+    stays = {*needed, *optional}
+    if family.query_growth() is not None:
+        stays.add(ORIGINAL)  # queries grow from there, however positions are scaled
+    replaced = {key for keys in ROPE_KEYS.values() for group in keys for key in group} - stays
+    # YaRN's own attention factor, written out: another factor has another.
+    given, its_own = old.get("attention_factor", 0.0), 0.1 * math.log(old.get("factor", 1.0)) + 1
+    if math.isclose(given, its_own, rel_tol=1e-3):
+        replaced.add("attention_factor")
+    if "type" in old:  # the former name of the key, beside it
+        new["type"] = scaling.rope_type
+    return {key: value for key, value in old.items() if key not in replaced} | new
