@@ -147,7 +147,7 @@ def _message(message: Any, place: str, ignored: frozenset[str]) -> Message:
             raise HmfError(f"{place}.{name}: differs from {thoughts[0]}; keep one of the two")
     if thoughts and (block := THINK_BLOCK.match(text_of(content))) and untagged(block[0].strip()):
         raise HmfError(f"{place}.content: starts with thinking, and there is {thoughts[0]}; keep one of the two")
-    if "tool_call_id" in made and role in ("system", "developer", "user", "assistant"):
+    if "tool_call_id" in made and role not in RESULT_ROLES:
         raise HmfError(f"{place}.tool_call_id: belongs to a tool's result, and this is role {role!r}")
     if "weight" in made and (made["weight"] not in (0, 1) or (role != "assistant" and made["weight"])):
         raise HmfError(

@@ -18,9 +18,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from hmf.data.conversation import REASONING_FIELDS, RESULT_ROLES, THINK_BLOCK, Message, untagged
+from hmf.data.conversation import REASONING_FIELDS, RESULT_ROLES, ROLES, THINK_BLOCK, Message, untagged
 from hmf.errors import HmfError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -170,13 +171,17 @@ class Talk:
         return tool | {"function": made} if tool.get("function") else made
 
 
+class _Failure(HmfError):
+    """A template does not get through a conversation, and is not one that refuses it in its own words."""
+
+
 class Template:
     """A tokenizer's chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, source: str):
         self.tokenizer = tokenizer
         # The rule by which vLLM takes a developer's message for the system's.
-        self.developer = "developer" if "developer" in source else "system"
+        self.developers = ("developer", "system") if "developer" in source else ("system",)
         self.forms: dict[Any, Form] = {}
         self.orders: dict[Any, tuple[int, ...]] = {}
 
@@ -195,7 +200,8 @@ class Template:
         try:
             return self.tokenizer.apply_chat_template(messages, tools=tools, **({"tokenize": False} | options))
         except Exception as error:  # a template may fail in any way that Python code can
-            raise HmfError(f"the chat template fails: {' '.join(str(error).split())}") from None
+            kind = HmfError if type(error) is TemplateError else _Failure
+            raise kind(f"the chat template fails: {' '.join(str(error).split())}") from None
 
     def read(self, messages: list[Message], tools: list[Any] | None, answers: dict[int, bool]) -> Talk:
         """A conversation in the first form of which the template writes everything.
@@ -203,23 +209,22 @@ class Template:
         Args:
             answers: the turns that are to be written in full, and whether the template is to enable thinking.
         Raises:
-            HmfError: there is no such form; of the usual one, what the template leaves out.
+            HmfError: there is no such form; of the first that the template does not fail on, what it leaves out.
         """
         talk = Talk(messages, tools)
         key = (talk.shape, *answers.items())
-        first: HmfError | None = None
+        refusals: list[HmfError] = []
         for form in [self.forms[key]] if key in self.forms else self._candidates(messages):
             talk.take(form)
             try:
                 for index, thinking in answers.items():
                     self.order(talk, index, thinking)
             except HmfError as error:
-                first = first or error
+                refusals.append(error)
                 continue
             _keep(self.forms, key, form)
             return talk
-        assert first is not None
-        raise first
+        raise next((error for error in refusals if not isinstance(error, _Failure)), refusals[0])
 
     def _candidates(self, messages: list[Message]) -> Iterator[Form]:
         """The usual form, then those that differ in what these messages have."""
@@ -231,8 +236,9 @@ class Template:
             ("", None) if calls else ("",),
             (dict, str) if calls else (dict,),
             (None, *REASONING_FIELDS) if thoughts else (None,),
+            self.developers if any(message["role"] == "developer" for message in messages) else ("system",),
         ]
-        return (Form(*chosen, self.developer) for chosen in itertools.product(*choices))
+        return itertools.starmap(Form, itertools.product(*choices))
 
     def order(self, talk: Talk, last: int, thinking: bool) -> tuple[int, ...]:
         """Numbers of the leaves in the order in which the template writes them, of the messages up to `last`.
@@ -289,10 +295,13 @@ class Template:
             return HmfError(
                 f"the chat template leaves tools out ({leaf.path}); take a tokenizer whose template writes them"
             )
+        role = talk.given[leaf.message]["role"]
         fix = {"thinking": "set thinking: strip, or ", "name": "put name into ignore_keys, or "}.get(leaf.what, "")
+        if role not in ROLES:
+            fix = f"write a role that it knows, such as {', '.join(ROLES)}, or "
         return HmfError(
-            f"messages[{leaf.message}]: the chat template leaves its {leaf.what} out ({leaf.path}, of role "
-            f"{talk.given[leaf.message]['role']!r}); {fix}take a tokenizer whose template writes {leaf.what}"
+            f"messages[{leaf.message}]: the chat template leaves its {leaf.what} out ({leaf.path}, of role {role!r}); "
+            f"{fix}take a tokenizer whose template writes {leaf.what}"
         )
 
 
