@@ -110,7 +110,7 @@ def encode_chat(
         said = THINK_BLOCK.sub("", content, count=1) if THINK_BLOCK.match(content) else content
         if message["role"] == "assistant" and not (said.strip() or thinking_of(message) or "tool_calls" in message):
             raise HmfError(f"messages[{index}]: the assistant says nothing; remove the row or the message")
-    plain = Plain(tokenizer) if split_special_tokens else None
+    plain = Plain(tokenizer, [messages, tools]) if split_special_tokens else None
     if plain:
         messages, tools = [_hidden(message, plain) for message in messages], plain.hide(tools)
     template, answers = Template.of(tokenizer), answers if turns == "all" else answers[-1:]

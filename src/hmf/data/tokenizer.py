@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hmf.data.conversation import check_text
+from hmf.data.conversation import check_text, strings_of
 from hmf.errors import HmfError
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -100,24 +100,25 @@ class Plain:
     without special tokens has the ids that it always has.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, value: Any):
+        """For the texts in `value`, whose own characters stand for themselves."""
         self.tokenizer, self.pattern = tokenizer, special_tokens(tokenizer)
         self.hidden: dict[str, str] = {}  # by token
+        own = {character for text in strings_of(value) if max(text, default="") >= _PRIVATE for character in text}
+        self.free = (character for character in map(chr, range(ord(_PRIVATE), 0x110000)) if character not in own)
 
     def hide(self, value: Any, but: Container[str] = ()) -> Any:
         """A value of texts, lists and objects without special tokens in its texts, but for those of `but`."""
         if isinstance(value, str):
-            if max(value, default="") >= _PRIVATE:
-                raise HmfError(
-                    f"split_special_tokens: a text has U+{ord(max(value)):X}, which this key needs; remove it"
-                )
             return self.pattern.sub(lambda found: found[0] if found[0] in but else self._hidden(found[0]), value)
         if isinstance(value, dict):
             return {self.hide(name, but): self.hide(item, but) for name, item in value.items()}
         return [self.hide(item, but) for item in value] if isinstance(value, list) else value
 
     def _hidden(self, token: str) -> str:
-        return self.hidden.setdefault(token, chr(ord(_PRIVATE) + len(self.hidden)))
+        if token not in self.hidden:
+            self.hidden[token] = next(self.free)
+        return self.hidden[token]
 
     def restore(self, text: str, ids: list[int], mask: list[int]) -> tuple[list[int], list[int]]:
         """Ids with the tokens that are hidden in `text` as plain text, and the mask by token that belongs to them.
