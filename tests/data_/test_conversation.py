@@ -43,6 +43,7 @@ INST = (
 )
 DROPS_ZERO = OLD.replace("{{ m.content }}", "{{ m.content.split('#')[0] }}")
 TEXT_ARGUMENTS = OLD.replace("c.function.arguments | tojson", "'args ' + c.function.arguments")
+AS_IT_IS = OLD.replace("c.function.arguments | tojson", "c.function.arguments")  # Python's notation of an object
 NULL_CONTENT = OLD.replace("in m.tool_calls or []", "in (m.tool_calls if m.content is none else []) or []")
 TWICE = OLD.replace("{{ m.content }}", "{{ m.content }}{% if m.role == 'assistant' %}{{ m.content }}{% endif %}")
 ONE_CALL = OLD.replace("in m.tool_calls or []", "in (m.tool_calls or [])[:1]")
@@ -114,6 +115,10 @@ def test_arguments_as_json_text_are_those_of_an_object(templated, template):
 def test_a_template_is_given_the_form_that_it_reads(templated):
     talk = [HI, answer("", tool_calls=[call()])]
     assert 'args {"city": "Lyon", "days": 3, "unit": null}' in text_of(templated(TEXT_ARGUMENTS), talk, TOOLS)
+    for arguments in ({"city": "Lyon"}, {"unit": None}, {"days": [3]}, {"on": True}, {"in": {"days": 3}}, {"days": 3}):
+        given = [HI, answer("", tool_calls=[call(arguments=arguments)])]
+        assert f"weather {json.dumps(arguments)}</call>" in text_of(templated(AS_IT_IS), given, TOOLS)
+        assert f"weather {json.dumps(arguments)}</call>" in text_of(templated(OLD), given, TOOLS)
     assert '<call>weather {"city": "Lyon"' in text_of(templated(NULL_CONTENT), talk, TOOLS)
     parts = [user([{"type": "text", "text": "One."}, {"type": "text", "text": "Two."}]), HELLO]
     assert "One.\nTwo.<|im_end|>" in text_of(templated(OLD), parts)  # as vLLM joins them

@@ -28,6 +28,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARKER = re.compile("\ue000(\\d+)\ue001|9173(\\d{9})")  # in the place of a text, or of a number
 # A list of parts as Python or JSON write it, and an object in JSON text that was encoded once more.
 _NOTATION = re.compile(r"""['"]text['"]: ?['"]\ue000|\\": ?(?:9173\d{9}|\\"\ue000)""")
+_PYTHON = "(?:'\ue000|9173\\d{9}|None|True|False|\\[)"  # after the name of an argument in Python's quotes
 _SHAPES = 1024  # how many are kept for each template
 _TOOLS = -1  # in the place of a message's index
 
@@ -159,9 +160,8 @@ class Talk:
     def _tool(self, tool: Message, index: int) -> Message:
         """A tool with its name and description marked; how its schema is written is up to the template."""
         function = tool.get("function") or tool
-        properties = (
-            function.get("parameters", {}).get("properties") if isinstance(function.get("parameters"), dict) else None
-        )
+        schema = function.get("parameters")
+        properties = schema.get("properties") if isinstance(schema, dict) else None
         if isinstance(properties, dict):
             self.names += [Leaf(_TOOLS, "tools", function["name"], name) for name in properties]
         made = dict(function)
@@ -251,8 +251,9 @@ class Template:
         if key in self.orders:
             return self.orders[key]
         text = self.render(talk.marked[: last + 1], talk.marked_tools, enable_thinking=thinking)
-        if _NOTATION.search(text):
-            raise HmfError("the chat template writes contents or arguments as a list's or a text's notation")
+        names = [re.escape(repr(leaf.value)) for leaf in talk.names if 0 <= leaf.message <= last]
+        if _NOTATION.search(text) or (names and re.search(f"(?:{'|'.join(names)}): {_PYTHON}", text)):
+            raise HmfError("the chat template writes contents or arguments as Python does, or encodes them twice")
         numbers = Counter(int(found[1] or found[2]) for found in _MARKER.finditer(text))
         for number, leaf in enumerate(talk.leaves):
             if leaf.message > last:
