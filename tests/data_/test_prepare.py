@@ -27,6 +27,7 @@ from hmf.data.encoding import IGNORED, encode_chat, encode_document
 from hmf.data.filters import repetition
 from hmf.data.packing import best_fit
 from hmf.data.prepare import PreparedDataset, prepare
+from hmf.data.shards import load_tokenizer
 from hmf.data.sources import Source, content
 from hmf.data.text import stdlib_documents
 from hmf.data.tokenizer import train_tokenizer
@@ -265,6 +266,8 @@ BAD = {
     "no messages": (CHAT, '{"messages": []}', r"bad.jsonl:3: field 'messages' holds an empty list"),
     "no role": (CHAT, '{"messages": [{"from": "human", "value": "a"}]}', r"jsonl:3: messages\[0\] has no role"),
     "no answer": (CHAT, '{"messages": [{"role": "user", "content": "a"}]}', r"bad.jsonl:3: no assistant turn"),
+    "half a character": (TEXT, '{"text": "\\ud83d"}', r"bad: bad.jsonl:3: .*a lone surrogate \(\\ud83d\) is no text"),
+    "half in a message": (CHAT, '{"messages": [{"role": "user", "content": "\\ud83d"}]}', r"jsonl:3: .*lone surrogate"),
     "bad tools": (CHAT, '{"messages": [{"role": "user"}], "tools": "{"}', r"jsonl:3: field 'tools' is text but"),
 }  # fmt: skip
 
@@ -432,6 +435,31 @@ def test_show_marks_what_is_learnt_and_counts(folder, whole, tmp_path):
     done = runner.invoke(app, ["data", "prepare", str(tmp_path / "recipe.yaml"), "--workers", "1"])
     assert done.exit_code == 0 and "rows of 512 tokens" in done.output
     assert files(tmp_path / "out") == files(whole)
+
+
+def test_show_counts_special_tokens_and_what_follows_the_last_answer(folder, tmp_path):
+    talk = [{"role": "user", "content": "a", "id": 3}, {"role": "assistant", "content": "b"}]
+    after = [{"role": "user", "content": "What is <|im_end|>?"}, {"role": "assistant", "content": "c", "weight": 0}]
+    lines = [json.dumps({"messages": messages}) + "\n" for messages in (talk, [*talk, *after], [*after, *talk])]
+    (tmp_path / "talk.jsonl").write_text("".join(lines))
+    (tmp_path / "crawl.jsonl").write_text('{"text": "One<|endoftext|>two"}\n{"text": "three"}\n')
+    kept = {"path": str(tmp_path / "talk.jsonl"), "messages_field": "messages", "ignore_keys": ["id"]}
+    sources = [{"path": str(tmp_path / "crawl.jsonl"), "split_special_tokens": True}, kept]
+    made = recipe(folder, tmp_path / "out", sources=sources)
+    (tmp_path / "recipe.yaml").write_text(made.model_dump_json(exclude_defaults=True))
+    prepare(made, TEACHER)
+    for place in ("recipe.yaml", "out"):
+        output = CliRunner().invoke(app, ["data", "show", str(tmp_path / place), "--samples", "0"]).output
+        assert "talk: 2 records hold special tokens" in output and "crawl: 1 records hold special tokens" in output
+        assert "talk: 2 messages after the last supervised turn of their conversation are left out" in output
+    special = load_tokenizer(TEACHER).convert_tokens_to_ids("<|endoftext|>")
+    [[(ids, _)], [(other, _)]] = [found for where, found in documents(tmp_path / "out").items() if "crawl" in where]
+    assert ids.count(special) == other.count(special) == 2  # around the text
+    kept["ignore_keys"] = []
+    with pytest.raises(HmfError, match=r"talk: talk.jsonl:1: messages\[0\].id: unknown key 'id'"):
+        prepare(recipe(folder, tmp_path / "other", sources=sources), TEACHER)
+    with pytest.raises(ValueError, match="role and content are what a message is"):
+        SourceSettings(path="a", ignore_keys=["content"])
 
 
 def test_the_recipe_prepares_what_its_readme_makes(tmp_path, monkeypatch):

@@ -51,6 +51,8 @@ class SourceSettings(Settings):
     text_field: str | None = None
     messages_field: str | None = None
     tools_field: str = "tools"
+    ignore_keys: list[str] = Field(default_factory=list)  # of messages: not read; any other unknown key is an error
+    split_special_tokens: bool = False  # special tokens in texts and messages are encoded as the text they look like
     weight: float | None = Field(None, gt=0)
     filters: FilterSettings | None = None  # in place of the recipe's
 
@@ -60,6 +62,8 @@ class SourceSettings(Settings):
             raise ValueError("give either path or dataset")
         if self.text_field is not None and self.messages_field is not None:
             raise ValueError("give either text_field or messages_field: a document is a text or a conversation")
+        if set(self.ignore_keys) & {"role", "content"}:
+            raise ValueError("ignore_keys: role and content are what a message is; they cannot be ignored")
         for key in ("subset", "revision") if self.dataset is None else ("format",):
             if getattr(self, key) is not None:
                 raise ValueError(f"{key} has no meaning with {'path' if self.dataset is None else 'dataset'}")

@@ -23,9 +23,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hmf.errors import HmfError, unknown_name
 
-from .encoding import IGNORED, Encoded
-from .packing import Row, encode_conversation, row_tensors
-from .tasks import Sample
+from .encoding import IGNORED, Encoded, encode_answers
+from .packing import Row, row_tensors
 from .tokenizer import document_separator
 
 KEYS = ("prompt", "chosen", "rejected", "tools")
@@ -108,17 +107,19 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, entry: dict[str, Any], where
         if key not in KEYS:
             raise HmfError(f"{where}: {unknown_name('key', key, KEYS)}")
     prompt = _messages(entry.get("prompt"), "user", f"{where}: prompt")
-    answers = []
+    answers: list[dict[str, Any]] = []
     for key in ("chosen", "rejected"):
         answer = _messages(entry.get(key), "assistant", f"{where}: {key}")
         if len(answer) != 1 or answer[0]["role"] != "assistant":
             raise HmfError(f"{where}: {key}: give the assistant's answer alone; what comes before it belongs to prompt")
-        thinking = bool(answer[0].get("reasoning_content")) or "<think>" in (answer[0].get("content") or "")
-        sample = Sample("preference", [*prompt, *answer], "", thinking, entry.get("tools"))
-        answers.append(encode_conversation(tokenizer, sample))
-    if answers[0].ids == answers[1].ids:
+        answers += answer
+    try:
+        chosen, rejected = encode_answers(tokenizer, list(prompt), answers, entry.get("tools"))
+    except HmfError as error:
+        raise HmfError(f"{where}: {error}") from None
+    if chosen.ids == rejected.ids:
         raise HmfError(f"{where}: chosen and rejected are the same; leave the pair out")
-    return answers[0], answers[1]
+    return chosen, rejected
 
 
 def _messages(value: Any, role: str, where: str) -> Sequence[dict[str, Any]]:

@@ -30,13 +30,14 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from hmf.config.data import DataRecipe, FilterSettings, SourceSettings
-from hmf.data.encoding import IGNORED, Encoded, encode_chat, encode_document, text_of, thinking_of
+from hmf.data.conversation import messages_after, normalise, strings_of, text_of, thinking_of
+from hmf.data.encoding import IGNORED, Encoded, encode_chat, encode_document
 from hmf.data.filters import repetition
 from hmf.data.sources import Conversation, Record, Source, content
-from hmf.data.tokenizer import load_tokenizer
+from hmf.data.tokenizer import load_tokenizer, special_tokens
 from hmf.errors import HmfError
 
-FORMAT = 1  # of these files; a change makes all of them anew
+FORMAT = 2  # of these files; a change makes all of them anew
 SHARD_BYTES = 8 << 20  # of a source's records; a shard ends here or at the recipe's number of documents
 PLAIN_INTERVAL = 15.0  # seconds between lines where there is no terminal
 _SCHEMA = pa.schema({
@@ -52,13 +53,15 @@ class Counts:
     documents: int = 0
     tokens: int = 0
     supervised: int = 0
+    special_tokens: int = 0  # records whose texts hold special tokens
+    after_answers: int = 0  # messages after the last supervised turn, which are left out
     filtered: dict[str, int] = field(default_factory=dict)
 
     def leave_out(self, reason: str, count: int = 1) -> None:
         self.filtered[reason] = self.filtered.get(reason, 0) + count
 
     def add(self, other: Counts) -> None:
-        for name in ("records", "documents", "tokens", "supervised"):
+        for name in ("records", "documents", "tokens", "supervised", "special_tokens", "after_answers"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for reason, count in other.filtered.items():
             self.leave_out(reason, count)
@@ -81,14 +84,22 @@ class Encoder:
         """Documents of a record that pass the filters; HmfError names the record."""
         counts.records += 1
         try:
-            found = content(record, self.source)
+            found, split = content(record, self.source), self.source.split_special_tokens
+            if isinstance(found, Conversation):
+                found = Conversation(*normalise(found.messages, found.tools, self.source.ignore_keys))
             if self.filters.repetition and (reason := repetition(_learnt(found), self.filters.repetition)):
                 counts.leave_out(reason)
                 return []
             if isinstance(found, Conversation):
-                documents = encode_chat(tokenizer, found.messages, found.tools, self.thinking, self.turns)
+                documents = encode_chat(
+                    tokenizer, found.messages, found.tools, self.thinking, self.turns, split_special_tokens=split
+                )
+                counts.after_answers += messages_after(found.messages)
+                texts = strings_of([found.messages, found.tools])
             else:
-                documents = [encode_document(tokenizer, found)] if found.strip() else []
+                documents = [encode_document(tokenizer, found, split)] if found.strip() else []
+                texts = iter([found])
+            counts.special_tokens += any(special_tokens(tokenizer).search(text) for text in texts)
         except HmfError as error:
             raise HmfError(f"{self.source.title}: {record.where}: {error}") from None
         kept = []

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokenizers: a checkpoint's, a small one of our own with Qwen3's special tokens, and what other code asks them."""
 
+import functools
+import re
 import string
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
+from hmf.data.conversation import check_text, strings_of
 from hmf.errors import HmfError, notice
 from hmf.model.files import read_object, reading, require_folder
 
@@ -26,6 +31,8 @@ VOCABULARIES = (
 MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 # Qwen's rules: a word takes one leading sign or blank, digits stand alone, signs take the line's end, blanks group.
 _PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+_PRIVATE = "\U0010f000"  # characters that stand for special tokens, in the last of Unicode's private planes
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -136,7 +143,93 @@ def document_separator(tokenizer: PreTrainedTokenizerBase) -> int:
     return found
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Ids of each text, without special tokens around it."""
-    # verbose=False: texts longer than the model's context are cut into rows later, no reason to warn.
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], split_special_tokens: bool = False
+) -> list[list[int]]:
+    """Ids of each text, without special tokens around it.
+
+    Args:
+        split_special_tokens: encode special tokens in a text as the text that they are written with.
+    Raises:
+        HmfError: a text has a lone surrogate.
+    """
+    try:
+        # verbose=False: texts longer than the model's context are cut into rows later, no reason to warn.
+        return tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False,
+            split_special_tokens=split_special_tokens,
+        )["input_ids"]  # fmt: skip
+    except TypeError:
+        check_text(texts)  # what the tokenizer's own error does not name
+        raise
+
+
+@functools.lru_cache(maxsize=8)
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Finds the special tokens in a text, the longest at each place."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+
+class Plain:
+    """Encodes special tokens in what messages hold as the text that they are written with.
+
+    In a text that a chat template is to write, each special token is hidden: one character of a private plane stands
+    for it. In the ids of the template's text, what hides one is replaced by the ids of what it stands for. So a text
+    without special tokens has the ids that it always has.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, value: Any):
+        """For the texts in `value`, whose own characters stand for themselves."""
+        self.tokenizer, self.pattern = tokenizer, special_tokens(tokenizer)
+        self.hidden: dict[str, str] = {}  # by token
+        own = {character for text in strings_of(value) if max(text, default="") >= _PRIVATE for character in text}
+        self.free = (character for character in map(chr, range(ord(_PRIVATE), 0x110000)) if character not in own)
+
+    def hide(self, value: Any, but: Container[str] = ()) -> Any:
+        """A value of texts, lists and objects without special tokens in its texts, but for those of `but`."""
+        if isinstance(value, str):
+            return self.pattern.sub(lambda found: found[0] if found[0] in but else self._hidden(found[0]), value)
+        if isinstance(value, dict):
+            return {self.hide(name, but): self.hide(item, but) for name, item in value.items()}
+        return [self.hide(item, but) for item in value] if isinstance(value, list) else value
+
+    def _hidden(self, token: str) -> str:
+        if token not in self.hidden:
+            self.hidden[token] = next(self.free)
+        return self.hidden[token]
+
+    def restore(self, text: str, ids: list[int], mask: list[int]) -> tuple[list[int], list[int]]:
+        """Ids with the tokens that are hidden in `text` as plain text, and the mask by token that belongs to them.
+
+        Raises:
+            HmfError: the tokenizer does not encode a part of the text alone as it does in the whole.
+        """
+        shown = {character: token for token, character in self.hidden.items()}
+        if not any(character in text for character in shown):
+            return ids, mask
+        back = str.maketrans(shown)
+        special = set(self.tokenizer.all_special_ids) | {
+            number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special
+        }
+        made, learnt = list[int](), list[int]()
+        for _, group in groupby(zip(ids, mask, strict=True), key=lambda pair: (pair[1], pair[0] in special)):
+            part, marks = zip(*group, strict=True)
+            piece = self.tokenizer.decode(part, clean_up_tokenization_spaces=False)
+            new = list(part)
+            if any(character in piece for character in shown):
+                if encode_texts(self.tokenizer, [piece])[0] != new:
+                    raise self._refusal()
+                [new] = encode_texts(self.tokenizer, [piece.translate(back)], split_special_tokens=True)
+            made += new
+            learnt += [marks[0]] * len(new)
+        if self.tokenizer.decode(made, clean_up_tokenization_spaces=False) != text.translate(back):
+            raise self._refusal()
+        return made, learnt
+
+    def _refusal(self) -> HmfError:
+        return HmfError(
+            "split_special_tokens: this tokenizer does not encode a text in parts as it does in the whole; set it to "
+            "false, or remove the special tokens from the text"
+        )

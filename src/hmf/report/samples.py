@@ -107,6 +107,14 @@ def _notes(console: Console, source: dict[str, Any]) -> None:
     if source["filtered"]:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(source["filtered"].items()))
         console.print(f"{source['name']}: filtered by {reasons}", highlight=False)
+    if count := source.get("special_tokens"):
+        text = (
+            "special tokens in their text; with split_special_tokens: true they are encoded as text, else as themselves"
+        )
+        console.print(f"{source['name']}: {count:,} records hold {text}", highlight=False)
+    if count := source.get("after_answers"):
+        text = f"{count:,} messages after the last supervised turn of their conversation are left out"
+        console.print(f"{source['name']}: {text}", highlight=False)
 
 
 def _table(sources: list[dict[str, Any]], caption: str | None = None) -> Table:

@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What messages hold is in the text that the model reads, in its one meaning, or the conversation is refused."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from hmf.data.conversation import messages_after, normalise
+from hmf.data.encoding import encode_chat
+from hmf.errors import HmfError
+
+trl = pytest.importorskip("trl", reason="needs trl's chat templates, which `make test` installs")
+PUBLISHED = Path(trl.__file__).parent / "chat_templates"
+ENDS = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|END_OF_TURN_TOKEN|>",
+]
+
+# As templates of a year or two ago are: `arguments | tojson`, roles without a check, contents that are strings.
+OLD = (
+    "{%- for tool in tools or [] %}{{ tool | tojson }}\n{% endfor -%}"
+    "{%- for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{%- for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments | tojson }}</call>"
+    "{%- endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# What the system says goes before the last question, as in Mistral's; no other role is known.
+INST = (
+    "{%- set system = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{%- for m in messages %}{% if m.role == 'user' %}[INST]"
+    "{% if messages[loop.index0 + 1:] | selectattr('role', 'equalto', 'user') | list | length == 0 %}"
+    "{{ system }} {% endif %}{{ m.content | trim }}[/INST]"
+    "{% elif m.role == 'assistant' %}{{ m.content | trim }}<|im_end|>{% endif %}{% endfor %}"
+)
+DROPS_ZERO = OLD.replace("{{ m.content }}", "{{ m.content.split('#')[0] }}")
+TEXT_ARGUMENTS = OLD.replace("c.function.arguments | tojson", "'args ' + c.function.arguments")
+AS_IT_IS = OLD.replace("c.function.arguments | tojson", "c.function.arguments")  # Python's notation of an object
+NULL_CONTENT = OLD.replace("in m.tool_calls or []", "in (m.tool_calls if m.content is none else []) or []")
+TWICE = OLD.replace("{{ m.content }}", "{{ m.content }}{% if m.role == 'assistant' %}{{ m.content }}{% endif %}")
+ONE_CALL = OLD.replace("in m.tool_calls or []", "in (m.tool_calls or [])[:1]")
+REVERSED = OLD.replace("for m in messages", "for m in messages | reverse")
+PARTS_ONLY = OLD.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
+
+
+@pytest.fixture(scope="module")
+def templated(tokenizer):
+    made = {}
+
+    def make(template):
+        """The tokenizer with a template: a text, a file of trl's by its name, or None for its own."""
+        if template not in made:
+            changed = copy.deepcopy(tokenizer)
+            if template is not None:
+                changed.add_special_tokens({"additional_special_tokens": ENDS, "bos_token": "<|endoftext|>"})
+                published = PUBLISHED / f"{template[:40]}.jinja"
+                changed.chat_template = published.read_text() if published.is_file() else template
+            made[template] = changed
+        return made[template]
+
+    return make
+
+
+def text_of(tokenizer, messages, tools=None, **options):
+    """The text of the last document, the answer after a bar."""
+    document = encode_chat(tokenizer, messages, tools, **options)[-1]
+    cut = len(document.prompt)
+    return tokenizer.decode(document.ids[:cut]) + "|" + tokenizer.decode(document.ids[cut:])
+
+
+def user(content, **more):
+    return {"role": "user", "content": content, **more}
+
+
+def answer(content, **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+def system(content):
+    return {"role": "system", "content": content}
+
+
+def call(city="Lyon", identity=None, **more):
+    function = {"name": "weather", "arguments": json.dumps({"city": city, "days": 3, "unit": None})}
+    return {"type": "function", "function": function | more} | ({"id": identity} if identity else {})
+
+
+def result(content, identity=None, **more):
+    return {"role": "tool", "content": content, **more} | ({"tool_call_id": identity} if identity else {})
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Of a city.", "parameters": {}}}]
+HI, HELLO = user("Hi?"), answer("Hello.")
+
+
+@pytest.mark.parametrize("template", [None, OLD, "qwen2_5", "qwen3", "llama3_1", "gptoss"], ids=lambda t: str(t)[:9])
+def test_arguments_as_json_text_are_those_of_an_object(templated, template):
+    tokenizer = templated(template)
+    talk = [HI, answer(None, tool_calls=[call()]), result("21"), answer("21.")]
+    objects = copy.deepcopy(talk)
+    objects[1]["tool_calls"][0]["function"]["arguments"] = {"city": "Lyon", "days": 3, "unit": None}
+    assert encode_chat(tokenizer, talk, TOOLS) == encode_chat(tokenizer, objects, TOOLS)
+    text = text_of(tokenizer, talk[:2], TOOLS)
+    assert '{"city": "Lyon", "days": 3, "unit": null}' in text.split("|", 1)[1]
+
+
+def test_a_template_is_given_the_form_that_it_reads(templated):
+    talk = [HI, answer("", tool_calls=[call()])]
+    assert 'args {"city": "Lyon", "days": 3, "unit": null}' in text_of(templated(TEXT_ARGUMENTS), talk, TOOLS)
+    for arguments in ({"city": "Lyon"}, {"unit": None}, {"days": [3]}, {"on": True}, {"in": {"days": 3}}, {"days": 3}):
+        given = [HI, answer("", tool_calls=[call(arguments=arguments)])]
+        assert f"weather {json.dumps(arguments)}</call>" in text_of(templated(AS_IT_IS), given, TOOLS)
+        assert f"weather {json.dumps(arguments)}</call>" in text_of(templated(OLD), given, TOOLS)
+    assert '<call>weather {"city": "Lyon"' in text_of(templated(NULL_CONTENT), talk, TOOLS)
+    parts = [user([{"type": "text", "text": "One."}, {"type": "text", "text": "Two."}]), HELLO]
+    assert "One.\nTwo.<|im_end|>" in text_of(templated(OLD), parts)  # as vLLM joins them
+    assert "One.Two.<|im_end|>" in text_of(templated(None), parts)  # as the template does
+    assert "One.Two.<|im_end|>" in text_of(templated(PARTS_ONLY), parts)
+    assert "Hi?<|im_end|>" in text_of(templated(PARTS_ONLY), [HI, HELLO])
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        assert text_of(templated("qwen3"), [HI, answer("Hello.", **{name: "Greet."})]).endswith(
+            "|<think>\nGreet.\n</think>\n\nHello.<|im_end|>"
+        )
+
+
+def test_a_developer_is_the_system_where_there_is_no_such_role(templated):
+    talk = [{"role": "developer", "content": "Be kind."}, HI, HELLO]
+    for template in (None, OLD, "qwen2_5", "qwen3", "llama3_1", "gemma3", "cohere2"):
+        tokenizer = templated(template)
+        assert encode_chat(tokenizer, talk) == encode_chat(tokenizer, [system("Be kind."), *talk[1:]])
+    text = text_of(templated("gptoss"), talk)
+    assert "Be kind." in text.split("<|start|>developer")[1]
+
+
+def test_a_result_that_is_no_text_is_its_json(templated):
+    for content, written in (
+        ({"t": 21, "sky": "è"}, '{"t": 21, "sky": "è"}'), ([1, "a"], '[1, "a"]'), (21.5, "21.5"), (True, "true"),
+        ([{"type": "text", "text": "21 C"}], "21 C"), ("plain", "plain"),
+    ):  # fmt: skip
+        talk = [HI, answer("", tool_calls=[call()]), result(content), answer("Yes.")]
+        for template in (None, "qwen2_5", "qwen3"):
+            assert f"<tool_response>\n{written}\n</tool_response>" in text_of(templated(template), talk, TOOLS)
+
+
+def test_results_come_in_the_order_of_their_calls(templated):
+    calls = answer("", tool_calls=[call("Lyon", "a"), call("Nice", "b")])
+    for results in ([result("L", "a"), result("N", "b")], [result("N", "b"), result("L", "a", name="weather")]):
+        text = text_of(templated(None), [HI, calls, *results, answer("So.")], TOOLS)
+        assert "<tool_response>\nL\n</tool_response>\n<tool_response>\nN\n" in text
+
+
+def test_what_the_system_says_may_be_moved_but_not_lost(templated):
+    talk = [system("Be kind."), HI, HELLO, user("More?"), answer("Yes.")]
+    assert (
+        text_of(templated(INST), talk) == "[INST]Hi?[/INST]Hello.<|im_end|>[INST]Be kind. More?[/INST]|Yes.<|im_end|>"
+    )
+    later = [HI, HELLO, system("In French."), user("More?"), answer("Oui.")]
+    with pytest.raises(HmfError, match=r"messages\[2\]: the chat template leaves its content out .* 'system'"):
+        encode_chat(templated(INST), later)
+    assert "In French." in text_of(templated(None), later)
+
+
+def test_a_weight_of_0_is_context(templated):
+    talk = [
+        HI,
+        answer("Bad.", weight=0),
+        user("Again?"),
+        answer("Good.", weight=1),
+        user("Thanks"),
+        answer("!", weight=0),
+    ]
+    turn = "{{ m.content }}<|im_end|>"
+    marked = "{% for m in messages %}<|im_start|>{{ m.role + '\n' }}{% if m.role == 'assistant' %}"
+    marked += (
+        f"{{% generation %}}{turn}{{% endgeneration %}}{{% else %}}{turn}{{% endif %}}{{{{ '\n' }}}}{{% endfor %}}"
+    )
+    wanted = "Bad.<|im_end|>\n<|im_start|>user\nAgain?<|im_end|>\n<|im_start|>assistant\n|Good.<|im_end|>"
+    for template in (OLD, marked):
+        for turns in ("all", "last"):
+            assert text_of(templated(template), talk, turns=turns).endswith(wanted)
+    every = [{key: value for key, value in message.items() if key != "weight"} for message in talk]
+    assert len([x for x in encode_chat(templated(marked), every)[0].labels if x >= 0]) > 6
+    assert messages_after(talk) == 2 and messages_after(every) == 0
+    with pytest.raises(HmfError, match="no assistant turn"):
+        encode_chat(templated(None), [HI, answer("x", weight=0)])
+
+
+CALLS = answer("", tool_calls=[call("Lyon", "a"), call("Nice", "b")])
+REFUSED = {
+    "older calls": ([HI, answer("x", function_call={"name": "f"})], r"messages\[1\].function_call: .*write tool_calls"),
+    "unknown key": ([user("x", contentt="y"), HELLO], r"messages\[0\].contentt: unknown key .* did you mean 'content'"),
+    "refusal": ([HI, answer("x", refusal="no")], r"messages\[1\].refusal: unknown key.*ignore_keys"),
+    "audio": ([HI, answer("x", audio={"id": "1"})], r"messages\[1\].audio: unknown key"),
+    "training flag": ([HI, answer("x", train=False)], r"messages\[1\].train: unknown key"),
+    "half a weight": ([HI, answer("x", weight=0.5)], r"messages\[1\].weight: is 0.5"),
+    "weight of a user": ([user("x", weight=1), HELLO], r"messages\[0\].weight: is 1 of role 'user'"),
+    "image": ([user([{"type": "image_url", "image_url": {"url": "x"}}]), HELLO],
+      r"messages\[0\].content\[0\]: .*image_url"),
+    "cached part": ([user([{"type": "text", "text": "x", "cache_control": {"type": "e"}}]), HELLO], "cache_control"),
+    "tool_use": ([HI, answer([{"type": "tool_use", "name": "f", "input": {}}])], r"\[1\].content\[0\]: .*'tool_use'"),
+    "thinking": ([HI, answer([{"type": "thinking", "thinking": "x"}])], r"\[1\].content\[0\]: .*'thinking'"),
+    "object": ([user({"text": "x"}), HELLO], r"messages\[0\].content: an object is not text"),
+    "number": ([user(5), HELLO], r"messages\[0\].content: a number is not text"),
+    "strings": ([user(["x", "y"]), HELLO], r"messages\[0\].content: a list is not text"),
+    "nothing": ([user(None), HELLO], r"messages\[0\].content: .*without content"),
+    "no result": ([HI, CALLS, result([], "a"), HELLO], r"messages\[2\].content: an empty list"),
+    "no object": ([HI, answer("", tool_calls=[call(arguments="[1]")])],
+      r"function.arguments: an object is expected, not a l"),
+    "no JSON": ([HI, answer("", tool_calls=[call(arguments="{'a': 1}")])],
+      r"tool_calls\[0\].function.arguments: .*not valid"),
+    "twice": ([HI, answer("", tool_calls=[call(arguments='{"a": 1, "a": 2}')])], "a key is there twice"),
+    "not finite": ([HI, answer("", tool_calls=[call(arguments='{"a": NaN}')])], "NaN is no JSON"),
+    "custom call": ([HI, answer("", tool_calls=[{"type": "custom", "custom": {}}])],
+      r"tool_calls\[0\].type: is 'custom'"),
+    "no name": ([HI, answer("", tool_calls=[{"function": {"arguments": {}}}])], r"function.name: the call names no"),
+    "a user calls": ([user("x", tool_calls=[call()]), HELLO], r"messages\[0\].tool_calls: only the assistant"),
+    "a user thinks": ([user("x", reasoning="y"), HELLO], r"messages\[0\].reasoning: only the assistant"),
+    "other thoughts": ([HI, answer("x", reasoning="a", thinking="b")],
+      r"messages\[1\].thinking: differs from reasoning"),
+    "two thoughts": ([HI, answer("<think>a</think>x", reasoning="b")], r"messages\[1\].content: starts with thinking"),
+    "no call": ([HI, CALLS, result("x", "c"), HELLO], r"messages\[2\].tool_call_id: 'c' is the id of no call"),
+    "no calls": ([HI, HELLO, result("x", "c"), HELLO], r"messages\[2\].tool_call_id: 'c' is the id of no call"),
+    "only the second": ([HI, CALLS, result("x", "b"), HELLO], r"messages\[1\].tool_calls\[0\]: has no result"),
+    "two results": ([HI, CALLS, result("x", "a"), result("y", "a"), HELLO], r"tool_calls\[0\]: has two results"),
+    "too many": ([HI, CALLS, result("x"), result("y"), result("z"), HELLO], r"messages\[4\]: a result more"),
+    "another's": ([HI, CALLS, result("x", "a", name="time"), HELLO],
+      r"messages\[2\].name: is 'time', but .* 'weather'"),
+    "a user's id": ([user("x", tool_call_id="a"), HELLO], r"messages\[0\].tool_call_id: belongs to a tool's result"),
+    "role": ([{"role": "User", "content": "x"}, HELLO],
+      r"messages\[0\].role: unknown role 'User'; did you mean 'user'"),
+    "half a pair": ([user("x \ud83d"), HELLO], r"messages\[0\]: a lone surrogate \(\\ud83d\)"),
+    "half in arguments": ([HI, answer("", tool_calls=[call(arguments='{"a": "\\udc00"}')])],
+      r"arguments: a lone surrogate"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_meaning_here_is_refused(templated, name):
+    messages, expected = REFUSED[name]
+    with pytest.raises(HmfError, match=expected) as caught:
+        encode_chat(templated(None), messages)
+    assert "\n" not in str(caught.value)
+
+
+LOST = {
+    "human": (None, [{"role": "human", "content": "a"}, HELLO],
+      r"messages\[0\]: .*content out .*'human'.*such as system"),
+    "ipython": (None, [HI, CALLS, {"role": "ipython", "content": "e"}, HELLO], r"messages\[2\]: .*'ipython'"),
+    "name": (None, [user("x", name="e"), HELLO], r"messages\[0\]: .*its name out.*ignore_keys"),
+    "of a result": (None, [HI, answer("f()"), result("x", name="f()"), HELLO], r"messages\[2\]: .*its name out"),
+    "tool": (INST, [HI, HELLO, result("e"), HELLO], r"messages\[2\]: .*its content out .*'tool'"),
+    "second call": (ONE_CALL, [HI, CALLS], r"messages\[1\]: .*its tool calls out \(tool_calls\[1\].function.name"),
+    "by content": (DROPS_ZERO, [user("x # and more"), HELLO], r"messages\[0\]: .*its content out"),
+    "twice": (TWICE, [HI, HELLO], r"messages\[1\].content: the chat template writes it more than once"),
+    "order": (REVERSED, [HI, HELLO, user("So?"), answer("So.")], r"the chat template writes it after|told from its pr"),
+    "alternate": ("gemma", [HI, HI, HELLO], "the chat template fails: Conversation roles must alternate"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_the_template_leaves_out_is_named(templated, name):
+    template, messages, expected = LOST[name]
+    with pytest.raises(HmfError, match=expected):
+        encode_chat(templated(template), messages)
+
+
+def test_keys_can_be_ignored_and_empty_ones_are_absent(templated):
+    empty = {"name": None, "refusal": None, "tool_calls": [], "annotations": [], "audio": {}, "prefix": ""}
+    wanted = encode_chat(templated(None), [HI, HELLO])
+    assert encode_chat(templated(None), [HI, HELLO | empty]) == wanted
+    assert encode_chat(templated(None), [HI | {"id": 5}, HELLO], ignore_keys=["id"]) == wanted
+    with pytest.raises(HmfError, match=r"messages\[0\].id: unknown key"):
+        encode_chat(templated(None), [HI | {"id": 5}, HELLO], ignore_keys=["timestamp"])
+
+
+class Words:
+    """Words that occur nowhere else, and where they stand."""
+
+    def __init__(self):
+        self.made = []
+
+    def __call__(self):
+        self.made.append(f"qx{len(self.made)}vz")
+        return self.made[-1]
+
+
+@st.composite
+def conversations(draw):
+    """Messages of every kind that users have, each text a word of its own."""
+    word, talk = Words(), []
+    value = st.sampled_from(["text", "none", "number", "text part", "two parts", "image", "block", "object", "strings"])
+
+    def content(kind):
+        return {
+            "text": lambda: word(), "none": lambda: None, "number": lambda: 7, "object": lambda: {"a": word()},
+            "text part": lambda: [{"type": "text", "text": word()}], "strings": lambda: [word()],
+            "two parts": lambda: [{"type": "text", "text": word()}, {"type": "text", "text": word()}],
+            "image": lambda: [{"type": "image", "image": word()}],
+            "block": lambda: [{"type": "thinking", "thinking": word()}],
+        }[kind]()  # fmt: skip
+
+    for _ in range(draw(st.integers(1, 4))):
+        role = draw(st.sampled_from(["user", "user", "system", "developer", "tool", "human", "function", "ipython"]))
+        talk.append({"role": role, "content": content(draw(value) if draw(st.integers(0, 2)) == 0 else "text")})
+        if draw(st.booleans()):
+            talk.append(answer(word()))
+            if draw(st.integers(0, 2)) == 0:
+                made = {"name": word(), "arguments": {word(): word(), "n": [word(), {"m": word()}]}}
+                if draw(st.booleans()):
+                    made["arguments"] = json.dumps(made["arguments"])
+                talk[-1]["tool_calls"] = [{"function": made}]
+                talk.append({"role": "tool", "content": content(draw(value))})
+    talk.append(answer(word()))
+    if draw(st.integers(0, 3)) == 0:
+        extra = draw(st.sampled_from(["name", "reasoning", "function_call", "refusal", "tool_call_id", "text", "loss"]))
+        talk[draw(st.integers(0, len(talk) - 1))][extra] = word()
+    return talk, word.made
+
+
+TEMPLATES = [None, OLD, INST, DROPS_ZERO, PARTS_ONLY, TEXT_ARGUMENTS, NULL_CONTENT, ONE_CALL]
+TEMPLATES += ["qwen2_5", "qwen3", "qwen3_training", "llama3", "llama3_1", "gemma3", "gptoss", "phi3", "lfm2_v2"]
+
+
+def test_a_conversation_is_in_the_text_in_full_or_refused(templated):
+    accepted = set()
+
+    @given(talk=conversations(), template=st.sampled_from(TEMPLATES))
+    @settings(deadline=None, max_examples=400)
+    def check(talk, template):
+        messages, words = talk
+        tokenizer, before = templated(template), copy.deepcopy(messages)
+        try:
+            document = encode_chat(tokenizer, messages)[-1]
+        except HmfError:
+            return
+        text = tokenizer.decode(document.ids)
+        assert not [word for word in words if word not in text]
+        order = [text.index(word) for message in messages if message["role"] not in ("system", "developer")
+                 for word in words if word in str(message["content"])]  # fmt: skip
+        assert order == sorted(order)
+        assert messages == before  # the caller's are left as they are
+        accepted.add((template, *(message["role"] for message in messages)))
+
+    check()
+    assert len(accepted) > 30
+
+
+@given(talk=conversations())
+@settings(deadline=None)
+def test_what_is_normal_stays(talk):
+    try:
+        found = normalise(talk[0], TOOLS)
+    except HmfError:
+        assume(False)
+    assert normalise(*found) == found
