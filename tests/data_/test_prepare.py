@@ -163,6 +163,7 @@ def as_format(kind, folder, texts):
     elif kind == "text":
         for number, text in enumerate(texts):
             (folder / f"{number:03d}.md").write_text(text)
+        del place["text_field"]
     elif kind == "saved":
         datasets.DatasetDict({"train": rows}).save_to_disk(folder / "set")
         place["path"] = str(folder / "set")

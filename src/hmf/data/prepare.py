@@ -148,7 +148,7 @@ class Tokenised:
 
     @property
     def chat(self) -> bool:
-        return self.encoder.source.messages_field is not None
+        return self.encoder.source.chat
 
     @classmethod
     def read(cls, encoder: Encoder, folder: Path, shards: int, recipe: DataRecipe) -> Tokenised:

@@ -184,7 +184,7 @@ def sequence_length(recipe: FinetuneRecipe) -> int:
 def rows_for(recipe: FinetuneRecipe, tokenizer: PreTrainedTokenizerBase, rows: int) -> Any:
     """The recipe's data set, as many rows as the run reads; HmfError for masks that cannot be meant."""
     if (pairs := recipe.pairs) is not None:
-        return pair_dataset(pairs.path, tokenizer, pairs.sequence_length, rows, recipe.seed)
+        return pair_dataset(pairs, tokenizer, rows, recipe.seed)
     assert recipe.data is not None  # the recipe's validator saw to it
     dataset = mixture(recipe.data, tokenizer, rows, recipe.seed)
     shown = [dataset[index] for index in range(min(SHOWN, rows))]

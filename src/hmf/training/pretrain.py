@@ -21,7 +21,8 @@ from transformers import (
     set_seed,
 )
 
-from hmf.config.runs import DataSettings, OptimiserSettings, Settings, load_recipe
+from hmf.config.runs import DataSettings, OptimiserSettings, load_recipe
+from hmf.config.strict import Settings
 from hmf.data import tasks, text
 from hmf.data.packing import Row
 from hmf.data.tokenizer import END_OF_TEXT, train_tokenizer
