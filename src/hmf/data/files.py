@@ -93,10 +93,12 @@ def find(place: str, path: Path, kind: str | None = None) -> Found:
         else:
             raise HmfError(f"{place}: {file}: is no file, or a link to none; take it away or put the file there")
     listed = f"{', '.join(sorted(passed)[:SHOWN])}{f' and {len(passed) - SHOWN:,} more' if passed[SHOWN:] else ''}"
-    known = ", ".join(SUFFIXES)
+    known = ", ".join(suffix for suffix in SUFFIXES if kind in (None, SUFFIXES[suffix]))
     if not kinds:
         there = f" ({listed})" if passed else ""
-        raise HmfError(f"{place}: {path}: nothing to read{there}; files end with {known}, or set format")
+        raise HmfError(
+            f"{place}: {path}: nothing to read{there}; files end with {known}{', or set format' * (kind is None)}"
+        )
     if len(kinds) > 1:
         raise HmfError(
             f"{place}: {path}: holds {' and '.join(sorted(kinds))} files; set format to the one that is meant"

@@ -123,7 +123,7 @@ def main(recipe_path: str) -> None:
     )
     prepared = time.perf_counter()
     tokens, log = rows_per_step(args) * recipe.data.sequence_length, recipe.output / "training.log.json"
-    train(trainer, "pretrain", log, tokens, recipe.training.divergence_factor)
+    train(trainer, dataset, "pretrain", log, tokens, recipe.training.divergence_factor)
     record = {
         "parameters": model.num_parameters(),
         "steps": recipe.training.steps,
