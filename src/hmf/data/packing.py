@@ -170,7 +170,7 @@ class MixtureDataset(Dataset[Row]):
         template = self.tokenizer.chat_template if self.weights else None
         sha.update(repr((sorted(self.weights.items()), template, [len(ids) for ids in self.texts])).encode())
         for ids in self.texts:
-            sha.update(np.array(ids, dtype=np.int64))
+            sha.update(np.array(ids, dtype=np.int64).tobytes())
         return sha.hexdigest()
 
     def __getitem__(self, index: int) -> Row:
