@@ -220,3 +220,14 @@ def test_preferences_raise_the_margin_and_a_resume_keeps_the_start(hybrid, pairs
     finetune(cut)
     (ours, our_log), (wanted, log) = (cutting.result(run.output, "stage2", "model") for run in (cut, whole))
     assert our_log == log and all(torch.equal(ours[name], wanted[name]) for name in wanted)
+
+
+def test_what_the_last_step_made_of_the_weights_is_looked_at(hybrid, pairs, tmp_path):
+    changes = {
+        "method": "dpo", "data": None, "trainable": {"mixers": 1e38, "norms": 1e38},
+        "pairs": {"path": str(pairs), "sequence_length": 96},
+        "training": {"steps": 1, "rows_per_step": 1, "save_steps": 1},
+    }  # fmt: skip
+    with pytest.raises(HmfError, match="step 1: after it .*nothing is saved") as caught:
+        finetune(cutting.finetune_recipe(hybrid, tmp_path / "run", **changes))
+    assert "\n" not in str(caught.value) and not (tmp_path / "run/model").exists()
