@@ -164,6 +164,7 @@ def as_format(kind, folder, texts):
     elif kind == "text":
         for number, text in enumerate(texts):
             (folder / f"{number:03d}.md").write_text(text)
+        del place["text_field"]
     elif kind == "saved":
         datasets.DatasetDict({"train": rows}).save_to_disk(folder / "set")
         place["path"] = str(folder / "set")
@@ -306,7 +307,7 @@ def test_places_and_recipes_that_cannot_be(folder, tmp_path, whole):
     (tmp_path / "out").mkdir(exist_ok=True)
     busy = os.open(tmp_path / "out", os.O_RDONLY)
     fcntl.flock(busy, fcntl.LOCK_EX)
-    with pytest.raises(HmfError, match="out: another process prepares it now"):
+    with pytest.raises(HmfError, match="out: another process works in it now"):
         prepare(recipe(folder, tmp_path / "out"), TEACHER)
     os.close(busy)
     for changes, expected in (
@@ -322,24 +323,73 @@ def test_places_and_recipes_that_cannot_be(folder, tmp_path, whole):
             load_recipe(tmp_path / "recipe.yaml", DataRecipe)
 
 
-def test_a_damaged_set_is_named(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "out")
-    os.truncate(tmp_path / "out" / "rows" / "00000.arrow", 100)
+def flip(path, place=0.5):
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * place)] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_set_is_named(folder, whole, tmp_path):
+    for number, place in enumerate((0.1, 0.5, 0.9)):
+        copy = tmp_path / str(number)
+        shutil.copytree(whole, copy)
+        flip(copy / "rows" / "00000.arrow", place)
+        with pytest.raises(HmfError, match=r"rows/00000.arrow: is damaged \(its hash is not the one in index.json"):
+            PreparedDataset(copy)
+        with pytest.raises(HmfError, match=r"rows/00000.arrow: is damaged"):
+            prepare(recipe(folder, copy), TEACHER)
+    os.truncate(tmp_path / "0" / "rows" / "00000.arrow", 100)
     with pytest.raises(HmfError, match=r"rows/00000.arrow: is missing or damaged"):
-        PreparedDataset(tmp_path / "out")
-    (tmp_path / "out" / "index.json").unlink()
+        PreparedDataset(tmp_path / "0")
+    index = json.loads((tmp_path / "1" / "index.json").read_text())
+    del index["vocabulary"]
+    (tmp_path / "1" / "index.json").write_text(json.dumps(index))
+    with pytest.raises(HmfError, match=r"index.json: is damaged; prepare the set again"):
+        PreparedDataset(tmp_path / "1")
+    (tmp_path / "0" / "index.json").unlink()
     with pytest.raises(HmfError, match=r"no finished set of rows \(no index.json\)"):
-        PreparedDataset(tmp_path / "out")
+        PreparedDataset(tmp_path / "0")
 
 
-def test_a_damaged_cache_is_named(folder, tmp_path):
+@pytest.mark.parametrize("damage", ["a byte", "the end", "one file", "the count"])
+def test_a_damaged_cache_is_made_anew(folder, tmp_path, damage, capsys):
     made = {"sources": [{"path": str(folder / "texts.jsonl")}], "cache": tmp_path / "cache"}
     prepare(recipe(folder, tmp_path / "a", **made), TEACHER)
-    shards.read_shard.cache_clear()
     [first] = (tmp_path / "cache").glob("*/000000.arrow")
-    os.truncate(first, first.stat().st_size // 2)
-    with pytest.raises(HmfError, match=r"000000.arrow: is missing or damaged; remove .*texts-\w+ and start again"):
-        prepare(recipe(folder, tmp_path / "b", **made), TEACHER)
+    match damage:
+        case "a byte":
+            flip(first)
+        case "the end":
+            os.truncate(first, first.stat().st_size // 2)
+        case "one file":
+            first.with_name("000001.arrow").unlink()
+        case "the count":
+            first.with_name("shards.json").write_text('{"shards": 2}')
+    prepare(recipe(folder, tmp_path / "b", **made), TEACHER)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert ("000000.arrow: is damaged; made anew" in capsys.readouterr().err) == (damage in ("a byte", "the end"))
+
+
+def test_records_that_changed_between_a_stop_and_the_next_start_are_tokenised_again(folder, tmp_path, capsys):
+    """Even where the file has its old name, size and time."""
+    source = tmp_path / "texts.jsonl"
+    shutil.copy(folder / "texts.jsonl", source)
+    made = {"sources": [{"path": str(source)}], "cache": tmp_path / "cache"}
+    prepare(recipe(folder, tmp_path / "a", **made), TEACHER)
+    [done] = (tmp_path / "cache").glob("*/shards.json")
+    done.unlink()  # as a run leaves it that was stopped
+    times = source.stat().st_atime_ns, source.stat().st_mtime_ns
+    source.write_text(source.read_text().replace("text 9:", "TEXT 9:"))
+    os.utime(source, ns=times)
+    prepare(recipe(folder, tmp_path / "b", **made), TEACHER)
+    assert "000001.arrow: its records have changed; made anew" in capsys.readouterr().err
+    prepare(recipe(folder, tmp_path / "c", sources=made["sources"]), TEACHER)
+    assert files(tmp_path / "b") == files(tmp_path / "c") != files(tmp_path / "a")
+    source.write_text(source.read_text() + json.dumps({"text": "one more"}) + "\n")
+    with pytest.raises(HmfError, match="source texts has changed since these rows were made"):
+        prepare(recipe(folder, tmp_path / "c", sources=made["sources"]), TEACHER)
+    source.unlink()  # rows do not need it any more
+    prepare(recipe(folder, tmp_path / "c", sources=made["sources"]), TEACHER)
 
 
 def _record_states(made, states):

@@ -35,17 +35,23 @@ def test_a_limit_is_kept_and_is_a_prefix():
     assert all(a.text == b.text for a, b in zip(some[:-1], whole, strict=False))
 
 
-def test_folders_and_files(tmp_path):
+def test_folders_and_files(tmp_path, capsys):
     for index in range(60):
         (tmp_path / f"{index}.md").write_text(f"text {index}")
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     every = text.documents(tmp_path)
     assert len(every) == 60
+    assert "1 not read: image.png" in capsys.readouterr().err
     parts = [text.documents(tmp_path, "train"), text.documents(tmp_path, "heldout")]
     assert all(parts) and len(parts[0]) + len(parts[1]) == 60
     assert [document.text for document in text.documents(tmp_path / "7.md", "train")] == ["text 7"]
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(HmfError, match=r"latin.txt: not UTF-8 \(unexpected end of data at byte 4\)"):
+        text.documents(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("{}")
+    with pytest.raises(HmfError, match=r"rows.jsonl: holds jsonl files; make rows of them with `hmf data prepare`"):
+        text.documents(tmp_path / "rows.jsonl")
 
 
 @pytest.mark.parametrize("make", ["missing", "empty", "one file for two parts"])

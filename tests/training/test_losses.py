@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hmf.config.places import PairSettings
 from hmf.data.preference import pair_dataset
 from hmf.errors import HmfError
 from hmf.training.finetune import finetune
@@ -147,7 +148,8 @@ def tokenizer_of(folder):
 
 def test_pairs_stay_whole_and_all_come_before_any_comes_again(hybrid, pairs):
     tokenizer = tokenizer_of(hybrid)
-    data = pair_dataset(pairs, tokenizer, 96, rows=12, seed=1)
+    settings = PairSettings(path=str(pairs), sequence_length=96)
+    data = pair_dataset(settings, tokenizer, rows=12, seed=1)
     texts = []
     for index in range(len(data.packed)):
         row = data[index]
@@ -160,16 +162,16 @@ def test_pairs_stay_whole_and_all_come_before_any_comes_again(hybrid, pairs):
     assert sorted(texts[1::2]) == sorted(f"{n} {n} {n}<|im_end|>" for n in range(6))
     assert {t.split()[0] for t in texts[::2]} == {"one", "two", "three", "four", "five", "six"}
     again = [data[index]["input_ids"].tolist() for index in range(12)]
-    assert again == [pair_dataset(pairs, tokenizer, 96, 12, 1)[index]["input_ids"].tolist() for index in range(12)]
+    assert again == [pair_dataset(settings, tokenizer, 12, 1)[index]["input_ids"].tolist() for index in range(12)]
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
         ("{\n", "pairs.jsonl:2: not valid JSON"),
-        ("[1]\n", "pairs.jsonl:2: a line holds one JSON object"),
-        ({"prompt": "a", "chosen": "b"}, "pairs.jsonl:2: rejected: give text, or messages"),
-        ({"prompt": "a", "chosn": "b", "rejected": "c"}, "unknown key 'chosn'; did you mean 'chosen'"),
+        ("[1]\n", "pairs.jsonl:2: a JSON object is expected, not list"),
+        ({"prompt": "a", "chosen": "b"}, "pairs.jsonl:2: no field 'rejected'; it has 'prompt', 'chosen'"),
+        ({"prompt": "a", "chosn": "b", "rejected": "c"}, "no field 'chosen'; it has 'prompt', 'chosn', 'rejected'"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are the same"),
         ({"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "c"}, "the assistant's answer"),
         ({"prompt": "a \ud83d", "chosen": "b", "rejected": "c"}, r"pairs.jsonl:2: .*a lone surrogate \(\\ud83d\)"),
@@ -179,8 +181,9 @@ def test_pairs_stay_whole_and_all_come_before_any_comes_again(hybrid, pairs):
 )  # fmt: skip
 def test_a_bad_line_is_named(hybrid, tmp_path, line, said):
     good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    settings = PairSettings(path=str(write(tmp_path / "pairs.jsonl", [good, line])), sequence_length=96)
     with pytest.raises(HmfError, match=said):
-        pair_dataset(write(tmp_path / "pairs.jsonl", [good, line]), tokenizer_of(hybrid), 96, 1)
+        pair_dataset(settings, tokenizer_of(hybrid), 1)
 
 
 def test_preferences_raise_the_margin_and_a_resume_keeps_the_start(hybrid, pairs, tmp_path, monkeypatch):
@@ -219,3 +222,14 @@ def test_preferences_raise_the_margin_and_a_resume_keeps_the_start(hybrid, pairs
     finetune(cut)
     (ours, our_log), (wanted, log) = (cutting.result(run.output, "stage2", "model") for run in (cut, whole))
     assert our_log == log and all(torch.equal(ours[name], wanted[name]) for name in wanted)
+
+
+def test_what_the_last_step_made_of_the_weights_is_looked_at(hybrid, pairs, tmp_path):
+    changes = {
+        "method": "dpo", "data": None, "trainable": {"mixers": 1e38, "norms": 1e38},
+        "pairs": {"path": str(pairs), "sequence_length": 96},
+        "training": {"steps": 1, "rows_per_step": 1, "save_steps": 1},
+    }  # fmt: skip
+    with pytest.raises(HmfError, match="step 1: after it .*nothing is saved") as caught:
+        finetune(cutting.finetune_recipe(hybrid, tmp_path / "run", **changes))
+    assert "\n" not in str(caught.value) and not (tmp_path / "run/model").exists()

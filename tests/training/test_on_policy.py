@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from hmf.config.runs import DistillSettings, OnPolicySettings
+from hmf.errors import HmfError
 from hmf.training import distill as module
 from hmf.training.distill import distill
 from tests.training import cutting
@@ -70,7 +71,8 @@ def test_the_teacher_scores_what_the_student_wrote(stage0, tmp_path, monkeypatch
     seen, real = [], OnPolicyTrainer.stage1_loss
 
     def keep(self, model, batch, counts):
-        seen.append((batch, counts))
+        if torch.is_grad_enabled():  # else the weights after the last step are looked at
+            seen.append((batch, counts))
         return real(self, model, batch, counts)
 
     monkeypatch.setattr(OnPolicyTrainer, "stage1_loss", keep)
@@ -111,8 +113,22 @@ def test_settings_that_do_not_fit_are_refused(stage0, change, said):
 
 
 def test_without_trl_it_says_what_to_install(stage0, tmp_path, monkeypatch):
-    from hmf.errors import HmfError
-
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(HmfError, match="on_policy: needs trl"):
         distill(stage0, tmp_path, settings(stage0))
+
+
+@pytest.mark.slow
+def test_what_the_last_step_made_of_the_weights_is_looked_at(stage0, tmp_path, monkeypatch):
+    real = torch.optim.AdamW.step
+
+    def spoil(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.fill_(1e38)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    with pytest.raises(HmfError, match="step 1: after it the loss is .*nothing is saved"):
+        distill(stage0, tmp_path, settings(stage0, steps=1))
+    assert not (tmp_path / "stage1").exists()

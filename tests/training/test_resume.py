@@ -240,3 +240,17 @@ def test_a_killed_process_leaves_nothing_in_the_way_of_the_next(tmp_path):
     with new_directory(output / "stage0") as folder:
         (folder / "weights").touch()
     assert sorted(path.name for path in output.iterdir() if path.is_dir()) == [".stage0.x.ab12cd_9", "stage0"]
+
+
+def test_a_run_goes_on_with_the_data_that_it_began_with_alone(stage0, finished, run):
+    shutil.rmtree(run / "checkpoints/checkpoint-3")
+    corpus = run / "corpus"
+    shutil.copytree(stage0.parent / "corpus", corpus)
+    settings = cutting.settings(stage0)
+    moved = settings.model_copy(update={"data": settings.data.model_copy(update={"text": str(corpus)})})
+    (corpus / "0.txt").write_text((corpus / "0.txt").read_text().replace("3", "4", 1))
+    with pytest.raises(HmfError, match="checkpoints: the run began with other data than there is now"):
+        distill(stage0, run, moved)
+    shutil.copy(stage0.parent / "corpus/0.txt", corpus / "0.txt")
+    distill(stage0, run, moved)  # the same texts elsewhere are the same data
+    assert cutting.same(run, finished)

@@ -172,3 +172,23 @@ def test_a_loss_that_runs_away_stops_the_run_and_keeps_the_batch_where_it_began(
         distill(stage0, tmp_path, cutting.settings(stage0, steps=40, save_steps=20))
     with safe_open(tmp_path / "bad_batch.safetensors", "pt") as kept:
         assert torch.equal(kept.get_tensor("0.input_ids"), batches[22])
+
+
+@pytest.mark.parametrize("how", ["weights that are not finite", "a loss that is not"])
+def test_what_the_last_step_made_of_the_weights_is_looked_at(stage0, tmp_path, monkeypatch, how):
+    real = torch.optim.AdamW.step
+
+    def spoil(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        spoil.calls += 1
+        if spoil.calls == 3:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data.fill_(math.nan if how.startswith("weights") else 1e38)
+
+    spoil.calls = 0
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    with pytest.raises(HmfError, match=r"step 3: after it .*(not finite|the loss is).*nothing is saved") as caught:
+        distill(stage0, tmp_path, cutting.settings(stage0))
+    assert "\n" not in str(caught.value)
+    assert newest_valid(tmp_path / "checkpoints", 1).name == "checkpoint-2" and not (tmp_path / "stage1").exists()

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -27,6 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from hmf.bench import machine
 from hmf.config.pattern import Pattern
+from hmf.config.strict import parse_yaml
 from hmf.errors import HmfError, unknown_name
 from hmf.model.convert import drop_teacher, hybridise
 from hmf.priming.objectives import Stage1Objective, train_only_mixers
@@ -76,7 +76,10 @@ def changed(config: Any, overrides: Iterable[str]) -> Any:
             raise HmfError(f"--set {override}: write KEY=VALUE, as num_hidden_layers=12")
         if key not in fields:
             raise HmfError(f"--set {override}: {unknown_name('key', key, fields)}")
-        fields[key] = yaml.safe_load(value)
+        try:
+            fields[key] = parse_yaml(value)
+        except ValueError as error:
+            raise HmfError(f"--set {override}: the value is not valid YAML ({error}); quote it") from None
     fields.pop("layer_types", None)  # follows from the number of layers
     return type(config).from_dict(fields)
 

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from .runs import Settings, Share
+from .places import PlaceSettings
+from .runs import Share
+from .strict import Settings
 
 
 class RepetitionSettings(Settings):
@@ -37,42 +39,47 @@ class FilterSettings(Settings):
         return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
 
-class SourceSettings(Settings):
-    """Documents from one place: `path` (a file, a folder, a pattern with *, or "stdlib") or `dataset` (a name that
-    `datasets.load_dataset` takes). A document is a text, or with `messages_field` a conversation."""
+class SourceSettings(PlaceSettings):
+    """Documents from one place; `path` may also be "stdlib". A document is a text, or with `messages_field` or `shape`
+    a conversation."""
 
-    path: str | None = None
-    dataset: str | None = None
-    subset: str | None = None
-    revision: str | None = None
-    split: str | None = None  # of a dataset: train unless said; of text: train or heldout, by a hash of the path
-    format: Literal["jsonl", "parquet", "text", "saved"] | None = None  # None: by the suffix
     name: str | None = None
     text_field: str | None = None
     messages_field: str | None = None
-    tools_field: str = "tools"
-    ignore_keys: list[str] = Field(default_factory=list)  # of messages: not read; any other unknown key is an error
-    split_special_tokens: bool = False  # special tokens in texts and messages are encoded as the text they look like
+    shape: Literal["sharegpt", "alpaca", "prompt_completion"] | None = None  # None: messages with role and content
     weight: float | None = Field(None, gt=0)
     filters: FilterSettings | None = None  # in place of the recipe's
 
     @model_validator(mode="after")
-    def _one_place(self) -> SourceSettings:
-        if (self.path is None) == (self.dataset is None):
-            raise ValueError("give either path or dataset")
-        if self.text_field is not None and self.messages_field is not None:
-            raise ValueError("give either text_field or messages_field: a document is a text or a conversation")
-        if set(self.ignore_keys) & {"role", "content"}:
-            raise ValueError("ignore_keys: role and content are what a message is; they cannot be ignored")
-        for key in ("subset", "revision") if self.dataset is None else ("format",):
-            if getattr(self, key) is not None:
-                raise ValueError(f"{key} has no meaning with {'path' if self.dataset is None else 'dataset'}")
+    def _one_kind(self) -> SourceSettings:
+        if self.text_field is not None and self.chat:
+            other = "messages_field" if self.messages_field is not None else "shape"
+            raise ValueError(f"give either text_field or {other}: a document is a text or a conversation")
+        if self.messages_field is not None and self.shape in ("alpaca", "prompt_completion"):
+            raise ValueError(f"messages_field has no meaning with shape {self.shape}, which has fields of its own")
         return self
+
+    @property
+    def chat(self) -> bool:
+        """Whether documents are conversations."""
+        return self.messages_field is not None or self.shape is not None
 
     @property
     def field(self) -> str:
         """Where a record has its text or its messages."""
-        return self.messages_field or self.text_field or "text"
+        return self.messages_field or self.text_field or ("conversations" if self.shape == "sharegpt" else "text")
+
+    @property
+    def key(self) -> str:
+        return f"sources.{self.title}"
+
+    @property
+    def reads_text(self) -> bool:
+        return not self.chat
+
+    @property
+    def columns(self) -> list[str] | None:
+        return None if self.chat else [self.field]
 
     @property
     def title(self) -> str:

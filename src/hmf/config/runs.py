@@ -11,7 +11,6 @@ import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     model_validator,
@@ -21,18 +20,14 @@ from hmf.errors import HmfError, unknown_name
 
 from .layers import LAYER_KINDS
 from .pattern import Pattern
+from .places import PairSettings
+from .strict import Settings, parse_yaml
 
 TrainableGroup = Literal["mixers", "norms", "attention", "mlp", "embeddings"]
 TrainableName = Literal["mixers", "norms", "attention", "mlp", "embeddings", "all"]
 LayerTarget = Literal["none", "mixer", "decoder", "residuals", "all"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Recipe = TypeVar("Recipe", bound="Settings")
-
-
-class Settings(BaseModel):
-    """Base of every recipe section."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class HybridSettings(Settings):
@@ -294,14 +289,6 @@ class LoraSettings(Settings):
     learning_rate: float = Field(gt=0)
 
 
-class PairSettings(Settings):
-    """Preferences: JSON lines with a `prompt`, a `chosen` and a `rejected` answer; see docs/training.md."""
-
-    path: Path
-    sequence_length: int = Field(1024, ge=16)  # of a row, which holds whole pairs
-    beta: float = Field(0.1, gt=0)  # how far the model may move from where it started, nats of reward to nats
-
-
 class FinetuneRecipe(Settings):
     """`hmf finetune`: Stage 2 of a plain Hybrid `model` into `output`/model.
 
@@ -382,9 +369,11 @@ def read_recipe(path: str | Path, kind: type[Recipe], overrides: Sequence[str] =
         raise HmfError(f"{path}: no such recipe")
     try:
         text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise HmfError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+        content = parse_yaml(text)
+    except OSError as error:
+        raise HmfError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise HmfError(f"{path}: not valid YAML ({error})") from None
     if not isinstance(content, dict):
         raise HmfError(f"{path}: a recipe is a YAML mapping; it needs the keys {', '.join(kind.model_fields)}")
     for override in overrides:
@@ -409,8 +398,8 @@ def _override(content: dict[str, Any], override: str) -> None:
         if not isinstance(content, dict):
             raise HmfError(f"--set {override}: {section!r} is a value in this recipe and holds no keys")
     try:
-        content[key] = yaml.safe_load(value)
-    except yaml.YAMLError:
+        content[key] = parse_yaml(value)
+    except ValueError:
         raise HmfError(f"--set {override}: the value is not valid YAML; quote it") from None
 
 

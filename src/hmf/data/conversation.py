@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
+from hmf.config.strict import require_text
 from hmf.errors import HmfError, unknown_name
 
 Message = dict[str, Any]
@@ -47,7 +48,7 @@ def normalise(
             raise HmfError(
                 f"tools[{number}]: no function with a name; write {{type: function, function: {{name: ...}}}}"
             )
-    check_text(tools, "tools")
+    require_text(tools, "tools")
     return _linked([_message(message, f"messages[{i}]", ignored) for i, message in enumerate(messages)]), tools or None
 
 
@@ -108,19 +109,6 @@ def strings_of(value: Any) -> Iterator[str]:
             yield from strings_of(item)
 
 
-def check_text(value: Any, place: str = "") -> None:
-    """HmfError when a text in `value` has half of a surrogate pair, which no encoding of Unicode can hold."""
-    for text in strings_of(value):
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                where = f"{place}: " if place else ""
-                raise HmfError(
-                    f"{where}a lone surrogate (\\u{ord(text[error.start]):04x}) is no text; remove or replace it"
-                ) from None
-
-
 def _message(message: Any, place: str, ignored: frozenset[str]) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise HmfError(f"{place} has no role; write role and content")
@@ -131,7 +119,7 @@ def _message(message: Any, place: str, ignored: frozenset[str]) -> Message:
     if content is None and role != "assistant" and role not in RESULT_ROLES:
         raise HmfError(f"{place}.content: a message of role {role!r} without content; write it or remove the message")
     made = {"role": role, "content": content or ""} | {key: kept[key] for key in kept if key not in ("role", "content")}
-    check_text(made, place)
+    require_text(made, place)
     if "tool_calls" in made:
         if role != "assistant":
             raise HmfError(f"{place}.tool_calls: only the assistant calls tools, and this is role {role!r}")
@@ -238,7 +226,7 @@ def _arguments(value: Any, place: str) -> dict[str, Any]:
             value = json.loads(value, object_pairs_hook=once, parse_constant=number)
         except ValueError as error:
             raise HmfError(f"{place}: is text but not valid JSON ({error}); write an object") from None
-        check_text(value, place)
+        require_text(value, place)
     if not isinstance(value, dict):
         raise HmfError(f"{place}: an object is expected, not {_kind(value)}")
     return value

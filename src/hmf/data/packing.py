@@ -7,11 +7,13 @@ A row is a dict of int64 tensors of shape [T]:
     position_ids   count up from 0 within each document and restart at the next: they are the document boundaries
 """
 
+import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -161,6 +163,15 @@ class MixtureDataset(Dataset[Row]):
 
     def __len__(self) -> int:
         return self.rows
+
+    def digest(self) -> str:
+        """Changes with any token of any text, and with all else that a row depends on."""
+        sha = hashlib.sha256(repr((type(self).__name__, self.sequence_length, self.text_share, self.seed)).encode())
+        template = self.tokenizer.chat_template if self.weights else None
+        sha.update(repr((sorted(self.weights.items()), template, [len(ids) for ids in self.texts])).encode())
+        for ids in self.texts:
+            sha.update(np.array(ids, dtype=np.int64).tobytes())
+        return sha.hexdigest()
 
     def __getitem__(self, index: int) -> Row:
         rng = Random(f"{self.seed}:{index}")

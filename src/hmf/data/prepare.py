@@ -14,10 +14,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hmf.config.data import DataRecipe
+from hmf.config.strict import parse_json
 from hmf.data.encoding import IGNORED
 from hmf.data.packing import Row, best_fit
 from hmf.data.shards import (
@@ -36,6 +36,7 @@ from hmf.data.shards import (
     Progress,
     folder_of,
     read_shard,
+    shard,
     shard_counts,
     tokenise,
     versions,
@@ -45,6 +46,7 @@ from hmf.data.shards import (
 from hmf.data.sources import Source
 from hmf.data.tokenizer import document_separator, load_tokenizer
 from hmf.errors import HmfError
+from hmf.folders import HOLDER, locked
 
 INDEX, ROWS, TOKENISED = "index.json", "rows", "tokenised"
 FILE_TOKENS = 1 << 24  # of a file of rows
@@ -69,24 +71,29 @@ def prepare(recipe: DataRecipe, tokenizer: str | Path, workers: int = 1) -> dict
         index = read_index(output)
         if index["recipe"] != _stated(recipe):
             raise HmfError(f"{output}: holds the rows of another recipe; choose another output or remove it")
+        check_files(output, index)
+        _check_sources(recipe, index)
         shutil.rmtree(output / TOKENISED, ignore_errors=True)
         return index
     if output.exists() and (
         not output.is_dir()
-        or any(item.name.split(".")[0] not in (ROWS, TOKENISED, "index") for item in output.iterdir())
+        or any(
+            item.name != HOLDER and item.name.split(".")[0] not in (ROWS, TOKENISED, "index")
+            for item in output.iterdir()
+        )
     ):
         raise HmfError(f"{output}: the output directory is in use; choose another or remove it first")
     loaded = load_tokenizer(tokenizer)
     pairs = [(Source(settings), Encoder.of(settings, recipe)) for settings in recipe.sources]  # before the long work
     cache = recipe.cache or output / TOKENISED
     try:
-        with _alone(output):
+        with locked(output):
             sources = []
             for source, encoder in pairs:
                 folder = cache / folder_of(source, encoder, loaded, recipe)
                 count = tokenise(source, encoder, folder, recipe, str(tokenizer), workers, loaded)
                 sources.append(Tokenised.read(encoder, folder, count, recipe))
-            index = _write(recipe, sources, loaded)
+            index = _write(recipe, sources, loaded, [_content(source) for source, _ in pairs])
     except OSError as error:
         raise HmfError(
             f"{error.filename or output}: not written: {error.strerror or error}; mend that and start again: "
@@ -94,22 +101,6 @@ def prepare(recipe: DataRecipe, tokenizer: str | Path, workers: int = 1) -> dict
         ) from None
     shutil.rmtree(output / TOKENISED, ignore_errors=True)
     return index
-
-
-@contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """HmfError when another process prepares here. A lock of the folder itself: it ends with the process."""
-    import fcntl
-
-    output.mkdir(parents=True, exist_ok=True)
-    folder = os.open(output, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise HmfError(f"{output}: another process prepares it now; wait for it, or choose another output") from None
-    finally:
-        os.close(folder)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -120,14 +111,58 @@ def read_index(folder: Path) -> dict[str, Any]:
         mend = "start `hmf data prepare` again" if started else "make one with `hmf data prepare`"
         raise HmfError(f"{folder}: no finished set of rows (no {INDEX}); {mend}")
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        files = {name: facts["bytes"] for name, facts in index["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        index = parse_json(path.read_text(encoding="utf-8"))
+        files = {name: facts["bytes"] for name, facts in index["files"].items() if facts["sha256"]}
+        if missing := {"recipe", "sequence_length", "rows", "sources", "vocabulary"} - index.keys():
+            raise KeyError(*missing)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise HmfError(f"{path}: is damaged; prepare the set again") from None
     for name, size in files.items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
             raise HmfError(f"{folder / name}: is missing or damaged; prepare the set again")
     return index
+
+
+def check_files(folder: Path, index: dict[str, Any]) -> None:
+    """HmfError for a file of rows that is not as it was written, by its hash. The processes of a machine share them."""
+    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    own = sorted(index["files"].items())[rank::ranks]
+    progress = Progress(f"check {folder}", sum(facts["bytes"] for _, facts in own))
+    try:
+        for name, facts in own:
+            if _sha256(folder / name) != facts["sha256"]:
+                raise HmfError(
+                    f"{folder / name}: is damaged (its hash is not the one in {INDEX}); prepare the set again"
+                )
+            progress.add(facts["bytes"], 0)
+    finally:
+        progress.close()
+
+
+def _check_sources(recipe: DataRecipe, index: dict[str, Any]) -> None:
+    """HmfError when a source is still there, and is not what a finished set was made of."""
+    made = (recipe.output / INDEX).stat().st_mtime_ns
+    for settings, stated in zip(recipe.sources, index["sources"], strict=True):
+        if settings.path is None or not (has_magic(settings.path) or Path(settings.path).exists()):
+            continue
+        source = Source(settings)
+        newer = any(path.stat().st_mtime_ns > made for path in source.files)
+        if newer or _content(source) != stated.get("content"):
+            raise HmfError(
+                f"{recipe.output}: source {settings.title} has changed since these rows were made; choose another "
+                "output, or remove this one"
+            )
+
+
+def _content(source: Source) -> str:
+    """Changes with the names and sizes of a source's files."""
+    facts = [[source.name(path), path.stat().st_size] for path in source.files]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass
@@ -147,14 +182,14 @@ class Tokenised:
 
     @property
     def chat(self) -> bool:
-        return self.encoder.source.messages_field is not None
+        return self.encoder.source.chat
 
     @classmethod
     def read(cls, encoder: Encoder, folder: Path, shards: int, recipe: DataRecipe) -> Tokenised:
         counts, found = Counts(), []
         for number in range(shards):
-            counts.add(shard_counts(_shard(folder, number)))
-            found.append(read_shard(_shard(folder, number)).column("input_ids").value_lengths().to_numpy())
+            counts.add(shard_counts(shard(folder, number)))
+            found.append(read_shard(shard(folder, number)).column("input_ids").value_lengths().to_numpy())
         lengths = np.concatenate([*found, np.zeros(0, np.int32)]).astype(np.int64)
         starts = np.cumsum([0, *map(len, found)])
         self = cls(encoder, folder, counts, starts, lengths, 0)
@@ -199,12 +234,8 @@ class Tokenised:
         return ids, supervised
 
     def _find(self, document: int) -> tuple[pa.RecordBatch, int]:
-        shard = int(np.searchsorted(self.starts, document, side="right")) - 1
-        return read_shard(_shard(self.folder, shard)), int(document - self.starts[shard])
-
-
-def _shard(folder: Path, number: int) -> Path:
-    return folder / f"{number:06d}.arrow"
+        number = int(np.searchsorted(self.starts, document, side="right")) - 1
+        return read_shard(shard(self.folder, number)), int(document - self.starts[number])
 
 
 def _stated(recipe: DataRecipe) -> dict[str, Any]:
@@ -240,7 +271,9 @@ def _chosen(recipe: DataRecipe, sources: list[Tokenised]) -> list[tuple[np.ndarr
     return chosen
 
 
-def _write(recipe: DataRecipe, sources: list[Tokenised], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _write(
+    recipe: DataRecipe, sources: list[Tokenised], tokenizer: PreTrainedTokenizerBase, contents: list[str]
+) -> dict[str, Any]:
     length, chosen = recipe.sequence_length, _chosen(recipe, sources)
     # Pieces of documents: (source, document, start, length). A text that is longer than a row is split.
     pieces = np.concatenate([_pieces(number, *chosen[number], length) for number in range(len(sources))])
@@ -282,9 +315,7 @@ def _write(recipe: DataRecipe, sources: list[Tokenised], tokenizer: PreTrainedTo
             progress.add(1, length)
         path = staged / f"{first // per_file:05d}.arrow"
         write_file(path, partial(_write_rows, columns=columns))
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        files[f"{ROWS}/{path.name}"] = {"bytes": path.stat().st_size, "sha256": digest}
+        files[f"{ROWS}/{path.name}"] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     progress.close()
     os.rename(staged, target)
     index = {
@@ -297,6 +328,7 @@ def _write(recipe: DataRecipe, sources: list[Tokenised], tokenizer: PreTrainedTo
             asdict(source.counts)
             | {
                 "name": source.title,
+                "content": contents[number],
                 "kind": "chat" if source.chat else "text",
                 "truncated": source.cut,
                 "unusable": int((source.lengths == 0).sum()),
@@ -334,7 +366,7 @@ class PreparedDataset(Dataset[Row]):
         tokenizer: of the model that is to read them; None: not checked.
         rows: length of the data set, as many passes as that takes; None: one pass.
     Raises:
-        HmfError: no finished set, a damaged file, another tokenizer.
+        HmfError: no finished set, a file that is not as it was written, another tokenizer.
     """
 
     def __init__(
@@ -350,9 +382,12 @@ class PreparedDataset(Dataset[Row]):
         self.index = read_index(folder)
         if tokenizer is not None and vocabulary(tokenizer) != self.index["vocabulary"]:
             raise HmfError(f"{folder}: was prepared with another tokenizer than the model's; prepare it with this one")
+        check_files(folder, self.index)
         self.stored = datasets.concatenate_datasets(
             [datasets.Dataset.from_file(str(folder / name)) for name in sorted(self.index["files"])]
         ).with_format("numpy")
+        if len(self.stored) != self.index["rows"]:
+            raise HmfError(f"{folder / INDEX}: is damaged; prepare the set again")
         self.rows = len(self.stored) if rows is None else rows
         self.sequence_length, self.seed = int(self.index["sequence_length"]), seed
         self._order: tuple[int, np.ndarray] = (0, np.arange(len(self.stored)))
@@ -367,6 +402,11 @@ class PreparedDataset(Dataset[Row]):
         positions = [torch.arange(length) for length in row["lengths"].tolist()]
         labels = torch.where(supervised, ids, IGNORED)
         return {"input_ids": ids, "labels": labels, "position_ids": torch.cat(positions)}
+
+    def digest(self) -> str:
+        """Changes with any token of any row, and with their order."""
+        facts = [self.index["files"], self.sequence_length, self.seed]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def place(self, index: int) -> int:
         """Where the row of this index is stored."""

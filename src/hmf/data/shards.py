@@ -2,7 +2,8 @@
 """Tokenised documents on disk: a source becomes numbered Arrow files, each a function of its own records alone.
 
 So it does not matter how many processes tokenise, in which order they end, and which of the files an earlier run made.
-A file has its name only when it is whole.
+A file has its name only when it is whole. It is an Arrow stream, which states a digest of the records that it was made
+of, and then the stream's own sha256: what has been damaged, or made of other records, is made anew.
 """
 
 from __future__ import annotations
@@ -30,14 +31,17 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from hmf.config.data import DataRecipe, FilterSettings, SourceSettings
+from hmf.config.strict import parse_json
 from hmf.data.conversation import messages_after, normalise, strings_of, text_of, thinking_of
 from hmf.data.encoding import IGNORED, Encoded, encode_chat, encode_document
+from hmf.data.files import say_once
 from hmf.data.filters import repetition
-from hmf.data.sources import Conversation, Record, Source, content
+from hmf.data.sources import Conversation, Record, Source, content, digest
 from hmf.data.tokenizer import load_tokenizer, special_tokens
 from hmf.errors import HmfError
 
 FORMAT = 2  # of these files; a change makes all of them anew
+HASH_BYTES = 32
 SHARD_BYTES = 8 << 20  # of a source's records; a shard ends here or at the recipe's number of documents
 PLAIN_INTERVAL = 15.0  # seconds between lines where there is no terminal
 _SCHEMA = pa.schema({
@@ -159,9 +163,10 @@ def tokenise(source: Source, encoder: Encoder, folder: Path, recipe: DataRecipe,
     Raises:
         HmfError: of the first bad record. Shards before it stay.
     """
+    read_shard.cache_clear()
     done = folder / "shards.json"  # written last
-    if done.is_file():
-        return json.loads(done.read_text(encoding="utf-8"))["shards"]
+    if (count := _finished(done, encoder.source.title)) is not None:
+        return count
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are parallel already
     folder.mkdir(parents=True, exist_ok=True)
     for part in folder.glob("*.part"):
@@ -172,20 +177,61 @@ def tokenise(source: Source, encoder: Encoder, folder: Path, recipe: DataRecipe,
     def jobs() -> Iterator[tuple[Path, list[Record]]]:
         nonlocal number
         for batch in _batches(source.records(), recipe.shard_documents):
-            path = folder / f"{number:06d}.arrow"
+            path = shard(folder, number)
             number += 1
-            if path.is_file():
+            if (made_of := records_of(path)) is not None and made_of == digest(batch):
                 progress.skip(sum(record.size for record in batch))
-            else:
-                yield path, batch
+                continue
+            if path.is_file():
+                say_once(f"{path}: {'its records have changed' if made_of else 'is damaged'}; made anew")
+            yield path, batch
 
     try:
         for counts, size in _in_order(jobs(), encoder, tokenizer, tokenizer_name, workers):
             progress.add(size, counts.tokens)
     finally:
         progress.close()
+    for path in {*folder.glob("*.arrow")} - {shard(folder, n) for n in range(number)}:
+        path.unlink()
     write_file(done, lambda file: file.write(json.dumps({"shards": number}).encode()))
     return number
+
+
+def shard(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.arrow"
+
+
+def records_of(path: Path) -> str | None:
+    """The digest of the records that a shard was made of; None unless the shard is there as it was written."""
+    if not path.is_file():
+        return None
+    content = path.read_bytes()
+    stream, own = content[:-HASH_BYTES], content[-HASH_BYTES:]
+    if hashlib.sha256(stream).digest() != own:
+        return None
+    return pa.ipc.open_stream(stream).schema.metadata[b"records"].decode()
+
+
+def _finished(done: Path, title: str) -> int | None:
+    """How many shards a source has, if all of them are there as they were written."""
+    if not done.is_file():
+        return None
+    try:
+        count = int(parse_json(done.read_text(encoding="utf-8"))["shards"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    paths = [shard(done.parent, number) for number in range(count)]
+    if {*paths} != {*done.parent.glob("*.arrow")}:
+        return None
+    progress = Progress(f"check {title}", sum(path.stat().st_size for path in paths))
+    try:
+        for path in paths:
+            if records_of(path) is None:
+                return None
+            progress.add(path.stat().st_size, 0)
+    finally:
+        progress.close()
+    return count
 
 
 def _batches(records: Iterator[Record], documents: int) -> Iterator[list[Record]]:
@@ -209,14 +255,14 @@ def _write_shard(path: Path, batch: list[Record], encoder: Encoder, tokenizer: P
             columns["input_ids"].append(np.array(document.ids, dtype=np.int32))
             columns["supervised"].append(np.array(document.labels) != IGNORED)
             columns["where"].append(record.where)
-    schema = _SCHEMA.with_metadata({"counts": json.dumps(asdict(counts), sort_keys=True)})
+    facts = {"counts": json.dumps(asdict(counts), sort_keys=True), "records": digest(batch)}
+    schema = _SCHEMA.with_metadata(facts)
     table = pa.RecordBatch.from_pydict(columns, schema=schema)
-
-    def write(file: Any) -> None:
-        with pa.ipc.new_stream(file, schema) as stream:
-            stream.write_batch(table)
-
-    write_file(path, write)
+    content = pa.BufferOutputStream()
+    with pa.ipc.new_stream(content, schema) as stream:
+        stream.write_batch(table)
+    written = content.getvalue()
+    write_file(path, lambda file: file.write(written) and file.write(hashlib.sha256(written).digest()))
     return counts
 
 

@@ -1,27 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where documents come from: JSON lines, Parquet, text files, sets of the `datasets` library. Read as streams.
+"""Where documents and pairs come from: JSON, Parquet, text files, sets of the `datasets` library. Read as streams.
 
 A reader gives records in an order that depends on the source alone. What a record holds is looked at later, by
-`content`, in whatever process encodes it.
+`content` or `pair_of`, in whatever process encodes it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
 from hmf.config.data import SourceSettings
-from hmf.data import text
+from hmf.config.places import PairSettings, PlaceSettings
+from hmf.config.strict import parse_json, require_text
+from hmf.data import files, shapes, text
+from hmf.data.shapes import Conversation, Pair
 from hmf.errors import HmfError, unknown_name
-
-_FORMATS = {".jsonl": "jsonl", ".parquet": "parquet"} | dict.fromkeys(text.SUFFIXES, "text")
-_COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz"}
 
 
 @dataclass(frozen=True)
@@ -33,29 +31,29 @@ class Record:
     size: int
 
 
-@dataclass(frozen=True)
-class Conversation:
-    messages: list[dict[str, Any]]
-    tools: list[Any] | None
-
-
 class Source:
     """A source's files, found and checked; `records()` reads them.
 
     Attributes:
         total: bytes of all records, None where that is not known beforehand.
         fingerprint: changes with the content; for files their names, sizes and times.
+
+    Raises:
+        HmfError: nothing to read there, or nothing of the kind that is asked for.
     """
 
-    def __init__(self, settings: SourceSettings):
+    def __init__(self, settings: PlaceSettings):
         self.settings = settings
         self.total: int | None = None
         self.format, self.files, self.root = "datasets", list[Path](), Path()
         if settings.dataset is not None:
             self.fingerprint: list[Any] = [settings.dataset, settings.subset, settings.split, settings.revision]
+            if (folder := Path(settings.dataset)).is_dir():
+                self.root, self.files = folder, sorted(path for path in folder.rglob("*") if path.is_file())
+                self.fingerprint += self._facts()
             return
         assert settings.path is not None  # the settings' validator saw to it
-        if settings.path == text.STDLIB:
+        if settings.path == text.STDLIB and settings.reads_text:
             self.format = text.STDLIB
             self.documents = text.stdlib_documents(self._part("train") or "train")
             digest = hashlib.sha256("\0".join(document.text for document in self.documents).encode())
@@ -63,12 +61,9 @@ class Source:
             self.total = sum(len(document.text) for document in self.documents)
             return
         self._find(Path(settings.path))
-        stats = [path.stat() for path in self.files]
-        self.fingerprint = [
-            [self.name(path), stat.st_size, stat.st_mtime_ns] for path, stat in zip(self.files, stats, strict=True)
-        ]
-        if not any(path.suffix in _COMPRESSED for path in self.files):
-            self.total = sum(stat.st_size for stat in stats)
+        self.fingerprint = self._facts()
+        if not any(files.is_compressed(path) for path in self.files):
+            self.total = sum(path.stat().st_size for path in self.files)
 
     def name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
@@ -78,8 +73,12 @@ class Source:
             return (Record(document.path, document.text, len(document.text)) for document in self.documents)
         if self.format in ("datasets", "saved"):
             return self._rows()
-        read = {"jsonl": self._lines, "parquet": self._parquet, "text": self._texts}[self.format]
+        read = {"jsonl": self._json, "parquet": self._parquet, "text": self._texts}[self.format]
         return (record for path in self.files for record in read(path))
+
+    def _facts(self) -> list[Any]:
+        stats = [(path, path.stat()) for path in self.files]
+        return [[self.name(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
     def _part(self, default: text.Split | None) -> text.Split | None:
         """`split` of a source of text files."""
@@ -88,57 +87,39 @@ class Source:
                 return default
             case "train" | "heldout" as part:
                 return part
-        raise HmfError(f"sources.{self.settings.title}.split: is train or heldout for text, not {self.settings.split}")
+        raise HmfError(f"{self.settings.key}.split: is train or heldout for text, not {self.settings.split}")
 
     def _find(self, path: Path) -> None:
-        place = f"sources.{self.settings.title}.path: {path}"
-        if has_magic(str(path)):
-            found = [Path(name) for name in glob(str(path), recursive=True)]
-            self.root = Path(*itertools.takewhile(lambda part: not has_magic(part), path.parts))
-        elif path.is_dir():
-            if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-                self.format, self.root = "saved", path
-                self.files = sorted(path.rglob("*.arrow"))
-                return
-            found, self.root = list(path.rglob("*")), path
-        elif path.is_file():
-            found, self.root = [path], path.parent
-        else:
-            raise HmfError(f"{place}: no such file or folder")
-        kinds: dict[str, list[Path]] = {}
-        for file in found:
-            if file.is_file() and (kind := self.settings.format or _kind(file)):
-                kinds.setdefault(kind, []).append(file)
-        if not kinds:
-            raise HmfError(f"{place}: nothing to read; files end with {', '.join(_FORMATS)}, or set format")
-        if len(kinds) > 1:
-            raise HmfError(f"{place}: holds {' and '.join(sorted(kinds))} files; set format to the one that is meant")
-        [(self.format, files)] = kinds.items()
-        self.files = sorted(files, key=self.name)
+        settings, key = self.settings, self.settings.key
+        is_saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+        if settings.format == "saved" or (settings.format is None and is_saved):
+            if not is_saved:
+                raise HmfError(f"{key}.path: {path}: is no folder that datasets.save_to_disk has written")
+            self.format, self.root, self.files = "saved", path, sorted(path.rglob("*.arrow"))
+            return
+        found = files.find(f"{key}.path", path, settings.format)
+        self.format, self.files, self.root = found.kind, found.files, found.root
         if self.format == "text":
+            if not settings.reads_text:
+                raise HmfError(f"{key}.path: {path}: holds text, and rows with fields are expected (JSON or Parquet)")
+            if getattr(settings, "text_field", None) is not None:
+                raise HmfError(f"{key}.text_field: text files have no fields; leave it out")
             part = self._part(None)
             self.files = [file for file in self.files if part is None or text.split_of(self.name(file)) == part]
-        elif self.settings.split is not None:
-            raise HmfError(f"sources.{self.settings.title}.split: {self.format} files have no splits; leave it out")
+        elif settings.split is not None:
+            raise HmfError(f"{key}.split: {self.format} files have no splits; leave it out")
 
-    def _lines(self, path: Path) -> Iterator[Record]:
-        import fsspec
-
-        name, number = self.name(path), 0
-        try:
-            with fsspec.open(str(path), "rb", compression=_COMPRESSED.get(path.suffix)) as file:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield Record(f"{name}:{number}", line, len(line))
-        except (OSError, EOFError) as error:
-            raise HmfError(f"{path}:{number + 1}: cannot be read ({error})") from None
+    def _json(self, path: Path) -> Iterator[Record]:
+        name = self.name(path)
+        if ".json" in [suffix.lower() for suffix in path.suffixes]:
+            for number, (line, size, row) in enumerate(files.objects(path), 1):
+                yield Record(f"{name}:{line} object {number}", row, size)
+        else:
+            for number, content in files.lines(path):
+                yield Record(f"{name}:{number}", content, len(content))
 
     def _texts(self, path: Path) -> Iterator[Record]:
-        try:
-            content = path.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError) as error:
-            raise HmfError(f"{path}: cannot be read as UTF-8 text ({error}); convert it or take it away") from None
-        if content.strip():
+        if (content := files.read_text(path)).strip():
             yield Record(self.name(path), content, len(content))
 
     def _parquet(self, path: Path) -> Iterator[Record]:
@@ -148,15 +129,18 @@ class Source:
         try:
             with parquet.ParquetFile(path) as file:
                 size = path.stat().st_size // max(1, file.metadata.num_rows)
-                names, fields = file.schema_arrow.names, {self.settings.field, self.settings.tools_field}
-                # Only what is needed; all, to name them, where that is not there.
-                columns = [name for name in names if name in fields] if self.settings.field in names else None
+                names, needed = file.schema_arrow.names, self.settings.columns
+                if len({*names}) < len(names):
+                    raise HmfError(f"{path}: two columns have the same name; rename one")
+                # All, to name them, where one that is needed is not there.
+                columns = needed if needed is not None and {*needed} <= {*names} else None
                 for batch in file.iter_batches(batch_size=256, columns=columns):
                     for row in batch.to_pylist():
                         yield Record(f"{name} row {number}", _without_none(row), size)
                         number += 1
-        except (ArrowException, OSError) as error:
-            raise HmfError(f"{path}: row {number}: not readable Parquet ({str(error).splitlines()[0]})") from None
+        except (ArrowException, OSError, ValueError) as error:
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise HmfError(f"{path}: row {number}: not readable Parquet ({why:.200})") from None
 
     def _rows(self) -> Iterator[Record]:
         import datasets
@@ -174,10 +158,10 @@ class Source:
             if isinstance(rows, dict):
                 split = settings.split or "train"
                 if split not in rows:
-                    raise HmfError(f"sources.{settings.title}.split: {unknown_name('split', split, rows)}")
+                    raise HmfError(f"{settings.key}.split: {unknown_name('split', split, rows)}")
                 rows = rows[split]
             elif settings.split is not None:
-                raise HmfError(f"sources.{settings.title}.split: {place} has no splits; leave it out")
+                raise HmfError(f"{settings.key}.split: {place} has no splits; leave it out")
             for number, row in enumerate(rows):
                 yield Record(f"{place} row {number}", _without_none(row), 0)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -188,61 +172,54 @@ def content(record: Record, settings: SourceSettings) -> str | Conversation:
     """The text or conversation of a record.
 
     Raises:
-        HmfError: not a JSON object; a missing field; a conversation that is none.
+        HmfError: not a JSON object; a missing field, or one that would be passed over; a conversation that is none.
     """
     if isinstance(record.value, str):
         return record.value
-    row = record.value
-    if isinstance(row, bytes):
-        try:
-            row = json.loads(row.rstrip(b"\r\n"))
-        except json.JSONDecodeError as error:
-            place = f"{error.msg} at character {error.pos + 1} of {len(error.doc)}"
-            raise HmfError(f"not valid JSON ({place}); one object a line is expected") from None
-        except UnicodeDecodeError as error:
-            raise HmfError(f"not UTF-8 ({error.reason} at byte {error.start + 1}); convert the file") from None
-        if not isinstance(row, dict):
-            raise HmfError(f"a JSON object is expected, not {type(row).__name__}")
-    chat = settings.messages_field is not None
+    row = _row(record.value)
+    if settings.chat:
+        return shapes.conversation(row, settings)
     field = settings.field
     if field not in row:
-        raise HmfError(f"no field {field!r}; it has {', '.join(map(repr, row))}: set text_field or messages_field")
+        raise shapes.missing(row, field, "set text_field, messages_field or shape")
     value = row[field]
-    if not chat:
-        if not isinstance(value, str):
-            hint = "; conversations are read by messages_field" if isinstance(value, list) else ""
-            raise HmfError(f"field {field!r} holds {_kind_of(value)} and not text{hint}")
-        return value
-    messages = _decoded(value, field)
-    if not isinstance(messages, list) or not messages:
-        raise HmfError(f"field {field!r} holds {_kind_of(value)} and not a list of messages")
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            has = f"it has {', '.join(map(repr, message))}" if isinstance(message, dict) else f"it is {message!r:.40}"
-            raise HmfError(f"{field}[{number}] has no role; {has}: write role and content")
-    tools = _decoded(row.get(settings.tools_field), settings.tools_field) or None
-    if tools is not None and not isinstance(tools, list):
-        raise HmfError(f"field {settings.tools_field!r} holds {_kind_of(tools)} and not a list of tools")
-    return Conversation(messages, tools)
-
-
-def _decoded(value: Any, field: str) -> Any:
-    """Tables often hold lists of free form as JSON text."""
     if not isinstance(value, str):
+        hint = "; conversations are read by messages_field or shape" if isinstance(value, list) else ""
+        raise HmfError(f"field {field!r} holds {shapes.kind_of(value)} and not text{hint}")
+    require_text(value, field)
+    return value
+
+
+def pair_of(record: Record, settings: PairSettings) -> Pair:
+    """The pair of a record; HmfError as of `content`."""
+    assert not isinstance(record.value, str)  # settings of pairs read no text
+    return shapes.pair(_row(record.value), settings)
+
+
+def digest(records: Iterable[Record]) -> str:
+    """Changes with what any of the records holds, and with where it stands."""
+    sha = hashlib.sha256()
+    for record in records:
+        value = record.value
+        sha.update(repr((record.where, value if isinstance(value, bytes) else None)).encode())
+        if not isinstance(value, bytes):
+            sha.update(json.dumps(value, default=repr).encode())
+    return sha.hexdigest()
+
+
+def _row(value: bytes | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(value, dict):
         return value
     try:
-        return json.loads(value)
+        row = parse_json(files.decoded(value.rstrip(b"\r\n")))
+    except json.JSONDecodeError as error:
+        place = f"{error.msg} at character {error.pos + 1} of {len(error.doc)}"
+        raise HmfError(f"not valid JSON ({place}); one object a line is expected") from None
     except ValueError as error:
-        raise HmfError(f"field {field!r} is text but not valid JSON ({error})") from None
-
-
-def _kind(path: Path) -> str | None:
-    suffixes = [suffix for suffix in path.suffixes if suffix not in _COMPRESSED]
-    return _FORMATS.get(suffixes[-1]) if suffixes else None
-
-
-def _kind_of(value: Any) -> str:
-    return "nothing" if value is None else "an empty list" if value == [] else type(value).__name__
+        raise HmfError(f"not valid JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise HmfError(f"a JSON object is expected, not {type(row).__name__}")
+    return row
 
 
 def _without_none(value: Any) -> Any:

@@ -7,17 +7,18 @@ machine and on every Python version.
 
 import hashlib
 import sysconfig
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+from hmf.data import files
 from hmf.errors import HmfError
 
 Split = Literal["train", "heldout"]
 STDLIB = "stdlib"
 HELDOUT_PERCENT = 8
-SUFFIXES = (".py", ".txt", ".md")
 # Not everywhere (tests, tools of some distributions), not the library's own, or tables of characters rather than text.
 _SKIPPED_PARTS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "lib2to3"}
 
@@ -31,42 +32,42 @@ class Document:
 
 
 def stdlib_documents(split: Split, max_bytes: int | None = None) -> list[Document]:
-    """Source files of the running Python's standard library; see `folder_documents` for order and errors."""
+    """Source files of the running Python's standard library; see `documents` for order and limit."""
     return _limited(_stdlib(sysconfig.get_paths()["stdlib"])[split], max_bytes)
 
 
 def documents(source: str | Path, split: Split | None = None, max_bytes: int | None = None) -> list[Document]:
-    """Documents of `"stdlib"`, of a folder or of a file. A single file is not split: it is all that there is."""
-    if source == STDLIB:
-        if split is None:
-            return [*stdlib_documents("train", max_bytes), *stdlib_documents("heldout", max_bytes)]
-        return stdlib_documents(split, max_bytes)
-    path = Path(source)
-    if path.is_file():
-        return _limited(_read([path], path.parent, path), max_bytes)
-    return folder_documents(path, split, max_bytes)
+    """Documents of `"stdlib"`, or of the text files of a folder, a pattern or a file, in UTF-8 and not empty.
 
-
-def folder_documents(folder: str | Path, split: Split | None = None, max_bytes: int | None = None) -> list[Document]:
-    """Every .py, .txt and .md file below `folder` that is UTF-8 and not empty.
-
-    The order is by a hash of the path, so that a prefix of it is a fair sample.
+    The order is by a hash of the path, so that a prefix of it is a fair sample. A single file is not split: it is all
+    that there is. Files that are not text are named on stderr.
 
     Args:
         split: "train", "heldout", or None for all.
         max_bytes: stop after this many UTF-8 bytes; the last document is cut there.
     Raises:
-        HmfError: the folder is missing, or nothing in it can be used; names the folder.
+        HmfError: nothing to read, or a text file that is not UTF-8; names the file.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise HmfError(f"{folder}: no such folder or file; give a folder of {'/'.join(SUFFIXES)} files")
-    found = _read([path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file()], folder, folder)
-    if split is not None:
-        found = [document for document in found if split_of(document.path) == split]
-        if not found:
-            raise HmfError(f"{folder}: too few files for a {split} part; add files, or give one file for each part")
-    return _limited(found, max_bytes)
+    if source == STDLIB:
+        if split is None:
+            return [*stdlib_documents("train", max_bytes), *stdlib_documents("heldout", max_bytes)]
+        return stdlib_documents(split, max_bytes)
+    path = Path(source)
+    found = files.find("text", path, None if path.is_file() and files.kind_of(path) else "text")
+    if found.kind != "text":
+        raise HmfError(f"text: {path}: holds {found.kind} files; make rows of them with `hmf data prepare`")
+    read = [(file.relative_to(found.root).as_posix(), files.read_text(file)) for file in found.files]
+    there = _ordered(Document(name, content) for name, content in read if content.strip())
+    if split is not None and not path.is_file():
+        parts = [document for document in there if split_of(document.path) == split]
+        if there and not parts:
+            raise HmfError(f"{path}: too few files for a {split} part; add files, or give one file for each part")
+        there = parts
+    if not there:
+        raise HmfError(
+            f"{path}: no text found; give a folder or file with {'/'.join(files.TEXT_SUFFIXES)} text in UTF-8"
+        )
+    return _limited(there, max_bytes)
 
 
 def split_of(path: str) -> Split:
@@ -78,29 +79,24 @@ def split_of(path: str) -> Split:
 @lru_cache(maxsize=1)
 def _stdlib(root: str) -> dict[str, list[Document]]:
     folder = Path(root)
-    files = [
-        path
-        for path in folder.rglob("*.py")
-        if not _SKIPPED_PARTS.intersection(path.relative_to(folder).parts) and not path.name.startswith("_sysconfig")
-    ]
     parts: dict[str, list[Document]] = {"train": [], "heldout": []}
-    for document in _read(files, folder, folder):
+    found = []
+    for path in folder.rglob("*.py"):
+        if _SKIPPED_PARTS.intersection(path.relative_to(folder).parts) or path.name.startswith("_sysconfig"):
+            continue
+        try:
+            content = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):  # a few library files declare another encoding
+            continue
+        if content.strip():
+            found.append(Document(path.relative_to(folder).as_posix(), content))
+    for document in _ordered(found):
         parts[split_of(document.path)].append(document)
     return parts
 
 
-def _read(files: list[Path], folder: Path, source: Path) -> list[Document]:
-    read = []
-    for path in files:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError):  # a few library files declare another encoding
-            continue
-        if text.strip():
-            read.append(Document(path.relative_to(folder).as_posix(), text))
-    if not read:
-        raise HmfError(f"{source}: no text found; give a folder or file with {'/'.join(SUFFIXES)} text in UTF-8")
-    return sorted(read, key=lambda document: (_hash(document.path), document.path))
+def _ordered(found: Iterable[Document]) -> list[Document]:
+    return sorted(found, key=lambda document: (_hash(document.path), document.path))
 
 
 def _limited(found: list[Document], max_bytes: int | None) -> list[Document]:

@@ -13,7 +13,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-from hmf.data.conversation import check_text, strings_of
+from hmf.config.strict import require_text
+from hmf.data.conversation import strings_of
 from hmf.errors import HmfError, notice
 from hmf.model.files import read_object, reading, require_folder
 
@@ -160,7 +161,7 @@ def encode_texts(
             split_special_tokens=split_special_tokens,
         )["input_ids"]  # fmt: skip
     except TypeError:
-        check_text(texts)  # what the tokenizer's own error does not name
+        require_text(texts, "texts")  # what the tokenizer's own error does not name
         raise
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from hmf.config.strict import parse_json
 from hmf.errors import HmfError, listed, notice
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -75,7 +75,7 @@ def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in `file`, or HmfError."""
     try:
         with reading(file):
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = parse_json(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise HmfError(f"{file}: not valid JSON ({error}); copy the file again") from None
     if not isinstance(content, dict):

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -30,9 +29,9 @@ from hmf.config.runs import (
     FinetuneRecipe,
     ParallelSettings,
     PrimeRecipe,
-    Settings,
     load_recipe,
 )
+from hmf.config.strict import Settings, parse_yaml
 from hmf.errors import HmfError
 from hmf.gpus import Device, parse_gpus
 from hmf.model.checkpoint import load_config
@@ -271,8 +270,8 @@ def read_any(path: Path, overrides: Sequence[str] = ()) -> Settings | None:
     """A recipe of any kind, by its keys; None for one of `hmf pretrain`."""
     content: Any = {}
     if path.is_file():
-        with suppress(yaml.YAMLError, UnicodeDecodeError):  # load_recipe says it, with the place
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with suppress(ValueError, OSError):  # load_recipe says it, with the place
+            content = parse_yaml(path.read_text(encoding="utf-8"))
     keys: set[str] = set(content) if isinstance(content, dict) else set()
     if "start_from" in keys or {"tokenizer", "model"} <= keys:
         return None

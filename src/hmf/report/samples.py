@@ -64,13 +64,13 @@ def show_recipe(recipe: DataRecipe, tokenizer: str | Path, samples: int, tokens:
         shown = cut = 0
         for record in islice(Source(settings).records(), records):
             for document in encoder.encode(record, loaded, counts):
-                cut += settings.messages_field is not None and len(document) > recipe.sequence_length
+                cut += settings.chat and len(document) > recipe.sequence_length
                 if shown < samples:
                     learnt = np.array(document.labels) != IGNORED
                     where = f"{settings.title}: {record.where}"
                     _print(console, loaded, where, np.array(document.ids), learnt, tokens)
                     shown += 1
-        kind = "chat" if settings.messages_field is not None else "text"
+        kind = "chat" if settings.chat else "text"
         table.append(asdict(counts) | {"name": settings.title, "kind": kind, "truncated": cut})
     if samples:
         _legend(console)

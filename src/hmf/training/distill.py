@@ -66,7 +66,7 @@ class Stage1Loss(_Base):
         if counts is not None:
             losses = {name: value * self.accelerator.num_processes for name, value in losses.items()}
         for name, value in losses.items():
-            if name != "loss":
+            if name != "loss" and torch.is_grad_enabled():
                 self._parts[f"loss_{name}"] = self._parts.get(f"loss_{name}", 0) + value.detach()
         # With sequence parallelism all rows: parts of one alone would have other shards.
         self._row = {name: x if "shards" in batch else x[:1] for name, x in batch.items() if "labels" not in name}
@@ -158,11 +158,11 @@ def distill(
     train_only_mixers(fused)
     tokenizer = load_tokenizer(model)
     training = settings.training
-    trainer = _trainer(fused, tokenizer, settings, checkpoints, seed)
+    trainer, rows = _trainer(fused, tokenizer, settings, checkpoints, seed)
     step_rows = rows_per_step(trainer.args, training.sequence_parallel)
     flops = stage1_flops_per_token(fused, head=any(settings.objective.kl.values()))
     tokens, log = step_rows * row_length(settings.data), output / "stage1.log.json"
-    train(trainer, "distil", log, tokens, training.divergence_factor, flops, draw)
+    train(trainer, rows, "distil", log, tokens, training.divergence_factor, flops, draw)
     weights = whole_weights(fused)
     if trainer.is_world_process_zero():
         save_checkpoint(fused, target, companions=model, weights=weights)
@@ -172,7 +172,8 @@ def distill(
 
 def _trainer(
     model: Any, tokenizer: PreTrainedTokenizerBase, settings: DistillSettings, checkpoints: Path, seed: int
-) -> Any:
+) -> tuple[Any, Any]:
+    """The Trainer, and its data set."""
     training, own = settings.training, settings.on_policy
     if own is None:
         args = arguments(
@@ -181,9 +182,10 @@ def _trainer(
         )  # fmt: skip
         ranks = training.sequence_parallel
         rows = mixture(settings.data, tokenizer, training.steps * rows_per_step(args, ranks), seed)
-        return DistillTrainer(
+        trainer = DistillTrainer(
             model=model, args=args, train_dataset=rows, objective=settings.objective, sequence_parallel=ranks
         )
+        return trainer, rows
     if not importlib.util.find_spec("trl"):
         raise HmfError("on_policy: needs trl; `pip install hybrid-model-factory[onpolicy]`, or leave on_policy out")
     from .on_policy import OnPolicyArguments, OnPolicyTrainer, generation_arguments
@@ -194,9 +196,10 @@ def _trainer(
     # A prompt and what the student writes after it are one row.
     data = settings.data.model_copy(update={"sequence_length": settings.data.sequence_length - own.max_new_tokens})
     prompts = mixture(data, tokenizer, training.steps * rows_per_step(args), seed, PromptDataset)
-    return OnPolicyTrainer(
+    student = OnPolicyTrainer(
         model=model, processing_class=tokenizer, args=args, train_dataset=prompts, objective=settings.objective
     )
+    return student, prompts
 
 
 def row_length(data: DataSettings) -> int:

@@ -79,7 +79,7 @@ class FinetuneTrainer(PublishedCheckpoints, GuardedLoss, SequenceParallel, Shard
     ) -> Any:
         losses = model(**inputs, objective=self.objective, count=num_items_in_batch)
         for name, value in losses.items():
-            if name != "loss":
+            if name != "loss" and torch.is_grad_enabled():
                 self._parts[name] = self._parts.get(name, 0) + value
         # Gradients are averaged over processes, and these losses are to be added.
         loss = losses["loss"] * (1 if num_items_in_batch is None else self.accelerator.num_processes)
@@ -135,7 +135,7 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
     if isinstance(trainer.objective, Preference):
         trainer.add_callback(_References(trainer, trainer.objective, rows, output / "reference.safetensors"))
     tokens, log = step_rows * sequence_length(recipe), output / "stage2.log.json"
-    train(trainer, recipe.method, log, tokens, training.divergence_factor, flops_per_token(model), draw)
+    train(trainer, rows, recipe.method, log, tokens, training.divergence_factor, flops_per_token(model), draw)
     if adapters is not None:
         adapters.merge_and_unload()
     weights = whole_weights(model)
@@ -183,7 +183,7 @@ def sequence_length(recipe: FinetuneRecipe) -> int:
 def rows_for(recipe: FinetuneRecipe, tokenizer: PreTrainedTokenizerBase, rows: int) -> Any:
     """The recipe's data set, as many rows as the run reads; HmfError for masks that cannot be meant."""
     if (pairs := recipe.pairs) is not None:
-        return pair_dataset(pairs.path, tokenizer, pairs.sequence_length, rows, recipe.seed)
+        return pair_dataset(pairs, tokenizer, rows, recipe.seed)
     assert recipe.data is not None  # the recipe's validator saw to it
     dataset = mixture(recipe.data, tokenizer, rows, recipe.seed)
     shown = [dataset[index] for index in range(min(SHOWN, rows))]
@@ -227,7 +227,7 @@ class _References(TrainerCallback):
         with safe_open(self.path, "pt") as stored:
             if stored.metadata().get("pairs") != self.rows.digest():
                 raise HmfError(
-                    f"{self.path}: was measured on other pairs; give the run its pairs.path back as it was, or another "
+                    f"{self.path}: was measured on other pairs; give the run its pairs back as they were, or another "
                     "output"
                 )
             self.rows.references.copy_(stored.get_tensor("references"))

@@ -51,6 +51,8 @@ class LossWatch:
 class GuardedLoss(_Base):
     """Put before a Trainer: HmfError on a loss or gradient that is not finite, and on a loss that runs away.
 
+    Nor are weights saved that are not finite, or, after the last step, that make the loss of its batch so.
+
     The step is not taken. The batch, or each one of the step when only its gradient is wrong, goes to
     bad_batch.safetensors beside the checkpoints' folder, from the process that had it; names are <number>.<tensor>. Of
     a loss that runs away it is the batch where that began.
@@ -60,6 +62,7 @@ class GuardedLoss(_Base):
     _watch: LossWatch | None = None
     _batches: list[dict[str, Any]]  # of this step
     _suspect: list[dict[str, Any]]  # the first one above the bound
+    _last: dict[str, Any] | None = None
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         # What is known of earlier losses travels in the Trainer's state, and so in every checkpoint.
@@ -83,7 +86,34 @@ class GuardedLoss(_Base):
 
     def remember(self, batch: Mapping[str, Any]) -> None:
         """A batch of this step; a Trainer that makes its batches itself calls this before it computes the loss."""
-        self._batches.append(dict(batch))
+        self._last = dict(batch)
+        self._batches.append(self._last)
+
+    def loss_again(self, batch: dict[str, Any]) -> torch.Tensor:
+        """The loss of a batch that was remembered, by the weights as they are now."""
+        return self.compute_loss(self.model_wrapped, self._prepare_inputs(batch))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # What a step made of the weights shows in the next one's loss. Nothing comes after the last.
+        named = ((name, x) for name, x in self.model.named_parameters() if x.requires_grad)
+        local = [(name, x.to_local() if hasattr(x, "to_local") else x) for name, x in named]
+        wrong = next((f"{name} is not finite" for name, x in local if not x.detach().isfinite().all()), None)
+        if self._last is not None and self.state.global_step >= self.state.max_steps:
+            self.model_wrapped.eval()  # dropout would use up random numbers
+            with torch.no_grad():
+                loss = self.loss_again(self._last).item()
+            self.model_wrapped.train()
+            wrong = wrong or (None if math.isfinite(loss) else f"the loss is {loss}")
+        count = torch.tensor(float(wrong is not None), device=self.args.device)
+        if self.args.world_size > 1:
+            count = self.accelerator.reduce(count, "sum")
+        if count.item():
+            step = self.state.global_step
+            raise HmfError(
+                f"step {step}: after it {wrong or 'weights of another process are not finite'}; nothing is saved, the "
+                "checkpoint before it stays; lower the learning rate, with a new output"
+            )
+        super()._save_checkpoint(model, trial)
 
     def forget_losses(self) -> None:
         """What was usual no longer is: the loss is another function from here on."""

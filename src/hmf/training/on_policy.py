@@ -54,6 +54,9 @@ class OnPolicyTrainer(PublishedCheckpoints, GuardedLoss, Stage1Loss, OnPolicyLoo
         loss = self.stage1_loss(model, batch, self.accelerator.reduce(counts, "sum"))
         return (loss, None) if return_outputs else loss
 
+    def loss_again(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.stage1_loss(self.model_wrapped, batch, None)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: the folder of checkpoints holds nothing else."""
 

@@ -20,7 +20,8 @@ from transformers import (
     set_seed,
 )
 
-from hmf.config.runs import DataSettings, OptimiserSettings, Settings, load_recipe
+from hmf.config.runs import DataSettings, OptimiserSettings, load_recipe
+from hmf.config.strict import Settings
 from hmf.data import tasks, text
 from hmf.data.packing import Row
 from hmf.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
@@ -120,7 +121,7 @@ def main(recipe_path: str) -> None:
     )
     prepared = time.perf_counter()
     tokens, log = rows_per_step(args) * recipe.data.sequence_length, recipe.output / "training.log.json"
-    train(trainer, "pretrain", log, tokens, recipe.training.divergence_factor)
+    train(trainer, dataset, "pretrain", log, tokens, recipe.training.divergence_factor)
     record = {
         "parameters": model.num_parameters(),
         "steps": recipe.training.steps,

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from hmf.config.runs import OptimiserSettings
+from hmf.errors import HmfError
 from hmf.folders import claimed
 
 from .checkpoints import by_one, newest_valid
@@ -78,8 +79,23 @@ def rows_per_step(args: TrainingArguments, sequence_parallel: int = 1) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * readers
 
 
+class SameData(TrainerCallback):
+    """Keeps the digest of a run's data in the Trainer's state; HmfError at a resume with other data."""
+
+    def __init__(self, digest: str):
+        self.digest = digest
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.stateful_callbacks.setdefault("data", {"digest": self.digest})["digest"] != self.digest:
+            raise HmfError(
+                f"{args.output_dir}: the run began with other data than there is now (texts, rows, pairs or the chat "
+                "template have changed); bring them back as they were, or choose another output"
+            )
+
+
 def train(
     trainer: Any,
+    rows: Any,
     title: str,
     log_file: Path,
     tokens_per_step: int,
@@ -89,10 +105,12 @@ def train(
 ) -> None:
     """Run a Trainer with `PublishedCheckpoints` and `GuardedLoss` to its end, from its last whole checkpoint if any.
 
-    `draw` gets the path of the log whenever it has been written.
+    `draw` gets the path of the log whenever it has been written. Every checkpoint states the digest of `rows`, its data
+    set, and a run goes on with the same one alone.
     """
     trainer.divergence_factor = divergence_factor
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(SameData(rows.digest()))
     log = RunLog(log_file, draw)
     trainer.add_callback(log)
     trainer.add_callback(ProgressLine(title, tokens_per_step, flops_per_token))

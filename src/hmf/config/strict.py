@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What people write is read strictly: an unknown key, or the same key twice, is an error and never passed over."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from hmf.errors import HmfError
+
+
+class Settings(BaseModel):
+    """Base of every recipe section."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text, as `json.loads` gives it.
+
+    Raises:
+        ValueError: with a message of one line (JSONDecodeError where it has a position); also for an object that has
+            the same key twice, and for what is nested too deeply to be read.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def scan_json(text: str, start: int) -> tuple[Any, int]:
+    """The JSON value that begins at `start`, and where it ends; errors as of `parse_json`."""
+    try:
+        return _DECODER.raw_decode(text, start)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML document, as `yaml.safe_load` gives it.
+
+    Raises:
+        ValueError: with a message of one line; also for a mapping that has the same key twice, and for values that YAML
+            knows and Python does not.
+    """
+    try:
+        return yaml.load(text, _UniqueKeys)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here keys are as they were written: merges (<<), which may repeat keys, come later.
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                name = self.construct_object(key)
+                if name in seen:
+                    raise ValueError(f"the key {name!r} is there twice, again in line {key.start_mark.line + 1}")
+                seen.add(name)
+        return node
+
+
+def require_text(value: Any, place: str) -> None:
+    """HmfError for a string in `value` that holds half of a character, and for a number that JSON does not have."""
+    if isinstance(value, str):
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                half = f"\\u{ord(value[error.start]):04x}"
+                raise HmfError(f"{place}: a lone surrogate ({half}) is no text; remove or replace it") from None
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            require_text(name, f"a key of {place}")
+            require_text(item, f"{place}.{name}")
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            require_text(item, f"{place}[{number}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise HmfError(f"{place}: {value} is no number that JSON has; remove or replace it")

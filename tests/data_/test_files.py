@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One reader: what files hold is read, however they are packed, or named in one line."""
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hmf.config.data import SourceSettings
+from hmf.config.places import PairSettings
+from hmf.config.runs import DistillRecipe, read_recipe
+from hmf.config.strict import parse_json, parse_yaml
+from hmf.data import files
+from hmf.data.sources import Source, content, pair_of
+from hmf.errors import HmfError
+
+
+def zstd(data):
+    return pa.compress(data, "zstd", asbytes=True)
+
+
+PACK = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd, ".ZST": zstd}
+TEXTS = ["a river", "é 😀 \u2028 \x85 end", "three\r\nlines\n"]
+LINES = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in TEXTS).encode()
+
+
+def read(path, **settings):
+    settings, texts = SourceSettings(path=str(path), **settings), []
+    for record in Source(settings).records():
+        try:
+            texts.append(content(record, settings))
+        except HmfError as error:
+            raise HmfError(f"{record.where}: {error}") from None
+    return texts
+
+
+@pytest.mark.parametrize("packed", PACK)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "A.ndjson", "a.json", "array.Json"])
+def test_json_is_read_however_it_is_packed(tmp_path, name, packed):
+    data = LINES
+    if name == "array.Json":
+        data = json.dumps([{"text": text} for text in TEXTS], indent=2).encode()
+    path = tmp_path / f"{name}{packed}"
+    for variant in (data, b"\xef\xbb\xbf" + data, data.replace(b"\n", b"\r\n"), b"\n \n" + data + b"\n\n"):
+        half = len(variant) // 2
+        path.write_bytes(PACK[packed](variant[:half]) + PACK[packed](variant[half:]))  # streams one after the other
+        assert read(path) == read(tmp_path) == TEXTS
+
+
+ROWS = st.lists(st.dictionaries(st.text(max_size=5), st.text(max_size=9) | st.integers() | st.none(), max_size=3))
+
+
+@given(rows=ROWS, indent=st.sampled_from([None, 1]), chunk=st.integers(1, 40), array=st.booleans())
+def test_objects_are_those_of_the_json_module(tmp_path_factory, rows, indent, chunk, array):
+    texts = [json.dumps(row, indent=indent, ensure_ascii=False) for row in rows]
+    path = tmp_path_factory.mktemp("json") / "a.json"
+    path.write_text(f"[{', '.join(texts)}]" if array else "\n".join(texts), newline="", encoding="utf-8")
+    before, files.CHUNK = files.CHUNK, chunk
+    try:
+        assert [row for _, _, row in files.objects(path)] == rows
+    finally:
+        files.CHUNK = before
+
+
+BAD = {
+    "cut.jsonl.gz": (gzip.compress(LINES)[:-9], "cut.jsonl.gz:[34]: cannot be read .*ended before"),
+    "cut.jsonl.zst": (zstd(LINES)[:-3], "cut.jsonl.zst:.* cannot be read .*Truncated"),
+    "cut.jsonl.xz": (lzma.compress(LINES)[:-9], "cut.jsonl.xz:.* cannot be read"),
+    "more.jsonl.gz": (gzip.compress(LINES) + b"more", "more.jsonl.gz:[34]: cannot be read"),
+    "flip.jsonl.gz": (gzip.compress(LINES)[:20] + b"\0\0\0" + gzip.compress(LINES)[23:], "flip.jsonl.gz:.* cannot be"),
+    "none.jsonl.zst": (b"not really zstd", "none.jsonl.zst:1: cannot be read"),
+    "none.jsonl.gz": (LINES, "none.jsonl.gz:1: cannot be read .*gzipped"),
+    "none.jsonl.bz2": (LINES, "none.jsonl.bz2:1: cannot be read"),
+    "none.jsonl.xz": (LINES, "none.jsonl.xz:1: cannot be read"),
+    "packed.jsonl": (gzip.compress(LINES), "packed.jsonl:1: not UTF-8"),
+    "utf16.jsonl": (LINES.decode().encode("utf-16"), "utf16.jsonl:1: not UTF-8 but UTF-16"),
+    "utf16le.jsonl": (LINES.decode().encode("utf-16-le"), r"utf16le.jsonl:1: not UTF-8 text \(byte 2 is 0\)"),
+    "utf16.json": (LINES.decode().encode("utf-16"), "utf16.json:1: cannot be read"),
+    "latin.jsonl": (LINES + '{"text": "café"}'.encode("latin-1"), r"latin.jsonl:4: not UTF-8 .* byte 14"),
+    "latin.txt": (b"caf\xe9!", r"latin.txt: not UTF-8 .* byte 4"),
+    "nul.txt": (b"a\0b", "nul.txt: not UTF-8 text"),
+    "nul.jsonl": (LINES + b'{"text": "a\0"}', "nul.jsonl:4: not UTF-8 text"),
+    "twice.jsonl": (LINES + b'{"text": "a", "text": "b"}', "jsonl:4: not valid JSON .the key 'text' is there twice"),
+    "twice.json": (b'[{"text": "a"},\n{"text": "a", "text": "b"}]', "json:2: not valid JSON .the key 'text' is there"),
+    "deep.jsonl": (b"[" * 100_000, "deep.jsonl:1: not valid JSON .it is nested too deeply"),
+    "half.jsonl": (b'{"text": "a \\ud83d b"}', r"half.jsonl:1: text: a lone surrogate \(\\ud83d\) is no text; remove"),
+    "open.json": (b'[{"text": "a"},\n{"text": "b"}', "open.json:2: the array does not end"),
+    "cut.json": (b'[{"text": "a"},\n{"text": "b', "cut.json:2: not valid JSON .Unterminated string"),
+    "more.json": (b'[{"text": "a"}]\n{"text": "b"}', "more.json:2: '{' where nothing is expected"),
+    "numbers.json": (b"[1, 2]", "numbers.json:1: '1' where"),
+    "wrong.json": (b'{"text": "a"}\n{"text" "b"}' + b" " * 99, "wrong.json:2: not valid JSON .Expecting ':'"),
+    "none.parquet": (b"", "none.parquet: row 0: not readable Parquet"),
+    "a.parquet.gz": (b"", "nothing to read .a.parquet.gz"),
+    "a.csv": (b"text\na", "nothing to read .a.csv"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_read_is_one_line_with_its_place(tmp_path, name):
+    data, expected = BAD[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(HmfError, match=expected) as caught:
+        read(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_line_has_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LIMIT", 1000)
+    monkeypatch.setattr(files, "CHUNK", 100)
+    row = json.dumps({"text": "a" * 2000}).encode()
+    for name, expected in (
+        ("a.jsonl.gz", "a.jsonl.gz:2: the line has more"),
+        ("a.json.gz", "a.json.gz:2: the object has"),
+    ):
+        (tmp_path / name).write_bytes(gzip.compress(b'{"text": "b"}\n' + row))
+        with pytest.raises(HmfError, match=expected):
+            read(tmp_path / name)
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(row))
+    with pytest.raises(HmfError, match="a.txt.gz: has more than"):
+        read(tmp_path / "a.txt.gz")
+
+
+def test_files_that_are_not_read_are_named(tmp_path, capsys):
+    (tmp_path / "inner").mkdir()
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "x.jsonl").mkdir()
+    for name in ("a.jsonl", "inner/b.JSONL", "x.jsonl/c.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": name}))
+    for name in ("LICENSE", "b.csv", ".git/d.jsonl", "z.sha256"):
+        (tmp_path / name).write_text("?")
+    (tmp_path / "link").symlink_to(tmp_path / "inner")
+    assert sorted(read(tmp_path)) == ["a.jsonl", "inner/b.JSONL", "x.jsonl/c.jsonl"]
+    assert "5 not read: .git/, LICENSE, b.csv and 2 more" in capsys.readouterr().err
+    assert read(tmp_path / "*.jsonl") == ["a.jsonl"]
+    assert "1 not read: x.jsonl/" in capsys.readouterr().err
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(HmfError, match="gone.jsonl: is no file, or a link to none"):
+        read(tmp_path)
+    with pytest.raises(HmfError, match="nothing to read"):
+        read(tmp_path / "*.nothing")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(HmfError, match="pipe: is neither a file nor a folder"):
+        read(tmp_path / "pipe")
+
+
+def test_a_format_chooses_files_by_their_suffix_or_those_without_one(tmp_path, capsys):
+    (tmp_path / "README.md").write_text("read me")
+    (tmp_path / "part-0").write_text('{"text": "a"}')
+    assert read(tmp_path, format="jsonl") == ["a"]
+    assert "1 not read: README.md" in capsys.readouterr().err
+    (tmp_path / "b.jsonl").write_text('{"text": "b"}')
+    assert read(tmp_path, format="jsonl") == ["b"]
+    assert read(tmp_path / "part-*", format="jsonl") == ["a"]
+    with pytest.raises(HmfError, match="holds text, and rows with fields are expected"):
+        read(tmp_path / "README.md", messages_field="messages")
+
+
+# ---- shapes
+
+
+def shaped(tmp_path, row, kind=SourceSettings, **settings):
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    made = kind(path=str(tmp_path / "rows.json"), **settings)
+    [record] = Source(made).records()
+    return (content if kind is SourceSettings else pair_of)(record, made)
+
+
+def said(*turns):
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+TALK = [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]
+ALPACA = {"instruction": "Add.", "input": "1+1", "output": "2", "system": "Be brief.", "history": [["Hi", "Hello"]]}
+SHAPED = {
+    "sharegpt": ({"id": 7, "conversations": TALK}, said(("user", "1+1?"), ("assistant", "2"))),
+    "alpaca": (ALPACA, said(("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"),
+                            ("user", "Add.\n1+1"), ("assistant", "2"))),
+    "prompt_completion": ({"prompt": "1+1?", "completion": "2"}, said(("user", "1+1?"), ("assistant", "2"))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPED)
+def test_a_shape_is_one_key(tmp_path, shape):
+    row, messages = SHAPED[shape]
+    assert shaped(tmp_path, row, shape=shape).messages == messages
+    for name in row.keys() - {"id", "input", "system", "history"}:
+        with pytest.raises(HmfError, match=f"no field '{name}'; it has"):
+            shaped(tmp_path, {key: value for key, value in row.items() if key != name}, shape=shape)
+
+
+def test_sharegpt_has_tools_and_calls(tmp_path):
+    call = {"name": "add", "arguments": {"a": 1}}
+    turns = [
+        {"from": "human", "value": "1+1?"},
+        {"from": "function_call", "value": json.dumps(call)},
+        {"from": "observation", "value": "2"},
+        {"from": "gpt", "value": "2"},
+    ]
+    row = {"conversations": turns, "system": "Be brief.", "tools": json.dumps([{"name": "add"}])}
+    found = shaped(tmp_path, row, shape="sharegpt")
+    assert [message["role"] for message in found.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert found.messages[2]["tool_calls"] == [{"type": "function", "function": call}]
+    assert found.tools == [{"name": "add"}]
+
+
+REFUSED = {
+    "speaker": ({"conversations": [{"from": "humman", "value": "a"}]}, "sharegpt", "did you mean 'human'"),
+    "turn key": ({"conversations": [TALK[0] | {"weight": 0}]}, "sharegpt", r"conversations\[0\]: unknown key 'weight'"),
+    "two systems": ({"conversations": [{"from": "system", "value": "a"}], "system": "b"}, "sharegpt",
+                    "have a system turn"),
+    "field": ({"conversations": TALK, "functions": [{"name": "f"}]}, "sharegpt", "'functions' .*ignore_fields"),
+    "history": ({"instruction": "a", "output": "b", "history": ["c"]}, "alpaca", r"history\[0\]: a question and its"),
+    "surrogate": ({"instruction": "a", "output": "\ud83d"}, "alpaca", r"messages\[1\].content: a lone surrogate"),
+    "empty": ({"prompt": "", "completion": "a"}, "prompt_completion", "prompt: is empty"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_shape_does_not_read_is_refused(tmp_path, name):
+    row, shape, expected = REFUSED[name]
+    with pytest.raises(HmfError, match=expected):
+        shaped(tmp_path, row, shape=shape)
+
+
+def test_fields_that_belong_to_a_conversation_are_read_or_ignored_by_name(tmp_path):
+    row = {"messages": said(("user", "a"), ("assistant", "b")), "parallel_tool_calls": False, "id": 1}
+    with pytest.raises(HmfError, match="'parallel_tool_calls' belongs to the conversation and is not read"):
+        shaped(tmp_path, row, messages_field="messages")
+    ignored = shaped(tmp_path, row, messages_field="messages", ignore_fields=["parallel_tool_calls"])
+    assert ignored.messages == row["messages"]
+
+
+ASKED = said(("user", "1+1?"))
+PAIRS = {
+    None: {"prompt": "1+1?", "chosen": "2", "rejected": [{"role": "assistant", "content": "3"}]},
+    "ultrafeedback": {
+        "prompt": "1+1?", "score_chosen": 9.0, "messages": ASKED + said(("assistant", "2")),
+        "chosen": ASKED + said(("assistant", "2")), "rejected": ASKED + said(("assistant", "3")),
+    },
+    "sharegpt": {"conversations": TALK[:1], "chosen": TALK[1], "rejected": {"from": "gpt", "value": "3"}},
+    "alpaca": {"instruction": "1+1?", "chosen": "2", "rejected": "3"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", PAIRS)
+def test_pairs_have_shapes_too(tmp_path, shape):
+    pair = shaped(tmp_path, PAIRS[shape], PairSettings, shape=shape)
+    assert (pair.prompt, [pair.chosen, pair.rejected]) == (ASKED, said(("assistant", "2"), ("assistant", "3")))
+
+
+def test_pairs_that_do_not_share_their_prompt_are_refused(tmp_path):
+    row = PAIRS["ultrafeedback"]
+    for changes, expected in (
+        ({"rejected": said(("user", "1+2?"), ("assistant", "3"))}, "differ in the last message alone"),
+        ({"prompt": "1+2?"}, "field 'prompt' is not what chosen says"),
+        ({"messages": ASKED}, "field 'messages' is not what chosen says"),
+    ):
+        with pytest.raises(HmfError, match=expected):
+            shaped(tmp_path, row | changes, PairSettings, shape="ultrafeedback")
+    with pytest.raises(HmfError, match="set shape: ultrafeedback"):
+        shaped(tmp_path, {name: row[name] for name in ("prompt", "chosen", "rejected")}, PairSettings)
+
+
+# ---- strict JSON and YAML
+
+
+def test_the_same_key_twice_is_an_error(tmp_path):
+    for text in ('{"a": 1, "b": {"c": 1, "c": 1}}', '[{"a": 1, "\\u0061": 2}]'):
+        with pytest.raises(ValueError, match="is there twice"):
+            parse_json(text)
+    for text in ("a: 1\nb: 2\n'a': 3", "{x: {1: a, 0x1: b}}", "- {true: 1, True: 2}"):
+        with pytest.raises(ValueError, match="is there twice, again in line"):
+            parse_yaml(text)
+    merged = "a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {<<: *b, y: 4}"
+    assert parse_yaml(merged) == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}, "c": {"x": 3, "y": 4}}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: a\noutput: b\ntraining: {steps: 1, rows_per_step: 1, steps: 2}\n")
+    with pytest.raises(HmfError, match="recipe.yaml: not valid YAML .the key 'steps' is there twice, again in line 3"):
+        read_recipe(recipe, DistillRecipe)
+
+
+@pytest.mark.parametrize("text", ["a: 2020-13-45", "[" * 3000, "a: " + "9" * 5000, "a: !!python/object:os.system 1"])
+def test_values_that_yaml_knows_and_python_does_not_are_one_line(text):
+    with pytest.raises(ValueError) as caught:
+        parse_yaml(text)
+    assert "\n" not in str(caught.value)
