@@ -17,6 +17,7 @@ With HMF_TEST_ERRORS set to a file, every comparison appends a line of JSON to i
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from typing import Any
@@ -76,6 +77,27 @@ def assert_same(found: Any, exact: Any, tolerance: float = SAME, what: str = "")
         room = tolerance * (1 + truth.abs())
         error = ((x - truth).abs() / room).max().item() if truth.numel() else 0.0
         check(error * tolerance, tolerance, f"{what} [{number}]".strip())
+
+
+def widened(model: Any) -> Any:
+    """A float64 copy of a Hugging Face model, whose experts run one by one: their fused product knows no float64."""
+    wide = copy.deepcopy(model).double()
+    wide.config._experts_implementation = "eager"
+    return wide
+
+
+def nudged(model: Any, count: int = 3) -> list[Any]:
+    """Copies of a model whose weights are off by about a rounding of float32 each: other draws of its rounding errors.
+
+    One run may be near float64 by luck, most of all where the errors of a few numbers are multiplied.
+    """
+    copies = [copy.deepcopy(model) for _ in range(count)]
+    for seed, other in enumerate(copies):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for weight in other.parameters():
+                weight.mul_(1 + 2**-24 * torch.randn(weight.shape, generator=generator, dtype=weight.dtype))
+    return copies
 
 
 class in_float64(TorchFunctionMode):  # noqa: N801 (used as a context)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hmf.config.layers import LAYER_KINDS
+from tests import numerics
 from tests.hybrids import OPTIONS, Case, randomise, tiny_config
 from tests.serving import engines
 from tests.serving.quantised import quantise
@@ -137,7 +138,7 @@ def test_two_pipeline_stages(tmp_path, monkeypatch):
             held.append(set(mine))
         monkeypatch.undo()
     assert held[0] == set(whole) == held[1] | held[2] and not held[1] & held[2]
-    torch.testing.assert_close(outputs[1, 2], outputs[0, 1])
+    numerics.assert_near(outputs[1, 2], outputs[0, 1], outputs[0, 1])
 
 
 def test_int8_checkpoint(tmp_path):
@@ -160,8 +161,8 @@ def test_int8_checkpoint(tmp_path):
     if engines.CUDA:
         wanted = torch.stack([answer.logprobs[0] for answer in answers])
         assert (engines.first_rows(outputs) - wanted).abs().mean() < 0.3
-    else:  # Sums in another order tip the rounding of an input now and then.
-        engines.assert_same(outputs, answers, tolerance=0.1)
+    else:  # Sums in another order tip the rounding of an input now and then: those of the plain model do too.
+        engines.assert_same(outputs, answers)
 
 
 @pytest.mark.gpu
@@ -218,7 +219,7 @@ def test_four_ranks_add_up(symbol, kv_heads):
             name: state.shape for name, state in part.state_shapes(config, 4).items()
         }
         total = total + output
-    torch.testing.assert_close(total, whole.mix(hidden_states, None, None, None)[0])
+    numerics.assert_same(total, whole.mix(hidden_states, None, None, None)[0])
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "ministral3", "qwen3_moe"])
