@@ -60,7 +60,8 @@ def check(error: float, allowed: float, what: str = "") -> None:
         test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
         ratio = error / allowed if allowed else float(error > 0)
         with open(path, "a") as file:
-            file.write(json.dumps({"test": test, "what": what, "error": error, "bound": allowed, "ratio": ratio}) + "\n")
+            entry = {"test": test, "what": what, "error": error, "bound": allowed, "ratio": ratio}
+            file.write(json.dumps(entry) + "\n")
     assert error <= allowed, f"{what or 'result'}: off by {error:.3g}, allowed are {allowed:.3g}"
 
 
@@ -113,7 +114,7 @@ def nudged_checkpoint(folder: Path, other: Path) -> Path:
     return other
 
 
-class in_float64(TorchFunctionMode):  # noqa: N801 (used as a context)
+class in_float64(TorchFunctionMode):
     """Within it, whatever asks for float32 gets float64: the norms and rotary tables of a float64 model stay exact."""
 
     def __enter__(self):
