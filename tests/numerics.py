@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 
 FACTOR = 10  # between two orders of the same sums
+MEAN_FACTOR = 6  # where means are compared, which vary less
 FLOOR = 8  # roundings of the largest number: for where `plain` happens to be exact
 SAME = 1e-9  # of the largest number of a tensor
 SMALL = 1e-3  # or of this, where all numbers are smaller
@@ -73,6 +74,12 @@ def assert_near(found: Any, exact: Any, plain: Any, what: str = "") -> None:
     triples = zip(_tensors(found), _tensors(exact), _tensors(plain), strict=True)
     for number, (x, truth, reference) in enumerate(triples):
         check(off(x, truth), bound(truth, off(reference, truth)), f"{what} [{number}]".strip())
+
+
+def assert_mean_near(found: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, what: str = "mean") -> None:
+    """For roundings so coarse that the largest error is a matter of luck: bfloat16 and eight bits."""
+    error, usual = ((x.double() - exact.double()).abs().mean().item() for x in (found, plain))
+    check(error, MEAN_FACTOR * usual, what)
 
 
 def assert_same(found: Any, exact: Any, tolerance: float = SAME, what: str = "") -> None:

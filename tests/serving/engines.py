@@ -196,6 +196,12 @@ def first_rows(outputs: list[Any]) -> torch.Tensor:
     return torch.tensor([[row[token].logprob for token in range(VOCABULARY)] for row in firsts])
 
 
+@torch.no_grad()
+def first_logprobs(model: Any, prompts: list[list[int]]) -> torch.Tensor:
+    """The same of a Hugging Face model, in its own dtype."""
+    return torch.stack([model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1) for prompt in prompts])
+
+
 def runner(llm: Any) -> Any:
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner
 

@@ -187,11 +187,10 @@ def test_bfloat16_keeps_the_decay_in_float32(hybrid):
         assert dtypes == {torch.float32, torch.bfloat16, torch.int64}  # the last two: B'MOJO-F's windows and count
         outputs = engines.greedy(llm, prompts, 1)
     rounded = type(model).from_pretrained(path, dtype=torch.bfloat16)
-    theirs = torch.stack([engines.hugging_face(rounded, prompt, 1).logprobs[0] for prompt in prompts])
+    theirs = engines.first_logprobs(rounded, prompts)
     exact = torch.stack([answer.logprobs[0] for answer in answers])
-    off, usual = (engines.first_rows(outputs) - exact).abs(), (theirs - exact).abs()
-    numerics.check(off.max().item(), numerics.FACTOR * usual.max().item(), "largest")
-    numerics.check(off.mean().item(), 4 * usual.mean().item(), "mean")
+    numerics.assert_near(engines.first_rows(outputs), exact, theirs)
+    numerics.assert_mean_near(engines.first_rows(outputs), exact, theirs)
 
 
 class TestScheduler:
