@@ -64,6 +64,15 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def in_float64():
+    """A float64 model computes in float64 throughout: norms and rotary tables do not round to float32."""
+    from tests import numerics
+
+    with numerics.in_float64():
+        yield
+
+
 @pytest.fixture(scope="session")
 def parity_dir() -> Path:
     """The folder of stored cases of the published software: $HMF_PARITY, or shared/parity beside the repository."""

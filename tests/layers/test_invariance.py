@@ -18,6 +18,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from hmf.errors import HmfError
 from hmf.layers.registry import MIXERS
 from tests.hybrids import cases, random_ids, tiny_config, tiny_hybrid
+from tests.numerics import assert_same as same
 
 LONG, SHORT = 70, 18  # more than a chunk of 64, and enough for a variant of what was tried at length
 ONE_EACH = [next(case for case in cases() if case.symbol == symbol) for symbol in MIXERS]
@@ -27,6 +28,9 @@ MAIN.append((ONE_EACH[0], "-".join([*MIXERS, "*"]), LONG))
 VARIANTS = [(case, "X-*", SHORT) for case in cases() if case not in ONE_EACH]
 
 
+in_float64 = pytest.mark.usefixtures("in_float64")
+
+
 def parametrise(names: str, main: list[str] | None = None, variants: list[str] | None = None):
     """Every model as case, pattern, tokens; with one more argument: its values for the main models and the variants."""
     if main is None:
@@ -34,19 +38,21 @@ def parametrise(names: str, main: list[str] | None = None, variants: list[str] |
     else:
         rows = [(*model, value) for model in MAIN for value in main]
         rows += [(*model, value) for model in VARIANTS for value in variants]
-    return pytest.mark.parametrize(names, rows, ids=["_".join(map(str, (*row[:2], *row[3:]))) for row in rows])
+    ids = ["_".join(map(str, (*row[:2], *row[3:]))) for row in rows]
+    return lambda test: in_float64(pytest.mark.parametrize(names, rows, ids=ids)(test))
 
 
 every_model = parametrise("case, pattern, tokens")
-one_each = pytest.mark.parametrize("case", ONE_EACH, ids=str)
+each_type = pytest.mark.parametrize("case", ONE_EACH, ids=str)
+
+
+def one_each(test):
+    return in_float64(each_type(test))
+
+
 few_examples = settings(
     max_examples=4, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
-
-
-def same(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal but for rounding; norms and rotary embeddings of the families round to float32 even in a float64 model."""
-    assert_close(actual, expected, atol=2e-5, rtol=0)
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:
@@ -78,10 +84,7 @@ def parameter_gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def same_gradients(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     for name, gradient in expected.items():
-        scale = gradient.abs().max().clamp_min(1e-3)
-        assert_close(
-            actual[name] / scale, gradient / scale, atol=2e-4, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        same(actual[name], gradient, what=name)
 
 
 # --- one sequence in pieces ---
@@ -260,7 +263,7 @@ def test_cache_refuses_what_it_cannot_do(case):
 # --- the model around the layer ---
 
 
-@one_each
+@each_type  # what is computed again in the backward would not be in the fixture's context
 def test_gradient_checkpointing_changes_no_gradient(case):
     model, ids = tiny_hybrid(case).train(), random_ids(2, 20)
     plain = parameter_gradients(model, model(ids, labels=ids).loss)
@@ -304,10 +307,10 @@ def test_save_and_load(case, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
     assert loaded.config.to_diff_dict() == model.config.to_diff_dict()
-    assert_close(loaded(ids).logits, model(ids).logits, atol=0, rtol=0)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-@one_each
+@each_type
 @torch.no_grad()
 def test_cast_keeps_the_recurrence_in_float32(case, tmp_path):
     """By `from_pretrained` and by every cast of a module; a file in bfloat16 comes back as it was, and runs."""
@@ -340,7 +343,7 @@ def check_kept_parameters(cast, original):
             assert parameter.dtype.itemsize == 2, name
 
 
-@one_each
+@each_type
 @torch.no_grad()
 def test_save_and_load_tied_and_in_shards(case, tmp_path):
     from hmf.model.modeling import hybrid_classes

@@ -5,13 +5,15 @@ import copy
 
 import pytest
 import torch
-from torch.testing import assert_close
 
 from hmf.layers.registry import MIXERS
 from hmf.model.families import FAMILIES, family_of
 from tests.hybrids import Case, randomise, tiny_config
+from tests.numerics import assert_same
 
 TOKENS = 20
+
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -48,8 +50,7 @@ def mixer_and_attention(symbol, options, family, growth=None, **fields):
 @torch.no_grad()
 def test_sliding_window_is_the_bases_attention_under_a_window(family, window):
     _, outputs = mixer_and_attention("SWA", {"window_size": window}, family)
-    # norms and rotary tables of the families round to float32
-    assert_close(*outputs(lambda distance: distance < window), atol=1e-5, rtol=0)
+    assert_same(*outputs(lambda distance: distance < window))
 
 
 GROWING = {
@@ -63,7 +64,7 @@ GROWING = {
 @torch.no_grad()
 def test_sliding_window_scales_queries_by_position_where_the_base_does():
     _, outputs = mixer_and_attention("SWA", {"window_size": 9}, "ministral3", rope_parameters=dict(GROWING))
-    assert_close(*outputs(lambda distance: distance < 9), atol=1e-5, rtol=0)
+    assert_same(*outputs(lambda distance: distance < 9))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -80,7 +81,7 @@ def test_bmojo_scales_queries_by_position_if_its_config_says_so(tied, scaled):
     rope = {"rope_parameters": dict(GROWING)}
     mixer, outputs = mixer_and_attention("BMF", options, "ministral3", growth, **rope)
     mixer.inner.mix = lambda hidden_states, *rest: (hidden_states, {})
-    assert_close(*outputs(lambda distance: distance < 8), atol=1e-5, rtol=0)
+    assert_same(*outputs(lambda distance: distance < 8))
 
 
 @every_family
@@ -89,7 +90,7 @@ def test_bmojo_scales_queries_by_position_if_its_config_says_so(tied, scaled):
 def test_bmojo_within_its_window_is_the_bases_attention(family, tied):
     options = {"window_size": TOKENS, "ssm_mixer": "gdn", "tie_attn_weights": tied}
     _, outputs = mixer_and_attention("BMF", options, family)
-    assert_close(*outputs(lambda distance: distance >= 0), atol=1e-5, rtol=0)
+    assert_same(*outputs(lambda distance: distance >= 0))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -99,7 +100,7 @@ def test_bmojo_without_memory_of_its_own_is_a_double_window(tied):
     options = {"window_size": 4, "ssm_mixer": "gdn", "tie_attn_weights": tied}
     mixer, outputs = mixer_and_attention("BMF", options, "qwen3")
     mixer.inner.mix = lambda hidden_states, *rest: (hidden_states, {})
-    assert_close(*outputs(lambda distance: distance < 8), atol=1e-5, rtol=0)
+    assert_same(*outputs(lambda distance: distance < 8))
 
 
 @torch.no_grad()

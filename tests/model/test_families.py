@@ -25,6 +25,7 @@ from hmf.priming.export import export
 from hmf.priming.objectives import Stage1Objective, train_only_mixers
 from hmf.priming.stage0 import initialise, make_stage0
 from tests.hybrids import random_ids, randomise
+from tests.numerics import assert_same, widened
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {
@@ -179,21 +180,22 @@ def test_the_whole_job(family, variant, tmp_path):
 
 
 @every_base
+@pytest.mark.usefixtures("in_float64")
 @torch.no_grad()
 def test_a_window_as_wide_as_the_base_sees_is_the_base(family, variant):
     """A sliding-window layer takes over the base's biases, norms and rotary positions, whatever they are."""
-    stock, ids = stock_model(family, variant), random_ids(1, 40)
+    stock, ids = widened(stock_model(family, variant)), random_ids(1, 40)
     pattern = Pattern.parse("*-*-SWA-SWA")
     windowed = hybridise(stock, pattern).config.attention_types[2] == "sliding_attention"
     fused = hybridise(stock, pattern, {"swa_config": {"window_size": 5 if windowed else 64}})
     initialise(fused)
     hybrid = drop_teacher(fused)
-    torch.testing.assert_close(hybrid(ids).logits, stock(ids).logits, atol=2e-5, rtol=0)
+    assert_same(hybrid(ids).logits, stock(ids).logits)
     prompt = hybrid(ids[:, :30], use_cache=True)
     pieces = [prompt.logits]
     for token in ids[:, 30:].split(1, 1):
         pieces.append(hybrid(token, past_key_values=prompt.past_key_values, use_cache=True).logits)
-    torch.testing.assert_close(torch.cat(pieces, 1), stock(ids).logits, atol=2e-5, rtol=0)
+    assert_same(torch.cat(pieces, 1), stock(ids).logits)
 
 
 @every_family

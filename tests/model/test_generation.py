@@ -8,8 +8,10 @@ from transformers import StaticCache
 from hmf.errors import HmfError
 from hmf.layers.registry import MIXERS
 from tests.hybrids import cases, random_ids, tiny_hybrid
+from tests.numerics import assert_same
 
 NEW = 6
+pytestmark = pytest.mark.usefixtures("in_float64")
 ONE_EACH = [next(case for case in cases() if case.symbol == symbol) for symbol in MIXERS]
 MODELS = [(case, pattern) for case in ONE_EACH for pattern in ("X-*", "X-X")]
 every_model = pytest.mark.parametrize(
@@ -67,7 +69,7 @@ def test_beams_with_cache_are_beams_without(case, pattern):
     cached, plain = (generate(model, ids, use_cache=use_cache, **given) for use_cache in (True, False))
     assert cached.sequences.shape == (6, 5 + NEW)
     assert cached.sequences.tolist() == plain.sequences.tolist()
-    torch.testing.assert_close(cached.sequences_scores, plain.sequences_scores, atol=1e-5, rtol=0)
+    assert_same(cached.sequences_scores, plain.sequences_scores)
 
 
 @one_each

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import hmf  # noqa: F401  (registers the architectures)
 from hmf.layers.registry import MIXERS
 from hmf.model.families import FAMILIES
+from tests.numerics import assert_near
 
 ROOT = Path(__file__).resolve().parents[2]
 STORED = Path(os.environ.get("HMF_PARITY") or ROOT.parent / "shared" / "parity")  # as in the fixture `parity_dir`
@@ -51,15 +52,6 @@ def require_supported(checkpoint: Path) -> dict:
     return config
 
 
-def tolerance(config: dict, dtype: torch.dtype) -> float:
-    """In float32 the Chebyshev iteration of GKA amplifies rounding: its own float32 runs differ by up to 6e-4."""
-    return 1e-3 if "gka_config" in config and dtype == torch.float32 else 1e-4
-
-
-def largest(difference: torch.Tensor) -> float:
-    return difference.abs().max().item()
-
-
 def name(path: Path) -> str:
     return "own" if path == OWN else str(path.relative_to(STORED))
 
@@ -74,31 +66,30 @@ every_case = pytest.mark.parametrize(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @torch.no_grad()
 def test_full_forward_gives_the_stored_logits(checkpoint, dtype):
-    config = require_supported(checkpoint)
+    """In either precision, to a multiple of the published software's own rounding in float32."""
+    require_supported(checkpoint)
     stored = load_file(beside(checkpoint, "io.safetensors"))
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
-    expected = stored["logits" if dtype == torch.float32 else "logits_f64"]
-    assert largest(model(stored["input_ids"]).logits - expected) < tolerance(config, dtype)
+    assert_near(model(stored["input_ids"]).logits, stored["logits_f64"], stored["logits"])
 
 
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @torch.no_grad()
 def test_cached_decode_gives_the_stored_logits(checkpoint, dtype):
-    """The stored prefill, then token by token; where no decode is stored (float64), against the full forward."""
-    config = require_supported(checkpoint)
+    """The stored prefill, then token by token, as published in float32 where a decode is stored."""
+    require_supported(checkpoint)
     stored = load_file(beside(checkpoint, "io.safetensors"))
-    expected = stored["logits" if dtype == torch.float32 else "logits_f64"][:1]
-    pieces = {key.removeprefix("decode_").split("_")[0]: x for key, x in stored.items() if key.startswith("decode_")}
-    if dtype == torch.float32 and pieces:
-        expected = torch.cat([pieces["prefill"], pieces["logits"]], 1)
+    plain = stored["logits"][:1]
+    if pieces := {key.removeprefix("decode_").split("_")[0]: x for key, x in stored.items() if key[:7] == "decode_"}:
+        plain = torch.cat([pieces["prefill"], pieces["logits"]], 1)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
     ids, cache, pieces = stored["input_ids"][:1], None, []
     for piece in ids.split([40] + [1] * (ids.shape[1] - 40), 1):
         output = model(piece, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         pieces.append(output.logits)
-    assert largest(torch.cat(pieces, 1) - expected) < tolerance(config, dtype)
+    assert_near(torch.cat(pieces, 1), stored["logits_f64"][:1], plain)
 
 
 @every_checkpoint

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of all ops share: random document splits, comparison of two versions, flattening of results."""
+"""What the tests of all ops share: random document splits, flattening of results."""
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -33,13 +33,6 @@ def outputs_and_grads(function, inputs: list[torch.Tensor]) -> list[torch.Tensor
     generator = torch.Generator().manual_seed(7)
     loss = sum((y * torch.randn(y.shape, generator=generator, dtype=y.dtype)).sum() for y in outputs)
     return outputs + list(torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True))
-
-
-def assert_same(actual, expected, tolerance: float = 1e-9):
-    actual, expected = flat(actual), flat(expected)
-    assert len(actual) == len(expected)
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)
 
 
 def normal(*size: int) -> torch.Tensor:

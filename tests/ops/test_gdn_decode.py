@@ -10,6 +10,8 @@ import torch
 
 from hmf.layers.gdn import l2_normalise
 from hmf.ops import gdn
+from tests.numerics import assert_near
+from tests.ops.interpreted import mend_bfloat16
 
 SHAPES = {
     # sequences, (q, k, v heads), key_dim, value_dim
@@ -42,20 +44,23 @@ def check(shape: str, dtype: torch.dtype, pool_dtype: torch.dtype, device: str) 
     pool[0] = float("nan")  # nobody's
     slots = torch.tensor([*(2 * n + 1 for n in range(sequences)), 0], dtype=torch.int32)
 
-    expected_pool = pool.clone()
-    repeat = lambda x: x.repeat_interleave(heads // x.shape[1], 1)[:-1].float()  # noqa: E731
     used = slots[:-1].long()
-    expected, state = gdn.step(
-        repeat(l2_normalise(q)), repeat(l2_normalise(k)), repeat(v), g[:-1], beta[:-1], pool[used].float().mT
-    )  # fmt: skip
-    expected_pool[used] = state.mT.to(pool_dtype)
+
+    def step(tokens, precision):
+        """Outputs and states as the definition has them, of vectors normalised in the dtype of `tokens`."""
+        repeat = lambda x: x.repeat_interleave(heads // x.shape[1], 1)[:-1].to(precision)  # noqa: E731
+        vectors = repeat(l2_normalise(q.to(tokens))), repeat(l2_normalise(k.to(tokens))), repeat(v)
+        o, state = gdn.step(*vectors, *(x[:-1].to(precision) for x in (g, beta)), pool[used].to(precision).mT)
+        return o, state.mT
+
+    exact, (plain, state) = step(torch.float64, torch.float64), step(dtype, torch.float32)
 
     on_device = pool.to(device)
     o = decode(*(x.to(device) for x in (q, k, v, g, beta)), on_device, slots.to(device), null_slot=0)
-    bounds = {"rtol": 1.6e-2, "atol": 2e-2} if torch.bfloat16 in (dtype, pool_dtype) else {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(o[:-1].cpu().float(), expected, **bounds)
-    torch.testing.assert_close(on_device.cpu(), expected_pool, equal_nan=True, **bounds)
-    assert not o[-1].any()
+    after = on_device.cpu()
+    assert_near([o[:-1].cpu(), after[used]], exact, [plain.to(dtype), state.to(pool_dtype)], what=shape)
+    others = torch.ones(len(pool), dtype=torch.bool).index_fill(0, used, False)
+    assert not o[-1].any() and torch.equal(after[others].nan_to_num(9), pool[others].nan_to_num(9))
 
 
 CASES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
@@ -72,10 +77,12 @@ def test_decode_in_the_interpreter():
     pytest.importorskip("triton")
     # Triton decides at its import whether it interprets.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    program = [sys.executable, "-m", "tests.ops.test_gdn_decode"]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 if __name__ == "__main__":
+    mend_bfloat16()
     for number, name in enumerate(SHAPES):
         check(name, *CASES[number % len(CASES)], "cpu")

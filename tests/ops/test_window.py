@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hmf.errors import HmfError
 from hmf.ops import KeySet, windowed_attention
 from hmf.ops.window import blockwise, latest, reference
-from tests.ops.cases import QUICK, assert_same, documents, normal, outputs_and_grads, shape
+from tests.numerics import assert_same
+from tests.ops.cases import QUICK, documents, normal, outputs_and_grads, shape
 
 H, HK, K = 4, 2, 4
 SCALE = 0.4

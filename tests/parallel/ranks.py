@@ -27,6 +27,7 @@ from hmf.parallel.sequence import attach, shard
 from hmf.training.distill import distill
 from hmf.training.finetune import finetune
 from tests.hybrids import Case, cases, random_ids, randomise, tiny_config
+from tests.numerics import in_float64
 
 # How two rows are cut into documents: over the borders of chunks, at them, of one token, longer than several chunks.
 DOCUMENTS = {
@@ -122,7 +123,8 @@ def run_jobs(rank: int, folder: Path) -> None:
         if job.ranks == 2 and number % 2 != rank // 2:
             continue
         group.received.clear()
-        whole, gradients = on_shards(job.model(), job.batch(), group)
+        with contextlib.nullcontext() if job.checkpointing else in_float64():
+            whole, gradients = on_shards(job.model(), job.batch(), group)
         if group.rank == 0:
             torch.save((whole, gradients, dict(group.received)), folder / str(number))
     dist.barrier()

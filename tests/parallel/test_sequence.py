@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from torch.testing import assert_close
 
 from hmf.errors import HmfError
 from hmf.ops import dispatch, linear_attention, short_conv
 from hmf.parallel.collectives import Group
 from hmf.parallel.sequence import attach, shard
 from tests.hybrids import random_ids, tiny_hybrid
+from tests.numerics import assert_near, assert_same, in_float64
 from tests.parallel import ranks
 from tests.parallel.ranks import JOBS
 
@@ -28,13 +28,15 @@ def results(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(JOBS)), ids=map(str, JOBS))
 def test_outputs_and_gradients_are_those_of_one_process(results, number):
-    logits, gradients = ranks.loss_and_gradients(JOBS[number].model(), JOBS[number].batch())
-    found, found_gradients, _ = results[number]
-    assert_close(found, logits, atol=2e-5, rtol=0)
-    assert found_gradients.keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        scale = gradient.abs().max().clamp_min(1e-3)
-        assert_close(found_gradients[name] / scale, gradient / scale, atol=2e-4, rtol=0, msg=name)
+    job = JOBS[number]
+    with in_float64():
+        exact = ranks.loss_and_gradients(replace(job, checkpointing=False).model(), job.batch())
+    found = results[number][:2]
+    assert found[1].keys() == exact[1].keys()
+    if job.checkpointing:  # what it computes again has the norms of transformers round to float32
+        assert_near(found, exact, ranks.loss_and_gradients(job.model(), job.batch()))
+    else:
+        assert_same(found, exact)
 
 
 @pytest.mark.slow
@@ -52,7 +54,7 @@ def test_only_attention_sends_more_for_longer_rows(results):
 
 
 @pytest.fixture
-def alone(tmp_path):
+def alone(tmp_path, in_float64):
     """A group of this process only."""
     ranks.join(0, 1, tmp_path / "store")
     yield Group()
@@ -72,7 +74,7 @@ def test_what_cannot_be_cut_is_refused(alone):
     with pytest.raises(HmfError, match="neither padding nor a cache"):
         model(**shard(alone, {"input_ids": ids}), use_cache=True)
     same = model(**shard(alone, {"input_ids": ids}), use_cache=False).logits, model(ids, use_cache=False).logits
-    assert_close(*same, atol=2e-5, rtol=0)
+    assert_same(*same)
 
 
 def test_an_op_that_is_not_known_is_refused():

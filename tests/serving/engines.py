@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,15 @@ import pytest
 import torch
 
 from hmf.bench.doctor import one_variant
+from tests import numerics
 from tests.hybrids import VOCABULARY, Case, randomise, tiny_config
 
 # vLLM's attention on a CPU starts at head_dim 32.
 DIMENSIONS = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 48, "max_position_embeddings": 4096}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 CUDA = torch.cuda.is_available()
-# Of log-probabilities in float32, which Hugging Face computes on the CPU in either case. On a GPU other kernels add up
-# in another order, and where the first two tokens are as near as that, either may come first (`agreement`).
-TOLERANCE = 1e-2 if CUDA else 1e-3
+# Of the float32 model's own error on the CPU. A GPU's exponentials and products are less exact than a CPU's.
+FACTOR = 10 * numerics.FACTOR if CUDA else numerics.FACTOR
 POOL = 2**30  # bytes for all caches
 on_cpu = pytest.mark.skipif(CUDA, reason="about vLLM's CPU build")
 
@@ -73,29 +73,54 @@ def random_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
 
 @dataclass
 class Answer:
-    """Greedy tokens [N] and the log-probabilities [N, vocabulary] that they were chosen from."""
+    """Greedy tokens [N] and the log-probabilities [N, vocabulary] that they were chosen from, in float64.
+
+    bound: for vLLM's, from how far float32 models are off on the same tokens.
+    """
 
     tokens: list[int]
     logprobs: torch.Tensor
+    bound: float
 
 
 @torch.no_grad()
 def hugging_face(model: Any, prompt: list[int], count: int) -> Answer:
-    """Greedy decoding through the cache."""
-    output = model(torch.tensor([prompt]), use_cache=True)
-    tokens, rows = [], []
-    for _ in range(count):
-        rows.append(output.logits[0, -1].log_softmax(-1))
-        tokens.append(int(rows[-1].argmax()))
-        output = model(torch.tensor([tokens[-1:]]), past_key_values=output.past_key_values, use_cache=True)
-    return Answer(tokens, torch.stack(rows))
+    """Greedy decoding through the cache, in float64."""
+    wide, tokens, rows = numerics.widened(model), [], []
+    with numerics.in_float64():
+        output = wide(torch.tensor([prompt]), use_cache=True)
+        for _ in range(count):
+            rows.append(output.logits[0, -1].log_softmax(-1))
+            tokens.append(int(rows[-1].argmax()))
+            output = wide(torch.tensor([tokens[-1:]]), past_key_values=output.past_key_values, use_cache=True)
+    logprobs = torch.stack(rows)
+    return Answer(tokens, logprobs, bound(model, lambda model: all_forced(model, prompt, tokens), logprobs))
+
+
+def bound(model: Any, run: Callable[[Any], torch.Tensor], exact: torch.Tensor) -> float:
+    """A multiple of the largest error of the float32 model and of some with its weights rounded otherwise."""
+    error = max(numerics.off(run(plain), exact) for plain in (model, *numerics.nudged(model)))
+    return numerics.bound(exact, error, FACTOR)
+
+
+@torch.no_grad()
+def all_forced(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """Log-probabilities [N, vocabulary] at the tokens of `answer` after `prompt`, in one full forward."""
+    return model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
 
 
 @torch.no_grad()
 def teacher_forced(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
     """Log-probabilities [N] of the tokens of `answer` after `prompt`, in one full forward."""
-    logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
-    return logits.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)]
+    return all_forced(model, prompt, answer)[torch.arange(len(answer)), torch.tensor(answer)]
+
+
+def assert_forced(given: torch.Tensor, model: Any, prompt: list[int], answer: list[int]) -> None:
+    """Log-probabilities [N] of the tokens of a sampled `answer`, against float64 as in `assert_same`."""
+    with numerics.in_float64():
+        exact = teacher_forced(numerics.widened(model), prompt, answer)
+    allowed = bound(model, lambda model: teacher_forced(model, prompt, answer), exact)
+    numerics.check(numerics.off(given, exact), allowed, "log-probabilities of a sample")
 
 
 @contextlib.contextmanager
@@ -138,32 +163,29 @@ def greedy(llm: Any, prompts: list[list[int]], count: int) -> list[Any]:
 
 
 def agreement(tokens: Sequence[int], answer: Answer) -> int:
-    """How many positions of a greedy answer can be compared: all, and its tokens are the same.
-
-    On a GPU: as many, or up to where a token came first that is as probable within the tolerance.
-    """
+    """How many positions of a greedy answer can be compared: all, and its tokens are the same; or as many as there are
+    up to where a token came first that is as probable within the bound."""
     tokens = list(tokens)
     wanted = answer.tokens[: len(tokens)]
-    if CUDA and tokens != wanted:
+    if tokens != wanted:
         at = next(i for i, pair in enumerate(zip(tokens, wanted, strict=True)) if len(set(pair)) > 1)
         row = answer.logprobs[at]
-        if row.max() - row[tokens[at]] < 2 * TOLERANCE:
+        if row.max() - row[tokens[at]] < 2 * answer.bound:
             return at + 1
     assert tokens == wanted
     return len(tokens)
 
 
-def assert_same(outputs: list[Any], answers: list[Answer], tolerance: float = TOLERANCE) -> None:
-    """The same tokens, and log-probabilities within `tolerance` over the whole vocabulary."""
+def assert_same(outputs: list[Any], answers: list[Answer]) -> None:
+    """The same tokens, and log-probabilities within each answer's bound over the whole vocabulary."""
     compared = 0
     for output, answer in zip(outputs, answers, strict=True):
         completion, length = output.outputs[0], len(output.prompt_token_ids)
         assert len(completion.token_ids) == len(answer.tokens)
         rows = torch.tensor([[row[token].logprob for token in range(VOCABULARY)] for row in completion.logprobs])
-        off = (rows - answer.logprobs).abs().amax(1)
         count = agreement(completion.token_ids, answer)
-        worst = off[:count].max().item()
-        assert worst < tolerance, f"prompt of {length} tokens: log-probabilities off by {worst}"
+        error = numerics.off(rows[:count], answer.logprobs[:count])
+        numerics.check(error, answer.bound, f"log-probabilities after a prompt of {length} tokens")
         compared += count
     assert compared > sum(len(answer.tokens) for answer in answers) / 2
 
@@ -172,6 +194,12 @@ def first_rows(outputs: list[Any]) -> torch.Tensor:
     """Log-probabilities [requests, vocabulary] of each answer's first token."""
     firsts = [output.outputs[0].logprobs[0] for output in outputs]
     return torch.tensor([[row[token].logprob for token in range(VOCABULARY)] for row in firsts])
+
+
+@torch.no_grad()
+def first_logprobs(model: Any, prompts: list[list[int]]) -> torch.Tensor:
+    """The same of a Hugging Face model, in its own dtype."""
+    return torch.stack([model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1) for prompt in prompts])
 
 
 def runner(llm: Any) -> Any:

@@ -76,4 +76,4 @@ def _description(form: Format, ignored: list[str]) -> dict[str, Any]:
 
 def _rounded(x: torch.Tensor, form: Format) -> torch.Tensor:
     scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / form.inputs
-    return form.rounded((x / scale).clamp(-form.inputs - 1, form.inputs)) * scale
+    return (form.rounded((x / scale).clamp(-form.inputs - 1, form.inputs)) * scale).to(x.dtype)

@@ -372,6 +372,24 @@ class TestWeights:
         finally:
             weights._adds_in_32_bits.cache_clear()
 
+    @pytest.mark.vllm
+    @engines.on_cpu
+    @pytest.mark.parametrize("amx", [False, True])
+    def test_products_of_inputs_in_two_bytes(self, monkeypatch, amx):
+        from vllm.model_executor.layers import utils
+
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        weight = torch.ones(32, 64, dtype=torch.int8)
+        assert utils.check_cpu_sgl_kernel(*weight.shape, weight.dtype) == amx
+        if amx:
+            with pytest.raises(HmfError, match=r"up_proj.weight: int8 products take no float32 .* --dtype bfloat16"):
+                weights.require_exact_products("up_proj.weight", weight)
+        else:
+            weights.require_exact_products("up_proj.weight", weight)
+        weights.require_exact_products("up_proj.weight", weight[:, :31])  # vLLM has another kernel for these
+        monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.bfloat16)
+        weights.require_exact_products("up_proj.weight", weight)
+
     def test_tied_head_may_be_absent(self, tensors, tmp_path):
         config = tiny_config(GDN, "X-*-X-*", tie_word_embeddings=True, **engines.DIMENSIONS)
         expected = expected_tensors(config)

@@ -14,7 +14,7 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,11 @@ def result(
     timed = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
     log = [{name: value for name, value in entry.items() if name not in timed} for entry in log]
     return load_file(run / saved / "model.safetensors"), log
+
+
+def figures(entry: dict[str, float], names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Those of the named figures that an entry of a log has, to be compared."""
+    return {name: torch.tensor(entry[name]) for name in names if name in entry}
 
 
 def same(ours: Path, wanted: Path) -> bool:

@@ -56,15 +56,26 @@ def quantised_tensors(
 
 
 def require_exact_products(name: str, tensor: torch.Tensor) -> None:
-    """HmfError for int8 weights whose products this processor gets wrong.
+    """HmfError for int8 weights whose products this processor gets wrong, or has no kernel for.
 
-    Without VNNI, x86 adds pairs of products of a weight with 0..255 in 16 bits: beyond 64 they may saturate.
+    Without VNNI, x86 adds pairs of products of a weight with 0..255 in 16 bits: beyond 64 they may saturate. With AMX,
+    vLLM takes a kernel whose inputs are bfloat16 or float16; while it loads, torch's default dtype is the model's.
     """
+    if tensor.dtype == torch.int8 and torch.get_default_dtype() == torch.float32 and _narrow_inputs_only(tensor):
+        raise HmfError(f"{name}: int8 products take no float32 inputs on this processor, which has AMX; "
+                       "add --dtype bfloat16, or serve the unquantised checkpoint")  # fmt: skip
     if tensor.dtype == torch.int8 and not _adds_in_32_bits() and (largest := int(tensor.int().abs().max())) > 64:
         raise HmfError(
             f"{name}: int8 weights up to {largest} overflow on this processor, which has no VNNI; quantise to at most "
             "64, or serve the unquantised checkpoint"
         )
+
+
+def _narrow_inputs_only(weight: torch.Tensor) -> bool:
+    from vllm.model_executor.layers.utils import check_cpu_sgl_kernel
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu() and weight.dim() == 2 and check_cpu_sgl_kernel(*weight.shape, weight.dtype))
 
 
 @functools.cache
