@@ -236,9 +236,9 @@ REFUSED = {
     "a user's id": ([user("x", tool_call_id="a"), HELLO], r"messages\[0\].tool_call_id: belongs to a tool's result"),
     "role": ([{"role": "User", "content": "x"}, HELLO],
       r"messages\[0\].role: unknown role 'User'; did you mean 'user'"),
-    "half a pair": ([user("x \ud83d"), HELLO], r"messages\[0\]: a lone surrogate \(\\ud83d\)"),
+    "half a pair": ([user("x \ud83d"), HELLO], r"messages\[0\].content: a lone surrogate \(\\ud83d\)"),
     "half in arguments": ([HI, answer("", tool_calls=[call(arguments='{"a": "\\udc00"}')])],
-      r"arguments: a lone surrogate"),
+      r"messages\[1\].tool_calls\[0\].function.arguments.a: a lone surrogate"),
 }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from hmf.data.sources import Source, content
 from hmf.data.text import stdlib_documents
 from hmf.data.tokenizer import train_tokenizer
 from hmf.errors import HmfError
-from hmf.folders import resolve_base
+from hmf.folders import HOLDER, resolve_base
 from hmf.training.distill import distill, mixture, row_length
 from tests.training import cutting
 from tests.training.cutting import make_tiny_stage0, on_touch
@@ -76,7 +76,11 @@ def recipe(folder, output, **changes):
 
 
 def files(output):
-    return {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(output)): path.read_bytes()
+        for path in output.rglob("*")
+        if path.is_file() and path.name != HOLDER
+    }
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -180,7 +181,7 @@ def test_two_processes_end_like_one(hybrid, tmp_path, shares):
 
     one, two = given("one", {"rows_per_step": 2}), given("two", SHARED[shares])
     nudged = given("nudged", {"rows_per_step": 2}).model_copy(
-        update={"model": str(nudged_checkpoint(hybrid, tmp_path / "other" / "hybrid"))}
+        update={"model": Path(nudged_checkpoint(hybrid, tmp_path / "other" / "hybrid"))}
     )
     finetune(one)
     finetune(nudged)

@@ -35,7 +35,7 @@ from hmf.serving.vllm.support import REASON_FILE, split_problem
 CPU_SEQUENCES = 128  # at once, by vLLM's default
 CPU_SPACE = "VLLM_CPU_KVCACHE_SPACE"  # GiB
 API_KEY = "VLLM_API_KEY"  # read by vLLM itself
-GRACE = 8.0  # seconds that vLLM has to stop before it is killed
+GRACE = 6.0  # seconds that vLLM has to stop before it is killed
 LOOPBACK, PORT = "127.0.0.1", 8000
 UTILISED, RANKS = "--gpu-memory-utilization", "--tensor-parallel-size"
 
@@ -280,7 +280,7 @@ def require_vllm() -> None:
 
 
 def run(launch: Launch) -> None:
-    """Run the server until Ctrl-C, SIGTERM or SIGHUP stops it, which takes at most about 12 seconds.
+    """Run the server until Ctrl-C, SIGTERM or SIGHUP stops it, which takes at most about 10 seconds.
 
     Nothing that it started is left behind, also when this process is killed. Raises HmfError when the server ended by
     itself, with the reason if one of its processes gave one.
