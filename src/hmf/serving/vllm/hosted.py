@@ -55,9 +55,10 @@ def rank_config(config: Any, ranks: int) -> Any:
 
 
 class HostedMixer(RecurrentMixer):
-    def __init__(self, symbol: str, config: Any, prefix: str):
+    def __init__(self, symbol: str, config: Any, prefix: str, kept: dict[str, StateShape] | None = None):
+        """kept: the states where they are not those of the mixer."""
         self.rank, self.ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        super().__init__(symbol, states(symbol, config, self.ranks), prefix)
+        super().__init__(symbol, states(symbol, config, self.ranks) if kept is None else kept, prefix)
         layer = extract_layer_index(prefix)
         shapes = mixer_class(symbol).state_shapes(config, self.ranks)
         self.numbers = {name for name, state in shapes.items() if not state.shape}
@@ -93,10 +94,10 @@ class HostedMixer(RecurrentMixer):
     def finish(self, mixed: torch.Tensor, rest: None) -> torch.Tensor:
         return mixed
 
-    def load(self, name: str, tensor: torch.Tensor) -> str:
+    def load(self, name: str, tensor: torch.Tensor) -> str | None:
         """Copy this rank's share of a published tensor, named within the mixer.
 
-        Returns the parameter's name within this module.
+        Returns the parameter's name within this module; None, with nothing done, for one that vLLM loads.
         """
         parameter = self.mixer.get_parameter(name)
         sections = self._whole_sections(name), self.mixer.sections(name)
