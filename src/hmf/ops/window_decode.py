@@ -14,8 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-PROGRAMS = 1024  # that keep a GPU busy
-STRETCHES = (512, 256, 128, 64)  # positions of one program
+PROGRAMS = 512  # that keep a GPU busy
+STRETCHES = (1024, 512, 256, 128, 64)  # positions of one program
+LOWEST = tl.constexpr(-1e30)  # below any score, and finite
 
 
 @triton.jit
@@ -44,17 +45,15 @@ def _stretch(
     size = tl.where(fading, 2 * WINDOW - 1, WINDOW - 1)
     count = tl.where(fading, WINDOW, WINDOW - 1)
     lowest = position - size
-    # Of the window's positions those from `first` on that exist: none of them in a row of padding.
-    begin = tl.maximum(first, -lowest)
-    end = tl.where(slot == null_slot, 0, tl.minimum(first + STRETCH, count))
+    end = tl.where(slot == null_slot, 0, count)  # none in a row of padding
 
-    highest = tl.full([BLOCK_G], -float("inf"), tl.float32)
+    highest = tl.full([BLOCK_G], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     output = tl.zeros([BLOCK_G, BLOCK_K], tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        index = start + tl.arange(0, BLOCK_N)
-        known = index < end
-        ring = (lowest + tl.where(known, index, begin)) % size
+    for start in range(0, STRETCH, BLOCK_N):
+        index = first + start + tl.arange(0, BLOCK_N)
+        known = (index < end) & (lowest + index >= 0)
+        ring = tl.where(known, lowest + index, 0) % tl.maximum(size, 1)
         at = (ring[:, None] * HEADS + head) * K + of_key[None, :]
         mask = known[:, None] & (of_key[None, :] < K)
         key = tl.load(keys + at, mask=mask, other=0)
@@ -99,7 +98,7 @@ def _merge(
 
     row = (sequence * HEADS * GROUP + head) * STRETCHES + of_stretch
     there = of_stretch < STRETCHES
-    highest = tl.load(maxima + row, mask=there, other=-float("inf"))
+    highest = tl.load(maxima + row, mask=there, other=LOWEST)
     above = tl.maximum(tl.max(highest), own)
     weights, own = tl.exp(highest - above), tl.exp(own - above)
     total = tl.sum(weights * tl.load(sums + row, mask=there, other=0)) + own
