@@ -222,7 +222,7 @@ def measure(job: dict[str, Any], tell: Callable[[str], None]) -> Measured:
     started = time.perf_counter() - started
     tell("warming up")
     generator = torch.Generator().manual_seed(0)
-    prefill, decode, ttft = [], [], []
+    prefill, decode, ttft = list[list[float]](), list[list[float]](), list[list[float]]()
     for load in (Load(**fields) for fields in job["loads"]):
         lead, times = load.lead(job["batched_tokens"]), []
         for repeat in range(1 + job["repeats"]):

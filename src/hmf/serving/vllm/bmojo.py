@@ -85,8 +85,9 @@ class BMojoMixer(HostedMixer):
         q, k, v = (attention.normed(name, hidden_states, False) for name in "qkv")
         fading_k, fading_v = (attention.normed(name, fading, True) for name in "kv")
         q, k = self._rotated(positions, q, k)
+        queries: Tensors = (q,)
         if attention.tied:
-            (fading_k,), queries = self._rotated(positions, fading_k), (q,)
+            (fading_k,) = self._rotated(positions, fading_k)
         else:
             fading_q, fading_k = self._rotated(positions, attention.normed("q", hidden_states, True), fading_k)
             queries = (q, fading_q)
