@@ -36,6 +36,7 @@ CASES = {
     "GKA-plain": (Case("GKA", "plain", options=GKA["plain"]), "X-*-X", {}),
     "M2-rotary": (Case("M2", "rotary", options=M2["rotary"]), "X-*-X", {}),
     "BMF-gka-untied": (Case("BMF", "untied", options=BMF["gka"] | BMF["untied"]), "X-*-X", {}),
+    "BMF-window-of-one": (Case("BMF", "one", options={"window_size": 1}), "X-*-X", {}),
     "SWA": (Case("SWA", "default"), "X-*-X", {}),
     "mixed": (Case("GDN", "mixed"), "GKA-*-GDN-SWA-M2-BMF", DICTS),
     "no-attention": (Case("GDN", "alone"), "X-X", {}),

@@ -43,15 +43,27 @@ class BMojoAttention(nn.Module):
                 self.add_module(f"{name}_norm{end}", nn.RMSNorm(options.head_dim, eps=options.rms_norm_eps))
         self.o_proj = nn.Linear(inner, options.hidden_size, bias=o_bias)
 
-    def project(self, name: str, x: torch.Tensor, fading: bool, position_embeddings) -> torch.Tensor:
-        """q, k or v with norm and rotary positions, [B, T, heads, K]."""
+    def normed(self, name: str, x: torch.Tensor, fading: bool) -> torch.Tensor:
+        """q, k or v with norm and without positions: x [..., D] -> [..., heads, K]."""
         end = "_" if fading and not self.tied else ""
         y = getattr(self, f"{name}_proj{end}")(x).unflatten(-1, (-1, self.head_dim))
-        if (norm := getattr(self, f"{name}_norm{end}", None)) is not None:
-            y = norm(y)
+        norm = getattr(self, f"{name}_norm{end}", None)
+        return y if norm is None else norm(y)
+
+    def project(self, name: str, x: torch.Tensor, fading: bool, position_embeddings) -> torch.Tensor:
+        """q, k or v with norm and rotary positions, [B, T, heads, K]."""
+        y = self.normed(name, x, fading)
         if name == "v":
             return y
         return rotate_query(y, *position_embeddings) if name == "q" else rotate(y, *position_embeddings[:2])
+
+    def attend(self, queries, sets, seen: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+        """`windowed_attention` from queries [B, T, H, K]: one, or where not tied one for each of the two sets."""
+        q, *apart = queries
+        if apart:  # the two side by side, and zeros in the keys where the other's stands
+            q = torch.cat([q, *apart], -1)
+            sets = [_widened(keys, fading=keys.low > 0) for keys in sets]
+        return windowed_attention(q, sets, self.scale, seen, cu_seqlens)
 
 
 class BMojoF(Mixer):
@@ -111,12 +123,9 @@ class BMojoF(Mixer):
             sets.append(KeySet(k, v, low, high, before.get(names["k"]), before.get(names["v"])))
             new[names["k"]] = latest(k, high, before.get(names["k"]), cu_seqlens)
             new[names["v"]] = latest(v, high, before.get(names["v"]), cu_seqlens)
-        q = attention.project("q", hidden_states, False, position_embeddings)
-        if not attention.tied:
-            # Each window has its own query: the two side by side, and zeros in the keys where the other's stands.
-            q = torch.cat([q, attention.project("q", hidden_states, True, position_embeddings)], -1)
-            sets = [_widened(keys, fading=keys.low > 0) for keys in sets]
-        o = windowed_attention(q, sets, attention.scale, before.get("seen"), cu_seqlens)
+        windows = (False,) if attention.tied else (False, True)
+        queries = [attention.project("q", hidden_states, fading, position_embeddings) for fading in windows]
+        o = attention.attend(queries, sets, before.get("seen"), cu_seqlens)
         return attention.o_proj(o.flatten(-2)), new
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ the names between its processes, so each needs a path: `hmf.serving.vllm.backend
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -50,20 +50,43 @@ class SSDMetadataBuilder(RecurrentMetadataBuilder):
         return replace(metadata, cu_chunk_seqlen_p=bounds, seq_idx_p=of, last_chunk_indices_p=last)
 
 
-def fresh_requests(tokens: int, count: int, device: torch.device) -> SSDMetadata:
+@dataclass
+class WindowMetadata(SSDMetadata):
+    """With the lengths of the prefills, so that layers need not ask the GPU, and what they make of these in a step."""
+
+    tokens_p: tuple[int, ...] = ()
+    computed_p: tuple[int, ...] = ()  # tokens before them
+    made: dict[Any, Any] = field(default_factory=dict)
+
+
+class WindowMetadataBuilder(SSDMetadataBuilder):
+    metadata_cls = WindowMetadata
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **kwargs: Any) -> Any:
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
+        if not metadata.num_prefills or not HAS_KERNELS:
+            return metadata
+        computed, bounds = self._prefill_cpu_metadata(
+            common_attn_metadata, metadata.num_reqs, metadata.num_prefills, metadata.num_decode_tokens
+        )
+        return replace(metadata, tokens_p=tuple(bounds.diff().tolist()), computed_p=tuple(computed.tolist()), made={})
+
+
+def fresh_requests(tokens: int, count: int, device: torch.device) -> WindowMetadata:
     """The metadata of `count` fresh requests of `tokens` tokens in all, in slots 1 ... count, for any layer type."""
     bounds = (torch.arange(count + 1) * tokens // count).int()
     nums, batch, offsets = compute_causal_conv1d_metadata(bounds, device=device)
     before = torch.zeros(count, dtype=torch.int32)
     chunks = BaseMambaAttentionMetadataBuilder._compute_chunk_metadata(SSD_CHUNK, count, before, bounds)
     starts, of, last = (torch.tensor(x, dtype=torch.int32, device=device) for x in chunks[:3])
-    return SSDMetadata(
+    return WindowMetadata(
         num_prefills=count, num_prefill_tokens=tokens, num_decodes=0, num_decode_tokens=0, num_reqs=count,
         has_initial_states_p=torch.zeros(count, dtype=torch.bool, device=device), query_start_loc_p=bounds.to(device),
         state_indices_tensor_p=torch.arange(1, count + 1, dtype=torch.int32, device=device),
         state_indices_tensor_d=None, query_start_loc_d=None, num_accepted_tokens=None,
         seq_lens=bounds.diff().to(device), cu_chunk_seqlen_p=starts, seq_idx_p=of, last_chunk_indices_p=last,
         nums_dict=nums, batch_ptr=batch, token_chunk_offset_ptr=offsets,
+        tokens_p=tuple(bounds.diff().tolist()), computed_p=(0,) * count,
     )  # fmt: skip
 
 
@@ -74,7 +97,8 @@ class RecurrentBackend(AttentionBackend):
 
     @classmethod
     def get_builder_cls(cls) -> type[RecurrentMetadataBuilder]:
-        return SSDMetadataBuilder if cls.__name__ == "M2" else RecurrentMetadataBuilder
+        builders = {"M2": SSDMetadataBuilder, "BMF": WindowMetadataBuilder}  # the latter may hold a Mamba2
+        return builders.get(cls.__name__, RecurrentMetadataBuilder)
 
     @classmethod
     def is_ssm(cls) -> bool:

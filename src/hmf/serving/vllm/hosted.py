@@ -3,7 +3,7 @@
 
 A mixer's `mix` takes states and packed documents and gives new states: all that vLLM's batches need. So a layer type
 is served from the day that it has a Hugging Face layer; one whose speed matters gets a file of its own: GDN all of it,
-GKA and Mamba2 their way with states on a GPU.
+GKA, Mamba2 and B'MOJO-F their way with states on a GPU.
 
 Under tensor parallelism each rank builds the mixer of a model with its share of the heads, loads that share of every
 tensor, and adds up what the ranks' projections out of the heads give.
@@ -55,9 +55,10 @@ def rank_config(config: Any, ranks: int) -> Any:
 
 
 class HostedMixer(RecurrentMixer):
-    def __init__(self, symbol: str, config: Any, prefix: str):
+    def __init__(self, symbol: str, config: Any, prefix: str, kept: dict[str, StateShape] | None = None):
+        """kept: the states where they are not those of the mixer."""
         self.rank, self.ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        super().__init__(symbol, states(symbol, config, self.ranks), prefix)
+        super().__init__(symbol, states(symbol, config, self.ranks) if kept is None else kept, prefix)
         layer = extract_layer_index(prefix)
         shapes = mixer_class(symbol).state_shapes(config, self.ranks)
         self.numbers = {name for name, state in shapes.items() if not state.shape}
@@ -93,10 +94,10 @@ class HostedMixer(RecurrentMixer):
     def finish(self, mixed: torch.Tensor, rest: None) -> torch.Tensor:
         return mixed
 
-    def load(self, name: str, tensor: torch.Tensor) -> str:
+    def load(self, name: str, tensor: torch.Tensor) -> str | None:
         """Copy this rank's share of a published tensor, named within the mixer.
 
-        Returns the parameter's name within this module.
+        Returns the parameter's name within this module; None, with nothing done, for one that vLLM loads.
         """
         parameter = self.mixer.get_parameter(name)
         sections = self._whole_sections(name), self.mixer.sections(name)

@@ -154,8 +154,8 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
             for name, tensor in account(weights, expected, optional):
                 if (found := MIXER_TENSOR.fullmatch(name)) is not None:
                     mixer = getattr(self.model.layers[int(found["layer"])], "self_attn", None)
-                    if isinstance(mixer, HostedMixer):
-                        hosted.add(f"model.layers.{found['layer']}.self_attn.{mixer.load(found['tensor'], tensor)}")
+                    if isinstance(mixer, HostedMixer) and (loaded := mixer.load(found["tensor"], tensor)):
+                        hosted.add(f"model.layers.{found['layer']}.self_attn.{loaded}")
                         continue
                 require_exact_products(name, tensor)
                 linear = self._linear_of(name.removesuffix(".bias")) if name.endswith(".bias") else None
@@ -194,7 +194,7 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
 
     def get_mamba_state_copy_funcs(self, mamba_types: set) -> dict:
         """How the states of each type move between blocks: whole, as no speculative token ever shifts them."""
-        mixers = [module for module in self.modules() if isinstance(module, RecurrentMixer)]
+        mixers = [module for module in self.modules() if isinstance(module, RecurrentMixer) and module.has_slots]
         return {mixer.mamba_type: (get_temporal_copy_spec,) * len(mixer.states) for mixer in mixers}
 
 

@@ -61,6 +61,7 @@ class RecurrentMixer(MambaBase, nn.Module):
         super().__init__()
         vllm_config = get_current_vllm_config()
         self.symbol, self.states, self.prefix = symbol, states, prefix
+        self.kept_by = prefix  # name of the layer whose slots hold the states: this one, unless it is part of another
         self._state_dtypes = state_dtypes(states.values(), vllm_config)
         self.kv_cache = tuple(torch.tensor([]) for _ in states)
         layers = vllm_config.compilation_config.static_forward_context
@@ -102,7 +103,13 @@ class RecurrentMixer(MambaBase, nn.Module):
     def mamba_type(self) -> MambaAttentionBackendEnum:
         return state_backend(self.symbol)
 
+    @property
+    def has_slots(self) -> bool:
+        return self.kept_by == self.prefix
+
     def get_kv_cache_spec(self, vllm_config: Any) -> Any:
+        if not self.has_slots:
+            return None
         cache = vllm_config.cache_config
         if cache.enable_prefix_caching:
             logger.info_once(
@@ -158,9 +165,12 @@ class RecurrentMixer(MambaBase, nn.Module):
 
     def decode(self, inputs: Tensors, slots: torch.Tensor) -> torch.Tensor:
         """One token of each of S requests, whose states stand in `slots` [S]: inputs [S, ...] -> [S, *output_shape]."""
-        slots = slots.long()
-        mixed, after = self.recur(tuple(x[:, None] for x in inputs), tuple(pool[slots] for pool in self.kv_cache), None)
-        store(self.kv_cache, slots, after)
+        return self.step(inputs, self.kv_cache, slots.long())
+
+    def step(self, inputs: Tensors, pools: Tensors, slots: torch.Tensor) -> torch.Tensor:
+        """`decode` by `recur`, on copies of the states."""
+        mixed, after = self.recur(tuple(x[:, None] for x in inputs), tuple(pool[slots] for pool in pools), None)
+        store(pools, slots, after)
         return mixed[:, 0]
 
 
@@ -184,7 +194,7 @@ def _recurrent_mix(inputs: list[torch.Tensor], output: torch.Tensor, layer_name:
     layer = context.no_compile_layers[layer_name]
     metadata = context.attn_metadata
     if metadata is not None:
-        metadata = metadata.get(layer_name)  # a trial run may have metadata for attention alone
+        metadata = metadata.get(layer.kept_by)  # a trial run may have metadata for attention alone
     layer.mix(tuple(inputs), output, metadata)
 
 

@@ -26,7 +26,7 @@ MIXERS = {
     "GDN": "hmf.serving.vllm.gdn",
     "GKA": "hmf.serving.vllm.gka",
     "M2": "hmf.serving.vllm.mamba2",
-    "BMF": "hmf.serving.vllm.hosted",
+    "BMF": "hmf.serving.vllm.bmojo",
     "SWA": "hmf.serving.vllm.window",
 }
 

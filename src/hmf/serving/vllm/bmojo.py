@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""B'MOJO-F inside vLLM: its recurrent layer as vLLM serves that type, and two windows of keys and values in the pool.
+
+States of a request: those of the recurrent layer, then near keys and values [W - 1, Hk, K] and fading ones
+[2 W - 1, Hk, K] as rings: position p stands at index p modulo the ring's size, so that a step writes one row. On a GPU,
+in bfloat16 or float16, prefill is one flash attention a window, merged by their log-sum-exps, and a decode step reads
+the rings where they are.
+
+Legend: N tokens of the batch, S sequences, T tokens a sequence, D model dim, H query heads, Hk key/value heads,
+K head_dim, W window size, R size of a ring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
+
+from hmf.config.layers import layer_options
+from hmf.layers.base import StateShape
+from hmf.layers.bmojo import INNER, BMojoF
+from hmf.layers.registry import mixer_class
+from hmf.ops import KeySet
+from hmf.ops.window import latest
+
+from .backends import HAS_KERNELS, WindowMetadata
+from .hosted import HostedMixer
+from .recurrent import Tensors
+from .support import mixer_module
+
+WINDOWS = ("k", "v", "fading_k", "fading_v")
+
+
+def states(symbol: str, config: Any, ranks: int) -> dict[str, StateShape]:
+    """The states of one request on one of `ranks` ranks; a ring has a row at least, which vLLM asks for."""
+    inner = layer_options(config, symbol).inner_symbol
+    found = {INNER + name: state for name, state in mixer_module(inner).states(inner, config, ranks).items()}
+    shapes = mixer_class(symbol).state_shapes(config, ranks)
+    for name in WINDOWS:
+        positions, *rest = shapes[name].shape
+        found[name] = shapes[name]._replace(shape=(max(1, positions), *rest))
+    return found
+
+
+def build(symbol: str, config: Any, quant_config: Any, prefix: str, attention: Any) -> nn.Module:
+    """The mixer for the place of `attention`, with that one's rotary positions."""
+    return BMojoMixer(symbol, config, prefix, attention)
+
+
+class BMojoMixer(HostedMixer):
+    mixer: BMojoF
+
+    def __init__(self, symbol: str, config: Any, prefix: str, attention: Any):
+        super().__init__(symbol, config, prefix, states(symbol, config, get_tensor_model_parallel_world_size()))
+        self.options, self.inner_name = self.mixer.options, self.mixer.inner_name
+        delattr(self.mixer, self.inner_name)  # vLLM's takes its place
+        inner = self.options.inner_symbol
+        layer = mixer_module(inner).build(inner, config, None, f"{prefix}.{self.inner_name}", attention)
+        layer.kept_by = prefix
+        self.add_module(self.inner_name, layer)
+        self.rotary = attention.rotary_emb
+        self.reaches = (self.options.window_size - 1, 2 * self.options.window_size - 1)
+        self.flash = None  # version of flash attention
+        if HAS_KERNELS and self.options.head_dim % 8 == 0 and self.options.head_dim <= 256:
+            self.flash = get_flash_attn_version()
+
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        super().bind_kv_cache(kv_cache)
+        self.get_submodule(self.inner_name).kv_cache = self.kv_cache[: -len(WINDOWS)]
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return (self.options.num_heads, self.options.head_dim)
+
+    def project(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> tuple[Tensors, None]:
+        attention = self.mixer.bmojo_attn
+        fading = self.get_submodule(self.inner_name)(positions, hidden_states)
+        q, k, v = (attention.normed(name, hidden_states, False) for name in "qkv")
+        fading_k, fading_v = (attention.normed(name, fading, True) for name in "kv")
+        q, k = self._rotated(positions, q, k)
+        queries: Tensors = (q,)
+        if attention.tied:
+            (fading_k,) = self._rotated(positions, fading_k)
+        else:
+            fading_q, fading_k = self._rotated(positions, attention.normed("q", hidden_states, True), fading_k)
+            queries = (q, fading_q)
+        for factor in self.mixer.positioned((hidden_states, hidden_states), positions)[2:]:
+            queries = tuple(query * factor for query in queries)
+        return (positions, k, v, fading_k, fading_v, *queries), None
+
+    def _rotated(self, positions: torch.Tensor, first: torch.Tensor, second: torch.Tensor | None = None) -> Tensors:
+        given = [x for x in (first, second) if x is not None]
+        found = self.rotary(positions, first.flatten(1), None if second is None else second.flatten(1))
+        return tuple(y.view_as(x) for x, y in zip(given, found, strict=False))
+
+    def finish(self, mixed: torch.Tensor, rest: None) -> torch.Tensor:
+        return self.mixer.bmojo_attn.o_proj(mixed.flatten(1))
+
+    def recur(self, inputs: Tensors, states: Tensors, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor, Tensors]:
+        """The two windows; `states` are their rings."""
+        positions, k, v, fading_k, fading_v, *queries = inputs
+        seen = positions[:, 0] if cu_seqlens is None else positions[0, cu_seqlens[:-1].long()]
+        lengths = positions.new_ones(len(seen)) if cu_seqlens is None else cu_seqlens.diff()
+        new, (near, far) = (k, v, fading_k, fading_v), self.reaches
+        sizes = (near, near, far, far)
+        pasts = [unrolled(ring, size, seen) for ring, size in zip(states, sizes, strict=True)]
+        sets = [KeySet(k, v, 0, near, *pasts[:2]), KeySet(fading_k, fading_v, near + 1, far, *pasts[2:])]
+        mixed = self.mixer.bmojo_attn.attend(queries, sets, seen, cu_seqlens)
+        kept = (latest(x, size, past, cu_seqlens) for x, size, past in zip(new, sizes, pasts, strict=True))
+        after = tuple(rolled(x, seen + lengths) if x.shape[1] else ring for x, ring in zip(kept, states, strict=True))
+        return mixed, after
+
+    def decode(self, inputs: Tensors, slots: torch.Tensor) -> torch.Tensor:
+        pools = self.kv_cache[-len(WINDOWS) :]
+        if not inputs[0].is_cuda:
+            return self.step(inputs, pools, slots.long())
+        from hmf.ops.window_decode import decode
+
+        positions, *new = (x.contiguous() for x in inputs)
+        new, queries = new[:4], new[4:]
+        window, scale = self.options.window_size, self.mixer.bmojo_attn.scale
+        return decode((queries[0], queries[-1]), tuple(new), pools, positions, slots, NULL_BLOCK_ID, window, scale)
+
+    def prefill(self, inputs: Tensors, pools: Tensors, metadata: WindowMetadata) -> torch.Tensor:
+        pools = pools[-len(WINDOWS) :]
+        if self.flash is None or inputs[1].dtype == torch.float32:
+            return super().prefill(inputs, pools, metadata)
+        from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+
+        _, k, v, fading_k, fading_v, *queries = inputs
+        slots, window, found = metadata.state_indices_tensor_p.long(), self.options.window_size, []
+        pairs = ((k, v), (fading_k, fading_v))
+        for number, (new, rings, query) in enumerate(
+            zip(pairs, (pools[:2], pools[2:]), (queries[0], queries[-1]), strict=True)
+        ):
+            layout = self._layout(metadata, self.reaches[number], number * window, query.device)
+            if layout.total:
+                keys, values = (layout.gather(x, ring, slots) for x, ring in zip(new, rings, strict=True))
+                found.append(self._attend(query, keys, values, layout, metadata))
+            for x, ring in zip(new, rings, strict=True):
+                layout.keep(x, ring, slots)
+        (o, weight), *rest = found
+        if not rest:
+            return o
+        mixed = torch.empty_like(o)
+        merge_attn_states(mixed, o, weight, *rest[0])
+        return mixed
+
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: WindowLayout, metadata: WindowMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output of one window [N, H, K] and the log of its softmax's sum [H, N]."""
+        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(
+            q=q, k=k, v=v, cu_seqlens_q=metadata.query_start_loc_p, cu_seqlens_k=layout.bounds,
+            max_seqlen_q=max(metadata.tokens_p), max_seqlen_k=layout.longest, softmax_scale=self.mixer.bmojo_attn.scale,
+            causal=True, window_size=[self.options.window_size - 1, 0], return_softmax_lse=True, fa_version=self.flash,
+        )  # fmt: skip
+
+    @staticmethod
+    def _layout(metadata: WindowMetadata, reach: int, lag: int, device: torch.device) -> WindowLayout:
+        """One for all layers of a step."""
+        if (reach, lag) not in metadata.made:
+            metadata.made[reach, lag] = WindowLayout.of(metadata.tokens_p, metadata.computed_p, reach, lag, device)
+        return metadata.made[reach, lag]
+
+    def load(self, name: str, tensor: torch.Tensor) -> str | None:
+        first, _, rest = name.partition(".")
+        if first != self.inner_name:
+            return super().load(name, tensor)
+        inner = self.get_submodule(self.inner_name)
+        loaded = inner.load(rest, tensor) if isinstance(inner, HostedMixer) else None
+        return loaded and f"{first}.{loaded}"
+
+
+@dataclass(frozen=True)
+class WindowLayout:
+    """Where the keys of one window stand, for prefills side by side: of each sequence those of its ring that a query
+    can see, then its own, without the last `lag`, which no query sees. So the window that a query sees ends at its own
+    place, counted from the end, as flash attention's sliding window does.
+
+    bounds: of the sequences' keys, [S + 1]; own, past: (from, to) and (sequence, from, to) as indices; kept: (token,
+    sequence, to) of what goes into the rings.
+    """
+
+    bounds: torch.Tensor
+    longest: int
+    total: int
+    alone: bool  # all keys are the first tokens, in order
+    own: Tensors
+    past: Tensors
+    kept: Tensors
+
+    @classmethod
+    def of(
+        cls, tokens: Sequence[int], computed: Sequence[int], reach: int, lag: int, device: torch.device
+    ) -> WindowLayout:
+        """Of sequences with so many tokens, and so many before them, in rings of `reach` positions."""
+        parts: list[list[np.ndarray]] = [[] for _ in range(8)]
+        bounds, first = [0], 0
+        for sequence, (count, before) in enumerate(zip(tokens, computed, strict=True)):
+            start, end = max(0, before - reach), before + count
+            stop = max(start, end - lag)
+            past, own = np.arange(start, min(stop, before)), np.arange(before, max(before, stop))
+            kept = np.arange(max(before, end - reach), end)
+            at = bounds[-1]
+            for part, found in zip(parts, (
+                own - before + first, own - start + at,
+                np.full(len(past), sequence), past % max(1, reach), past - start + at,
+                kept - before + first, np.full(len(kept), sequence), kept % max(1, reach),
+            ), strict=True):  # fmt: skip
+                part.append(found)
+            bounds.append(at + stop - start)
+            first += count
+        joined = [np.concatenate(part) for part in parts]
+        flat = torch.from_numpy(np.concatenate([*joined, np.array(bounds)]).astype(np.int64))
+        if device.type == "cuda":
+            flat = flat.pin_memory().to(device, non_blocking=True)
+        *found, ends = flat.split([*map(len, joined), len(bounds)])
+        longest, alone = int(np.diff(bounds).max()), len(tokens) == 1 and not len(joined[2])
+        return cls(ends.int(), longest, bounds[-1], alone, tuple(found[:2]), tuple(found[2:5]), tuple(found[5:]))
+
+    def gather(self, x: torch.Tensor, ring: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """Keys or values [total, Hk, K] of tokens x [N, Hk, K] and of those before them in `ring` [slots, R, ...]."""
+        if self.alone:
+            return x[: self.total]
+        found = x.new_empty(self.total, *x.shape[1:])
+        source, target = self.own
+        found[target] = x[source]
+        if len(self.past[0]):
+            sequence, source, target = self.past
+            found[target] = ring[slots[sequence], source]
+        return found
+
+    def keep(self, x: torch.Tensor, ring: torch.Tensor, slots: torch.Tensor) -> None:
+        """Put what later tokens may see of x into `ring`."""
+        token, sequence, target = self.kept
+        if len(token):
+            ring[slots[sequence], target] = x[token]
+
+
+def unrolled(ring: torch.Tensor, size: int, seen: torch.Tensor) -> torch.Tensor:
+    """The last `size` positions before position seen [S], oldest first, of rings [S, size, ...]."""
+    at = (seen[:, None] + torch.arange(size, device=ring.device)) % max(1, size)
+    return ring[torch.arange(len(ring), device=ring.device)[:, None], at]
+
+
+def rolled(kept: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """What `unrolled` undoes: rings of `kept` [S, size, ...], the positions before seen [S]."""
+    size = kept.shape[1]
+    at = (torch.arange(size, device=kept.device) - seen[:, None]) % size
+    return kept[torch.arange(len(kept), device=kept.device)[:, None], at]
