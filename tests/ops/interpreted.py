@@ -25,7 +25,8 @@ def narrow(x: np.ndarray) -> np.ndarray:
 
 
 def mend_bfloat16():
-    """The interpreter keeps bfloat16 as uint16: its products take the bits for numbers, its casts take long."""
+    """The interpreter keeps bfloat16 as uint16: its products take the bits for numbers, its casts take long. Products of
+    float16 it adds up in float16."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -33,7 +34,7 @@ def mend_bfloat16():
     plain = builder.cast_impl
 
     def dot(self, a, b, to, *precision):
-        a, b = (widen(x.data) if x.dtype.scalar == tl.bfloat16 else x.data for x in (a, b))
+        a, b = (widen(x.data) if x.dtype.scalar == tl.bfloat16 else x.data.astype(np.float32) for x in (a, b))
         return interpreter.TensorHandle(np.matmul(a, b) + to.data, to.dtype.scalar)
 
     def cast(self, x, dtype):
@@ -66,6 +67,11 @@ CASES = [  # name, shape, options, changes, dtype, with gradients
      TWO, {"value_dim": 5, "symmetric": False}, torch.float32, True),
     ("rows", Shape(tokens=9, heads=1, head_dim=16),
      TWO | {"rescale": False, "bp_lambda": False}, {"alpha": False}, torch.bfloat16, True),
+    ("packed, no gradients", Shape(lengths=(0, 37, 1), heads=2, head_dim=20, with_state=True),
+     TWO, {"value_dim": 5, "symmetric": False}, torch.bfloat16, False),
+    ("rows, no gradients", Shape(batch=2, tokens=19, heads=1, head_dim=16),
+     {"num_iter": 3, "rescale": False}, {"alpha": False}, torch.bfloat16, False),
+    ("no steps, no gradients", Shape(tokens=3, heads=1, head_dim=16), {"num_iter": 0}, {}, torch.bfloat16, False),
     ("no steps", Shape(tokens=3, heads=1, head_dim=16), {"num_iter": 0}, {}, torch.float32, True),
     ("a token", Shape(batch=2, tokens=1, heads=1, head_dim=12, with_state=True),
      TWO, {"value_dim": 5, "symmetric": False}, torch.bfloat16, False),
@@ -105,10 +111,10 @@ POOLS = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)]  # to
 
 
 def main() -> int:
-    from hmf.ops import gka_triton
+    from hmf.ops import gka_chunk_triton, gka_triton
 
     mend_bfloat16()
-    gka_triton.CHUNK_SIZE = 16
+    gka_triton.CHUNK_SIZE = gka_chunk_triton.CHUNK_SIZE = 16
     gka_triton.STORED = 2 * 2 * 2 * 16 * 16 * 4  # the backward takes two chunks at a time
     failures = 0
     for name, shape, options, changes, dtype, gradients in CASES:
