@@ -48,65 +48,101 @@ def _halves(x):
 
 
 @triton.jit
+def _prepare(
+    k, g, gk, beta, unit, weight, total, bounds, chunks, sequence_of, k_row, unit_row, tokens, most, sequences, eps,
+    NORMALISE: tl.constexpr, BETA: tl.constexpr, H: tl.constexpr, KEY_GROUP: tl.constexpr, K: tl.constexpr,
+    SIZE: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Of one chunk and head: its tokens' weights in both states at its end, the states' decays over it, its keys."""
+    chunk, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    sequence = tl.load(sequence_of + chunk)
+    if sequence >= sequences:  # there are at most so many chunks as programs
+        return
+    stop, t, d = tl.load(bounds + sequence + 1), tl.arange(0, SIZE), tl.arange(0, D)
+    token = tl.load(bounds + sequence) + (chunk - tl.load(chunks + sequence)) * SIZE + t.to(tl.int64)
+    real = token < stop
+    strength = tl.full([SIZE], 1.0, tl.float32)
+    if BETA:
+        strength = _load(beta, token * H + head, real)
+        strength *= strength
+    for state in tl.static_range(2):
+        log_decay = _load(g if state else gk, token * H + head, real)
+        whole = tl.sum(log_decay, axis=0)
+        share = tl.exp(whole - tl.cumsum(log_decay, axis=0)) * strength
+        tl.store(weight + (state * tokens + token) * H + head, share, mask=real)
+        tl.store(total + (state * most + chunk) * H + head, tl.exp(whole))
+    if NORMALISE:
+        if head % KEY_GROUP == 0:
+            inside, column = real[:, None] & (d < K)[None, :], (head // KEY_GROUP) * K + d[None, :]
+            key = _load(k + token[:, None] * k_row, column, inside).to(tl.float32)
+            key = _normalised(key, eps, k.dtype.element_ty)
+            tl.store(unit + token[:, None] * unit_row + column, key.to(unit.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _states(
-    k, v, g, gk, beta, C, U, C_starts, U_starts, C_out, U_out, bounds, chunks, k_row, v_row, eps,
-    NORMALISE: tl.constexpr, BETA: tl.constexpr, STATE: tl.constexpr, H: tl.constexpr, KEY_GROUP: tl.constexpr,
+    k, v, weight, total, C, U, C_starts, scales, squares, U_starts, C_out, U_out, bounds, chunks, k_row, v_row,
+    tokens, most, STATE: tl.constexpr, H: tl.constexpr, KEY_GROUP: tl.constexpr,
     VALUE_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of a state of one sequence and head: first the covariance's programs, then the values'."""
+    """Some columns of a state of one sequence and head: the first programs those of the covariance, then the values'.
+
+    At every chunk's start the covariance is written in float16 over a power of two of these columns, with its sum of
+    squares; the values' state as two bfloat16 numbers.
+    """
     part, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     covariance_parts: tl.constexpr = (K + B - 1) // B
     covariance = part < covariance_parts
     at_k = k + (head // KEY_GROUP) * K
     if covariance:
-        x, x_row, log_decay, state, starts, out = at_k, k_row, gk, C, C_starts, C_out
+        x, x_row, state, out = at_k, k_row, C, C_out
         first_column, columns = part * B, K
     else:
-        x, x_row, log_decay, state, starts, out = v + (head // VALUE_GROUP) * V, v_row, g, U, U_starts, U_out
+        x, x_row, state, out = v + (head // VALUE_GROUP) * V, v_row, U, U_out
         first_column, columns = (part - covariance_parts) * B, V
+        weight += tokens.to(tl.int64) * H
+        total += most.to(tl.int64) * H
     t, i, j = tl.arange(0, SIZE), tl.arange(0, D), first_column + tl.arange(0, B)
     inside = (i < K)[:, None] & (j < columns)[None, :]
-    at = head * K * columns + i[:, None] * columns + j[None, :]
-    slot = H * K * columns  # values of a state of all heads
+    at = i[:, None] * columns + j[None, :]
+    slot = (sequence * H + head) * K * columns
     now = tl.zeros([D, B], tl.float32)
     if STATE:
-        now += _load(state + sequence * slot, at, inside).to(tl.float32)
+        now += _load(state + slot, at, inside).to(tl.float32)
     first, stop = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
-    chunk = tl.load(chunks + sequence).to(tl.int64)
+    chunk = tl.load(chunks + sequence).to(tl.int64) * H + head
     for token in range(first, stop, SIZE):
-        tl.store(starts + chunk * slot + at, now, mask=inside)
-        chunk += 1
-        tokens = (token + t).to(tl.int64)
-        real = tokens < stop
-        keys = _load(at_k + tokens[:, None] * k_row, i[None, :], real[:, None] & (i < K)[None, :])
-        values = _load(x + tokens[:, None] * x_row, j[None, :], real[:, None] & (j < columns)[None, :])
-        decay = tl.cumsum(_load(log_decay, tokens * H + head, real), axis=0)
-        total = tl.sum(_load(log_decay, tokens * H + head, real), axis=0)
-        weight = tl.exp(total - decay)
-        if BETA:
-            strength = _load(beta, tokens * H + head, real)
-            weight *= strength * strength
-        wide = values.to(tl.float32)
-        if NORMALISE:
-            key = keys.to(tl.float32)
-            norm = tl.sqrt(tl.sum(key * key, axis=1)) + eps
-            keys = (key / norm[:, None]).to(keys.dtype)
-            if covariance:
-                wide = (wide / norm[:, None]).to(values.dtype).to(tl.float32)
-        high, low = _parts(wide * weight[:, None])
-        now = tl.dot(tl.trans(keys), low, now * tl.exp(total))
+        row = (token + t).to(tl.int64)
+        real = row < stop
+        keys = _load(at_k + row[:, None] * k_row, i[None, :], real[:, None] & (i < K)[None, :])
+        values = _load(x + row[:, None] * x_row, j[None, :], real[:, None] & (j < columns)[None, :])
+        share = _load(weight, row * H + head, real)
+        carry = tl.load(total + chunk)
+        if covariance:
+            scale = _power(tl.max(tl.max(tl.abs(now), axis=1), axis=0))
+            tl.store(C_starts + chunk * K * K + at, (now / scale).to(tl.float16), mask=inside)
+            tl.store(scales + chunk * covariance_parts + part, scale)
+            tl.store(squares + chunk * covariance_parts + part, tl.sum(tl.sum(now * now, axis=1), axis=0))
+        else:
+            high, low = _parts(now)
+            tl.store(U_starts + chunk * 2 * K * V + at, high, mask=inside)
+            tl.store(U_starts + (chunk * 2 + 1) * K * V + at, low, mask=inside)
+        chunk += H
+        high, low = _parts(values.to(tl.float32) * share[:, None])
+        now = tl.dot(tl.trans(keys), low, now * carry)
         now = tl.dot(tl.trans(keys), high, now)
-    tl.store(out + sequence * slot + at, now, mask=inside)
+    tl.store(out + slot + at, now, mask=inside)
 
 
 @triton.jit
 def _outputs(
-    q, k, v, g, gk, alpha, beta, C_starts, U_starts, o, bounds, chunks, sequence_of, weights,
+    q, k, v, g, gk, alpha, beta, C_starts, scales, squares, U_starts, o, bounds, chunks, sequence_of, weights,
     q_row, k_row, v_row, sequences, eps, c, keep, scale, num_iter,
     NORMALISE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, H: tl.constexpr, QUERY_GROUP: tl.constexpr,
     KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
+    """o of one chunk and head; keys k are normalised."""
     chunk, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     sequence = tl.load(sequence_of + chunk)
     if sequence >= sequences:  # there are at most so many chunks as programs
@@ -122,7 +158,6 @@ def _outputs(
     keys = _load(k + (head // KEY_GROUP) * K + token[:, None] * k_row, d[None, :], inside)
     query = _load(q + (head // QUERY_GROUP) * K + token[:, None] * q_row, d[None, :], inside).to(tl.float32)
     if NORMALISE:
-        keys = _normalised(keys.to(tl.float32), eps, keys.dtype).to(keys.dtype)
         query = _normalised(query, eps, q.dtype.element_ty)
     strength = tl.full([SIZE], 1.0, tl.float32)
     if BETA:
@@ -131,54 +166,65 @@ def _outputs(
 
     if num_iter > 0:
         # Keys and covariance with largest entries in [1, 2), by powers of two that go into their weights.
-        key = keys.to(tl.float32)
-        power = _power(tl.max(tl.abs(key), axis=1))
-        unit = (key / power[:, None]).to(tl.float16)
-        old = _load(C_starts + (chunk * H + head) * K * K, e[:, None] * K + d[None, :], (e < K)[:, None] & (d < K)[None, :])
-        size = _power(tl.max(tl.max(tl.abs(old), axis=1), axis=0))
-        old /= size
-        start = old.to(tl.float16)
+        power = _power(tl.max(tl.abs(keys.to(tl.float32)), axis=1))
+        unit = (keys.to(tl.float32) / power[:, None]).to(tl.float16)
+        part: tl.constexpr = (K + B - 1) // B
+        at = (chunk * H + head) * part
+        scale_of = _load(scales + at, d // B, d < K)
+        size = tl.max(scale_of, axis=0)
+        old = tl.sum(_load(squares + at, d, d < part), axis=0)
+        start = _load(C_starts + (chunk * H + head) * K * K, e[:, None] * K + d[None, :], (e < K)[:, None] & (d < K)[None, :])
+        start *= (scale_of / size).to(tl.float16)[None, :]
         log_decay = tl.cumsum(_load(gk, gate, real), axis=0)
         weight = tl.where(causal, tl.exp(log_decay[:, None] - log_decay[None, :]), 0.0)
         weight *= (strength * power * power)[None, :]
         # ||C_t||_F^2: sums of non-negative terms, so nothing cancels.
         gram = tl.dot(unit, tl.trans(unit))
-        fresh = tl.sum(tl.dot(weight, gram * gram) * weight, axis=1)
-        along = tl.sum(tl.dot(unit, start) * unit.to(tl.float32), axis=1)
+        gram = (gram * gram * (16 / (D * D))).to(tl.float16)  # at most 256
+        top = _power(tl.max(weight, axis=1))
+        fresh = tl.dot((weight / top[:, None]).to(tl.float16), gram)
+        fresh = tl.sum(fresh * weight, axis=1) * top * (D * D / 16)
+        along = tl.sum(tl.dot(unit, start) * unit.to(tl.float32), axis=1) * size
         mixed = tl.sum(weight * along[None, :], axis=1)
-        row = tl.exp(log_decay) * size
-        square = row * row * tl.sum(tl.sum(old * old, axis=1), axis=0) + 2 * row * mixed + fresh
+        row = tl.exp(log_decay)
+        square = row * row * old + 2 * row * mixed + fresh
         factor = tl.where(square > 0, c / tl.sqrt(tl.maximum(square, 1.2e-38)), 0.0)
+        row *= size
         row *= factor
         weight *= factor[:, None]
 
         length = _power(tl.max(tl.abs(query), axis=1))
-        rhs = query / length[:, None]
-        now, before = rhs, tl.zeros_like(rhs)
+        now = query / length[:, None]
+        rhs = now.to(tl.bfloat16)
+        before = tl.zeros_like(now)
+        weight_h = weight.to(tl.float16)
         for n in range(num_iter):
             w = tl.load(weights + n)
             high, low = _halves(now)
             within = tl.dot(high, tl.trans(unit), tl.dot(low, tl.trans(unit)))
-            product = tl.dot(high, tl.trans(start), tl.dot(low, tl.trans(start))) * row[:, None]
-            product = tl.dot((within * weight).to(tl.float16), unit, product)
-            new = w * (keep * now - product + rhs) + (1 - w) * before
+            within = (within * (-w * weight_h.to(tl.float32))).to(tl.float16)
+            new = (w * keep) * now + w * rhs.to(tl.float32) + (1 - w) * before
+            high, low = _halves(now * (-w * row)[:, None])
+            new = tl.dot(high, tl.trans(start), tl.dot(low, tl.trans(start), new))
+            new = tl.dot(within, unit, new)
             before = now
             now = new
         solution = now * (factor * length)[:, None]
         share = tl.full([SIZE], 1.0, tl.float32)
         if ALPHA:
             share = _load(alpha, gate, real)
-        query = rhs * length[:, None]
+        query = rhs.to(tl.float32) * length[:, None]
         query += share[:, None] * (solution - query)
 
     high, low = _parts(query * scale)
     log_decay = tl.cumsum(_load(g, gate, real), axis=0)
     weight = tl.where(causal, tl.exp(log_decay[:, None] - log_decay[None, :]), 0.0) * strength[None, :]
     in_value = (u < V)[None, :]
-    state = _load(U_starts + (chunk * H + head) * K * V, e[:, None] * V + u[None, :], (e < K)[:, None] & in_value)
-    state_high, state_low = _parts(state)
-    result = tl.dot(low, state_high, tl.dot(high, state_low))
-    result = tl.dot(high, state_high, result) * tl.exp(log_decay)[:, None]
+    at, filled = e[:, None] * V + u[None, :], (e < K)[:, None] & in_value
+    state = _load(U_starts + (chunk * H + head) * 2 * K * V, at, filled)
+    result = tl.dot(high, state, tl.dot(low, state))
+    state = _load(U_starts + ((chunk * H + head) * 2 + 1) * K * V, at, filled)
+    result = tl.dot(high, state, result) * tl.exp(log_decay)[:, None]
     scores = tl.dot(high, tl.trans(keys), tl.dot(low, tl.trans(keys)))
     scores, scores_low = _parts(scores * weight)
     values = _load(v + (head // VALUE_GROUP) * V + token[:, None] * v_row, u[None, :], real[:, None] & in_value)
@@ -230,32 +276,46 @@ def chunked(
     chunks = torch.zeros_like(bounds)
     torch.cumsum((bounds.diff() + CHUNK_SIZE - 1) // CHUNK_SIZE, 0, out=chunks[1:])
     sequence_of = torch.searchsorted(chunks, torch.arange(most, device=q.device, dtype=torch.int32), right=True) - 1
-    new = {"dtype": torch.float32, "device": q.device}
-    C_starts, C_out = (torch.empty(count, heads, key_dim, key_dim, **new) for count in (most, sequences))
-    U_starts, U_out = (torch.empty(count, heads, key_dim, value_dim, **new) for count in (most, sequences))
-    o = v.new_empty(tokens, heads, value_dim)
-    C, U = (C_out, U_out) if state is None else (x.contiguous() for x in state)
     c, _, _ = coefficients(num_iter, ridge_strength)
     keep, weights = _steps(num_iter, ridge_strength, q.device)
     width, value_width = _width(key_dim), _width(value_dim)
     columns = min(COLUMNS, width, value_width)
-    common = {
-        "NORMALISE": eps is not None, "BETA": beta is not None, "H": heads, "KEY_GROUP": heads // k.shape[1],
-        "VALUE_GROUP": heads // v.shape[1], "K": key_dim, "V": value_dim, "SIZE": CHUNK_SIZE, "D": width,
-    }  # fmt: skip
-    eps, factor = eps or 0.0, g if beta is None else beta
+    parts = triton.cdiv(key_dim, columns)
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=q.device)
+
+    C_out, U_out = (new(sequences, heads, key_dim, dim) for dim in (key_dim, value_dim))
+    C, U = (C_out, U_out) if state is None else (x.contiguous() for x in state)
+    C_starts, U_starts = (
+        new(most, heads, key_dim, key_dim, dtype=torch.float16),
+        new(most, heads, 2, key_dim, value_dim, dtype=torch.bfloat16),
+    )
+    scales, squares = new(2, most, heads, parts)
+    weight, total = new(2, tokens, heads), new(2, most, heads)
+    unit = k if eps is None else new(*k.shape, dtype=k.dtype)
+    o = v.new_empty(tokens, heads, value_dim)
+    common = {"H": heads, "KEY_GROUP": heads // k.shape[1], "K": key_dim, "SIZE": CHUNK_SIZE, "D": width}
+    values = {"VALUE_GROUP": heads // v.shape[1], "V": value_dim, "B": columns}
+    gates = {"NORMALISE": eps is not None, "BETA": beta is not None}
+    eps, strength, share = eps or 0.0, g if beta is None else beta, g if alpha is None else alpha
     with torch.cuda.device_of(q):
-        parts = triton.cdiv(key_dim, columns) + triton.cdiv(value_dim, columns)
-        _states[parts, heads, sequences](
-            k, v, g, gk, factor, C, U, C_starts, U_starts, C_out, U_out, bounds, chunks, k.stride(0), v.stride(0), eps,
-            STATE=state is not None, B=columns, num_warps=4, num_stages=2, **common,
+        if most:
+            _prepare[most * heads,](
+                k, g, gk, strength, unit, weight, total, bounds, chunks, sequence_of, k.stride(0), unit.stride(0),
+                tokens, most, sequences, eps, **gates, **common, num_warps=4,
+            )  # fmt: skip
+        _states[parts + triton.cdiv(value_dim, columns), heads, sequences](
+            unit, v, weight, total, C, U, C_starts, scales, squares, U_starts, C_out, U_out, bounds, chunks,
+            unit.stride(0), v.stride(0), tokens, most, STATE=state is not None, **common, **values,
+            num_warps=4, num_stages=3,
         )  # fmt: skip
         if most:
             _outputs[most * heads,](
-                q, k, v, g, gk, g if alpha is None else alpha, factor, C_starts, U_starts, o, bounds, chunks,
-                sequence_of, weights, q.stride(0), k.stride(0), v.stride(0), sequences, eps, c, keep,
+                q, unit, v, g, gk, share, strength, C_starts, scales, squares, U_starts, o, bounds, chunks, sequence_of,
+                weights, q.stride(0), unit.stride(0), v.stride(0), sequences, eps, c, keep,
                 key_dim**-0.5 if rescale else 1.0, num_iter, ALPHA=alpha is not None, QUERY_GROUP=heads // q.shape[1],
-                DV=value_width, num_warps=8 if width > 64 else 4, num_stages=1, **common,
+                DV=value_width, **gates, **common, **values, num_warps=4, num_stages=1,
             )  # fmt: skip
     return o, (C_out, U_out)
 
