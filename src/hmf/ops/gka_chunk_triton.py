@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gated KalmaNet's prefill in two Triton kernels, for tokens in bfloat16 and without gradients.
+"""Gated KalmaNet's prefill in three Triton kernels, for tokens in bfloat16 and without gradients.
 
-`_states` carries both states of a sequence and head over its chunks and writes what they are where each chunk starts.
-`_outputs` takes one chunk of one head: norms, all Chebyshev iterations and the output, nothing of which leaves the chip
-in between. Heads of queries, keys and values are shared by address, beta enters as the weight beta^2 of a key's terms
-in both states, and q and k are normalised on the way. `gka.reference` is the definition.
+`_prepare` normalises keys and sums up decays, `_states` carries both states of a sequence and head over its chunks and
+writes what they are where each chunk starts, `_outputs` takes one chunk of one head: norms, all Chebyshev iterations
+and the output, nothing of which leaves the chip in between. Heads of queries, keys and values are shared by address,
+and beta is the weight beta^2 of a key's terms in both states. `gka.reference` is the definition.
 
 Where products are rounded: the iterations' run in float16, with 11 bits where bfloat16 has 8. The covariance at the
 chunk's start, the keys (scaled by powers of two, so exact) and their weighted products are one number each. The iterate
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .gka import Result, State, coefficients
-from .gka_triton import _load, _parts, _steps, _width
+from .gka_triton import _load, _parts, _shared_memory, _steps, _width
 
 CHUNK_SIZE = 64
 COLUMNS = 32  # of a state that one program of `_states` carries
@@ -138,8 +138,8 @@ def _states(
 def _outputs(
     q, k, v, g, gk, alpha, beta, C_starts, scales, squares, U_starts, o, bounds, chunks, sequence_of, weights,
     q_row, k_row, v_row, sequences, eps, c, keep, scale, num_iter,
-    NORMALISE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, H: tl.constexpr, QUERY_GROUP: tl.constexpr,
-    KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    SOLVE: tl.constexpr, NORMALISE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, H: tl.constexpr,
+    QUERY_GROUP: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """o of one chunk and head; keys k are normalised."""
@@ -156,15 +156,12 @@ def _outputs(
     causal = t[:, None] >= s[None, :]
 
     keys = _load(k + (head // KEY_GROUP) * K + token[:, None] * k_row, d[None, :], inside)
-    query = _load(q + (head // QUERY_GROUP) * K + token[:, None] * q_row, d[None, :], inside).to(tl.float32)
-    if NORMALISE:
-        query = _normalised(query, eps, q.dtype.element_ty)
     strength = tl.full([SIZE], 1.0, tl.float32)
     if BETA:
         strength = _load(beta, gate, real)
         strength *= strength
 
-    if num_iter > 0:
+    if SOLVE:
         # Keys and covariance with largest entries in [1, 2), by powers of two that go into their weights.
         power = _power(tl.max(tl.abs(keys.to(tl.float32)), axis=1))
         unit = (keys.to(tl.float32) / power[:, None]).to(tl.float16)
@@ -173,7 +170,8 @@ def _outputs(
         scale_of = _load(scales + at, d // B, d < K)
         size = tl.max(scale_of, axis=0)
         old = tl.sum(_load(squares + at, d, d < part), axis=0)
-        start = _load(C_starts + (chunk * H + head) * K * K, e[:, None] * K + d[None, :], (e < K)[:, None] & (d < K)[None, :])
+        at, filled = e[:, None] * K + d[None, :], (e < K)[:, None] & (d < K)[None, :]
+        start = _load(C_starts + (chunk * H + head) * K * K, at, filled)
         start *= (scale_of / size).to(tl.float16)[None, :]
         log_decay = tl.cumsum(_load(gk, gate, real), axis=0)
         weight = tl.where(causal, tl.exp(log_decay[:, None] - log_decay[None, :]), 0.0)
@@ -189,20 +187,22 @@ def _outputs(
         row = tl.exp(log_decay)
         square = row * row * old + 2 * row * mixed + fresh
         factor = tl.where(square > 0, c / tl.sqrt(tl.maximum(square, 1.2e-38)), 0.0)
-        row *= size
-        row *= factor
-        weight *= factor[:, None]
-
+        row *= size * factor
+        weight = (weight * factor[:, None]).to(tl.float16)
+    # Only now, as the registers hold no more.
+    query = _load(q + (head // QUERY_GROUP) * K + token[:, None] * q_row, d[None, :], inside).to(tl.float32)
+    if NORMALISE:
+        query = _normalised(query, eps, q.dtype.element_ty)
+    if SOLVE:
         length = _power(tl.max(tl.abs(query), axis=1))
         now = query / length[:, None]
         rhs = now.to(tl.bfloat16)
         before = tl.zeros_like(now)
-        weight_h = weight.to(tl.float16)
         for n in range(num_iter):
             w = tl.load(weights + n)
             high, low = _halves(now)
             within = tl.dot(high, tl.trans(unit), tl.dot(low, tl.trans(unit)))
-            within = (within * (-w * weight_h.to(tl.float32))).to(tl.float16)
+            within = (within * (-w * weight.to(tl.float32))).to(tl.float16)
             new = (w * keep) * now + w * rhs.to(tl.float32) + (1 - w) * before
             high, low = _halves(now * (-w * row)[:, None])
             new = tl.dot(high, tl.trans(start), tl.dot(low, tl.trans(start), new))
@@ -239,6 +239,9 @@ def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None
         return "tokens are not bfloat16"
     if max(q.shape[-1], v.shape[-1]) > 128:
         return "heads are wider than 128"
+    needed = 112 if max(q.shape[-1], v.shape[-1]) > 64 else 64
+    if q.is_cuda and _shared_memory(q.device) < needed * 2**10:
+        return f"a block has less than {needed} KiB of shared memory"
     return None
 
 
@@ -314,7 +317,8 @@ def chunked(
             _outputs[most * heads,](
                 q, unit, v, g, gk, share, strength, C_starts, scales, squares, U_starts, o, bounds, chunks, sequence_of,
                 weights, q.stride(0), unit.stride(0), v.stride(0), sequences, eps, c, keep,
-                key_dim**-0.5 if rescale else 1.0, num_iter, ALPHA=alpha is not None, QUERY_GROUP=heads // q.shape[1],
+                key_dim**-0.5 if rescale else 1.0, num_iter, SOLVE=num_iter > 0,
+                ALPHA=alpha is not None, QUERY_GROUP=heads // q.shape[1],
                 DV=value_width, **gates, **common, **values, num_warps=4, num_stages=1,
             )  # fmt: skip
     return o, (C_out, U_out)
