@@ -25,8 +25,8 @@ def narrow(x: np.ndarray) -> np.ndarray:
 
 
 def mend_bfloat16():
-    """The interpreter keeps bfloat16 as uint16: its products take the bits for numbers, its casts take long. Products of
-    float16 it adds up in float16."""
+    """The interpreter keeps bfloat16 as uint16: its products take the bits for numbers, its casts take long; products
+    of float16 it adds up in float16."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -106,6 +106,37 @@ def pool_errors(device: str, dtype: torch.dtype, pool_dtype: torch.dtype) -> dic
     return {name: doctor.relative_error(y.cpu().double(), z) for (name, y), z in zip(found.items(), exact, strict=True)}
 
 
+def shared_errors(device: str) -> dict[str, float]:
+    """Of the kernels on heads that share queries, keys and values, with beta and norms inside, as a server calls them:
+    documents of several chunks, of one token and of none, and one more token each, relative to the reference."""
+    from hmf.ops import gka_chunk_triton, gka_triton
+
+    generator = torch.Generator().manual_seed(0)
+    bounds, heads, size, options = [0, 37, 38, 38, 54], 4, 16, {"num_iter": 5, "ridge_strength": 0.02, "rescale": True}
+    q, k, v = (torch.randn(58, of, size, generator=generator).bfloat16() for of in (2, 1, 4))
+    gates = torch.rand(4, 58, heads, generator=generator)
+    g, gk, alpha, beta = -gates[0], -0.1 * gates[1], gates[2], gates[3]
+
+    def expanded(at):
+        x = [(y[at].float() / (y[at].float().norm(dim=-1, keepdim=True) + 1e-6)).bfloat16() for y in (q, k)]
+        x = [y.double().repeat_interleave(heads // y.shape[1], 1) for y in (*x, v[at])]
+        strength = beta[at, :, None].double()
+        return [y[None] for y in (x[0], x[1] * strength, x[2] * strength, *(y[at].double() for y in (g, gk, alpha)))]
+
+    def found(kernel, at, *rest, **more):
+        x = [y[at].to(device) for y in (q, k, v, g, gk, alpha)]
+        return kernel(*x, *rest, **options, **more, beta=beta[at].to(device), eps=1e-6)
+
+    whole, last, cu_seqlens = slice(0, 54), slice(54, 58), torch.tensor(bounds)
+    expected, state = gka.reference(*expanded(whole), None, cu_seqlens, **options)
+    o, after = found(gka_chunk_triton.chunked, whole, None, cu_seqlens.to(device))
+    result = {"output": (o, expected[0]), "covariance": (after[0], state[0]), "recurrent": (after[1], state[1])}
+    expected, state = gka.reference(*expanded(last), state, torch.arange(5), **options)
+    o, after = found(gka_triton.step, last, after)
+    result |= {"next": (o, expected[0]), "next C": (after[0], state[0]), "next U": (after[1], state[1])}
+    return {name: doctor.relative_error(y.cpu().double(), z) for name, (y, z) in result.items()}
+
+
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 POOLS = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)]  # tokens, states
 
@@ -131,6 +162,10 @@ def main() -> int:
             if not error <= TOLERANCES[pool_dtype]:
                 failures += 1
                 print(f"a pool of {pool_dtype}: {tensor} is off by {error:.1e}")
+    for tensor, error in shared_errors("cpu").items():
+        if not error <= (4e-3 if tensor in ("output", "next") else 1e-3):
+            failures += 1
+            print(f"shared heads: {tensor} is off by {error:.1e}")
     print(f"{len(CASES)} cases, {failures} failures")
     return failures
 

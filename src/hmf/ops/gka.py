@@ -195,8 +195,8 @@ def fast(
     q, k, v, g, gk, alpha=None, initial_state=None, cu_seqlens=None,
     *, num_iter=30, ridge_strength=0.02, bp_lambda=True, rescale=True,
 ) -> Result:  # fmt: skip
-    """Our Triton kernels (CUDA): all of it in bfloat16 without gradients and for single tokens; elsewhere the iterations,
-    and the rest as in `chunked`."""
+    """Our Triton kernels (CUDA): all of it for single tokens and in bfloat16, both without gradients; otherwise the
+    iterations, with the rest as in `chunked`."""
     from . import gka_chunk_triton
     from . import gka_triton as kernels
 

@@ -71,12 +71,12 @@ def _prepare(
         share = tl.exp(whole - tl.cumsum(log_decay, axis=0)) * strength
         tl.store(weight + (state * tokens + token) * H + head, share, mask=real)
         tl.store(total + (state * most + chunk) * H + head, tl.exp(whole))
-    if NORMALISE:
-        if head % KEY_GROUP == 0:
-            inside, column = real[:, None] & (d < K)[None, :], (head // KEY_GROUP) * K + d[None, :]
-            key = _load(k + token[:, None] * k_row, column, inside).to(tl.float32)
-            key = _normalised(key, eps, k.dtype.element_ty)
-            tl.store(unit + token[:, None] * unit_row + column, key.to(unit.dtype.element_ty), mask=inside)
+    if NORMALISE:  # by the first of the heads that share a key
+        inside = (real & (head % KEY_GROUP == 0))[:, None] & (d < K)[None, :]
+        column = (head // KEY_GROUP) * K + d[None, :]
+        key = _load(k + token[:, None] * k_row, column, inside).to(tl.float32)
+        key = _normalised(key, eps, k.dtype.element_ty)
+        tl.store(unit + token[:, None] * unit_row + column, key.to(unit.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -150,7 +150,7 @@ class GKAMixer(HostedMixer):
         return [x.unflatten(-1, (-1, self.mixer.options.head_dim)) for x in qkv.split(self.widths[:3], dim=-1)]
 
     def _expanded(self, x: torch.Tensor, rest: torch.Tensor) -> list[torch.Tensor]:
-        """q, k, v of N tokens, convolved channels x and the others: their heads shared, unless low-rank terms differ."""
+        """q, k, v from convolved channels x and the others: with their own heads, unless these get low-rank terms."""
         q, k, v = self._streams(torch.cat([x, rest], dim=-1) if rest.shape[-1] else x)
         if self.mixer.options.kv_proj_rank:
             k, v = (self.mixer.expand(name, y[None])[0].contiguous() for name, y in (("k", k), ("v", v)))
