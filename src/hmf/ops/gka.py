@@ -209,7 +209,7 @@ def fast(
         o, state = kernels.step(q, k, v, g, gk, None if alpha is None else alpha[:, 0], initial_state, **options)
         return o[:, None], state
     elif not torch.is_grad_enabled() and not gka_chunk_triton.unsupported(q, k, v):
-        sequence_lengths(*q.shape[:2], cu_seqlens)
+        sequence_lengths(q.shape[0], q.shape[1], cu_seqlens)  # refuses wrong ones
         return gka_chunk_triton.rows(q, k, v, g, gk, alpha, initial_state, cu_seqlens, **options)
     else:
         # Keys that are numbers of bfloat16 spare some of the kernels' products.

@@ -81,8 +81,9 @@ class GKAMixer(HostedMixer):
         x, rest = inputs[0].tensor_split([channels], dim=-1)
         x, window = short_conv(x, self.conv_weight, None, states[0].transpose(1, 2), cu_seqlens)
         g, gk, beta, alpha = self._gates(inputs)
-        heads = self.mixer.heads(*self._streams(torch.cat([x, rest], dim=-1)), beta)
-        o, after = gated_kalmanet(*heads, g, gk, alpha, states[1:], cu_seqlens, **self.mixer.solver)
+        q, k, v = self._streams(torch.cat([x, rest], dim=-1))
+        q, k, v = self.mixer.heads(q, k, v, beta)
+        o, after = gated_kalmanet(q, k, v, g, gk, alpha, states[1:], cu_seqlens, **self.mixer.solver)
         return o, (window.transpose(1, 2), *after)
 
     def prefill(self, inputs: Tensors, pools: Tensors, metadata: RecurrentMetadata) -> torch.Tensor:
