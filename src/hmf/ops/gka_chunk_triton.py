@@ -72,7 +72,7 @@ def _prepare(
         tl.store(weight + (state * tokens + token) * H + head, share, mask=real)
         tl.store(total + (state * most + chunk) * H + head, tl.exp(whole))
     if NORMALISE:  # by the first of the heads that share a key
-        inside = (real & (head % KEY_GROUP == 0))[:, None] & (d < K)[None, :]
+        inside = (token < tl.where(head % KEY_GROUP == 0, stop, 0))[:, None] & (d < K)[None, :]
         column = (head // KEY_GROUP) * K + d[None, :]
         key = _load(k + token[:, None] * k_row, column, inside).to(tl.float32)
         key = _normalised(key, eps, k.dtype.element_ty)
