@@ -12,7 +12,7 @@ import torch
 from hmf.bench import doctor
 from hmf.ops import gka
 from hmf.ops.samples import Shape, sample
-from tests.ops.interpreted import POOLS, changed, check_pool
+from tests.ops.interpreted import POOLS, changed, check_pool, shared_errors
 
 ROWS = Shape(batch=2, tokens=150, heads=2, head_dim=64)
 PACKED = Shape(lengths=(130, 0, 1, 20), heads=2, head_dim=128, with_state=True)
@@ -93,6 +93,24 @@ def test_step_in_a_pool(dtype, pool_dtype):
 
 
 @pytest.mark.gpu
+def test_heads_that_share_keys():
+    errors = shared_errors("cuda")
+    assert max(errors.values()) <= 4e-3, errors
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [ROWS, PACKED, ODD], ids=["rows", "packed", "odd dimensions"])
+def test_prefill_is_nearer_than_its_output_rounds(shape):
+    """Without gradients in bfloat16: the states lose nothing, and the output little beside its own rounding."""
+    made = sample("gka", shape)
+    expected = doctor.evaluate(gka.reference, made, torch.float64, "cpu", False)
+    found = doctor.evaluate(gka.fast, made, torch.bfloat16, "cuda", False)
+    errors = {name: doctor.relative_error(value, expected[name]) for name, value in found.items()}
+    assert errors.pop("output") <= 4e-3
+    assert max(errors.values()) <= 1e-4, errors
+
+
+@pytest.mark.gpu
 def test_heads_too_wide_for_the_kernels_run_without_them():
     made = sample("gka", Shape(tokens=70, heads=1, head_dim=160))
     with pytest.warns(RuntimeWarning, match="head_dim 160"):
@@ -111,6 +129,7 @@ doctor.evaluate(gka.chunked, made, torch.bfloat16, "cuda", True)
 start = time.perf_counter()
 with doctor.one_variant():
     doctor.evaluate(gka.fast, made, torch.bfloat16, "cuda", True)
+    doctor.evaluate(gka.fast, made, torch.bfloat16, "cuda", False)
 print(time.perf_counter() - start)
 """
 

@@ -60,19 +60,31 @@ class GatedKalmaNet(LinearMixer):
         self, hidden_states: torch.Tensor, states: States | None, cu_seqlens: torch.Tensor | None, new: States
     ) -> tuple[torch.Tensor | None, ...]:
         """q, k, v [B, T, H, K], g, gk and alpha (or None) [B, T, H] of the op; convolutions' states go to `new`."""
-        options, gate_dtype = self.options, self.A_log.dtype
+        options = self.options
         q, k, v = (self.project(name, hidden_states, states, cu_seqlens, new) for name in "qkv")
-        q = q.repeat_interleave(options.num_heads // q.shape[-2], dim=-2)
+        beta = self.b_proj(hidden_states) if options.use_beta_gate else None
+        alpha = self.alpha_proj(hidden_states) if options.use_alpha_connection else None
+        g, gk, beta, alpha = self.gates(self.a_proj(hidden_states), beta, alpha)
+        return *self.heads(q, k, v, beta), g, gk, alpha
+
+    def gates(
+        self, decay: torch.Tensor, beta: torch.Tensor | None, alpha: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """g, gk, beta and alpha [..., H] from their projections, None where the options have no such gate."""
+        options, dtype = self.options, self.A_log.dtype
+        none = torch.zeros_like(decay, dtype=dtype)
+        g = self.decay_of(decay) if options.use_forgetting_gate else none
+        beta = None if beta is None else beta.to(dtype).sigmoid() + EPS
+        alpha = None if alpha is None else alpha.to(dtype).sigmoid()
+        return g, g if options.use_forgetting_gate_kk else none, beta, alpha
+
+    def heads(self, q, k, v, beta: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k, v [B, T, H, K] of the op from their heads: expanded, q and k normalised, k and v times beta."""
+        q = q.repeat_interleave(self.options.num_heads // q.shape[-2], dim=-2)
         q, k, v = normalise(q), normalise(self.expand("k", k)), self.expand("v", v)
-        if options.use_beta_gate:
-            beta = self.b_proj(hidden_states).to(gate_dtype).sigmoid()[..., None] + EPS
-            k, v = (beta * k).to(k.dtype), (beta * v).to(v.dtype)
-        alpha = None
-        if options.use_alpha_connection:
-            alpha = self.alpha_proj(hidden_states).to(gate_dtype).sigmoid()
-        none = hidden_states.new_zeros(*hidden_states.shape[:2], options.num_heads, dtype=gate_dtype)
-        g = self.decay(hidden_states) if options.use_forgetting_gate else none
-        return q, k, v, g, g if options.use_forgetting_gate_kk else none, alpha
+        if beta is not None:
+            k, v = (beta[..., None] * k).to(k.dtype), (beta[..., None] * v).to(v.dtype)
+        return q, k, v
 
 
 def normalise(x: torch.Tensor) -> torch.Tensor:

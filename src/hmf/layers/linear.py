@@ -111,8 +111,10 @@ class LinearMixer(Mixer):
 
     def decay(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Log decay g <= 0, [B, T, H] in float32 (float64 for float64 weights)."""
-        raw = getattr(self, self.decay_name)(hidden_states).to(self.A_log.dtype)
-        return -self.A_log.exp() * F.softplus(raw + self.dt_bias)
+        return self.decay_of(getattr(self, self.decay_name)(hidden_states))
+
+    def decay_of(self, projected: torch.Tensor) -> torch.Tensor:
+        return -self.A_log.exp() * F.softplus(projected.to(self.A_log.dtype) + self.dt_bias)
 
     def output(self, o: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """Per-head RMSNorm, gate after it, output projection: o [B, T, H, K] -> [B, T, D]."""

@@ -195,7 +195,9 @@ def fast(
     q, k, v, g, gk, alpha=None, initial_state=None, cu_seqlens=None,
     *, num_iter=30, ridge_strength=0.02, bp_lambda=True, rescale=True,
 ) -> Result:  # fmt: skip
-    """Our Triton kernels (CUDA) for the iterations and for single tokens; the rest as in `chunked`."""
+    """Our Triton kernels (CUDA): all of it for single tokens and in bfloat16, both without gradients; otherwise the
+    iterations, with the rest as in `chunked`."""
+    from . import gka_chunk_triton
     from . import gka_triton as kernels
 
     options = {"num_iter": num_iter, "ridge_strength": ridge_strength, "rescale": rescale}
@@ -206,6 +208,9 @@ def fast(
         q, k, v, g, gk = (x[:, 0] for x in (q, k, v, g, gk))
         o, state = kernels.step(q, k, v, g, gk, None if alpha is None else alpha[:, 0], initial_state, **options)
         return o[:, None], state
+    elif not torch.is_grad_enabled() and not gka_chunk_triton.unsupported(q, k, v):
+        sequence_lengths(q.shape[0], q.shape[1], cu_seqlens)  # refuses wrong ones
+        return gka_chunk_triton.rows(q, k, v, g, gk, alpha, initial_state, cu_seqlens, **options)
     else:
         # Keys that are numbers of bfloat16 spare some of the kernels' products.
         solver = functools.partial(kernels.Solve.apply, k.dtype == torch.bfloat16)

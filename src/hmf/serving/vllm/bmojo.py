@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
@@ -56,9 +55,10 @@ def build(symbol: str, config: Any, quant_config: Any, prefix: str, attention: A
 
 class BMojoMixer(HostedMixer):
     mixer: BMojoF
+    states_of = staticmethod(states)
 
     def __init__(self, symbol: str, config: Any, prefix: str, attention: Any):
-        super().__init__(symbol, config, prefix, states(symbol, config, get_tensor_model_parallel_world_size()))
+        super().__init__(symbol, config, prefix)
         self.options, self.inner_name = self.mixer.options, self.mixer.inner_name
         delattr(self.mixer, self.inner_name)  # vLLM's takes its place
         inner = self.options.inner_symbol

@@ -1,19 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gated KalmaNet inside vLLM: the layer of `hmf.layers`, whose decode step on a GPU works in the pool of states."""
+"""Gated KalmaNet inside vLLM: the layer of `hmf.layers`, with one product for all projections into it and, on a GPU,
+kernels that share heads of keys and values and take states from the pool.
+
+States of a request: the last conv_size - 1 inputs of the short convolutions of q, k and (with `use_v_conv`) v
+[conv_size - 1, channels], the layout of vLLM's kernels; the covariance and the values' state [H, K, K].
+
+A decode step on a GPU is two kernels: the convolutions', and one for the norms, the solve, both states and the output.
+They are not one, because the heads that share a key also share its convolution's state, which changes in place.
+
+Legend: N tokens of the batch, S sequences, T tokens a sequence, H heads, K head_dim, D model dim.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
-from hmf.layers.base import States
-from hmf.layers.gka import GatedKalmaNet
+from hmf.config.layers import GKAOptions, layer_options
+from hmf.layers.base import StateShape, split_heads
+from hmf.layers.gka import EPS, GatedKalmaNet
+from hmf.ops import gated_kalmanet, short_conv
 
-from .hosted import HostedMixer, states  # noqa: F401 (asked for beside `build`)
-from .recurrent import Tensors, store
+from .backends import RecurrentMetadata
+from .hosted import HostedMixer
+from .parts import rms_norm
+from .recurrent import Tensors, started
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "g_proj", "a_proj", "b_proj", "alpha_proj")  # those that there are
+
+
+def states(symbol: str, config: Any, ranks: int) -> dict[str, StateShape]:
+    """The states of one request on one of `ranks` ranks, in the order and layout that vLLM's kernels use."""
+    options: GKAOptions = layer_options(config, symbol)
+    streams = [options.num_q_heads, options.num_k_heads, *([options.num_v_heads] if options.use_v_conv else [])]
+    channels = sum(split_heads(heads, ranks) for heads in streams) * options.head_dim
+    recurrent = StateShape((split_heads(options.num_heads, ranks), options.head_dim, options.head_dim), "recurrent")
+    conv = StateShape((options.conv_size - 1, channels), "conv")
+    return {"conv": conv, "covariance": recurrent, "recurrent": recurrent}
 
 
 def build(symbol: str, config: Any, quant_config: Any, prefix: str, attention: nn.Module) -> nn.Module:
@@ -23,23 +51,117 @@ def build(symbol: str, config: Any, quant_config: Any, prefix: str, attention: n
 
 class GKAMixer(HostedMixer):
     mixer: GatedKalmaNet
+    weight: torch.Tensor
+    conv_weight: torch.Tensor
+    states_of = staticmethod(states)
+
+    def __init__(self, symbol: str, config: Any, prefix: str):
+        super().__init__(symbol, config, prefix)
+        self.projections = [name for name in PROJECTIONS if hasattr(self.mixer, name)]
+        convs = [getattr(self.mixer, f"{name}_conv1d") for name in self.mixer.convs(self.mixer.options)]
+        self.widths = [getattr(self.mixer, name).out_features for name in self.projections]
+        self.register_buffer("weight", joined([getattr(self.mixer, name) for name in self.projections]), False)
+        self.register_buffer("conv_weight", joined(convs), False)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return (self.mixer.options.num_heads, self.mixer.options.head_dim)
+
+    def project(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> tuple[Tensors, torch.Tensor | None]:
+        of = dict(zip(self.projections, F.linear(hidden_states, self.weight).split(self.widths, dim=-1), strict=True))
+        for name in ("b_proj", "alpha_proj"):
+            if name in of:
+                of[name] = of[name] + getattr(self.mixer, name).bias
+        gates = self.mixer.gates(of["a_proj"], of.get("b_proj"), of.get("alpha_proj"))
+        qkv = torch.cat([of["q_proj"], of["k_proj"], of["v_proj"]], dim=-1)
+        return (qkv, *(gate for gate in gates if gate is not None)), of.get("g_proj")
+
+    def recur(self, inputs: Tensors, states: Tensors, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor, Tensors]:
+        channels = len(self.conv_weight)
+        x, rest = inputs[0].tensor_split([channels], dim=-1)
+        x, window = short_conv(x, self.conv_weight, None, states[0].transpose(1, 2), cu_seqlens)
+        g, gk, beta, alpha = self._gates(inputs)
+        q, k, v = self._streams(torch.cat([x, rest], dim=-1))
+        q, k, v = self.mixer.heads(q, k, v, beta)
+        o, after = gated_kalmanet(q, k, v, g, gk, alpha, states[1:], cu_seqlens, **self.mixer.solver)
+        return o, (window.transpose(1, 2), *after)
+
+    def prefill(self, inputs: Tensors, pools: Tensors, metadata: RecurrentMetadata) -> torch.Tensor:
+        qkv, options = inputs[0], self.mixer.options
+        if not qkv.is_cuda:
+            return super().prefill(inputs, pools, metadata)
+        from hmf.ops import gka_chunk_triton
+
+        if gka_chunk_triton.unsupported(*self._streams(qkv)):
+            return super().prefill(inputs, pools, metadata)
+        slots, known, bounds = (
+            metadata.state_indices_tensor_p, metadata.has_initial_states_p, metadata.query_start_loc_p,
+        )  # fmt: skip
+        x, rest = qkv.tensor_split([len(self.conv_weight)], dim=-1)
+        x = causal_conv1d_fn(
+            x.T, self.conv_weight.squeeze(1), None, pools[0].transpose(1, 2), bounds, cache_indices=slots,
+            has_initial_state=known, activation="silu", metadata=metadata,
+        ).T  # fmt: skip
+        q, k, v = self._expanded(x, rest)
+        g, gk, beta, alpha = self._gates(inputs)
+        slots = slots.long()
+        before = tuple(started(pool[slots], known) for pool in pools[1:])
+        o, after = gka_chunk_triton.chunked(
+            q, k, v, g, gk, alpha, before, bounds, **self.mixer.solver, beta=beta, eps=EPS
+        )
+        for pool, state in zip(pools[1:], after, strict=True):
+            pool[slots] = state.to(pool.dtype)
+        return o.view(-1, options.num_heads, options.head_dim)
 
     def decode(self, inputs: Tensors, slots: torch.Tensor) -> torch.Tensor:
-        hidden_states = inputs[0][:, None]
-        if not hidden_states.is_cuda:
+        qkv = inputs[0]
+        if not qkv.is_cuda:
             return super().decode(inputs, slots)
         from hmf.ops import gka_triton
 
-        new: States = {}
-        pools, at = dict(zip(self.states, self.kv_cache, strict=True)), slots.long()
-        covariance, recurrent = (pools.pop(name) for name in self.mixer.recurrent_states)
-        before = {name: pool[at] for name, pool in pools.items()}  # of convolutions: small
-        tensors = self.mixer.inputs(hidden_states, before, None, new)
-        if gka_triton.unsupported(tensors[0], tensors[1]):
+        if gka_triton.unsupported(*self._streams(qkv)[:2]):
             return super().decode(inputs, slots)
-        q, k, v, g, gk, alpha = (x if x is None else x[:, 0] for x in tensors)
+        x, rest = qkv.tensor_split([len(self.conv_weight)], dim=-1)
+        x = causal_conv1d_update(
+            x, self.kv_cache[0].transpose(1, 2), self.conv_weight.squeeze(1), None, "silu", conv_state_indices=slots,
+            null_block_id=NULL_BLOCK_ID, out=x.new_empty(x.shape),
+        )  # fmt: skip
+        q, k, v = self._expanded(x, rest)
+        g, gk, beta, alpha = self._gates(inputs)
         o, _ = gka_triton.step(
-            q, k, v, g, gk, alpha, (covariance, recurrent), **self.mixer.solver, slots=slots, null_slot=NULL_BLOCK_ID
-        )
-        store(tuple(pools.values()), at, tuple(new[name] for name in pools))
-        return self.mixer.output(o[:, None], hidden_states)[:, 0]
+            q, k, v, g, gk, alpha, self.kv_cache[1:], **self.mixer.solver, beta=beta, eps=EPS, slots=slots,
+            null_slot=NULL_BLOCK_ID,
+        )  # fmt: skip
+        return o
+
+    def finish(self, mixed: torch.Tensor, rest: torch.Tensor | None) -> torch.Tensor:
+        out = rms_norm(mixed, self.mixer.o_norm.weight, self.mixer.o_norm.eps)
+        if rest is not None:
+            out = out * F.silu(rest.float()).view_as(out)
+        return self.mixer.o_proj(out.flatten(1).to(mixed.dtype))
+
+    def _gates(self, inputs: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """g, gk, beta, alpha: the inputs behind q, k and v, None where the options have no such gate."""
+        gates, options = list(inputs[1:]), self.mixer.options
+        g, gk = gates.pop(0), gates.pop(0)
+        return g, gk, gates.pop(0) if options.use_beta_gate else None, gates.pop() if gates else None
+
+    def _streams(self, qkv: torch.Tensor) -> list[torch.Tensor]:
+        """[..., channels] -> q, k, v by heads, as views."""
+        return [x.unflatten(-1, (-1, self.mixer.options.head_dim)) for x in qkv.split(self.widths[:3], dim=-1)]
+
+    def _expanded(self, x: torch.Tensor, rest: torch.Tensor) -> list[torch.Tensor]:
+        """q, k, v from convolved channels x and the others: with their own heads, unless these get low-rank terms."""
+        q, k, v = self._streams(torch.cat([x, rest], dim=-1) if rest.shape[-1] else x)
+        if self.mixer.options.kv_proj_rank:
+            k, v = (self.mixer.expand(name, y[None])[0].contiguous() for name, y in (("k", k), ("v", v)))
+        return [q, k, v]
+
+
+def joined(modules: list[nn.Module]) -> torch.Tensor:
+    """The modules' weights side by side in one tensor, which they become views of."""
+    weights = [module.weight for module in modules]
+    whole = torch.cat([weight.data for weight in weights])
+    for weight, part in zip(weights, whole.split([len(weight) for weight in weights]), strict=True):
+        weight.data = part
+    return whole

@@ -55,10 +55,9 @@ def rank_config(config: Any, ranks: int) -> Any:
 
 
 class HostedMixer(RecurrentMixer):
-    def __init__(self, symbol: str, config: Any, prefix: str, kept: dict[str, StateShape] | None = None):
-        """kept: the states where they are not those of the mixer."""
+    def __init__(self, symbol: str, config: Any, prefix: str):
         self.rank, self.ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        super().__init__(symbol, states(symbol, config, self.ranks) if kept is None else kept, prefix)
+        super().__init__(symbol, self.states_of(symbol, config, self.ranks), prefix)
         layer = extract_layer_index(prefix)
         shapes = mixer_class(symbol).state_shapes(config, self.ranks)
         self.numbers = {name for name, state in shapes.items() if not state.shape}
@@ -75,6 +74,8 @@ class HostedMixer(RecurrentMixer):
                 self.mixer.set_submodule(name, summed)
         self.rotary = config.family.class_named("RotaryEmbedding")(config)
         self.model_dim = config.hidden_size
+
+    states_of = staticmethod(states)
 
     @property
     def output_shape(self) -> tuple[int, ...]:
