@@ -30,9 +30,15 @@ def test_a_second_process_is_refused_by_the_first_ones_name_until_it_is_killed(t
     assert (output / "recipe.yaml").read_text() == "a" and not (output / ".running").exists()
 
 
-def test_a_run_that_fails_at_once_leaves_no_folder(tmp_path):
-    with pytest.raises(ZeroDivisionError), claimed(tmp_path / "run", "wrong"):
+def fail_in(output, recipe):
+    with claimed(output, recipe):
+        (output / "checkpoints").mkdir(exist_ok=True)  # as the Trainer does
         raise ZeroDivisionError
+
+
+def test_a_run_that_fails_at_once_leaves_no_folder(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        fail_in(tmp_path / "run", "wrong")
     assert not (tmp_path / "run").exists()
 
 
@@ -40,7 +46,10 @@ def test_a_recipe_that_has_not_trained_can_be_corrected(tmp_path):
     output = tmp_path / "run"
     with claimed(output, "wrong"):
         (output / "stage0").mkdir()
+        (output / "stage0/weights").touch()
     (output / ".stage0.ab12cd_9").mkdir()
+    with pytest.raises(ZeroDivisionError):
+        fail_in(output, "wrong")
     with claimed(output, "right"):
         assert not (output / "stage0").exists()
         (output / "stage1.log.json").touch()
@@ -48,7 +57,9 @@ def test_a_recipe_that_has_not_trained_can_be_corrected(tmp_path):
         pass
     with claimed(output, "right"):
         pass
-    assert sorted(path.name for path in output.iterdir()) == [".stage0.ab12cd_9", "recipe.yaml", "stage1.log.json"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        ".stage0.ab12cd_9", "checkpoints", "recipe.yaml", "stage1.log.json",
+    ]  # fmt: skip
 
 
 def test_other_things_in_the_way(tmp_path):

@@ -54,7 +54,10 @@ def locked(output: Path) -> Iterator[None]:
         except BlockingIOError:
             who = holder.read_text(encoding="utf-8").strip() if holder.is_file() else "another process"
             raise HmfError(f"{output}: {who} works in it now; wait for it, or choose another output") from None
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        try:
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        except OSError as error:
+            raise HmfError(f"{output}: cannot be written to ({error.strerror}); choose another output") from None
         try:
             yield
         finally:
@@ -63,6 +66,12 @@ def locked(output: Path) -> Iterator[None]:
                 output.rmdir()
     finally:
         os.close(folder)
+
+
+def _made(output: Path) -> set[str]:
+    """Names of what a run has left in its folder: files, and folders that hold something."""
+    names = {item.name for item in output.iterdir() if item.is_file() or any(item.iterdir())}
+    return {name for name in names - {HOLDER, PART} if not name.startswith(f".{STAGE0}.")}
 
 
 @contextmanager
@@ -78,8 +87,7 @@ def claimed(output: Path, recipe: str) -> Iterator[None]:
         require_unused(output)
     with locked(output):
         if kept.is_file() and kept.read_text(encoding="utf-8") != recipe:
-            beside = {item.name for item in output.iterdir() if not item.name.startswith(f".{STAGE0}.")}
-            if beside - {RECIPE, PART, STAGE0, HOLDER}:
+            if _made(output) - {RECIPE, STAGE0}:
                 raise HmfError(
                     f"{output}: was started with another recipe ({kept}); choose another output or remove it first"
                 )
@@ -90,6 +98,9 @@ def claimed(output: Path, recipe: str) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            if fresh and all(item.name in (RECIPE, HOLDER) for item in output.iterdir()):
+            if fresh and _made(output) == {RECIPE}:
                 kept.unlink()
+                for folder in filter(Path.is_dir, output.iterdir()):
+                    with suppress(OSError):  # not empty: something that was cut off
+                        folder.rmdir()
             raise
