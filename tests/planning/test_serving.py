@@ -94,6 +94,15 @@ class TestBytes:
         inner = half_plan("mamba2").sequence_bytes(1)[1]
         assert half_plan("bmojo").sequence_bytes(10_000) == (10_000 * 73_728, inner + windows)
 
+    def test_a_step_reads_windows_once_and_states_twice(self):
+        """Of B'MOJO-F's windows the 2047 latest positions and the 2048 before them, and the count of tokens."""
+        moved = {
+            mixer: half_plan(mixer).step_bytes(1, 1000) - half_plan(mixer).weights.read(1)
+            for mixer in ("mamba2", "bmojo")
+        }
+        assert moved["mamba2"] == 1000 * 73_728 + 2 * half_plan("mamba2").sequence_bytes(1)[1]
+        assert moved["bmojo"] - moved["mamba2"] == 18 * ((2047 + 2048) * 4096 + 2 * 8)
+
     def test_ranks_share(self):
         one, eight, sixteen = (half_plan(gpu="h200", ranks=ranks) for ranks in (1, 8, 16))
         assert [value * 8 for value in eight.sequence_bytes(512)] == list(one.sequence_bytes(512))

@@ -26,11 +26,12 @@ class StateShape(NamedTuple):
     """One state of one sequence at its largest.
 
     kind: "recurrent" (float32), "conv" and "window" (the model's dtype; a window's first dimension counts positions),
-    or "count" (int64).
+    or "count" (int64). reach: the positions of a window that one token reads; None: all of them.
     """
 
     shape: tuple[int, ...]
     kind: Literal["recurrent", "conv", "window", "count"]
+    reach: int | None = None
 
     def bytes(self, dtype: torch.dtype) -> int:
         """Bytes as `Mixer.mix` returns it, in a model of `dtype`."""

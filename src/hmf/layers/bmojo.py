@@ -100,7 +100,8 @@ class BMojoF(Mixer):
         o = cls.options_for(config)
         inner = mixer_class(o.inner_symbol).state_shapes(config, ranks)
         shape = split_heads(o.num_key_value_heads, ranks), o.head_dim
-        near, fading = (StateShape((reach, *shape), "window") for reach in (o.window_size - 1, 2 * o.window_size - 1))
+        near = StateShape((o.window_size - 1, *shape), "window")
+        fading = StateShape((2 * o.window_size - 1, *shape), "window", o.window_size)
         windows = {"k": near, "v": near, "fading_k": fading, "fading_v": fading}
         return {INNER + name: state for name, state in inner.items()} | windows | {"seen": StateShape((), "count")}
 

@@ -21,7 +21,7 @@ from transformers.initialization import no_init_weights
 from hmf.config.layers import base_head_dim
 from hmf.config.pattern import ATTENTION
 from hmf.errors import HmfError
-from hmf.layers.base import split_heads
+from hmf.layers.base import StateShape, split_heads
 from hmf.layers.registry import mixer_class
 
 
@@ -55,12 +55,13 @@ def weights(config: Any, dtype: torch.dtype) -> Weights:
 @dataclass(frozen=True)
 class LayerCache:
     """What a layer keeps of one sequence on one GPU: `token_bytes` for each token, or for the last `window` ones, or
-    `state_bytes` whatever the length. Equal ones share blocks."""
+    `state_bytes` whatever the length, for which a decode step moves `moved_bytes`. Equal ones share blocks."""
 
     kind: str
     token_bytes: int = 0
     window: int | None = None
     state_bytes: int = 0
+    moved_bytes: int = 0
 
     def bytes(self, context: int) -> int:
         tokens = context if self.window is None else min(context, self.window)
@@ -79,8 +80,9 @@ def layer_caches(config: Any, dtype: torch.dtype, ranks: int = 1) -> list[LayerC
     for symbol, kind in zip(config.pattern.symbols, config.attention_types, strict=True):
         shapes = [] if symbol == ATTENTION else list(mixer_class(symbol).state_shapes(config, ranks).values())
         if any(shape.kind == "recurrent" for shape in shapes):
-            size = sum(math.prod(shape.shape) * widths[shape.kind].itemsize for shape in shapes)
-            found.append(LayerCache(symbol, state_bytes=size))
+            sizes = [math.prod(shape.shape) * widths[shape.kind].itemsize for shape in shapes]
+            moved = sum(_moved(shape, size) for shape, size in zip(shapes, sizes, strict=True))
+            found.append(LayerCache(symbol, state_bytes=sum(sizes), moved_bytes=moved))
         elif shapes:
             reach = next(shape.shape[0] for shape in shapes if shape.kind == "window")
             found.append(LayerCache("sliding_attention", token_bytes, reach + 1))
@@ -88,6 +90,14 @@ def layer_caches(config: Any, dtype: torch.dtype, ranks: int = 1) -> list[LayerC
             window = config.sliding_window if kind == "sliding_attention" else None
             found.append(LayerCache(kind, token_bytes, window))
     return found
+
+
+def _moved(state: StateShape, size: int) -> int:
+    """Bytes that a decode step reads and writes of a state of `size` bytes: all of it twice, but of a window the
+    positions in reach once."""
+    if state.kind != "window":
+        return 2 * size
+    return size if state.reach is None else size * state.reach // state.shape[0]
 
 
 @dataclass(frozen=True)

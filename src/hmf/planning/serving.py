@@ -4,7 +4,7 @@
 A decode step reads the weights, the caches of all sequences, and reads and writes their states; beside that a layer
 takes time in which little is moved, as its small kernels come one after another:
 
-    seconds of a step = (weights + sum over n sequences of (keys and values + 2 * states)) / bandwidth
+    seconds of a step = (weights + sum over n sequences of (keys and values + 2 * states + windows)) / bandwidth
                         + layers * layer_overhead
 
 Tensor parallelism divides the bytes; what it costs in messages between GPUs is not in the figure.
@@ -113,8 +113,9 @@ class Plan:
 
     def step_bytes(self, sequences: float, context: int) -> float:
         """What one GPU reads and writes in a decode step of `sequences` at `context` tokens each."""
-        kv, states = self.sequence_bytes(context)
-        return self.weights.read(sequences) / self.ranks + sequences * (kv + 2 * states)
+        kv, _ = self.sequence_bytes(context)
+        moved = sum(cache.moved_bytes for cache in self.caches)
+        return self.weights.read(sequences) / self.ranks + sequences * (kv + moved)
 
     def decode_rate(self, sequences: float, context: int) -> float:
         """Tokens per second of `sequences` at `context` tokens each."""
