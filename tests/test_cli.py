@@ -68,6 +68,10 @@ def test_the_script_and_the_module_are_the_same():
         ({"base": "nowhere"}, "nowhere: no such directory"),
         ({"distill": {"training": {"steps": "many", "rows_per_step": 1}}}, "distill.training.steps: "),
         ({"distill": {"training": {"steps": 1}}}, "distill.training.rows_per_step: is missing"),
+        ({"distill": {**PRIME["distill"], "data": {"sequence_length": 10**9}}}, "less than or equal to 16777216"),
+        ({"distill": {"training": {"steps": 1, "rows_per_step": 1, "learning_rate": float("inf")}}}, "finite number"),
+        ({"distill": {"training": {"steps": 1e12, "rows_per_step": 1}}}, "distill.training.steps: "),
+        ({"seed": -1}, "seed: "),
         ({"evaluate": {"tasks": ["recal"]}}, "evaluate.tasks: unknown task 'recal'; did you mean 'recall'?"),
     ],
 )  # fmt: skip

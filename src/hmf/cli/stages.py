@@ -29,7 +29,7 @@ def init(
     ratio: Annotated[float | None, typer.Option(help="Share of layers to replace, spread evenly.")] = None,
     layers: Annotated[str | None, typer.Option(help="Layers to replace, for example 1,3,5-7.")] = None,
     pattern: Annotated[str | None, typer.Option(help="One symbol a layer, joined by '-'.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the tensors that start at random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the tensors that start at random.")] = 0,
 ) -> None:
     """Stage 0: make a fused checkpoint, mixers started from attention beside the frozen teacher."""
     from pydantic import ValidationError

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from .places import PlaceSettings
 from .runs import Share
-from .strict import Settings
+from .strict import Seed, Settings, Tokens
 
 
 class RepetitionSettings(Settings):
@@ -99,10 +99,10 @@ class DataRecipe(Settings):
 
     output: Path
     tokenizer: str  # a checkpoint directory, or "teacher" for the embedded one
-    sequence_length: int = Field(ge=16)
+    sequence_length: Tokens
     sources: list[SourceSettings] = Field(min_length=1)
     tokens: int | None = Field(None, ge=1)
-    seed: int = 0
+    seed: Seed = 0
     thinking: Literal["keep", "strip"] = "keep"
     turns: Literal["all", "last"] = "all"  # which assistant turns are supervised
     filters: FilterSettings = Field(default_factory=FilterSettings)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from .strict import Settings
+from .strict import Settings, Tokens
 
 
 class PlaceSettings(Settings):
@@ -58,7 +58,7 @@ class PairSettings(PlaceSettings):
     prompt_field: str = "prompt"
     chosen_field: str = "chosen"
     rejected_field: str = "rejected"
-    sequence_length: int = Field(1024, ge=16)  # of a row, which holds whole pairs
+    sequence_length: Tokens = 1024  # of a row, which holds whole pairs
     beta: float = Field(0.1, gt=0)  # how far the model may move from where it started, nats of reward to nats
 
     @model_validator(mode="after")

@@ -21,7 +21,7 @@ from hmf.errors import HmfError, unknown_name
 from .layers import LAYER_KINDS
 from .pattern import Pattern
 from .places import PairSettings
-from .strict import Settings, parse_yaml
+from .strict import Seed, Settings, Steps, Tokens, parse_yaml
 
 TrainableGroup = Literal["mixers", "norms", "attention", "mlp", "embeddings"]
 TrainableName = Literal["mixers", "norms", "attention", "mlp", "embeddings", "all"]
@@ -71,7 +71,7 @@ class DataSettings(Settings):
 
     prepared: Path | None = None
     text: str = "stdlib"  # "stdlib", or a folder or file of .py, .txt, .md
-    sequence_length: int = Field(1024, ge=16)
+    sequence_length: Tokens = 1024
     text_share: float = Field(1.0, ge=0, le=1)
     tasks: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
 
@@ -143,9 +143,9 @@ class ObjectiveSettings(Settings):
 class OptimiserSettings(Settings):
     """AdamW with a warmup and a schedule by transformers' name."""
 
-    steps: int = Field(ge=1)
-    rows_per_step: int = Field(ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    steps: Steps
+    rows_per_step: int = Field(ge=1, le=2**16)
+    gradient_accumulation_steps: int = Field(1, ge=1, le=2**16)
     learning_rate: float = Field(1e-4, gt=0)
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"] = (
         "constant_with_warmup"
@@ -155,7 +155,7 @@ class OptimiserSettings(Settings):
     weight_decay: float = Field(0.0, ge=0)
     adam_beta2: float = Field(0.95, gt=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
-    save_steps: int = Field(500, ge=1)
+    save_steps: Steps = 500
     precision: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
     gpus: str | None = None  # what the recipe is written for, as h200x8; `hmf plan-training` plans for it
@@ -221,7 +221,7 @@ class DistillRecipe(DistillSettings):
 
     model: Path
     output: Path
-    seed: int = 0
+    seed: Seed = 0
 
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -300,7 +300,7 @@ class FinetuneRecipe(Settings):
     method: Literal["cpt", "sft", "dpo"]
     model: Path
     output: Path
-    seed: int = 0
+    seed: Seed = 0
     data: DataSettings | None = None
     pairs: PairSettings | None = None
     rope: RopeSettings = Field(default_factory=RopeSettings)
@@ -348,7 +348,7 @@ class PrimeRecipe(Settings):
     base: str  # a checkpoint directory, or "teacher" for the embedded one
     base_config: Path | None = None  # folder with its config.json, beside the recipe, to plan while base is not there
     output: Path
-    seed: int = 0
+    seed: Seed = 0
     hybrid: HybridSettings
     distill: DistillSettings
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)

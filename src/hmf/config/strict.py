@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from hmf.errors import HmfError
 
@@ -16,7 +16,13 @@ from hmf.errors import HmfError
 class Settings(BaseModel):
     """Base of every recipe section."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+# Bounds by which a slip of the pen ends in an error and not in a machine without memory.
+Tokens = Annotated[int, Field(ge=16, le=2**24)]  # of a row
+Steps = Annotated[int, Field(ge=1, le=10**9)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what random number generators take
 
 
 def parse_json(text: str) -> Any:
