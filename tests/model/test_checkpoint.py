@@ -333,3 +333,30 @@ def test_classes_can_be_imported_by_name_and_models_pickled(tiny_qwen3):
     assert torch.equal(again(ids).logits, model(ids).logits)
     with pytest.raises(ImportError):
         exec("from hmf.model.modeling import HybridNothingModel")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("num_attention_heads", 0, "num_attention_heads: 0 is not a whole number from 1 to"),
+        ("num_hidden_layers", 10**9, "num_hidden_layers: 1000000000 is not a whole number from 1 to 10,000"),
+        ("hidden_size", -64, "hidden_size: -64 is not"),
+        ("vocab_size", "many", "vocab_size: 'many' is not"),
+        ("num_key_value_heads", 3, ""),
+        ("hidden_act", "nonsense", "nonsense"),
+        ("dtype", "float12", "float12"),
+        ("layer_types", "full", ""),
+        ("rms_norm_eps", "small", ""),
+        ("head_dim", 7.5, "head_dim: 7.5 is not"),
+    ],
+)
+def test_configs_that_make_no_model_are_one_line(tiny_qwen3_dir, tmp_path, key, value, line):
+    """Whatever part of transformers fails on it, and before memory is asked for."""
+    shutil.copytree(tiny_qwen3_dir, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(HmfError) as caught:
+        load_model(tmp_path)
+    message = str(caught.value)
+    assert str(file) in message or str(tmp_path) in message
+    assert line in message and "\n" not in message

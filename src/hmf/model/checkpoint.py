@@ -196,13 +196,15 @@ def load_config(source: str | Path, weights: bool = True) -> Any:
     if not isinstance(model_type, str):
         raise HmfError(f"{file}: model_type: {model_type!r} names no architecture; this is not a model's config")
     known = model_type.removeprefix("hybrid_") in FAMILIES
+    if known:
+        _require_sizes(content, file)
     if known or model_type.startswith("hybrid_"):
         check_rope(content, family_of(model_type, str(file)), str(file))
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except HmfError as error:
         raise HmfError(str(error).replace("config.json", str(file), 1)) from None
-    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+    except Exception as error:  # of any kind: a config's values are used before they are checked
         said = [line.strip() for line in str(error).splitlines() if line.strip()]
         # transformers' validators put the field's own complaint on the second line
         raise HmfError(
@@ -213,6 +215,35 @@ def load_config(source: str | Path, weights: bool = True) -> Any:
         require_token_ids(file, config.vocab_size)
     settle(config, folder, weights)
     return config
+
+
+# The sizes of a model, and what none of them is above; without a bound a slip would build layers for hours.
+SIZES = {
+    "num_hidden_layers": 10_000, "num_attention_heads": 2**16, "num_key_value_heads": 2**16, "head_dim": 2**16,
+    "hidden_size": 2**20, "intermediate_size": 2**24, "moe_intermediate_size": 2**24, "vocab_size": 2**26,
+    "num_experts": 2**16, "num_local_experts": 2**16, "num_experts_per_tok": 2**16, "max_position_embeddings": 2**40,
+}  # fmt: skip
+
+
+def _require_sizes(content: dict[str, Any], file: Path) -> None:
+    for name, most in SIZES.items():
+        value, least = content.get(name), 0 if "experts" in name else 1
+        if value is not None and (type(value) is not int or not least <= value <= most):
+            raise HmfError(f"{file}: {name}: {value!r} is not a whole number from {least} to {most:,}; correct it")
+
+
+@contextmanager
+def _building(folder: Path) -> Iterator[None]:
+    """HmfError where transformers cannot make a model of a config that it could read."""
+    try:
+        yield
+    except (HmfError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise HmfError(
+            f"{folder / 'config.json'}: no model can be made of it ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def load_model(
@@ -227,9 +258,10 @@ def load_model(
     folder = require_checkpoint(source)
     config = load_config(folder) if config is None else config
     if not config.model_type.startswith("hybrid_"):  # a Hybrid's own from_pretrained does it
-        check_merged(folder, config)
+        with _building(folder):
+            check_merged(folder, config)
     stored = stored_tensors(folder)
-    with _without_load_report():
+    with _without_load_report(), _building(folder):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
