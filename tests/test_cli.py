@@ -131,6 +131,10 @@ def test_an_unexpected_error_is_one_line_and_a_log(monkeypatch, capsys):
     log = Path(err.strip().rpartition(" ")[2])
     assert "in fail" in log.read_text() and "second" in log.read_text()
     log.unlink()
+    monkeypatch.setattr("hmf.model.checkpoint.load_config", lambda *_, **__: Path("nowhere/config.json").read_bytes())
+    code, _, err = run(monkeypatch, capsys, "plan", "teacher", "--gpu", "h100")
+    assert (code, err) == (2, "hmf: nowhere/config.json: No such file or directory\n")
+    monkeypatch.setattr("hmf.model.checkpoint.load_config", fail)
     monkeypatch.setenv("HMF_DEBUG", "")  # set back at the end
     monkeypatch.setattr(sys, "argv", ["hmf", "--debug", "plan", "teacher", "--gpu", "h100"])
     with pytest.raises(RuntimeError, match="second"):

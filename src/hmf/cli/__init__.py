@@ -72,6 +72,8 @@ def main() -> None:
     except Exception as error:
         if os.environ.get(DEBUG):
             raise
+        if isinstance(error, OSError) and error.strerror:  # a full disk, a folder without permission
+            _end(f"{error.filename or 'a file'}: {error.strerror}", 2)
         with tempfile.NamedTemporaryFile("w", prefix="hmf-", suffix=".log", delete=False, encoding="utf-8") as log:
             traceback.print_exc(file=log)
         reason = str(error).strip().split("\n")[0]
