@@ -91,8 +91,8 @@ class BMojoMixer(HostedMixer):
         else:
             fading_q, fading_k = self._rotated(positions, attention.normed("q", hidden_states, True), fading_k)
             queries = (q, fading_q)
-        for factor in self.mixer.positioned((hidden_states, hidden_states), positions)[2:]:
-            queries = tuple(query * factor for query in queries)
+        for factor in self.mixer.positioned((hidden_states, hidden_states), positions[None])[2:]:
+            queries = tuple(query * factor[0] for query in queries)
         return (positions, k, v, fading_k, fading_v, *queries), None
 
     def _rotated(self, positions: torch.Tensor, first: torch.Tensor, second: torch.Tensor | None = None) -> Tensors:
