@@ -219,6 +219,11 @@ def test_evaluate_takes_several_models_and_prints_json(tmp_path, monkeypatch, ca
     assert base["text"]["perplexity"] != hybrid["text"]["perplexity"]
     code, out, _ = run(monkeypatch, capsys, "evaluate", "teacher", *options, "--dtype", "bfloat16", "--baselines")
     assert code == 0 and "order-3 models, bits per byte" in " ".join(out.split())
+    long = [tmp_path / "base", tmp_path / "stage0"]
+    code, out, _ = run(
+        monkeypatch, capsys, "evaluate", *long, "--tasks", "recall,needle,arithmetic", *options[2:], "--samples", "1"
+    )
+    assert code == 0 and all(f"│ {path} " in out for path in long)
     for wrong, line in (
         (["teacher", "teacher"], "MODEL: one is named twice"),
         (["teacher", "--tasks", "recal"], "did you mean 'recall'?"),

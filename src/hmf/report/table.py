@@ -14,7 +14,7 @@ def print_scores(scores: dict[str, dict[str, Any]]) -> None:
     """One row a model: perplexity, task accuracies (with the share of answers cut off, if any), footprint."""
     first = next(iter(scores.values()))
     table = Table(caption=_caption(first), caption_justify="left")
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     if "text" in first:
         table.add_column("perplexity", justify="right", no_wrap=True)
     for task in first["tasks"]:
@@ -28,7 +28,9 @@ def print_scores(scores: dict[str, dict[str, Any]]) -> None:
         row += [_accuracy(task) for task in score["tasks"].values()]
         row += [f"{score['footprint'][key]:,}" for key in ("parameters", "kv_bytes_per_token", "state_bytes")]
         table.add_row(*row)
-    Console(width=max(110, Console().width)).print(table)
+    console = Console(width=max(110, Console().width))
+    console.width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)
+    console.print(table)
 
 
 def _accuracy(task: dict[str, Any]) -> str:
