@@ -173,7 +173,7 @@ def test_config_that_is_no_json_object(checkpoint, content):
         ({"state_dtype": "float31"}, "state_dtype 'float31'"),
         ({"model_type": "hybrid_qwen9"}, "'hybrid_qwen9' is not among the supported families .*add a row"),
         ({"model_type": "absent"}, "model_type"),
-        ({"hidden_size": "abc"}, "'hidden_size' expected int"),
+        ({"hidden_size": "abc"}, "hidden_size: 'abc' is not a whole number"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
