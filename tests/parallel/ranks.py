@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import multiprocessing
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -131,9 +132,27 @@ def run_jobs(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def train(rank: int, ranks: int, port: int, stage0: Path, output: Path, given: dict[str, Any]) -> None:
+def on_gpus(rank: int, ranks: int, folder: Path) -> None:
+    """Every layer type's row cut among GPUs, over NCCL; the first writes what came out, and the same on one GPU."""
+    torch.cuda.set_device(rank)
+    join(rank, ranks, folder / "store", "nccl")
+    for case in ONE_EACH:
+        job = Job(replace(case, base={"head_dim": 64}), "X-*-X", "long", ranks)
+        model = job.model().float().cuda()
+        batch = {name: x.cuda() for name, x in job.batch().items()}
+        alone = loss_and_gradients(copy.deepcopy(model), dict(batch)) if rank == 0 else None
+        whole = on_shards(model, batch, Group())
+        if rank == 0:
+            torch.save((whole, alone), folder / case.symbol)
+    dist.destroy_process_group()
+
+
+def train(
+    rank: int, ranks: int, port: int, stage0: Path, output: Path, given: dict[str, Any], use_cpu: bool = True
+) -> None:
     """Stage 1 as torchrun would start it; what it tells goes to `output`/rank<n>.txt."""
-    as_torchrun(rank, ranks, port, given["training"].get("strategy") != "deepspeed")  # it brings its own CPU backend
+    # DeepSpeed brings its own CPU backend.
+    as_torchrun(rank, ranks, port, use_cpu and given["training"].get("strategy") != "deepspeed")
     output.mkdir(exist_ok=True)
     with (output / f"rank{rank}.txt").open("w") as told, contextlib.redirect_stderr(told):
         distill(stage0, output, DistillSettings.model_validate(given))

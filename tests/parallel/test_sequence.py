@@ -102,3 +102,14 @@ def test_two_chunks_on_one_gpu(case, tmp_path):
     assert (found - logits).abs().max() < 0.02 * logits.abs().max()
     for name, gradient in wanted.items():
         assert (gradients[name] - gradient).norm() < 0.02 * gradient.norm(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
+def test_two_gpus_over_nccl(tmp_path):
+    ranks.run(ranks.on_gpus, 2, 2, tmp_path)
+    for case in ranks.ONE_EACH:
+        (logits, gradients), (exact, exact_gradients) = torch.load(tmp_path / case.symbol)
+        assert (logits - exact).abs().max() < 0.02 * exact.abs().max(), case.symbol
+        for name, gradient in exact_gradients.items():
+            assert (gradients[name] - gradient).norm() < 0.02 * gradient.norm(), (case.symbol, name)

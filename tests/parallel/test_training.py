@@ -89,6 +89,29 @@ def test_rows_and_parameters_shared_in_bfloat16_with_checkpointing(stage0, tmp_p
     numerics.check(max(abs(y / x - 1) for x, y in zip(*losses, strict=True)), 0.01, "loss")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
+@pytest.mark.parametrize("shared", [
+    {"rows_per_step": 1}, {"rows_per_step": 1, "strategy": "fsdp2"}, {"sequence_parallel": 2},
+    {"sequence_parallel": 2, "strategy": "fsdp2"},
+], ids=str)  # fmt: skip
+def test_two_gpus_over_nccl_and_a_resume(stage0, tmp_path, shared):
+    """Losses as on one GPU, and a resume bit for bit."""
+    given = recipe(stage0, **shared)
+    ranks.run(ranks.train, 1, 1, ranks.free_port(), stage0, tmp_path / "alone", recipe(stage0), False)
+    ranks.run(ranks.train, 2, 2, ranks.free_port(), stage0, tmp_path / "two", given, False)
+    losses = [
+        [entry["loss"] for entry in cutting.result(tmp_path / name)[1] if "loss" in entry] for name in ("alone", "two")
+    ]
+    numerics.check(max(abs(y / x - 1) for x, y in zip(*losses, strict=True)), 0.01, "loss")
+    finished = load_file(tmp_path / "two/stage1/model.safetensors")
+    shutil.rmtree(tmp_path / "two/stage1")
+    shutil.rmtree(tmp_path / "two/checkpoints/checkpoint-3")
+    ranks.run(ranks.train, 2, 2, ranks.free_port(), stage0, tmp_path / "two", given, False)
+    again = load_file(tmp_path / "two/stage1/model.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in finished.items())
+
+
 def test_what_does_not_fit_is_refused(stage0, tmp_path, monkeypatch):
     with pytest.raises(ValidationError, match="multiple of 12, twice training.sequence_parallel"):
         DistillSettings.model_validate(recipe(stage0, sequence_parallel=6))
