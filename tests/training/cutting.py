@@ -42,7 +42,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tiny_stage0(folder: Path, template: str = "{{ messages[0].content }}") -> Path:
+def make_tiny_stage0(folder: Path, template: str = "{{ messages[0].content }}", tied: bool = False) -> Path:
     """A fused checkpoint of 2 layers of width 32 with a tokenizer of 300 entries, and a corpus beside it."""
     (folder / "corpus").mkdir(parents=True)
     for number, text in enumerate(TEXTS):
@@ -51,6 +51,7 @@ def make_tiny_stage0(folder: Path, template: str = "{{ messages[0].content }}") 
     config = Qwen3Config(
         vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, max_position_embeddings=128, initializer_range=0.3,
+        tie_word_embeddings=tied,
     )  # fmt: skip
     Qwen3ForCausalLM(config).save_pretrained(folder / "base")
     train_tokenizer(TEXTS, 300, template, 128).save_pretrained(folder / "base")

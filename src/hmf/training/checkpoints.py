@@ -147,8 +147,8 @@ def rotate(folder: Path, newest: Path, limit: int) -> None:
 
 def checkpoint_bytes(model: nn.Module, optimiser: torch.optim.Optimizer | None) -> int:
     """Bytes of a checkpoint: the weights, and two moments for each trained one where no optimiser state exists yet."""
-    tensors = {x.data_ptr(): x for x in model.state_dict().values() if isinstance(x, torch.Tensor)}
-    weights = sum(x.numel() * x.element_size() for x in tensors.values())
+    # Not from state_dict(): under FSDP2 that frees gathered parameters, and here one process asks without the others.
+    weights = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
     states = optimiser.state.values() if optimiser else ()
     moments = sum(x.numel() * x.element_size() for state in states for x in state.values() if torch.is_tensor(x))
     trained = sum(x.numel() * x.element_size() for x in model.parameters() if x.requires_grad)
