@@ -144,49 +144,22 @@ def test_known_bad_combinations_are_notes(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("op", "dtype", "triton", "tilelang", "line"),
+    ("op", "triton", "fla", "disabled", "line"),
     [
-        ("gdn", torch.bfloat16, "3.6.0", False, "Triton 3.6.0; pip install tilelang"),
-        ("gdn", torch.bfloat16, "3.6.0", True, None),
-        ("gdn", torch.float32, "3.6.0", True, "train in bfloat16"),
-        ("gdn", torch.float16, "3.6.0", True, "train in bfloat16"),
-        ("ssd", torch.bfloat16, "3.7.0.post1", True, "install Triton 3.7.1"),
-        ("ssd", torch.bfloat16, "3.7.1", False, None),
-        ("gka", torch.float32, "3.6.0", False, None),
+        ("gdn", "3.6.0", "0.6", False, None),
+        ("gdn", "3.6.0", "0.5", False, "pip install -U fla-core"),
+        ("ssd", "3.7.0.post1", "0.6", True, "unset FLA_DISABLE_BACKEND_DISPATCH"),
+        ("ssd", "3.7.1", "0.5", True, None),
+        ("gka", "3.6.0", "0.5", True, None),
     ],
 )
-def test_backwards_that_hopper_lacks(monkeypatch, op, dtype, triton, tilelang, line):
+def test_backwards_that_hopper_lacks(monkeypatch, op, triton, fla, disabled, line):
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=triton))
-    monkeypatch.setattr(dispatch, "_installed", lambda package: package != "tilelang" or tilelang)
-    monkeypatch.setattr(dispatch, "_fla_passes_over_tilelang", lambda: None)
+    monkeypatch.setattr(dispatch, "_installed", lambda package: package != "fla.backends" or fla == "0.6")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    found = dispatch.known_bad_backward(op, dtype)
-    assert found is None if line is None else line in found
-
-
-@pytest.mark.parametrize(
-    ("variable", "enabled", "nvcc", "line"),
-    [
-        (None, True, True, None),
-        ("FLA_DISABLE_BACKEND_DISPATCH", True, True, "unset FLA_DISABLE_BACKEND_DISPATCH"),
-        (None, False, True, "unset FLA_TILELANG"),
-        (None, True, False, "install a CUDA toolkit"),
-    ],
-)
-def test_tilelang_that_fla_would_not_take(monkeypatch, variable, enabled, nvcc, line):
-    class Backend:
-        is_enabled = staticmethod(lambda: enabled)
-        is_available = staticmethod(lambda: nvcc)
-
-    package = ""
-    for part in ("fla", "ops", "common", "backends", "tilelang"):
-        package = f"{package}.{part}".lstrip(".")
-        monkeypatch.setitem(sys.modules, package, SimpleNamespace(__path__=[], CommonTileLangBackend=Backend))
-    monkeypatch.delenv("FLA_DISABLE_BACKEND_DISPATCH", raising=False)
-    if variable:
-        monkeypatch.setenv(variable, "1")
-    found = dispatch._fla_passes_over_tilelang.__wrapped__()  # not what an earlier call kept
+    monkeypatch.setenv("FLA_DISABLE_BACKEND_DISPATCH", "1" if disabled else "0")
+    found = dispatch.known_bad_backward(op, torch.bfloat16)
     assert found is None if line is None else line in found
 
 

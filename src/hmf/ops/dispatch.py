@@ -134,42 +134,30 @@ def resolve(op: str, *tensors: torch.Tensor) -> Callable:
 
 
 def known_bad_backward(op: str, dtype: torch.dtype) -> str | None:
-    """Why the fast backward of `op` in `dtype` gives wrong gradients or cannot run on this machine; None if it is good.
+    """Why the fast backward of `op` in `dtype` cannot run on this machine; None if it can.
 
-    On Hopper, Triton 3.4 to 3.7.0 miscompiles the gradient of q, k and the decay (fla-org/flash-linear-attention#640).
-    With tilelang fla has another kernel for it, in bfloat16 only, which its plain linear attention (ssd) never takes.
+    Where Triton miscompiles the one of fla's, `hmf.ops.fla_backend` takes its place, if fla is one that asks.
     """
-    if op not in ("gdn", "ssd") or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+    if op not in ("gdn", "ssd") or not (wrong := miscompiled()):
+        return None
+    if not (_installed("fla") and _installed("fla.backends")):
+        return f"{wrong}, and fla is older than 0.6; pip install -U fla-core"
+    if os.environ.get("FLA_DISABLE_BACKEND_DISPATCH") == "1":
+        return f"{wrong}; unset FLA_DISABLE_BACKEND_DISPATCH"
+    return None
+
+
+def miscompiled() -> str | None:
+    """What is wrong with fla's backward kernel here: on Hopper, Triton 3.4 to 3.7.0 miscompiles the gradient of q, k
+    and the decay (fla-org/flash-linear-attention#640). None: nothing."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         return None
     import triton
     from packaging.version import Version
 
     if not Version("3.4") <= Version(triton.__version__) < Version("3.7.1"):
         return None
-    wrong = f"the kernel's backward is wrong on Hopper with Triton {triton.__version__}"
-    if op == "ssd":
-        return f"{wrong}; install Triton 3.7.1 or later"
-    if not _installed("tilelang"):
-        return f"{wrong}; pip install tilelang"
-    if reason := _fla_passes_over_tilelang():
-        return f"{wrong}, and fla takes it in place of tilelang's: {reason}"
-    return None if dtype == torch.bfloat16 else f"{wrong}, and tilelang's takes bfloat16 alone; train in bfloat16"
-
-
-@functools.cache
-def _fla_passes_over_tilelang() -> str | None:
-    """Why fla runs its own backward though tilelang is installed, and what to do; None: it does not."""
-    try:
-        from fla.ops.common.backends.tilelang import CommonTileLangBackend
-    except ImportError:
-        return "it is older than 0.6; pip install -U fla-core"
-    if os.environ.get("FLA_DISABLE_BACKEND_DISPATCH") == "1":
-        return "unset FLA_DISABLE_BACKEND_DISPATCH"
-    if not CommonTileLangBackend().is_enabled():
-        return "unset FLA_TILELANG"
-    if not CommonTileLangBackend.is_available():
-        return "tilelang needs nvcc; install a CUDA toolkit, or pip install nvidia-cuda-nvcc"
-    return None
+    return f"fla's backward is wrong on Hopper with Triton {triton.__version__}"
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

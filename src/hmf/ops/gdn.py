@@ -176,6 +176,9 @@ def fast(q, k, v, g, beta, initial_state=None, cu_seqlens=None) -> Result:
     """flash-linear-attention's Triton kernels (CUDA)."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
+    from .fla_backend import install
+
+    install()
     one_token = q.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled()
     kernel = fused_recurrent_gated_delta_rule if one_token else chunk_gated_delta_rule
     state = None if initial_state is None else initial_state.float().contiguous()

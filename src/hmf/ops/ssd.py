@@ -170,6 +170,9 @@ def fast(q, k, v, g, initial_state=None, cu_seqlens=None) -> Result:
     """flash-linear-attention's Triton kernels (CUDA)."""
     from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
 
+    from .fla_backend import install
+
+    install()
     one_token = q.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled()
     kernel = fused_recurrent_simple_gla if one_token else chunk_simple_gla
     state = None if initial_state is None else initial_state.float().contiguous()

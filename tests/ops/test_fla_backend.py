@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our kernel in fla's backward: the gradients that autograd gives in float64, interpreted on a CPU and on a GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hmf.bench.doctor import relative_error
+
+CHUNK = 16
+CASES = [  # lengths or tokens of rows, heads, K, V, delta rule
+    ([37, 16, 1], 2, 20, 24, True),
+    ([5], 1, 72, 80, False),
+    ((2, 33), 1, 16, 40, True),
+]
+
+
+def expected(q, k, v, w, g, h, do, dh, dv, spans, scale):
+    """Of q, k, w and g, by autograd: q, k, w [T, H, K], v, do, dv [T, H, V], g [T, H], h, dh [N, H, K, V]."""
+    q, k, w, g = (x.clone().requires_grad_() for x in (q, k, w, g))
+    total = torch.zeros((), dtype=torch.float64)
+    for (first, end), start, after in zip(spans, h, dh, strict=True):
+        at = slice(first, end)
+        decay = torch.exp(g[at, None] - g[None, at]).permute(2, 0, 1).tril()  # [H, C, C]
+        own = v[at] - torch.einsum("thk,hkv->thv", w[at] - w[at].detach(), start)  # the values depend on w by -w h
+        scores = torch.einsum("thk,shk->hts", q[at], k[at]) * decay
+        o = torch.einsum("hts,shv->thv", scores, v[at])
+        o = scale * (o + torch.einsum("thk,hkv,th->thv", q[at], start, g[at].exp()))
+        last = g[end - 1]
+        state = start * last.exp()[:, None, None]
+        state = state + torch.einsum("thk,thv,th->hkv", k[at], v[at], (last - g[at]).exp())
+        total = total + (o * do[at]).sum() + (state * after).sum() + (own * dv[at]).sum()
+    return torch.autograd.grad(total, (q, k, w, g))
+
+
+def check(device: str, dtype: torch.dtype, tolerance: float) -> None:
+    from hmf.ops.fla_backend import chunk_grads
+
+    generator = torch.Generator().manual_seed(0)
+    for lengths, heads, key_dim, value_dim, delta in CASES:
+        packed = isinstance(lengths, list)
+        sizes = lengths if packed else [lengths[1]] * lengths[0]
+        spans, chunks, first = [], [], 0
+        for sequence, size in enumerate(sizes):
+            for number, start in enumerate(range(0, size, CHUNK)):
+                spans.append((first + start, first + min(start + CHUNK, size)))
+                chunks.append((sequence, number))
+            first += size
+
+        def made(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).double()
+
+        q, k, w = (made(first, heads, key_dim) for _ in range(3))
+        v, do, dv = (made(first, heads, value_dim) for _ in range(3))
+        h, dh = (made(len(spans), heads, key_dim, value_dim) for _ in range(2))
+        g = torch.cat([-torch.rand(b - a, heads, generator=generator).cumsum(0) for a, b in spans]).double()
+        truth = expected(q, k, v, w, g, h, do, dh, dv, spans, 0.3)
+        rows = (1, first) if packed else lengths
+        x = {name: y.unflatten(0, rows).to(device, dtype) for name, y in
+             {"q": q, "k": k, "v": v, "w": w, "do": do, "dv": dv}.items()}  # fmt: skip
+        x |= {name: y.to(device, dtype)[None] for name, y in {"h": h, "dh": dh}.items()}
+        x["g"] = (g / torch.log(torch.tensor(2.0))).float().unflatten(0, rows).to(device)
+        if not delta:
+            del x["w"], x["dv"]
+        if packed:
+            x["cu_seqlens"] = torch.tensor([0, *sizes]).cumsum(0).to(device)
+            x["chunk_indices"] = torch.tensor(chunks).to(device)
+        found = chunk_grads(**x, scale=0.3, chunk_size=CHUNK)
+        assert (found[2] is None) == (not delta)
+        for name, y, z in zip("qkwg", found, truth, strict=True):
+            if y is not None:
+                error = relative_error(y.cpu().double().flatten(0, 1), z)
+                assert error <= tolerance, f"{lengths}: the gradient of {name} is off by {error:.1e}"
+
+
+def test_interpreted_kernel_is_autograds():
+    pytest.importorskip("triton")
+    program = "import torch; from tests.ops.test_fla_backend import check; check('cpu', torch.float32, 1e-5)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-3), (torch.bfloat16, 1e-2)], ids=str)
+def test_compiled_kernel_is_autograds(dtype, tolerance):
+    check("cuda", dtype, tolerance)
