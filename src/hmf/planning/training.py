@@ -32,6 +32,7 @@ from hmf.config.runs import (
     load_recipe,
 )
 from hmf.config.strict import Settings, parse_yaml
+from hmf.data.mixture import row_length
 from hmf.errors import HmfError
 from hmf.gpus import Device, parse_gpus
 from hmf.model.checkpoint import load_config
@@ -41,7 +42,6 @@ from hmf.model.modeling import hybrid_classes
 from hmf.model.rope import with_rope
 from hmf.priming.distance import stage1_flops_per_token
 from hmf.priming.objectives import train_only_mixers
-from hmf.training.distill import row_length
 from hmf.training.finetune import check_model, flops_per_token
 from hmf.training.groups import adapter_targets, choose
 

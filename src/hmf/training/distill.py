@@ -8,16 +8,15 @@ import os
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
-from hmf.config.runs import DataSettings, DistillSettings, ObjectiveSettings
-from hmf.data import tasks, text
-from hmf.data.packing import MixtureDataset, PromptDataset
-from hmf.data.tokenizer import encode_texts, load_tokenizer
-from hmf.errors import HmfError, unknown_name
+from hmf.config.runs import DistillSettings, ObjectiveSettings
+from hmf.data.mixture import PromptDataset, mixture, row_length
+from hmf.data.tokenizer import load_tokenizer
+from hmf.errors import HmfError
 from hmf.model.checkpoint import load_model, save_checkpoint
 from hmf.priming.distance import layer_errors, stage1_flops_per_token
 from hmf.priming.objectives import Objective, attention_sizes, objective_at, token_counts, train_only_mixers
@@ -31,9 +30,6 @@ from .strategy import ShardedModel, strategy_arguments, whole_weights
 
 _Base: Any = object  # a mixin: transformers' classes come after it
 SIZED_ROWS = 4  # rows that the sizes of attention outputs are measured on
-
-if TYPE_CHECKING:
-    from hmf.data.prepare import PreparedDataset
 
 
 class Stage1Loss(_Base):
@@ -200,37 +196,3 @@ def _trainer(
         model=model, processing_class=tokenizer, args=args, train_dataset=prompts, objective=settings.objective
     )
     return student, prompts
-
-
-def row_length(data: DataSettings) -> int:
-    """Tokens of a row of `mixture`."""
-    if data.prepared is not None:
-        from hmf.data.prepare import read_index
-
-        return read_index(data.prepared)["sequence_length"]
-    return data.sequence_length
-
-
-def mixture(
-    data: DataSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: int,
-    seed: int,
-    kind: type[MixtureDataset] = MixtureDataset,
-) -> MixtureDataset | PreparedDataset:
-    """The rows that a recipe's `data` section describes, packed or as `kind` has them; row i depends on `seed` and i
-    alone."""
-    if data.prepared is not None:
-        from hmf.data.prepare import PreparedDataset
-
-        return PreparedDataset(data.prepared, tokenizer, rows, seed)
-    for name in data.tasks:
-        if name not in tasks.TASKS:
-            raise HmfError(f"data.tasks: {unknown_name('task', name, tasks.TASKS)}")
-    if not data.tasks and data.text_share < 1:
-        raise HmfError("data.text_share: is below 1 but data.tasks is empty; name tasks or set it to 1")
-    documents = [document.text for document in text.documents(data.text, "train")]
-    encoded = encode_texts(tokenizer, documents)
-    if data.text_share and not any(encoded):
-        raise HmfError(f"data.text: {data.text}: no text in {len(documents)} documents; name another corpus")
-    return kind(encoded, tokenizer, data.sequence_length, data.tasks, rows, data.text_share, seed)

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from hmf.config.runs import FinetuneRecipe
+from hmf.data.mixture import mixture, row_length
 from hmf.data.preference import PairDataset, pair_dataset
 from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError
@@ -29,7 +30,6 @@ from hmf.model.files import follow_umask, stored_tensors
 from hmf.model.rope import with_rope
 
 from .checkpoints import PublishedCheckpoints, say
-from .distill import mixture, row_length
 from .groups import Group, add_adapters, choose, optimiser_groups, table
 from .guard import GuardedLoss
 from .losses import IGNORED, CrossEntropy, Preference

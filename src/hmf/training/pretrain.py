@@ -23,13 +23,13 @@ from transformers import (
 from hmf.config.runs import DataSettings, OptimiserSettings, load_recipe
 from hmf.config.strict import Settings
 from hmf.data import tasks, text
-from hmf.data.packing import Row
+from hmf.data.mixture import mixture
+from hmf.data.packing import PackedRow
 from hmf.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 from hmf.errors import HmfError
 from hmf.model.files import follow_umask
 
 from .checkpoints import PublishedCheckpoints, published
-from .distill import mixture
 from .guard import GuardedLoss
 from .run import arguments, rows_per_step, train
 
@@ -178,7 +178,7 @@ def _model(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase) -> Any:
     return model
 
 
-def _collate_without_positions(rows: list[Row]) -> Row:
+def _collate_without_positions(rows: list[PackedRow]) -> PackedRow:
     return default_data_collator([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
 
 
