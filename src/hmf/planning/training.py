@@ -41,7 +41,7 @@ from hmf.model.families import family_of
 from hmf.model.modeling import hybrid_classes
 from hmf.model.rope import with_rope
 from hmf.priming.distance import stage1_flops_per_token
-from hmf.priming.objectives import train_only_mixers
+from hmf.priming.objectives import LOGITS_AT_ONCE, train_only_mixers
 from hmf.training.finetune import check_model, flops_per_token
 from hmf.training.groups import adapter_targets, choose
 
@@ -53,7 +53,7 @@ WIDE = 4  # bytes of a master weight, of a gradient, of a moment
 # A layer keeps about so many times the inputs and outputs of its linear layers for the backward pass: norms, rotary
 # positions, gates and casts make tensors of the same widths.
 COPIES = 2.0
-LOGITS = 4 * 2**28  # four tensors of the logits that exist at once, see training/losses.py
+LOGITS = 4 * WIDE * LOGITS_AT_ONCE  # four tensors of the logits that exist at once
 FRAMEWORK = 3 * 2**30  # CUDA context, kernels' workspaces, buffers of the communication library
 
 

@@ -19,12 +19,12 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hmf.config.runs import LayerTarget, ObjectiveSettings
+from hmf.data.encoding import IGNORED
 from hmf.errors import HmfError
 from hmf.model.convert import mixer_names
 from hmf.model.modeling import STUDENT, TEACHER
 
-IGNORED = -100  # the label that transformers' losses leave out
-LOGITS_AT_ONCE = 2**26  # 256 MiB in float32; some seven tensors of this size live at a time
+LOGITS_AT_ONCE = 2**26  # numbers: 256 MiB in float32; some seven tensors of this size live at a time
 Part = Literal["mixer", "mlp", "decoder"]
 # Which outputs of a layer each target compares; the mean over all layers of each part is added up.
 PARTS: dict[str, tuple[Part, ...]] = {

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from hmf.config.runs import FinetuneRecipe
+from hmf.data.encoding import IGNORED
 from hmf.data.mixture import mixture, row_length
 from hmf.data.preference import PairDataset, pair_dataset
 from hmf.data.tokenizer import load_tokenizer
@@ -32,7 +33,7 @@ from hmf.model.rope import with_rope
 from .checkpoints import PublishedCheckpoints, say
 from .groups import Group, add_adapters, choose, optimiser_groups, table
 from .guard import GuardedLoss
-from .losses import IGNORED, CrossEntropy, Preference
+from .losses import CrossEntropy, Preference
 from .progress import require_reporters
 from .run import arguments, rows_per_step, train
 from .sequence import SequenceParallel

@@ -18,8 +18,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-IGNORED = -100
-LOGITS_AT_ONCE = 2**26  # 256 MiB in float32
+from hmf.data.encoding import IGNORED
+from hmf.priming.objectives import LOGITS_AT_ONCE
 
 
 def token_losses(

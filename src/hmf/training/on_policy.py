@@ -16,7 +16,8 @@ from trl import DistillationConfig as OnPolicyArguments
 from trl import DistillationTrainer as OnPolicyLoop
 
 from hmf.config.runs import OnPolicySettings
-from hmf.priming.objectives import IGNORED, token_counts
+from hmf.data.encoding import IGNORED
+from hmf.priming.objectives import token_counts
 
 from .checkpoints import PublishedCheckpoints
 from .distill import Stage1Loss
