@@ -16,8 +16,9 @@ from hmf.errors import HmfError
 from hmf.model.checkpoint import load_model
 from hmf.pipeline import prime
 from hmf.priming.objectives import LayerwiseObjective, attention_sizes, train_only_mixers
-from hmf.training.distill import DistillTrainer
 from hmf.training.run import arguments, run_folder
+from hmf.training.stage1 import Stage1Loss
+from hmf.training.trainer import HybridTrainer
 from tests.numerics import assert_near, check, nudged_checkpoint
 from tests.training import cutting
 
@@ -50,11 +51,11 @@ def two_steps(stage0, folder, rows, accumulation, environment=None):
     train_only_mixers(model)
     training = OptimiserSettings(steps=2, rows_per_step=rows, gradient_accumulation_steps=accumulation,
                                  learning_rate=1e-30, max_grad_norm=1e9)  # fmt: skip
-    DistillTrainer(
+    HybridTrainer(
         model=model,
         args=arguments(training, folder, 0, TrainingArguments, save_strategy="no", logging_steps=1),
         train_dataset=make_rows(),
-        objective=ObjectiveSettings(**OBJECTIVE),
+        loss=Stage1Loss(ObjectiveSettings(**OBJECTIVE)),
         callbacks=[KeepGradients(model, folder)],
     ).train()
 
