@@ -132,10 +132,10 @@ def run_jobs(rank: int, folder: Path) -> None:
 
 
 def train(rank: int, ranks: int, port: int, stage0: Path, output: Path, given: dict[str, Any]) -> None:
-    """Stage 1 as torchrun would start it; what it tells goes to `output`/rank<n>.txt."""
+    """Stage 1 as torchrun would start it; what it prints goes to `output`/rank<n>.txt."""
     as_torchrun(rank, ranks, port, given["training"].get("strategy") != "deepspeed")  # it brings its own CPU backend
     output.mkdir(exist_ok=True)
-    with (output / f"rank{rank}.txt").open("w") as told, contextlib.redirect_stderr(told):
+    with (output / f"rank{rank}.txt").open("w") as messages, contextlib.redirect_stderr(messages):
         distill(stage0, output, DistillSettings.model_validate(given))
 
 

@@ -93,7 +93,7 @@ def test_gradients_are_the_dense_ones_for_any_accumulation_and_number_of_process
     if processes == 1:
         two_steps(stage0, tmp_path, rows, accumulation)
     else:
-        assert cutting.together(two_steps, (stage0, tmp_path, rows, accumulation), processes) == [0] * processes
+        assert cutting.in_processes(two_steps, (stage0, tmp_path, rows, accumulation), processes) == [0] * processes
     for step, wanted in enumerate(dense):
         found = load_file(tmp_path / f"gradients-{step}.safetensors")
         assert found.keys() == wanted.keys()
@@ -116,7 +116,7 @@ def prime_tiny(stage0, run, rows, environment=None):
 def test_two_processes_prime_as_one_does_and_one_of_them_writes(stage0, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     prime_tiny(stage0, one, rows=4)
-    assert cutting.together(prime_tiny, (stage0, two, 2), 2) == [0, 0]
+    assert cutting.in_processes(prime_tiny, (stage0, two, 2), 2) == [0, 0]
     names = ["primed", "stage 0", "teacher"]
     assert [json.loads((two / f"seen-{rank}.json").read_text()) for rank in (0, 1)] == [names, []]
     files = {path.name for path in one.iterdir()}
@@ -144,6 +144,6 @@ def test_what_one_process_cannot_do_is_an_error_of_all(tmp_path):
         output.mkdir(parents=True)
         if wanted is None:
             (output / "mine.txt").touch()
-        assert cutting.together(claim_in_one, (output,), 2) == [0, 0]
+        assert cutting.in_processes(claim_in_one, (output,), 2) == [0, 0]
         said = [(tmp_path / name / f"said-{rank}.txt").read_text() for rank in (0, 1)]
         assert said == wanted if wanted else all("in use" in line for line in said)

@@ -41,7 +41,7 @@ from hmf.model.families import family_of
 from hmf.model.modeling import hybrid_classes
 from hmf.model.rope import with_rope
 from hmf.priming.distance import stage1_flops_per_token
-from hmf.priming.objectives import LOGITS_AT_ONCE, train_only_mixers
+from hmf.priming.objectives import LOGITS_AT_ONCE, is_fused, train_only_mixers
 from hmf.training.finetune import check_model, flops_per_token
 from hmf.training.groups import adapter_targets, choose
 
@@ -328,7 +328,7 @@ class Recipes:
         return None
 
     def _stage1(self, title: str, recipe: DistillSettings, config: Any) -> Job:
-        if not getattr(getattr(config, "pattern", None), "fused", False):
+        if not is_fused(config):
             raise HmfError("model: is no fused checkpoint (teacher and student); make one with `hmf init`")
         model = without_memory(config)
         train_only_mixers(model)

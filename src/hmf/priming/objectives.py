@@ -183,9 +183,14 @@ def attention_sizes(model: PreTrainedModel, **batch: Any) -> tuple[float, ...]:
     return tuple(_mean_square(wanted, batch.get("attention_mask")).item() for _, wanted in seen.values())
 
 
+def is_fused(config: Any) -> bool:
+    """Whether a model of this config, which may be that of a Transformer, holds teacher and student."""
+    return getattr(getattr(config, "pattern", None), "fused", False)
+
+
 def require_fused(model: PreTrainedModel) -> None:
     """HmfError unless `model` holds teacher and student."""
-    if not model.config.pattern.fused:
+    if not is_fused(model.config):
         raise HmfError("distillation needs a fused checkpoint (teacher and student); make one with `hmf init`")
 
 

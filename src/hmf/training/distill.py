@@ -18,7 +18,7 @@ from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError
 from hmf.model.checkpoint import load_model, save_checkpoint
 from hmf.priming.distance import stage1_flops_per_token
-from hmf.priming.objectives import train_only_mixers
+from hmf.priming.objectives import is_fused, train_only_mixers
 
 from .progress import require_reporters
 from .run import arguments, rows_per_step, train
@@ -50,7 +50,7 @@ def distill(
     set_seed(seed)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader's processes are parallel already
     fused = load_model(model, dtype=torch.float32)
-    if not getattr(getattr(fused.config, "pattern", None), "fused", False):
+    if not is_fused(fused.config):
         raise HmfError(f"{model}: no fused checkpoint (teacher and student); make one with `hmf init`")
     train_only_mixers(fused)
     tokenizer = load_tokenizer(model)

@@ -33,8 +33,9 @@ class HybridTrainer(Trainer):
 
     1. `create_accelerator_and_postprocess`: dtypes are kept under FSDP2; base; what accelerate lacks on CPUs.
     2. `_load_from_checkpoint`: base, on a view of the checkpoint without its config.
-    3. `create_optimizer`: from `groups`.
-    4. `_prepare_for_training`: base, which wraps the model; FSDP2 learns of mixers inside mixers.
+    3. `_prepare_for_training`: base, which makes the optimiser (4) and wraps the model; FSDP2 learns of mixers inside
+       mixers.
+    4. `create_optimizer`: from `groups`.
     5. `get_batch_samples`: base; what the batches of the step count by `loss`, in all processes together.
     6. `training_step`, for each batch: `guard` remembers it, and forgets earlier losses where the objective changes;
        base, which calls 7 to 9 and goes backward; `sequence` reports its traffic; `guard` checks the loss.
@@ -43,8 +44,8 @@ class HybridTrainer(Trainer):
     9. `compute_loss`: the batch's share in the step's loss; its parts are added up for the log.
     10. `_get_grad_norm`: base; `guard` checks the norm. The optimiser's step follows.
     11. `log`: the summary of a resumed run covers all of it; figures and parts of `loss` are added; base.
-    12. `_save_checkpoint`: `checkpoints` looks for room; `guard` checks the weights; base, which writes where
-        `_get_output_dir` (13) says; `checkpoints` publishes.
+    12. `_save_checkpoint`: `checkpoints` looks for room; `guard` checks the weights; base; `checkpoints` publishes.
+    13. `_get_output_dir`: where base writes a checkpoint, by `checkpoints`.
 
     A subclass that joins this with a trainer of another library names this one first: base is then the other's hook.
     """
@@ -91,6 +92,11 @@ class HybridTrainer(Trainer):
         with without_config(resume_from_checkpoint) as view:
             super()._load_from_checkpoint(view, model)
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        reach_inner_mixers(self.model)
+        return prepared
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.groups is None:
             return super().create_optimizer(model)
@@ -99,11 +105,6 @@ class HybridTrainer(Trainer):
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = kind(optimiser_groups(model, self.groups, self.args.weight_decay), **options)
         return self.optimizer
-
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        reach_inner_mixers(self.model)
-        return prepared
 
     # A step
 
