@@ -25,6 +25,7 @@ from hmf.config.runs import DataSettings, load_recipe
 from hmf.data import shards, tasks
 from hmf.data.encoding import IGNORED, encode_chat, encode_document
 from hmf.data.filters import repetition
+from hmf.data.mixture import mixture, row_length
 from hmf.data.packing import best_fit
 from hmf.data.prepare import PreparedDataset, prepare
 from hmf.data.shards import load_tokenizer
@@ -33,7 +34,7 @@ from hmf.data.text import stdlib_documents
 from hmf.data.tokenizer import train_tokenizer
 from hmf.errors import HmfError
 from hmf.folders import HOLDER, resolve_base
-from hmf.training.distill import distill, mixture, row_length
+from hmf.training.distill import distill
 from tests.training import cutting
 from tests.training.cutting import make_tiny_stage0, on_touch
 

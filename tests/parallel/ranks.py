@@ -150,11 +150,11 @@ def on_gpus(rank: int, ranks: int, folder: Path) -> None:
 def train(
     rank: int, ranks: int, port: int, stage0: Path, output: Path, given: dict[str, Any], use_cpu: bool = True
 ) -> None:
-    """Stage 1 as torchrun would start it; what it tells goes to `output`/rank<n>.txt."""
+    """Stage 1 as torchrun would start it; what it prints goes to `output`/rank<n>.txt."""
     # DeepSpeed brings its own CPU backend.
     as_torchrun(rank, ranks, port, use_cpu and given["training"].get("strategy") != "deepspeed")
     output.mkdir(exist_ok=True)
-    with (output / f"rank{rank}.txt").open("w") as told, contextlib.redirect_stderr(told):
+    with (output / f"rank{rank}.txt").open("w") as messages, contextlib.redirect_stderr(messages):
         distill(stage0, output, DistillSettings.model_validate(given))
 
 

@@ -14,8 +14,9 @@ from hmf.folders import resolve_base
 from hmf.model.checkpoint import load_config
 from hmf.model.convert import hybrid_config
 from hmf.planning import training as planner
-from hmf.training.distill import DistillTrainer, distill
-from hmf.training.finetune import FinetuneTrainer, finetune
+from hmf.training.distill import distill
+from hmf.training.finetune import finetune
+from hmf.training.trainer import HybridTrainer
 from tests.training import cutting
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -66,9 +67,9 @@ class Recorded(Exception):
     pass
 
 
-def record(trainer_class, monkeypatch):
-    """Bytes of weights, gradients and moments in the second step of the next run of such a trainer."""
-    found, real = {}, trainer_class.training_step
+def record(monkeypatch):
+    """Bytes of weights, gradients and moments in the second step of the next run."""
+    found, real = {}, HybridTrainer.training_step
 
     def step(self, model, *args, **kwargs):
         loss = real(self, model, *args, **kwargs)
@@ -81,7 +82,7 @@ def record(trainer_class, monkeypatch):
             raise Recorded
         return loss
 
-    monkeypatch.setattr(trainer_class, "training_step", step)
+    monkeypatch.setattr(HybridTrainer, "training_step", step)
     return found
 
 
@@ -93,7 +94,7 @@ def test_stage_2_holds_what_was_planned(tmp_path, monkeypatch, lora):
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True)))
     (plan,) = planner.plans([file], resolve_base, "l4")
-    found = record(FinetuneTrainer, monkeypatch)
+    found = record(monkeypatch)
     with pytest.raises(Recorded):
         finetune(recipe)
     assert {name: plan.memory[name] for name in found} == found
@@ -106,7 +107,7 @@ def test_stage_1_holds_what_was_planned(tmp_path, monkeypatch):
     content = settings.model_dump(mode="json", exclude_unset=True)
     file.write_text(yaml.safe_dump(content | {"model": str(stage0), "output": str(tmp_path / "run")}))
     (plan,) = planner.plans([file], resolve_base, "l4")
-    found = record(DistillTrainer, monkeypatch)
+    found = record(monkeypatch)
     with pytest.raises(Recorded):
         distill(stage0, tmp_path / "run", settings)
     assert {name: plan.memory[name] for name in found} == found

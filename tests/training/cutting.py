@@ -201,7 +201,7 @@ def start(target: Callable[..., None], *args: Any) -> multiprocessing.process.Ba
     return process
 
 
-def together(
+def in_processes(
     target: Callable[..., None], args: tuple[Any, ...], count: int, extra: dict[int, tuple[Any, ...]] | None = None
 ) -> list[int | None]:
     """`target(*args, *extra[rank], environment)` in `count` gloo processes; when one fails, the others are ended, as
@@ -228,4 +228,4 @@ def together(
 def train_on_two(stage0: Path, run: Path, kill: tuple[int, int] | None = None) -> list[int | None]:
     """A run on two processes, one killed at `kill`, (rank, touch). Returns the exit codes."""
     extra = {rank: (kill[1] if kill and kill[0] == rank else None,) for rank in (0, 1)}
-    return together(train, (stage0, run), 2, extra)
+    return in_processes(train, (stage0, run), 2, extra)

@@ -13,7 +13,8 @@ from hmf.config.runs import DistillSettings
 from hmf.errors import HmfError
 from hmf.folders import resolve_base
 from hmf.priming.stage0 import make_stage0
-from hmf.training.distill import DistillTrainer, distill
+from hmf.training.distill import distill
+from hmf.training.trainer import HybridTrainer
 from tests.numerics import assert_near
 
 
@@ -64,7 +65,7 @@ def test_a_stopped_run_ends_bit_for_bit_like_an_uninterrupted_one(stage0, finish
     class Stopped(Exception):
         pass
 
-    real = DistillTrainer.compute_loss
+    real = HybridTrainer.compute_loss
 
     def stop_later(self, *args, **kwargs):
         if self.state.global_step == 4:
@@ -72,7 +73,7 @@ def test_a_stopped_run_ends_bit_for_bit_like_an_uninterrupted_one(stage0, finish
         return real(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(DistillTrainer, "compute_loss", stop_later)
+        patch.setattr(HybridTrainer, "compute_loss", stop_later)
         with pytest.raises(Stopped):
             distill(stage0, tmp_path, settings())
     assert not (tmp_path / "stage1").exists()

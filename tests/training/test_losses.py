@@ -90,7 +90,7 @@ def test_uneven_batches_of_a_step_add_up_to_one_batch(model, batch, objective):
     count = objective.count(**rows)
     parts = [{name: x[i : i + 1] for name, x in rows.items()} for i in range(2)]
     assert len({int(objective.count(**part)) for part in parts}) == 2
-    same(gradients(model, sum(model(**part, objective=objective, count=count)["loss"] for part in parts)), wanted)
+    same(gradients(model, sum(model(**part, objective=objective, counts=count)["loss"] for part in parts)), wanted)
 
 
 def test_full_logits_never_exist(model):

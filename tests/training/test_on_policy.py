@@ -67,16 +67,16 @@ def test_the_teacher_scores_what_the_student_wrote(stage0, tmp_path, monkeypatch
     from hmf.model.checkpoint import load_model
     from hmf.model.convert import drop_teacher
     from hmf.priming.objectives import objective_at
-    from hmf.training.on_policy import OnPolicyTrainer
+    from hmf.training.trainer import HybridTrainer
 
-    seen, real = [], OnPolicyTrainer.stage1_loss
+    seen, real = [], HybridTrainer.compute_loss
 
-    def keep(self, model, batch, counts):
+    def keep(self, model, batch, return_outputs, counts):
         if torch.is_grad_enabled():  # else the weights after the last step are looked at
             seen.append((batch, counts))
-        return real(self, model, batch, counts)
+        return real(self, model, batch, return_outputs, counts)
 
-    monkeypatch.setattr(OnPolicyTrainer, "stage1_loss", keep)
+    monkeypatch.setattr(HybridTrainer, "compute_loss", keep)
     chosen = settings(stage0, steps=1, rows_per_step=2, gradient_accumulation_steps=2)
     chosen = chosen.model_copy(update={"on_policy": OnPolicySettings(max_new_tokens=8, temperature=1e-4)})
     distill(stage0, tmp_path, chosen)

@@ -16,8 +16,9 @@ from hmf.errors import HmfError
 from hmf.model.checkpoint import load_model
 from hmf.pipeline import prime
 from hmf.priming.objectives import LayerwiseObjective, attention_sizes, train_only_mixers
-from hmf.training.distill import DistillTrainer
 from hmf.training.run import arguments, run_folder
+from hmf.training.stage1 import Stage1Loss
+from hmf.training.trainer import HybridTrainer
 from tests.numerics import assert_near, check, nudged_checkpoint
 from tests.training import cutting
 
@@ -50,11 +51,11 @@ def two_steps(stage0, folder, rows, accumulation, environment=None):
     train_only_mixers(model)
     training = OptimiserSettings(steps=2, rows_per_step=rows, gradient_accumulation_steps=accumulation,
                                  learning_rate=1e-30, max_grad_norm=1e9)  # fmt: skip
-    DistillTrainer(
+    HybridTrainer(
         model=model,
         args=arguments(training, folder, 0, TrainingArguments, save_strategy="no", logging_steps=1),
         train_dataset=make_rows(),
-        objective=ObjectiveSettings(**OBJECTIVE),
+        loss=Stage1Loss(ObjectiveSettings(**OBJECTIVE)),
         callbacks=[KeepGradients(model, folder)],
     ).train()
 
@@ -92,7 +93,7 @@ def test_gradients_are_the_dense_ones_for_any_accumulation_and_number_of_process
     if processes == 1:
         two_steps(stage0, tmp_path, rows, accumulation)
     else:
-        assert cutting.together(two_steps, (stage0, tmp_path, rows, accumulation), processes) == [0] * processes
+        assert cutting.in_processes(two_steps, (stage0, tmp_path, rows, accumulation), processes) == [0] * processes
     for step, wanted in enumerate(dense):
         found = load_file(tmp_path / f"gradients-{step}.safetensors")
         assert found.keys() == wanted.keys()
@@ -115,7 +116,7 @@ def prime_tiny(stage0, run, rows, environment=None):
 def test_two_processes_prime_as_one_does_and_one_of_them_writes(stage0, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     prime_tiny(stage0, one, rows=4)
-    assert cutting.together(prime_tiny, (stage0, two, 2), 2) == [0, 0]
+    assert cutting.in_processes(prime_tiny, (stage0, two, 2), 2) == [0, 0]
     names = ["primed", "stage 0", "teacher"]
     assert [json.loads((two / f"seen-{rank}.json").read_text()) for rank in (0, 1)] == [names, []]
     files = {path.name for path in one.iterdir()}
@@ -143,6 +144,6 @@ def test_what_one_process_cannot_do_is_an_error_of_all(tmp_path):
         output.mkdir(parents=True)
         if wanted is None:
             (output / "mine.txt").touch()
-        assert cutting.together(claim_in_one, (output,), 2) == [0, 0]
+        assert cutting.in_processes(claim_in_one, (output,), 2) == [0, 0]
         said = [(tmp_path / name / f"said-{rank}.txt").read_text() for rank in (0, 1)]
         assert said == wanted if wanted else all("in use" in line for line in said)

@@ -21,9 +21,10 @@ from hmf.priming.objectives import train_only_mixers
 from hmf.report.curves import curves, draw_curves
 from hmf.training import progress
 from hmf.training.checkpoints import newest_valid
-from hmf.training.distill import DistillTrainer, distill
-from hmf.training.guard import LEAST, PATIENCE, LossWatch
+from hmf.training.distill import distill
+from hmf.training.guard import ABOVE, LEAST, LossWatch
 from hmf.training.progress import ProgressLine
+from hmf.training.trainer import HybridTrainer
 from tests.training import cutting
 
 
@@ -113,7 +114,7 @@ def watch(losses, factor=10.0):
 
 def test_a_loss_that_runs_away_is_found_and_a_spike_is_not():
     usual = [1.0 + 0.1 * math.sin(i) for i in range(LEAST)]
-    spike = [50.0] * (PATIENCE - 1)
+    spike = [50.0] * (ABOVE - 1)
     assert not any(watch([*usual, *spike, *usual, *spike, *usual]))
     verdicts = watch([*usual, *spike, 50.0])
     assert not any(verdicts[:-1]) and "above 10 times its usual" in verdicts[-1]
@@ -136,7 +137,7 @@ def test_a_watch_goes_on_from_its_state(losses, cut):
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_keeps_its_batch(stage0, tmp_path, monkeypatch, where):
-    real, batches = DistillTrainer.compute_loss, []
+    real, batches = HybridTrainer.compute_loss, []
 
     def spoil(self, model, inputs, *args, **kwargs):
         loss = real(self, model, inputs, *args, **kwargs)
@@ -146,7 +147,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_keeps_its_batch
         # sqrt at 0: the value is finite, its gradient is not
         return loss * math.nan if where == "loss" else loss + (loss - loss.detach()).sqrt()
 
-    monkeypatch.setattr(DistillTrainer, "compute_loss", spoil)
+    monkeypatch.setattr(HybridTrainer, "compute_loss", spoil)
     recipe = tmp_path / "recipe.yaml"
     settings = cutting.settings(stage0).model_dump(mode="json")
     recipe.write_text(json.dumps(settings | {"model": str(stage0), "output": str(tmp_path / "run")}))
@@ -161,14 +162,14 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_keeps_its_batch
 
 
 def test_a_loss_that_runs_away_stops_the_run_and_keeps_the_batch_where_it_began(stage0, tmp_path, monkeypatch):
-    real, batches = DistillTrainer.compute_loss, []
+    real, batches = HybridTrainer.compute_loss, []
 
     def run_away(self, model, inputs, *args, **kwargs):
         batches.append(inputs["input_ids"].clone())
         return real(self, model, inputs, *args, **kwargs) * (1000 if self.state.global_step >= 22 else 1)
 
-    monkeypatch.setattr(DistillTrainer, "compute_loss", run_away)
-    with pytest.raises(HmfError, match=f"step {22 + PATIENCE}: the loss is .*, above 10 times its usual"):
+    monkeypatch.setattr(HybridTrainer, "compute_loss", run_away)
+    with pytest.raises(HmfError, match=f"step {22 + ABOVE}: the loss is .*, above 10 times its usual"):
         distill(stage0, tmp_path, cutting.settings(stage0, steps=40, save_steps=20))
     with safe_open(tmp_path / "bad_batch.safetensors", "pt") as kept:
         assert torch.equal(kept.get_tensor("0.input_ids"), batches[22])

@@ -25,7 +25,7 @@ from hmf.data.template import Talk, Template
 from hmf.data.tokenizer import Plain, document_separator, encode_texts
 from hmf.errors import HmfError
 
-IGNORED = -100
+IGNORED = -100  # the label that transformers' losses leave out
 Thinking = Literal["keep", "strip"]
 Turns = Literal["all", "last"]
 _DOUBLED = re.compile(r"(?:<think>|</think>)\s*<think>")

@@ -15,7 +15,7 @@ from hmf.config.places import PairSettings
 from hmf.errors import HmfError
 
 from .encoding import IGNORED, Encoded, encode_answers
-from .packing import Row, row_tensors
+from .packing import PackedRow, row_tensors
 from .shapes import Pair as Conversations
 from .sources import Source, pair_of
 from .tokenizer import document_separator
@@ -23,7 +23,7 @@ from .tokenizer import document_separator
 Pair = tuple[Encoded, Encoded]
 
 
-class PairDataset(Dataset[Row]):
+class PairDataset(Dataset[PackedRow]):
     """Rows of whole pairs, each chosen before rejected; row i depends on `seed` and i alone.
 
     Every pair comes once before any comes again, in another order. Beside the columns of every row there is
@@ -46,7 +46,7 @@ class PairDataset(Dataset[Row]):
     def __len__(self) -> int:
         return self.rows
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> PackedRow:
         turn, place = divmod(index, len(self.packed))
         order = list(range(len(self.packed)))
         Random(f"{self.seed}:{turn}").shuffle(order)
@@ -57,7 +57,7 @@ class PairDataset(Dataset[Row]):
         answers = [[(answer.ids, answer.labels) for pair in pairs for answer in pair] for pairs in self.packed]
         return hashlib.sha256(json.dumps(answers).encode()).hexdigest()
 
-    def row(self, number: int) -> Row:
+    def row(self, number: int) -> PackedRow:
         """One of the different rows."""
         items = [answer for pair in self.packed[number] for answer in pair]
         if room := self.sequence_length - sum(map(len, items)):

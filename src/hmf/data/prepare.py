@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from hmf.config.data import DataRecipe
 from hmf.config.strict import parse_json
 from hmf.data.encoding import IGNORED
-from hmf.data.packing import Row, best_fit
+from hmf.data.packing import PackedRow, best_fit
 from hmf.data.shards import (
     Counts,
     Encoder,
@@ -359,7 +359,7 @@ def _write_rows(file: Any, columns: dict[str, list[Any]]) -> None:
         stream.write_table(table, max_chunksize=64)
 
 
-class PreparedDataset(Dataset[Row]):
+class PreparedDataset(Dataset[PackedRow]):
     """Rows of a prepared set. The first pass has the set's own order, each further one an order by `seed`.
 
     Args:
@@ -395,7 +395,7 @@ class PreparedDataset(Dataset[Row]):
     def __len__(self) -> int:
         return self.rows
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> PackedRow:
         row = self.stored[self.place(index)]
         ids = torch.tensor(row["input_ids"], dtype=torch.int64)
         supervised = torch.tensor(row["supervised"])

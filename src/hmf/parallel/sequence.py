@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from hmf.data.encoding import IGNORED
 from hmf.errors import HmfError
 from hmf.layers.base import Mixer
 from hmf.layers.layout import document_starts
@@ -20,7 +21,6 @@ from .collectives import Group
 from .mixing import ATTENTION, around
 from .shards import ShardedLayout, Shards, own_part
 
-IGNORED = -100  # the label that transformers' losses leave out
 STARTS = "document_starts"  # of the whole rows, in a batch of parts
 
 

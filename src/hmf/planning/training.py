@@ -32,6 +32,7 @@ from hmf.config.runs import (
     load_recipe,
 )
 from hmf.config.strict import Settings, parse_yaml
+from hmf.data.mixture import row_length
 from hmf.errors import HmfError
 from hmf.gpus import Device, parse_gpus
 from hmf.model.checkpoint import load_config
@@ -40,8 +41,7 @@ from hmf.model.families import family_of
 from hmf.model.modeling import hybrid_classes
 from hmf.model.rope import with_rope
 from hmf.priming.distance import stage1_flops_per_token
-from hmf.priming.objectives import train_only_mixers
-from hmf.training.distill import row_length
+from hmf.priming.objectives import LOGITS_AT_ONCE, is_fused, train_only_mixers
 from hmf.training.finetune import check_model, flops_per_token
 from hmf.training.groups import adapter_targets, choose
 
@@ -53,7 +53,7 @@ WIDE = 4  # bytes of a master weight, of a gradient, of a moment
 # A layer keeps about so many times the inputs and outputs of its linear layers for the backward pass: norms, rotary
 # positions, gates and casts make tensors of the same widths.
 COPIES = 2.0
-LOGITS = 4 * 2**28  # four tensors of the logits that exist at once, see training/losses.py
+LOGITS = 4 * WIDE * LOGITS_AT_ONCE  # four tensors of the logits that exist at once
 FRAMEWORK = 3 * 2**30  # CUDA context, kernels' workspaces, buffers of the communication library
 
 
@@ -328,7 +328,7 @@ class Recipes:
         return None
 
     def _stage1(self, title: str, recipe: DistillSettings, config: Any) -> Job:
-        if not getattr(getattr(config, "pattern", None), "fused", False):
+        if not is_fused(config):
             raise HmfError("model: is no fused checkpoint (teacher and student); make one with `hmf init`")
         model = without_memory(config)
         train_only_mixers(model)

@@ -19,12 +19,12 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hmf.config.runs import LayerTarget, ObjectiveSettings
+from hmf.data.encoding import IGNORED
 from hmf.errors import HmfError
 from hmf.model.convert import mixer_names
 from hmf.model.modeling import STUDENT, TEACHER
 
-IGNORED = -100  # the label that transformers' losses leave out
-LOGITS_AT_ONCE = 2**26  # 256 MiB in float32; some seven tensors of this size live at a time
+LOGITS_AT_ONCE = 2**26  # numbers: 256 MiB in float32; some seven tensors of this size live at a time
 Part = Literal["mixer", "mlp", "decoder"]
 # Which outputs of a layer each target compares; the mean over all layers of each part is added up.
 PARTS: dict[str, tuple[Part, ...]] = {
@@ -183,9 +183,14 @@ def attention_sizes(model: PreTrainedModel, **batch: Any) -> tuple[float, ...]:
     return tuple(_mean_square(wanted, batch.get("attention_mask")).item() for _, wanted in seen.values())
 
 
+def is_fused(config: Any) -> bool:
+    """Whether a model of this config, which may be that of a Transformer, holds teacher and student."""
+    return getattr(getattr(config, "pattern", None), "fused", False)
+
+
 def require_fused(model: PreTrainedModel) -> None:
     """HmfError unless `model` holds teacher and student."""
-    if not model.config.pattern.fused:
+    if not is_fused(model.config):
         raise HmfError("distillation needs a fused checkpoint (teacher and student); make one with `hmf init`")
 
 

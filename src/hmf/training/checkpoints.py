@@ -27,16 +27,16 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from torch import nn
+from transformers import TrainerState, TrainingArguments
 
 from hmf.errors import HmfError
 from hmf.model.files import follow_umask
 
 MANIFEST = "manifest.json"
 UNPUBLISHED = "unpublished"
-PATIENCE = timedelta(hours=1)  # how long processes wait for one that works alone, and for each other in training
+PROCESS_TIMEOUT = timedelta(hours=1)  # how long processes wait for one that works alone, and for each other in training
 SLACK = 1 << 20  # bytes of a checkpoint beside weights and optimiser
 _NAME = re.compile(r"checkpoint-(\d+)")
-_Base: Any = object  # a mixin: transformers' classes come after it
 
 # Where several processes train on CPUs the Trainer loads to "cpu:<n>", a place torch.load does not know by itself.
 torch.serialization.register_package(
@@ -57,8 +57,8 @@ def replace_text(path: Path, text: str) -> None:
 
 def require_room(folder: Path, needed: int) -> None:
     """HmfError when the disk that holds `folder` has less than `needed` bytes free."""
-    there = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
+    existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise HmfError(
             f"{folder}: needs about {needed / 1e9:.3g} GB of disk, {free / 1e9:.3g} GB are free; "
@@ -104,8 +104,8 @@ def problem(checkpoint: Path, processes: int | None = None) -> str | None:
         if (size := path.stat().st_size) != facts["bytes"]:
             return f"{name} has {size:,} bytes instead of {facts['bytes']:,}"
     with ThreadPoolExecutor(max_workers=4) as pool:
-        found = pool.map(lambda name: _facts(checkpoint / name), stated["files"])
-        for (name, facts), now in zip(stated["files"].items(), found, strict=True):
+        current = pool.map(lambda name: _facts(checkpoint / name), stated["files"])
+        for (name, facts), now in zip(stated["files"].items(), current, strict=True):
             if now != facts:
                 return f"{name} is damaged (its hash is not the one in {MANIFEST})"
     if processes is not None and stated["processes"] != processes:
@@ -128,7 +128,7 @@ def newest_valid(folder: Path, processes: int | None = None, tell: Callable[[str
 
 def published(folder: Path) -> list[Path]:
     """Folders named checkpoint-<step>, by step."""
-    steps = {int(found[1]): path for path in folder.glob("*") if (found := _NAME.fullmatch(path.name))}
+    steps = {int(match[1]): path for path in folder.glob("*") if (match := _NAME.fullmatch(path.name))}
     return [steps[step] for step in sorted(steps)]
 
 
@@ -156,21 +156,21 @@ def checkpoint_bytes(model: nn.Module, optimiser: torch.optim.Optimizer | None) 
 
 
 @contextmanager
-def together(what: str = "") -> Iterator[None]:
+def shared_errors(prefix: str = "") -> Iterator[None]:
     """A failure to write in one process is raised in all, in one line: the others would wait for it without end."""
     error: Exception | None = None
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, HmfError) as caught:
         error = caught
-    if found := [line for line in gather_object([_line(error)]) if line]:
-        raise HmfError(f"{what}{found[0]}") from error
+    if lines := [line for line in gather_object([_line(error)]) if line]:
+        raise HmfError(f"{prefix}{lines[0]}") from error
 
 
-def by_one(work: Callable[[], object]) -> bool:
+def on_main_process(work: Callable[[], object]) -> bool:
     """Do `work` in one process of several; all go on when it is done, or raise its error. True in that process."""
-    first = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE).is_main_process
-    with together():
+    first = PartialState(cpu=not torch.accelerator.is_available(), timeout=PROCESS_TIMEOUT).is_main_process
+    with shared_errors():
         if first:
             work()
     return first
@@ -180,60 +180,51 @@ def _line(error: Exception | None) -> str:
     return "" if error is None else str(error).strip().split("\n")[0] or type(error).__name__
 
 
-class PublishedCheckpoints(_Base):
-    """Put before a Trainer whose `output_dir` holds nothing but its checkpoints.
+class PublishedCheckpoints:
+    """Those of a Trainer, whose `output_dir` holds nothing else; all processes must see the same folder.
 
-    `train(resume_from_checkpoint=trainer.start_from())` then ends bit for bit like a run that was never cut off, given
-    the same number of processes. All processes must see the same folder.
+    A Trainer that is started from `start_from` ends bit for bit like a run that was never cut off, given the same
+    number of processes.
     """
 
-    first_step = 0  # steps that an earlier process has done
-    _staging = False
+    def __init__(self, args: TrainingArguments):
+        self.args, self.folder = args, Path(args.output_dir)
+        self.first_step = 0  # steps that an earlier process has done
+        self.staging: str | None = None  # where the Trainer is to write a checkpoint, while it does
 
-    def start_from(self) -> str | None:
+    def start_from(self, model: nn.Module, optimiser: torch.optim.Optimizer | None) -> str | None:
         """Remove what a cut-off run left, and choose the checkpoint to go on from; the same in all processes."""
-        folder, chosen = Path(self.args.output_dir), [""]
-        with together():
+        chosen = [""]
+        with shared_errors():
             if self.args.process_index == 0:
-                shutil.rmtree(folder / UNPUBLISHED, ignore_errors=True)
-                if found := newest_valid(folder, self.args.world_size):
-                    say(f"{found}: going on from here")
-                    chosen[0] = str(found)
+                shutil.rmtree(self.folder / UNPUBLISHED, ignore_errors=True)
+                if newest := newest_valid(self.folder, self.args.world_size):
+                    say(f"{newest}: going on from here")
+                    chosen[0] = str(newest)
                 else:  # one more than the limit exists while the newest is written
                     kept = 1 + min(self.args.save_total_limit or 1, -(-self.args.max_steps // self.args.save_steps))
-                    require_room(folder, kept * checkpoint_bytes(self.model, self.optimizer))
+                    require_room(self.folder, kept * checkpoint_bytes(model, optimiser))
         broadcast_object_list(chosen)
         self.first_step = int(chosen[0].rpartition("-")[2]) if chosen[0] else 0
         return chosen[0] or None
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # Only to compare versions, the Trainer would read config.json as a class that refuses a Hybrid's layer types.
-        with tempfile.TemporaryDirectory() as view:
-            for item in Path(resume_from_checkpoint).resolve().iterdir():
-                if item.name != "config.json":
-                    (Path(view) / item.name).symlink_to(item)
-            super()._load_from_checkpoint(view, model)
-
-    def _get_output_dir(self, trial: Any = None) -> str:
-        folder = super()._get_output_dir(trial)
-        return os.path.join(folder, UNPUBLISHED) if self._staging else folder
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder, first = Path(self.args.output_dir), self.args.process_index == 0
-        target = folder / f"checkpoint-{self.state.global_step}"
-        staged = folder / UNPUBLISHED / target.name
-        self._staging = True
+    @contextmanager
+    def written(self, step: int, model: nn.Module, optimiser: torch.optim.Optimizer | None) -> Iterator[None]:
+        """In the block the Trainer writes its checkpoint into `staging`; after it the checkpoint is published."""
+        first, target = self.args.process_index == 0, self.folder / f"checkpoint-{step}"
+        staged = self.folder / UNPUBLISHED / target.name
+        self.staging = str(staged.parent)
         try:
-            with together(f"{target}: not written: "):
+            with shared_errors(f"{target}: not written: "):
                 if first:
-                    require_room(folder, checkpoint_bytes(self.model, self.optimizer))
-            with together(f"{target}: not written: "):
-                super()._save_checkpoint(model, trial)
-            with together(f"{target}: not written: "):
+                    require_room(self.folder, checkpoint_bytes(model, optimiser))
+            with shared_errors(f"{target}: not written: "):
+                yield
+            with shared_errors(f"{target}: not written: "):
                 if first:
                     self._publish(staged, target)
         finally:
-            self._staging = False
+            self.staging = None
             if first:
                 shutil.rmtree(staged.parent, ignore_errors=True)
 
@@ -245,17 +236,29 @@ class PublishedCheckpoints(_Base):
         if self.args.save_total_limit:
             rotate(target.parent, target, self.args.save_total_limit)
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "train_loss" in logs:
-            # The Trainer's summary takes the time and the losses since a resume for those of the whole run.
-            entries = [entry for entry in self.state.log_history if "loss" in entry]
-            steps = [entry["step"] for entry in entries]
-            pairs = zip(entries, [0, *steps], steps, strict=False)
-            logs["train_loss"] = sum(entry["loss"] * (step - last) for entry, last, step in pairs) / max(1, steps[-1])
-            share = 1 - self.first_step / self.state.max_steps
-            for rate in ("train_samples_per_second", "train_steps_per_second"):
-                logs[rate] = round(logs[rate] * share, 3)
-        super().log(logs, *args, **kwargs)
+    def summary(self, logs: dict[str, float], state: TrainerState) -> dict[str, float]:
+        """What a Trainer's summary `logs` should say: it takes the time and the losses since a resume for those of the
+        whole run."""
+        entries = [entry for entry in state.log_history if "loss" in entry]
+        steps = [entry["step"] for entry in entries]
+        pairs = zip(entries, [0, *steps], steps, strict=False)
+        share = 1 - self.first_step / state.max_steps
+        rates = ("train_samples_per_second", "train_steps_per_second")
+        return {
+            "train_loss": sum(entry["loss"] * (step - last) for entry, last, step in pairs) / max(1, steps[-1]),
+            **{rate: round(logs[rate] * share, 3) for rate in rates},
+        }
+
+
+@contextmanager
+def without_config(checkpoint: str) -> Iterator[str]:
+    """A view of the checkpoint without its config.json, which the Trainer would read, only to compare versions, as a
+    class that refuses a Hybrid's layer types."""
+    with tempfile.TemporaryDirectory() as view:
+        for item in Path(checkpoint).resolve().iterdir():
+            if item.name != "config.json":
+                (Path(view) / item.name).symlink_to(item)
+        yield view
 
 
 def _manifest(processes: int, files: dict[str, dict[str, Any]]) -> str:

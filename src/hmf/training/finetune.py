@@ -4,23 +4,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from hmf.config.runs import FinetuneRecipe
+from hmf.data.encoding import IGNORED
+from hmf.data.mixture import mixture, row_length
 from hmf.data.preference import PairDataset, pair_dataset
 from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError
@@ -28,69 +23,15 @@ from hmf.model.checkpoint import cast, load_config, load_model, save_checkpoint,
 from hmf.model.files import follow_umask, stored_tensors
 from hmf.model.rope import with_rope
 
-from .checkpoints import PublishedCheckpoints, say
-from .distill import mixture, row_length
-from .groups import Group, add_adapters, choose, optimiser_groups, table
-from .guard import GuardedLoss
-from .losses import IGNORED, CrossEntropy, Preference
+from .checkpoints import say
+from .groups import add_adapters, choose, table
+from .losses import CrossEntropy, Preference
 from .progress import require_reporters
 from .run import arguments, rows_per_step, train
-from .sequence import SequenceParallel
-from .strategy import ShardedModel, strategy_arguments, whole_weights
+from .strategy import strategy_arguments, whole_weights
+from .trainer import HybridTrainer
 
 SHOWN = 8  # rows whose masks are looked at before training
-
-
-class FinetuneTrainer(PublishedCheckpoints, GuardedLoss, SequenceParallel, ShardedModel, Trainer):
-    """A Trainer whose loss is one of `losses`, and whose groups of parameters have learning rates of their own."""
-
-    loss_is_scaled_for_ga = True  # from transformers 5.19 on; before that, model_accepts_loss_kwargs says so
-    optimizer: Any
-
-    def __init__(self, *args: Any, objective: CrossEntropy | Preference, groups: list[Group], **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.objective, self.groups = objective, groups
-        self.model_accepts_loss_kwargs = True  # losses of a step add up: the Trainer is not to average them again
-        self._parts: dict[str, torch.Tensor] = {}  # sums since the last log
-        self._steps = 0
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            model = self.model if model is None else model
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = kind(optimiser_groups(model, self.groups, self.args.weight_decay), **options)
-        return self.optimizer
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, torch.Tensor]:
-        """The step's batches, and how much they count in all processes together."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.stack([self.objective.count(**batch).to(device) for batch in batches]).sum()
-        self._steps += 1
-        return batches, self.accelerator.reduce(count, "sum")
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
-    ) -> Any:
-        losses = model(**inputs, objective=self.objective, count=num_items_in_batch)
-        for name, value in losses.items():
-            if name != "loss" and torch.is_grad_enabled():
-                self._parts[name] = self._parts.get(name, 0) + value
-        # Gradients are averaged over processes, and these losses are to be added.
-        loss = losses["loss"] * (1 if num_items_in_batch is None else self.accelerator.num_processes)
-        return (loss, None) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self._parts:
-            means = {name: total / self._steps for name, total in self._parts.items()}
-            logs |= {name: self.accelerator.reduce(mean, "sum").item() for name, mean in means.items()}
-        self._parts, self._steps = {}, 0
-        super().log(logs, *args, **kwargs)
 
 
 def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = None) -> Path:
@@ -124,18 +65,20 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
         say(table(groups))
     step_rows = rows_per_step(args, training.sequence_parallel)
     rows = rows_for(recipe, load_tokenizer(recipe.model), training.steps * step_rows)
-    trainer = FinetuneTrainer(
+    loss = CrossEntropy() if recipe.pairs is None else Preference(recipe.pairs.beta)
+    trainer = HybridTrainer(
         model=model,
         args=args,
         train_dataset=rows,
-        objective=Preference(recipe.pairs.beta) if recipe.pairs is not None else CrossEntropy(),
+        loss=loss,
         groups=groups,
         sequence_parallel=training.sequence_parallel,
+        divergence_factor=training.divergence_factor,
     )
-    if isinstance(trainer.objective, Preference):
-        trainer.add_callback(_References(trainer, trainer.objective, rows, output / "reference.safetensors"))
+    if isinstance(loss, Preference):
+        trainer.add_callback(_References(trainer, loss, rows, output / "reference.safetensors"))
     tokens, log = step_rows * sequence_length(recipe), output / "stage2.log.json"
-    train(trainer, rows, recipe.method, log, tokens, training.divergence_factor, flops_per_token(model), draw)
+    train(trainer, rows, recipe.method, log, tokens, flops_per_token(model), draw)
     if adapters is not None:
         adapters.merge_and_unload()
     weights = whole_weights(model)
@@ -165,9 +108,9 @@ def check_model(recipe: FinetuneRecipe, config: Any, sequence_length: int) -> No
         raise HmfError(f"{recipe.model}: is no Hybrid; `hmf prime` makes one of it")
     if pattern.fused:
         raise HmfError(f"{recipe.model}: still holds its teacher; `hmf export` it and give the result")
-    if sequence_length > (known := with_rope(config, recipe.rope).max_position_embeddings):
+    if sequence_length > (positions := with_rope(config, recipe.rope).max_position_embeddings):
         raise HmfError(
-            f"rows of {sequence_length} tokens are longer than the model's {known} positions; "
+            f"rows of {sequence_length} tokens are longer than the model's {positions} positions; "
             "set rope.max_position_embeddings"
         )
 
@@ -211,7 +154,7 @@ def flops_per_token(model: PreTrainedModel) -> float | None:
 class _References(TrainerCallback):
     """Before the first step: what the model says of every answer as it starts, kept in a file for the resumes."""
 
-    def __init__(self, trainer: FinetuneTrainer, objective: Preference, rows: PairDataset, path: Path):
+    def __init__(self, trainer: HybridTrainer, objective: Preference, rows: PairDataset, path: Path):
         self.trainer, self.objective, self.rows, self.path = trainer, objective, rows, path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -244,10 +187,10 @@ class _References(TrainerCallback):
         for first in tqdm(range(0, count, step), desc="reference", unit="row", disable=None):
             number = min(first + accelerator.process_index, count - 1)
             batch = trainer._prepare_inputs({name: x[None] for name, x in self.rows.row(number).items()})
-            found = model(**batch, objective=self._likelihoods)[0]
-            found = accelerator.gather(found[None]).cpu()[: count - first]
-            there = ~references[first : first + step].isnan()
-            references[first : first + step][there] = found.float()[there]
+            likelihoods = model(**batch, objective=self._likelihoods)[0]
+            likelihoods = accelerator.gather(likelihoods[None]).cpu()[: count - first]
+            has_pair = ~references[first : first + step].isnan()
+            references[first : first + step][has_pair] = likelihoods.float()[has_pair]
         model.train()
         if accelerator.is_main_process:
             part = self.path.with_suffix(".part")

@@ -19,7 +19,7 @@ ALL, LORA = "all", "lora"
 
 
 @dataclass(frozen=True)
-class Group:
+class ParameterGroup:
     """Parameters that share a learning rate; None: they are frozen."""
 
     name: str
@@ -39,7 +39,7 @@ def parts(model: PreTrainedModel) -> dict[str, dict[str, nn.Parameter]]:
     tokens', and the head's.
     """
     mixers = tuple(f"model.layers.{index}.{name}." for index, name in mixer_names(model))
-    found: dict[str, dict[str, nn.Parameter]] = {
+    by_part: dict[str, dict[str, nn.Parameter]] = {
         name: {} for name in ("mixers", "norms", "attention", "mlp", "embeddings")
     }
     for name, parameter in model.named_parameters():
@@ -55,12 +55,14 @@ def parts(model: PreTrainedModel) -> dict[str, dict[str, nn.Parameter]]:
         elif path[-2].endswith("norm"):
             part = "norms"
         else:
-            raise HmfError(f"{type(model).__name__}: {name} is in none of the groups {', '.join(found)}")
-        found[part][name] = parameter
-    return found
+            raise HmfError(f"{type(model).__name__}: {name} is in none of the groups {', '.join(by_part)}")
+        by_part[part][name] = parameter
+    return by_part
 
 
-def choose(model: PreTrainedModel, rates: Mapping[Any, float], lora: LoraSettings | None = None) -> list[Group]:
+def choose(
+    model: PreTrainedModel, rates: Mapping[Any, float], lora: LoraSettings | None = None
+) -> list[ParameterGroup]:
     """The groups of `model`, with `rates` by group name; "all" is the rate of those that are not named.
 
     What is in no group with a rate is frozen. HmfError for a group without parameters.
@@ -74,11 +76,11 @@ def choose(model: PreTrainedModel, rates: Mapping[Any, float], lora: LoraSetting
         for parameter in parameters.values():
             parameter.requires_grad_(rate is not None)
         if parameters:
-            groups.append(Group(name, parameters, rate))
+            groups.append(ParameterGroup(name, parameters, rate))
     return groups
 
 
-def adapter_targets(model: PreTrainedModel, groups: Iterable[Group], settings: LoraSettings) -> list[str]:
+def adapter_targets(model: PreTrainedModel, groups: Iterable[ParameterGroup], settings: LoraSettings) -> list[str]:
     """Names of the linear layers that get an adapter; HmfError where a group's weights are of another kind."""
     chosen: dict[str, nn.Parameter] = {}
     for group in groups:
@@ -94,7 +96,9 @@ def adapter_targets(model: PreTrainedModel, groups: Iterable[Group], settings: L
     return targets
 
 
-def add_adapters(model: PreTrainedModel, groups: Iterable[Group], settings: LoraSettings) -> tuple[Any, Group]:
+def add_adapters(
+    model: PreTrainedModel, groups: Iterable[ParameterGroup], settings: LoraSettings
+) -> tuple[Any, ParameterGroup]:
     """Adapters on every linear layer of the groups that `settings` names, inside `model`; (peft's handle, their group).
 
     The handle's `merge_and_unload()` adds them to the weights and restores the model's own layers.
@@ -122,29 +126,29 @@ def add_adapters(model: PreTrainedModel, groups: Iterable[Group], settings: Lora
             adapters[name] = parameter
         else:  # peft froze it
             parameter.requires_grad_(frozen[name.replace(".base_layer.", ".")])
-    return handle, Group(LORA, adapters, settings.learning_rate)
+    return handle, ParameterGroup(LORA, adapters, settings.learning_rate)
 
 
-def optimiser_groups(model: nn.Module, groups: Iterable[Group], weight_decay: float) -> list[dict[str, Any]]:
+def optimiser_groups(model: nn.Module, groups: Iterable[ParameterGroup], weight_decay: float) -> list[dict[str, Any]]:
     """What an optimiser takes: each group in two parts, because norms, biases and decays (vectors) do not decay.
 
     Parameters are those that `model` has by now under the groups' names: sharding it puts others in their place.
     """
-    found, current = [], dict(model.named_parameters())
+    optimised, current = [], dict(model.named_parameters())
     for group in groups:
         if group.learning_rate is None:
             continue
         for decays in (True, False):
             parameters = [current[name] for name, x in group.parameters.items() if (x.dim() > 1) == decays]
             if parameters:
-                found.append({
+                optimised.append({
                     "params": parameters, "lr": group.learning_rate, "group": group.name,
                     "weight_decay": weight_decay if decays else 0.0,
                 })  # fmt: skip
-    return found
+    return optimised
 
 
-def table(groups: Iterable[Group]) -> str:
+def table(groups: Iterable[ParameterGroup]) -> str:
     """The groups for people: parameters and learning rate of each."""
     rows = [(g.name, f"{g.size:,}", "frozen" if g.learning_rate is None else f"{g.learning_rate:g}") for g in groups]
     rows = [("group", "parameters", "learning rate"), *rows]

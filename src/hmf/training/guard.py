@@ -4,22 +4,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
+from transformers import TrainerState, TrainingArguments
 
 from hmf.errors import HmfError
 from hmf.model.files import follow_umask
 
 MEMORY = 100  # losses that the median is taken over
 LEAST = 20  # losses before which nothing counts as divergence
-PATIENCE = 5  # batches in a row that must be above the bound
-_Base: Any = object  # a mixin: transformers' classes come after it
+ABOVE = 5  # batches in a row that must be above the bound
 
 
 class LossWatch:
@@ -38,9 +39,9 @@ class LossWatch:
         usual = median(recent) if len(recent) >= LEAST else 0.0
         if self.factor and 0 < self.factor * usual < loss:
             self.state["above"] += 1
-            if self.state["above"] >= PATIENCE:
+            if self.state["above"] >= ABOVE:
                 usually = f"{self.factor:g} times its usual {usual:.4g}"
-                return f"the loss is {loss:.4g}, above {usually} for {PATIENCE} batches"
+                return f"the loss is {loss:.4g}, above {usually} for {ABOVE} batches"
             return None  # a loss that may be wrong is no part of what is usual
         self.state["above"] = 0
         recent.append(loss)
@@ -48,86 +49,73 @@ class LossWatch:
         return None
 
 
-class GuardedLoss(_Base):
-    """Put before a Trainer: HmfError on a loss or gradient that is not finite, and on a loss that runs away.
+class LossGuard:
+    """HmfError on a loss or gradient that is not finite, and on a loss that runs away.
 
     Nor are weights saved that are not finite, or, after the last step, that make the loss of its batch so.
 
     The step is not taken. The batch, or each one of the step when only its gradient is wrong, goes to
     bad_batch.safetensors beside the checkpoints' folder, from the process that had it; names are <number>.<tensor>. Of
     a loss that runs away it is the batch where that began.
+
+    What is known of earlier losses is kept in the Trainer's state, and so in every checkpoint. All processes must call
+    the checks together.
     """
 
-    divergence_factor = 10.0
-    _watch: LossWatch | None = None
-    _batches: list[dict[str, Any]]  # of this step
-    _suspect: list[dict[str, Any]]  # the first one above the bound
-    _last: dict[str, Any] | None = None
-
-    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # What is known of earlier losses travels in the Trainer's state, and so in every checkpoint.
-        known = self.state.stateful_callbacks.setdefault("LossWatch", LossWatch(0).state)
-        if self._watch is None or self._watch.state is not known:
-            self._watch, self._batches, self._suspect = LossWatch(self.divergence_factor, known), [], []
-        if isinstance(inputs, Mapping):
-            self.remember(inputs)
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        own = loss.item()
-        # The mean over processes, so that all of them come to the same end.
-        everyones = self.accelerator.reduce(loss.detach().clone(), "mean").item() if self.args.world_size > 1 else own
-        wrong = self._watch.judge(everyones)
-        if known["above"] < 2:
-            self._suspect = self._batches[-1:] if known["above"] else []
-        if wrong and math.isfinite(everyones):
-            self._stop(wrong, self._suspect or self._batches[-1:])
-        elif wrong:
-            self._stop(wrong, [] if math.isfinite(own) else self._batches[-1:])
-        return loss
+    def __init__(self, args: TrainingArguments, accelerator: Accelerator, divergence_factor: float):
+        self.args, self.accelerator, self.divergence_factor = args, accelerator, divergence_factor
+        self._step_batches: list[dict[str, Any]] = []
+        self._suspect: list[dict[str, Any]] = []  # the first batch above the bound
+        self._last: dict[str, Any] | None = None
 
     def remember(self, batch: Mapping[str, Any]) -> None:
-        """A batch of this step; a Trainer that makes its batches itself calls this before it computes the loss."""
+        """The next batch of this step, before its loss is computed."""
         self._last = dict(batch)
-        self._batches.append(self._last)
+        self._step_batches.append(self._last)
 
-    def loss_again(self, batch: dict[str, Any]) -> torch.Tensor:
-        """The loss of a batch that was remembered, by the weights as they are now."""
-        return self.compute_loss(self.model_wrapped, self._prepare_inputs(batch))
+    def forget_losses(self, state: TrainerState) -> None:
+        """What was usual no longer is: the loss is another function from here on."""
+        _history(state)["recent"].clear()
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # What a step made of the weights shows in the next one's loss. Nothing comes after the last.
-        named = ((name, x) for name, x in self.model.named_parameters() if x.requires_grad)
+    def check_loss(self, state: TrainerState, loss: torch.Tensor) -> None:
+        """`loss`: of the batch that was remembered last, as the Trainer logs it."""
+        own, history = loss.item(), _history(state)
+        # The mean over processes, so that all of them come to the same end.
+        mean = self.accelerator.reduce(loss.detach().clone(), "mean").item() if self.args.world_size > 1 else own
+        wrong = LossWatch(self.divergence_factor, history).judge(mean)
+        if history["above"] < 2:
+            self._suspect = self._step_batches[-1:] if history["above"] else []
+        if wrong and math.isfinite(mean):
+            self._stop(state, wrong, self._suspect or self._step_batches[-1:])
+        elif wrong:
+            self._stop(state, wrong, [] if math.isfinite(own) else self._step_batches[-1:])
+
+    def check_gradient(self, state: TrainerState, norm: Any) -> None:
+        """`norm`: of the whole step's gradient, before the optimiser uses it."""
+        if norm is not None and not math.isfinite(norm):
+            self._stop(state, f"the gradient's norm is {float(norm)}", self._step_batches)
+        self._step_batches = []
+
+    def check_weights(self, state: TrainerState, model: nn.Module, loss_of: Callable[[dict[str, Any]], float]) -> None:
+        """Before weights are saved. What a step made of them shows in the next one's loss; nothing comes after the
+        last, so `loss_of` computes that of its batch once more."""
+        named = ((name, x) for name, x in model.named_parameters() if x.requires_grad)
         local = [(name, x.to_local() if hasattr(x, "to_local") else x) for name, x in named]
         wrong = next((f"{name} is not finite" for name, x in local if not x.detach().isfinite().all()), None)
-        if self._last is not None and self.state.global_step >= self.state.max_steps:
-            self.model_wrapped.eval()  # dropout would use up random numbers
-            with torch.no_grad():
-                loss = self.loss_again(self._last).item()
-            self.model_wrapped.train()
+        if self._last is not None and state.global_step >= state.max_steps:
+            loss = loss_of(self._last)
             wrong = wrong or (None if math.isfinite(loss) else f"the loss is {loss}")
         count = torch.tensor(float(wrong is not None), device=self.args.device)
         if self.args.world_size > 1:
             count = self.accelerator.reduce(count, "sum")
         if count.item():
-            step = self.state.global_step
             raise HmfError(
-                f"step {step}: after it {wrong or 'weights of another process are not finite'}; nothing is saved, the "
-                "checkpoint before it stays; lower the learning rate, with a new output"
+                f"step {state.global_step}: after it {wrong or 'weights of another process are not finite'}; nothing "
+                "is saved, the checkpoint before it stays; lower the learning rate, with a new output"
             )
-        super()._save_checkpoint(model, trial)
 
-    def forget_losses(self) -> None:
-        """What was usual no longer is: the loss is another function from here on."""
-        self.state.stateful_callbacks.setdefault("LossWatch", LossWatch(0).state)["recent"].clear()
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm)
-        if norm is not None and not math.isfinite(norm):
-            self._stop(f"the gradient's norm is {float(norm)}", self._batches)
-        self._batches = []
-        return norm
-
-    def _stop(self, wrong: str, batches: list[dict[str, Any]]) -> None:
-        step, alone = self.state.global_step + 1, self.args.world_size == 1
+    def _stop(self, state: TrainerState, wrong: str, batches: list[dict[str, Any]]) -> None:
+        step, alone = state.global_step + 1, self.args.world_size == 1
         run = Path(self.args.output_dir).parent
         tensors = {
             f"{number}.{key}": value.detach().cpu().contiguous()
@@ -142,5 +130,10 @@ class GuardedLoss(_Base):
         self.accelerator.wait_for_everyone()
         raise HmfError(
             f"step {step}: {wrong}; the batch is in {run / ('bad_batch.safetensors' if alone else 'bad_batch.*')}, the "
-            "checkpoint before it stays; lower training.learning_rate, or mend the data, with a new output"
+            "checkpoint before it stays; lower training.learning_rate, or fix the data, with a new output"
         )
+
+
+def _history(state: TrainerState) -> dict[str, Any]:
+    """A LossWatch's state, in the Trainer's."""
+    return state.stateful_callbacks.setdefault("LossWatch", LossWatch(0).state)

@@ -8,25 +8,28 @@ sampling every sequence).
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, Trainer
 from trl import DistillationConfig as OnPolicyArguments
 from trl import DistillationTrainer as OnPolicyLoop
 
 from hmf.config.runs import OnPolicySettings
-from hmf.priming.objectives import IGNORED, token_counts
+from hmf.data.encoding import IGNORED
 
-from .checkpoints import PublishedCheckpoints
-from .distill import Stage1Loss
-from .guard import GuardedLoss
+from .trainer import HybridTrainer
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-class OnPolicyTrainer(PublishedCheckpoints, GuardedLoss, Stage1Loss, OnPolicyLoop):
-    """`train_dataset` gives rows {"prompt": ids}; every generated token has a label, prompts have none."""
+class OnPolicyTrainer(HybridTrainer, OnPolicyLoop):
+    """`train_dataset` gives rows {"prompt": ids}; every generated token has a label, prompts have none.
+
+    The hooks are HybridTrainer's around those of trl's loop. They differ where trl makes batches of prompts in
+    `_prepare_inputs`: only then can a batch be remembered, and only then is known what the step counts.
+    """
 
     def __init__(self, model: Any, processing_class: PreTrainedTokenizerBase, **kwargs: Any):
         self._given_ids = [(config, {name: getattr(config, name, None) for name in SPECIAL_IDS})
@@ -45,17 +48,24 @@ class OnPolicyTrainer(PublishedCheckpoints, GuardedLoss, Stage1Loss, OnPolicyLoo
     def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return prompts, None, {}  # they are tokens already
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | None]:
+        return Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)  # prompts count nothing
+
+    def _prepare_inputs(self, inputs: Any) -> dict[str, torch.Tensor]:
+        if isinstance(inputs, Mapping):
+            return dict(inputs)  # a batch that was made before
+        batch = _batch(super()._prepare_inputs(inputs))
+        self.guard.remember(batch)
+        return batch
+
     def compute_loss(
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         # trl has generated for the whole step at once.
-        counts = torch.stack([token_counts(**_batch(part)) for part in self._buffered_inputs]).sum(0)
-        self.remember(batch := _batch(inputs))
-        loss = self.stage1_loss(model, batch, self.accelerator.reduce(counts, "sum"))
-        return (loss, None) if return_outputs else loss
-
-    def loss_again(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return self.stage1_loss(self.model_wrapped, batch, None)
+        counts = torch.stack([self.loss.count(**_batch(part)) for part in self._buffered_inputs]).sum(0)
+        return super().compute_loss(model, inputs, return_outputs, self.accelerator.reduce(counts, "sum"))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: the folder of checkpoints holds nothing else."""

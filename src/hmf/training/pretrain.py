@@ -14,7 +14,6 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedTokenizerBase,
     Qwen3Config,
-    Trainer,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -23,15 +22,15 @@ from transformers import (
 from hmf.config.runs import DataSettings, OptimiserSettings, load_recipe
 from hmf.config.strict import Settings
 from hmf.data import tasks, text
-from hmf.data.packing import Row
+from hmf.data.mixture import mixture
+from hmf.data.packing import PackedRow
 from hmf.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 from hmf.errors import HmfError
 from hmf.model.files import follow_umask
 
-from .checkpoints import PublishedCheckpoints, published
-from .distill import mixture
-from .guard import GuardedLoss
+from .checkpoints import published
 from .run import arguments, rows_per_step, train
+from .trainer import HybridTrainer
 
 
 class TokenizerSettings(Settings):
@@ -86,10 +85,6 @@ class PretrainRecipe(Settings):
         return self
 
 
-class PretrainTrainer(PublishedCheckpoints, GuardedLoss, Trainer):
-    """A Trainer that can be cut off, and stops before a bad loss spoils the weights."""
-
-
 def main(recipe_path: str) -> None:
     """Runs a recipe: tokenizer, model, training, and the result in bfloat16 in the recipe's output folder.
 
@@ -113,15 +108,16 @@ def main(recipe_path: str) -> None:
     dataset: Any = mixture(recipe.data, tokenizer, recipe.training.steps * rows_per_step(args), recipe.seed)
     model = _model(recipe, tokenizer)
     model.config.use_cache = False  # rows hold several documents, which a cache would take for one
-    trainer = PretrainTrainer(
+    trainer = HybridTrainer(
         model=model,
         args=args,
         train_dataset=dataset,
         data_collator=default_data_collator if recipe.training.isolate_documents else _collate_without_positions,
+        divergence_factor=recipe.training.divergence_factor,
     )
     prepared = time.perf_counter()
     tokens, log = rows_per_step(args) * recipe.data.sequence_length, recipe.output / "training.log.json"
-    train(trainer, dataset, "pretrain", log, tokens, recipe.training.divergence_factor)
+    train(trainer, dataset, "pretrain", log, tokens)
     record = {
         "parameters": model.num_parameters(),
         "steps": recipe.training.steps,
@@ -178,7 +174,7 @@ def _model(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase) -> Any:
     return model
 
 
-def _collate_without_positions(rows: list[Row]) -> Row:
+def _collate_without_positions(rows: list[PackedRow]) -> PackedRow:
     return default_data_collator([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
 
 

@@ -16,8 +16,9 @@ from hmf.config.runs import OptimiserSettings
 from hmf.errors import HmfError
 from hmf.folders import claimed
 
-from .checkpoints import by_one, newest_valid
+from .checkpoints import newest_valid, on_main_process
 from .progress import ProgressLine, RunLog
+from .trainer import HybridTrainer
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
@@ -32,7 +33,7 @@ def run_folder(output: Path, recipe: str, start: Callable[[], object] = lambda: 
             held.enter_context(claimed(output, recipe))
             start()
 
-        yield by_one(begin)
+        yield on_main_process(begin)
 
 
 def arguments(
@@ -94,21 +95,19 @@ class SameData(TrainerCallback):
 
 
 def train(
-    trainer: Any,
+    trainer: HybridTrainer,
     rows: Any,
     title: str,
     log_file: Path,
     tokens_per_step: int,
-    divergence_factor: float,
     flops_per_token: float | None = None,
     draw: Callable[[Path], object] | None = None,
 ) -> None:
-    """Run a Trainer with `PublishedCheckpoints` and `GuardedLoss` to its end, from its last whole checkpoint if any.
+    """Run a Trainer to its end, from its last whole checkpoint if any.
 
     `draw` gets the path of the log whenever it has been written. Every checkpoint states the digest of `rows`, its data
     set, and a run goes on with the same one alone.
     """
-    trainer.divergence_factor = divergence_factor
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(SameData(rows.digest()))
     log = RunLog(log_file, draw)

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 from hmf.parallel.sequence import STARTS, attach, cut, sequence_group, with_shards
 
 from .checkpoints import say
-
-_Base: Any = object  # a mixin: transformers' classes come after it
 
 
 class SharedRows(Dataset):
@@ -42,45 +41,37 @@ class OwnPart:
         return cut(self.collate(rows), self.rank, self.ranks)
 
 
-class SequenceParallel(_Base):
-    """Put before a Trainer: `sequence_parallel` neighbouring processes share rows; 1 leaves everything as it is.
+class SequenceParallel:
+    """`ranks` neighbouring processes share rows. Attaches itself to the model.
 
-    The batches that `compute_loss` gets have `shards` and `shift_labels`; its loss must be a sum over the process's own
-    tokens that is divided by what all processes count. After the first step one line says how many bytes each layer
-    received from the other processes.
+    Batches then have `shards` and `shift_labels`; a loss must be a sum over the process's own tokens that is divided by
+    what all processes count. After the first step one line says how many bytes each layer received from the others.
     """
 
-    train_dataset: Any
-    data_collator: Any
-    _told = False
+    def __init__(self, model: PreTrainedModel, ranks: int):
+        self.group = sequence_group(ranks)
+        attach(model)
+        self._reported = False
 
-    def __init__(self, *args: Any, sequence_parallel: int = 1, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.sequence = None
-        if sequence_parallel > 1:
-            self.sequence = sequence_group(sequence_parallel)
-            attach(self.model)
-            size = self.args.per_device_train_batch_size
-            self.train_dataset = SharedRows(self.train_dataset, size, sequence_parallel)
-            self.data_collator = OwnPart(self.data_collator, self.sequence.rank, sequence_parallel)
+    def shared(self, rows: Any, batch_size: int) -> SharedRows:
+        """The data set of a Trainer whose processes share `rows`."""
+        return SharedRows(rows, batch_size, self.group.size)
 
-    def whole_rows(self, count: int) -> list[Any]:
-        """The first rows of the data set, at most `count`; all processes get the same."""
-        rows = self.train_dataset if self.sequence is None else self.train_dataset.rows
-        return [rows[index] for index in range(min(count, len(rows)))]
+    def own_part_of(self, collate: Callable[[list[Any]], dict[str, torch.Tensor]]) -> OwnPart:
+        """The collator that keeps this process's part of what `collate` makes of whole rows."""
+        return OwnPart(collate, self.group.rank, self.group.size)
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        inputs = super()._prepare_inputs(inputs)
-        return inputs if self.sequence is None or STARTS not in inputs else with_shards(self.sequence, inputs)
+    def with_shards(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch from `own_part_of` as the model takes it; others as they are."""
+        return with_shards(self.group, inputs) if STARTS in inputs else inputs
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if self.sequence is not None and self.sequence.received:
-            if self.is_world_process_zero() and not self._told:
-                say(traffic(self.sequence.received))
-            self._told = True
-            self.sequence.received.clear()
-        return loss
+    def report(self, main_process: bool) -> None:
+        """After a batch: its traffic is printed, the first time."""
+        if self.group.received:
+            if main_process and not self._reported:
+                say(traffic(self.group.received))
+            self._reported = True
+            self.group.received.clear()
 
 
 def traffic(received: Counter[str]) -> str:

@@ -3,24 +3,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from hmf.config.runs import ParallelSettings
 from hmf.errors import HmfError
 from hmf.layers.base import Mixer
-
-_Base: Any = object  # a mixin: transformers' classes come after it
 
 
 def strategy_arguments(training: ParallelSettings, model: PreTrainedModel) -> dict[str, Any]:
@@ -52,40 +50,42 @@ def deepspeed_config(training: ParallelSettings) -> dict[str, Any]:
     }
 
 
-class ShardedModel(_Base):
-    """Put before a Trainer whose arguments have `strategy_arguments`: FSDP2 that keeps parameters as they are.
+def keep_parameter_dtypes(args: TrainingArguments) -> None:
+    """Before a Trainer makes its accelerator: FSDP2 is to keep parameters as they are.
 
-    accelerate's own mixed precision would cast them all, and decays must stay float32: products are autocast instead,
-    as they are without FSDP. Also works where the processes are CPUs, for which accelerate knows no FSDP.
+    accelerate's own mixed precision would cast them all, and decays must stay float32: products are autocast instead
+    (`autocast`), as they are without FSDP.
     """
+    if args.fsdp:
+        args.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy()
 
-    is_fsdp_enabled: bool
 
-    def create_accelerator_and_postprocess(self) -> None:
-        if self.args.fsdp:
-            self.args.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy()
-        super().create_accelerator_and_postprocess()
-        if self.args.deepspeed and not self.is_deepspeed_enabled:
-            raise HmfError("training.strategy: accelerate knows no deepspeed on CPUs; choose ddp or fsdp2")
-        if self.args.fsdp and not self.is_fsdp_enabled:
-            state = self.accelerator.state
-            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-            state.distributed_type = DistributedType.FSDP
-            self.is_fsdp_enabled = True
+def complete_accelerator(args: TrainingArguments, state: AcceleratorState) -> bool:
+    """After it: FSDP also where the processes are CPUs, for which accelerate knows none. Whether FSDP is in use.
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        for module in self.model.modules():
-            if isinstance(module, Mixer):
-                for inner in module.children():
-                    if isinstance(inner, Mixer) and isinstance(inner, FSDPModule):
-                        register_fsdp_forward_method(inner, "mix")  # called by the mixer around it
-        return prepared
+    Raises:
+        HmfError: deepspeed on CPUs.
+    """
+    if args.deepspeed and getattr(state, "deepspeed_plugin", None) is None:
+        raise HmfError("training.strategy: accelerate knows no deepspeed on CPUs; choose ddp or fsdp2")
+    if args.fsdp and getattr(state, "fsdp_plugin", None) is None:
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
+        state.distributed_type = DistributedType.FSDP
+    return getattr(state, "fsdp_plugin", None) is not None
 
-    def compute_loss_context_manager(self) -> Any:
-        if self.args.fsdp and self.args.bf16:
-            return torch.autocast(self.args.device.type, torch.bfloat16)
-        return contextlib.nullcontext()
+
+def reach_inner_mixers(model: nn.Module) -> None:
+    """Let FSDP2 gather the parameters of a mixer inside another one, which calls its `mix` and not its `forward`."""
+    for module in model.modules():
+        if isinstance(module, Mixer):
+            for inner in module.children():
+                if isinstance(inner, Mixer) and isinstance(inner, FSDPModule):
+                    register_fsdp_forward_method(inner, "mix")
+
+
+def autocast(args: TrainingArguments) -> torch.autocast | None:
+    """What products are computed in under FSDP2; without it accelerate sees to that."""
+    return torch.autocast(args.device.type, torch.bfloat16) if args.fsdp and args.bf16 else None
 
 
 def whole_weights(model: nn.Module) -> dict[str, Any] | None:

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows that a training recipe's `data` section describes: drawn from text and generated tasks, or prepared ones."""
+
+import hashlib
+from dataclasses import dataclass, field
+from random import Random
+
+import numpy as np
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from hmf.config.runs import DataSettings
+from hmf.data import tasks, text
+from hmf.data.encoding import Encoded, enclosed, encode_chat
+from hmf.data.packing import PackedRow, row_tensors
+from hmf.data.prepare import PreparedDataset, read_index
+from hmf.data.tasks import Sample
+from hmf.data.tokenizer import document_separator, encode_texts
+from hmf.errors import HmfError, unknown_name
+
+
+def encode_conversation(tokenizer: PreTrainedTokenizerBase, conversation: Sample) -> Encoded:
+    """The conversation as the model sees it when it answers: prompt (not supervised), then the last assistant turn."""
+    return encode_chat(tokenizer, conversation.messages, conversation.tools, turns="last")[0]
+
+
+@dataclass
+class MixtureDataset(Dataset[PackedRow]):
+    """Rows drawn from text and generated tasks without end: row i depends on `seed` and i alone.
+
+    Args:
+        texts: token ids of each document, as `encode_texts` gives them.
+        weights: relative frequency of each task by name; half of the conversations are made with thinking.
+        text_share: share of the rows that hold text only; in the others, text fills what conversations leave.
+        rows: length of the data set.
+    """
+
+    texts: list[list[int]]
+    tokenizer: PreTrainedTokenizerBase
+    sequence_length: int
+    weights: dict[str, float]
+    rows: int
+    text_share: float = 0.3
+    seed: int = 0
+    _documents: list[Encoded] = field(init=False, repr=False)
+    _sizes: list[int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        separator = document_separator(self.tokenizer)
+        self._documents = [enclosed(ids, separator) for ids in self.texts]
+        self._sizes = [len(document) for document in self._documents]
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def digest(self) -> str:
+        """Changes with any token of any text, and with all else that a row depends on."""
+        sha = hashlib.sha256(repr((type(self).__name__, self.sequence_length, self.text_share, self.seed)).encode())
+        template = self.tokenizer.chat_template if self.weights else None
+        sha.update(repr((sorted(self.weights.items()), template, [len(ids) for ids in self.texts])).encode())
+        for ids in self.texts:
+            sha.update(np.array(ids, dtype=np.int64).tobytes())
+        return sha.hexdigest()
+
+    def __getitem__(self, index: int) -> PackedRow:
+        rng = Random(f"{self.seed}:{index}")
+        row: list[Encoded] = []
+        room = self.sequence_length
+        if rng.random() >= self.text_share:
+            names, weights = list(self.weights), list(self.weights.values())
+            while room >= tasks.MIN_LENGTH:
+                task = rng.choices(names, weights)[0]
+                seed, length = rng.getrandbits(62), tasks.random_length(rng, room)
+                thinking = rng.random() < 0.5
+                conversation = tasks.sample(task, seed, self.tokenizer, length, thinking=thinking)
+                item = encode_conversation(self.tokenizer, conversation)
+                if len(item) > room:
+                    break
+                row.append(item)
+                room -= len(item)
+        while room:
+            # A document is as likely as it is long, and so is each place in it.
+            document = rng.choices(self._documents, self._sizes)[0]
+            start = rng.randrange(-room // 2, len(document))
+            row.append(document.cut(max(0, start), max(0, start) + room))
+            room -= len(row[-1])
+        rng.shuffle(row)
+        return row_tensors(row)
+
+
+class PromptDataset(MixtureDataset):
+    """Beginnings to go on from, {"prompt": ids}, of at most `sequence_length` tokens: the prompts of conversations, and
+    pieces of text of any length. Row i depends on `seed` and i alone."""
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        rng, room = Random(f"{self.seed}:prompt {index}"), self.sequence_length
+        if rng.random() >= self.text_share:
+            task = rng.choices(list(self.weights), list(self.weights.values()))[0]
+            seed, length = rng.getrandbits(62), tasks.random_length(rng, max(room, tasks.MIN_LENGTH))
+            conversation = tasks.sample(task, seed, self.tokenizer, length, thinking=rng.random() < 0.5)
+            prompt = encode_texts(self.tokenizer, [conversation.prompt(self.tokenizer)])[0]
+            if len(prompt) <= room:
+                return {"prompt": prompt}
+        document = rng.choices(self._documents, self._sizes)[0]
+        length = rng.randint(1, min(room, len(document)))
+        start = rng.randrange(len(document) - length + 1)
+        return {"prompt": document.ids[start : start + length]}
+
+
+def row_length(data: DataSettings) -> int:
+    """Tokens of a row of `mixture`."""
+    if data.prepared is not None:
+        return read_index(data.prepared)["sequence_length"]
+    return data.sequence_length
+
+
+def mixture(
+    data: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: int,
+    seed: int,
+    kind: type[MixtureDataset] = MixtureDataset,
+) -> MixtureDataset | PreparedDataset:
+    """The rows that a recipe's `data` section describes, packed or as `kind` has them; row i depends on `seed` and i
+    alone."""
+    if data.prepared is not None:
+        return PreparedDataset(data.prepared, tokenizer, rows, seed)
+    for name in data.tasks:
+        if name not in tasks.TASKS:
+            raise HmfError(f"data.tasks: {unknown_name('task', name, tasks.TASKS)}")
+    if not data.tasks and data.text_share < 1:
+        raise HmfError("data.text_share: is below 1 but data.tasks is empty; name tasks or set it to 1")
+    documents = [document.text for document in text.documents(data.text, "train")]
+    encoded = encode_texts(tokenizer, documents)
+    if data.text_share and not any(encoded):
+        raise HmfError(f"data.text: {data.text}: no text in {len(documents)} documents; name another corpus")
+    return kind(encoded, tokenizer, data.sequence_length, data.tasks, rows, data.text_share, seed)

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 1's loss: what a recipe's `objective` section compares at each step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hmf.config.runs import ObjectiveSettings
+from hmf.priming.distance import layer_errors
+from hmf.priming.objectives import Objective, attention_sizes, objective_at, token_counts
+
+from .losses import Measure, TrainingLoss
+
+SIZED_ROWS = 4  # rows that the sizes of attention outputs are measured on
+
+
+class Stage1Loss(TrainingLoss):
+    """Of a fused model. After each layer the student's distance from the teacher, on one row of the latest batch, is
+    logged as `error_layer_<index>`."""
+
+    log_prefix = "loss_"
+
+    def __init__(self, settings: ObjectiveSettings):
+        self.settings = settings
+        self._attention_sizes: tuple[float, ...] | None = None
+
+    def count(self, **batch: Any) -> torch.Tensor:
+        """Real tokens, and those whose successor has a label: `token_counts`."""
+        return token_counts(**batch)
+
+    def at(self, step: int, measure: Measure) -> Objective:
+        if step >= self.settings.layerwise_steps:
+            return objective_at(self.settings, step)
+        if self._attention_sizes is None:
+            self._attention_sizes = measure(attention_sizes, SIZED_ROWS)
+        return objective_at(self.settings, step, self._attention_sizes)
+
+    def figures(self, model: Any, batch: dict[str, Any]) -> dict[str, float]:
+        # With sequence parallelism all rows: parts of one alone would have other shards.
+        row = {name: x if "shards" in batch else x[:1] for name, x in batch.items() if "labels" not in name}
+        with torch.no_grad():  # else DDP would wait for a backward pass
+            errors = model(**row, objective=layer_errors)
+        return {f"error_layer_{index}": value.item() for index, value in errors.items()}

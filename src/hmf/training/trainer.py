@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one subclass of transformers' Trainer: it owns every hook, and plain objects do the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from .checkpoints import PublishedCheckpoints, without_config
+from .groups import ParameterGroup, optimiser_groups
+from .guard import LossGuard
+from .losses import TrainingLoss
+from .sequence import SequenceParallel
+from .strategy import autocast, complete_accelerator, keep_parameter_dtypes, reach_inner_mixers
+
+
+class HybridTrainer(Trainer):
+    """A Trainer for all stages. Its `output_dir` holds nothing but its checkpoints, which all processes must see.
+
+    The objects, none of which knows another:
+
+    - `loss`: what is minimised; None: the model's own loss.
+    - `groups`: parameters with learning rates of their own; None: one rate for all that are trained.
+    - `sequence`: several processes share each row; None with `sequence_parallel` 1.
+    - `guard`: stops the run before a bad loss spoils the weights.
+    - `checkpoints`: each is whole or does not count.
+
+    The Trainer's hooks that are overridden, by when a run reaches them; "base" is the Trainer's own:
+
+    1. `create_accelerator_and_postprocess`: dtypes are kept under FSDP2; base; what accelerate lacks on CPUs.
+    2. `_load_from_checkpoint`: base, on a view of the checkpoint without its config.
+    3. `_prepare_for_training`: base, which makes the optimiser (4) and wraps the model; FSDP2 learns of mixers inside
+       mixers.
+    4. `create_optimizer`: from `groups`.
+    5. `get_batch_samples`: base; what the batches of the step count by `loss`, in all processes together.
+    6. `training_step`, for each batch: `guard` remembers it, and forgets earlier losses where the objective changes;
+       base, which calls 7 to 9 and goes backward; `sequence` reports its traffic; `guard` checks the loss.
+    7. `_prepare_inputs`: base; `sequence` adds the shards.
+    8. `compute_loss_context_manager`: the autocast of FSDP2.
+    9. `compute_loss`: the batch's share in the step's loss; its parts are added up for the log.
+    10. `_get_grad_norm`: base; `guard` checks the norm. The optimiser's step follows.
+    11. `log`: the summary of a resumed run covers all of it; figures and parts of `loss` are added; base.
+    12. `_save_checkpoint`: `checkpoints` looks for room; `guard` checks the weights; base; `checkpoints` publishes.
+    13. `_get_output_dir`: where base writes a checkpoint, by `checkpoints`.
+
+    A subclass that joins this with a trainer of another library names this one first: base is then the other's hook.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        loss: TrainingLoss | None = None,
+        groups: list[ParameterGroup] | None = None,
+        sequence_parallel: int = 1,
+        divergence_factor: float = 10.0,
+        **kwargs: Any,
+    ):
+        if loss is not None:
+            self.loss_is_scaled_for_ga = True  # transformers 5.19 on; before that, model_accepts_loss_kwargs says so
+        super().__init__(*args, **kwargs)
+        self.loss, self.groups = loss, groups
+        self.checkpoints = PublishedCheckpoints(self.args)
+        self.guard = LossGuard(self.args, self.accelerator, divergence_factor)
+        self.sequence: SequenceParallel | None = None
+        self._rows = self.train_dataset
+        if sequence_parallel > 1:
+            self.sequence = SequenceParallel(self.model, sequence_parallel)
+            self.train_dataset = self.sequence.shared(self.train_dataset, self.args.per_device_train_batch_size)
+            self.data_collator = self.sequence.own_part_of(self.data_collator)
+        if loss is not None:
+            self.model_accepts_loss_kwargs = True  # losses of a step add up: the Trainer is not to average them again
+        self._part_sums: dict[str, torch.Tensor] = {}  # of the loss, since the last log, which was after this step:
+        self._logged_step: int | None = None
+        self._latest_batch: dict[str, Any] = {}
+
+    def start_from(self) -> str | None:
+        """Remove what a cut-off run left, and choose the checkpoint to go on from; the same in all processes."""
+        return self.checkpoints.start_from(self.model, self.optimizer)
+
+    # Preparation
+
+    def create_accelerator_and_postprocess(self) -> None:
+        keep_parameter_dtypes(self.args)
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = complete_accelerator(self.args, self.accelerator.state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with without_config(resume_from_checkpoint) as view:
+            super()._load_from_checkpoint(view, model)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        reach_inner_mixers(self.model)
+        return prepared
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.groups is None:
+            return super().create_optimizer(model)
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = kind(optimiser_groups(model, self.groups, self.args.weight_decay), **options)
+        return self.optimizer
+
+    # A step
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | None]:
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.loss is None:
+            return batches, count
+        counts = torch.stack([self.loss.count(**batch).to(device) for batch in batches]).sum(0)
+        return batches, self.accelerator.reduce(counts, "sum")
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        step = self.state.global_step
+        if self._logged_step is None:
+            self._logged_step = step
+        if isinstance(inputs, Mapping):
+            self.guard.remember(inputs)
+        if step and self.loss is not None and self.objective_at(step) != self.objective_at(step - 1):
+            self.guard.forget_losses(self.state)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.sequence is not None:
+            self.sequence.report(self.is_world_process_zero())
+        self.guard.check_loss(self.state, loss)
+        return loss
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        inputs = super()._prepare_inputs(inputs)
+        return inputs if self.sequence is None else self.sequence.with_shards(inputs)
+
+    def compute_loss_context_manager(self) -> Any:
+        return autocast(self.args) or super().compute_loss_context_manager()
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        """`num_items_in_batch`: what the whole step counts; None: the loss of this batch alone."""
+        if self.loss is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        losses = model(**inputs, objective=self.objective_at(self.state.global_step), counts=num_items_in_batch)
+        if torch.is_grad_enabled():
+            self._latest_batch = inputs
+            for name, value in losses.items():
+                if name != "loss":
+                    self._part_sums[name] = self._part_sums.get(name, 0) + value.detach()
+        # Gradients are averaged over processes, and these losses are to be added.
+        loss = losses["loss"] * (1 if num_items_in_batch is None else self.accelerator.num_processes)
+        return (loss, None) if return_outputs else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.guard.check_gradient(self.state, norm)
+        return norm
+
+    # After a step
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "train_loss" in logs:
+            logs |= self.checkpoints.summary(logs, self.state)
+        if "loss" in logs and self.loss is not None:
+            logs |= self.loss.figures(self.model_wrapped, self._latest_batch)
+            logs |= self._part_means()
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self.checkpoints.written(self.state.global_step, self.model, self.optimizer):
+            self.guard.check_weights(self.state, self.model, self._loss_now)
+            super()._save_checkpoint(model, trial)
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return self.checkpoints.staging or super()._get_output_dir(trial)
+
+    # What the hooks use
+
+    def objective_at(self, step: int) -> Callable[..., dict[str, torch.Tensor]]:
+        """What the model is called with at an optimiser step."""
+        assert self.loss is not None
+        return self.loss.at(step, self._measured)
+
+    def _measured(self, objective: Callable[..., tuple[float, ...]], count: int) -> tuple[float, ...]:
+        """What `objective` comes to on the run's first `count` rows: the same after a resume, and for any number of
+        processes."""
+        rows = [self._rows[index] for index in range(min(count, len(self._rows)))]
+        with torch.no_grad():
+            values = self.model_wrapped(**self._prepare_inputs(self.data_collator(rows)), objective=objective)
+        # Of processes that share rows each has seen its part of all of them.
+        means = self.accelerator.reduce(torch.tensor(values, device=self.args.device), "mean")
+        return tuple(means.tolist())
+
+    def _loss_now(self, batch: dict[str, Any]) -> float:
+        """The loss of a batch, by the weights as they are now."""
+        self.model_wrapped.eval()  # dropout would use up random numbers
+        with torch.no_grad():
+            loss = self.compute_loss(self.model_wrapped, self._prepare_inputs(batch)).item()
+        self.model_wrapped.train()
+        return loss
+
+    def _part_means(self) -> dict[str, float]:
+        """Each part of the loss, a mean over the steps since the last log; nothing where the loss has one part only."""
+        assert self.loss is not None
+        steps, sums = self.state.global_step - (self._logged_step or 0), self._part_sums
+        self._part_sums, self._logged_step = {}, self.state.global_step
+        if len(sums) < 2:
+            return {}
+        means = {name: total / steps for name, total in sums.items()}
+        return {
+            f"{self.loss.log_prefix}{name}": self.accelerator.reduce(mean, "sum").item() for name, mean in means.items()
+        }
