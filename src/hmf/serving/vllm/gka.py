@@ -117,7 +117,7 @@ class GKAMixer(HostedMixer):
         qkv = inputs[0]
         if not qkv.is_cuda:
             return super().decode(inputs, slots)
-        from hmf.ops import gka_triton
+        from hmf.ops import gka_decode, gka_triton
 
         if gka_triton.unsupported(*self._streams(qkv)[:2]):
             return super().decode(inputs, slots)
@@ -128,7 +128,7 @@ class GKAMixer(HostedMixer):
         )  # fmt: skip
         q, k, v = self._expanded(x, rest)
         g, gk, beta, alpha = self._gates(inputs)
-        o, _ = gka_triton.step(
+        o, _ = gka_decode.step(
             q, k, v, g, gk, alpha, self.kv_cache[1:], **self.mixer.solver, beta=beta, eps=EPS, slots=slots,
             null_slot=NULL_BLOCK_ID,
         )  # fmt: skip
