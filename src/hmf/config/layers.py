@@ -198,6 +198,10 @@ class LayerKind:
     module_name: str
     options: type[LayerOptions]
 
+    @property
+    def overrides_key(self) -> str:
+        return f"{self.name}_overrides"
+
 
 LAYER_KINDS: dict[str, LayerKind] = {
     kind.symbol: kind
@@ -218,7 +222,7 @@ def layer_options(config: Any, symbol: str) -> Any:
     """
     kind = LAYER_KINDS[symbol]
     stored = getattr(config, kind.config_key, None) or {}
-    if overrides := getattr(config, f"{kind.name}_overrides", None):
+    if overrides := getattr(config, kind.overrides_key, None):
         stored = {**stored, **overrides}
     return kind.options.from_base(config, stored, source=f"config.json: {kind.config_key}")
 

@@ -238,6 +238,7 @@ ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
 }  # fmt: skip
+ROPE_SCALING_KEYS = frozenset(key for needed, optional in ROPE_KEYS.values() for key in (*needed, *optional))
 
 
 class RopeScaling(Settings):

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from hmf.config.pattern import ATTENTION, Pattern
+from hmf.config.pattern import ATTENTION, Pattern, is_fused
 from hmf.errors import HmfError
 from hmf.gpus import COPY_SHARE, GIB, Device, parse_gpus
 from hmf.model.convert import hybrid_config
@@ -139,7 +139,7 @@ def make_plan(
     settings = settings or Settings()
     require_unquantised(config)
     config = as_hybrid(config)
-    if config.pattern.fused:
+    if is_fused(config):
         config = hybrid_config(config, config.pattern.with_fused(False))
     if config.num_attention_heads % ranks:
         heads = config.num_attention_heads

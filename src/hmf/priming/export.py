@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from hmf.config.pattern import is_fused
 from hmf.errors import HmfError, listed, notice
+from hmf.folders import require_unused
 from hmf.model.checkpoint import STORED, load_model, save_checkpoint
 from hmf.model.convert import drop_teacher
-from hmf.model.files import require_finite, require_unused
+from hmf.model.files import require_finite
 
 
 def export(fused: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -22,7 +24,7 @@ def export(fused: str | Path, out: str | Path, dtype: torch.dtype | None = None)
     """
     require_unused(out)
     model = load_model(fused, dtype=STORED)
-    if not getattr(getattr(model.config, "pattern", None), "fused", False):
+    if not is_fused(model.config):
         raise HmfError(
             f"{fused}: holds no teacher, there is nothing to drop; export takes the result of init or distill"
         )

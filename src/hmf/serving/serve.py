@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from hmf.config.pattern import is_fused
 from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError, notice
 from hmf.gpus import GIB, Device, cpu
@@ -30,7 +31,7 @@ from hmf.layers.registry import MIXERS
 from hmf.model.checkpoint import generation_config, has_own_head, load_config
 from hmf.model.files import DTYPES, require_checkpoint, require_finite, stored_tensors
 from hmf.planning.serving import UTILISATION, Plan, Settings, as_hybrid, make_plan
-from hmf.serving.vllm.support import REASON_FILE, split_problem
+from hmf.serving.vllm.support import REASON_FILE, STILL_FUSED, split_problem
 
 CPU_SEQUENCES = 128  # at once, by vLLM's default
 CPU_SPACE = "VLLM_CPU_KVCACHE_SPACE"  # GiB
@@ -186,8 +187,8 @@ def servable(config: Any, source: str | Path) -> Any:
     if getattr(config, "quantization_config", None):
         config.quantization_config = None  # planned as it was before: quantised weights take less than that
     config = as_hybrid(config)
-    if config.pattern.fused:
-        raise HmfError(f"{source}: still holds the teacher (Stage 0 or 1); run `hmf export` on it and serve the result")
+    if is_fused(config):
+        raise HmfError(f"{source}: {STILL_FUSED}")
     return config
 
 

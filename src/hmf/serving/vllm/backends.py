@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's state backends for recurrent layers: one for each layer type, alike but for what Mamba2's kernels need.
+"""vLLM's state backends for recurrent layers: one for each layer type.
 
 A backend of its own lets layer types with different states share a model. vLLM names backends by their path and sends
 the names between its processes, so each needs a path: `hmf.serving.vllm.backends.GDN` and so on.
@@ -17,7 +17,7 @@ from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadata, Ba
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
 from vllm.v1.attention.backends.utils import compute_causal_conv1d_metadata
 
-from .support import MIXERS
+from .support import MIXERS, mixer_module
 
 HAS_KERNELS = current_platform.is_cuda()  # vLLM's own, of convolutions, GDN and Mamba2
 SSD_CHUNK = 256  # tokens that vLLM's kernels of Mamba2 take at a time, as in the published Mamba2 models
@@ -59,7 +59,7 @@ class WindowMetadata(SSDMetadata):
     made: dict[Any, Any] = field(default_factory=dict)
 
 
-class WindowMetadataBuilder(SSDMetadataBuilder):
+class WindowMetadataBuilder(SSDMetadataBuilder):  # a layer with windows may hold a Mamba2
     metadata_cls = WindowMetadata
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **kwargs: Any) -> Any:
@@ -97,8 +97,7 @@ class RecurrentBackend(AttentionBackend):
 
     @classmethod
     def get_builder_cls(cls) -> type[RecurrentMetadataBuilder]:
-        builders = {"M2": SSDMetadataBuilder, "BMF": WindowMetadataBuilder}  # the latter may hold a Mamba2
-        return builders.get(cls.__name__, RecurrentMetadataBuilder)
+        return mixer_module(cls.__name__).BUILDER
 
     @classmethod
     def is_ssm(cls) -> bool:

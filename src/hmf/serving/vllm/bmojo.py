@@ -29,12 +29,13 @@ from hmf.layers.registry import mixer_class
 from hmf.ops import KeySet
 from hmf.ops.window import latest
 
-from .backends import HAS_KERNELS, WindowMetadata
+from .backends import HAS_KERNELS, WindowMetadata, WindowMetadataBuilder
 from .hosted import HostedMixer
 from .recurrent import Tensors
 from .support import mixer_module
 
 WINDOWS = ("k", "v", "fading_k", "fading_v")
+BUILDER = WindowMetadataBuilder
 
 
 def states(symbol: str, config: Any, ranks: int) -> dict[str, StateShape]:

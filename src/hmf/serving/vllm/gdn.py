@@ -32,13 +32,14 @@ from hmf.layers.gdn import l2_normalise
 from hmf.layers.linear import LowRank
 from hmf.ops import gated_delta_rule, short_conv
 
-from .backends import HAS_KERNELS, RecurrentMetadata
+from .backends import HAS_KERNELS, RecurrentMetadata, RecurrentMetadataBuilder
 from .parts import NormWeight, ShortConvWeights, rms_norm
 from .recurrent import RecurrentMixer, Tensors, started
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handler prints it
 
 MANY_HEADS = 512  # more than a GPU has multiprocessors, several times
+BUILDER = RecurrentMetadataBuilder
 
 
 def states(symbol: str, config: Any, ranks: int) -> dict[str, StateShape]:

@@ -26,12 +26,13 @@ from hmf.layers.base import StateShape, split_heads
 from hmf.layers.gka import EPS, GatedKalmaNet
 from hmf.ops import gated_kalmanet, short_conv
 
-from .backends import RecurrentMetadata
+from .backends import RecurrentMetadata, RecurrentMetadataBuilder
 from .hosted import HostedMixer
 from .parts import rms_norm
 from .recurrent import Tensors, started
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "g_proj", "a_proj", "b_proj", "alpha_proj")  # those that there are
+BUILDER = RecurrentMetadataBuilder
 
 
 def states(symbol: str, config: Any, ranks: int) -> dict[str, StateShape]:

@@ -26,7 +26,10 @@ from hmf.config.layers import base_head_dim
 from hmf.layers.base import Mixer, StateShape, split_heads
 from hmf.layers.registry import mixer_class
 
+from .backends import RecurrentMetadataBuilder
 from .recurrent import RecurrentMixer, Tensors
+
+BUILDER = RecurrentMetadataBuilder
 
 
 def states(symbol: str, config: Any, ranks: int) -> dict[str, StateShape]:

@@ -18,9 +18,11 @@ from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
 from hmf.layers.mamba2 import Mamba2
 
-from .backends import HAS_KERNELS, SSD_CHUNK, SSDMetadata
+from .backends import HAS_KERNELS, SSD_CHUNK, SSDMetadata, SSDMetadataBuilder
 from .hosted import HostedMixer, states  # noqa: F401 (asked for beside `build`)
 from .recurrent import Tensors, started
+
+BUILDER = SSDMetadataBuilder
 
 
 def build(symbol: str, config: Any, quant_config: Any, prefix: str, attention: nn.Module) -> nn.Module:

@@ -73,7 +73,7 @@ def hybrid_layer(stock: type[nn.Module]) -> type[nn.Module]:
             index, quant_config = extract_layer_index(prefix), vllm_config.quant_config
             symbol, stock_attention = config.pattern.symbols[index], self.get_submodule("self_attn")
             _complete(stock_attention, config, index, quant_config, f"{prefix}.self_attn")
-            window = config.sliding_window if config.attention_types[index] == "sliding_attention" else None
+            window = config.attention_windows[index]
             if symbol == ATTENTION and stock_attention.attn.sliding_window == window:
                 return
             # The stock layer has announced its attention to vLLM, which would give it a KV cache: take that back.

@@ -14,14 +14,15 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 
 from hmf.config.layers import base_head_dim, layer_options, needed_kinds
-from hmf.config.pattern import ATTENTION
-from hmf.config.runs import ROPE_KEYS
+from hmf.config.pattern import ATTENTION, is_fused
+from hmf.config.runs import ROPE_KEYS, ROPE_SCALING_KEYS
 from hmf.errors import HmfError
 from hmf.layers.registry import mixer_class
 
 TESTED_VLLM = SpecifierSet(">=0.32.0,<0.33")
 
-# Layer symbols and the modules that serve them, each with two functions: `states` of a request, and `build` a mixer.
+# Layer symbols and the modules that serve them, each with two functions, `states` of a request and `build`
+# a mixer, and, where there are states, the `BUILDER` of what the mixer asks of a batch.
 MIXERS = {
     "GDN": "hmf.serving.vllm.gdn",
     "GKA": "hmf.serving.vllm.gka",
@@ -34,6 +35,7 @@ MIXERS = {
 REASON_FILE = "HMF_SERVE_REASON_FILE"
 
 Problem = Callable[[Any], str | None]
+STILL_FUSED = "still holds the teacher (Stage 0 or 1); run `hmf export` on it and serve the result"
 ELSEWHERE = "generate with Hugging Face instead"
 
 
@@ -57,9 +59,7 @@ def mixer_module(symbol: str) -> Any:
 
 
 def _fused(config: Any) -> str | None:
-    if config.model_config.hf_config.pattern.fused:
-        return "this checkpoint still holds the teacher (Stage 0 or 1); run `hmf export` on it and serve the result"
-    return None
+    return f"this checkpoint {STILL_FUSED}" if is_fused(config.model_config.hf_config) else None
 
 
 def _unknown_layers(config: Any) -> str | None:
@@ -199,9 +199,7 @@ def _whole_width(config: Any) -> str | None:
 
 
 # Of `rope_parameters`, what vLLM's tables and transformers' are computed from alike.
-ROPE = {key for keys in ROPE_KEYS.values() for group in keys for key in group} | {
-    "rope_type", "type", "rope_theta", "llama_4_scaling_beta", "max_position_embeddings",
-}  # fmt: skip
+ROPE = ROPE_SCALING_KEYS | {"rope_type", "type", "rope_theta", "llama_4_scaling_beta", "max_position_embeddings"}
 
 
 def _positions(config: Any) -> str | None:
