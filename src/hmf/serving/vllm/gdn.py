@@ -101,7 +101,7 @@ class GatedDeltaNet(RecurrentMixer):
             set_weight_attrs(parameter, {"weight_loader": sharded_weight_loader(0)})
         self.o_norm = NormWeight(head_dim)
         self._init_kernels()
-        if options.kv_proj_rank is not None:
+        if options.kv_proj_rank:
             kv_dim = options.num_k_heads * head_dim
             self.proj_k = LowRank(kv_dim, options.kv_proj_rank, heads * head_dim)
             self.proj_v = LowRank(kv_dim, options.kv_proj_rank, heads * head_dim)
@@ -180,7 +180,7 @@ class GatedDeltaNet(RecurrentMixer):
         else:
             qkv = F.silu(qkv)
         q, k, v = self._streams(qkv[None])
-        if not self.shares_heads or self.options.kv_proj_rank is not None:
+        if not self.shares_heads or self.options.kv_proj_rank:
             k, v = self._expand(k, "k"), self._expand(v, "v")
         slots = slots.long()
         o, after = self.chunks(
@@ -206,7 +206,7 @@ class GatedDeltaNet(RecurrentMixer):
         else:
             qkv = F.silu(qkv)
         q, k, v = self._streams(qkv)
-        if self.options.kv_proj_rank is not None:
+        if self.options.kv_proj_rank:
             k, v = (self._expand(x[:, None], stream)[:, 0].contiguous() for x, stream in ((k, "k"), (v, "v")))
         return decode(q, k, v, decay, beta, self.kv_cache[-1], slots, NULL_BLOCK_ID)
 
@@ -225,7 +225,7 @@ class GatedDeltaNet(RecurrentMixer):
         """Key or value heads [S, T, Hkv, D] -> [S, T, H, D]."""
         if x.shape[2] == self.heads:
             return x
-        if self.options.kv_proj_rank is None:
+        if not self.options.kv_proj_rank:
             return x.repeat_interleave(self.heads // x.shape[2], dim=2)
         low_rank = getattr(self, f"proj_{stream}")
         learned = low_rank(x.flatten(2)).view(*x.shape[:2], self.heads, -1)
