@@ -102,8 +102,9 @@ def check_pool(device: str, dtype: torch.dtype, pool_dtype: torch.dtype) -> None
     tokens = [x[name] for name in ("q", "k", "v", "g", "gk", "alpha")]
 
     def step(precision):
-        o, after = gka.step(*(y.to(precision) for y in tokens), (x["C"].to(precision), x["U"].to(precision)),
-                            **options, bp_lambda=True)  # fmt: skip
+        o, after = gka.step(
+            *(y.to(precision) for y in tokens), (x["C"].to(precision), x["U"].to(precision)), **options, bp_lambda=True
+        )
         return o, *after
 
     used, pools = torch.tensor([4, 1, 6]), []

@@ -176,10 +176,13 @@ class TestInput:
     @pytest.mark.parametrize(
         ("gpus", "line"),
         [
-            ("h20", "did you mean 'h200'"), ("h100x0", "at least one GPU"), ("h100x3", "do not split over 3"),
-            ("", "unknown GPU"), ("rtx5090", "unknown GPU 'rtx5090'; did you mean 'rtx4090'"),
+            ("h20", "did you mean 'h200'"),
+            ("h100x0", "at least one GPU"),
+            ("h100x3", "do not split over 3"),
+            ("", "unknown GPU"),
+            ("rtx5090", "unknown GPU 'rtx5090'; did you mean 'rtx4090'"),
         ],
-    )  # fmt: skip
+    )
     def test_refused_names(self, gpus, line):
         with pytest.raises(HmfError, match=line):
             planner.plans(qwen3_8b(), gpus)

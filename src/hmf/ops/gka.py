@@ -73,9 +73,21 @@ def mix(q, x, alpha):
 
 @dispatch.implementation("gka", "reference")
 def reference(
-    q, k, v, g, gk, alpha=None, initial_state=None, cu_seqlens=None,
-    *, num_iter=30, ridge_strength=0.02, bp_lambda=True, rescale=True, solve=solve_chebyshev,
-) -> Result:  # fmt: skip
+    q,
+    k,
+    v,
+    g,
+    gk,
+    alpha=None,
+    initial_state=None,
+    cu_seqlens=None,
+    *,
+    num_iter=30,
+    ridge_strength=0.02,
+    bp_lambda=True,
+    rescale=True,
+    solve=solve_chebyshev,
+) -> Result:
     """Token by token: the definition; `solve` is the Chebyshev iteration or `solve_exact`."""
     batch, tokens, heads, key_dim = q.shape
     out_dtype, compute = v.dtype, dispatch.compute_dtype(v)
@@ -102,10 +114,23 @@ def reference(
 
 @dispatch.implementation("gka", "chunked")
 def chunked(
-    q, k, v, g, gk, alpha=None, initial_state=None, cu_seqlens=None,
-    *, num_iter=30, ridge_strength=0.02, bp_lambda=True, rescale=True,
-    exact_backward=False, chunk_size: int = 32, solver=None,
-) -> Result:  # fmt: skip
+    q,
+    k,
+    v,
+    g,
+    gk,
+    alpha=None,
+    initial_state=None,
+    cu_seqlens=None,
+    *,
+    num_iter=30,
+    ridge_strength=0.02,
+    bp_lambda=True,
+    rescale=True,
+    exact_backward=False,
+    chunk_size: int = 32,
+    solver=None,
+) -> Result:
     """All tokens of many chunks are solved at once, from the covariances at the chunks' starts.
 
     No token's covariance is ever formed: with C_0 at the chunk's start, d_t the decay since then and M_ts that from
@@ -151,9 +176,20 @@ def chunked(
 
 @dispatch.implementation("gka", "fast", requires="triton")
 def fast(
-    q, k, v, g, gk, alpha=None, initial_state=None, cu_seqlens=None,
-    *, num_iter=30, ridge_strength=0.02, bp_lambda=True, rescale=True,
-) -> Result:  # fmt: skip
+    q,
+    k,
+    v,
+    g,
+    gk,
+    alpha=None,
+    initial_state=None,
+    cu_seqlens=None,
+    *,
+    num_iter=30,
+    ridge_strength=0.02,
+    bp_lambda=True,
+    rescale=True,
+) -> Result:
     """Our Triton kernels (CUDA): all of it for single tokens and in bfloat16, both without gradients; otherwise the
     iterations, with the rest as in `chunked`."""
     from . import gka_chunk_triton, gka_decode

@@ -82,10 +82,22 @@ def _step(
 
 
 def step(
-    q, k, v, g, gk, alpha, state: State | None, *, num_iter, ridge_strength, rescale,
-    beta: torch.Tensor | None = None, eps: float | None = None,
-    slots: torch.Tensor | None = None, null_slot: int = 0,
-) -> Result:  # fmt: skip
+    q,
+    k,
+    v,
+    g,
+    gk,
+    alpha,
+    state: State | None,
+    *,
+    num_iter,
+    ridge_strength,
+    rescale,
+    beta: torch.Tensor | None = None,
+    eps: float | None = None,
+    slots: torch.Tensor | None = None,
+    null_slot: int = 0,
+) -> Result:
     """`gka.step` without gradients: q [S, Hq, K], k [S, Hk, K], v [S, Hv, V], g, gk and alpha (or None) [S, H], of any
     dtypes.
 

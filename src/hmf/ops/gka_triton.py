@@ -220,9 +220,16 @@ class Solve(torch.autograd.Function):
                     EXACT_KEYS=exact_keys, **launch, num_stages=1,
                 )  # fmt: skip
                 _key_grads[grid](
-                    k[at], mask[at], *sums, grad_k[at], grad_mask[at], num_iter,
-                    EXACT_KEYS=exact_keys, **launch, num_stages=stages,
-                )  # fmt: skip
+                    k[at],
+                    mask[at],
+                    *sums,
+                    grad_k[at],
+                    grad_mask[at],
+                    num_iter,
+                    EXACT_KEYS=exact_keys,
+                    **launch,
+                    num_stages=stages,
+                )
                 _start_grads[grid](row[at], *sums, grad_start[at], num_iter, **launch, num_stages=stages)
         return None, None, None, grad_q, grad_k, grad_start, grad_row, grad_mask
 

@@ -230,11 +230,13 @@ def print_plans(found: Sequence[Plan], context: int) -> None:
 
     first = found[0]
     table = Table(
-        title=f"{devices(first)}, sequences of {context:,} tokens", title_justify="left",
+        title=f"{devices(first)}, sequences of {context:,} tokens",
+        title_justify="left",
         caption=f"vLLM takes {first.settings.utilisation:g} of the memory. A decode step moves\n"
         f"its bytes at {COPY_SHARE:.2f} of {first.device.bandwidth * first.ranks / 1e12:g} TB/s, and a layer takes "
-        f"{first.settings.layer_overhead * 1e6:g} µs\nbeside that.", caption_justify="left",
-    )  # fmt: skip
+        f"{first.settings.layer_overhead * 1e6:g} µs\nbeside that.",
+        caption_justify="left",
+    )
     table.add_column("")
     for plan in found:
         table.add_column(title(plan), justify="right")

@@ -374,9 +374,12 @@ class Recipes:
 
 
 def plans(
-    places: Iterable[Path], resolve_base: Callable[[str], Path], gpus: str | None = None, mfu: float = MFU,
+    places: Iterable[Path],
+    resolve_base: Callable[[str], Path],
+    gpus: str | None = None,
+    mfu: float = MFU,
     overrides: Sequence[str] = (),
-) -> list[TrainingPlan]:  # fmt: skip
+) -> list[TrainingPlan]:
     """A plan for each training recipe in files and folders; `gpus` ("h200x8") in place of what a recipe names.
 
     Raises:
@@ -424,10 +427,12 @@ def print_plans(found: Sequence[TrainingPlan]) -> None:
     from rich.table import Table
 
     table = Table(
-        title="Planned, not measured", title_justify="left", caption_justify="left",
+        title="Planned, not measured",
+        title_justify="left",
+        caption_justify="left",
         caption=f"GPU-hours if {found[0].mfu:.0%} of the GPUs' peak goes into the model's own arithmetic. Weights,\n"
         "gradients and moments are counted exactly, all in float32; the rest of the memory is estimated.",
-    )  # fmt: skip
+    )
     table.add_column("")
     for plan in found:
         table.add_column(plan.job.title, justify="right")

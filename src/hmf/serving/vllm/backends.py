@@ -80,14 +80,27 @@ def fresh_requests(tokens: int, count: int, device: torch.device) -> WindowMetad
     chunks = BaseMambaAttentionMetadataBuilder._compute_chunk_metadata(SSD_CHUNK, count, before, bounds)
     starts, of, last = (torch.tensor(x, dtype=torch.int32, device=device) for x in chunks[:3])
     return WindowMetadata(
-        num_prefills=count, num_prefill_tokens=tokens, num_decodes=0, num_decode_tokens=0, num_reqs=count,
-        has_initial_states_p=torch.zeros(count, dtype=torch.bool, device=device), query_start_loc_p=bounds.to(device),
+        num_prefills=count,
+        num_prefill_tokens=tokens,
+        num_decodes=0,
+        num_decode_tokens=0,
+        num_reqs=count,
+        has_initial_states_p=torch.zeros(count, dtype=torch.bool, device=device),
+        query_start_loc_p=bounds.to(device),
         state_indices_tensor_p=torch.arange(1, count + 1, dtype=torch.int32, device=device),
-        state_indices_tensor_d=None, query_start_loc_d=None, num_accepted_tokens=None,
-        seq_lens=bounds.diff().to(device), cu_chunk_seqlen_p=starts, seq_idx_p=of, last_chunk_indices_p=last,
-        nums_dict=nums, batch_ptr=batch, token_chunk_offset_ptr=offsets,
-        tokens_p=tuple(bounds.diff().tolist()), computed_p=(0,) * count,
-    )  # fmt: skip
+        state_indices_tensor_d=None,
+        query_start_loc_d=None,
+        num_accepted_tokens=None,
+        seq_lens=bounds.diff().to(device),
+        cu_chunk_seqlen_p=starts,
+        seq_idx_p=of,
+        last_chunk_indices_p=last,
+        nums_dict=nums,
+        batch_ptr=batch,
+        token_chunk_offset_ptr=offsets,
+        tokens_p=tuple(bounds.diff().tolist()),
+        computed_p=(0,) * count,
+    )
 
 
 class RecurrentBackend(AttentionBackend):

@@ -81,9 +81,14 @@ class GatedDeltaNet(RecurrentMixer):
             return ColumnParallelLinear(model_dim, outputs, bias=False, quant_config=quant, prefix=f"{prefix}.{name}")
 
         self.qkv_proj = QKVParallelLinear(
-            model_dim, head_dim, options.num_q_heads, options.num_k_heads,
-            bias=False, quant_config=quant_config, prefix=f"{prefix}.qkv_proj",
-        )  # fmt: skip
+            model_dim,
+            head_dim,
+            options.num_q_heads,
+            options.num_k_heads,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
         self.b_proj = column(heads, "b_proj", quantised=False)
         self.gk_proj = column(heads, "gk_proj", quantised=False)
         if options.use_gate:
@@ -162,21 +167,31 @@ class GatedDeltaNet(RecurrentMixer):
         if asked not in (None, "auto", name):
             logger.warning_once(
                 "--gdn-prefill-backend %s is not used: it can be triton, or flashinfer on Hopper with head_dim 128 and "
-                "nvidia-cutlass-dsl, both in bfloat16 or float16.", asked,
-            )  # fmt: skip
+                "nvidia-cutlass-dsl, both in bfloat16 or float16.",
+                asked,
+            )
 
     def prefill(self, inputs: Tensors, pools: Tensors, metadata: RecurrentMetadata) -> torch.Tensor:
         if self.chunks is None:
             return super().prefill(inputs, pools, metadata)
         qkv, decay, beta = inputs
         slots, known, bounds = (
-            metadata.state_indices_tensor_p, metadata.has_initial_states_p, metadata.query_start_loc_p,
-        )  # fmt: skip
+            metadata.state_indices_tensor_p,
+            metadata.has_initial_states_p,
+            metadata.query_start_loc_p,
+        )
         if self.options.use_short_conv:
             qkv = causal_conv1d_fn(
-                qkv.T, self.conv1d.weight.squeeze(1), self.conv1d.bias, pools[0].transpose(1, 2), bounds,
-                cache_indices=slots, has_initial_state=known, activation="silu", metadata=metadata,
-            ).T  # fmt: skip
+                qkv.T,
+                self.conv1d.weight.squeeze(1),
+                self.conv1d.bias,
+                pools[0].transpose(1, 2),
+                bounds,
+                cache_indices=slots,
+                has_initial_state=known,
+                activation="silu",
+                metadata=metadata,
+            ).T
         else:
             qkv = F.silu(qkv)
         q, k, v = self._streams(qkv[None])
@@ -184,10 +199,16 @@ class GatedDeltaNet(RecurrentMixer):
             k, v = self._expand(k, "k"), self._expand(v, "v")
         slots = slots.long()
         o, after = self.chunks(
-            q=q.contiguous(), k=k.contiguous(), v=v.contiguous(), g=decay[None], beta=beta[None],
-            initial_state=started(pools[-1][slots], known), output_final_state=True, cu_seqlens=bounds,
+            q=q.contiguous(),
+            k=k.contiguous(),
+            v=v.contiguous(),
+            g=decay[None],
+            beta=beta[None],
+            initial_state=started(pools[-1][slots], known),
+            output_final_state=True,
+            cu_seqlens=bounds,
             use_qk_l2norm_in_kernel=True,
-        )  # fmt: skip
+        )
         pools[-1][slots] = after.to(pools[-1].dtype)
         return o[0]
 
@@ -200,9 +221,15 @@ class GatedDeltaNet(RecurrentMixer):
         qkv, decay, beta = inputs
         if self.options.use_short_conv:
             qkv = causal_conv1d_update(
-                qkv, self.kv_cache[0].transpose(1, 2), self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu",
-                conv_state_indices=slots, null_block_id=NULL_BLOCK_ID, out=torch.empty_like(qkv),
-            )  # fmt: skip
+                qkv,
+                self.kv_cache[0].transpose(1, 2),
+                self.conv1d.weight.squeeze(1),
+                self.conv1d.bias,
+                "silu",
+                conv_state_indices=slots,
+                null_block_id=NULL_BLOCK_ID,
+                out=torch.empty_like(qkv),
+            )
         else:
             qkv = F.silu(qkv)
         q, k, v = self._streams(qkv)

@@ -161,12 +161,17 @@ def _quantised(config: Any) -> str | None:
 READ_BY_VLLM = {
     "llama": ("bias", "qkv_bias", "target_layer_count"),
     "ministral3": (
-        "ada_rms_norm_t_cond", "attention_bias", "bias", "mlp_bias", "qkv_bias", "target_layer_count",
+        "ada_rms_norm_t_cond",
+        "attention_bias",
+        "bias",
+        "mlp_bias",
+        "qkv_bias",
+        "target_layer_count",
     ),
     "qwen2": ("dual_chunk_attention_config", "qk_norm"),
     "qwen3": ("dual_chunk_attention_config",),
     "qwen3_moe": ("dual_chunk_attention_config", "shared_expert_intermediate_size"),
-}  # fmt: skip
+}
 # And those that vLLM reads in every model.
 READ_BY_VLLM_ALWAYS = ("mrope_section", "rotary_emb_base", "rotary_emb_fraction", "rotary_pct", "xdrope_section")
 
