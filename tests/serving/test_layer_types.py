@@ -324,6 +324,6 @@ def test_a_bias_without_a_place_stops(tmp_path, monkeypatch):
 
 
 def test_every_layer_type_is_served():
-    from hmf.serving.vllm.support import MIXERS
+    from hmf.serving.vllm.support import SERVED_BY
 
-    assert MIXERS.keys() == LAYER_KINDS.keys()
+    assert SERVED_BY.keys() == LAYER_KINDS.keys()

@@ -184,7 +184,7 @@ class TestRefusals:
         assert "hmf export" in refused(tmp_path)
 
     def test_layer_type_without_a_vllm_layer(self, hybrid_dir, monkeypatch):
-        monkeypatch.setattr(support, "MIXERS", {})
+        monkeypatch.setattr(support, "SERVED_BY", {})
         assert "layers of type GDN have no vLLM layer" in refused(hybrid_dir)
 
     @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ class Blocks:
     groups: Mapping[LayerCache, int]
 
     @classmethod
-    def cut(cls, caches: list[LayerCache], step: int) -> Blocks:
+    def of(cls, caches: list[LayerCache], step: int) -> Blocks:
         """As vLLM 0.32 does: a block has as many tokens, a multiple of `step`, as make room for the largest state."""
         state, token = max(c.state_bytes for c in caches), max(c.token_bytes for c in caches)
         tokens = step * max(1, math.ceil(state / (step * token))) if token else step

@@ -17,7 +17,7 @@ from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadata, Ba
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
 from vllm.v1.attention.backends.utils import compute_causal_conv1d_metadata
 
-from .support import MIXERS, mixer_module
+from .support import SERVED_BY, mixer_module
 
 HAS_KERNELS = current_platform.is_cuda()  # vLLM's own, of convolutions, GDN and Mamba2
 SSD_CHUNK = 256  # tokens that vLLM's kernels of Mamba2 take at a time, as in the published Mamba2 models
@@ -117,7 +117,7 @@ class RecurrentBackend(AttentionBackend):
         return True
 
 
-for _symbol in MIXERS:
+for _symbol in SERVED_BY:
     globals()[_symbol] = type(_symbol, (RecurrentBackend,), {"__module__": __name__})
 
 

@@ -23,7 +23,7 @@ TESTED_VLLM = SpecifierSet(">=0.32.0,<0.33")
 
 # Layer symbols and the modules that serve them, each with two functions, `states` of a request and `build`
 # a mixer, and, where there are states, the `BUILDER` of what the mixer asks of a batch.
-MIXERS = {
+SERVED_BY = {
     "GDN": "hmf.serving.vllm.gdn",
     "GKA": "hmf.serving.vllm.gka",
     "M2": "hmf.serving.vllm.mamba2",
@@ -55,7 +55,7 @@ def _when(condition: Callable[[Any], bool], line: str) -> Problem:
 
 def mixer_module(symbol: str) -> Any:
     """The module that serves a layer symbol. It imports vLLM's layers: only for processes that run the model."""
-    return importlib.import_module(MIXERS[symbol])
+    return importlib.import_module(SERVED_BY[symbol])
 
 
 def _fused(config: Any) -> str | None:
@@ -63,7 +63,7 @@ def _fused(config: Any) -> str | None:
 
 
 def _unknown_layers(config: Any) -> str | None:
-    symbols = set(config.model_config.hf_config.pattern.symbols) - {ATTENTION, *MIXERS}
+    symbols = set(config.model_config.hf_config.pattern.symbols) - {ATTENTION, *SERVED_BY}
     if not symbols:
         return None
     return f"layers of type {', '.join(sorted(symbols))} have no vLLM layer yet; {ELSEWHERE}"
@@ -243,7 +243,7 @@ TABLE: tuple[Row, ...] = (
     ),
     Row("Sliding windows of attention layers, all or some", True, "as the config of the base has them"),
     Row("Rotary positions: `default`, `linear`, `yarn`, `llama3`", True, "and Ministral 3's queries"),
-    Row("Layer types of your own without a row in `MIXERS`", False, "generate with Hugging Face", _unknown_layers),
+    Row("Layer types of your own without a row in `SERVED_BY`", False, "generate with Hugging Face", _unknown_layers),
     Row("Stage-0 and Stage-1 checkpoints", False, "`hmf export` first", _fused),
     Row("Heads or MLPs that do not split over the ranks", False, "use a divisor of their sizes", _split),
     Row("Prefix caching where a pipeline stage has no recurrent layer", False, "`--no-enable-prefix-caching`", _stages),
