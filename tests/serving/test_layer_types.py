@@ -13,6 +13,7 @@ import torch
 
 from hmf.config.layers import LAYER_KINDS
 from hmf.errors import HmfError
+from hmf.layers.bmojo import INNER_MIXERS
 from tests import numerics
 from tests.hybrids import OPTIONS, Case, randomise, tiny_config
 from tests.serving import engines
@@ -327,3 +328,13 @@ def test_every_layer_type_is_served():
     from hmf.serving.vllm.support import SERVED_BY
 
     assert SERVED_BY.keys() == LAYER_KINDS.keys()
+
+
+def test_a_layer_that_holds_another_one_asks_for_its_metadata_too():
+    from hmf.serving.vllm import backends
+    from hmf.serving.vllm.support import mixer_module
+
+    for symbol in INNER_MIXERS:
+        backend = getattr(backends, symbol)
+        assert backend.get_builder_cls() is mixer_module(symbol).BUILDER
+        assert issubclass(backends.BMF.get_builder_cls(), backend.get_builder_cls())
