@@ -48,7 +48,10 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "GKA": {
         "plain": {
-            "use_alpha_connection": False, "use_v_conv": False, "use_beta_gate": False, "gla_rescale": False,
+            "use_alpha_connection": False,
+            "use_v_conv": False,
+            "use_beta_gate": False,
+            "gla_rescale": False,
             "use_gate": False,
         },
         "covariance-without-decay": {"use_forgetting_gate_kk": False},
@@ -59,7 +62,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "M2": {"no-qk-norm": {"use_qk_norm": False}, "rotary": {"use_pos_emb": True}},
     "BMF": {"untied": {"tie_attn_weights": False}, "mamba2": {"ssm_mixer": "mamba2"}, "gka": {"ssm_mixer": "gka"}},
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

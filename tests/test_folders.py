@@ -58,8 +58,11 @@ def test_a_recipe_that_has_not_trained_can_be_corrected(tmp_path):
     with claimed(output, "right"):
         pass
     assert sorted(path.name for path in output.iterdir()) == [
-        ".stage0.ab12cd_9", "checkpoints", "recipe.yaml", "stage1.log.json",
-    ]  # fmt: skip
+        ".stage0.ab12cd_9",
+        "checkpoints",
+        "recipe.yaml",
+        "stage1.log.json",
+    ]
 
 
 def test_other_things_in_the_way(tmp_path):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
@@ -25,9 +25,19 @@ def resolve_base(base: str) -> Path:
     return Path(base)
 
 
-def require_unused(output: Path) -> None:
-    """HmfError when there is a file at `output`, or a folder that is not empty."""
-    if output.is_file() or (output.is_dir() and any(item.name not in (HOLDER, PART) for item in output.iterdir())):
+def reason(error: OSError) -> str:
+    """Why a file cannot be read or written, in one line."""
+    return "no permission" if isinstance(error, PermissionError) else error.strerror or " ".join(str(error).split())
+
+
+def require_unused(output: str | Path, allowed: Callable[[str], bool] = lambda name: False) -> None:
+    """HmfError when there is a file at `output`, or a folder that holds something beside names that are `allowed`."""
+    output = Path(output)
+    try:
+        used = output.exists() and (not output.is_dir() or not all(allowed(item.name) for item in output.iterdir()))
+    except OSError as error:
+        raise HmfError(f"{error.filename or output}: cannot be read: {reason(error)}") from None
+    if used:
         raise HmfError(f"{output}: the output directory is in use; choose another or remove it first")
 
 
@@ -84,7 +94,7 @@ def claimed(output: Path, recipe: str) -> Iterator[None]:
     """
     kept = output / RECIPE
     if not kept.is_file():
-        require_unused(output)
+        require_unused(output, lambda name: name in (HOLDER, PART))
     with locked(output):
         if kept.is_file() and kept.read_text(encoding="utf-8") != recipe:
             if _made(output) - {RECIPE, STAGE0}:

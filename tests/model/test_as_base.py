@@ -31,9 +31,13 @@ def second_turn(model, mask=None, **given):
         mask = torch.cat([mask, mask.new_ones(2, NEW + MORE.shape[1])], 1)
     handle = model.model.embed_tokens.register_forward_hook(lambda module, args, output: fed.append(output.shape[1]))
     again = generate(
-        model, text, attention_mask=mask, past_key_values=first.past_key_values, return_dict_in_generate=True,
+        model,
+        text,
+        attention_mask=mask,
+        past_key_values=first.past_key_values,
+        return_dict_in_generate=True,
         output_logits=True,
-    )  # fmt: skip
+    )
     handle.remove()
     return again.sequences, again.logits[0], fed[0]
 
@@ -100,7 +104,7 @@ CALLS = {
     "streamer": streamed,
     "decoder": lambda m: m.model(PADDED, attention_mask=MASK, position_ids=POSITIONS).last_hidden_state[MASK.bool()],
     "decoder tuple": lambda m: m.model(IDS, return_dict=False)[0],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

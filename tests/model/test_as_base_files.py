@@ -93,9 +93,12 @@ def test_auto_classes_and_configs(model, folders, request, tmp_path):
     assert torch.equal(decoder.eval()(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
     model.config.to_json_file(tmp_path / "config.json")
     for other in (
-        copy.deepcopy(model.config), pickle.loads(pickle.dumps(model.config)), AutoConfig.from_pretrained(tmp_path),
-        type(config).from_dict(model.config.to_dict()), type(config)(**json.loads(model.config.to_json_string(False))),
-    ):  # fmt: skip
+        copy.deepcopy(model.config),
+        pickle.loads(pickle.dumps(model.config)),
+        AutoConfig.from_pretrained(tmp_path),
+        type(config).from_dict(model.config.to_dict()),
+        type(config)(**json.loads(model.config.to_json_string(False))),
+    ):
         assert described(other) == described(model.config)
 
 

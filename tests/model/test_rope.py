@@ -19,13 +19,21 @@ from tests.hybrids import Case, tiny_config
 THETA = {"rope_theta": 1e6}
 YARN = THETA | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = THETA | {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
-}  # fmt: skip
+}
 MINISTRAL = YARN | {
-    "type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
-    "llama_4_scaling_beta": 0.1, "max_position_embeddings": 256,
-}  # fmt: skip
+    "type": "yarn",
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+    "max_position_embeddings": 256,
+}
 LINEAR = THETA | {"rope_type": "linear", "factor": 2.0}
 DYNAMIC = THETA | {"rope_type": "dynamic", "factor": 2.0}
 LONG = YARN | {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
@@ -55,9 +63,11 @@ def frequencies(config):
 @given(factors=st.lists(st.integers(2, 16), min_size=2, max_size=4), length=st.integers(16, 4096))
 def test_extensions_are_relative_to_the_length_before_any(family, factors, length):
     """However often a model is extended, the last extension is what it would be alone."""
-    start = PLAIN if family != "ministral3" else PLAIN | {
-        "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": length
-    }  # fmt: skip
+    start = (
+        PLAIN
+        if family != "ministral3"
+        else PLAIN | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": length}
+    )
     base = config = config_of(family, start, length)
     for factor in factors:
         config = scaled(config, factor * length, rope_type="yarn", factor=factor)
@@ -144,7 +154,7 @@ def test_a_scaling_is_taken_away():
         (PLAIN, {"theta": 1, "max_position_embeddings": 2048, "scaling": TO_YARN}, "rope: rope_parameters: .* cannot"),
         (YARN, {"max_position_embeddings": 512, "scaling": TO_YARN | {"beta_slow": 40}}, "beta_slow: 40.0 is not"),
     ],
-)  # fmt: skip
+)
 def test_what_a_recipe_cannot_do(rope, settings, line):
     with pytest.raises(HmfError, match=line) as caught:
         changed(config_of(rope=rope), **settings)
@@ -201,7 +211,7 @@ def test_impossible_values_are_refused_by_file_and_key(model_type, name, key, va
         ("qwen2", {"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 1}, "sliding_window: 0 hides"),
         ("qwen2", {"is_causal": False}, "is_causal: false"),
     ],
-)  # fmt: skip
+)
 def test_impossible_configs(family, fields, line, tmp_path):
     written = json.loads(config_of(family, MINISTRAL if family == "ministral3" else PLAIN).to_json_string())
     (tmp_path / "config.json").write_text(json.dumps(written | fields))

@@ -93,7 +93,7 @@ CASES = [  # name, shape, options, changes, dtype, with gradients
 
 def check_pool(device: str, dtype: torch.dtype, pool_dtype: torch.dtype) -> None:
     """A step in pools with rows of nobody (NaN), of others and of padding, against `gka.step`."""
-    from hmf.ops import gka_triton
+    from hmf.ops import gka_decode
 
     made = sample("gka", Shape(batch=3, tokens=1, heads=2, head_dim=16, with_state=True))
     x = made.tensors(torch.float64)
@@ -102,8 +102,9 @@ def check_pool(device: str, dtype: torch.dtype, pool_dtype: torch.dtype) -> None
     tokens = [x[name] for name in ("q", "k", "v", "g", "gk", "alpha")]
 
     def step(precision):
-        o, after = gka.step(*(y.to(precision) for y in tokens), (x["C"].to(precision), x["U"].to(precision)),
-                            **options, bp_lambda=True)  # fmt: skip
+        o, after = gka.step(
+            *(y.to(precision) for y in tokens), (x["C"].to(precision), x["U"].to(precision)), **options, bp_lambda=True
+        )
         return o, *after
 
     used, pools = torch.tensor([4, 1, 6]), []
@@ -113,7 +114,7 @@ def check_pool(device: str, dtype: torch.dtype, pool_dtype: torch.dtype) -> None
         pools.append(pool.to(device))
     padded = [torch.cat([y, y[:1]]).to(device, dtype if y.dim() > 2 else torch.float32) for y in tokens]
     slots = torch.tensor([*used.tolist(), 0], dtype=torch.int32, device=device)
-    o, _ = gka_triton.step(*padded, tuple(pools), **options, slots=slots)
+    o, _ = gka_decode.step(*padded, tuple(pools), **options, slots=slots)
     others = torch.ones(8, dtype=torch.bool).index_fill(0, used, False)
     assert not o[-1].any() and all(pool[others.to(device)].isnan().all() for pool in pools)
     plain = [y.to(kind) for y, kind in zip(step(torch.float32), (dtype, pool_dtype, pool_dtype), strict=True)]
@@ -124,7 +125,7 @@ def check_pool(device: str, dtype: torch.dtype, pool_dtype: torch.dtype) -> None
 def shared_errors(device: str) -> dict[str, float]:
     """Of the kernels on heads that share queries, keys and values, with beta and norms inside, as a server calls them:
     documents of several chunks, of one token and of none, and one more token each, relative to the reference."""
-    from hmf.ops import gka_chunk_triton, gka_triton
+    from hmf.ops import gka_chunk_triton, gka_decode
 
     generator = torch.Generator().manual_seed(0)
     bounds, heads, size, options = [0, 37, 38, 38, 54], 4, 16, {"num_iter": 5, "ridge_strength": 0.02, "rescale": True}
@@ -147,7 +148,7 @@ def shared_errors(device: str) -> dict[str, float]:
     o, after = found(gka_chunk_triton.chunked, whole, None, cu_seqlens.to(device))
     result = {"output": (o, expected[0]), "covariance": (after[0], state[0]), "recurrent": (after[1], state[1])}
     expected, state = gka.reference(*expanded(last), state, torch.arange(5), **options)
-    o, after = found(gka_triton.step, last, after)
+    o, after = found(gka_decode.step, last, after)
     result |= {"next": (o, expected[0]), "next C": (after[0], state[0]), "next U": (after[1], state[1])}
     return {name: doctor.relative_error(y.cpu().double(), z) for name, (y, z) in result.items()}
 

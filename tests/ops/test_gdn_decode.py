@@ -35,9 +35,7 @@ def check(shape: str, dtype: torch.dtype, pool_dtype: torch.dtype, device: str) 
     # Views of one row, as a convolution over all three gives them.
     widths = [count * dim for count, dim in zip(counts, (key_dim, key_dim, value_dim), strict=True)]
     row = normal(sequences + 1, sum(widths))
-    q, k, v = (
-        x.unflatten(-1, (count, -1)) for x, count in zip(row.split(widths, -1), counts, strict=True)
-    )  # fmt: skip
+    q, k, v = (x.unflatten(-1, (count, -1)) for x, count in zip(row.split(widths, -1), counts, strict=True))
     g, beta = -torch.rand(2, sequences + 1, heads, generator=generator)
     beta = -beta
     pool = torch.randn(2 * sequences + 2, heads, value_dim, key_dim, generator=generator).to(pool_dtype)

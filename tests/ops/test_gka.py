@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hmf.ops import gated_kalmanet, gka
+from hmf.ops import gated_kalmanet, gka, gka_solve
 from tests.numerics import assert_same
 from tests.ops import recurrent
 from tests.ops.cases import QUICK, documents, log_decay, normal, outputs_and_grads
@@ -85,7 +85,7 @@ def test_without_steps_it_is_linear_attention():
 def test_iteration_converges_to_the_exact_solution():
     """The distance falls with every step, in outputs and in gradients."""
     x, steps = inputs(1, 24, key_dim=8), (5, 15, 30, 60)
-    exact = outputs_and_grads(functools.partial(gka.reference, solve=gka.solve_exact), x)
+    exact = outputs_and_grads(functools.partial(gka.reference, solve=gka_solve.solve_exact), x)
     distances = []
     for num_iter in steps:
         near = outputs_and_grads(functools.partial(gka.chunked, chunk_size=8, num_iter=num_iter), x)
@@ -112,7 +112,7 @@ def test_exact_backward_is_the_solutions_gradient():
 def test_detached_lambda_is_the_exact_solutions(bp_lambda):
     x = inputs(1, 9)
     near = outputs_and_grads(functools.partial(gka.chunked, num_iter=120, bp_lambda=bp_lambda), x)
-    exact = outputs_and_grads(functools.partial(gka.reference, solve=gka.solve_exact, bp_lambda=bp_lambda), x)
+    exact = outputs_and_grads(functools.partial(gka.reference, solve=gka_solve.solve_exact, bp_lambda=bp_lambda), x)
     assert_same(near, exact, 1e-7)
 
 
@@ -155,5 +155,5 @@ def test_memory_kept_for_the_backward_does_not_grow_with_the_steps():
 def test_solver_groups_do_not_change_the_result(monkeypatch):
     x = inputs(2, 40)
     together = outputs_and_grads(case.chunked, x)
-    monkeypatch.setattr(gka, "_groups", lambda q, stored: [slice(i, i + 3) for i in range(0, len(q), 3)])
+    monkeypatch.setattr(gka_solve, "_groups", lambda q, stored: [slice(i, i + 3) for i in range(0, len(q), 3)])
     assert_same(outputs_and_grads(case.chunked, x), together)

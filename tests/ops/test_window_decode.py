@@ -56,9 +56,15 @@ def check(shape: str, dtype: torch.dtype, device: str) -> None:
         expected.append(both(outputs, scale, position))
     on_device = [pool.to(device) for pool in pools]
     o = decode(
-        (q.to(device), fading_q.to(device)), tuple(x.to(device) for x in new), tuple(on_device),
-        torch.tensor([*positions, 0]).to(device), slots.to(device), 0, size, scale,
-    )  # fmt: skip
+        (q.to(device), fading_q.to(device)),
+        tuple(x.to(device) for x in new),
+        tuple(on_device),
+        torch.tensor([*positions, 0]).to(device),
+        slots.to(device),
+        0,
+        size,
+        scale,
+    )
     bounds = {"rtol": 1.6e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(o[:-1].cpu().float(), torch.stack(expected), **bounds)
     assert not o[-1].any()

@@ -176,10 +176,13 @@ class TestInput:
     @pytest.mark.parametrize(
         ("gpus", "line"),
         [
-            ("h20", "did you mean 'h200'"), ("h100x0", "at least one GPU"), ("h100x3", "do not split over 3"),
-            ("", "unknown GPU"), ("rtx5090", "unknown GPU 'rtx5090'; did you mean 'rtx4090'"),
+            ("h20", "did you mean 'h200'"),
+            ("h100x0", "at least one GPU"),
+            ("h100x3", "do not split over 3"),
+            ("", "unknown GPU"),
+            ("rtx5090", "unknown GPU 'rtx5090'; did you mean 'rtx4090'"),
         ],
-    )  # fmt: skip
+    )
     def test_refused_names(self, gpus, line):
         with pytest.raises(HmfError, match=line):
             planner.plans(qwen3_8b(), gpus)
@@ -196,7 +199,7 @@ class TestInput:
 
     def test_shares(self):
         with pytest.raises(HmfError, match="--gpu-memory-utilization: 90"):
-            planner.Settings(utilisation=90)
+            planner.ServingSettings(utilisation=90)
 
 
 def test_command_line(tmp_path, monkeypatch):
@@ -235,7 +238,7 @@ def test_vllm_agrees(tmp_path, case, pattern, fields):
     with engines.engine(tmp_path, max_num_batched_tokens=256) as llm:
         config = llm.llm_engine.vllm_config
         cache = config.cache_config
-        settings = planner.Settings(batched_tokens=256, prefix_caching=cache.enable_prefix_caching)
+        settings = planner.ServingSettings(batched_tokens=256, prefix_caching=cache.enable_prefix_caching)
         device = GPUS["h100"] if engines.CUDA else cpu()  # what counts here is the same for all GPUs
         plan = planner.make_plan(model.config, device, dtype=torch.float32, settings=settings, room=engines.POOL)
         assert cache.block_size == plan.blocks.tokens

@@ -69,9 +69,12 @@ def _description(form: Format, ignored: list[str]) -> dict[str, Any]:
     inputs = scheme | {"strategy": "token", "dynamic": True}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
     return {
-        "quant_method": "compressed-tensors", "format": layout, "quantization_status": "compressed",
-        "config_groups": {"group_0": group}, "ignore": ignored,
-    }  # fmt: skip
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ignored,
+    }
 
 
 def _rounded(x: torch.Tensor, form: Format) -> torch.Tensor:

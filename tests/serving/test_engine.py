@@ -140,9 +140,12 @@ class TestPrefixCaching:
             while started < 1000 and len(running) + len(ends) < 64 and draw.random() < 0.9:
                 abort, which = started % 5 == 0, draw.randrange(len(prompts))
                 params = SamplingParams(
-                    temperature=0, max_tokens=64 if abort else draw.randint(1, 8), logprobs=0, ignore_eos=True,
+                    temperature=0,
+                    max_tokens=64 if abort else draw.randint(1, 8),
+                    logprobs=0,
+                    ignore_eos=True,
                     detokenize=False,
-                )  # fmt: skip
+                )
                 prompt = draw.choice(doomed) if abort else prompts[which]
                 name = str(started)
                 engine.add_request(name, {"prompt_token_ids": prompt}, params)

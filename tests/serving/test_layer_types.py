@@ -13,6 +13,7 @@ import torch
 
 from hmf.config.layers import LAYER_KINDS
 from hmf.errors import HmfError
+from hmf.layers.bmojo import INNER_MIXERS
 from tests import numerics
 from tests.hybrids import OPTIONS, Case, randomise, tiny_config
 from tests.serving import engines
@@ -88,10 +89,13 @@ FOUR = engines.gpus(4)
 @pytest.mark.parametrize(
     ("ranks", "kv_heads"),
     [
-        pytest.param(2, 2, marks=engines.devices(2)), pytest.param(2, 1, marks=engines.devices(2)),
-        pytest.param(4, 4, marks=FOUR), pytest.param(4, 2, marks=FOUR), pytest.param(4, 1, marks=FOUR),
+        pytest.param(2, 2, marks=engines.devices(2)),
+        pytest.param(2, 1, marks=engines.devices(2)),
+        pytest.param(4, 4, marks=FOUR),
+        pytest.param(4, 2, marks=FOUR),
+        pytest.param(4, 1, marks=FOUR),
     ],
-)  # fmt: skip
+)
 def test_tensor_parallel(tmp_path, ranks, kv_heads):
     """Ranks that split the key/value heads, or of which several hold the same one."""
     model = every_type(tmp_path, kv_heads=kv_heads)
@@ -257,13 +261,23 @@ MINISTRAL = {
     "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.2, "mscale_all_dim": 0.7, "llama_4_scaling_beta": 0.1,
 }  # fmt: skip
 YARN = {
-    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8, "original_max_position_embeddings": 128,
-    "attention_factor": 1.3, "beta_fast": 20, "beta_slow": 2, "truncate": False,
-}  # fmt: skip
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8,
     "original_max_position_embeddings": 128,
-}  # fmt: skip
+    "attention_factor": 1.3,
+    "beta_fast": 20,
+    "beta_slow": 2,
+    "truncate": False,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8,
+    "low_freq_factor": 1,
+    "high_freq_factor": 4,
+    "original_max_position_embeddings": 128,
+}
 SCALED = {"bmojo_config": DICTS["bmojo_config"] | {"scale_queries": True}}
 # What the configs of each family can hold and vLLM's stock layers might not heed: windows of some attention layers or
 # of all, biases, scaled positions, layers without experts.
@@ -271,14 +285,19 @@ BASES = {
     # vLLM takes Qwen2's head_dim to be hidden_size / heads
     "qwen2": WINDOWS | {"max_window_layers": 3, "hidden_size": 128, "tie_word_embeddings": True},
     "qwen3": WINDOWS | {"max_window_layers": 1, "attention_bias": True, "rope_parameters": YARN},
-    "qwen3_moe": engines.EXPERTS | WINDOWS | {
-        "mlp_only_layers": [1], "decoder_sparse_step": 2, "norm_topk_prob": True, "attention_bias": True,
+    "qwen3_moe": engines.EXPERTS
+    | WINDOWS
+    | {
+        "mlp_only_layers": [1],
+        "decoder_sparse_step": 2,
+        "norm_topk_prob": True,
+        "attention_bias": True,
     },
     "llama": {"attention_bias": True, "mlp_bias": True, "sliding_window": 16, "rope_parameters": LLAMA3},
     "ministral3": {"sliding_window": 16, "rope_parameters": MINISTRAL} | SCALED,
     "ministral3 as published": {"rope_parameters": MINISTRAL, "hidden_act": "silu", "rms_norm_eps": 1e-3},
     "llama linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -306,6 +325,16 @@ def test_a_bias_without_a_place_stops(tmp_path, monkeypatch):
 
 
 def test_every_layer_type_is_served():
-    from hmf.serving.vllm.support import MIXERS
+    from hmf.serving.vllm.support import SERVED_BY
 
-    assert MIXERS.keys() == LAYER_KINDS.keys()
+    assert SERVED_BY.keys() == LAYER_KINDS.keys()
+
+
+def test_a_layer_that_holds_another_one_asks_for_its_metadata_too():
+    from hmf.serving.vllm import backends
+    from hmf.serving.vllm.support import mixer_module
+
+    for symbol in INNER_MIXERS:
+        backend = getattr(backends, symbol)
+        assert backend.get_builder_cls() is mixer_module(symbol).BUILDER
+        assert issubclass(backends.BMF.get_builder_cls(), backend.get_builder_cls())

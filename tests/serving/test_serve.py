@@ -104,7 +104,7 @@ class TestOptions:
             ("<tool_call><function=f>", ""),
             ("plain", ""),
         ],
-    )  # fmt: skip
+    )
     def test_parsers_follow_the_template(self, scripted, monkeypatch, template, options):
         monkeypatch.setattr(serve, "load_tokenizer", lambda source: types.SimpleNamespace(chat_template=template))
         assert " ".join(serve.prepare(scripted).arguments[len([1, *PREFIXES, *STATES, *LOCAL]) + 4 :]) == options
@@ -183,8 +183,13 @@ class TestGPUs:
     def test_one_is_enough(self, scripted, gpus):
         gpus(4, 80)
         assert list(serve.prepare(scripted).arguments[1:]) == [
-            "--max-num-seqs", "1024", *PREFIXES, *STATES, *LOCAL, *PARSERS,
-        ]  # fmt: skip
+            "--max-num-seqs",
+            "1024",
+            *PREFIXES,
+            *STATES,
+            *LOCAL,
+            *PARSERS,
+        ]
 
     def test_as_many_as_a_full_sequence_needs(self, tmp_path, gpus):
         """Keys and values of 2^21 tokens: 512 MiB on one GPU, 256 on each of two."""
@@ -299,9 +304,11 @@ time.sleep(120)
             path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
             command = [sys.executable, str(tmp_path / "run.py"), what, str(tmp_path / "pids")]
             process = subprocess.Popen(
-                ["/bin/sh", "-c", script, "sh", *command], env=os.environ | {"PYTHONPATH": path},
-                stderr=subprocess.PIPE, text=True,
-            )  # fmt: skip
+                ["/bin/sh", "-c", script, "sh", *command],
+                env=os.environ | {"PYTHONPATH": path},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
             _until(lambda: (tmp_path / "pids").is_file(), 60)
             return process, [int(pid) for pid in (tmp_path / "pids").read_text().split()]
 

@@ -52,9 +52,12 @@ def start_server(model: Path, log: Path, *flags: str) -> tuple[subprocess.Popen,
     command += ["--port", str(port)]
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
             env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "INFO"},
-        )  # fmt: skip
+        )
     address, until = f"http://127.0.0.1:{port}", time.monotonic() + 500
     while time.monotonic() < until and process.poll() is None:
         try:

@@ -184,7 +184,7 @@ class TestRefusals:
         assert "hmf export" in refused(tmp_path)
 
     def test_layer_type_without_a_vllm_layer(self, hybrid_dir, monkeypatch):
-        monkeypatch.setattr(support, "MIXERS", {})
+        monkeypatch.setattr(support, "SERVED_BY", {})
         assert "layers of type GDN have no vLLM layer" in refused(hybrid_dir)
 
     @pytest.mark.parametrize(
@@ -192,11 +192,12 @@ class TestRefusals:
         [
             ("fp8_per_block", "--quantization fp8_per_block is not supported; use compressed-tensors,"),
             pytest.param(
-                "fp8_per_tensor", "vLLM's CPU build cannot quantise to fp8_per_tensor; use fp8_per_channel",
+                "fp8_per_tensor",
+                "vLLM's CPU build cannot quantise to fp8_per_tensor; use fp8_per_channel",
                 marks=engines.on_cpu,
             ),
         ],
-    )  # fmt: skip
+    )
     def test_quantisation(self, hybrid_dir, method, line):
         assert line in refused(hybrid_dir, quantization=method, dtype="bfloat16")
 
@@ -256,18 +257,24 @@ class TestRefusals:
 
         # Those that `hybrid_layer`, `_suit_stock_layers` or a Hybrid's config sees to, and what every config has.
         handled = {
-            "llama_4_scaling", "max_window_layers", "sliding_window", "is_causal", "layer_types",
+            "llama_4_scaling",
+            "max_window_layers",
+            "sliding_window",
+            "is_causal",
+            "layer_types",
             "ada_rms_norm_t_cond_dim",  # only with `ada_rms_norm_t_cond`
-        }  # fmt: skip
+        }
         for family in FAMILIES.values():
             served = getattr(models, f"{family.hybrid_prefix}ForCausalLM").family
             used = {cls for cls in (*served.stack.__mro__, *served.layer.__mro__) if STACKS.search(cls.__module__)}
             for module in {cls.__module__ for cls in used}:  # and what they are built of
                 used |= {
-                    cls for cls in vars(sys.modules[module]).values()
-                    if inspect.isclass(cls) and STACKS.search(cls.__module__)
+                    cls
+                    for cls in vars(sys.modules[module]).values()
+                    if inspect.isclass(cls)
+                    and STACKS.search(cls.__module__)
                     and not cls.__name__.endswith(("DecoderLayer", "Model", "ForCausalLM"))
-                }  # fmt: skip
+                }
             text = "".join(map(inspect.getsource, used))
             read = {*re.findall(r'\bconfig,\s*"(\w+)"', text), *re.findall(r"\bconfig\.(\w+)", text)}
             assert "hidden_size" in read

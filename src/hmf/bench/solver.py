@@ -15,7 +15,7 @@ from rich.table import Table
 from hmf.bench import machine
 from hmf.bench.doctor import evaluate, relative_error
 from hmf.errors import HmfError
-from hmf.ops import gka
+from hmf.ops import gka, gka_solve
 from hmf.ops.samples import Shape, sample
 
 STEPS = (1, 2, 5, 10, 15, 20, 25, 30, 40, 60)
@@ -53,7 +53,7 @@ def distances(shape: Shape, ridge_strength: float = 0.02, steps: Sequence[int] =
             functools.partial(function, ridge_strength=ridge_strength, **options), made, dtype, "cpu", gradients=True
         )
 
-    exact = run(gka.reference, torch.float64, solve=gka.solve_exact)
+    exact = run(gka.reference, torch.float64, solve=gka_solve.solve_exact)
 
     def errors(num_iter: int, dtype: torch.dtype) -> dict[str, float]:
         near = run(gka.chunked, dtype, num_iter=num_iter)

@@ -38,7 +38,7 @@ from hmf.gpus import Device
 from hmf.model.checkpoint import load_config
 from hmf.model.files import INDEX, WEIGHTS, require_checkpoint
 from hmf.planning import serving as planner
-from hmf.planning.serving import Plan, Settings, make_plan
+from hmf.planning.serving import Plan, ServingSettings, make_plan
 from hmf.serving.serve import end_group, for_machine, servable
 from hmf.serving.vllm import register
 
@@ -181,8 +181,8 @@ def subject(
     return Subject(name, folder, loads, random, config.vocab_size, plan, arguments, environment)
 
 
-def _settings(run: Run) -> Settings:
-    return Settings(utilisation=run.utilisation, prefix_caching=False, batched_tokens=run.batched_tokens)
+def _settings(run: Run) -> ServingSettings:
+    return ServingSettings(utilisation=run.utilisation, prefix_caching=False, batched_tokens=run.batched_tokens)
 
 
 def _filled(load: Load, name: str, config: Any, run: Run) -> Load:

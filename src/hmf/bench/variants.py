@@ -51,7 +51,7 @@ def _values(overrides: dict[str, Any]) -> Iterator[str]:
 def takes(config: Any, key: str) -> bool:
     """Whether an override of `key` says something of a model's config: of layers that it has, or a key of its own."""
     for kind in LAYER_KINDS.values():
-        if key in (kind.config_key, f"{kind.name}_overrides"):
+        if key in (kind.config_key, kind.overrides_key):
             return hasattr(config, "pattern") and kind in needed_kinds(config, config.pattern.symbols)
     return hasattr(config, key)
 

@@ -49,7 +49,7 @@ def plan(
             raise HmfError("give at most one of --ratio and --pattern")
         settings = HybridSettings(mixer=mixer, ratio=ratio, pattern=pattern)
         config = hybrid_config(config, settings.layer_pattern(config.num_hidden_layers))
-    options = planner.Settings(
+    options = planner.ServingSettings(
         gpu_memory_utilization, layer_overhead / 1e6, prefix_caching, batched_tokens, max_num_seqs
     )
     found = planner.plans(config, gpu, options)

@@ -17,7 +17,8 @@ from hmf.errors import HmfError, unknown_name
 
 
 class LayerOptions(BaseModel):
-    """Base of the options classes. `derived` names the fields that come from the base model's config.
+    """Base of the options classes. `derived` names the fields that come from the base model's config; `format_only`
+    those of published checkpoints on which nothing here depends: they are checked, kept and written again.
 
     A default is what a checkpoint means that does not name the option, as the published ones; `new_where_queries_grow`
     is what layers that are made anew get instead, on a base that scales its queries by their position.
@@ -25,6 +26,7 @@ class LayerOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     derived: ClassVar[frozenset[str]] = frozenset()
+    format_only: ClassVar[frozenset[str]] = frozenset()
     new_where_queries_grow: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod
@@ -99,6 +101,8 @@ class GDNOptions(_LinearOptions):
 class GKAOptions(_LinearOptions):
     """Gated KalmaNet (arXiv 2511.21016), `gka_config`."""
 
+    # How many tokens the published kernels take at a time; those here have a size of their own, and the same results.
+    format_only = frozenset({"chunk_size"})
     use_alpha_connection: bool = True
     use_v_conv: bool = True
     use_forgetting_gate: bool = True
@@ -198,6 +202,10 @@ class LayerKind:
     module_name: str
     options: type[LayerOptions]
 
+    @property
+    def overrides_key(self) -> str:
+        return f"{self.name}_overrides"
+
 
 LAYER_KINDS: dict[str, LayerKind] = {
     kind.symbol: kind
@@ -218,7 +226,7 @@ def layer_options(config: Any, symbol: str) -> Any:
     """
     kind = LAYER_KINDS[symbol]
     stored = getattr(config, kind.config_key, None) or {}
-    if overrides := getattr(config, f"{kind.name}_overrides", None):
+    if overrides := getattr(config, kind.overrides_key, None):
         stored = {**stored, **overrides}
     return kind.options.from_base(config, stored, source=f"config.json: {kind.config_key}")
 

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hmf.errors import HmfError, unknown_name
 
@@ -101,6 +102,17 @@ class Pattern:
         if outside := sorted(i for i in chosen if not 0 <= i < num_layers):
             raise HmfError(f"layers: {outside} not among the model's layers 0 to {num_layers - 1}")
         return cls(tuple(symbol if i in chosen else ATTENTION for i in range(num_layers)))
+
+
+def is_fused(config: Any) -> bool:
+    """Whether a base's or a Hybrid's config is of a fused checkpoint: teacher and student in one."""
+    return getattr(getattr(config, "pattern", None), "fused", False)
+
+
+def require_fused(config: Any, source: object) -> None:
+    """HmfError, which `source` opens, for a config that holds no teacher."""
+    if not is_fused(config):
+        raise HmfError(f"{source}: is no fused checkpoint (teacher and student); make one with `hmf init`")
 
 
 def mixer_symbol(name: str) -> str:

@@ -233,11 +233,19 @@ ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
     "yarn": (
         ("factor",),
-        ("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim",
-         "truncate"),
+        (
+            "original_max_position_embeddings",
+            "beta_fast",
+            "beta_slow",
+            "attention_factor",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        ),
     ),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
-}  # fmt: skip
+}
+ROPE_SCALING_KEYS = frozenset(key for needed, optional in ROPE_KEYS.values() for key in (*needed, *optional))
 
 
 class RopeScaling(Settings):
@@ -263,9 +271,11 @@ class RopeScaling(Settings):
             raise ValueError(f"{self.rope_type} needs {', '.join(missing)}")
         if extra := [name for name in given if name not in (*needed, *optional)]:
             raise ValueError(f"{self.rope_type} has no {', '.join(extra)}")
-        low, high = (self.beta_slow, self.beta_fast) if self.rope_type == "yarn" else (
-            self.low_freq_factor, self.high_freq_factor
-        )  # fmt: skip
+        low, high = (
+            (self.beta_slow, self.beta_fast)
+            if self.rope_type == "yarn"
+            else (self.low_freq_factor, self.high_freq_factor)
+        )
         if low is not None and high is not None and low >= high:
             raise ValueError("the low (slow) factor must be below the high (fast) one")
         return self

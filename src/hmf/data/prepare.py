@@ -46,7 +46,7 @@ from hmf.data.shards import (
 from hmf.data.sources import Source
 from hmf.data.tokenizer import document_separator, load_tokenizer
 from hmf.errors import HmfError
-from hmf.folders import HOLDER, locked
+from hmf.folders import HOLDER, locked, require_unused
 
 INDEX, ROWS, TOKENISED = "index.json", "rows", "tokenised"
 FILE_TOKENS = 1 << 24  # of a file of rows
@@ -75,14 +75,7 @@ def prepare(recipe: DataRecipe, tokenizer: str | Path, workers: int = 1) -> dict
         _check_sources(recipe, index)
         shutil.rmtree(output / TOKENISED, ignore_errors=True)
         return index
-    if output.exists() and (
-        not output.is_dir()
-        or any(
-            item.name != HOLDER and item.name.split(".")[0] not in (ROWS, TOKENISED, "index")
-            for item in output.iterdir()
-        )
-    ):
-        raise HmfError(f"{output}: the output directory is in use; choose another or remove it first")
+    require_unused(output, lambda name: name == HOLDER or name.split(".")[0] in (ROWS, TOKENISED, "index"))
     loaded = load_tokenizer(tokenizer)
     pairs = [(Source(settings), Encoder.of(settings, recipe)) for settings in recipe.sources]  # before the long work
     cache = recipe.cache or output / TOKENISED

@@ -33,10 +33,16 @@ class StateShape(NamedTuple):
     kind: Literal["recurrent", "conv", "window", "count"]
     reach: int | None = None
 
-    def bytes(self, dtype: torch.dtype) -> int:
-        """Bytes as `Mixer.mix` returns it, in a model of `dtype`."""
-        width = {"recurrent": torch.float32, "count": torch.int64}.get(self.kind, dtype).itemsize
-        return math.prod(self.shape) * width
+    def dtype(
+        self, model: torch.dtype, recurrent: torch.dtype = torch.float32, conv: torch.dtype | None = None
+    ) -> torch.dtype:
+        """As `Mixer.mix` returns it in a model of dtype `model`, or as a server keeps it that stores states in other
+        dtypes."""
+        return {"recurrent": recurrent, "conv": conv or model, "window": model, "count": torch.int64}[self.kind]
+
+    def bytes(self, *dtypes: torch.dtype) -> int:
+        """Bytes in the dtype that `dtype` gives for the same arguments."""
+        return math.prod(self.shape) * self.dtype(*dtypes).itemsize
 
 
 def split_heads(heads: int, ranks: int) -> int:

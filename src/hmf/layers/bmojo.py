@@ -20,8 +20,13 @@ from hmf.ops.window import latest
 
 from .attention import query_growth, rotate, rotate_query, stock_parameters, with_query_scale
 from .base import Mixer, Start, States, StateShape, split_heads
+from .gdn import GatedDeltaNet
+from .gka import GatedKalmaNet
+from .mamba2 import Mamba2
 from .swa import count_tokens
 
+# The recurrent layers that can make the fading tokens.
+INNER_MIXERS: dict[str, type[Mixer]] = {cls.symbol: cls for cls in (GatedDeltaNet, GatedKalmaNet, Mamba2)}
 INNER = "inner_"  # opens the names of the recurrent layer's states
 
 
@@ -76,14 +81,12 @@ class BMojoF(Mixer):
     symbol = "BMF"
 
     def __init__(self, config: Any, layer_idx: int):
-        from .registry import mixer_class  # the registry names this class
-
         super().__init__(config, layer_idx)
         self.growth = query_growth(config) if self.options.scale_queries else None
         self.bmojo_attn = BMojoAttention(config, self.options, "q_norm.weight" in stock_parameters(config, layer_idx))
         symbol = self.options.inner_symbol
         self.inner_name = LAYER_KINDS[symbol].module_name
-        self.add_module(self.inner_name, mixer_class(symbol)(config, layer_idx))
+        self.add_module(self.inner_name, INNER_MIXERS[symbol](config, layer_idx))
 
     @property
     def inner(self) -> Mixer:
@@ -95,10 +98,8 @@ class BMojoF(Mixer):
 
     @classmethod
     def state_shapes(cls, config: Any, ranks: int = 1) -> dict[str, StateShape]:
-        from .registry import mixer_class
-
         o = cls.options_for(config)
-        inner = mixer_class(o.inner_symbol).state_shapes(config, ranks)
+        inner = INNER_MIXERS[o.inner_symbol].state_shapes(config, ranks)
         shape = split_heads(o.num_key_value_heads, ranks), o.head_dim
         near = StateShape((o.window_size - 1, *shape), "window")
         fading = StateShape((2 * o.window_size - 1, *shape), "window", o.window_size)

@@ -6,15 +6,10 @@ from __future__ import annotations
 from hmf.errors import HmfError, unknown_name
 
 from .base import Mixer
-from .bmojo import BMojoF
-from .gdn import GatedDeltaNet
-from .gka import GatedKalmaNet
-from .mamba2 import Mamba2
+from .bmojo import INNER_MIXERS, BMojoF
 from .swa import SlidingWindowAttention
 
-MIXERS: dict[str, type[Mixer]] = {
-    cls.symbol: cls for cls in (GatedDeltaNet, GatedKalmaNet, Mamba2, BMojoF, SlidingWindowAttention)
-}
+MIXERS: dict[str, type[Mixer]] = INNER_MIXERS | {cls.symbol: cls for cls in (BMojoF, SlidingWindowAttention)}
 
 
 def mixer_class(symbol: str) -> type[Mixer]:

@@ -6,7 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin, StaticLayer
+from transformers import Cache, CacheLayerMixin, StaticLayer
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from hmf.errors import HmfError
 

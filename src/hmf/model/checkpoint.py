@@ -23,7 +23,7 @@ from transformers.utils import logging
 from hmf.errors import HmfError, listed, notice
 from hmf.layers.base import Mixer
 
-from .families import FAMILIES, family_of
+from .families import FAMILIES, Mixin, family_of
 from .files import (
     COMPUTED,
     DTYPES,
@@ -43,10 +43,9 @@ from .rope import check_rope, require_rope
 STORED = "stored"  # a dtype for `load_model`: each tensor's own
 HEAD, EMBEDDINGS = "lm_head.weight", ("model.embed_tokens.weight", "embed_tokens.weight")
 GENERATION = "generation_config.json"
-_Base: Any = object  # a mixin: transformers' classes come after it
 
 
-class StrictLoading(_Base):
+class StrictLoading(Mixin):
     """`from_pretrained` that fails, with names, where transformers would warn and leave tensors at random.
 
     `_other_tensors`: beginnings of names that a checkpoint may have beside this model's.
@@ -219,10 +218,14 @@ def load_config(source: str | Path, weights: bool = True) -> Any:
 
 # The sizes of a model, and what none of them is above; without a bound a slip would build layers for hours.
 SIZES = {
-    "num_hidden_layers": 10_000, "num_attention_heads": 2**16, "num_key_value_heads": 2**16, "head_dim": 2**16,
-    "hidden_size": 2**20, "intermediate_size": 2**24, "moe_intermediate_size": 2**24, "vocab_size": 2**26,
-    "num_experts": 2**16, "num_local_experts": 2**16, "num_experts_per_tok": 2**16, "max_position_embeddings": 2**40,
-}  # fmt: skip
+    "num_hidden_layers": 10_000,
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 2**16),
+    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), 2**16),
+    "hidden_size": 2**20,
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), 2**24),
+    "vocab_size": 2**26,
+    "max_position_embeddings": 2**40,
+}
 
 
 def _require_sizes(content: dict[str, Any], file: Path) -> None:

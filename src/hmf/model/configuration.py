@@ -12,16 +12,17 @@ from hmf.config.layers import LAYER_KINDS, base_head_dim, layer_options, needed_
 from hmf.config.pattern import ATTENTION, Pattern
 from hmf.errors import HmfError
 
-from .families import FAMILIES, Family
+from .families import FAMILIES, Family, Mixin
 from .rope import check_rope
 
 STATE_DTYPES = ("float32", "bfloat16", "float16")
 
 
-_Base: Any = object  # a mixin: transformers' classes come after it
+# Optional dicts of a Hybrid's config.json.
+OPTION_KEYS = tuple(key for kind in LAYER_KINDS.values() for key in (kind.config_key, kind.overrides_key))
 
 
-class HybridConfigMixin(_Base):
+class HybridConfigMixin(Mixin):
     """Put before a family's config class.
 
     In memory `layer_types` holds transformers' own names ("full_attention", "linear_attention" for every mixer), which
@@ -80,6 +81,11 @@ class HybridConfigMixin(_Base):
             self.layer_types = mixed
 
     @property
+    def attention_windows(self) -> list[int | None]:
+        """How many positions each layer's attention sees in the base model; None: all before it."""
+        return [self.sliding_window if kind == "sliding_attention" else None for kind in self.attention_types]
+
+    @property
     def pattern(self) -> Pattern:
         return Pattern.parse(
             self.hybrid_override_pattern, self.num_hidden_layers, source="config.json: hybrid_override_pattern"
@@ -92,7 +98,7 @@ class HybridConfigMixin(_Base):
             output["layer_types"] = self.pattern.as_list()
         else:
             output.pop("layer_types", None)
-        for key in [kind.config_key for kind in LAYER_KINDS.values()] + ["gka_overrides"]:
+        for key in OPTION_KEYS:
             if output.get(key, ...) is None:
                 del output[key]
         return output
@@ -101,9 +107,8 @@ class HybridConfigMixin(_Base):
 @functools.cache
 def hybrid_config_class(family: Family) -> type:
     """`Hybrid<Family>Config`."""
-    optional_dicts = [kind.config_key for kind in LAYER_KINDS.values()] + ["gka_overrides"]
     annotations: dict[str, Any] = {"hybrid_override_pattern": str | None, "state_dtype": str}
-    annotations |= dict.fromkeys(optional_dicts, dict | None)
+    annotations |= dict.fromkeys(OPTION_KEYS, dict | None)
     annotations["layer_types"] = list[str] | None
     namespace: dict[str, Any] = {
         "__annotations__": annotations,
@@ -114,7 +119,7 @@ def hybrid_config_class(family: Family) -> type:
         "hybrid_override_pattern": None,
         "state_dtype": "float32",
         "layer_types": None,
-        **dict.fromkeys(optional_dicts),
+        **dict.fromkeys(OPTION_KEYS),
     }
     return type(f"{family.hybrid_prefix}Config", (HybridConfigMixin, family.config_class()), namespace)
 

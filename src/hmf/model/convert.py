@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from hmf.config.layers import LAYER_KINDS
+from hmf.config.layers import LAYER_KINDS, base_head_dim
 from hmf.config.pattern import ATTENTION, Pattern
 from hmf.errors import HmfError
 
@@ -98,7 +98,7 @@ def _rebuild(config: Any, source: PreTrainedModel, dropped: tuple[str, ...] = ()
     """A model of `config` on the tensors of `source`, and the names it still lacks; no tensor of source is lost."""
     state = {name: x for name, x in source.state_dict().items() if not (dropped and name.startswith(dropped))}
     with no_init_weights():
-        model = hybrid_classes(family_of(config.model_type)).causal_lm._from_config(config, dtype=source.dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=source.dtype)
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     if unexpected:
         raise HmfError(
@@ -115,8 +115,7 @@ def footprint(model: PreTrainedModel) -> dict[str, int]:
     config = model.config
     pattern = getattr(config, "pattern", None)
     attention_layers = config.num_hidden_layers - (len(pattern.replaced) if pattern else 0)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv = attention_layers * 2 * config.num_key_value_heads * head_dim * model.dtype.itemsize
+    kv = attention_layers * 2 * config.num_key_value_heads * base_head_dim(config) * model.dtype.itemsize
     shapes = [mixer.state_shapes(config) for _, mixer in mixers(model)] if pattern else []
     state = sum(shape.bytes(model.dtype) for layer in shapes for shape in layer.values())
     return {"parameters": model.num_parameters(), "kv_bytes_per_token": kv, "state_bytes": state}

@@ -10,6 +10,9 @@ from typing import Any
 
 from hmf.errors import HmfError
 
+# Base, for type checkers, of a class that is put before one of transformers' and calls what comes after it.
+Mixin: Any = object
+
 
 @dataclass(frozen=True)
 class Family:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from hmf.config.strict import parse_json
 from hmf.errors import HmfError, listed, notice
+from hmf.folders import reason, require_unused
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
@@ -64,11 +65,6 @@ def opened(file: Path) -> Iterator[Any]:
         file.open("rb").close()  # safetensors takes every failure for a missing file
         with safe_open(file, "pt") as weights:
             yield weights
-
-
-def reason(error: OSError) -> str:
-    """Why a file cannot be read or written, in one line."""
-    return "no permission" if isinstance(error, PermissionError) else error.strerror or " ".join(str(error).split())
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -163,8 +159,8 @@ def weight_files(folder: Path) -> list[str]:
             f"{f'; {listed(others)} cannot be read' if others else ''}); a checkpoint needs both config and weights"
         )
     if stray := sorted(shards - set(names)):
-        raise HmfError(f"{folder / stray[0]}: not used by {INDEX if index.exists() else WEIGHTS}; remove the file, or "
-                       "copy the whole checkpoint again")  # fmt: skip
+        used = INDEX if index.exists() else WEIGHTS
+        raise HmfError(f"{folder / stray[0]}: not used by {used}; remove the file, or copy the whole checkpoint again")
     for name in names:
         if not (folder / name).exists():
             raise HmfError(f"{folder / name}: missing, though the index names it")
@@ -232,14 +228,6 @@ def follow_umask(path: Path) -> None:
     for item in [path, *path.rglob("*")] if path.is_dir() else [path]:
         if not item.is_symlink():
             item.chmod((0o777 if item.is_dir() else 0o666) & ~mask)
-
-
-def require_unused(target: str | Path) -> None:
-    """HmfError when `target` exists and is no empty directory."""
-    target = Path(target)
-    with reading(target):
-        if target.is_file() or (target.is_dir() and any(target.iterdir())):
-            raise HmfError(f"{target}: the output directory is in use; choose another or remove it first")
 
 
 @contextmanager

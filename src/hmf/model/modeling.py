@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -30,7 +29,7 @@ from hmf.layers.registry import MIXERS, mixer_class
 from .cache import adopt
 from .checkpoint import StrictLoading
 from .configuration import hybrid_config_class
-from .families import FAMILIES, Family
+from .families import FAMILIES, Family, Mixin
 
 STUDENT, TEACHER = "student", "teacher"
 
@@ -80,10 +79,7 @@ class LayerInputs:
     shared: dict[str, Any]  # position_ids, position_embeddings, past_key_values, use_cache and the caller's own
 
 
-_Base: Any = object  # a mixin: transformers' classes come after it
-
-
-class AsItsFamily(_Base):
+class AsItsFamily(Mixin):
     """How experts are computed. transformers reads the source of a class's module for that: here, the family's."""
 
     @classmethod

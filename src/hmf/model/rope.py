@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers import ROPE_INIT_FUNCTIONS
 
-from hmf.config.runs import ROPE_KEYS, AtLeastOne, NotNegative, Positive, RopeScaling, RopeSettings
+from hmf.config.runs import ROPE_KEYS, ROPE_SCALING_KEYS, AtLeastOne, NotNegative, Positive, RopeScaling, RopeSettings
 from hmf.errors import HmfError
 
 from .families import Family, family_of
@@ -188,11 +188,11 @@ def _rescaled(config: Any, family: Family, scaling: RopeScaling, length: int | N
     stays = {*needed, *optional}
     if family.query_growth() is not None:
         stays.add(ORIGINAL)  # queries grow from there, however positions are scaled
-    replaced = {key for keys in ROPE_KEYS.values() for group in keys for key in group} - stays
+    replaced = ROPE_SCALING_KEYS - stays
     # YaRN's own attention factor, written out: another factor has another.
     given, its_own = old.get("attention_factor", 0.0), 0.1 * math.log(old.get("factor", 1.0)) + 1
     if math.isclose(given, its_own, rel_tol=1e-3):
-        replaced.add("attention_factor")
+        replaced |= {"attention_factor"}
     if "type" in old:  # the former name of the key, beside it
         new["type"] = scaling.rope_type
     return {key: value for key, value in old.items() if key not in replaced} | new

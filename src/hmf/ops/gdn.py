@@ -183,6 +183,12 @@ def fast(q, k, v, g, beta, initial_state=None, cu_seqlens=None) -> Result:
     kernel = fused_recurrent_gated_delta_rule if one_token else chunk_gated_delta_rule
     state = None if initial_state is None else initial_state.float().contiguous()
     return kernel(
-        q.contiguous(), k.contiguous(), v.contiguous(), g=g.float().contiguous(), beta=beta.contiguous(),
-        initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        g=g.float().contiguous(),
+        beta=beta.contiguous(),
+        initial_state=state,
+        output_final_state=True,
+        cu_seqlens=cu_seqlens,
+    )

@@ -21,20 +21,15 @@ Legend: B batch, T tokens, S sequences, N chunks, C chunk_size, H heads, K/V key
 from __future__ import annotations
 
 import functools
-from collections import deque
-from collections.abc import Iterator
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import dispatch
+from .gka_solve import ChunkSolve, Result, State, coefficients, inverse_norm, solve_chebyshev, squared_norms
 from .ssd import chunk_decays, scan_states, state_or_zeros
 from .ssd import chunked as linear_attention
 from .ssd import step as linear_attention_step
 from .varlen import ChunkLayout, sequence_lengths
-
-State = tuple[torch.Tensor, torch.Tensor]
-Result = tuple[torch.Tensor, State]
 
 
 @dispatch.entry("gka", recurrence=True)
@@ -61,42 +56,6 @@ def gated_kalmanet(
     return dispatch.resolve("gka", q)(q, k, v, g, gk, alpha, initial_state, cu_seqlens, **options)
 
 
-def coefficients(num_iter: int, ridge_strength: float) -> tuple[float, float, list[float]]:
-    """c, the share of z that a step keeps (1 - c ridge_strength), and the weights w of the steps."""
-    c, rho = 2 / (1 + 2 * ridge_strength), 1 / (1 + 2 * ridge_strength)
-    weights, w = [], 2.0
-    for _ in range(num_iter):
-        w = 1 / (1 - rho * rho / 4 * w)
-        weights.append(w)
-    return c, 1 - c * ridge_strength, weights
-
-
-def inverse_norm(square: torch.Tensor, bp_lambda: bool) -> torch.Tensor:
-    """1 / sqrt(square), zero (with a zero gradient) where the square is zero."""
-    inverse = torch.where(square > 0, square.clamp_min(torch.finfo(square.dtype).tiny).rsqrt(), 0)
-    return inverse if bp_lambda else inverse.detach()
-
-
-def solve_chebyshev(C, q, num_iter, ridge_strength, bp_lambda=True) -> torch.Tensor:
-    """x [..., K] after `num_iter` Chebyshev steps for (C + lambda I) x = q, with C [..., K, K] and q [..., K]."""
-    c, keep, weights = coefficients(num_iter, ridge_strength)
-    scale = c * inverse_norm(C.square().sum((-2, -1)), bp_lambda)[..., None]
-    z, before = q, torch.zeros_like(q)
-    for w in weights:
-        product = scale * torch.einsum("...kl,...l->...k", C, z)
-        z, before = w * (keep * z - product + q) + (1 - w) * before, z
-    return scale * z
-
-
-def solve_exact(C, q, num_iter, ridge_strength, bp_lambda=True) -> torch.Tensor:
-    """x [..., K] of (C + lambda I) x = q, the limit of many steps (`num_iter` is not used)."""
-    size = torch.linalg.matrix_norm(C)
-    if not bp_lambda:
-        size = size.detach()
-    system = C + (ridge_strength * size)[..., None, None] * torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
-    return torch.linalg.solve(system, q)
-
-
 def step(
     q, k, v, g, gk, alpha, state: State, *, num_iter, ridge_strength, bp_lambda, rescale, solve=solve_chebyshev
 ) -> Result:
@@ -114,9 +73,21 @@ def mix(q, x, alpha):
 
 @dispatch.implementation("gka", "reference")
 def reference(
-    q, k, v, g, gk, alpha=None, initial_state=None, cu_seqlens=None,
-    *, num_iter=30, ridge_strength=0.02, bp_lambda=True, rescale=True, solve=solve_chebyshev,
-) -> Result:  # fmt: skip
+    q,
+    k,
+    v,
+    g,
+    gk,
+    alpha=None,
+    initial_state=None,
+    cu_seqlens=None,
+    *,
+    num_iter=30,
+    ridge_strength=0.02,
+    bp_lambda=True,
+    rescale=True,
+    solve=solve_chebyshev,
+) -> Result:
     """Token by token: the definition; `solve` is the Chebyshev iteration or `solve_exact`."""
     batch, tokens, heads, key_dim = q.shape
     out_dtype, compute = v.dtype, dispatch.compute_dtype(v)
@@ -143,17 +114,30 @@ def reference(
 
 @dispatch.implementation("gka", "chunked")
 def chunked(
-    q, k, v, g, gk, alpha=None, initial_state=None, cu_seqlens=None,
-    *, num_iter=30, ridge_strength=0.02, bp_lambda=True, rescale=True,
-    exact_backward=False, chunk_size: int = 32, solver=None,
-) -> Result:  # fmt: skip
+    q,
+    k,
+    v,
+    g,
+    gk,
+    alpha=None,
+    initial_state=None,
+    cu_seqlens=None,
+    *,
+    num_iter=30,
+    ridge_strength=0.02,
+    bp_lambda=True,
+    rescale=True,
+    exact_backward=False,
+    chunk_size: int = 32,
+    solver=None,
+) -> Result:
     """All tokens of many chunks are solved at once, from the covariances at the chunks' starts.
 
     No token's covariance is ever formed: with C_0 at the chunk's start, d_t the decay since then and M_ts that from
     token s to t, C_t p = d_t C_0 p + sum_{s <= t} M_ts k_s (k_s . p), so a step for a whole chunk is three matrix
     products; ||C_t||_F comes from the chunk's Gram matrix. `exact_backward` differentiates the exact solution instead
     of the iterations: half the cost, and as far from the true gradient as the iterations are from the solution.
-    `solver` (None: `_Solve`) is what runs the iterations of all chunks.
+    `solver` (None: `ChunkSolve`) is what runs the iterations of all chunks.
     """
     batch, tokens, heads, key_dim = q.shape
     out_dtype, compute = v.dtype, dispatch.compute_dtype(v)
@@ -178,7 +162,7 @@ def chunked(
         from_start = decay_in.exp()
         square = squared_norms(keys, starts, from_start, decay)
         scale = c * inverse_norm(square, bp_lambda)
-        solve = solver or functools.partial(_Solve.apply, exact_backward)
+        solve = solver or functools.partial(ChunkSolve.apply, exact_backward)
         system = (x.flatten(0, 1) for x in (queries, keys, starts, from_start * scale, decay * scale[..., None]))
         z = solve(num_iter, ridge_strength, *system)
         x = z.view_as(queries) * scale[..., None]
@@ -192,12 +176,23 @@ def chunked(
 
 @dispatch.implementation("gka", "fast", requires="triton")
 def fast(
-    q, k, v, g, gk, alpha=None, initial_state=None, cu_seqlens=None,
-    *, num_iter=30, ridge_strength=0.02, bp_lambda=True, rescale=True,
-) -> Result:  # fmt: skip
+    q,
+    k,
+    v,
+    g,
+    gk,
+    alpha=None,
+    initial_state=None,
+    cu_seqlens=None,
+    *,
+    num_iter=30,
+    ridge_strength=0.02,
+    bp_lambda=True,
+    rescale=True,
+) -> Result:
     """Our Triton kernels (CUDA): all of it for single tokens and in bfloat16, both without gradients; otherwise the
     iterations, with the rest as in `chunked`."""
-    from . import gka_chunk_triton
+    from . import gka_chunk_triton, gka_decode
     from . import gka_triton as kernels
 
     options = {"num_iter": num_iter, "ridge_strength": ridge_strength, "rescale": rescale}
@@ -206,7 +201,7 @@ def fast(
         dispatch.warn_once(f"gka: running the plain PyTorch version: {reason}")
     elif q.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
         q, k, v, g, gk = (x[:, 0] for x in (q, k, v, g, gk))
-        o, state = kernels.step(q, k, v, g, gk, None if alpha is None else alpha[:, 0], initial_state, **options)
+        o, state = gka_decode.step(q, k, v, g, gk, None if alpha is None else alpha[:, 0], initial_state, **options)
         return o[:, None], state
     elif not torch.is_grad_enabled() and not gka_chunk_triton.unsupported(q, k, v):
         sequence_lengths(q.shape[0], q.shape[1], cu_seqlens)  # refuses wrong ones
@@ -216,109 +211,3 @@ def fast(
         solver = functools.partial(kernels.Solve.apply, k.dtype == torch.bfloat16)
     options |= {"bp_lambda": bp_lambda, "chunk_size": kernels.CHUNK_SIZE, "solver": solver}
     return chunked(q, k, v, g, gk, alpha, initial_state, cu_seqlens, **options)
-
-
-def squared_norms(k, starts, from_start, decay) -> torch.Tensor:
-    """||C_t||_F^2 [N, H, C] of every token: sums of non-negative terms, so nothing cancels."""
-    fresh = ((decay @ (k @ k.mT).square()) * decay).sum(-1)
-    mixed = decay @ ((k @ starts.mT) * k).sum(-1, keepdim=True)
-    old = starts.square().sum((-2, -1))[..., None]
-    return from_start.square() * old + 2 * from_start * mixed[..., 0] + fresh
-
-
-class _Solve(torch.autograd.Function):
-    """z of a chunk's tokens: steps of z <- w (keep z - A_t z + q) + (1 - w) z_before from z = q, where
-    A_t p = row_t C_0 p + sum_{s <= t} mask_ts k_s (k_s . p).
-
-    q, k [G, C, K]; start [G, K, K]; row [G, C]; mask [G, C, C]. Nothing of the iterations outlives a call: the backward
-    runs them again, for as many G at a time as a fixed amount of memory holds.
-    """
-
-    @staticmethod
-    def forward(ctx, exact_backward, num_iter, ridge_strength, q, k, start, row, mask):
-        _, keep, weights = coefficients(num_iter, ridge_strength)
-        ctx.keep, ctx.weights, ctx.exact = keep, weights, exact_backward
-        z = torch.empty_like(q, memory_format=torch.contiguous_format)
-        for at in _groups(q, 8):
-            z[at] = _last(_iterates(q[at], (k[at], start[at], row[at], mask[at]), keep, weights))
-        ctx.save_for_backward(q, k, start, row, mask, *([z] if exact_backward else []))
-        return z
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_z):
-        q, k, start, row, mask, *solution = ctx.saved_tensors
-        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, start, row, mask)]
-        stored = 1 if ctx.exact else len(ctx.weights)
-        for at in _groups(q, 8 + 4 * stored):
-            system = k[at], start[at], row[at], mask[at]
-            if ctx.exact:
-                # A is symmetric, so the adjoint solution is the solution for the incoming gradient.
-                grad_q = _last(_iterates(grad_z[at], system, ctx.keep, ctx.weights))
-                z, grad_product = solution[0][at, None], -grad_q[:, None]
-            else:
-                grad_q, z, grad_product = _adjoint(q[at], grad_z[at], system, ctx.keep, ctx.weights)
-            grads[0][at] = grad_q
-            for grad, value in zip(grads[1:], _product_grads(z, grad_product, *system), strict=True):
-                grad[at] = value
-        return None, None, None, *grads
-
-
-def _groups(q: torch.Tensor, stored: int) -> list[slice]:
-    """Slices over G such that `stored` tensors like q stay small: in cache on a CPU, well filled launches on a GPU."""
-    budget = 2**28 if q.is_cuda else 2**22
-    size = max(1, budget // (stored * q[0].numel())) if len(q) else 1
-    return [slice(first, first + size) for first in range(0, len(q), size)]
-
-
-def _product(p, k, start, row, mask) -> torch.Tensor:
-    """A_t p_t for all tokens t of a chunk."""
-    y = torch.bmm(p, start.mT).mul_(row[..., None])
-    return y.baddbmm_(torch.bmm(p, k.mT).mul_(mask), k)
-
-
-def _iterates(q, system, keep, weights) -> Iterator[torch.Tensor]:
-    z, before = q, None
-    yield z
-    for w in weights:
-        new = _product(z, *system).mul_(-w).add_(z, alpha=w * keep).add_(q, alpha=w)
-        if before is not None:
-            new.add_(before, alpha=1 - w)
-        z, before = new, z
-        yield z
-
-
-def _last(iterates: Iterator[torch.Tensor]) -> torch.Tensor:
-    return deque(iterates, maxlen=1)[0]
-
-
-def _adjoint(q, grad_z, system, keep, weights):
-    """Reverse of `_iterates`: the gradient of q [G, C, K], and for each product A z_n its argument z_n and its incoming
-    gradient [G, steps, C, K]."""
-    k, start, row, mask = system
-    z = torch.stack(list(_iterates(q, system, keep, weights))[:-1], dim=1)
-    grad_product = torch.empty_like(z)
-    grad_q, later, grad = torch.zeros_like(q), None, grad_z
-    for n in reversed(range(len(weights))):
-        w = weights[n]
-        torch.mul(grad, -w, out=grad_product[:, n])
-        grad_q.add_(grad, alpha=w)
-        # transposed: A_t is symmetric only if the state that came in was
-        earlier = _product(grad, k, start.mT, row, mask).mul_(-w).add_(grad, alpha=w * keep)
-        if later is not None:
-            earlier.add_(later)
-        later, grad = grad * (1 - w), earlier
-    return grad_q.add_(grad), z, grad_product
-
-
-def _product_grads(z, grad, k, start, row, mask):
-    """Gradients of k, start, row and mask from the products' arguments and incoming gradients [G, steps, C, K]."""
-    steps = z.shape[1]
-    z, flat = z.flatten(1, 2), grad.flatten(1, 2)  # [G, steps C, K]
-    grad_row = (torch.bmm(flat, start) * z).sum(-1).unflatten(1, (steps, -1)).sum(1)
-    grad_start = torch.bmm((grad * row[:, None, :, None]).flatten(1, 2).mT, z)
-    along, across = (torch.bmm(x, k.mT).unflatten(1, (steps, -1)) for x in (z, flat))  # [G, steps, C, C]
-    grad_mask = (along * across).sum(1)
-    along, across = (x.mul_(mask[:, None]).flatten(1, 2) for x in (along, across))
-    grad_k = torch.bmm(along.mT, flat).baddbmm_(across.mT, z)
-    return grad_k, grad_start, grad_row, grad_mask

@@ -20,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .gka import Result, State, coefficients
-from .gka_triton import _load, _parts, _shared_memory, _steps, _width
+from .gka_solve import Result, State, coefficients
+from .gka_triton_common import load, shared_memory, split, step_weights, tile_width
 
 CHUNK_SIZE = 64
 COLUMNS = 32  # of a state that one program of `_states` carries
@@ -63,10 +63,10 @@ def _prepare(
     real = token < stop
     strength = tl.full([SIZE], 1.0, tl.float32)
     if BETA:
-        strength = _load(beta, token * H + head, real)
+        strength = load(beta, token * H + head, real)
         strength *= strength
     for state in tl.static_range(2):
-        log_decay = _load(g if state else gk, token * H + head, real)
+        log_decay = load(g if state else gk, token * H + head, real)
         whole = tl.sum(log_decay, axis=0)
         share = tl.exp(whole - tl.cumsum(log_decay, axis=0)) * strength
         tl.store(weight + (state * tokens + token) * H + head, share, mask=real)
@@ -74,7 +74,7 @@ def _prepare(
     if NORMALISE:  # by the first of the heads that share a key
         inside = (token < tl.where(head % KEY_GROUP == 0, stop, 0))[:, None] & (d < K)[None, :]
         column = (head // KEY_GROUP) * K + d[None, :]
-        key = _load(k + token[:, None] * k_row, column, inside).to(tl.float32)
+        key = load(k + token[:, None] * k_row, column, inside).to(tl.float32)
         key = _normalised(key, eps, k.dtype.element_ty)
         tl.store(unit + token[:, None] * unit_row + column, key.to(unit.dtype.element_ty), mask=inside)
 
@@ -108,15 +108,15 @@ def _states(
     slot = (sequence * H + head) * K * columns
     now = tl.zeros([D, B], tl.float32)
     if STATE:
-        now += _load(state + slot, at, inside).to(tl.float32)
+        now += load(state + slot, at, inside).to(tl.float32)
     first, stop = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
     chunk = tl.load(chunks + sequence).to(tl.int64) * H + head
     for token in range(first, stop, SIZE):
         row = (token + t).to(tl.int64)
         real = row < stop
-        keys = _load(at_k + row[:, None] * k_row, i[None, :], real[:, None] & (i < K)[None, :])
-        values = _load(x + row[:, None] * x_row, j[None, :], real[:, None] & (j < columns)[None, :])
-        share = _load(weight, row * H + head, real)
+        keys = load(at_k + row[:, None] * k_row, i[None, :], real[:, None] & (i < K)[None, :])
+        values = load(x + row[:, None] * x_row, j[None, :], real[:, None] & (j < columns)[None, :])
+        share = load(weight, row * H + head, real)
         carry = tl.load(total + chunk)
         if covariance:
             scale = _power(tl.max(tl.max(tl.abs(now), axis=1), axis=0))
@@ -124,11 +124,11 @@ def _states(
             tl.store(scales + chunk * covariance_parts + part, scale)
             tl.store(squares + chunk * covariance_parts + part, tl.sum(tl.sum(now * now, axis=1), axis=0))
         else:
-            high, low = _parts(now)
+            high, low = split(now)
             tl.store(U_starts + chunk * 2 * K * V + at, high, mask=inside)
             tl.store(U_starts + (chunk * 2 + 1) * K * V + at, low, mask=inside)
         chunk += H
-        high, low = _parts(values.to(tl.float32) * share[:, None])
+        high, low = split(values.to(tl.float32) * share[:, None])
         now = tl.dot(tl.trans(keys), low, now * carry)
         now = tl.dot(tl.trans(keys), high, now)
     tl.store(out + slot + at, now, mask=inside)
@@ -155,10 +155,10 @@ def _outputs(
     gate = token * H + head
     causal = t[:, None] >= s[None, :]
 
-    keys = _load(k + (head // KEY_GROUP) * K + token[:, None] * k_row, d[None, :], inside)
+    keys = load(k + (head // KEY_GROUP) * K + token[:, None] * k_row, d[None, :], inside)
     strength = tl.full([SIZE], 1.0, tl.float32)
     if BETA:
-        strength = _load(beta, gate, real)
+        strength = load(beta, gate, real)
         strength *= strength
 
     if SOLVE:
@@ -167,13 +167,13 @@ def _outputs(
         unit = (keys.to(tl.float32) / power[:, None]).to(tl.float16)
         part: tl.constexpr = (K + B - 1) // B
         at = (chunk * H + head) * part
-        scale_of = _load(scales + at, d // B, d < K)
+        scale_of = load(scales + at, d // B, d < K)
         size = tl.max(scale_of, axis=0)
-        old = tl.sum(_load(squares + at, d, d < part), axis=0)
+        old = tl.sum(load(squares + at, d, d < part), axis=0)
         at, filled = e[:, None] * K + d[None, :], (e < K)[:, None] & (d < K)[None, :]
-        start = _load(C_starts + (chunk * H + head) * K * K, at, filled)
+        start = load(C_starts + (chunk * H + head) * K * K, at, filled)
         start *= (scale_of / size).to(tl.float16)[None, :]
-        log_decay = tl.cumsum(_load(gk, gate, real), axis=0)
+        log_decay = tl.cumsum(load(gk, gate, real), axis=0)
         weight = tl.where(causal, tl.exp(log_decay[:, None] - log_decay[None, :]), 0.0)
         weight *= (strength * power * power)[None, :]
         # ||C_t||_F^2: sums of non-negative terms, so nothing cancels.
@@ -190,7 +190,7 @@ def _outputs(
         row *= size * factor
         weight = (weight * factor[:, None]).to(tl.float16)
     # Only now, as the registers hold no more.
-    query = _load(q + (head // QUERY_GROUP) * K + token[:, None] * q_row, d[None, :], inside).to(tl.float32)
+    query = load(q + (head // QUERY_GROUP) * K + token[:, None] * q_row, d[None, :], inside).to(tl.float32)
     if NORMALISE:
         query = _normalised(query, eps, q.dtype.element_ty)
     if SOLVE:
@@ -212,22 +212,22 @@ def _outputs(
         solution = now * (factor * length)[:, None]
         share = tl.full([SIZE], 1.0, tl.float32)
         if ALPHA:
-            share = _load(alpha, gate, real)
+            share = load(alpha, gate, real)
         query = rhs.to(tl.float32) * length[:, None]
         query += share[:, None] * (solution - query)
 
-    high, low = _parts(query * scale)
-    log_decay = tl.cumsum(_load(g, gate, real), axis=0)
+    high, low = split(query * scale)
+    log_decay = tl.cumsum(load(g, gate, real), axis=0)
     weight = tl.where(causal, tl.exp(log_decay[:, None] - log_decay[None, :]), 0.0) * strength[None, :]
     in_value = (u < V)[None, :]
     at, filled = e[:, None] * V + u[None, :], (e < K)[:, None] & in_value
-    state = _load(U_starts + (chunk * H + head) * 2 * K * V, at, filled)
+    state = load(U_starts + (chunk * H + head) * 2 * K * V, at, filled)
     result = tl.dot(high, state, tl.dot(low, state))
-    state = _load(U_starts + ((chunk * H + head) * 2 + 1) * K * V, at, filled)
+    state = load(U_starts + ((chunk * H + head) * 2 + 1) * K * V, at, filled)
     result = tl.dot(high, state, result) * tl.exp(log_decay)[:, None]
     scores = tl.dot(high, tl.trans(keys), tl.dot(low, tl.trans(keys)))
-    scores, scores_low = _parts(scores * weight)
-    values = _load(v + (head // VALUE_GROUP) * V + token[:, None] * v_row, u[None, :], real[:, None] & in_value)
+    scores, scores_low = split(scores * weight)
+    values = load(v + (head // VALUE_GROUP) * V + token[:, None] * v_row, u[None, :], real[:, None] & in_value)
     result = tl.dot(scores, values, tl.dot(scores_low, values, result))
     out = o + (token[:, None] * H + head) * V + u[None, :]
     tl.store(out, result.to(o.dtype.element_ty), mask=real[:, None] & in_value)
@@ -240,7 +240,7 @@ def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None
     if max(q.shape[-1], v.shape[-1]) > 128:
         return "heads are wider than 128"
     needed = 112 if max(q.shape[-1], v.shape[-1]) > 64 else 64
-    if q.is_cuda and _shared_memory(q.device) < needed * 2**10:
+    if q.is_cuda and shared_memory(q.device) < needed * 2**10:
         return f"a block has less than {needed} KiB of shared memory"
     return None
 
@@ -280,8 +280,8 @@ def chunked(
     torch.cumsum((bounds.diff() + CHUNK_SIZE - 1) // CHUNK_SIZE, 0, out=chunks[1:])
     sequence_of = torch.searchsorted(chunks, torch.arange(most, device=q.device, dtype=torch.int32), right=True) - 1
     c, _, _ = coefficients(num_iter, ridge_strength)
-    keep, weights = _steps(num_iter, ridge_strength, q.device)
-    width, value_width = _width(key_dim), _width(value_dim)
+    keep, weights = step_weights(num_iter, ridge_strength, q.device)
+    width, value_width = tile_width(key_dim), tile_width(value_dim)
     columns = min(COLUMNS, width, value_width)
     parts = triton.cdiv(key_dim, columns)
 

@@ -177,9 +177,15 @@ def fast(q, k, v, g, initial_state=None, cu_seqlens=None) -> Result:
     kernel = fused_recurrent_simple_gla if one_token else chunk_simple_gla
     state = None if initial_state is None else initial_state.float().contiguous()
     return kernel(
-        q.to(v.dtype).contiguous(), k.to(v.dtype).contiguous(), v.contiguous(), g=g.float().contiguous(),
-        scale=1.0, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
+        q.to(v.dtype).contiguous(),
+        k.to(v.dtype).contiguous(),
+        v.contiguous(),
+        g=g.float().contiguous(),
+        scale=1.0,
+        initial_state=state,
+        output_final_state=True,
+        cu_seqlens=cu_seqlens,
+    )
 
 
 def chunk_decays(g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

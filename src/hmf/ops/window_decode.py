@@ -152,9 +152,12 @@ def decode(
     outputs = q.new_empty(sequences, heads, stretches, head_dim, dtype=torch.float32)
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
     shared = {
-        "WINDOW": window, "HEADS": kv_heads, "GROUP": group, "K": head_dim,
+        "WINDOW": window,
+        "HEADS": kv_heads,
+        "GROUP": group,
+        "K": head_dim,
         "BLOCK_K": max(16, triton.next_power_of_2(head_dim)),
-    }  # fmt: skip
+    }
     _stretch[stretches, kv_heads, sequences](
         q, fading_q, *pools, positions, slots, maxima, sums, outputs,
         q.stride(0), fading_q.stride(0), near_k.stride(0), fading_k.stride(0), slots.stride(0), null_slot, scale,

@@ -21,6 +21,7 @@ from transformers.initialization import no_init_weights
 from hmf.config.layers import base_head_dim
 from hmf.config.pattern import ATTENTION
 from hmf.errors import HmfError
+from hmf.gpus import GIB
 from hmf.layers.base import StateShape, split_heads
 from hmf.layers.registry import mixer_class
 
@@ -74,20 +75,20 @@ def layer_caches(config: Any, dtype: torch.dtype, ranks: int = 1) -> list[LayerC
     A layer with a recurrence keeps all its states together, windows included; one with windows alone is attention.
     """
     state_dtype = getattr(torch, config.state_dtype)
-    widths = {"recurrent": state_dtype, "conv": state_dtype, "window": dtype, "count": torch.int64}
     token_bytes = 2 * split_heads(config.num_key_value_heads, ranks) * base_head_dim(config) * dtype.itemsize
     found = []
-    for symbol, kind in zip(config.pattern.symbols, config.attention_types, strict=True):
+    for symbol, kind, window in zip(
+        config.pattern.symbols, config.attention_types, config.attention_windows, strict=True
+    ):
         shapes = [] if symbol == ATTENTION else list(mixer_class(symbol).state_shapes(config, ranks).values())
         if any(shape.kind == "recurrent" for shape in shapes):
-            sizes = [math.prod(shape.shape) * widths[shape.kind].itemsize for shape in shapes]
+            sizes = [shape.bytes(dtype, state_dtype, state_dtype) for shape in shapes]
             moved = sum(_moved(shape, size) for shape, size in zip(shapes, sizes, strict=True))
             found.append(LayerCache(symbol, state_bytes=sum(sizes), moved_bytes=moved))
         elif shapes:
             reach = next(shape.shape[0] for shape in shapes if shape.kind == "window")
             found.append(LayerCache("sliding_attention", token_bytes, reach + 1))
         else:
-            window = config.sliding_window if kind == "sliding_attention" else None
             found.append(LayerCache(kind, token_bytes, window))
     return found
 
@@ -109,7 +110,7 @@ class Blocks:
     groups: Mapping[LayerCache, int]
 
     @classmethod
-    def cut(cls, caches: list[LayerCache], step: int) -> Blocks:
+    def of(cls, caches: list[LayerCache], step: int) -> Blocks:
         """As vLLM 0.32 does: a block has as many tokens, a multiple of `step`, as make room for the largest state."""
         state, token = max(c.state_bytes for c in caches), max(c.token_bytes for c in caches)
         tokens = step * max(1, math.ceil(state / (step * token))) if token else step
@@ -149,7 +150,7 @@ def working_bytes(config: Any, dtype: torch.dtype, ranks: int, batched_tokens: i
     if getattr(config, "num_experts_per_tok", None):
         inner = config.num_experts_per_tok * (config.moe_intermediate_size + config.hidden_size)
     activations = batched_tokens * (4 * config.hidden_size + 3 * inner // ranks) * dtype.itemsize
-    return activations + 4 * max_num_seqs * config.vocab_size + 2**30
+    return activations + 4 * max_num_seqs * config.vocab_size + GIB
 
 
 def require_unquantised(config: Any) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from hmf.config.pattern import ATTENTION, Pattern
+from hmf.config.pattern import ATTENTION, Pattern, is_fused
 from hmf.errors import HmfError
 from hmf.gpus import COPY_SHARE, GIB, Device, parse_gpus
 from hmf.model.convert import hybrid_config
@@ -36,7 +36,7 @@ CAPTURE_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, LARGEST_CAPTURE + 1, 16
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServingSettings:
     """utilisation: share of GPU memory that vLLM may take; layer_overhead: seconds of a decode step in each layer that
     move nothing; batched_tokens and max_num_seqs (None: the device's default): vLLM's options, which bound one step."""
 
@@ -62,7 +62,7 @@ class Plan:
     cache_bytes: int  # for all caches of all sequences
     device: Device
     ranks: int
-    settings: Settings
+    settings: ServingSettings
 
     @property
     def num_blocks(self) -> int:
@@ -128,7 +128,7 @@ def make_plan(
     device: Device,
     ranks: int = 1,
     dtype: torch.dtype | None = None,
-    settings: Settings | None = None,
+    settings: ServingSettings | None = None,
     room: int | None = None,
 ) -> Plan:
     """A plan for a Hybrid or base `config`.
@@ -136,10 +136,10 @@ def make_plan(
     dtype: of weights, keys and values; None is the config's own, or bfloat16 for float32. room: bytes for caches on
     each device; None is what utilisation, weights and working memory leave. Raises HmfError when that is nothing.
     """
-    settings = settings or Settings()
+    settings = settings or ServingSettings()
     require_unquantised(config)
     config = as_hybrid(config)
-    if config.pattern.fused:
+    if is_fused(config):
         config = hybrid_config(config, config.pattern.with_fused(False))
     if config.num_attention_heads % ranks:
         heads = config.num_attention_heads
@@ -147,7 +147,7 @@ def make_plan(
     dtype = dtype or serving_dtype(config)
     size = weights(config, dtype)
     caches = layer_caches(config, dtype, ranks)
-    blocks = Blocks.cut(caches, device.block)
+    blocks = Blocks.of(caches, device.block)
     if room is None:
         seqs = settings.max_num_seqs or device.max_num_seqs
         working = working_bytes(config, dtype, ranks, settings.batched_tokens, seqs)
@@ -176,7 +176,7 @@ def base_of(config: Any) -> Any:
     return hybrid_config(config, Pattern((ATTENTION,) * config.num_hidden_layers))
 
 
-def plans(config: Any, gpus: str, settings: Settings | None = None) -> list[Plan]:
+def plans(config: Any, gpus: str, settings: ServingSettings | None = None) -> list[Plan]:
     """Plans for the model and, if it is a Hybrid, for its base Transformer, on `gpus` ("h200x8")."""
     device, ranks = parse_gpus(gpus)
     config = as_hybrid(config)
@@ -230,11 +230,13 @@ def print_plans(found: Sequence[Plan], context: int) -> None:
 
     first = found[0]
     table = Table(
-        title=f"{devices(first)}, sequences of {context:,} tokens", title_justify="left",
+        title=f"{devices(first)}, sequences of {context:,} tokens",
+        title_justify="left",
         caption=f"vLLM takes {first.settings.utilisation:g} of the memory. A decode step moves\n"
         f"its bytes at {COPY_SHARE:.2f} of {first.device.bandwidth * first.ranks / 1e12:g} TB/s, and a layer takes "
-        f"{first.settings.layer_overhead * 1e6:g} µs\nbeside that.", caption_justify="left",
-    )  # fmt: skip
+        f"{first.settings.layer_overhead * 1e6:g} µs\nbeside that.",
+        caption_justify="left",
+    )
     table.add_column("")
     for plan in found:
         table.add_column(title(plan), justify="right")

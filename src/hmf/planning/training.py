@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from hmf.config.data import DataRecipe
 from hmf.config.layers import base_head_dim
-from hmf.config.pattern import ATTENTION
+from hmf.config.pattern import ATTENTION, require_fused
 from hmf.config.runs import (
     DataSettings,
     DistillRecipe,
@@ -34,14 +34,12 @@ from hmf.config.runs import (
 from hmf.config.strict import Settings, parse_yaml
 from hmf.data.mixture import row_length
 from hmf.errors import HmfError
-from hmf.gpus import Device, parse_gpus
+from hmf.gpus import GIB, Device, parse_gpus
 from hmf.model.checkpoint import load_config
 from hmf.model.convert import hybrid_config
-from hmf.model.families import family_of
-from hmf.model.modeling import hybrid_classes
 from hmf.model.rope import with_rope
 from hmf.priming.distance import stage1_flops_per_token
-from hmf.priming.objectives import LOGITS_AT_ONCE, is_fused, train_only_mixers
+from hmf.priming.objectives import LOGITS_AT_ONCE, train_only_mixers
 from hmf.training.finetune import check_model, flops_per_token
 from hmf.training.groups import adapter_targets, choose
 
@@ -54,7 +52,7 @@ WIDE = 4  # bytes of a master weight, of a gradient, of a moment
 # positions, gates and casts make tensors of the same widths.
 COPIES = 2.0
 LOGITS = 4 * WIDE * LOGITS_AT_ONCE  # four tensors of the logits that exist at once
-FRAMEWORK = 3 * 2**30  # CUDA context, kernels' workspaces, buffers of the communication library
+FRAMEWORK = 3 * GIB  # CUDA context, kernels' workspaces, buffers of the communication library
 
 
 @dataclass(frozen=True)
@@ -179,10 +177,8 @@ class TrainingPlan:
             total = flops_per_token(model)
         if total is None:
             return None
-        for index, kind in enumerate(config.attention_types):
-            reach = length / 2  # a causal mask leaves half of the pairs
-            if kind == "sliding_attention":
-                reach = min(reach, config.sliding_window)
+        for index, window in enumerate(config.attention_windows):
+            reach = min(length / 2, window or length)  # a causal mask leaves half of the pairs
             forward = 4 * config.num_attention_heads * base_head_dim(config) * reach
             keeps = config.pattern.symbols[index] == ATTENTION
             if not self.job.distils:
@@ -328,8 +324,7 @@ class Recipes:
         return None
 
     def _stage1(self, title: str, recipe: DistillSettings, config: Any) -> Job:
-        if not is_fused(config):
-            raise HmfError("model: is no fused checkpoint (teacher and student); make one with `hmf init`")
+        require_fused(config, "model")
         model = without_memory(config)
         train_only_mixers(model)
         return Job(title, recipe, model, self._row(recipe.data))
@@ -379,9 +374,12 @@ class Recipes:
 
 
 def plans(
-    places: Iterable[Path], resolve_base: Callable[[str], Path], gpus: str | None = None, mfu: float = MFU,
+    places: Iterable[Path],
+    resolve_base: Callable[[str], Path],
+    gpus: str | None = None,
+    mfu: float = MFU,
     overrides: Sequence[str] = (),
-) -> list[TrainingPlan]:  # fmt: skip
+) -> list[TrainingPlan]:
     """A plan for each training recipe in files and folders; `gpus` ("h200x8") in place of what a recipe names.
 
     Raises:
@@ -429,10 +427,12 @@ def print_plans(found: Sequence[TrainingPlan]) -> None:
     from rich.table import Table
 
     table = Table(
-        title="Planned, not measured", title_justify="left", caption_justify="left",
+        title="Planned, not measured",
+        title_justify="left",
+        caption_justify="left",
         caption=f"GPU-hours if {found[0].mfu:.0%} of the GPUs' peak goes into the model's own arithmetic. Weights,\n"
         "gradients and moments are counted exactly, all in float32; the rest of the memory is estimated.",
-    )  # fmt: skip
+    )
     table.add_column("")
     for plan in found:
         table.add_column(plan.job.title, justify="right")
@@ -449,6 +449,6 @@ def print_plans(found: Sequence[TrainingPlan]) -> None:
 def without_memory(config: Any) -> PreTrainedModel:
     """A Hybrid on the meta device, in float32."""
     with torch.device("meta"), no_init_weights():
-        model = hybrid_classes(family_of(config.model_type)).causal_lm._from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.tie_weights()
     return model

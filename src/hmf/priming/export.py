@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from hmf.config.pattern import is_fused
 from hmf.errors import HmfError, listed, notice
+from hmf.folders import require_unused
 from hmf.model.checkpoint import STORED, load_model, save_checkpoint
 from hmf.model.convert import drop_teacher
-from hmf.model.files import require_finite, require_unused
-
-from .objectives import is_fused
+from hmf.model.files import require_finite
 
 
 def export(fused: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:

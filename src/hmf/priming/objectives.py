@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from hmf.config.pattern import require_fused
 from hmf.config.runs import LayerTarget, ObjectiveSettings
 from hmf.data.encoding import IGNORED
 from hmf.errors import HmfError
@@ -65,7 +66,7 @@ class Stage1Objective:
     def __call__(
         self, model: PreTrainedModel, counts: torch.Tensor | None = None, **batch: Any
     ) -> dict[str, torch.Tensor]:
-        require_fused(model)
+        require_fused(model.config, "distillation")
         config, parts = model.config, PARTS[self.layers] if self.layers_weight else ()
         if not (self.pre_lm_head or parts or self.kl):
             raise HmfError("objective: nothing to compare; set pre_lm_head: true, kl or a layer target")
@@ -123,7 +124,7 @@ class LayerwiseObjective:
     def __call__(
         self, model: PreTrainedModel, counts: torch.Tensor | None = None, **batch: Any
     ) -> dict[str, torch.Tensor]:
-        require_fused(model)
+        require_fused(model.config, "distillation")
         if counts is None:
             counts = token_counts(**batch)
         batch.pop("labels", None)
@@ -177,21 +178,10 @@ def token_counts(
 @torch.no_grad()
 def attention_sizes(model: PreTrainedModel, **batch: Any) -> tuple[float, ...]:
     """Mean square of the output of each replaced attention, the teacher's, on a batch."""
-    require_fused(model)
+    require_fused(model.config, "distillation")
     batch.pop("labels", None)
     seen = _attentions(model, model.model.prepare(**batch, use_cache=False))
     return tuple(_mean_square(wanted, batch.get("attention_mask")).item() for _, wanted in seen.values())
-
-
-def is_fused(config: Any) -> bool:
-    """Whether a model of this config, which may be that of a Transformer, holds teacher and student."""
-    return getattr(getattr(config, "pattern", None), "fused", False)
-
-
-def require_fused(model: PreTrainedModel) -> None:
-    """HmfError unless `model` holds teacher and student."""
-    if not is_fused(model.config):
-        raise HmfError("distillation needs a fused checkpoint (teacher and student); make one with `hmf init`")
 
 
 def logit_divergence(

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 from hmf.config.pattern import Pattern
 from hmf.data.tokenizer import check_tokenizer
 from hmf.errors import HmfError
+from hmf.folders import require_unused
 from hmf.layers.base import Start
 from hmf.model.checkpoint import STORED, load_config, load_model, save_checkpoint
 from hmf.model.convert import hybridise, mixers
 from hmf.model.families import FAMILIES, family_of
-from hmf.model.files import COMPUTED, require_finite, require_unused, stored_tensors
+from hmf.model.files import COMPUTED, require_finite, stored_tensors
 
 
 @dataclass(frozen=True)

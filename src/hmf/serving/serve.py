@@ -23,14 +23,15 @@ from typing import Any
 
 import torch
 
+from hmf.config.pattern import is_fused
 from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError, notice
 from hmf.gpus import GIB, Device, cpu
 from hmf.layers.registry import MIXERS
 from hmf.model.checkpoint import generation_config, has_own_head, load_config
 from hmf.model.files import DTYPES, require_checkpoint, require_finite, stored_tensors
-from hmf.planning.serving import UTILISATION, Plan, Settings, as_hybrid, make_plan
-from hmf.serving.vllm.support import REASON_FILE, split_problem
+from hmf.planning.serving import UTILISATION, Plan, ServingSettings, as_hybrid, make_plan
+from hmf.serving.vllm.support import REASON_FILE, STILL_FUSED, split_problem
 
 CPU_SEQUENCES = 128  # at once, by vLLM's default
 CPU_SPACE = "VLLM_CPU_KVCACHE_SPACE"  # GiB
@@ -78,7 +79,7 @@ def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
     config = servable(config, source)
     generation_config(folder, config, needed=True)  # vLLM reads it too
     given = given_options(source, extra)
-    settings = Settings(
+    settings = ServingSettings(
         prefix_caching=given.get("enable_prefix_caching") is not False,
         utilisation=given.get("gpu_memory_utilization", UTILISATION),
     )
@@ -186,13 +187,13 @@ def servable(config: Any, source: str | Path) -> Any:
     if getattr(config, "quantization_config", None):
         config.quantization_config = None  # planned as it was before: quantised weights take less than that
     config = as_hybrid(config)
-    if config.pattern.fused:
-        raise HmfError(f"{source}: still holds the teacher (Stage 0 or 1); run `hmf export` on it and serve the result")
+    if is_fused(config):
+        raise HmfError(f"{source}: {STILL_FUSED}")
     return config
 
 
 def for_machine(
-    config: Any, settings: Settings, ranks: int | None = None
+    config: Any, settings: ServingSettings, ranks: int | None = None
 ) -> tuple[Plan, dict[str, str | None], dict[str, str]]:
     """vLLM's options for a Hybrid `config` on this machine, with the plan they follow, and what the environment needs.
 
@@ -231,7 +232,7 @@ def _parsers(source: str | Path) -> dict[str, str | None]:
     return options
 
 
-def _plan_gpus(config: Any, settings: Settings, ranks: int | None) -> Plan:
+def _plan_gpus(config: Any, settings: ServingSettings, ranks: int | None) -> Plan:
     """On as few of this machine's GPUs as hold a sequence of full length, or on `ranks`."""
     seen, count = torch.cuda.get_device_properties(0), torch.cuda.device_count()
     device = Device(seen.name, seen.total_memory, bandwidth=0.0)
@@ -248,7 +249,7 @@ def _plan_gpus(config: Any, settings: Settings, ranks: int | None) -> Plan:
     return make_plan(config, device, tried[-1], settings=settings)
 
 
-def _plan_cpu(config: Any, settings: Settings) -> Plan:
+def _plan_cpu(config: Any, settings: ServingSettings) -> Plan:
     """With a cache of the size that the user set, or of half of what is free, and no more than all sequences need."""
     import psutil  # comes with accelerate
 

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
+from hmf.config.pattern import require_fused
 from hmf.config.runs import DistillSettings
 from hmf.data.mixture import PromptDataset, mixture, row_length
 from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError
 from hmf.model.checkpoint import load_model, save_checkpoint
 from hmf.priming.distance import stage1_flops_per_token
-from hmf.priming.objectives import is_fused, train_only_mixers
+from hmf.priming.objectives import train_only_mixers
 
 from .progress import require_reporters
 from .run import arguments, rows_per_step, train
@@ -50,8 +51,7 @@ def distill(
     set_seed(seed)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader's processes are parallel already
     fused = load_model(model, dtype=torch.float32)
-    if not is_fused(fused.config):
-        raise HmfError(f"{model}: no fused checkpoint (teacher and student); make one with `hmf init`")
+    require_fused(fused.config, model)
     train_only_mixers(fused)
     tokenizer = load_tokenizer(model)
     training = settings.training

@@ -63,6 +63,7 @@ class OnPolicyTrainer(HybridTrainer, OnPolicyLoop):
     def compute_loss(
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        assert self.loss is not None
         # trl has generated for the whole step at once.
         counts = torch.stack([self.loss.count(**_batch(part)) for part in self._buffered_inputs]).sum(0)
         return super().compute_loss(model, inputs, return_outputs, self.accelerator.reduce(counts, "sum"))

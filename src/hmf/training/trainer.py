@@ -50,6 +50,10 @@ class HybridTrainer(Trainer):
     A subclass that joins this with a trainer of another library names this one first: base is then the other's hook.
     """
 
+    optimizer: Any
+    train_dataset: Any
+    data_collator: Any
+
     def __init__(
         self,
         *args: Any,

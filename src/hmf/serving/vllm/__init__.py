@@ -22,9 +22,9 @@ def register() -> None:
 
     from .backends import state_backend
     from .config import HybridConfig
-    from .support import MIXERS
+    from .support import SERVED_BY
 
-    for symbol in MIXERS:
+    for symbol in SERVED_BY:
         state_backend(symbol)  # in every process: vLLM sends members of that table from one to another
     for family in FAMILIES.values():
         architecture = f"{family.hybrid_prefix}ForCausalLM"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's state backends for recurrent layers: one for each layer type, alike but for what Mamba2's kernels need.
+"""vLLM's state backends for recurrent layers: one for each layer type.
 
 A backend of its own lets layer types with different states share a model. vLLM names backends by their path and sends
 the names between its processes, so each needs a path: `hmf.serving.vllm.backends.GDN` and so on.
@@ -17,7 +17,7 @@ from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadata, Ba
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
 from vllm.v1.attention.backends.utils import compute_causal_conv1d_metadata
 
-from .support import MIXERS
+from .support import SERVED_BY, mixer_module
 
 HAS_KERNELS = current_platform.is_cuda()  # vLLM's own, of convolutions, GDN and Mamba2
 SSD_CHUNK = 256  # tokens that vLLM's kernels of Mamba2 take at a time, as in the published Mamba2 models
@@ -59,7 +59,7 @@ class WindowMetadata(SSDMetadata):
     made: dict[Any, Any] = field(default_factory=dict)
 
 
-class WindowMetadataBuilder(SSDMetadataBuilder):
+class WindowMetadataBuilder(SSDMetadataBuilder):  # a layer with windows may hold a Mamba2
     metadata_cls = WindowMetadata
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **kwargs: Any) -> Any:
@@ -80,14 +80,27 @@ def fresh_requests(tokens: int, count: int, device: torch.device) -> WindowMetad
     chunks = BaseMambaAttentionMetadataBuilder._compute_chunk_metadata(SSD_CHUNK, count, before, bounds)
     starts, of, last = (torch.tensor(x, dtype=torch.int32, device=device) for x in chunks[:3])
     return WindowMetadata(
-        num_prefills=count, num_prefill_tokens=tokens, num_decodes=0, num_decode_tokens=0, num_reqs=count,
-        has_initial_states_p=torch.zeros(count, dtype=torch.bool, device=device), query_start_loc_p=bounds.to(device),
+        num_prefills=count,
+        num_prefill_tokens=tokens,
+        num_decodes=0,
+        num_decode_tokens=0,
+        num_reqs=count,
+        has_initial_states_p=torch.zeros(count, dtype=torch.bool, device=device),
+        query_start_loc_p=bounds.to(device),
         state_indices_tensor_p=torch.arange(1, count + 1, dtype=torch.int32, device=device),
-        state_indices_tensor_d=None, query_start_loc_d=None, num_accepted_tokens=None,
-        seq_lens=bounds.diff().to(device), cu_chunk_seqlen_p=starts, seq_idx_p=of, last_chunk_indices_p=last,
-        nums_dict=nums, batch_ptr=batch, token_chunk_offset_ptr=offsets,
-        tokens_p=tuple(bounds.diff().tolist()), computed_p=(0,) * count,
-    )  # fmt: skip
+        state_indices_tensor_d=None,
+        query_start_loc_d=None,
+        num_accepted_tokens=None,
+        seq_lens=bounds.diff().to(device),
+        cu_chunk_seqlen_p=starts,
+        seq_idx_p=of,
+        last_chunk_indices_p=last,
+        nums_dict=nums,
+        batch_ptr=batch,
+        token_chunk_offset_ptr=offsets,
+        tokens_p=tuple(bounds.diff().tolist()),
+        computed_p=(0,) * count,
+    )
 
 
 class RecurrentBackend(AttentionBackend):
@@ -97,15 +110,14 @@ class RecurrentBackend(AttentionBackend):
 
     @classmethod
     def get_builder_cls(cls) -> type[RecurrentMetadataBuilder]:
-        builders = {"M2": SSDMetadataBuilder, "BMF": WindowMetadataBuilder}  # the latter may hold a Mamba2
-        return builders.get(cls.__name__, RecurrentMetadataBuilder)
+        return mixer_module(cls.__name__).BUILDER
 
     @classmethod
     def is_ssm(cls) -> bool:
         return True
 
 
-for _symbol in MIXERS:
+for _symbol in SERVED_BY:
     globals()[_symbol] = type(_symbol, (RecurrentBackend,), {"__module__": __name__})
 
 

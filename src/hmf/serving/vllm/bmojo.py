@@ -29,12 +29,13 @@ from hmf.layers.registry import mixer_class
 from hmf.ops import KeySet
 from hmf.ops.window import latest
 
-from .backends import HAS_KERNELS, WindowMetadata
+from .backends import HAS_KERNELS, WindowMetadata, WindowMetadataBuilder
 from .hosted import HostedMixer
 from .recurrent import Tensors
 from .support import mixer_module
 
 WINDOWS = ("k", "v", "fading_k", "fading_v")
+BUILDER = WindowMetadataBuilder
 
 
 def states(symbol: str, config: Any, ranks: int) -> dict[str, StateShape]:
@@ -160,10 +161,19 @@ class BMojoMixer(HostedMixer):
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
         return flash_attn_varlen_func(
-            q=q, k=k, v=v, cu_seqlens_q=metadata.query_start_loc_p, cu_seqlens_k=layout.bounds,
-            max_seqlen_q=max(metadata.tokens_p), max_seqlen_k=layout.longest, softmax_scale=self.mixer.bmojo_attn.scale,
-            causal=True, window_size=[self.options.window_size - 1, 0], return_softmax_lse=True, fa_version=self.flash,
-        )  # fmt: skip
+            q=q,
+            k=k,
+            v=v,
+            cu_seqlens_q=metadata.query_start_loc_p,
+            cu_seqlens_k=layout.bounds,
+            max_seqlen_q=max(metadata.tokens_p),
+            max_seqlen_k=layout.longest,
+            softmax_scale=self.mixer.bmojo_attn.scale,
+            causal=True,
+            window_size=[self.options.window_size - 1, 0],
+            return_softmax_lse=True,
+            fa_version=self.flash,
+        )
 
     @staticmethod
     def _layout(metadata: WindowMetadata, reach: int, lag: int, device: torch.device) -> WindowLayout:
@@ -212,11 +222,20 @@ class WindowLayout:
             past, own = np.arange(start, min(stop, before)), np.arange(before, max(before, stop))
             kept = np.arange(max(before, end - reach), end)
             at = bounds[-1]
-            for part, found in zip(parts, (
-                own - before + first, own - start + at,
-                np.full(len(past), sequence), past % max(1, reach), past - start + at,
-                kept - before + first, np.full(len(kept), sequence), kept % max(1, reach),
-            ), strict=True):  # fmt: skip
+            for part, found in zip(
+                parts,
+                (
+                    own - before + first,
+                    own - start + at,
+                    np.full(len(past), sequence),
+                    past % max(1, reach),
+                    past - start + at,
+                    kept - before + first,
+                    np.full(len(kept), sequence),
+                    kept % max(1, reach),
+                ),
+                strict=True,
+            ):
                 part.append(found)
             bounds.append(at + stop - start)
             first += count

@@ -53,5 +53,7 @@ def _set_state_dtypes(vllm_config: Any) -> None:
         logger.warning_once(
             "%s: recurrent states are stored less precisely than the checkpoint asks (%s), and outputs drift: %s. "
             "`hmf bench states MODEL` measures another model.",
-            " and ".join(narrow), wanted, DRIFT,
-        )  # fmt: skip
+            " and ".join(narrow),
+            wanted,
+            DRIFT,
+        )

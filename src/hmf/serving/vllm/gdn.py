@@ -32,13 +32,14 @@ from hmf.layers.gdn import l2_normalise
 from hmf.layers.linear import LowRank
 from hmf.ops import gated_delta_rule, short_conv
 
-from .backends import HAS_KERNELS, RecurrentMetadata
+from .backends import HAS_KERNELS, RecurrentMetadata, RecurrentMetadataBuilder
 from .parts import NormWeight, ShortConvWeights, rms_norm
 from .recurrent import RecurrentMixer, Tensors, started
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handler prints it
 
 MANY_HEADS = 512  # more than a GPU has multiprocessors, several times
+BUILDER = RecurrentMetadataBuilder
 
 
 def states(symbol: str, config: Any, ranks: int) -> dict[str, StateShape]:
@@ -80,9 +81,14 @@ class GatedDeltaNet(RecurrentMixer):
             return ColumnParallelLinear(model_dim, outputs, bias=False, quant_config=quant, prefix=f"{prefix}.{name}")
 
         self.qkv_proj = QKVParallelLinear(
-            model_dim, head_dim, options.num_q_heads, options.num_k_heads,
-            bias=False, quant_config=quant_config, prefix=f"{prefix}.qkv_proj",
-        )  # fmt: skip
+            model_dim,
+            head_dim,
+            options.num_q_heads,
+            options.num_k_heads,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
         self.b_proj = column(heads, "b_proj", quantised=False)
         self.gk_proj = column(heads, "gk_proj", quantised=False)
         if options.use_gate:
@@ -100,7 +106,7 @@ class GatedDeltaNet(RecurrentMixer):
             set_weight_attrs(parameter, {"weight_loader": sharded_weight_loader(0)})
         self.o_norm = NormWeight(head_dim)
         self._init_kernels()
-        if options.kv_proj_rank is not None:
+        if options.kv_proj_rank:
             kv_dim = options.num_k_heads * head_dim
             self.proj_k = LowRank(kv_dim, options.kv_proj_rank, heads * head_dim)
             self.proj_v = LowRank(kv_dim, options.kv_proj_rank, heads * head_dim)
@@ -161,32 +167,48 @@ class GatedDeltaNet(RecurrentMixer):
         if asked not in (None, "auto", name):
             logger.warning_once(
                 "--gdn-prefill-backend %s is not used: it can be triton, or flashinfer on Hopper with head_dim 128 and "
-                "nvidia-cutlass-dsl, both in bfloat16 or float16.", asked,
-            )  # fmt: skip
+                "nvidia-cutlass-dsl, both in bfloat16 or float16.",
+                asked,
+            )
 
     def prefill(self, inputs: Tensors, pools: Tensors, metadata: RecurrentMetadata) -> torch.Tensor:
         if self.chunks is None:
             return super().prefill(inputs, pools, metadata)
         qkv, decay, beta = inputs
         slots, known, bounds = (
-            metadata.state_indices_tensor_p, metadata.has_initial_states_p, metadata.query_start_loc_p,
-        )  # fmt: skip
+            metadata.state_indices_tensor_p,
+            metadata.has_initial_states_p,
+            metadata.query_start_loc_p,
+        )
         if self.options.use_short_conv:
             qkv = causal_conv1d_fn(
-                qkv.T, self.conv1d.weight.squeeze(1), self.conv1d.bias, pools[0].transpose(1, 2), bounds,
-                cache_indices=slots, has_initial_state=known, activation="silu", metadata=metadata,
-            ).T  # fmt: skip
+                qkv.T,
+                self.conv1d.weight.squeeze(1),
+                self.conv1d.bias,
+                pools[0].transpose(1, 2),
+                bounds,
+                cache_indices=slots,
+                has_initial_state=known,
+                activation="silu",
+                metadata=metadata,
+            ).T
         else:
             qkv = F.silu(qkv)
         q, k, v = self._streams(qkv[None])
-        if not self.shares_heads or self.options.kv_proj_rank is not None:
+        if not self.shares_heads or self.options.kv_proj_rank:
             k, v = self._expand(k, "k"), self._expand(v, "v")
         slots = slots.long()
         o, after = self.chunks(
-            q=q.contiguous(), k=k.contiguous(), v=v.contiguous(), g=decay[None], beta=beta[None],
-            initial_state=started(pools[-1][slots], known), output_final_state=True, cu_seqlens=bounds,
+            q=q.contiguous(),
+            k=k.contiguous(),
+            v=v.contiguous(),
+            g=decay[None],
+            beta=beta[None],
+            initial_state=started(pools[-1][slots], known),
+            output_final_state=True,
+            cu_seqlens=bounds,
             use_qk_l2norm_in_kernel=True,
-        )  # fmt: skip
+        )
         pools[-1][slots] = after.to(pools[-1].dtype)
         return o[0]
 
@@ -199,13 +221,19 @@ class GatedDeltaNet(RecurrentMixer):
         qkv, decay, beta = inputs
         if self.options.use_short_conv:
             qkv = causal_conv1d_update(
-                qkv, self.kv_cache[0].transpose(1, 2), self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu",
-                conv_state_indices=slots, null_block_id=NULL_BLOCK_ID, out=torch.empty_like(qkv),
-            )  # fmt: skip
+                qkv,
+                self.kv_cache[0].transpose(1, 2),
+                self.conv1d.weight.squeeze(1),
+                self.conv1d.bias,
+                "silu",
+                conv_state_indices=slots,
+                null_block_id=NULL_BLOCK_ID,
+                out=torch.empty_like(qkv),
+            )
         else:
             qkv = F.silu(qkv)
         q, k, v = self._streams(qkv)
-        if self.options.kv_proj_rank is not None:
+        if self.options.kv_proj_rank:
             k, v = (self._expand(x[:, None], stream)[:, 0].contiguous() for x, stream in ((k, "k"), (v, "v")))
         return decode(q, k, v, decay, beta, self.kv_cache[-1], slots, NULL_BLOCK_ID)
 
@@ -224,7 +252,7 @@ class GatedDeltaNet(RecurrentMixer):
         """Key or value heads [S, T, Hkv, D] -> [S, T, H, D]."""
         if x.shape[2] == self.heads:
             return x
-        if self.options.kv_proj_rank is None:
+        if not self.options.kv_proj_rank:
             return x.repeat_interleave(self.heads // x.shape[2], dim=2)
         low_rank = getattr(self, f"proj_{stream}")
         learned = low_rank(x.flatten(2)).view(*x.shape[:2], self.heads, -1)

@@ -26,12 +26,13 @@ from hmf.layers.base import StateShape, split_heads
 from hmf.layers.gka import EPS, GatedKalmaNet
 from hmf.ops import gated_kalmanet, short_conv
 
-from .backends import RecurrentMetadata
+from .backends import RecurrentMetadata, RecurrentMetadataBuilder
 from .hosted import HostedMixer
 from .parts import rms_norm
 from .recurrent import Tensors, started
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "g_proj", "a_proj", "b_proj", "alpha_proj")  # those that there are
+BUILDER = RecurrentMetadataBuilder
 
 
 def states(symbol: str, config: Any, ranks: int) -> dict[str, StateShape]:
@@ -95,13 +96,22 @@ class GKAMixer(HostedMixer):
         if gka_chunk_triton.unsupported(*self._streams(qkv)):
             return super().prefill(inputs, pools, metadata)
         slots, known, bounds = (
-            metadata.state_indices_tensor_p, metadata.has_initial_states_p, metadata.query_start_loc_p,
-        )  # fmt: skip
+            metadata.state_indices_tensor_p,
+            metadata.has_initial_states_p,
+            metadata.query_start_loc_p,
+        )
         x, rest = qkv.tensor_split([len(self.conv_weight)], dim=-1)
         x = causal_conv1d_fn(
-            x.T, self.conv_weight.squeeze(1), None, pools[0].transpose(1, 2), bounds, cache_indices=slots,
-            has_initial_state=known, activation="silu", metadata=metadata,
-        ).T  # fmt: skip
+            x.T,
+            self.conv_weight.squeeze(1),
+            None,
+            pools[0].transpose(1, 2),
+            bounds,
+            cache_indices=slots,
+            has_initial_state=known,
+            activation="silu",
+            metadata=metadata,
+        ).T
         q, k, v = self._expanded(x, rest)
         g, gk, beta, alpha = self._gates(inputs)
         slots = slots.long()
@@ -117,21 +127,37 @@ class GKAMixer(HostedMixer):
         qkv = inputs[0]
         if not qkv.is_cuda:
             return super().decode(inputs, slots)
-        from hmf.ops import gka_triton
+        from hmf.ops import gka_decode, gka_triton
 
         if gka_triton.unsupported(*self._streams(qkv)[:2]):
             return super().decode(inputs, slots)
         x, rest = qkv.tensor_split([len(self.conv_weight)], dim=-1)
         x = causal_conv1d_update(
-            x, self.kv_cache[0].transpose(1, 2), self.conv_weight.squeeze(1), None, "silu", conv_state_indices=slots,
-            null_block_id=NULL_BLOCK_ID, out=x.new_empty(x.shape),
-        )  # fmt: skip
+            x,
+            self.kv_cache[0].transpose(1, 2),
+            self.conv_weight.squeeze(1),
+            None,
+            "silu",
+            conv_state_indices=slots,
+            null_block_id=NULL_BLOCK_ID,
+            out=x.new_empty(x.shape),
+        )
         q, k, v = self._expanded(x, rest)
         g, gk, beta, alpha = self._gates(inputs)
-        o, _ = gka_triton.step(
-            q, k, v, g, gk, alpha, self.kv_cache[1:], **self.mixer.solver, beta=beta, eps=EPS, slots=slots,
+        o, _ = gka_decode.step(
+            q,
+            k,
+            v,
+            g,
+            gk,
+            alpha,
+            self.kv_cache[1:],
+            **self.mixer.solver,
+            beta=beta,
+            eps=EPS,
+            slots=slots,
             null_slot=NULL_BLOCK_ID,
-        )  # fmt: skip
+        )
         return o
 
     def finish(self, mixed: torch.Tensor, rest: torch.Tensor | None) -> torch.Tensor:

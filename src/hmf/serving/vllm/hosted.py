@@ -26,7 +26,10 @@ from hmf.config.layers import base_head_dim
 from hmf.layers.base import Mixer, StateShape, split_heads
 from hmf.layers.registry import mixer_class
 
+from .backends import RecurrentMetadataBuilder
 from .recurrent import RecurrentMixer, Tensors
+
+BUILDER = RecurrentMetadataBuilder
 
 
 def states(symbol: str, config: Any, ranks: int) -> dict[str, StateShape]:
@@ -68,9 +71,12 @@ class HostedMixer(RecurrentMixer):
         for name, linear in whole.named_modules():
             if isinstance(linear, nn.Linear) and linear.in_features != self.mixer.get_submodule(name).in_features:
                 summed = RowParallelLinear(
-                    linear.in_features, linear.out_features, bias=linear.bias is not None, return_bias=False,
+                    linear.in_features,
+                    linear.out_features,
+                    bias=linear.bias is not None,
+                    return_bias=False,
                     prefix=f"{prefix}.{name}",
-                )  # fmt: skip
+                )
                 self.mixer.set_submodule(name, summed)
         self.rotary = config.family.class_named("RotaryEmbedding")(config)
         self.model_dim = config.hidden_size

@@ -18,9 +18,11 @@ from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
 from hmf.layers.mamba2 import Mamba2
 
-from .backends import HAS_KERNELS, SSD_CHUNK, SSDMetadata
+from .backends import HAS_KERNELS, SSD_CHUNK, SSDMetadata, SSDMetadataBuilder
 from .hosted import HostedMixer, states  # noqa: F401 (asked for beside `build`)
 from .recurrent import Tensors, started
+
+BUILDER = SSDMetadataBuilder
 
 
 def build(symbol: str, config: Any, quant_config: Any, prefix: str, attention: nn.Module) -> nn.Module:
@@ -39,16 +41,36 @@ class Mamba2Mixer(HostedMixer):
         mixer, slots, known = self.mixer, metadata.state_indices_tensor_p, metadata.has_initial_states_p
         z, x, dt = self._project(inputs)
         x = causal_conv1d_fn(
-            x.T, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, pools[0], metadata.query_start_loc_p,
-            cache_indices=slots, has_initial_state=known, activation="silu", metadata=metadata,
-        ).T  # fmt: skip
+            x.T,
+            mixer.conv1d.weight.squeeze(1),
+            mixer.conv1d.bias,
+            pools[0],
+            metadata.query_start_loc_p,
+            cache_indices=slots,
+            has_initial_state=known,
+            activation="silu",
+            metadata=metadata,
+        ).T
         x, B, C = mixer.heads_of(x)
         y, slots = torch.empty_like(x), slots.long()
         after = mamba_chunk_scan_combined_varlen(
-            x, dt, -mixer.A_log.exp(), B, C, SSD_CHUNK, metadata.query_start_loc_p, metadata.cu_chunk_seqlen_p,
-            metadata.last_chunk_indices_p, metadata.seq_idx_p, y, D=mixer.D, dt_bias=mixer.dt_bias, dt_softplus=True,
-            initial_states=started(pools[1][slots], known), state_dtype=pools[1].dtype,
-        )  # fmt: skip
+            x,
+            dt,
+            -mixer.A_log.exp(),
+            B,
+            C,
+            SSD_CHUNK,
+            metadata.query_start_loc_p,
+            metadata.cu_chunk_seqlen_p,
+            metadata.last_chunk_indices_p,
+            metadata.seq_idx_p,
+            y,
+            D=mixer.D,
+            dt_bias=mixer.dt_bias,
+            dt_softplus=True,
+            initial_states=started(pools[1][slots], known),
+            state_dtype=pools[1].dtype,
+        )
         pools[1][slots] = after
         return mixer.output(y, z)
 
@@ -60,16 +82,31 @@ class Mamba2Mixer(HostedMixer):
         mixer = self.mixer
         z, x, dt = self._project(inputs)
         x = causal_conv1d_update(
-            x, self.kv_cache[0], mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, "silu",
-            conv_state_indices=slots, null_block_id=NULL_BLOCK_ID, out=torch.empty_like(x),
-        )  # fmt: skip
+            x,
+            self.kv_cache[0],
+            mixer.conv1d.weight.squeeze(1),
+            mixer.conv1d.bias,
+            "silu",
+            conv_state_indices=slots,
+            null_block_id=NULL_BLOCK_ID,
+            out=torch.empty_like(x),
+        )
         x, B, C = mixer.heads_of(x)
         y, size, A = torch.zeros_like(x), mixer.head_dim, -mixer.A_log.exp()
         selective_state_update(
-            self.kv_cache[1], x, dt[..., None].expand(-1, -1, size), A[:, None, None].expand(-1, size, size), B, C,
-            mixer.D[:, None].expand(-1, size), mixer.dt_bias[:, None].expand(-1, size), dt_softplus=True,
-            state_batch_indices=slots, null_block_id=NULL_BLOCK_ID, out=y,
-        )  # fmt: skip
+            self.kv_cache[1],
+            x,
+            dt[..., None].expand(-1, -1, size),
+            A[:, None, None].expand(-1, size, size),
+            B,
+            C,
+            mixer.D[:, None].expand(-1, size),
+            mixer.dt_bias[:, None].expand(-1, size),
+            dt_softplus=True,
+            state_batch_indices=slots,
+            null_block_id=NULL_BLOCK_ID,
+            out=y,
+        )
         return mixer.output(y, z)
 
     def _project(self, inputs: Tensors) -> Tensors:

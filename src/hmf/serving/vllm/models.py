@@ -54,10 +54,10 @@ MIXER_TENSOR = re.compile(rf"model\.layers\.(?P<layer>\d+)\.(?:{_NAMES})\.(?P<te
 
 
 @dataclass(frozen=True)
-class Family:
+class Stack:
     """A stock decoder stack, its layer class, and the name of the stack's parameter that takes one."""
 
-    stack: type[nn.Module]
+    model: type[nn.Module]
     layer: type[nn.Module]
     parameter: str
 
@@ -73,7 +73,7 @@ def hybrid_layer(stock: type[nn.Module]) -> type[nn.Module]:
             index, quant_config = extract_layer_index(prefix), vllm_config.quant_config
             symbol, stock_attention = config.pattern.symbols[index], self.get_submodule("self_attn")
             _complete(stock_attention, config, index, quant_config, f"{prefix}.self_attn")
-            window = config.sliding_window if config.attention_types[index] == "sliding_attention" else None
+            window = config.attention_windows[index]
             if symbol == ATTENTION and stock_attention.attn.sliding_window == window:
                 return
             # The stock layer has announced its attention to vLLM, which would give it a KV cache: take that back.
@@ -99,9 +99,9 @@ def _complete(attention: Any, config: Any, index: int, quant_config: Any, prefix
 
 
 class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
-    """A Hybrid of any family. A subclass names its `family`."""
+    """A Hybrid of any family. A subclass names its `stack`."""
 
-    family: ClassVar[Family]
+    stack: ClassVar[Stack]
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
     # Published names to the place of the mixer; the stock stack's mapper then joins q, k and v as for attention.
     weights_mapper = WeightsMapper(
@@ -118,8 +118,8 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         _suit_stock_layers(config)
         self.config = config
         self.quant_config = vllm_config.quant_config
-        layer = {self.family.parameter: hybrid_layer(self.family.layer)}
-        self.model = self.family.stack(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"), **layer)
+        layer = {self.stack.parameter: hybrid_layer(self.stack.layer)}
+        self.model = self.stack.model(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"), **layer)
         if get_pp_group().is_last_rank:
             name = maybe_prefix(prefix, "lm_head")
             self.lm_head = ParallelLMHead(
@@ -224,21 +224,21 @@ def _suit_stock_layers(config: Any) -> None:
 
 
 class HybridQwen2ForCausalLM(HybridForCausalLM):
-    family = Family(Qwen2Model, Qwen2DecoderLayer, "decoder_layer_type")
+    stack = Stack(Qwen2Model, Qwen2DecoderLayer, "decoder_layer_type")
 
 
 class HybridQwen3ForCausalLM(HybridForCausalLM):
     # vLLM's Qwen3 stack is Qwen2's with this layer
-    family = Family(Qwen2Model, Qwen3DecoderLayer, "decoder_layer_type")
+    stack = Stack(Qwen2Model, Qwen3DecoderLayer, "decoder_layer_type")
 
 
 class HybridQwen3MoeForCausalLM(HybridForCausalLM):
-    family = Family(Qwen3MoeModel, Qwen3MoeDecoderLayer, "decoder_layer_type")
+    stack = Stack(Qwen3MoeModel, Qwen3MoeDecoderLayer, "decoder_layer_type")
 
 
 class HybridLlamaForCausalLM(HybridForCausalLM):
-    family = Family(LlamaModel, LlamaDecoderLayer, "layer_type")
+    stack = Stack(LlamaModel, LlamaDecoderLayer, "layer_type")
 
 
 class HybridMinistral3ForCausalLM(HybridForCausalLM):
-    family = Family(MistralModel, MistralDecoderLayer, "layer_type")
+    stack = Stack(MistralModel, MistralDecoderLayer, "layer_type")

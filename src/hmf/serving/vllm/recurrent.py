@@ -39,13 +39,8 @@ Tensors = tuple[torch.Tensor, ...]
 def state_dtypes(states: Iterable[StateShape], vllm_config: Any) -> tuple[torch.dtype, ...]:
     """Recurrent and convolution states by the cache options, which `HybridConfig` has filled in from the checkpoint."""
     cache = vllm_config.cache_config
-    by_kind = {
-        "recurrent": STR_DTYPE_TO_TORCH_DTYPE[cache.mamba_ssm_cache_dtype],
-        "conv": STR_DTYPE_TO_TORCH_DTYPE[cache.mamba_cache_dtype],
-        "window": vllm_config.model_config.dtype,
-        "count": torch.int64,
-    }
-    return tuple(by_kind[state.kind] for state in states)
+    recurrent, conv = (STR_DTYPE_TO_TORCH_DTYPE[x] for x in (cache.mamba_ssm_cache_dtype, cache.mamba_cache_dtype))
+    return tuple(state.dtype(vllm_config.model_config.dtype, recurrent, conv) for state in states)
 
 
 class RecurrentMixer(MambaBase, nn.Module):

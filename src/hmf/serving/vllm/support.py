@@ -14,15 +14,16 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 
 from hmf.config.layers import base_head_dim, layer_options, needed_kinds
-from hmf.config.pattern import ATTENTION
-from hmf.config.runs import ROPE_KEYS
+from hmf.config.pattern import ATTENTION, is_fused
+from hmf.config.runs import ROPE_KEYS, ROPE_SCALING_KEYS
 from hmf.errors import HmfError
 from hmf.layers.registry import mixer_class
 
 TESTED_VLLM = SpecifierSet(">=0.32.0,<0.33")
 
-# Layer symbols and the modules that serve them, each with two functions: `states` of a request, and `build` a mixer.
-MIXERS = {
+# Layer symbols and the modules that serve them, each with two functions, `states` of a request and `build`
+# a mixer, and, where there are states, the `BUILDER` of what the mixer asks of a batch.
+SERVED_BY = {
     "GDN": "hmf.serving.vllm.gdn",
     "GKA": "hmf.serving.vllm.gka",
     "M2": "hmf.serving.vllm.mamba2",
@@ -34,6 +35,7 @@ MIXERS = {
 REASON_FILE = "HMF_SERVE_REASON_FILE"
 
 Problem = Callable[[Any], str | None]
+STILL_FUSED = "still holds the teacher (Stage 0 or 1); run `hmf export` on it and serve the result"
 ELSEWHERE = "generate with Hugging Face instead"
 
 
@@ -53,17 +55,15 @@ def _when(condition: Callable[[Any], bool], line: str) -> Problem:
 
 def mixer_module(symbol: str) -> Any:
     """The module that serves a layer symbol. It imports vLLM's layers: only for processes that run the model."""
-    return importlib.import_module(MIXERS[symbol])
+    return importlib.import_module(SERVED_BY[symbol])
 
 
 def _fused(config: Any) -> str | None:
-    if config.model_config.hf_config.pattern.fused:
-        return "this checkpoint still holds the teacher (Stage 0 or 1); run `hmf export` on it and serve the result"
-    return None
+    return f"this checkpoint {STILL_FUSED}" if is_fused(config.model_config.hf_config) else None
 
 
 def _unknown_layers(config: Any) -> str | None:
-    symbols = set(config.model_config.hf_config.pattern.symbols) - {ATTENTION, *MIXERS}
+    symbols = set(config.model_config.hf_config.pattern.symbols) - {ATTENTION, *SERVED_BY}
     if not symbols:
         return None
     return f"layers of type {', '.join(sorted(symbols))} have no vLLM layer yet; {ELSEWHERE}"
@@ -161,12 +161,17 @@ def _quantised(config: Any) -> str | None:
 READ_BY_VLLM = {
     "llama": ("bias", "qkv_bias", "target_layer_count"),
     "ministral3": (
-        "ada_rms_norm_t_cond", "attention_bias", "bias", "mlp_bias", "qkv_bias", "target_layer_count",
+        "ada_rms_norm_t_cond",
+        "attention_bias",
+        "bias",
+        "mlp_bias",
+        "qkv_bias",
+        "target_layer_count",
     ),
     "qwen2": ("dual_chunk_attention_config", "qk_norm"),
     "qwen3": ("dual_chunk_attention_config",),
     "qwen3_moe": ("dual_chunk_attention_config", "shared_expert_intermediate_size"),
-}  # fmt: skip
+}
 # And those that vLLM reads in every model.
 READ_BY_VLLM_ALWAYS = ("mrope_section", "rotary_emb_base", "rotary_emb_fraction", "rotary_pct", "xdrope_section")
 
@@ -199,9 +204,7 @@ def _whole_width(config: Any) -> str | None:
 
 
 # Of `rope_parameters`, what vLLM's tables and transformers' are computed from alike.
-ROPE = {key for keys in ROPE_KEYS.values() for group in keys for key in group} | {
-    "rope_type", "type", "rope_theta", "llama_4_scaling_beta", "max_position_embeddings",
-}  # fmt: skip
+ROPE = ROPE_SCALING_KEYS | {"rope_type", "type", "rope_theta", "llama_4_scaling_beta", "max_position_embeddings"}
 
 
 def _positions(config: Any) -> str | None:
@@ -240,7 +243,7 @@ TABLE: tuple[Row, ...] = (
     ),
     Row("Sliding windows of attention layers, all or some", True, "as the config of the base has them"),
     Row("Rotary positions: `default`, `linear`, `yarn`, `llama3`", True, "and Ministral 3's queries"),
-    Row("Layer types of your own without a row in `MIXERS`", False, "generate with Hugging Face", _unknown_layers),
+    Row("Layer types of your own without a row in `SERVED_BY`", False, "generate with Hugging Face", _unknown_layers),
     Row("Stage-0 and Stage-1 checkpoints", False, "`hmf export` first", _fused),
     Row("Heads or MLPs that do not split over the ranks", False, "use a divisor of their sizes", _split),
     Row("Prefix caching where a pipeline stage has no recurrent layer", False, "`--no-enable-prefix-caching`", _stages),

@@ -62,8 +62,10 @@ def require_exact_products(name: str, tensor: torch.Tensor) -> None:
     vLLM takes a kernel whose inputs are bfloat16 or float16; while it loads, torch's default dtype is the model's.
     """
     if tensor.dtype == torch.int8 and torch.get_default_dtype() == torch.float32 and _narrow_inputs_only(tensor):
-        raise HmfError(f"{name}: int8 products take no float32 inputs on this processor, which has AMX; "
-                       "add --dtype bfloat16, or serve the unquantised checkpoint")  # fmt: skip
+        raise HmfError(
+            f"{name}: int8 products take no float32 inputs on this processor, which has AMX; "
+            "add --dtype bfloat16, or serve the unquantised checkpoint"
+        )
     if tensor.dtype == torch.int8 and not _adds_in_32_bits() and (largest := int(tensor.int().abs().max())) > 64:
         raise HmfError(
             f"{name}: int8 weights up to {largest} overflow on this processor, which has no VNNI; quantise to at most "
