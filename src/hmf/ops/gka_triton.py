@@ -25,6 +25,7 @@ from .gka import Result, State, coefficients
 
 CHUNK_SIZE = 64
 MAX_HEAD_DIM = 128  # of keys
+RESIDENT = 2  # programs of a decode step on a multiprocessor at a time, by their registers
 STORED = 2**30  # bytes for iterates and their gradients in the backward, at a time
 AHEAD = 200 * 2**10  # bytes of shared memory for one block, where loads may run ahead
 
@@ -259,10 +260,24 @@ def _shared_memory(device: torch.device) -> int:
 
 
 @functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """0 on a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+
+
+@functools.cache
 def _steps(num_iter: int, ridge_strength: float, device: torch.device) -> tuple[float, torch.Tensor]:
     """What a step keeps, and the steps' weights [num_iter] (one more, so that there is always a tensor)."""
     _, keep, weights = coefficients(num_iter, ridge_strength)
     return keep, torch.tensor([*weights, 0.0], dtype=torch.float32, device=device)
+
+
+@triton.jit
+def _fetch_early(state, SIZE: tl.constexpr, WIDE: tl.constexpr):
+    """Start to bring a state of SIZE values, at most WIDE, into the L2 cache, and go on."""
+    LINE: tl.constexpr = 1024 // state.dtype.element_ty.primitive_bitwidth  # values in 128 bytes
+    lines = state + tl.minimum(tl.arange(0, WIDE // LINE) * LINE, SIZE - 1)
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], tl.int32, False, 1)
 
 
 @triton.jit
@@ -271,11 +286,13 @@ def _step(
     q_row, k_row, v_row, C_slot, U_slot, null_slot, eps, c, keep, scale, num_iter,
     NORMALISE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, STATE: tl.constexpr, POOL: tl.constexpr,
     H: tl.constexpr, QUERY_GROUP: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, INNER: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, INNER: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One token of one sequence and head: the covariance stays in registers for all steps.
 
     Its columns are two axes of the tile, [rows, D / INNER, INNER]: so the sum over them stays within a few threads.
+    The solve moves nothing. So that memory is not idle meanwhile, what comes after it is fetched before: the values'
+    state, and in a pool the covariance of the program AHEAD of this one, which follows it on the multiprocessor.
     """
     at = tl.program_id(0).to(tl.int64)
     sequence, head = at // H, at % H
@@ -292,6 +309,12 @@ def _step(
     inside = (row < K) & (column < K)
     if STATE:
         old = _load(C + C_at, row * K + column, inside).to(tl.float32)
+        if AHEAD > 0:
+            _fetch_early(U + U_at, K * V, D * DV)
+            later = at + AHEAD
+            if POOL and later < tl.num_programs(0):
+                slot = tl.load(slots + later // H).to(tl.int64)
+                _fetch_early(C + slot * C_slot + later % H * K * K, K * K, D * D)
     key = _load(k + sequence * k_row + (head // KEY_GROUP) * K, i, i < K).to(tl.float32)
     rhs = _load(q + sequence * q_row + (head // QUERY_GROUP) * K, i, i < K).to(tl.float32)
     if NORMALISE:  # rounded as the layer rounds them
@@ -366,6 +389,6 @@ def step(
             NORMALISE=eps is not None, ALPHA=alpha is not None, BETA=beta is not None, STATE=state is not None,
             POOL=slots is not None, H=heads, QUERY_GROUP=heads // q.shape[1], KEY_GROUP=heads // k.shape[1],
             VALUE_GROUP=heads // v.shape[1], K=key_dim, V=value_dim, D=_width(key_dim), DV=_width(value_dim),
-            INNER=min(32, _width(key_dim)), num_warps=8, maxnreg=128,  # two programs at a time on a multiprocessor
+            INNER=min(32, _width(key_dim)), AHEAD=RESIDENT * _multiprocessors(q.device), num_warps=8, maxnreg=128,
         )  # fmt: skip
     return o, (C_out, U_out)
