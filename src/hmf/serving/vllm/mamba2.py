@@ -43,8 +43,8 @@ class Mamba2Mixer(HostedMixer):
         z, x, dt = (y[0] for y in self.mixer.project(x, rotary))
         return (x, dt), z
 
-    def recur(self, inputs: Tensors, states: Tensors, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor, Tensors]:
-        y, after = self.mixer.recur(*inputs, dict(zip(self.states, states, strict=True)), cu_seqlens)
+    def recur(self, inputs: Tensors, before: Tensors, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor, Tensors]:
+        y, after = self.mixer.recur(*inputs, dict(zip(self.states, before, strict=True)), cu_seqlens)
         return y, tuple(after[name] for name in self.states)
 
     def finish(self, mixed: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
