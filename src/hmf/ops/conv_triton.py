@@ -116,7 +116,7 @@ class Conv(torch.autograd.Function):
         grad_x, sums = torch.empty_like(x), grad.new_zeros(grid[0], size + 1, channels)
         if x.numel():
             _before_silu[grid](x, weight, bias, state, starts, sequences, grad_y.contiguous(), grad, sums, **launch)
-            launch = {name: launch[name] for name in ("total", "channels", "W", "BLOCK_T", "BLOCK_C")}
+            del launch["BIAS"], launch["STATE"]
             _input_grad[grid](grad, weight, ends, grad_x, **launch)
         *of_weight, of_bias = sums.sum(0)
         of_weight = torch.stack(of_weight, -1).to(weight.dtype)
@@ -139,5 +139,5 @@ def _grid(x: torch.Tensor) -> tuple[int, int]:
 def _launch(x, weight, bias, state) -> dict[str, int | bool]:
     return {
         "total": x.shape[0], "channels": x.shape[1], "W": weight.shape[1], "BIAS": bias is not None,
-        "STATE": state is not None, "BLOCK_T": BLOCK_T, "BLOCK_C": BLOCK_C,
+        "STATE": state is not None, "BLOCK_T": BLOCK_T, "BLOCK_C": BLOCK_C, "num_warps": 8,
     }  # fmt: skip
