@@ -100,7 +100,7 @@ class BMojoMixer(HostedMixer):
         if attention.tied:
             (fading_k,) = self._rotated(positions, fading_k)
         else:
-            other_q, fading_k = self._rotated(positions, *fading_q, fading_k)
+            other_q, fading_k = self._rotated(positions, fading_q[0], fading_k)
             queries = (q, other_q)
         for factor in self.mixer.positioned((hidden_states, hidden_states), positions[None])[2:]:
             queries = tuple(query * factor[0] for query in queries)

@@ -44,7 +44,8 @@ class Mamba2Mixer(HostedMixer):
         return (x, dt), z
 
     def recur(self, inputs: Tensors, before: Tensors, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor, Tensors]:
-        y, after = self.mixer.recur(*inputs, dict(zip(self.states, before, strict=True)), cu_seqlens)
+        x, dt = inputs
+        y, after = self.mixer.recur(x, dt, dict(zip(self.states, before, strict=True)), cu_seqlens)
         return y, tuple(after[name] for name in self.states)
 
     def finish(self, mixed: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
@@ -81,8 +82,8 @@ class Mamba2Mixer(HostedMixer):
             x, self.kv_cache[0], mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, "silu",
             conv_state_indices=slots, null_block_id=NULL_BLOCK_ID, out=x.new_empty(x.shape),
         )  # fmt: skip
-        scales = mixer.A_log, mixer.dt_bias, mixer.D
-        return decode(*mixer.streams(x), dt, *scales, self.kv_cache[1], slots, NULL_BLOCK_ID)
+        x, B, C = mixer.streams(x)
+        return decode(x, B, C, dt, mixer.A_log, mixer.dt_bias, mixer.D, self.kv_cache[1], slots, NULL_BLOCK_ID)
 
 
 def _has_kernels(inputs: Tensors) -> bool:
