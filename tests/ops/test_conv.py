@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The short convolution: whole, split, packed."""
+"""The short convolution: whole, split, packed; its kernels in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -7,7 +11,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hmf.bench import doctor
 from hmf.ops import short_conv
+from hmf.ops.samples import Shape, sample
+from tests import numerics
 from tests.ops import recurrent
 from tests.ops.cases import QUICK, documents, normal, shape
 
@@ -66,3 +73,30 @@ def test_gradients_of_weight_and_bias(lengths):
     x, state = normal(batch, tokens, C), normal(sequences, C, W - 1)
     parameters = [y.clone().requires_grad_() for y in (weight, bias)]
     assert torch.autograd.gradcheck(lambda w, b: short_conv(x, w, b, state, cu_seqlens), parameters)
+
+
+def check_kernels():
+    from hmf.ops import conv as versions
+
+    for case_shape in (
+        Shape(lengths=(37, 0, 1, 2, 40), heads=2, head_dim=70, with_state=True),
+        Shape(batch=2, tokens=5, heads=1, head_dim=12),
+        Shape(lengths=(0, 3), heads=1, head_dim=12),
+    ):
+        made = sample("conv", case_shape)
+        exact, plain, found = (
+            doctor.evaluate(version, made, dtype, "cpu", True)
+            for version, dtype in (
+                (versions.reference, torch.float64), (versions.chunked, torch.float32), (versions.fast, torch.float32),
+            )
+        )  # fmt: skip
+        for name, value in found.items():
+            numerics.assert_near(value, exact[name], plain[name], what=f"{case_shape}: {name}")
+
+
+def test_kernels_in_the_interpreter():
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "HMF_OPS": ""}
+    program = [sys.executable, "-c", "from tests.ops.test_conv import check_kernels; check_kernels()"]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -50,9 +50,13 @@ class BMojoAttention(nn.Module):
 
     def normed(self, name: str, x: torch.Tensor, fading: bool) -> torch.Tensor:
         """q, k or v with norm and without positions: x [..., D] -> [..., heads, K]."""
-        end = "_" if fading and not self.tied else ""
-        y = getattr(self, f"{name}_proj{end}")(x).unflatten(-1, (-1, self.head_dim))
-        norm = getattr(self, f"{name}_norm{end}", None)
+        projection = f"{name}_proj{'_' if fading and not self.tied else ''}"
+        return self.heads(projection, getattr(self, projection)(x))
+
+    def heads(self, projection: str, y: torch.Tensor) -> torch.Tensor:
+        """The output y of the module `projection`, by heads and with their norm."""
+        y = y.unflatten(-1, (-1, self.head_dim))
+        norm = getattr(self, projection.replace("proj", "norm"), None)
         return y if norm is None else norm(y)
 
     def project(self, name: str, x: torch.Tensor, fading: bool, position_embeddings) -> torch.Tensor:

@@ -62,14 +62,19 @@ class Mamba2(Mixer):
         return {"in_proj": self._widths, "conv1d": self._widths[1:4]}.get(name.partition(".")[0])
 
     def mix(self, hidden_states, states, cu_seqlens, position_embeddings) -> tuple[torch.Tensor, States]:
-        new: States = {}
         z, x, dt = self.project(hidden_states, position_embeddings)
+        y, new = self.recur(x, dt, states, cu_seqlens)
+        return self.output(y, z), new
+
+    def recur(self, x, dt, states, cu_seqlens) -> tuple[torch.Tensor, States]:
+        """What is between `project` and `output`: x and dt of the one, y [B, T, H, K] of the other."""
+        new: States = {}
         before = (None, None) if states is None else (states["conv"], states["recurrent"])
         x, new["conv"] = short_conv(x, self.conv1d.weight, self.conv1d.bias, before[0], cu_seqlens)
         x, B, C = self.heads_of(x)
         dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
         y, new["recurrent"] = state_space_dual(x, B, C, dt, -self.A_log.exp(), self.D, before[1], cu_seqlens)
-        return self.output(y, z), new
+        return y, new
 
     def project(self, hidden_states, position_embeddings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """hidden_states [B, T, D] -> z [B, T, H K], the convolution's input [B, T, (H + 2 Hk) K], dt [B, T, H]."""
@@ -82,9 +87,13 @@ class Mamba2(Mixer):
             B, C = rotate(B, *position_embeddings), rotate(C, *position_embeddings)
         return z, torch.cat([x, B.flatten(-2), C.flatten(-2)], dim=-1), dt
 
+    def streams(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The convolution's output [..., (H + 2 Hk) K] -> views: x, B [..., Hk, K] and C [..., H, K]."""
+        return tuple(y.unflatten(-1, (-1, self.head_dim)) for y in x.split(self._widths[1:4], dim=-1))
+
     def heads_of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The convolution's output [..., (H + 2 Hk) K] -> x, B and C [..., H, K]."""
-        x, B, C = (y.unflatten(-1, (-1, self.head_dim)) for y in x.split(self._widths[1:4], dim=-1))
+        x, B, C = self.streams(x)
         x, B = (y.repeat_interleave(self.heads // y.shape[-2], dim=-2) for y in (x, B))
         return x, B, C
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from . import dispatch
 from .varlen import sequence_lengths
 
+Result = tuple[torch.Tensor, torch.Tensor]
+
 
 @dispatch.entry("conv")
 def short_conv(
@@ -20,13 +22,37 @@ def short_conv(
     bias: torch.Tensor | None = None,
     initial_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Result:
     """SiLU(causal depthwise conv1d(x)); the last tap multiplies the current token.
 
     x [B, T, C]; weight [C, 1, W]; bias [C] or None; initial_state [S, C, W-1], the inputs that came before each
     sequence, oldest first (None: zeros); cu_seqlens [S+1] packs S documents in one row.
     Returns y [B, T, C] and final_state [S, C, W-1], both in x.dtype.
     """
+    return dispatch.resolve("conv", x, weight)(x, weight, bias, initial_state, cu_seqlens)
+
+
+@dispatch.implementation("conv", "reference")
+def reference(x, weight, bias=None, initial_state=None, cu_seqlens=None) -> Result:
+    """Token by token: the definition."""
+    batch, tokens, channels = x.shape
+    rows, outputs, states, first = x.flatten(0, 1), [], [], 0
+    for s, length in enumerate(sequence_lengths(batch, tokens, cu_seqlens)):
+        zeros = x.new_zeros(channels, weight.shape[-1] - 1)
+        history = zeros if initial_state is None else initial_state[s].to(x.dtype)
+        for token in rows[first : first + length]:
+            taps = torch.cat([history, token[:, None]], 1)
+            y = (taps * weight[:, 0].to(x.dtype)).sum(1)
+            outputs.append(F.silu(y if bias is None else y + bias.to(x.dtype)))
+            history = taps[:, 1:]
+        states.append(history)
+        first += length
+    return torch.stack(outputs).view_as(x) if outputs else x, torch.stack(states)
+
+
+@dispatch.implementation("conv", "chunked")
+def chunked(x, weight, bias=None, initial_state=None, cu_seqlens=None) -> Result:
+    """One convolution for all sequences, each behind its history."""
     batch, tokens, channels = x.shape
     reach = weight.shape[-1] - 1
     if cu_seqlens is None:
@@ -51,6 +77,32 @@ def short_conv(
     y = y[0].T.index_select(0, place - reach)[None]
     last = (starts + lengths)[:, None] + taps
     return y, extended[last].transpose(1, 2)
+
+
+@dispatch.implementation("conv", "fast", requires="triton")
+def fast(x, weight, bias=None, initial_state=None, cu_seqlens=None) -> Result:
+    """Our Triton kernels (CUDA); for one token a row they gain nothing."""
+    if x.shape[1] == 1 and cu_seqlens is None:
+        return chunked(x, weight, bias, initial_state)
+    from .conv_triton import Conv
+
+    batch, tokens, channels = x.shape
+    reach, device = weight.shape[-1] - 1, x.device
+    lengths = torch.tensor(sequence_lengths(batch, tokens, cu_seqlens), device=device)
+    sequences = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=batch * tokens)
+    ends = lengths.cumsum(0)
+    bounds = torch.stack([(ends - lengths)[sequences], ends[sequences], sequences])
+    state = None if initial_state is None else initial_state.to(x.dtype)
+    rows = x.reshape(-1, channels)
+    y = Conv.apply(rows, weight[:, 0].to(x.dtype), _as(bias, x), state, bounds)
+    if state is None:
+        state = x.new_zeros(len(lengths), channels, reach)
+    # The last inputs of each sequence, in which its state's end counts.
+    at = lengths[:, None] + torch.arange(-reach, 0, device=device)  # [S, W-1], within a sequence; < 0: in its state
+    own = (at + (ends - lengths)[:, None]).clamp(0, max(0, batch * tokens - 1))
+    fresh = rows[own].transpose(1, 2) if len(rows) else torch.zeros_like(state)
+    kept = state.gather(2, (at + reach).clamp(max=max(0, reach - 1))[:, None].expand_as(state))
+    return y.view_as(x), torch.where((at >= 0)[:, None], fresh, kept)
 
 
 def _as(bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:

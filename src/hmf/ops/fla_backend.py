@@ -91,21 +91,22 @@ def _chunk_grads(
 
 
 def chunk_grads(
+    *,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     do: torch.Tensor,
     h: torch.Tensor,
     dh: torch.Tensor,
+    g: torch.Tensor,
+    scale: float,
     w: torch.Tensor | None = None,
-    g: torch.Tensor | None = None,
-    g_gamma: None = None,
     dv: torch.Tensor | None = None,
-    scale: float = 1.0,
-    state_v_first: bool = False,
     cu_seqlens: torch.Tensor | None = None,
     chunk_size: int = 64,
     chunk_indices: torch.Tensor | None = None,
+    g_gamma: None = None,
+    state_v_first: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Gradients of q, k, w (None without w) and g, float32, by fla's names: those of `fla.ops.common.chunk_o`.
 
@@ -114,11 +115,12 @@ def chunk_grads(
     V]; chunk_indices [N, 2]: sequence and number in it of each chunk, where cu_seqlens [S+1] packs sequences.
     """
     (batch, tokens, heads, key_dim), value_dim = k.shape, v.shape[-1]
-    if cu_seqlens is not None and chunk_indices is None:
+    chunks = None if cu_seqlens is None else chunk_indices
+    if cu_seqlens is not None and chunks is None:
         from fla.ops.utils import prepare_chunk_indices
 
-        chunk_indices = prepare_chunk_indices(cu_seqlens, chunk_size)
-    count = batch * triton.cdiv(tokens, chunk_size) if cu_seqlens is None else len(chunk_indices)
+        chunks = prepare_chunk_indices(cu_seqlens, chunk_size)
+    count = batch * triton.cdiv(tokens, chunk_size) if chunks is None else len(chunks)
     widths = [min(BLOCK, max(16, triton.next_power_of_2(size))) for size in (key_dim, value_dim)]
     blocks = triton.cdiv(key_dim, widths[0])
     q, k, v, do, h, dh, g = (x.contiguous() for x in (q, k, v, do, h, dh, g))
@@ -127,10 +129,10 @@ def chunk_grads(
     dw = None if w is None else torch.empty_like(w, memory_format=torch.contiguous_format)
     if count:
         _chunk_grads[blocks, count, heads](
-            q, k, v, g, h, do, dh, v if dw is None else dv.contiguous(), dq, dk, dq if dw is None else dw, dg,
-            cu_seqlens, chunk_indices, scale, tokens, g.numel(),
+            q, k, v, g, h, do, dh, v if dv is None else dv.contiguous(), dq, dk, dq if dw is None else dw, dg,
+            cu_seqlens, chunks, scale, tokens, g.numel(),
             H=heads, K=key_dim, V=value_dim, C=chunk_size, BK=widths[0], BV=widths[1],
-            PACKED=cu_seqlens is not None, DELTA=dw is not None, num_warps=4, num_stages=2,
+            PACKED=chunks is not None, DELTA=dw is not None, num_warps=4, num_stages=2,
         )  # fmt: skip
     return dq, dk, dw, dg.sum(0)
 

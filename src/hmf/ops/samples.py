@@ -110,6 +110,19 @@ def _gdn(shape: Shape, draw: _Random) -> Sample:
     )
 
 
+def _conv(shape: Shape, draw: _Random) -> Sample:
+    """All heads' channels at once, with taps and a bias of their own."""
+    cu_seqlens, channels, size = draw.cu_seqlens(), shape.heads * shape.head_dim, 4
+
+    def call(function, x):
+        return function(x["x"], x["weight"], x["bias"], x.get("state"), _beside(cu_seqlens, x))
+
+    made = {"x": draw.token().flatten(2)}
+    if shape.with_state:
+        made["state"] = draw.normal(shape.sequences, channels, size - 1)
+    return Sample(made, {"weight": draw.normal(channels, 1, size), "bias": draw.normal(channels)}, call)
+
+
 def _ssd(shape: Shape, draw: _Random) -> Sample:
     cu_seqlens, scale = draw.cu_seqlens(), shape.head_dim**-0.5
 
@@ -166,7 +179,9 @@ def _window(shape: Shape, draw: _Random) -> Sample:
 
 
 def _beside(x: torch.Tensor | None, tensors: dict[str, torch.Tensor]) -> torch.Tensor | None:
-    return None if x is None else x.to(tensors["q"].device)
+    return None if x is None else x.to(next(iter(tensors.values())).device)
 
 
-SAMPLES: dict[str, Callable[[Shape, _Random], Sample]] = {"gdn": _gdn, "gka": _gka, "ssd": _ssd, "window": _window}
+SAMPLES: dict[str, Callable[[Shape, _Random], Sample]] = {
+    "conv": _conv, "gdn": _gdn, "gka": _gka, "ssd": _ssd, "window": _window,
+}  # fmt: skip

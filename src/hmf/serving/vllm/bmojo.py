@@ -12,12 +12,14 @@ K head_dim, W window size, R size of a ring.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
@@ -31,6 +33,7 @@ from hmf.ops.window import latest
 
 from .backends import HAS_KERNELS, WindowMetadata, WindowMetadataBuilder
 from .hosted import HostedMixer
+from .parts import joined
 from .recurrent import Tensors
 from .support import mixer_module
 
@@ -68,6 +71,14 @@ class BMojoMixer(HostedMixer):
         self.add_module(self.inner_name, layer)
         self.rotary = attention.rotary_emb
         self.reaches = (self.options.window_size - 1, 2 * self.options.window_size - 1)
+        # The input is projected by the first four (three, if tied) in one product, fading tokens by the last two.
+        windows = ("",) if self.mixer.bmojo_attn.tied else ("", "_")
+        self.projections = [f"{name}_proj{end}" for end in windows for name in "qkv"]
+        linears = [getattr(self.mixer.bmojo_attn, name) for name in self.projections]
+        self.ends = [0, *itertools.accumulate(linear.out_features for linear in linears)]
+        self.register_buffer("weight", joined([linear.weight for linear in linears]), False)
+        biased = linears[0].bias is not None
+        self.register_buffer("bias", joined([linear.bias for linear in linears]) if biased else None, False)
         self.flash = None  # version of flash attention
         if HAS_KERNELS and self.options.head_dim % 8 == 0 and self.options.head_dim <= 256:
             self.flash = get_flash_attn_version()
@@ -83,18 +94,26 @@ class BMojoMixer(HostedMixer):
     def project(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> tuple[Tensors, None]:
         attention = self.mixer.bmojo_attn
         fading = self.get_submodule(self.inner_name)(positions, hidden_states)
-        q, k, v = (attention.normed(name, hidden_states, False) for name in "qkv")
-        fading_k, fading_v = (attention.normed(name, fading, True) for name in "kv")
+        q, k, v, *fading_q = self._projected(hidden_states, slice(4))
+        fading_k, fading_v = self._projected(fading, slice(-2, None))
         q, k = self._rotated(positions, q, k)
         queries: Tensors = (q,)
         if attention.tied:
             (fading_k,) = self._rotated(positions, fading_k)
         else:
-            fading_q, fading_k = self._rotated(positions, attention.normed("q", hidden_states, True), fading_k)
-            queries = (q, fading_q)
+            other_q, fading_k = self._rotated(positions, fading_q[0], fading_k)
+            queries = (q, other_q)
         for factor in self.mixer.positioned((hidden_states, hidden_states), positions[None])[2:]:
             queries = tuple(query * factor[0] for query in queries)
         return (positions, k, v, fading_k, fading_v, *queries), None
+
+    def _projected(self, x: torch.Tensor, part: slice) -> list[torch.Tensor]:
+        """x [N, D] by a part of `projections`, each [N, heads, K] with its norm."""
+        numbers = range(len(self.projections))[part]
+        rows = slice(self.ends[numbers[0]], self.ends[numbers[-1] + 1])
+        y = F.linear(x, self.weight[rows], None if self.bias is None else self.bias[rows])
+        parts = y.split([self.ends[n + 1] - self.ends[n] for n in numbers], dim=-1)
+        return [self.mixer.bmojo_attn.heads(self.projections[n], y) for n, y in zip(numbers, parts, strict=True)]
 
     def _rotated(self, positions: torch.Tensor, first: torch.Tensor, second: torch.Tensor | None = None) -> Tensors:
         given = [x for x in (first, second) if x is not None]
@@ -124,8 +143,9 @@ class BMojoMixer(HostedMixer):
             return self.step(inputs, pools, slots.long())
         from hmf.ops.window_decode import decode
 
-        positions, *new = (x.contiguous() for x in inputs)
-        new, queries = new[:4], new[4:]
+        positions, *rows = inputs
+        rows = [x if x.stride()[1:] == (x.shape[-1], 1) else x.contiguous() for x in rows]
+        new, queries = rows[:4], rows[4:]
         window, scale = self.options.window_size, self.mixer.bmojo_attn.scale
         return decode((queries[0], queries[-1]), tuple(new), pools, positions, slots, NULL_BLOCK_ID, window, scale)
 

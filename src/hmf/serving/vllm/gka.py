@@ -28,7 +28,7 @@ from hmf.ops import gated_kalmanet, short_conv
 
 from .backends import RecurrentMetadata, RecurrentMetadataBuilder
 from .hosted import HostedMixer
-from .parts import rms_norm
+from .parts import joined, rms_norm
 from .recurrent import Tensors, started
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "g_proj", "a_proj", "b_proj", "alpha_proj")  # those that there are
@@ -61,20 +61,21 @@ class GKAMixer(HostedMixer):
         self.projections = [name for name in PROJECTIONS if hasattr(self.mixer, name)]
         convs = [getattr(self.mixer, f"{name}_conv1d") for name in self.mixer.convs(self.mixer.options)]
         self.widths = [getattr(self.mixer, name).out_features for name in self.projections]
-        self.register_buffer("weight", joined([getattr(self.mixer, name) for name in self.projections]), False)
-        self.register_buffer("conv_weight", joined(convs), False)
+        self.register_buffer("weight", joined([getattr(self.mixer, name).weight for name in self.projections]), False)
+        self.register_buffer("conv_weight", joined([conv.weight for conv in convs]), False)
 
     @property
     def output_shape(self) -> tuple[int, ...]:
         return (self.mixer.options.num_heads, self.mixer.options.head_dim)
 
     def project(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> tuple[Tensors, torch.Tensor | None]:
-        of = dict(zip(self.projections, F.linear(hidden_states, self.weight).split(self.widths, dim=-1), strict=True))
+        projected = F.linear(hidden_states, self.weight)
+        of = dict(zip(self.projections, projected.split(self.widths, dim=-1), strict=True))
         for name in ("b_proj", "alpha_proj"):
             if name in of:
                 of[name] = of[name] + getattr(self.mixer, name).bias
         gates = self.mixer.gates(of["a_proj"], of.get("b_proj"), of.get("alpha_proj"))
-        qkv = torch.cat([of["q_proj"], of["k_proj"], of["v_proj"]], dim=-1)
+        qkv = projected[:, : sum(self.widths[:3])]  # a view: kernels take rows that are apart
         return (qkv, *(gate for gate in gates if gate is not None)), of.get("g_proj")
 
     def recur(self, inputs: Tensors, states: Tensors, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor, Tensors]:
@@ -182,12 +183,3 @@ class GKAMixer(HostedMixer):
         if self.mixer.options.kv_proj_rank:
             k, v = (self.mixer.expand(name, y[None])[0].contiguous() for name, y in (("k", k), ("v", v)))
         return [q, k, v]
-
-
-def joined(modules: list[nn.Module]) -> torch.Tensor:
-    """The modules' weights side by side in one tensor, which they become views of."""
-    weights = [module.weight for module in modules]
-    whole = torch.cat([weight.data for weight in weights])
-    for weight, part in zip(weights, whole.split([len(weight) for weight in weights]), strict=True):
-        weight.data = part
-    return whole

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mamba2 inside vLLM: the layer of `hmf.layers`, on a GPU with vLLM's own kernels for what lies between projections.
+"""Mamba2 inside vLLM: the layer of `hmf.layers`, on a GPU with kernels for what lies between its projections, which
+are compiled with the model: vLLM's for convolutions and prefill, ours for a decode step.
 
-Their states have the layout [H, V, K]. B and C have equally many heads there; here B has those of keys and C those of
-queries, so B and x are repeated for them.
+Their states have the layout [H, V, K]. B and C have equally many heads in vLLM's; here B has those of keys and C those
+of queries, so B and x are repeated for prefill.
 
 Legend: N tokens of the batch, S sequences, D model dim, H query heads, K/V head_dim.
 """
@@ -33,13 +34,32 @@ def build(symbol: str, config: Any, quant_config: Any, prefix: str, attention: n
 class Mamba2Mixer(HostedMixer):
     mixer: Mamba2
 
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return (self.mixer.heads, self.mixer.head_dim)
+
+    def project(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        x, rotary = hidden_states[None], None
+        if self.mixer.options.use_pos_emb:
+            rotary = self.rotary(x, positions[None])
+        z, x, dt = (y[0] for y in self.mixer.project(x, rotary))
+        return (x, dt), z
+
+    def recur(self, inputs: Tensors, before: Tensors, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor, Tensors]:
+        x, dt = inputs
+        y, after = self.mixer.recur(x, dt, dict(zip(self.states, before, strict=True)), cu_seqlens)
+        return y, tuple(after[name] for name in self.states)
+
+    def finish(self, mixed: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+        return self.mixer.output(mixed, rest)
+
     def prefill(self, inputs: Tensors, pools: Tensors, metadata: SSDMetadata) -> torch.Tensor:
         if not _has_kernels(inputs):
             return super().prefill(inputs, pools, metadata)
         from vllm.model_executor.layers.mamba.ops.ssd_combined import mamba_chunk_scan_combined_varlen
 
         mixer, slots, known = self.mixer, metadata.state_indices_tensor_p, metadata.has_initial_states_p
-        z, x, dt = self._project(inputs)
+        x, dt = inputs
         x = causal_conv1d_fn(
             x.T,
             mixer.conv1d.weight.squeeze(1),
@@ -72,47 +92,20 @@ class Mamba2Mixer(HostedMixer):
             state_dtype=pools[1].dtype,
         )
         pools[1][slots] = after
-        return mixer.output(y, z)
+        return y
 
     def decode(self, inputs: Tensors, slots: torch.Tensor) -> torch.Tensor:
         if not _has_kernels(inputs):
             return super().decode(inputs, slots)
-        from vllm.model_executor.layers.mamba.ops.mamba_ssm import selective_state_update
+        from hmf.ops.ssd_decode import decode
 
-        mixer = self.mixer
-        z, x, dt = self._project(inputs)
+        mixer, (x, dt) = self.mixer, inputs
         x = causal_conv1d_update(
-            x,
-            self.kv_cache[0],
-            mixer.conv1d.weight.squeeze(1),
-            mixer.conv1d.bias,
-            "silu",
-            conv_state_indices=slots,
-            null_block_id=NULL_BLOCK_ID,
-            out=torch.empty_like(x),
-        )
-        x, B, C = mixer.heads_of(x)
-        y, size, A = torch.zeros_like(x), mixer.head_dim, -mixer.A_log.exp()
-        selective_state_update(
-            self.kv_cache[1],
-            x,
-            dt[..., None].expand(-1, -1, size),
-            A[:, None, None].expand(-1, size, size),
-            B,
-            C,
-            mixer.D[:, None].expand(-1, size),
-            mixer.dt_bias[:, None].expand(-1, size),
-            dt_softplus=True,
-            state_batch_indices=slots,
-            null_block_id=NULL_BLOCK_ID,
-            out=y,
-        )
-        return mixer.output(y, z)
-
-    def _project(self, inputs: Tensors) -> Tensors:
-        """hidden_states [N, D] and positions [N] -> z, x, dt [N, ...] of `Mamba2.project`."""
-        hidden_states, positions = (x[None] for x in inputs)
-        return tuple(x[0] for x in self.mixer.project(hidden_states, self.rotary(hidden_states, positions)))
+            x, self.kv_cache[0], mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, "silu",
+            conv_state_indices=slots, null_block_id=NULL_BLOCK_ID, out=x.new_empty(x.shape),
+        )  # fmt: skip
+        x, B, C = mixer.streams(x)
+        return decode(x, B, C, dt, mixer.A_log, mixer.dt_bias, mixer.D, self.kv_cache[1], slots, NULL_BLOCK_ID)
 
 
 def _has_kernels(inputs: Tensors) -> bool:
