@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hmf.config.pattern import Pattern
@@ -27,6 +26,7 @@ from hmf.priming.objectives import (
 from hmf.priming.stage0 import initialise
 from tests.numerics import SAME, assert_near, assert_same, check
 from tests.ops.cases import normal
+from tests.parity import full_case, small_case, stage_0_and_1
 
 in_float64 = pytest.mark.usefixtures("in_float64")
 
@@ -38,33 +38,34 @@ def fused(tiny_qwen3):
     return model
 
 
-@pytest.fixture(scope="module")
-def published(parity_dir):
-    case = parity_dir / "fused_gdn"
-    return case, load_model(case / "fused"), load_file(case / "stage1.safetensors")
+@pytest.fixture(scope="module", params=[small_case("fused_gdn"), full_case("fused_gdn")])
+def published(request):
+    """The stored case and its fused model."""
+    case = stage_0_and_1(request.param)
+    model = hybridise(load_model(case.base), case.pattern)
+    model.load_state_dict(case.fused, strict=not model.config.tie_word_embeddings)
+    return case, model.eval()
 
 
 @pytest.mark.parametrize(
     ("layers", "pre_lm_head"), [*((p, True) for p in PARTS), *((p, False) for p in PARTS if PARTS[p])]
 )
 def test_losses_are_the_published_ones(published, layers, pre_lm_head):
-    _, model, stored = published
-    losses = model(input_ids=stored["input_ids"], objective=Stage1Objective(layers, pre_lm_head))
-    wanted = stored[f"loss.eval.{layers}.pre_lm_head={pre_lm_head}"]
+    case, model = published
+    losses = model(input_ids=case.stage1["input_ids"], objective=Stage1Objective(layers, pre_lm_head))
+    wanted = case.stage1[f"loss.eval.{layers}.pre_lm_head={pre_lm_head}"]
     assert_near(losses["loss"], wanted, wanted)
 
 
 def test_gradients_are_the_published_ones(published):
-    case, model, stored = published
+    case, model = published
     model.zero_grad()
     trainable = train_only_mixers(model)
-    model(input_ids=stored["input_ids"], objective=Stage1Objective())["loss"].backward()
-    gradients = load_file(case / "stage1_grads_none_prelmhead.safetensors")
-    by_kernels = load_file(case / "stage1_grads_none_prelmhead_kernels.safetensors")
-    assert {f"grad.{name}" for name in trainable} == gradients.keys()
-    for name, wanted in gradients.items():
-        assert_near(model.get_parameter(name.removeprefix("grad.")).grad, wanted, by_kernels[name], name)
-    assert all(p.grad is None for name, p in model.named_parameters() if name not in trainable)
+    model(input_ids=case.stage1["input_ids"], objective=Stage1Objective())["loss"].backward()
+    assert case.gradients and case.gradients.keys() <= set(trainable)
+    for name, wanted in case.gradients.items():
+        assert_near(model.get_parameter(name).grad, wanted, case.by_kernels[name], name)
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == set(trainable)
 
 
 @in_float64
