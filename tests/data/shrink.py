@@ -4,7 +4,7 @@
 A cut model holds the last layers of a full one, bit for bit. Its embeddings are the hidden states that enter those
 layers in the full model, one "token" for each position, and its head holds the first rows of the full head. So its
 logits and losses are the published ones. `tests/model/test_parity.py` compares both where it finds the full cases.
-`qwen3_gdn` is whole: all layers, and the logits of its first row.
+`qwen3_gdn` is whole: all layers, and the logits of its first tokens.
 
 The hidden states of `fused_gdn` are published. Those of the other cases are computed here in float64 and rounded to
 float32; the full model, computed in this way, gives the published float64 logits to a part in 10^6.
@@ -41,84 +41,63 @@ def last_layer(full: Path) -> tuple[dict[str, Any], Tensors, Tensors]:
         logits = model(stored["input_ids"][:1]).logits
     torch.testing.assert_close(logits, stored["logits_f64"][:1], atol=1e-6, rtol=0)
 
-    head = weights["lm_head.weight"][:TOKENS]
-    cut = _layers(weights, last) | {
+    prefix = f"model.layers.{last}."
+    cut = {name.replace(prefix, "model.layers.0."): x for name, x in weights.items() if name.startswith(prefix)} | {
         "model.embed_tokens.weight": entering[0][0, :TOKENS].float(),
         "model.norm.weight": weights["model.norm.weight"],
-        "lm_head.weight": head.clone(),
+        "lm_head.weight": weights["lm_head.weight"][:TOKENS].clone(),
     }
-    outputs = {name: x[:1, :TOKENS, :TOKENS] for name, x in stored.items() if "logits" in name}
-    outputs |= {name: x[:, : TOKENS - 40] for name, x in outputs.items() if name.startswith("decode_logits")}
+    outputs = {name: x[..., :TOKENS].clone() for name, x in _first_tokens(stored).items() if "logits" in name}
+    outputs["input_ids"] = torch.arange(TOKENS)[None]
     symbol = config["layer_types"][last]
     config |= {"num_hidden_layers": 1, "hybrid_override_pattern": symbol, "layer_types": [symbol], "vocab_size": TOKENS}
     if "mamba2_config" in config:
         config["mamba2_config"]["n_layer"] = 1
-    return config, cut, {name: x.clone() for name, x in outputs.items()} | {"input_ids": torch.arange(TOKENS)[None]}
+    return config, cut, outputs
 
 
 def after_first_layer(full: Path) -> tuple[dict[str, Any], Tensors, Tensors, dict[str, Any], Tensors]:
-    """Base config, base weights, what the fused model has beside them, where it came from, and the Stage-1 losses.
+    """Base config, base weights, what the fused model has beside them, where it came from, losses and gradients.
 
-    The first layer is the same on both paths. Losses by layer are means over the layers, of which one fewer is left.
+    In the place of the first layer, which is the same on both paths, stands one of zeros, which hands on its input.
     """
     config = json.loads((full / "base/config.json").read_text())
     base, fused = load_file(full / "base/model.safetensors"), load_file(full / "fused/model.safetensors")
     origin, stage1 = json.loads((full / "tensor_origin.json").read_text()), load_file(full / "stage1.safetensors")
-    layers = config["num_hidden_layers"]
-    entering = stage1["layer.0.hybrid_out"]
-    assert torch.equal(entering, stage1["layer.0.attn_out"])
-    cut = _layers(base, 1) | {
-        "model.embed_tokens.weight": entering.flatten(0, 1).clone(),
-        "model.norm.weight": base["model.norm.weight"],
-    }
-    config |= {"num_hidden_layers": layers - 1, "vocab_size": len(cut["model.embed_tokens.weight"])}
-    config |= {"tie_word_embeddings": True}  # no loss here looks at the head
-    if "layer_types" in config:
-        config["layer_types"] = config["layer_types"][1:]
+    rows = stage1["layer.0.hybrid_out"].flatten(0, 1)
+    assert torch.equal(rows, stage1["layer.0.attn_out"].flatten(0, 1))
+    config |= {"vocab_size": len(rows), "tie_word_embeddings": True}  # no loss here looks at the head
+    cut = {name: torch.zeros_like(x) if ".layers.0." in name else x for name, x in base.items()}
+    cut["model.embed_tokens.weight"] = rows.clone()
+    del cut["lm_head.weight"]
 
-    new = _layers({name: x for name, x in fused.items() if name not in base}, 1)
+    new = {name: x for name, x in fused.items() if name not in base}
     copies = {name: name.replace(".gdn.", ".self_attn.") for name in new}
     copies = {name: source for name, source in copies.items() if source in cut and torch.equal(new[name], cut[source])}
-    ours = {kind: [name for name in map(_renamed, names) if name in new] for kind, names in origin.items()}
+    mixers = {name: x for name, x in new.items() if name not in copies}
+    origin |= {"copied_same_name_from_base": sorted(cut), "same_as": copies}
 
-    final = stage1["loss.eval.none.pre_lm_head=True"]
-    losses = {}
-    for name, loss in stage1.items():
-        if name.startswith("loss.eval."):
-            at_head = final if name.endswith("=True") else 0
-            losses[name] = at_head + (loss - at_head) * layers / (layers - 1)
-    gradients = {}
+    outputs = {name: x for name, x in stage1.items() if name.startswith("loss.eval.")}
+    outputs["input_ids"] = torch.arange(len(rows)).view_as(stage1["input_ids"])
     for kind, file in {"grad": "", "kernels": "_kernels"}.items():
-        grads = load_file(full / f"stage1_grads_none_prelmhead{file}.safetensors")
-        small = {name: x for name, x in grads.items() if x.numel() <= SMALL}
-        gradients |= {name.replace("grad.", f"{kind}.", 1): x for name, x in _layers(small, 1).items()}
-    rows, tokens = stage1["input_ids"].shape
-    batch = {"input_ids": torch.arange(rows * tokens).view(rows, tokens)}
-    own = {name: x for name, x in new.items() if name not in copies}
-    ours["copied_same_name_from_base"] = sorted(cut)
-    return config, cut, own, ours | {"same_as": copies}, losses | gradients | batch
+        gradients = load_file(full / f"stage1_grads_none_prelmhead{file}.safetensors")
+        outputs |= {name.replace("grad", kind, 1): x for name, x in gradients.items() if x.numel() <= SMALL}
+    return config, cut, mixers, origin, outputs
 
 
-def _renamed(name: str, first: int = 1) -> str:
-    """The name of a layer's tensor when layer `first` comes first."""
-    before, dot, rest = name.partition("layers.")
-    number, _, tail = rest.partition(".")
-    return f"{before}{dot}{int(number) - first}.{tail}" if dot else name
+def whole(full: Path) -> Tensors:
+    """The logits of all layers on the first TOKENS positions of the first row."""
+    return _first_tokens(load_file(full / "io.safetensors"))
 
 
-def _layers(tensors: Tensors, first: int) -> Tensors:
-    """The tensors of the layers from `first` on."""
-    numbers = {name: name.partition("layers.")[2].partition(".")[0] for name in tensors}
-    return {_renamed(name, first): x for name, x in tensors.items() if numbers[name] and int(numbers[name]) >= first}
+def _first_tokens(stored: Tensors) -> Tensors:
+    """input_ids and all logits; those of the decode come after its prefill of 40 tokens."""
+    counts = {name: TOKENS - 40 if name.startswith("decode_logits") else TOKENS for name in stored}
+    return {name: x[:1, : counts[name]].clone() for name, x in stored.items()}
 
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def whole(full: Path) -> Tensors:
-    """The logits of the first row."""
-    return {name: x[:1].clone() for name, x in load_file(full / "io.safetensors").items()}
 
 
 def main(full: Path) -> None:

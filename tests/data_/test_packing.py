@@ -11,6 +11,7 @@ from hmf.data.encoding import IGNORED, Encoded, encode_document
 from hmf.data.packing import (
     MixtureDataset,
     PromptDataset,
+    best_fit,
     build_dataset,
     cu_seqlens,
     encode_conversation,
@@ -138,3 +139,8 @@ def test_boundaries_of_rows_laid_end_to_end():
 def test_nothing_to_pack(tokenizer):
     with pytest.raises(HmfError, match="no text and no conversations"):
         build_dataset([], [], tokenizer, 64, 0)
+
+
+def test_the_fullest_rows_are_closed_first():
+    """Two rows stay open: of room 1, 2, 3 and 5 those of 3 and 5, which the last two items fill."""
+    assert best_fit([9, 5, 8, 7, 5, 3], 10, window=2) == [[0], [1, 4], [2], [3, 5]]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stage-1 losses: the published software's numbers, padding, packing, and what gets a gradient."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from hmf.config.pattern import Pattern
 from hmf.config.runs import ObjectiveSettings
 from hmf.errors import HmfError
 from hmf.model.checkpoint import load_model
-from hmf.model.convert import drop_teacher, hybridise
+from hmf.model.convert import drop_teacher, hybridise, mixers
 from hmf.model.modeling import STUDENT, TEACHER
 from hmf.priming.objectives import (
     PARTS,
@@ -245,6 +247,10 @@ def test_supervised_tokens_are_those_whose_successor_has_a_label(fused):
         }
         each = logit_divergence(finals[STUDENT][0], finals[TEACHER][0], fused.get_output_embeddings())
     assert_same(some, each[5:8].mean())
+    train_only_mixers(fused)
+    nothing = objective(fused, input_ids=ids, labels=torch.full_like(ids, -100))["loss"]
+    nothing.backward()
+    assert nothing == 0 and not any(p.grad.any() for p in fused.parameters() if p.requires_grad)
     with pytest.raises(HmfError, match="needs labels"):
         objective(fused, input_ids=ids)
 
@@ -262,6 +268,29 @@ def test_layerwise_gives_each_mixer_its_own_attentions_task(fused):
         fused.model.layers[1].gdn.o_proj.weight.mul_(3)
     fused(input_ids=ids, position_ids=positions, objective=LayerwiseObjective())["loss"].backward()
     assert torch.equal(before, fused.model.layers[3].gdn.o_proj.weight.grad)
+
+
+@in_float64
+def test_layerwise_is_the_mean_over_layers_of_relative_squared_errors(tiny_qwen3):
+    def loss(pattern, objective, silent=False):
+        model = hybridise(copy.deepcopy(tiny_qwen3), Pattern.parse(pattern))
+        initialise(model)
+        if silent:
+            for _, mixer in mixers(model):
+                mixer.o_proj.weight.data.zero_()
+        return model.double()(input_ids=ids, attention_mask=mask, objective=objective)["loss"], model
+
+    ids, mask = torch.randint(0, 128, (2, 20)), torch.ones(2, 20, dtype=torch.long)
+    mask[1, :8] = 0
+    both, first, second = (
+        loss(pattern, LayerwiseObjective())[0] for pattern in ("*-GDN-*-GDN", "*-GDN-*-*", "*-*-*-GDN")
+    )
+    assert_same(both, (first + second) / 2)
+    nothing, model = loss("*-GDN-*-GDN", LayerwiseObjective(), silent=True)
+    assert_same(nothing, torch.ones_like(nothing))  # off by all that is wanted
+    sizes = attention_sizes(model, input_ids=ids, attention_mask=mask)
+    absolute = loss("*-GDN-*-GDN", LayerwiseObjective((1.0, 1.0)), silent=True)[0]
+    assert_same(absolute, torch.tensor(sizes).double().mean())
 
 
 @in_float64

@@ -43,6 +43,25 @@ def test_every_published_tensor_that_does_not_depend_on_chance(folder, tmp_path)
             assert ours[name].std().item() == pytest.approx(theirs[name].std().item(), rel=0.3), name
 
 
+@pytest.mark.parametrize("symbol", ["GKA", "M2"])
+@pytest.mark.parametrize("folder", [small_case("fused_gdn"), full_case("fused_gdn")])
+def test_other_layer_types_start_as_gated_deltanet_does(folder, symbol):
+    """The published gate, and the attention's own projections."""
+    case = stage_0_and_1(folder)
+    layer = case.pattern.replaced[-1]
+    symbols = [symbol if index == layer else "*" for index in range(len(case.pattern))]
+    fused = hybridise(load_model(case.base), Pattern.parse("-".join(symbols)))
+    initialise(fused)
+    ((_, mixer),) = mixers(fused)
+    q, k, v, gate = (case.fused[f"model.layers.{layer}.gdn.{name}_proj.weight"] for name in "qkvg")
+    if symbol == "M2":
+        found, wanted = mixer.in_proj.weight[: -mixer.heads], torch.cat([gate, v, k, q])
+    else:
+        found = torch.cat([getattr(mixer, f"{name}_proj").weight for name in "qkvg"])
+        wanted = torch.cat([q, k, v, gate])
+    assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("full", [full_case("fused_gdn")])
 def test_the_small_case_is_cut_from_the_full_one(full):
     config, base, mixers, origin, stage1 = after_first_layer(full)
