@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny: more thre
 import pytest
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent
 SERVING = "tests/serving/"
 # These begin first, so that none is left when all else is done.
 LONGEST = ("serving/test_server.py", "serving/test_serve.py", "test_tuned_kernel", SERVING)

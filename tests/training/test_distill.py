@@ -14,7 +14,7 @@ from hmf.errors import HmfError
 from hmf.folders import resolve_base
 from hmf.priming.stage0 import make_stage0
 from hmf.training.distill import DistillTrainer, distill
-from tests.numerics import assert_near
+from tests.numerics import assert_golden, assert_near
 
 
 def settings(**training) -> DistillSettings:
@@ -86,6 +86,7 @@ def test_longer_training_lowers_the_loss(stage0, tmp_path):
     distill(stage0, tmp_path, settings(steps=40, save_steps=100))
     losses = [entry["loss"] for entry in json.loads((tmp_path / "stage1.log.json").read_text()) if "loss" in entry]
     assert losses[-1] < 0.7 * losses[0]
+    assert_golden([losses[0], losses[-1]], (0.0, 0.0))
 
 
 def test_accumulation_is_the_same_as_a_larger_batch(stage0, tmp_path):

