@@ -101,7 +101,7 @@ def assert_golden(found: Any, stored: Sequence[float], what: str = "losses") -> 
     found = [float(x) for x in found]
     assert len(found) == len(stored)
     for number, (x, wanted) in enumerate(zip(found, stored, strict=True)):
-        check(abs(x - wanted), abs(wanted) / GOLDEN, f"{what} [{number}]: {x!r}")
+        check(abs(x - wanted), abs(wanted) / GOLDEN, f"{what} [{number}] of {found}")
 
 
 def widened(model: Any) -> Any:
