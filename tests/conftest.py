@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tests share: no network, one thread, skips that say why, the parity cases, a tiny teacher."""
+"""What all tests share: no network, one thread, skips that say why, a tiny teacher."""
 
 import importlib.util
 import os
@@ -71,15 +71,6 @@ def in_float64():
 
     with numerics.in_float64():
         yield
-
-
-@pytest.fixture(scope="session")
-def parity_dir() -> Path:
-    """The folder of stored cases of the published software: $HMF_PARITY, or shared/parity beside the repository."""
-    path = Path(os.environ.get("HMF_PARITY") or ROOT.parent / "shared" / "parity")
-    if not path.is_dir():
-        pytest.skip(f"no parity cases at {path}: set HMF_PARITY to their folder")
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 FACTOR = 10  # between two orders of the same sums
 MEAN_FACTOR = 6  # where means are compared, which vary less
 FLOOR = 8  # roundings of the largest number: for where `plain` happens to be exact
+GOLDEN = 500  # of a stored figure
 SAME = 1e-9  # of the largest number of a tensor
 SMALL = 1e-3  # or of this, where all numbers are smaller
 
@@ -88,6 +90,18 @@ def assert_same(found: Any, exact: Any, tolerance: float = SAME, what: str = "")
         assert x.shape == truth.shape and x.dtype == truth.dtype, f"{what} [{number}]: {x.dtype} and {truth.dtype}"
         scale = max(truth.abs().max().item(), SMALL) if truth.numel() else 1.0
         check(off(x, truth) / scale, tolerance, f"{what} [{number}]".strip())
+
+
+def assert_golden(found: Any, stored: Sequence[float], what: str = "losses") -> None:
+    """Figures of a short run from a fixed seed are the stored ones, to a part in GOLDEN.
+
+    For training, where no reference gives the answer: steps multiply rounding, so this is wider than the other rules,
+    and still far less than what another loss, schedule, order of rows or start would change.
+    """
+    found = [float(x) for x in found]
+    assert len(found) == len(stored)
+    for number, (x, wanted) in enumerate(zip(found, stored, strict=True)):
+        check(abs(x - wanted), abs(wanted) / GOLDEN, f"{what} [{number}] of {found}")
 
 
 def widened(model: Any) -> Any:

@@ -7,12 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
+from torch.testing import assert_close
 from typer.testing import CliRunner
 
 import hmf
 from hmf.cli import app, main
+from hmf.config.pattern import Pattern
 from hmf.config.runs import PrimeRecipe, read_recipe
+from hmf.priming.stage0 import make_stage0
 from tests.conftest import ROOT
 from tests.training.cutting import make_tiny_stage0
 
@@ -232,3 +237,30 @@ def test_evaluate_takes_several_models_and_prints_json(tmp_path, monkeypatch, ca
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
         code, _, err = run(monkeypatch, capsys, "evaluate", *wrong)
         assert (code, err.count("\n")) == (2, 1) and line in err
+
+
+def test_options_of_init_export_and_evaluate_have_their_effect(tmp_path, monkeypatch, capsys):
+    stage0 = make_tiny_stage0(tmp_path)
+    base = tmp_path / "base"
+    stored = {}
+    for seed in (0, 7):
+        made, wanted = tmp_path / f"made-{seed}", tmp_path / f"wanted-{seed}"
+        options = ["--pattern", "*-GDN", "--seed", seed, "--out", made]
+        assert run(monkeypatch, capsys, "init", base, *options)[0] == 0
+        make_stage0(base, Pattern.parse("*-GDN"), wanted, seed=seed)
+        stored[seed] = load_file(made / "model.safetensors")
+        assert_close(stored[seed], load_file(wanted / "model.safetensors"), atol=0, rtol=0)
+    assert any(not torch.equal(stored[0][name], stored[7][name]) for name in stored[0])
+
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / dtype
+        assert run(monkeypatch, capsys, "export", stage0, "--out", out, "--dtype", dtype)[0] == 0
+        weights = load_file(out / "model.safetensors")
+        kept = ("A_log", "dt_bias")
+        assert {str(x.dtype) for name, x in weights.items() if not name.endswith(kept)} == {f"torch.{dtype}"}
+        assert json.loads((out / "config.json").read_text())["dtype"] == dtype
+
+    options = ["--tasks", "chat", "--text-bytes", "0", "--length", "96", "--max-new-tokens", "1", "--json"]
+    for samples in (1, 3):
+        code, out, err = run(monkeypatch, capsys, "evaluate", base, *options, "--samples", samples)
+        assert code == 0 and json.loads(out)[str(base)]["tasks"]["chat"]["n"] == samples, err

@@ -6,6 +6,7 @@ import torch
 from hmf.data import tasks
 from hmf.data.encoding import IGNORED, encode_document
 from hmf.data.mixture import MixtureDataset, PromptDataset, encode_conversation
+from hmf.data.packing import best_fit
 from hmf.data.tokenizer import document_separator, encode_texts
 
 
@@ -71,3 +72,8 @@ def test_prompts_fit_and_depend_on_seed_and_row_alone(tokenizer):
     assert prompts != [make(1)[index]["prompt"] for index in range(20)]
     rendered = [tokenizer.decode(prompt) for prompt in prompts]
     assert 0 < sum(text.endswith("assistant\n") or "<|im_start|>assistant" in text for text in rendered) < 20
+
+
+def test_the_fullest_rows_are_closed_first():
+    """Two rows stay open: of room 1, 2, 3 and 5 those of 3 and 5, which the last two items fill."""
+    assert best_fit([9, 5, 8, 7, 5, 3], 10, window=2) == [[0], [1, 4], [2], [3, 5]]

@@ -8,10 +8,12 @@ from hmf.model.convert import footprint, mixers
 from tests.hybrids import cases, random_ids, tiny_hybrid
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", cases(), ids=str)
 @torch.no_grad()
-def test_announced_states_are_those_in_the_cache(case):
-    model = tiny_hybrid(case).float()
+def test_announced_states_are_those_in_the_cache(case, dtype):
+    """Shapes and sizes; recurrent states are in float32 in a model of bfloat16 too."""
+    model = tiny_hybrid(case).to(dtype)
     cache = model(random_ids(1, 16), use_cache=True).past_key_values  # longer than every window
     announced = 0
     for (_, mixer), index in zip(mixers(model), model.config.pattern.replaced, strict=True):
@@ -21,6 +23,8 @@ def test_announced_states_are_those_in_the_cache(case):
         }
         for name, shape in shapes.items():
             assert shape.bytes(model.dtype) == states[name].numel() * states[name].element_size(), name
+            dtypes = {"recurrent": torch.float32, "count": torch.int64}
+            assert states[name].dtype == dtypes.get(shape.kind, dtype), name
             announced += shape.bytes(model.dtype)
     assert footprint(model)["state_bytes"] == announced > 0
 

@@ -94,6 +94,19 @@ def test_bmojo_within_its_window_is_the_bases_attention(family, tied):
 
 
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("family", "divisor"), [("llama", 32 // 4), ("qwen3", 12)])
+@torch.no_grad()
+def test_bmojo_divides_scores_by_the_published_root(family, divisor, tied):
+    """Of hidden_size / heads where q and k have no norm, whatever the head_dim; else of the head_dim, as attention."""
+    options = {"window_size": TOKENS, "ssm_mixer": "gdn", "tie_attn_weights": tied}
+    mixer, outputs = mixer_and_attention("BMF", options, family, head_dim=12)
+    mixer.bmojo_attn.q_proj.weight.mul_((divisor / 12) ** 0.5)
+    if mixer.bmojo_attn.q_proj.bias is not None:
+        mixer.bmojo_attn.q_proj.bias.mul_((divisor / 12) ** 0.5)
+    assert_same(*outputs(lambda distance: distance >= 0))
+
+
+@pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
 def test_bmojo_without_memory_of_its_own_is_a_double_window(tied):
     """Where the recurrent layer hands on its input, the two windows together are one of twice the size."""

@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from hmf.errors import HmfError
 from hmf.model.checkpoint import load_config, load_model, save_checkpoint
 from hmf.model.files import copy_companions, new_directory
+from tests.parity import full_case
 
 ROOT = Path(__file__).resolve().parents[2]
 STORED = ROOT / "tests" / "data" / "qwen3_gdn"
@@ -272,9 +273,10 @@ def test_absent_companions_are_no_error(tmp_path):
     assert listing(tmp_path) == []
 
 
-def test_stored_tokenizer_survives(parity_dir, tmp_path):
-    base = parity_dir / "fused_gdn" / "base"
-    save_checkpoint(load_model(parity_dir / "fused_gdn" / "unfused_f32"), tmp_path / "out", companions=base)
+@pytest.mark.parametrize("case", [full_case("fused_gdn")])
+def test_stored_tokenizer_survives(case, tmp_path):
+    base = case / "base"
+    save_checkpoint(load_model(case / "unfused_f32"), tmp_path / "out", companions=base)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The published software's stored checkpoints: same tensors, same config, same logits.
 
-One small case is kept beside the tests; the others come from the folder of the fixture `parity_dir`. A new case needs
-no line here: wherever there is `io.safetensors` (or `io_NAME.safetensors` beside the checkpoint folder NAME), it runs.
+Small cases are kept in `tests/data`; where the full ones are found (`tests.parity`), they run too. A new full case
+needs no line here: it runs wherever there is `io.safetensors` (or `io_NAME.safetensors` beside the checkpoint folder
+NAME).
 """
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -18,19 +18,19 @@ from transformers import AutoModelForCausalLM
 import hmf  # noqa: F401  (registers the architectures)
 from hmf.layers.registry import MIXERS
 from hmf.model.families import FAMILIES
+from tests.data.shrink import LAST_LAYER, last_layer, whole
 from tests.numerics import assert_near
+from tests.parity import FULL, SMALL, full_case, small_case
 
-ROOT = Path(__file__).resolve().parents[2]
-STORED = Path(os.environ.get("HMF_PARITY") or ROOT.parent / "shared" / "parity")  # as in the fixture `parity_dir`
-OWN = ROOT / "tests" / "data" / "qwen3_gdn"
+SMALL_CASES = ("qwen3_gdn", *LAST_LAYER)
 
 
-def checkpoints() -> list[Path]:
-    """Every stored Hybrid, as a folder with config.json."""
-    found = [path.parent for path in sorted(STORED.glob("**/config.json"))]
-    return [OWN] + [
-        path for path in found if json.loads((path / "config.json").read_text())["model_type"][:7] == "hybrid_"
-    ]
+def checkpoints(*files: str) -> list:
+    """Every stored Hybrid with these files, as a folder with config.json: the small ones, and full ones if any."""
+    configs = {path.parent: json.loads(path.read_text()) for path in sorted(FULL.glob("**/config.json"))}
+    hybrids = [path for path, config in configs.items() if config["model_type"].startswith("hybrid_")]
+    names = [str(path.relative_to(FULL)) for path in hybrids if all(beside(path, name) for name in files)]
+    return [*map(small_case, SMALL_CASES), *map(full_case, names or ["*"])]
 
 
 def beside(checkpoint: Path, name: str) -> Path | None:
@@ -42,8 +42,10 @@ def beside(checkpoint: Path, name: str) -> Path | None:
 
 
 def require_supported(checkpoint: Path) -> dict:
-    """The stored config; skips when its family or one of its layer types has no row yet."""
+    """The stored config; skips a full case whose family or one of whose layer types has no row yet."""
     config = json.loads((checkpoint / "config.json").read_text())
+    if checkpoint.parent == SMALL:
+        return config
     symbols = {symbol.rstrip("*") for symbol in config["hybrid_override_pattern"].split("-")} - {"", "*DA"}
     if missing := sorted(symbols - MIXERS.keys()):
         pytest.skip(f"no layer type {', '.join(missing)} in the registry")
@@ -52,14 +54,8 @@ def require_supported(checkpoint: Path) -> dict:
     return config
 
 
-def name(path: Path) -> str:
-    return "own" if path == OWN else str(path.relative_to(STORED))
-
-
-every_checkpoint = pytest.mark.parametrize("checkpoint", checkpoints(), ids=name)
-every_case = pytest.mark.parametrize(
-    "checkpoint", [path for path in checkpoints() if beside(path, "io.safetensors")], ids=name
-)
+every_checkpoint = pytest.mark.parametrize("checkpoint", checkpoints())
+every_case = pytest.mark.parametrize("checkpoint", checkpoints("io.safetensors"))
 
 
 @every_case
@@ -112,3 +108,20 @@ def test_saving_gives_the_published_config(checkpoint, tmp_path):
     saved = json.loads((tmp_path / "config.json").read_text())
     del stored["transformers_version"]
     assert {key: saved.get(key, "absent") for key in stored} == stored
+
+
+@pytest.mark.parametrize("full", [full_case(name) for name in SMALL_CASES])
+def test_a_small_case_is_cut_from_the_full_one(full):
+    """Bit for bit but for the hidden states that enter the layer, which are computed."""
+    small = SMALL / full.name
+    stored, outputs = load_file(small / "model.safetensors"), load_file(small / "io.safetensors")
+    if full.name in LAST_LAYER:
+        config, weights, published = last_layer(full)
+        entering, computed = (tensors.pop("model.embed_tokens.weight") for tensors in (stored, weights))
+        assert_near(entering, computed, entering)
+        assert json.loads((small / "config.json").read_text()) == config
+    else:
+        weights, published = load_file(full / "model.safetensors"), whole(full)
+    for ours, theirs in ((stored, weights), (outputs, published)):
+        assert ours.keys() == theirs.keys()
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []

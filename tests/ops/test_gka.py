@@ -127,6 +127,20 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(function, (*x, C, U))
 
 
+def test_gradients_of_a_start_that_is_not_symmetric():
+    """As gradients ask for it: they are those of every number of the covariance by itself."""
+    x = inputs(1, 19)
+    C, U = states(1)
+    C = C + 0.2 * normal(*C.shape)
+
+    def run(version):
+        return outputs_and_grads(lambda *y: version(*y[:6], (y[6], y[7])), [*x, C, U])
+
+    for num_iter in (1, 6):
+        version = case_of(num_iter=num_iter)
+        assert_same(run(version.chunked), run(version.reference))
+
+
 def test_a_state_of_zeros_and_keys_of_zeros_give_finite_zeros():
     q, k, v, g, gk, alpha = inputs(1, 5)
     k = torch.zeros_like(k)

@@ -37,6 +37,8 @@ DOCUMENTS = {
     "at the borders": [[12] * 4, [6, 18, 24]],
     "twice as long": [[96], [96]],
     "long": [[300, 84], [7, 57, 320]],
+    # Of two ranks the second alone attends to tokens that it does not hold: the first must still join its backward.
+    "one rank asks": [[12, 24, 12], [12, 24, 12]],
 }
 ONE_EACH = [next(case for case in cases() if case.symbol == symbol) for symbol in MIXERS]
 EVERY = "-".join([*MIXERS, "*"])  # a pattern with every layer type
@@ -80,7 +82,7 @@ class Job:
 SLIDING = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}
 JOBS = [Job(case, "X-*-X", "packed", 4) for case in ONE_EACH]
 JOBS += [Job(ONE_EACH[0], EVERY, documents, 4) for documents in ("whole", "at the borders", "twice as long")]
-JOBS += [Job(ONE_EACH[0], EVERY, documents, 2) for documents in ("whole", "packed")]
+JOBS += [Job(ONE_EACH[0], EVERY, documents, 2) for documents in ("whole", "packed", "one rank asks")]
 JOBS += [Job(ONE_EACH[0], EVERY, "packed", 2, checkpointing=True), Job(ONE_EACH[0], "X-*", "packed", 2, fields=SLIDING)]
 JOBS += [Job(case, "X-*", "packed", 2) for case in cases() if case not in ONE_EACH and case.options]
 

@@ -16,7 +16,7 @@ from hmf.gpus import GPUS, cpu, parse_gpus
 from hmf.model.convert import hybrid_config
 from hmf.model.families import FAMILIES
 from hmf.planning import serving as planner
-from hmf.planning.memory import weights
+from hmf.planning.memory import weights, working_bytes
 from tests.hybrids import Case, tiny_config
 from tests.serving import engines
 
@@ -109,6 +109,17 @@ class TestBytes:
         assert sixteen.sequence_bytes(512)[0] == eight.sequence_bytes(512)[0]  # 8 key heads: two ranks hold the same
         assert eight.blocks.tokens == one.blocks.tokens == 544
 
+    def test_ranks_share_the_weights(self):
+        """In memory, beside what every rank needs, and in what a decode step reads."""
+        total = 2 * 8_190_735_360
+        base = planner.base_of(qwen3_8b())
+        one, eight = (planner.make_plan(base, GPUS["h200"], ranks) for ranks in (1, 8))
+        working = [working_bytes(base, torch.bfloat16, ranks, 8192, GPUS["h200"].max_num_seqs) for ranks in (1, 8)]
+        assert eight.cache_bytes - one.cache_bytes == total - total // 8 + working[0] - working[1]
+        assert [plan.step_bytes(0, 1) for plan in (one, eight)] == [total, total / 8]
+        with pytest.raises(HmfError, match=r"the weights, 1.9 GiB on each of 8 l4, leave no room"):
+            planner.make_plan(base, GPUS["l4"], 8, room=1)
+
     def test_weights_are_the_models(self):
         assert weights(planner.as_hybrid(qwen3_8b()), torch.bfloat16).total == 2 * 8_190_735_360
         config = tiny_config(Case("GDN", "plan"), tie_word_embeddings=True)
@@ -178,7 +189,7 @@ class TestInput:
         [
             ("h20", "did you mean 'h200'"),
             ("h100x0", "at least one GPU"),
-            ("h100x3", "do not split over 3"),
+            ("h100x3", "32 query and 8 key/value heads do not split over 3 GPUs"),
             ("", "unknown GPU"),
             ("rtx5090", "unknown GPU 'rtx5090'; did you mean 'rtx4090'"),
         ],
@@ -186,6 +197,14 @@ class TestInput:
     def test_refused_names(self, gpus, line):
         with pytest.raises(HmfError, match=line):
             planner.plans(qwen3_8b(), gpus)
+
+    def test_key_heads_that_do_not_split(self):
+        """Ranks hold equally many, or share one evenly: vLLM takes nothing else."""
+        config = FAMILIES["qwen3"].config_class()(**QWEN3_8B | {"num_attention_heads": 24, "num_key_value_heads": 6})
+        for gpus in ("h200x4", "h200x8"):
+            with pytest.raises(HmfError, match="24 query and 6 key/value heads do not split over"):
+                planner.plans(config, gpus)
+        assert planner.plans(config, "h200x12")[0].ranks == 12
 
     def test_too_small(self):
         config = FAMILIES["qwen3"].config_class()(**QWEN3_8B | {"num_hidden_layers": 72})

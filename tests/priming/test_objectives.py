@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stage-1 losses: the published software's numbers, padding, packing, and what gets a gradient."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hmf.config.pattern import Pattern
 from hmf.config.runs import ObjectiveSettings
 from hmf.errors import HmfError
 from hmf.model.checkpoint import load_model
-from hmf.model.convert import drop_teacher, hybridise
+from hmf.model.convert import drop_teacher, hybridise, mixers
 from hmf.model.modeling import STUDENT, TEACHER
 from hmf.priming.objectives import (
     PARTS,
@@ -27,6 +28,7 @@ from hmf.priming.objectives import (
 from hmf.priming.stage0 import initialise
 from tests.numerics import SAME, assert_near, assert_same, check
 from tests.ops.cases import normal
+from tests.parity import full_case, small_case, stage_0_and_1
 
 in_float64 = pytest.mark.usefixtures("in_float64")
 
@@ -38,33 +40,34 @@ def fused(tiny_qwen3):
     return model
 
 
-@pytest.fixture(scope="module")
-def published(parity_dir):
-    case = parity_dir / "fused_gdn"
-    return case, load_model(case / "fused"), load_file(case / "stage1.safetensors")
+@pytest.fixture(scope="module", params=[small_case("fused_gdn"), full_case("fused_gdn")])
+def published(request):
+    """The stored case and its fused model."""
+    case = stage_0_and_1(request.param)
+    model = hybridise(load_model(case.base), case.pattern)
+    model.load_state_dict(case.fused, strict=not model.config.tie_word_embeddings)
+    return case, model.eval()
 
 
 @pytest.mark.parametrize(
     ("layers", "pre_lm_head"), [*((p, True) for p in PARTS), *((p, False) for p in PARTS if PARTS[p])]
 )
 def test_losses_are_the_published_ones(published, layers, pre_lm_head):
-    _, model, stored = published
-    losses = model(input_ids=stored["input_ids"], objective=Stage1Objective(layers, pre_lm_head))
-    wanted = stored[f"loss.eval.{layers}.pre_lm_head={pre_lm_head}"]
+    case, model = published
+    losses = model(input_ids=case.stage1["input_ids"], objective=Stage1Objective(layers, pre_lm_head))
+    wanted = case.stage1[f"loss.eval.{layers}.pre_lm_head={pre_lm_head}"]
     assert_near(losses["loss"], wanted, wanted)
 
 
 def test_gradients_are_the_published_ones(published):
-    case, model, stored = published
+    case, model = published
     model.zero_grad()
     trainable = train_only_mixers(model)
-    model(input_ids=stored["input_ids"], objective=Stage1Objective())["loss"].backward()
-    gradients = load_file(case / "stage1_grads_none_prelmhead.safetensors")
-    by_kernels = load_file(case / "stage1_grads_none_prelmhead_kernels.safetensors")
-    assert {f"grad.{name}" for name in trainable} == gradients.keys()
-    for name, wanted in gradients.items():
-        assert_near(model.get_parameter(name.removeprefix("grad.")).grad, wanted, by_kernels[name], name)
-    assert all(p.grad is None for name, p in model.named_parameters() if name not in trainable)
+    model(input_ids=case.stage1["input_ids"], objective=Stage1Objective())["loss"].backward()
+    assert case.gradients and case.gradients.keys() <= set(trainable)
+    for name, wanted in case.gradients.items():
+        assert_near(model.get_parameter(name).grad, wanted, case.by_kernels[name], name)
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == set(trainable)
 
 
 @in_float64
@@ -244,6 +247,10 @@ def test_supervised_tokens_are_those_whose_successor_has_a_label(fused):
         }
         each = logit_divergence(finals[STUDENT][0], finals[TEACHER][0], fused.get_output_embeddings())
     assert_same(some, each[5:8].mean())
+    train_only_mixers(fused)
+    nothing = objective(fused, input_ids=ids, labels=torch.full_like(ids, -100))["loss"]
+    nothing.backward()
+    assert nothing == 0 and not any(p.grad.any() for p in fused.parameters() if p.requires_grad)
     with pytest.raises(HmfError, match="needs labels"):
         objective(fused, input_ids=ids)
 
@@ -261,6 +268,29 @@ def test_layerwise_gives_each_mixer_its_own_attentions_task(fused):
         fused.model.layers[1].gdn.o_proj.weight.mul_(3)
     fused(input_ids=ids, position_ids=positions, objective=LayerwiseObjective())["loss"].backward()
     assert torch.equal(before, fused.model.layers[3].gdn.o_proj.weight.grad)
+
+
+@in_float64
+def test_layerwise_is_the_mean_over_layers_of_relative_squared_errors(tiny_qwen3):
+    def loss(pattern, objective, silent=False):
+        model = hybridise(copy.deepcopy(tiny_qwen3), Pattern.parse(pattern))
+        initialise(model)
+        if silent:
+            for _, mixer in mixers(model):
+                mixer.o_proj.weight.data.zero_()
+        return model.double()(input_ids=ids, attention_mask=mask, objective=objective)["loss"], model
+
+    ids, mask = torch.randint(0, 128, (2, 20)), torch.ones(2, 20, dtype=torch.long)
+    mask[1, :8] = 0
+    both, first, second = (
+        loss(pattern, LayerwiseObjective())[0] for pattern in ("*-GDN-*-GDN", "*-GDN-*-*", "*-*-*-GDN")
+    )
+    assert_same(both, (first + second) / 2)
+    nothing, model = loss("*-GDN-*-GDN", LayerwiseObjective(), silent=True)
+    assert_same(nothing, torch.ones_like(nothing))  # off by all that is wanted
+    sizes = attention_sizes(model, input_ids=ids, attention_mask=mask)
+    absolute = loss("*-GDN-*-GDN", LayerwiseObjective((1.0, 1.0)), silent=True)[0]
+    assert_same(absolute, torch.tensor(sizes).double().mean())
 
 
 @in_float64

@@ -16,6 +16,8 @@ from hmf.model.convert import drop_teacher, hybridise, mixers
 from hmf.model.modeling import TEACHER
 from hmf.priming.export import export
 from hmf.priming.stage0 import initialise, make_stage0
+from tests.data.shrink import after_first_layer
+from tests.parity import SMALL, full_case, small_case, stage_0_and_1
 
 PATTERN = Pattern.parse("*-GDN-*-GDN")
 
@@ -26,19 +28,51 @@ def stage0(tiny_qwen3_dir, tmp_path_factory):
     return out, make_stage0(tiny_qwen3_dir, PATTERN, out, seed=3)
 
 
-def test_every_published_tensor_that_does_not_depend_on_chance(parity_dir, tmp_path):
-    case = parity_dir / "fused_gdn"
-    make_stage0(case / "base", PATTERN, tmp_path / "out")
-    ours, theirs = load_file(tmp_path / "out/model.safetensors"), load_file(case / "fused/model.safetensors")
+@pytest.mark.parametrize("folder", [small_case("fused_gdn"), full_case("fused_gdn")])
+def test_every_published_tensor_that_does_not_depend_on_chance(folder, tmp_path):
+    case = stage_0_and_1(folder)
+    make_stage0(case.base, case.pattern, tmp_path / "out")
+    ours, theirs = load_file(tmp_path / "out/model.safetensors"), case.fused
     assert ours.keys() == theirs.keys()
-    origin = json.loads((case / "tensor_origin.json").read_text())
     for kind in ("constant_at_init", "derived_from_base_attention", "copied_same_name_from_base"):
-        for name in origin[kind]:
+        for name in case.origin[kind]:
             assert torch.equal(ours[name], theirs[name]), name
-    for name in origin["rng_dependent"]:
+    for name in case.origin["rng_dependent"]:
         assert ours[name].shape == theirs[name].shape
         if ours[name].dim() > 1:
             assert ours[name].std().item() == pytest.approx(theirs[name].std().item(), rel=0.3), name
+
+
+@pytest.mark.parametrize("symbol", ["GKA", "M2"])
+@pytest.mark.parametrize("folder", [small_case("fused_gdn"), full_case("fused_gdn")])
+def test_other_layer_types_start_as_gated_deltanet_does(folder, symbol):
+    """The published gate, and the attention's own projections."""
+    case = stage_0_and_1(folder)
+    layer = case.pattern.replaced[-1]
+    symbols = [symbol if index == layer else "*" for index in range(len(case.pattern))]
+    fused = hybridise(load_model(case.base), Pattern.parse("-".join(symbols)))
+    initialise(fused)
+    ((_, mixer),) = mixers(fused)
+    q, k, v, gate = (case.fused[f"model.layers.{layer}.gdn.{name}_proj.weight"] for name in "qkvg")
+    if symbol == "M2":
+        found, wanted = mixer.in_proj.weight[: -mixer.heads], torch.cat([gate, v, k, q])
+    else:
+        found = torch.cat([getattr(mixer, f"{name}_proj").weight for name in "qkvg"])
+        wanted = torch.cat([q, k, v, gate])
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("full", [full_case("fused_gdn")])
+def test_the_small_case_is_cut_from_the_full_one(full):
+    config, base, mixers, origin, stage1 = after_first_layer(full)
+    small = SMALL / full.name
+    assert json.loads((small / "base/config.json").read_text()) == config
+    assert json.loads((small / "tensor_origin.json").read_text()) == origin
+    cut = {"base/model": base, "mixers": mixers, "stage1": stage1}
+    for file, tensors in cut.items():
+        stored = load_file(small / f"{file}.safetensors")
+        assert stored.keys() == tensors.keys()
+        assert [name for name in stored if not torch.equal(stored[name], tensors[name])] == []
 
 
 def test_report_counts_every_tensor(stage0):

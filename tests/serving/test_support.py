@@ -287,6 +287,14 @@ class TestRefusals:
             hybrid_dir, tensor_parallel_size=3, distributed_executor_backend="mp"
         )
 
+    @pytest.mark.parametrize(
+        ("keys", "ranks", "fits"), [(6, 2, True), (6, 4, False), (2, 4, True), (3, 2, False), (1, 12, True)]
+    )
+    def test_ranks_share_a_key_head_or_hold_equally_many(self, keys, ranks, fits):
+        config = tiny_config(GDN, num_attention_heads=12, num_key_value_heads=keys)
+        problem = support.split_problem(config, ranks)
+        assert problem is None if fits else f"12 query and {keys} key/value heads do not split over {ranks}" in problem
+
     def test_what_mixes_all_heads_does_not_split(self, tmp_path):
         """The recurrent layer inside B'MOJO-F included."""
         inner = {"gdn_config": {"kv_proj_rank": 4}, "bmojo_config": {"ssm_mixer": "gdn", "window_size": 5}}

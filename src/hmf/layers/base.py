@@ -50,6 +50,12 @@ def split_heads(heads: int, ranks: int) -> int:
     return max(1, heads // ranks)
 
 
+def heads_fit(config: Any, ranks: int) -> bool:
+    """Whether `ranks` tensor-parallel ranks hold equally many query and key/value heads, or share the latter evenly."""
+    queries, keys = config.num_attention_heads, config.num_key_value_heads
+    return queries % ranks == 0 and (keys % ranks == 0 or ranks % keys == 0)
+
+
 @dataclass
 class Start:
     """Where each tensor of a mixer came from, and what became of each tensor of the attention it started from."""

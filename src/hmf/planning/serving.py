@@ -23,6 +23,7 @@ import torch
 from hmf.config.pattern import ATTENTION, Pattern, is_fused
 from hmf.errors import HmfError
 from hmf.gpus import COPY_SHARE, GIB, Device, parse_gpus
+from hmf.layers.base import heads_fit
 from hmf.model.convert import hybrid_config
 
 from .memory import Blocks, LayerCache, Weights, layer_caches, require_unquantised, weights, working_bytes
@@ -141,9 +142,9 @@ def make_plan(
     config = as_hybrid(config)
     if is_fused(config):
         config = hybrid_config(config, config.pattern.with_fused(False))
-    if config.num_attention_heads % ranks:
-        heads = config.num_attention_heads
-        raise HmfError(f"--gpu: {heads} attention heads do not split over {ranks} GPUs; use a divisor of {heads}")
+    if not heads_fit(config, ranks):
+        heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads"
+        raise HmfError(f"--gpu: {heads} do not split over {ranks} GPUs; use a divisor of both")
     dtype = dtype or serving_dtype(config)
     size = weights(config, dtype)
     caches = layer_caches(config, dtype, ranks)

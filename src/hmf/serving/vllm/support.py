@@ -17,6 +17,7 @@ from hmf.config.layers import base_head_dim, layer_options, needed_kinds
 from hmf.config.pattern import ATTENTION, is_fused
 from hmf.config.runs import ROPE_KEYS, ROPE_SCALING_KEYS
 from hmf.errors import HmfError
+from hmf.layers.base import heads_fit
 from hmf.layers.registry import mixer_class
 
 TESTED_VLLM = SpecifierSet(">=0.32.0,<0.33")
@@ -73,8 +74,8 @@ def split_problem(config: Any, ranks: int) -> str | None:
     """Why the Hybrid of a Hugging Face `config` does not split over `ranks` tensor-parallel ranks, or None."""
     if ranks == 1:
         return None
-    queries, keys = config.num_attention_heads, config.num_key_value_heads
-    if queries % ranks or (keys % ranks and ranks % keys):
+    if not heads_fit(config, ranks):
+        queries, keys = config.num_attention_heads, config.num_key_value_heads
         return f"{queries} query and {keys} key/value heads do not split over {ranks} ranks; use a divisor of both"
     for name in ("intermediate_size", "moe_intermediate_size"):
         if (size := getattr(config, name, 0)) % ranks:
