@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
+from hmf.data.template import Template
 from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError
 from hmf.model.checkpoint import load_model
@@ -53,13 +54,10 @@ class LocalChat:
 
     def answer(self, text: str) -> Iterator[Part]:
         self.messages.append({"role": "user", "content": text})
-        inputs = self.tokenizer.apply_chat_template(
-            self.messages,
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-            enable_thinking=self.thinking,
-        ).to(self.model.device)
+        text = Template.of(self.tokenizer).render(
+            self.messages, add_generation_prompt=True, enable_thinking=self.thinking
+        )
+        inputs = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(self.model.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
         configured = self.model.generation_config.eos_token_id
