@@ -13,6 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 import hmf
+from hmf import processors
 from hmf.cli import bench, data, machine, models, stages
 from hmf.cli.shared import group
 from hmf.errors import HmfError
@@ -55,6 +56,7 @@ def options(
 
 def main() -> None:
     """Entry point of the `hmf` script."""
+    processors.share()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Its bars are for reading and writing files; long steps show their own.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -201,8 +201,11 @@ class Template:
         return bool(_GENERATION.search(self.tokenizer.get_chat_template(tools=tools)))
 
     def render(self, messages: list[Message], tools: list[Any] | None = None, **options: Any) -> str:
-        """The template's text; `options` are variables of the template."""
-        return self._run(messages, tools, options)[0]
+        """The template's text; `options` are variables of the template. HmfError also for a prompt without any text."""
+        text, _ = self._run(messages, tools, options)
+        if not text and options.get("add_generation_prompt"):
+            raise HmfError(f"{self.place}the chat template writes nothing; take one that writes the messages")
+        return text
 
     def render_marked(
         self, messages: list[Message], tools: list[Any] | None = None, **options: Any

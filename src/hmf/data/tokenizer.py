@@ -16,6 +16,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from hmf.config.strict import require_text
 from hmf.data.conversation import strings_of
 from hmf.errors import HmfError, notice
+from hmf.model.checkpoint import require_values
 from hmf.model.files import read_object, reading, require_folder
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -64,6 +65,8 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     # Without any file transformers makes a tokenizer without vocabulary, to which every text is empty.
     if not any(item for pattern in VOCABULARIES for item in folder.glob(pattern)):
         raise HmfError(f"{folder}: has no tokenizer ({', '.join(VOCABULARIES[:3])}, ...); copy its files there")
+    if (file := folder / "config.json").exists():  # transformers reads it to find the tokenizer's class
+        require_values(read_object(file), file)
     config = folder / "tokenizer_config.json"
     name = read_object(config).get("tokenizer_class") if config.exists() else None
     if name is not None and (not isinstance(name, str) or tokenizer_class_from_name(name) is None):

@@ -35,6 +35,7 @@ from hmf.config.strict import Settings, parse_yaml
 from hmf.errors import HmfError
 from hmf.gpus import Device, parse_gpus
 from hmf.model.checkpoint import load_config
+from hmf.model.configuration import building
 from hmf.model.convert import hybrid_config
 from hmf.model.families import family_of
 from hmf.model.modeling import hybrid_classes
@@ -448,7 +449,7 @@ def print_plans(found: Sequence[TrainingPlan]) -> None:
 
 def without_memory(config: Any) -> PreTrainedModel:
     """A Hybrid on the meta device, in float32."""
-    with torch.device("meta"), no_init_weights():
+    with building(config.name_or_path), torch.device("meta"), no_init_weights():
         model = hybrid_classes(family_of(config.model_type)).causal_lm._from_config(config, dtype=torch.float32)
     model.tie_weights()
     return model
