@@ -416,7 +416,7 @@ def _first_problem(error: ValidationError, kind: type[BaseModel]) -> str:
         return f"{where}: is missing"
     message = problem["msg"].removeprefix("Value error, ")
     given = problem["input"]
-    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool | type(None)) else ""
+    shown = f" (got {given!r:.200})" if isinstance(given, str | int | float | bool | type(None)) else ""
     return f"{where + ': ' if where else ''}{message}{shown}"
 
 

@@ -224,7 +224,7 @@ def _arguments(value: Any, place: str) -> dict[str, Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value, object_pairs_hook=once, parse_constant=number)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise HmfError(f"{place}: is text but not valid JSON ({error}); write an object") from None
         require_text(value, place)
     if not isinstance(value, dict):

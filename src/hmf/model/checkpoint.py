@@ -251,8 +251,13 @@ def require_values(content: dict[str, Any], file: Path) -> None:
     activation = content.get("hidden_act")
     if activation is not None and not (isinstance(activation, str) and activation in ACT2FN):
         raise HmfError(f"{file}: {unknown_name('hidden_act', str(activation), ACT2FN)}")
+    base = content["model_type"]
+    if content.get("hybrid_override_pattern") is not None and not base.startswith("hybrid_"):
+        raise HmfError(
+            f"{file}: hybrid_override_pattern: {base!r} is no Hybrid; take the key out, or set model_type to hybrid_{base}"
+        )
     if nested := [name for name in NESTED if content.get(name) is not None]:
-        raise HmfError(f"{file}: {nested[0]}: a {content['model_type']} config holds no other config; take it out")
+        raise HmfError(f"{file}: {nested[0]}: a {base} config holds no other config; take it out")
 
 
 def _torch(name: str) -> Any:

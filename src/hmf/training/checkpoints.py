@@ -28,6 +28,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from torch import nn
 
+from hmf.config.strict import parse_json
 from hmf.errors import HmfError
 from hmf.model.files import follow_umask
 
@@ -90,7 +91,7 @@ def problem(checkpoint: Path, processes: int | None = None) -> str | None:
     """
     try:
         text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
-        stated = json.loads(text)
+        stated = parse_json(text)
         if text != _manifest(stated["processes"], stated["files"]):
             return f"{MANIFEST} is damaged"
     except FileNotFoundError:
