@@ -88,6 +88,8 @@ BAD = {
     "nul.jsonl": (LINES + b'{"text": "a\0"}', "nul.jsonl:4: not UTF-8 text"),
     "twice.jsonl": (LINES + b'{"text": "a", "text": "b"}', "jsonl:4: not valid JSON .the key 'text' is there twice"),
     "twice.json": (b'[{"text": "a"},\n{"text": "a", "text": "b"}]', "json:2: not valid JSON .the key 'text' is there"),
+    "nested.jsonl": (b'{"text": ' + b"[" * 500 + b"]" * 500 + b"}", "nested.jsonl:1: not valid JSON .it is nested too"),
+    "nested.json": (b'{"text": ' + b"[" * 500 + b"]" * 500 + b"}", "nested.json:1: not valid JSON .it is nested too"),
     "deep.jsonl": (b"[" * 100_000, "deep.jsonl:1: not valid JSON .it is nested too deeply"),
     "half.jsonl": (b'{"text": "a \\ud83d b"}', r"half.jsonl:1: text: a lone surrogate \(\\ud83d\) is no text; remove"),
     "open.json": (b'[{"text": "a"},\n{"text": "b"}', "open.json:2: the array does not end"),

@@ -16,7 +16,7 @@ import hmf
 from hmf import processors
 from hmf.cli import bench, data, machine, models, stages
 from hmf.cli.shared import group
-from hmf.errors import HmfError
+from hmf.errors import HmfError, one_line
 
 DEBUG = "HMF_DEBUG"  # set: unexpected errors show their traceback
 
@@ -84,8 +84,7 @@ def main() -> None:
 
 
 def _end(message: str, code: int) -> None:
-    """Print one line, in which nothing of a file or its name can look like another line, and exit."""
+    """Print one line and exit."""
     if message:
-        shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
-        typer.echo(f"hmf: {shown}", err=True)
+        typer.echo(f"hmf: {one_line(message)}", err=True)
     sys.exit(code)

@@ -254,7 +254,7 @@ def require_values(content: dict[str, Any], file: Path) -> None:
     base = content["model_type"]
     if content.get("hybrid_override_pattern") is not None and not base.startswith("hybrid_"):
         raise HmfError(
-            f"{file}: hybrid_override_pattern: {base!r} is no Hybrid; take the key out, or set model_type to hybrid_{base}"
+            f"{file}: hybrid_override_pattern: {base!r} is no Hybrid; take the key out, or write hybrid_{base} there"
         )
     if nested := [name for name in NESTED if content.get(name) is not None]:
         raise HmfError(f"{file}: {nested[0]}: a {base} config holds no other config; take it out")

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from hmf.config.strict import parse_json
-from hmf.errors import HmfError
+from hmf.errors import HmfError, one_line
 from hmf.model.files import follow_umask
 
 MANIFEST = "manifest.json"
@@ -46,7 +46,7 @@ torch.serialization.register_package(
 
 
 def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(one_line(line), file=sys.stderr, flush=True)
 
 
 def replace_text(path: Path, text: str) -> None:
