@@ -18,6 +18,7 @@ from transformers import StoppingCriteriaList, TextIteratorStreamer
 from hmf.data.template import Template
 from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError
+from hmf.evaluation.generation import generating
 from hmf.model.checkpoint import load_model
 
 THINK_START, THINK_END = "<think>", "</think>"
@@ -69,11 +70,12 @@ class LocalChat:
 
         def generate() -> None:
             try:
-                tokens = self.model.generate(
-                    **arguments,
-                    stopping_criteria=StoppingCriteriaList([lambda *_, **__: stopped.is_set()]),
-                    pad_token_id=self.tokenizer.pad_token_id,
-                )[0, inputs["input_ids"].shape[1] :]
+                with generating(self.model):
+                    tokens = self.model.generate(
+                        **arguments,
+                        stopping_criteria=StoppingCriteriaList([lambda *_, **__: stopped.is_set()]),
+                        pad_token_id=self.tokenizer.pad_token_id,
+                    )[0, inputs["input_ids"].shape[1] :]
                 self.cut_off = len(tokens) == self.max_new_tokens and tokens[-1].item() not in ends
             except BaseException as error:
                 failure.append(error)
