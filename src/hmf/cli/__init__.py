@@ -71,7 +71,9 @@ def main() -> None:
     except BrokenPipeError:  # whoever read the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
         if os.environ.get(DEBUG):
             raise
         if isinstance(error, OSError) and error.strerror:  # a full disk, a folder without permission

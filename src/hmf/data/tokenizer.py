@@ -155,7 +155,7 @@ def encode_texts(
     Args:
         split_special_tokens: encode special tokens in a text as the text that they are written with.
     Raises:
-        HmfError: a text has a lone surrogate.
+        HmfError: a text has a lone surrogate, or is too long for the tokenizer.
     """
     try:
         # verbose=False: texts longer than the model's context are cut into rows later, no reason to warn.
@@ -166,6 +166,13 @@ def encode_texts(
     except TypeError:
         require_text(texts, "texts")  # what the tokenizer's own error does not name
         raise
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of the tokenizers library, and no Exception
+            raise
+        raise HmfError(
+            f"the tokenizer fails ({' '.join(str(error).split())}); the longest text has {max(map(len, texts)):,} "
+            "characters: split it, or take it out"
+        ) from None
 
 
 @functools.lru_cache(maxsize=8)
