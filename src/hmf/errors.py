@@ -12,11 +12,16 @@ class HmfError(Exception):
     """Bad input, said in one line: the file, the key and the mend. The command line prints it and exits with 2."""
 
 
+def one_line(message: str) -> str:
+    """A message in which nothing of a file or its name can look like another line."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
+
+
 @functools.cache
 def notice(line: str) -> None:
     """Print what a user must know and no error is, on stderr: each line once, and by one of several processes."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"hmf: {line}", file=sys.stderr, flush=True)
+        print(f"hmf: {one_line(line)}", file=sys.stderr, flush=True)
 
 
 def listed(names: Iterable[str], shown: int = 4) -> str:

@@ -96,7 +96,7 @@ def claimed(output: Path, recipe: str) -> Iterator[None]:
     if not kept.is_file():
         require_unused(output, lambda name: name in (HOLDER, PART))
     with locked(output):
-        if kept.is_file() and kept.read_text(encoding="utf-8") != recipe:
+        if kept.is_file() and kept.read_bytes() != recipe.encode():
             if _made(output) - {RECIPE, STAGE0}:
                 raise HmfError(
                     f"{output}: was started with another recipe ({kept}); choose another output or remove it first"

@@ -3,6 +3,8 @@
 
 import copy
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -179,6 +181,47 @@ def test_a_prompt_that_opens_the_thinking(templated):
 def test_a_tokenizer_without_a_template(templated):
     with pytest.raises(HmfError, match="no chat template"):
         encode_chat(templated(None), [*QUESTION, TWO])
+
+
+ENDLESS = {
+    "loops": "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
+    "a power": "{{ 3 ** (10 ** 9) }}",
+    "a long text": "{{ 'a' * 10 ** 11 }}",
+    "a doubled text": "{% set n = namespace(s='ab') %}{% for _ in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+    "a filter": "{{ 'a' | center(10 ** 11) }}",
+    "a list": "{{ [messages] * 10 ** 11 }}",
+    "an output": "{% for _ in range(900) %}{{ 'a' * 10 ** 6 }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_template_without_end_has_limits(templated, name):
+    tokenizer = templated(ENDLESS[name])
+    tokenizer.name_or_path = "runs/model"
+    with pytest.raises(HmfError, match=r"^runs/model: the chat template .* (5 s|2 GiB of memory|characters); fix it$"):
+        encode_chat(tokenizer, TALK_WITH["there"])
+    assert encode_chat(templated(SIMPLE), TALK_WITH["there"])  # the next one is not of the one before
+
+
+def test_threads_and_forked_processes_render_at_the_same_time(tokenizer):
+    wanted = {
+        number: shown(tokenizer, *encode_chat(tokenizer, [*QUESTION, {"role": "assistant", "content": str(number)}]))
+        for number in range(8)
+    }
+    assert len({text for text, _ in wanted.values()}) == 8
+
+    def right(number):
+        return all(
+            shown(tokenizer, *encode_chat(tokenizer, [*QUESTION, {"role": "assistant", "content": str(number)}]))
+            == wanted[number]
+            for _ in range(20)
+        )
+
+    if (child := os.fork()) == 0:
+        os._exit(0 if all(map(right, wanted)) else 1)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(right, wanted))
+    assert os.waitpid(child, 0)[1] == 0
 
 
 # The second character is one that stands for a special token elsewhere.

@@ -8,6 +8,7 @@ import lzma
 import os
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -88,6 +89,8 @@ BAD = {
     "nul.jsonl": (LINES + b'{"text": "a\0"}', "nul.jsonl:4: not UTF-8 text"),
     "twice.jsonl": (LINES + b'{"text": "a", "text": "b"}', "jsonl:4: not valid JSON .the key 'text' is there twice"),
     "twice.json": (b'[{"text": "a"},\n{"text": "a", "text": "b"}]', "json:2: not valid JSON .the key 'text' is there"),
+    "nested.jsonl": (b'{"text": ' + b"[" * 500 + b"]" * 500 + b"}", "nested.jsonl:1: not valid JSON .it is nested too"),
+    "nested.json": (b'{"text": ' + b"[" * 500 + b"]" * 500 + b"}", "nested.json:1: not valid JSON .it is nested too"),
     "deep.jsonl": (b"[" * 100_000, "deep.jsonl:1: not valid JSON .it is nested too deeply"),
     "half.jsonl": (b'{"text": "a \\ud83d b"}', r"half.jsonl:1: text: a lone surrogate \(\\ud83d\) is no text; remove"),
     "open.json": (b'[{"text": "a"},\n{"text": "b"}', "open.json:2: the array does not end"),
@@ -290,3 +293,14 @@ def test_values_that_yaml_knows_and_python_does_not_are_one_line(text):
     with pytest.raises(ValueError) as caught:
         parse_yaml(text)
     assert "\n" not in str(caught.value)
+
+
+def test_a_row_of_a_table_has_a_limit(tmp_path, monkeypatch):
+    """A small file can hold a large text once for many rows."""
+    monkeypatch.setattr(files, "LIMIT", 1000)
+    for size, rows in ((900, 300), (2000, 3)):
+        column = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array(["a" * size]))
+        pq.write_table(pa.table({"text": column}), tmp_path / f"{size}.parquet")
+    assert read(tmp_path / "900.parquet") == ["a" * 900] * 300
+    with pytest.raises(HmfError, match=r"2000.parquet: row 0: has more than"):
+        read(tmp_path / "2000.parquet")

@@ -13,9 +13,10 @@ import typer
 from typer.exceptions import TyperException
 
 import hmf
+from hmf import processors
 from hmf.cli import bench, data, machine, models, stages
 from hmf.cli.shared import group
-from hmf.errors import HmfError
+from hmf.errors import HmfError, one_line
 
 DEBUG = "HMF_DEBUG"  # set: unexpected errors show their traceback
 
@@ -55,6 +56,7 @@ def options(
 
 def main() -> None:
     """Entry point of the `hmf` script."""
+    processors.share()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Its bars are for reading and writing files; long steps show their own.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -69,7 +71,9 @@ def main() -> None:
     except BrokenPipeError:  # whoever read the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
         if os.environ.get(DEBUG):
             raise
         if isinstance(error, OSError) and error.strerror:  # a full disk, a folder without permission
@@ -82,8 +86,7 @@ def main() -> None:
 
 
 def _end(message: str, code: int) -> None:
-    """Print one line, in which nothing of a file or its name can look like another line, and exit."""
+    """Print one line and exit."""
     if message:
-        shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
-        typer.echo(f"hmf: {shown}", err=True)
+        typer.echo(f"hmf: {one_line(message)}", err=True)
     sys.exit(code)

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from hmf import processors
 from hmf.cli.shared import Overrides, RecipeFile, epilog, group
 from hmf.folders import resolve_base
 
@@ -33,8 +33,7 @@ def data_prepare(
     from hmf.report.samples import print_counts
 
     settings = load_recipe(recipe, DataRecipe, overrides or ())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    print_counts(prepare(settings, resolve_base(settings.tokenizer), workers or cores))
+    print_counts(prepare(settings, resolve_base(settings.tokenizer), workers or processors.count()))
     typer.echo(f"saved {settings.output}; look at it: hmf data show {settings.output}")
     typer.echo(f"train on it: data: {{prepared: {settings.output}}} in a recipe")
 

@@ -393,7 +393,7 @@ def read_recipe(path: str | Path, kind: type[Recipe], overrides: Sequence[str] =
     try:
         return kind.model_validate(content), text
     except ValidationError as error:
-        changed = f" with {' '.join(overrides)}" if overrides else ""
+        changed = f" with {' '.join(overrides):.200}" if overrides else ""
         raise HmfError(f"{path}{changed}: {_first_problem(error, kind)}") from None
 
 
@@ -402,15 +402,15 @@ def _override(content: dict[str, Any], override: str) -> None:
     name, equals, value = override.partition("=")
     *sections, key = name.split(".")
     if not (equals and key and all(sections)):
-        raise HmfError(f"--set {override}: write KEY=VALUE with the key's path, as hybrid.mixer=gka")
+        raise HmfError(f"--set {override:.200}: write KEY=VALUE with the key's path, as hybrid.mixer=gka")
     for section in sections:
         content = content.setdefault(section, {})
         if not isinstance(content, dict):
-            raise HmfError(f"--set {override}: {section!r} is a value in this recipe and holds no keys")
+            raise HmfError(f"--set {override:.200}: {section!r} is a value in this recipe and holds no keys")
     try:
         content[key] = parse_yaml(value)
     except ValueError:
-        raise HmfError(f"--set {override}: the value is not valid YAML; quote it") from None
+        raise HmfError(f"--set {override:.200}: the value is not valid YAML; quote it") from None
 
 
 def _first_problem(error: ValidationError, kind: type[BaseModel]) -> str:
@@ -426,7 +426,7 @@ def _first_problem(error: ValidationError, kind: type[BaseModel]) -> str:
         return f"{where}: is missing"
     message = problem["msg"].removeprefix("Value error, ")
     given = problem["input"]
-    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool | type(None)) else ""
+    shown = f" (got {given!r:.200})" if isinstance(given, str | int | float | bool | type(None)) else ""
     return f"{where + ': ' if where else ''}{message}{shown}"
 
 

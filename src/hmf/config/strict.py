@@ -25,6 +25,10 @@ Steps = Annotated[int, Field(ge=1, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what random number generators take
 
 
+LEVELS = 128  # of objects and lists in each other
+_DEEP = f"it is nested too deeply, in more than {LEVELS} levels"
+
+
 def parse_json(text: str) -> Any:
     """The value of a JSON text, as `json.loads` gives it.
 
@@ -33,17 +37,18 @@ def parse_json(text: str) -> Any:
             the same key twice, and for what is nested too deeply to be read.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        return _shallow(json.loads(text, object_pairs_hook=_unique))
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError(_DEEP) from None
 
 
 def scan_json(text: str, start: int) -> tuple[Any, int]:
     """The JSON value that begins at `start`, and where it ends; errors as of `parse_json`."""
     try:
-        return _DECODER.raw_decode(text, start)
+        value, end = _DECODER.raw_decode(text, start)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError(_DEEP) from None
+    return _shallow(value), end
 
 
 def parse_yaml(text: str) -> Any:
@@ -54,11 +59,22 @@ def parse_yaml(text: str) -> Any:
             knows and Python does not.
     """
     try:
-        return yaml.load(text, _UniqueKeys)
+        return _shallow(yaml.load(text, _UniqueKeys))
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError(_DEEP) from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise ValueError(" ".join(str(error).split())) from None
+
+
+def _shallow(value: Any) -> Any:
+    """The value; ValueError for one that code which calls itself for each level could not go through."""
+    level = [value]
+    for _ in range(LEVELS):
+        lists = [item for item in level if isinstance(item, dict | list)]
+        level = [item for one in lists for item in (one.values() if isinstance(one, dict) else one)]
+        if not level:
+            return value
+    raise ValueError(_DEEP)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

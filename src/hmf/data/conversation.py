@@ -6,9 +6,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
-from hmf.config.strict import require_text
+from hmf.config.strict import parse_json, require_text
 from hmf.errors import HmfError, unknown_name
 
 Message = dict[str, Any]
@@ -210,20 +210,11 @@ def _calls(calls: Any, place: str, ignored: frozenset[str]) -> list[Message]:
 
 def _arguments(value: Any, place: str) -> dict[str, Any]:
     """The object of a call's arguments, which the OpenAI format has as JSON text."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(found := dict(pairs)) < len(pairs):
-            raise ValueError("a key is there twice")
-        return found
-
-    def number(text: str) -> NoReturn:
-        raise ValueError(f"{text} is no JSON")
-
     if value is None:
         return {}
     if isinstance(value, str):
         try:
-            value = json.loads(value, object_pairs_hook=once, parse_constant=number)
+            value = parse_json(value)
         except ValueError as error:
             raise HmfError(f"{place}: is text but not valid JSON ({error}); write an object") from None
         require_text(value, place)

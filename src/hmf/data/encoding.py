@@ -198,19 +198,11 @@ class _Chat:
     def by_marks(self, answers: list[int]) -> Encoded:
         messages, tools = self.talk.messages, self.talk.tools
         [(last, thinking)] = self.thinks.items()
-        text = self.template.render(messages, tools, enable_thinking=thinking)
+        text, marks = self.template.render_marked(messages, tools, enable_thinking=thinking)
         self.check_doubled(last, text)
         # Whether earlier thinking stays is up to a template that marks its turns; the last turn's has to.
         self.template.check(self.talk, last, thinking, text)
-        found = self.template.render(
-            messages,
-            tools,
-            enable_thinking=thinking,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        ids, mask = list(found["input_ids"]), list(found["assistant_masks"])
+        ids, mask = self.masked(text, marks)
         if self.plain:
             ids, mask = self.plain.restore(text, ids, mask)
         changes = [index for index in range(len(mask) + 1) if mask[index - 1 : index] != mask[index : index + 1]]
@@ -232,6 +224,18 @@ class _Chat:
             self.check_end(ids[start:stop])
             labels[start:stop] = ids[start:stop]
         return Encoded(ids[:stop], labels[:stop])
+
+    def masked(self, text: str, marks: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+        """Ids of a text; 1 for those from the first to the last that has a character of a part in `marks`, else 0."""
+        if not self.tokenizer.is_fast:
+            raise HmfError("the chat template marks parts of its text, which needs a tokenizer with a tokenizer.json")
+        encoded = self.tokenizer(text, add_special_tokens=False, verbose=False)
+        ids, mask = list(encoded["input_ids"]), [0] * len(encoded["input_ids"])
+        for start, stop in marks:
+            tokens = [token for at in range(start, stop) if (token := encoded.char_to_token(at)) is not None]
+            if tokens:
+                mask[tokens[0] : tokens[-1] + 1] = [1] * (tokens[-1] + 1 - tokens[0])
+        return ids, mask
 
     def check_doubled(self, index: int, text: str) -> None:
         if found := _DOUBLED.search(text):

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from hmf.config.strict import scan_json
-from hmf.errors import HmfError
+from hmf.errors import HmfError, one_line
 
 TEXT_SUFFIXES = (".py", ".txt", ".md")
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"} | dict.fromkeys(
@@ -206,7 +206,7 @@ def decoded(content: bytes) -> str:
 def say_once(line: str) -> None:
     """A line on stderr, once however often it is asked for, and from one process of a machine."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(line, file=sys.stderr, flush=True)
+        print(one_line(line), file=sys.stderr, flush=True)
 
 
 def _below(folder: Path, passed: list[str]) -> list[Path]:

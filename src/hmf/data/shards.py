@@ -38,7 +38,7 @@ from hmf.data.files import say_once
 from hmf.data.filters import repetition
 from hmf.data.sources import Conversation, Record, Source, content, digest
 from hmf.data.tokenizer import load_tokenizer, special_tokens
-from hmf.errors import HmfError
+from hmf.errors import HmfError, one_line
 
 FORMAT = 2  # of these files; a change makes all of them anew
 HASH_BYTES = 32
@@ -385,7 +385,7 @@ class Progress:
             left = ""
             if self.total and self.own:
                 left = f", ETA {max(0, self.total - self.done) * (now - self.started) / self.own:.0f} s"
-            print(f"{self.title}: {rate}{left}", file=sys.stderr, flush=True)
+            print(f"{one_line(self.title)}: {rate}{left}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -134,7 +134,13 @@ class Source:
                     raise HmfError(f"{path}: two columns have the same name; rename one")
                 # All, to name them, where one that is needed is not there.
                 columns = needed if needed is not None and {*needed} <= {*names} else None
-                for batch in file.iter_batches(batch_size=256, columns=columns):
+                for batch in file.iter_batches(batch_size=_batch_size(file.metadata), columns=columns):
+                    for at in range(batch.num_rows if batch.nbytes > files.LIMIT else 0):
+                        if batch.slice(at, 1).nbytes > files.LIMIT:
+                            raise HmfError(
+                                f"{path}: row {number + at}: has more than {files.LIMIT >> 20} MiB; split it, or take "
+                                "it out"
+                            )
                     for row in batch.to_pylist():
                         yield Record(f"{name} row {number}", _without_none(row), size)
                         number += 1
@@ -166,6 +172,14 @@ class Source:
                 yield Record(f"{place} row {number}", _without_none(row), 0)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise HmfError(f"{place}: cannot be read by datasets ({' '.join(str(error).split())})") from None
+
+
+def _batch_size(facts: Any) -> int:
+    """Rows of a Parquet file that are read at once; each may hold all that a part of a column holds."""
+    groups = (facts.row_group(number) for number in range(facts.num_row_groups))
+    columns = (group.column(number) for group in groups for number in range(group.num_columns))
+    largest = max((column.total_uncompressed_size for column in columns), default=1)
+    return max(1, min(256, 4 * files.LIMIT // max(1, largest)))
 
 
 def content(record: Record, settings: SourceSettings) -> str | Conversation:

@@ -18,6 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from hmf.data import phrases
+from hmf.data.template import Template
 from hmf.data.text import Split, stdlib_documents
 from hmf.errors import HmfError
 
@@ -42,19 +43,13 @@ class Sample:
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """What the model is given to generate the last turn."""
-        return tokenizer.apply_chat_template(
-            self.messages[:-1],
-            tools=self.tools,
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=self.thinking,
+        return Template.of(tokenizer).render(
+            self.messages[:-1], self.tools, add_generation_prompt=True, enable_thinking=self.thinking
         )
 
     def text(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """The whole conversation; starts with `prompt`."""
-        return tokenizer.apply_chat_template(
-            self.messages, tools=self.tools, tokenize=False, enable_thinking=self.thinking
-        )
+        return Template.of(tokenizer).render(self.messages, self.tools, enable_thinking=self.thinking)
 
     def is_correct(self, generated: str) -> bool:
         """Whether a generated last turn (text without the end-of-turn token) gives the answer exactly."""

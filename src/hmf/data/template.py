@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from hmf.data import rendering
 from hmf.data.conversation import REASONING_FIELDS, RESULT_ROLES, ROLES, THINK_BLOCK, Message, untagged
 from hmf.errors import HmfError
 
@@ -175,6 +175,10 @@ class _Failure(HmfError):
     """A template does not get through a conversation, and is not one that refuses it in its own words."""
 
 
+class _Limit(HmfError):
+    """A template takes too much time or memory; it is not asked for another form."""
+
+
 class Template:
     """A tokenizer's chat template."""
 
@@ -182,6 +186,7 @@ class Template:
         self.tokenizer = tokenizer
         # The rule by which vLLM takes a developer's message for the system's.
         self.developers = ("developer", "system") if "developer" in source else ("system",)
+        self.place = f"{tokenizer.name_or_path}: " if tokenizer.name_or_path else ""
         self.forms: dict[Any, Form] = {}
         self.orders: dict[Any, tuple[int, ...]] = {}
 
@@ -195,13 +200,30 @@ class Template:
     def marks_turns(self, tools: list[Any] | None) -> bool:
         return bool(_GENERATION.search(self.tokenizer.get_chat_template(tools=tools)))
 
-    def render(self, messages: list[Message], tools: list[Any] | None, **options: Any) -> Any:
-        """The template's text, or what else `options` ask of transformers."""
+    def render(self, messages: list[Message], tools: list[Any] | None = None, **options: Any) -> str:
+        """The template's text; `options` are variables of the template. HmfError also for a prompt without any text."""
+        text, _ = self._run(messages, tools, options)
+        if not text and options.get("add_generation_prompt"):
+            raise HmfError(f"{self.place}the chat template writes nothing; take one that writes the messages")
+        return text
+
+    def render_marked(
+        self, messages: list[Message], tools: list[Any] | None = None, **options: Any
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The template's text, and where the parts of it that {% generation %} marks start and end."""
+        return self._run(messages, tools, options | {"return_assistant_tokens_mask": True})
+
+    def _run(self, messages: list[Message], tools: list[Any] | None, options: Any) -> tuple[str, list[tuple[int, int]]]:
+        chosen = self.tokenizer.get_chat_template(tools=tools)
+        given = {**self.tokenizer.special_tokens_map, **options}
         try:
-            return self.tokenizer.apply_chat_template(messages, tools=tools, **({"tokenize": False} | options))
-        except Exception as error:  # a template may fail in any way that Python code can
-            kind = HmfError if type(error) is TemplateError else _Failure
-            raise kind(f"the chat template fails: {' '.join(str(error).split())}") from None
+            return rendering.render(messages=messages, tools=tools, chat_template=chosen, **given)
+        except rendering.RenderLimit as error:
+            raise _Limit(f"{self.place}the chat template does not end well: {error}; fix it") from None
+        except rendering.RenderError as error:
+            if error.refused:
+                raise HmfError(f"the chat template fails: {error}") from None
+            raise _Failure(f"{self.place}the chat template fails: {error}") from None
 
     def read(self, messages: list[Message], tools: list[Any] | None, answers: dict[int, bool]) -> Talk:
         """A conversation in the first form of which the template writes everything.
@@ -219,6 +241,8 @@ class Template:
             try:
                 for index, thinking in answers.items():
                     self.order(talk, index, thinking)
+            except _Limit:
+                raise
             except HmfError as error:
                 refusals.append(error)
                 continue

@@ -16,6 +16,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from hmf.config.strict import require_text
 from hmf.data.conversation import strings_of
 from hmf.errors import HmfError, notice
+from hmf.model.checkpoint import require_values
 from hmf.model.files import read_object, reading, require_folder
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -64,6 +65,8 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     # Without any file transformers makes a tokenizer without vocabulary, to which every text is empty.
     if not any(item for pattern in VOCABULARIES for item in folder.glob(pattern)):
         raise HmfError(f"{folder}: has no tokenizer ({', '.join(VOCABULARIES[:3])}, ...); copy its files there")
+    if (file := folder / "config.json").exists():  # transformers reads it to find the tokenizer's class
+        require_values(read_object(file), file)
     config = folder / "tokenizer_config.json"
     name = read_object(config).get("tokenizer_class") if config.exists() else None
     if name is not None and (not isinstance(name, str) or tokenizer_class_from_name(name) is None):
@@ -152,7 +155,7 @@ def encode_texts(
     Args:
         split_special_tokens: encode special tokens in a text as the text that they are written with.
     Raises:
-        HmfError: a text has a lone surrogate.
+        HmfError: a text has a lone surrogate, or is too long for the tokenizer.
     """
     try:
         # verbose=False: texts longer than the model's context are cut into rows later, no reason to warn.
@@ -163,6 +166,13 @@ def encode_texts(
     except TypeError:
         require_text(texts, "texts")  # what the tokenizer's own error does not name
         raise
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of the tokenizers library, and no Exception
+            raise
+        raise HmfError(
+            f"the tokenizer fails ({' '.join(str(error).split())}); the longest text has {max(map(len, texts)):,} "
+            "characters: split it, or take it out"
+        ) from None
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Accuracy on generated tasks: greedy answers, compared exactly."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hmf.data.shards import Progress
 from hmf.data.tasks import Sample
+from hmf.errors import HmfError
+from hmf.model.checkpoint import GENERATION
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,22 @@ def task_accuracy(
     return TaskScore(correct / len(samples), len(samples), truncated / len(samples))
 
 
+@contextmanager
+def generating(model: PreTrainedModel) -> Iterator[None]:
+    """HmfError where a model with a generation_config.json cannot generate by what that file holds."""
+    try:
+        yield
+    except (HmfError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any kind: transformers uses these values before it checks them
+        if not (file := Path(model.name_or_path) / GENERATION).is_file():
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise HmfError(
+            f"{file}: its values do not generate ({type(error).__name__}: {reason:.200}); correct or remove it"
+        ) from error
+
+
 @torch.inference_mode()
 def generate_answers(
     model: PreTrainedModel,
@@ -62,14 +82,15 @@ def generate_answers(
             padding_side="left",
             return_tensors="pt",
         ).to(model.device)
-        output = model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )[:, batch["input_ids"].shape[1] :]
+        with generating(model):
+            output = model.generate(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )[:, batch["input_ids"].shape[1] :]
         for index, ids in zip(chosen, output.tolist(), strict=True):
             ended = tokenizer.eos_token_id in ids
             ids = ids[: ids.index(tokenizer.eos_token_id)] if ended else ids

@@ -15,14 +15,16 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from hmf.errors import HmfError, listed, notice
+from hmf.errors import HmfError, listed, notice, unknown_name
 from hmf.layers.base import Mixer
 
+from .configuration import building
 from .families import FAMILIES, Mixin, family_of
 from .files import (
     COMPUTED,
@@ -194,9 +196,8 @@ def load_config(source: str | Path, weights: bool = True) -> Any:
     model_type = content.get("model_type")
     if not isinstance(model_type, str):
         raise HmfError(f"{file}: model_type: {model_type!r} names no architecture; this is not a model's config")
+    require_values(content, file)
     known = model_type.removeprefix("hybrid_") in FAMILIES
-    if known:
-        _require_sizes(content, file)
     if known or model_type.startswith("hybrid_"):
         check_rope(content, family_of(model_type, str(file)), str(file))
     try:
@@ -204,7 +205,7 @@ def load_config(source: str | Path, weights: bool = True) -> Any:
     except HmfError as error:
         raise HmfError(str(error).replace("config.json", str(file), 1)) from None
     except Exception as error:  # of any kind: a config's values are used before they are checked
-        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         # transformers' validators put the field's own complaint on the second line
         raise HmfError(
             f"{file}: {said[1] if isinstance(error, StrictDataclassError) and said[1:] else said[0]}"
@@ -224,29 +225,46 @@ SIZES = {
     "hidden_size": 2**20,
     **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), 2**24),
     "vocab_size": 2**26,
+    "num_labels": 2**20,
     "max_position_embeddings": 2**40,
 }
 
 
-def _require_sizes(content: dict[str, Any], file: Path) -> None:
+# Where transformers looks for the config of a language model inside another config.
+NESTED = ("text_config", "decoder", "generator", "text_encoder")
+
+
+def require_values(content: dict[str, Any], file: Path) -> None:
+    """HmfError for values of a config.json that transformers uses before it checks them.
+
+    Of families that are not supported only the upper bounds of sizes are known.
+    """
+    known = str(content.get("model_type")).removeprefix("hybrid_") in FAMILIES
     for name, most in SIZES.items():
-        value, least = content.get(name), 0 if "experts" in name else 1
-        if value is not None and (type(value) is not int or not least <= value <= most):
+        value, least = content.get(name), 0 if "experts" in name or not known else 1
+        is_size = type(value) is int and least <= value <= most
+        if value is not None and not is_size and (known or type(value) is int):
             raise HmfError(f"{file}: {name}: {value!r} is not a whole number from {least} to {most:,}; correct it")
-
-
-@contextmanager
-def _building(folder: Path) -> Iterator[None]:
-    """HmfError where transformers cannot make a model of a config that it could read."""
-    try:
-        yield
-    except (HmfError, OSError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+    if not known:
+        return
+    for name in ("dtype", "torch_dtype"):
+        value = content.get(name)
+        if value is not None and not (isinstance(value, str) and isinstance(_torch(value), torch.dtype)):
+            raise HmfError(f"{file}: {name}: {value!r} is no dtype of PyTorch; write one such as bfloat16")
+    activation = content.get("hidden_act")
+    if activation is not None and not (isinstance(activation, str) and activation in ACT2FN):
+        raise HmfError(f"{file}: {unknown_name('hidden_act', str(activation), ACT2FN)}")
+    base = content["model_type"]
+    if content.get("hybrid_override_pattern") is not None and not base.startswith("hybrid_"):
         raise HmfError(
-            f"{folder / 'config.json'}: no model can be made of it ({type(error).__name__}: {reason})"
-        ) from error
+            f"{file}: hybrid_override_pattern: {base!r} is no Hybrid; take the key out, or write hybrid_{base} there"
+        )
+    if nested := [name for name in NESTED if content.get(name) is not None]:
+        raise HmfError(f"{file}: {nested[0]}: a {base} config holds no other config; take it out")
+
+
+def _torch(name: str) -> Any:
+    return getattr(torch, name.removeprefix("torch."), None)
 
 
 def load_model(
@@ -261,10 +279,10 @@ def load_model(
     folder = require_checkpoint(source)
     config = load_config(folder) if config is None else config
     if not config.model_type.startswith("hybrid_"):  # a Hybrid's own from_pretrained does it
-        with _building(folder):
+        with building(folder):
             check_merged(folder, config)
     stored = stored_tensors(folder)
-    with _without_load_report(), _building(folder):
+    with _without_load_report(), building(folder):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,

@@ -6,7 +6,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from hmf.config.layers import LAYER_KINDS, base_head_dim, layer_options, needed_kinds
 from hmf.config.pattern import ATTENTION, Pattern
@@ -20,6 +23,19 @@ STATE_DTYPES = ("float32", "bfloat16", "float16")
 
 # Optional dicts of a Hybrid's config.json.
 OPTION_KEYS = tuple(key for kind in LAYER_KINDS.values() for key in (kind.config_key, kind.overrides_key))
+
+
+@contextmanager
+def building(source: str | Path | None) -> Iterator[None]:
+    """HmfError where no config or model can be made of the values in the config.json of `source`, if it is known."""
+    try:
+        yield
+    except (HmfError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any kind: transformers uses values before it checks them
+        file = Path(source) / "config.json" if source else "config.json"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise HmfError(f"{file}: no model can be made of it ({type(error).__name__}: {reason})") from error
 
 
 class HybridConfigMixin(Mixin):

@@ -19,6 +19,7 @@ from hmf.config.layers import LAYER_KINDS, base_head_dim
 from hmf.config.pattern import ATTENTION, Pattern
 from hmf.errors import HmfError
 
+from .configuration import building
 from .families import family_of
 from .modeling import hybrid_classes
 
@@ -40,7 +41,8 @@ def hybrid_config(base: Any, pattern: Pattern, options: Mapping[str, Mapping[str
         "architectures": [classes.causal_lm.__name__],
         **options,
     }
-    config = classes.config(**fields)
+    with building(base.name_or_path):
+        config = classes.config(**fields)
     kinds = getattr(base, "attention_types", None) or getattr(base, "layer_types", None)
     if kinds and list(kinds) != config.attention_types:
         raise HmfError(

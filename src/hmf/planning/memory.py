@@ -24,6 +24,7 @@ from hmf.errors import HmfError
 from hmf.gpus import GIB
 from hmf.layers.base import StateShape, split_heads
 from hmf.layers.registry import mixer_class
+from hmf.model.configuration import building
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Weights:
 
 def weights(config: Any, dtype: torch.dtype) -> Weights:
     """Counted on the model itself, built without memory."""
-    with torch.device("meta"), no_init_weights():
+    with building(config.name_or_path), torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
     sizes = {name: x.numel() * x.element_size() for name, x in model.named_parameters()}

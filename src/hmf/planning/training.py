@@ -36,6 +36,7 @@ from hmf.data.mixture import row_length
 from hmf.errors import HmfError
 from hmf.gpus import GIB, Device, parse_gpus
 from hmf.model.checkpoint import load_config
+from hmf.model.configuration import building
 from hmf.model.convert import hybrid_config
 from hmf.model.rope import with_rope
 from hmf.priming.distance import stage1_flops_per_token
@@ -448,7 +449,7 @@ def print_plans(found: Sequence[TrainingPlan]) -> None:
 
 def without_memory(config: Any) -> PreTrainedModel:
     """A Hybrid on the meta device, in float32."""
-    with torch.device("meta"), no_init_weights():
+    with building(config.name_or_path), torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.tie_weights()
     return model

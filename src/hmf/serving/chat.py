@@ -15,8 +15,10 @@ import torch
 from rich.console import Console
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
+from hmf.data.template import Template
 from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError
+from hmf.evaluation.generation import generating
 from hmf.model.checkpoint import load_model
 
 THINK_START, THINK_END = "<think>", "</think>"
@@ -53,13 +55,10 @@ class LocalChat:
 
     def answer(self, text: str) -> Iterator[Part]:
         self.messages.append({"role": "user", "content": text})
-        inputs = self.tokenizer.apply_chat_template(
-            self.messages,
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-            enable_thinking=self.thinking,
-        ).to(self.model.device)
+        text = Template.of(self.tokenizer).render(
+            self.messages, add_generation_prompt=True, enable_thinking=self.thinking
+        )
+        inputs = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(self.model.device)
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
         configured = self.model.generation_config.eos_token_id
@@ -71,11 +70,12 @@ class LocalChat:
 
         def generate() -> None:
             try:
-                tokens = self.model.generate(
-                    **arguments,
-                    stopping_criteria=StoppingCriteriaList([lambda *_, **__: stopped.is_set()]),
-                    pad_token_id=self.tokenizer.pad_token_id,
-                )[0, inputs["input_ids"].shape[1] :]
+                with generating(self.model):
+                    tokens = self.model.generate(
+                        **arguments,
+                        stopping_criteria=StoppingCriteriaList([lambda *_, **__: stopped.is_set()]),
+                        pad_token_id=self.tokenizer.pad_token_id,
+                    )[0, inputs["input_ids"].shape[1] :]
                 self.cut_off = len(tokens) == self.max_new_tokens and tokens[-1].item() not in ends
             except BaseException as error:
                 failure.append(error)

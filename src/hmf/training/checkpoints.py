@@ -29,7 +29,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 
-from hmf.errors import HmfError
+from hmf.config.strict import parse_json
+from hmf.errors import HmfError, one_line
 from hmf.model.files import follow_umask
 
 MANIFEST = "manifest.json"
@@ -45,7 +46,7 @@ torch.serialization.register_package(
 
 
 def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(one_line(line), file=sys.stderr, flush=True)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -90,7 +91,7 @@ def problem(checkpoint: Path, processes: int | None = None) -> str | None:
     """
     try:
         text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
-        stated = json.loads(text)
+        stated = parse_json(text)
         if text != _manifest(stated["processes"], stated["files"]):
             return f"{MANIFEST} is damaged"
     except FileNotFoundError:

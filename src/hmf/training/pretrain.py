@@ -22,6 +22,7 @@ from transformers import (
 from hmf.config.runs import DataSettings, OptimiserSettings, load_recipe
 from hmf.config.strict import Settings
 from hmf.data import tasks, text
+from hmf.data.files import read_text
 from hmf.data.mixture import mixture
 from hmf.data.packing import PackedRow
 from hmf.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
@@ -141,7 +142,7 @@ def _tokenizer(recipe: PretrainRecipe, folder: Path) -> PreTrainedTokenizerBase:
     path = folder / recipe.tokenizer.chat_template
     if not path.is_file():
         raise HmfError(f"{path}: no such file; tokenizer.chat_template is relative to the recipe")
-    template = path.read_text(encoding="utf-8")
+    template = read_text(path)
     size, context = recipe.tokenizer.vocab_size, recipe.model.max_position_embeddings
     documents = [document.text for document in text.documents(recipe.data.text, "train")]
     # Conversations need a tokenizer to be rendered and measured: a first one, of text alone, serves for that.
