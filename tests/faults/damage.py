@@ -72,7 +72,7 @@ def change_tree(draw: Draw, tree: Any, values: list[Any] = VALUES, keys: list[st
         where, key = draw(st.sampled_from(found))
         act = draw(st.sampled_from(["value", "value", "value", "delete", "rename", "add", "move", "wrap", "near"]))
         text = st.text(max_size=8).filter(lambda text: not text.startswith("/"))
-        value = draw(st.sampled_from(values) | st.integers() | st.floats() | text)
+        value = copy.deepcopy(draw(st.sampled_from(values) | st.integers() | st.floats() | text))
         done.append(f"{act} {str(key)[:40]!r} {str(value)[:40]!r}")
         if act == "delete":
             del where[key]
