@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from hmf.config.runs import EvaluateSettings, PrimeRecipe
+from hmf.config.strict import parse_sealed, seal_json
 from hmf.data import tasks
 from hmf.errors import HmfError, unknown_name
 from hmf.evaluation.run import evaluate_checkpoint
@@ -53,11 +54,11 @@ def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[st
 
 
 def scored(path: Path, settings: EvaluateSettings, result: Path, name: str) -> dict[str, Any]:
-    """Scores and footprint of a checkpoint, read from the file `result` when it has been written before."""
-    if result.is_file():
-        return json.loads(result.read_text(encoding="utf-8"))
+    """Scores and footprint of a checkpoint, read from the file `result` when it is there and whole."""
+    with suppress(FileNotFoundError, ValueError):
+        return parse_sealed(result.read_text(encoding="utf-8"))
     scores = evaluate_checkpoint(path, settings, name=name)
-    replace_text(result, json.dumps(scores, indent=1) + "\n")
+    replace_text(result, seal_json(scores))
     return scores
 
 
