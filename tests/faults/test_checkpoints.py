@@ -73,7 +73,7 @@ def data_recipe(home: Path, out: Path) -> Path:
 @pytest.mark.parametrize("damage", [damage_file, damage_folder])
 @pytest.mark.parametrize("kind", sorted(COMMANDS))
 def test_damaged(kind, damage, models, campaign):
-    @examples(60 if damage is damage_file else 20)
+    @examples(30 if damage is damage_file else 10)
     @given(st.data())
     def attempt(data):
         with tempfile.TemporaryDirectory() as folder:

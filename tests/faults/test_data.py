@@ -105,7 +105,7 @@ def write_damaged(data, folder: Path, record: dict) -> tuple[Path, str]:
 def test_damaged_records(kind, models, campaign):
     fields, record = RECORDS[kind]
 
-    @examples(40)
+    @examples(20)
     @given(st.data())
     def attempt(data):
         with tempfile.TemporaryDirectory() as folder:
@@ -140,7 +140,7 @@ def prepared(models, tmp_path_factory):
 
 @pytest.mark.timeout(1800)
 def test_damaged_rows(models, prepared, campaign):
-    @examples(60)
+    @examples(30)
     @given(st.data())
     def attempt(data):
         with tempfile.TemporaryDirectory() as folder:

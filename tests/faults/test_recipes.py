@@ -73,7 +73,7 @@ def filled(tree, names: dict[str, str]):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", RECIPES)
 def test_damaged(kind, models, campaign):
-    @examples(40)
+    @examples(20)
     @given(st.data())
     def attempt(data):
         with tempfile.TemporaryDirectory() as folder:

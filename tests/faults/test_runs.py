@@ -34,7 +34,7 @@ def primed(models, tmp_path_factory):
 
 @pytest.mark.timeout(3600)
 def test_damaged(primed, models, campaign):
-    @examples(40)
+    @examples(20)
     @given(st.data())
     def attempt(data):
         with tempfile.TemporaryDirectory() as folder:

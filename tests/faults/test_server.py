@@ -82,7 +82,7 @@ def test_generated_requests(server, campaign):
     assert any(operation.path == "/v1/chat/completions" for operation in operations)
     wrong = {}
 
-    @examples(2 * len(operations))
+    @examples(len(operations))
     @given(st.data())
     def attempt(data):
         operation = data.draw(st.sampled_from(operations))
