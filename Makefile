@@ -30,7 +30,7 @@ serve: setup-test ## serve a Hybrid by vLLM: make serve MODEL=runs/quickstart/mo
 test: setup-test lint ## linters, layering, types and all tests
 	@$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
-FAULTS ?= 20
+FAULTS ?= 8
 test-faults: setup-test ## damaged inputs, kills and odd requests at length, with new random numbers: make test-faults FAULTS=30
 	@HMF_FAULTS=$(FAULTS) $(BIN)/python -m pytest tests/faults
 

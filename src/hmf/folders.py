@@ -86,14 +86,14 @@ def claimed(output: Path, recipe: str) -> Iterator[None]:
     if not kept.is_file():
         require_unused(output)
     with locked(output):
-        if kept.is_file() and kept.read_text(encoding="utf-8") != recipe:
+        if kept.is_file() and kept.read_bytes() != recipe.encode():
             if _made(output) - {RECIPE, STAGE0}:
                 raise HmfError(
                     f"{output}: was started with another recipe ({kept}); choose another output or remove it first"
                 )
             shutil.rmtree(output / STAGE0, ignore_errors=True)
         fresh = not kept.is_file()
-        (output / PART).write_text(recipe, encoding="utf-8")
+        (output / PART).write_bytes(recipe.encode())
         os.replace(output / PART, kept)
         try:
             yield

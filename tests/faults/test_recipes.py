@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.faults.campaign import examples
+from tests.faults.campaign import call, examples, require_promised
 from tests.faults.damage import VALUES, YAML_TEXTS, change_bytes, change_tree
 
 pytestmark = pytest.mark.faults
@@ -104,3 +104,15 @@ def test_damaged(kind, models, campaign):
                 campaign.run(*arguments, file, *more, inputs=home, output=written, damage=done[:300])
 
     attempt()
+
+
+@pytest.mark.xfail(strict=True, reason="a mixture of any number of tokens is begun, however small its sources")
+def test_tokens_that_no_source_can_give(models, tmp_path):
+    home, output = tmp_path / "in", tmp_path / "out/result"
+    home.mkdir()
+    output.parent.mkdir()
+    (home / "recipe.yaml").write_text(yaml.safe_dump({
+        "output": str(output), "tokenizer": str(models / "base"), "sequence_length": 32, "tokens": 10**16,
+        "sources": [{"path": str(models / "corpus"), "weight": 1}],
+    }))  # fmt: skip
+    require_promised(call("data", "prepare", home / "recipe.yaml", "--workers", "1", seconds=3))
