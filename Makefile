@@ -14,7 +14,7 @@ override PYTHON := $(shell $(PYTHON) $(ALLOWED) && command -v $(PYTHON))
 endif
 
 .NOTPARALLEL:
-.PHONY: help quickstart serve test lint format test-gpu clean setup-run setup-dev setup-test
+.PHONY: help quickstart serve test lint format test-faults test-gpu clean setup-run setup-dev setup-test
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -29,6 +29,10 @@ serve: setup-test ## serve a Hybrid by vLLM: make serve MODEL=runs/quickstart/mo
 
 test: setup-test lint ## linters, layering, types and all tests
 	@$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
+
+FAULTS ?= 8
+test-faults: setup-test ## damaged inputs, kills and odd requests at length, with new random numbers: make test-faults FAULTS=30
+	@HMF_FAULTS=$(FAULTS) $(BIN)/python -m pytest tests/faults
 
 lint: setup-dev ## style, spelling, layering and types
 	@$(BIN)/ruff check

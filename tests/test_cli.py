@@ -146,6 +146,15 @@ def test_an_unexpected_error_is_one_line_and_a_log(monkeypatch, capsys):
         main()
 
 
+def test_ctrl_c_is_one_line_with_what_it_stopped(monkeypatch, capsys):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt("at step 3 of 9")
+
+    monkeypatch.setattr("hmf.model.checkpoint.load_config", stop)
+    code, _, err = run(monkeypatch, capsys, "plan", "teacher", "--gpu", "h100")
+    assert (code, err) == (130, "hmf: stopped at step 3 of 9\n")
+
+
 def test_version_and_short_help(monkeypatch, capsys):
     assert run(monkeypatch, capsys, "--version")[:2] == (0, f"hmf {hmf.__version__}\n")
     code, out, _ = run(monkeypatch, capsys, "bench", "ops", "-h")

@@ -77,3 +77,10 @@ def test_other_things_in_the_way(tmp_path):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     with pytest.raises(HmfError, match="cannot be made.*file/run"), locked(tmp_path / "file/run"):
         pass
+
+
+def test_a_recipe_that_is_no_text_is_another_recipe(tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes("base: teacher".encode("utf-16"))
+    (tmp_path / "stage1.log.json").touch()
+    with pytest.raises(HmfError, match="another recipe"), claimed(tmp_path, "base: teacher"):
+        pass

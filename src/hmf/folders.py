@@ -103,7 +103,7 @@ def claimed(output: Path, recipe: str) -> Iterator[None]:
                 )
             shutil.rmtree(output / STAGE0, ignore_errors=True)
         fresh = not kept.is_file()
-        (output / PART).write_text(recipe, encoding="utf-8")
+        (output / PART).write_bytes(recipe.encode())
         os.replace(output / PART, kept)
         try:
             yield

@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from hmf.config.runs import EvaluateSettings, PrimeRecipe
+from hmf.config.strict import parse_sealed, seal_json
 from hmf.data import tasks
 from hmf.errors import HmfError, unknown_name
 from hmf.evaluation.run import evaluate_checkpoint
 from hmf.folders import resolve_base
-from hmf.model.files import read_object
 from hmf.priming.export import export
 from hmf.priming.stage0 import base_layers, make_stage0
 from hmf.report.curves import draw_curves
@@ -54,18 +54,11 @@ def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[st
 
 
 def scored(path: Path, settings: EvaluateSettings, result: Path, name: str) -> dict[str, Any]:
-    """Scores and footprint of a checkpoint, read from the file `result` when it has been written before.
-
-    HmfError for a file that does not hold them.
-    """
-    if result.is_file():
-        scores = read_object(result)
-        tasks, facts = scores.get("tasks"), scores.get("footprint")
-        if not (isinstance(tasks, dict) and isinstance(facts, dict) and tasks.keys() == set(settings.tasks)):
-            raise HmfError(f"{result}: does not hold the scores of this recipe; remove the file to score again")
-        return scores
+    """Scores and footprint of a checkpoint, read from the file `result` when it is there and whole."""
+    with suppress(FileNotFoundError, ValueError):
+        return parse_sealed(result.read_text(encoding="utf-8"))
     scores = evaluate_checkpoint(path, settings, name=name)
-    replace_text(result, json.dumps(scores, indent=1) + "\n")
+    replace_text(result, seal_json(scores))
     return scores
 
 

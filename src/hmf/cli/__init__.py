@@ -7,9 +7,10 @@ import os
 import sys
 import tempfile
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 import hmf
@@ -20,8 +21,22 @@ from hmf.errors import HmfError, one_line
 
 DEBUG = "HMF_DEBUG"  # set: unexpected errors show their traceback
 
+
+class Stopped(Exception):
+    """Ctrl-C, with its message: Typer would turn the KeyboardInterrupt itself into a bare exit code."""
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise Stopped(f"stopped {stop}".strip()) from None
+
+
 app = group(
     "Turn a pre-trained Transformer into a Hybrid of attention and state-space layers; train, evaluate, serve it.",
+    cls=_Commands,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -66,8 +81,8 @@ def main() -> None:
         _end(str(error), 2)
     except TyperException as error:  # options that cannot be parsed; without any message, help has been printed
         _end(error.format_message(), 2)
-    except KeyboardInterrupt as stop:
-        _end(f"stopped {stop}".strip(), 130)
+    except Stopped as stop:
+        _end(str(stop), 130)
     except BrokenPipeError:  # whoever read the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

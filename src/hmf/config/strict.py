@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from typing import Annotated, Any
@@ -22,6 +23,7 @@ class Settings(BaseModel):
 # Bounds by which a slip of the pen ends in an error and not in a machine without memory.
 Tokens = Annotated[int, Field(ge=16, le=2**24)]  # of a row
 Steps = Annotated[int, Field(ge=1, le=10**9)]
+SEAL = "seal"
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what random number generators take
 
 
@@ -49,6 +51,27 @@ def scan_json(text: str, start: int) -> tuple[Any, int]:
     except RecursionError:
         raise ValueError(_DEEP) from None
     return _shallow(value), end
+
+
+def seal_json(content: dict[str, Any]) -> str:
+    """`content` as JSON text with its own hash under the key "seal", by which `parse_sealed` knows damage."""
+    return json.dumps(content | {SEAL: _hash(content)}, indent=1) + "\n"
+
+
+def parse_sealed(text: str, required: bool = True) -> dict[str, Any]:
+    """The content that `seal_json` was given; ValueError where the text has changed, or lacks a required seal."""
+    content = parse_json(text)
+    if not isinstance(content, dict):
+        raise ValueError("it is no object")
+    seal = content.pop(SEAL, None)
+    if (required or seal is not None) and seal != _hash(content):
+        raise ValueError("it is not as it was written")
+    return content
+
+
+def _hash(content: dict[str, Any]) -> str:
+    plain = json.loads(json.dumps(content))  # keys are text, and sorted as such
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def parse_yaml(text: str) -> Any:

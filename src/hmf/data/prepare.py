@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hmf.config.data import DataRecipe
-from hmf.config.strict import parse_json
+from hmf.config.strict import parse_sealed, seal_json
 from hmf.data.encoding import IGNORED
 from hmf.data.packing import PackedRow, best_fit
 from hmf.data.shards import (
@@ -104,7 +104,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         mend = "start `hmf data prepare` again" if started else "make one with `hmf data prepare`"
         raise HmfError(f"{folder}: no finished set of rows (no {INDEX}); {mend}")
     try:
-        index = parse_json(path.read_text(encoding="utf-8"))
+        index = parse_sealed(path.read_text(encoding="utf-8"), required=False)  # sets made before have none
         files = {name: facts["bytes"] for name, facts in index["files"].items() if facts["sha256"]}
         if missing := {"recipe", "sequence_length", "rows", "sources", "vocabulary"} - index.keys():
             raise KeyError(*missing)
@@ -334,8 +334,7 @@ def _write(
         "versions": versions(),
         "files": files,
     }
-    text = json.dumps(index, indent=1, sort_keys=True) + "\n"
-    write_file(recipe.output / INDEX, lambda file: file.write(text.encode()))
+    write_file(recipe.output / INDEX, lambda file: file.write(seal_json(index).encode()))
     return index
 
 

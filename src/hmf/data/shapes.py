@@ -190,7 +190,7 @@ def _turn(turn: Any, place: str) -> Message:
         if name not in ("from", "value"):
             raise HmfError(f"{place}: {unknown_name('key', name, ('from', 'value'))}; a turn has these alone")
     speaker, value = turn["from"], turn["value"]
-    if speaker not in SPEAKERS:
+    if not isinstance(speaker, str) or speaker not in SPEAKERS:
         raise HmfError(f"{place}.from: {unknown_name('speaker', str(speaker), SPEAKERS)}")
     if not isinstance(value, str):
         raise HmfError(f"{place}.value: holds {kind_of(value)} and not text")
