@@ -64,7 +64,7 @@ def plan(
     found = planner.plans(config, gpu, options)
     planner.print_plans(found, context)
     if plot is not None:
-        planner.plot(found, context, plot)
+        planner.plot(found, context, plot, Path(model).name)
         typer.echo(f"saved {plot}")
 
 
