@@ -89,7 +89,9 @@ WRONG = [
     )),
     "distill distill --set model=nowhere", "finetune quickstart/sft --set model=nowhere",
     "prime quickstart --set base=nowhere", "data prepare data --set tokenizer=nowhere",
-    "data show data --set tokenizer=nowhere", "plan teacher --gpu nowhere", "plan-training quickstart --gpu nowhere",
+    "data show data --set tokenizer=nowhere", "prime quickstart --set distill.data.text=nowhere",
+    "data prepare in.yaml", "data show in.yaml",
+    "finetune in-pairs.yaml", "plan teacher --gpu nowhere", "plan-training quickstart --gpu nowhere",
     "evaluate nobody/nowhere", "init teacher --ratio 0.5 --out used-nowhere",
 ]  # fmt: skip
 
@@ -99,6 +101,16 @@ def test_a_wrong_path_or_gpu_is_told_before_torch_is_imported(tmp_path):
     used = {command for command in commands() for line in WRONG if line.startswith(command)}
     assert used == {*commands()} - {"doctor", "bench ops"}
     (tmp_path / "used-nowhere/mine").mkdir(parents=True)
+    sources = {"tokenizer": "teacher", "sequence_length": 64, "output": "new", "sources": [{"path": "nowhere"}]}
+    (tmp_path / "in.yaml").write_text(yaml.safe_dump(sources))
+    pairs = {
+        "method": "dpo",
+        "model": "teacher",
+        "output": "new",
+        "pairs": {"path": "nowhere"},
+        "trainable": {"all": 1},
+    }
+    (tmp_path / "in-pairs.yaml").write_text(yaml.safe_dump(pairs | {"training": PRIME["distill"]["training"]}))
     code = f"""
 import contextlib, io, sys, time
 from hmf.cli import main

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from hmf.cli.shared import Overrides, RecipeFile, epilog, group, tokens
+from hmf.cli.shared import Overrides, RecipeFile, epilog, group, require_data, tokens
 from hmf.errors import HmfError
 from hmf.folders import find_recipe, resolve_base
 
@@ -35,6 +35,7 @@ def data_prepare(
     from hmf.config.runs import load_recipe
 
     settings = load_recipe(recipe, DataRecipe, overrides or ())
+    require_data(settings)
     tokenizer = _tokenizer(settings.tokenizer)  # before imports that take seconds
 
     from hmf.data.prepare import prepare
@@ -74,6 +75,7 @@ def data_show(
     from hmf.config.runs import load_recipe
 
     settings = load_recipe(source, DataRecipe, overrides or ())
+    require_data(settings)
     tokenizer = _tokenizer(settings.tokenizer)
 
     from hmf.report.samples import show_recipe

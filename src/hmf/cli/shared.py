@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from hmf import hub
+from hmf.errors import HmfError
 from hmf.folders import find_recipe, resolve_base
 
 Dtype = Literal["float32", "bfloat16"]
@@ -49,10 +52,12 @@ BatchedTokens = Annotated[int, tokens("vLLM's --max-num-batched-tokens.")]
 
 
 def found(settings: Any, key: str) -> Any:
-    """A recipe with the checkpoint that `key` names as a directory; HmfError, with the key, where there is none."""
-    from hmf.errors import HmfError
+    """A recipe with the checkpoint that `key` names as a directory; imports nothing that takes seconds.
 
+    HmfError, with the key, where there is none, and for data that is not there.
+    """
     name = getattr(settings, key)
+    require_data(settings)
     try:
         return settings.model_copy(update={key: type(name)(resolve_base(str(name)))})
     except HmfError as error:
@@ -66,3 +71,21 @@ def group(help: str, **options: Any) -> typer.Typer:
 
 def epilog(*examples: str) -> str:
     return "\n".join(["\b", "Examples:", *(f"  {example}" for example in examples)])
+
+
+def require_data(settings: Any, prefix: str = "") -> None:
+    """HmfError where a recipe reads a file or folder that is not there; what is in it is looked at later."""
+    from hmf.config.places import PlaceSettings
+    from hmf.config.runs import DataSettings
+    from hmf.config.strict import Settings
+
+    for name in type(settings).model_fields:
+        value, key = getattr(settings, name), f"{prefix}{name}"
+        is_place = isinstance(settings, PlaceSettings) and name == "path"
+        if is_place or (isinstance(settings, DataSettings) and name in ("prepared", "text")):
+            text = str(value or "stdlib")
+            if text != "stdlib" and not has_magic(text) and not hub.is_data(text) and not Path(text).exists():
+                raise HmfError(f"{key}: {text}: no such file or folder")
+        for index, section in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            if isinstance(section, Settings):
+                require_data(section, f"{key}." if index is None else f"{key}.{getattr(section, 'title', index)}.")
