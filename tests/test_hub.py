@@ -175,7 +175,7 @@ def test_what_the_hub_does_not_have_is_one_line_that_says_both(served, tmp_path)
 def test_a_mistyped_folder_is_not_asked_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
-    for name in ("mine/modle", "runs/stage0", "models/Qwen3-8B"):
+    for name in ("mine/mistyped", "runs/stage0", "models/Qwen3-8B"):
         with pytest.raises(HmfError, match=f"{name}: no such directory in .*, write hf://{name}$"):
             resolve_base(name)
     (tmp_path / "some-org/Tiny.1").mkdir(parents=True)

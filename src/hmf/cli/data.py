@@ -35,8 +35,8 @@ def data_prepare(
     from hmf.config.runs import load_recipe
 
     settings = load_recipe(recipe, DataRecipe, overrides or ())
-    require_data(settings)
     tokenizer = _tokenizer(settings.tokenizer)  # before imports that take seconds
+    require_data(settings)
 
     from hmf.data.prepare import prepare
     from hmf.report.samples import print_counts
@@ -75,8 +75,8 @@ def data_show(
     from hmf.config.runs import load_recipe
 
     settings = load_recipe(source, DataRecipe, overrides or ())
-    require_data(settings)
     tokenizer = _tokenizer(settings.tokenizer)
+    require_data(settings)
 
     from hmf.report.samples import show_recipe
 

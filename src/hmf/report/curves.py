@@ -70,7 +70,7 @@ def draw_curves(log_file: Path) -> Path:
     changes = objective_changes(log)
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     right = "right" if layers or preferences else "loss"
-    panels = figure.subplot_mosaic([["loss", right], ["rate", "norm"]], height_ratios=(2, 1))
+    panels: Any = figure.subplot_mosaic([["loss", right], ["rate", "norm"]], height_ratios=(2, 1))
     for name, curve in losses.items():
         panels["loss"].plot(*_broken(curve, changes), label="total" if name == "loss" else name.removeprefix("loss_"),
                             marker=_marker(curve))  # fmt: skip
