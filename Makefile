@@ -53,7 +53,7 @@ wheel: setup-run ## build dist/*.whl, which brings recipes and the teacher
 	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 notebook: setup-run ## run notebooks/quickstart.ipynb anew
-	@$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt nbclient ipykernel
+	@$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt nbclient ipykernel ipywidgets
 	@rm -rf notebooks/runs
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/jupyter execute --inplace notebooks/quickstart.ipynb
 
