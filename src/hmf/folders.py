@@ -11,18 +11,56 @@ from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 
+from hmf import hub
 from hmf.errors import HmfError
 
 EMBEDDED_TEACHER = "teacher"
+ASSETS = Path(str(resources.files("hmf") / "assets"))
 RECIPE, STAGE0, HOLDER = "recipe.yaml", "stage0", ".running"
 PART = f"{RECIPE}.part"
+WRITTEN = ("runs", "models", "recipes")  # folders of our recipes: nobody on the Hub is meant
 
 
-def resolve_base(base: str) -> Path:
-    """A base checkpoint's directory; the name "teacher" is the one that comes with the package."""
-    if base == EMBEDDED_TEACHER and not Path(base).is_dir():
-        return Path(str(resources.files("hmf") / "assets" / "teacher"))
-    return Path(base)
+def resolve_base(base: str, weights: bool = True) -> Path:
+    """The directory of a checkpoint: a path, the name "teacher" for the one that comes with the package, or a model of
+    the Hub ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B@revision"), which is fetched into the Hub's cache.
+
+    weights: whether they are needed. HmfError where there is none; imports no torch.
+    """
+    folder = Path(base)
+    if folder.is_dir():
+        return folder
+    if base == EMBEDDED_TEACHER:
+        return ASSETS / "teacher"
+    if folder.exists():
+        raise HmfError(f"{base}: is a file; give the checkpoint's directory")
+    if (model := hub.parse_model(base)) is None:
+        raise HmfError(
+            f"{base}: no such directory; give a checkpoint directory, or a model of the Hub as Qwen/Qwen3-8B"
+        )
+    owner = folder.parts[0]
+    if not model.explicit and (owner in WRITTEN or Path(owner).is_dir()):  # a folder that is mistyped or not made yet
+        raise HmfError(f"{base}: no such directory in {owner}; if a model of the Hub is meant, write hf://{base}")
+    return hub.model_folder(model, weights)
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe's file or a folder of recipes: a path, or the name of one that comes with the package: "quickstart",
+    "quickstart/sft", "qwen3-8b". HmfError where there is none."""
+    if (path := Path(name)).exists():
+        return path
+    brought = ASSETS / "recipes"
+    for found in (brought / name / "recipe.yaml", brought / f"{name}.yaml", brought / name):
+        if found.exists() and found.is_relative_to(brought):
+            return found
+    names = sorted(folder.name for folder in brought.iterdir() if any(folder.glob("*.yaml")))
+    raise HmfError(f"{name}: no such recipe; give a YAML file, or one that comes with hmf: {', '.join(names)}")
+
+
+def require_parent(file: Path | None, option: str) -> None:
+    """HmfError where the folder of a `file` to write, given by `option`, does not exist."""
+    if file is not None and not file.parent.is_dir():
+        raise HmfError(f"{option}: {file.parent}: no such directory; name a file in one that exists")
 
 
 def reason(error: OSError) -> str:

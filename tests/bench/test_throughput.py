@@ -40,7 +40,7 @@ def configs(tmp_path):
 
 class TestInput:
     def test_loads(self):
-        assert throughput.parse_loads("16384:20, 32768:max") == [Load(16384, 20), Load(32768, 0)]
+        assert throughput.parse_loads("16K:20, 32768:max") == [Load(16384, 20), Load(32768, 0)]
 
     @pytest.mark.parametrize("text", ["", "16384", "16384x20", "16384:20,", "0:4", "64:0", "64:-1", "64:2:3", "max:2"])
     def test_no_loads(self, text):
@@ -55,7 +55,8 @@ class TestInput:
             (["--context", "5000:1"], "max_position_embeddings 4,096; ask for fewer"),
             (["--ratio", "0.5", "--pattern", "*-GDN"], "at most one of --ratio and --pattern"),
             (["BASE"], "one is named twice"),
-            (["--json", "nowhere/rows.json"], "--json: nowhere: no such directory"),
+            (["--json-file", "nowhere/rows.json"], "--json-file: nowhere: no such directory"),
+            (["--json", "--format", "card"], "--json, --format card: give one of them"),
         ],
     )
     def test_refused(self, configs, arguments, line):
@@ -192,7 +193,7 @@ def bench(tmp_path, monkeypatch):
 
         seen = []
         monkeypatch.setattr(throughput, "_run_one", run_one)
-        result = CliRunner().invoke(app, ["bench", "serving", *arguments, "--output", "5", "--json", str(saved)])
+        result = CliRunner().invoke(app, ["bench", "serving", *arguments, "--output", "5", "--json-file", str(saved)])
         return result, json.loads(saved.read_text())["rows"] if saved.exists() else [], seen
 
     return run
@@ -205,6 +206,16 @@ def test_a_failure_costs_no_other_figures(configs, bench):
     assert [row["model"] for row in rows] == [base, "teacher"] and seen == [1]
     assert (rows[0]["prefill_tokens_per_second"], rows[0]["decode_tokens_per_second"]) == (128.0, 20.0)
     assert "20.0" in result.output
+
+
+def test_json_is_what_the_file_has(configs, bench, capfd):
+    base, hybrid = map(str, configs)
+    result, rows, _ = bench(base, hybrid, "--context", "64:4", "--json")
+    assert json.loads(result.stdout)["rows"] == rows and len(rows) == 2
+    before = capfd.readouterr()
+    result = CliRunner().invoke(app, ["bench", "serving", base, "--context", "64:4", "--json", "nowhere/old.json"])
+    assert "--json-file: nowhere: no such directory" in str(result.exception)  # as in the last release
+    assert "nowhere/old.json is taken for --json-file" in before.err + capfd.readouterr().err + result.output
 
 
 def test_without_the_first_there_are_no_ratios(configs, bench):
@@ -305,7 +316,7 @@ def test_command(configs, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(throughput, "_run_one", lambda one, *_: (here if "base" in one.name else elsewhere)(one, *_))
     saved = tmp_path / "rows.json"
-    arguments = ["--context", "100:3,30:max", "--output", "5", "--enforce-eager", "--json", str(saved)]
+    arguments = ["--context", "100:3,30:max", "--output", "5", "--enforce-eager", "--json-file", str(saved)]
     arguments += ["--gpu-memory-utilization", "0.2"]
     result = CliRunner().invoke(app, ["bench", "serving", *map(str, configs), *arguments])
     assert result.exit_code == 0, result.exception

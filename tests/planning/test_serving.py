@@ -232,9 +232,17 @@ def test_command_line(tmp_path, monkeypatch):
     assert "Hybrid, 18 + 18" in result.output and "Transformer" in result.output
     assert "544 tokens" in result.output and "sequences that fit" in result.output
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **given: drawn.append(figure))
+    CliRunner().invoke(app, ["plan", *arguments])
+    assert drawn[0].get_suptitle().startswith(f"{tmp_path.name} on 8 x h200, ")
+    notes = [text.get_text() for axes in drawn[0].axes for text in axes.texts]
+    assert len(notes) == 2 * 8 and notes[-1] == "1.98×"  # as the table above has it for the longest
     arguments[-1] = str(tmp_path / "nowhere" / "plan.png")
     result = CliRunner().invoke(app, ["plan", *arguments])
-    assert isinstance(result.exception, HmfError) and "a directory that exists" in str(result.exception)
+    assert isinstance(result.exception, HmfError) and "in one that exists" in str(result.exception)
 
 
 @pytest.mark.vllm

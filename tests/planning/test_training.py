@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dry run: every recipe in recipes/ passes it, and what it counts is what a trainer holds."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def test_every_recipe_passes_the_dry_run(recipes, path):
     if plan is None:  # no recipe of a Hybrid's training
         assert not large
         return
-    assert plan.fits, plan.mend()
+    assert plan.fits, plan.advice()
     assert plan.gpu_hours > 0
     if large:
         assert plan.tokens == pytest.approx(TOKENS[path.stem.split("-", 1)[1]], rel=0.01)
@@ -120,12 +121,49 @@ def plan_of(name, gpu=None, *overrides):
 
 def test_what_does_not_fit_says_what_to_change():
     big = plan_of("qwen3-32b/gdn-1-prime.yaml", "h200x8", "distill.training.strategy=ddp")
-    assert not big.fits and big.mend() == "training.strategy: fsdp2"
+    assert not big.fits and big.advice() == "--set distill.training.strategy=fsdp2"
     long = plan_of("qwen3-8b/gdn-2-long.yaml", None, "training.sequence_parallel=1", "training.strategy=fsdp2")
-    assert not long.fits and "sequence_parallel: " in long.mend()
-    assert plan_of("qwen3-8b/gdn-3-sft.yaml", "l4").mend() == "more GPUs or larger ones"
+    assert not long.fits and "--set training.sequence_parallel=" in long.advice()
+    assert plan_of("qwen3-8b/gdn-3-sft.yaml", "l4").advice() == "more GPUs or larger ones, by --gpu"
     mended = plan_of("qwen3-32b/gdn-1-prime.yaml", "h200x8")
     assert mended.fits and mended.tokens_per_step == big.tokens_per_step
+
+
+TIGHT = ("precision=float32", "gradient_checkpointing=false", "rows_per_step=4", "strategy=ddp", "sequence_parallel=1")
+LARGE = {"distill/recipe.yaml": ("rows_per_step=65536",), "quickstart/sft.yaml": ("rows_per_step=65536",)}
+
+
+@pytest.mark.parametrize("gpu", ["h200x8", "h100x6", "a100-40x4", "l4x2"])
+@pytest.mark.parametrize("name", [*LARGE, "qwen3-0.6b/gdn-2-long.yaml", "qwen3-8b/gdn-1-prime.yaml"])
+def test_advice_can_be_applied_and_is_enough(recipes, name, gpu):
+    """As it is printed, in recipes of every command and with settings that take much memory."""
+    command = ["plan-training", str(RECIPES / name), "--gpu", gpu]
+    section = "distill.training" if "hybrid" in yaml.safe_load((RECIPES / name).read_text()) else "training"
+    for setting in TIGHT + LARGE.get(name, ()):
+        command += ["--set", f"{section}.{setting}"]
+    first = CliRunner().invoke(app, command)
+    assert first.exit_code == 0, first.exception
+    (line,) = re.findall("does not fit; it needs (.*)", first.output)
+    advice = line.strip().split(" ")
+    if line.startswith("--set"):
+        second = CliRunner().invoke(app, command + advice)
+        assert second.exit_code == 0 and "does not fit" not in second.output
+        kept = [re.search(r"tokens of a step\W+([\d,]+)", run.output)[1] for run in (first, second)]
+        assert kept[0] == kept[1]
+    else:
+        assert line == "more GPUs or larger ones, by --gpu" and gpu != "h200x8"
+
+
+def test_advice_is_what_the_recipe_may_have(recipes):
+    """No sharing of a row in an odd number of parts, nor of what the recipe's other keys exclude."""
+    base = ("training.strategy=ddp", "training.sequence_parallel=1")
+    lora = "lora={learning_rate: 1e-4, groups: [attention, mlp]}"
+    for extra in ((lora, "trainable={mixers: 1e-4}"), ("training.strategy=deepspeed",)):
+        plan = plan_of("qwen3-8b/gdn-2-long.yaml", "h200x8", *base, *extra)
+        assert not plan.fits
+        options = re.findall(r"--set (\S+)", plan.advice())
+        if options:
+            assert plan_of("qwen3-8b/gdn-2-long.yaml", "h200x8", *base, *extra, *options).fits
 
 
 def test_divided_work_takes_less_of_each_gpu():
@@ -157,7 +195,10 @@ def test_the_command_and_its_errors(tmp_path, monkeypatch):
     orphan = tmp_path / "sft.yaml"
     content = yaml.safe_load((RECIPES / "quickstart" / "sft.yaml").read_text())
     for change, said in (
-        ({}, "sft.yaml: model: runs/quickstart-cpt/model is not there, and no recipe beside this one makes it"),
+        (
+            {},
+            "sft.yaml: model: runs/quickstart-cpt/model: no such directory; .*; and no recipe beside this one makes it",
+        ),
         ({"modl": 1}, "sft.yaml: unknown key 'modl'; did you mean 'model'"),
     ):
         orphan.write_text(yaml.safe_dump(content | change))

@@ -18,7 +18,7 @@ from hmf.gpus import peak_flops
 from hmf.model.checkpoint import load_model
 from hmf.priming.distance import layer_errors, stage1_flops_per_token
 from hmf.priming.objectives import train_only_mixers
-from hmf.report.curves import curves, draw_curves
+from hmf.report.curves import curves, draw_curves, objective_changes
 from hmf.training import progress
 from hmf.training.checkpoints import newest_valid
 from hmf.training.distill import distill
@@ -90,6 +90,31 @@ def test_curves_are_data_and_a_picture(stage0, tmp_path):
     assert losses["loss"][0] == layers[1][0] == [2, 4]
     picture = (tmp_path / "curves.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+
+
+def entries(*kinds, every=10):
+    """A log whose intervals have losses of these terms."""
+    return [
+        {"step": every * (index + 1), "loss": 1.0, **{f"loss_{term}": 0.5 for term in kind.split()}}
+        for index, kind in enumerate(kinds)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("log", "changes"),
+    [
+        (entries("", "", "kl hidden", "kl hidden"), {20: "hidden + kl"}),
+        (entries("kl hidden", "hidden", "hidden"), {10: "hidden"}),
+        (entries("mixer", "mixer kl hidden", "kl hidden", "kl hidden"), {10: "hidden + kl"}),  # changed in between
+        (entries("", "a b", "a b", ""), {10: "a + b", 30: "one term"}),
+        (entries("kl", "kl"), {}),
+        ([], {}),
+    ],
+)
+def test_a_change_of_the_objective_is_found_and_marked(log, changes, tmp_path):
+    assert objective_changes([*log, {"step": 50, "train_loss": 1.0}]) == changes
+    (tmp_path / "log.json").write_text(json.dumps(log))
+    assert draw_curves(tmp_path / "log.json").is_file()
 
 
 def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path, capsys):

@@ -33,6 +33,7 @@ import torch
 from tqdm import tqdm
 
 import hmf
+from hmf.config.strict import parse_tokens
 from hmf.errors import HmfError, unknown_name
 from hmf.gpus import Device
 from hmf.model.checkpoint import load_config
@@ -63,13 +64,13 @@ class Load:
 
 
 def parse_loads(text: str) -> list[Load]:
-    """`"16384:20,32768:max"` -> [Load(16384, 20), Load(32768, 0)]; HmfError naming the part that is no such pair."""
+    """`"16K:20,32768:max"` -> [Load(16384, 20), Load(32768, 0)]; HmfError naming the part that is no such pair."""
     loads = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(0*[1-9][0-9]*):(0*[1-9][0-9]*|max)\s*", part)
+        match = re.fullmatch(r"\s*(0*[1-9][0-9]*[KkMm]?):(0*[1-9][0-9]*|max)\s*", part)
         if match is None:
-            raise HmfError(f"--context: {part!r} is not TOKENS:SEQUENCES; write for example 16384:20,32768:max")
-        loads.append(Load(int(match[1]), 0 if match[2] == "max" else int(match[2])))
+            raise HmfError(f"--context: {part!r} is not TOKENS:SEQUENCES; write for example 16K:20,32K:max")
+        loads.append(Load(parse_tokens(match[1]), 0 if match[2] == "max" else int(match[2])))
     return loads
 
 

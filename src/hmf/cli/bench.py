@@ -8,9 +8,22 @@ from typing import Annotated, Literal
 
 import typer
 
-from hmf.cli.shared import AsJson, BatchedTokens, Device, Dtype, Mixer, Ratio, epilog, group
-from hmf.errors import HmfError
-from hmf.folders import resolve_base
+from hmf.cli.shared import (
+    CONFIG,
+    MODEL,
+    PATTERN,
+    AsJson,
+    BatchedTokens,
+    Device,
+    Dtype,
+    Mixer,
+    Ratio,
+    epilog,
+    group,
+    tokens,
+)
+from hmf.errors import HmfError, notice
+from hmf.folders import require_parent, resolve_base
 
 app = group("Measure here.")
 
@@ -20,7 +33,7 @@ app = group("Measure here.")
     "hmf bench ops --ops gdn,ssd --tokens 8192 --heads 32 --head-dim 128 --dtype bfloat16 --versions chunked,fast",
 ))  # fmt: skip
 def ops(
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of one sequence.")] = 2048,
+    tokens: Annotated[int, tokens("Of one sequence.")] = 2048,
     heads: Annotated[int, typer.Option(min=1, help="Heads.")] = 8,
     head_dim: Annotated[int, typer.Option(min=1, help="Key and value dimensions of a head.")] = 64,
     ops: Annotated[str, typer.Option(help="Ops, joined by commas; empty for all.")] = "",
@@ -31,7 +44,9 @@ def ops(
     forward: Annotated[bool, typer.Option("--forward", help="Forward alone, as in inference.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Times each op's versions, forward and backward. The sequential references take seconds to minutes.
+    """Times each op's versions, forward and backward.
+
+    The sequential references take seconds to minutes.
 
     What dispatch refuses on this machine is not run; the table says why.
     """
@@ -58,13 +73,18 @@ def ops(
 
 @app.command(epilog=epilog("hmf bench solver", "hmf bench solver --head-dim 64 --plot solver.png"))
 def solver(
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of one sequence.")] = 256,
+    tokens: Annotated[int, tokens("Of one sequence.")] = 256,
     heads: Annotated[int, typer.Option(min=1, help="Heads, from short to long memory.")] = 4,
     head_dim: Annotated[int, typer.Option(min=1, help="Key and value dimensions of a head.")] = 128,
     ridge_strength: Annotated[float, typer.Option(help="The layer's option; smaller converges slower.")] = 0.02,
     plot: Annotated[Path | None, typer.Option(help="Picture to write (.png, .svg).")] = None,
 ) -> None:
-    """How near GKA's iteration comes to the exact ridge solution, by num_iter: outputs and gradients."""
+    """How near GKA's iteration comes to the exact solution.
+
+    The distance of outputs and gradients from those of the exact ridge solution, by num_iter.
+    """
+    require_parent(plot, "--plot")
+
     from hmf.bench import solver
     from hmf.ops.samples import Shape
 
@@ -82,18 +102,16 @@ def solver(
     "hmf bench distill --set num_hidden_layers=12 --set hidden_size=768 --set vocab_size=32000",
 ))  # fmt: skip
 def distill(
-    model: Annotated[
-        str, typer.Argument(help='Directory with a config.json (weights are random), or "teacher".')
-    ] = "teacher",
+    model: Annotated[str, typer.Argument(help=f"{CONFIG} The weights are random.")] = "teacher",
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="In place of what the config says; repeatable."),
     ] = None,
     mixer: Mixer = "gdn",
     ratio: Annotated[float | None, typer.Option(help="Share of layers to replace; left out: 0.5.")] = None,
-    pattern: Annotated[str | None, typer.Option(help="Or one symbol a layer, joined by '-'.")] = None,
+    pattern: Annotated[str | None, typer.Option(help=f"Or: {PATTERN[0].lower()}{PATTERN[1:]}")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 2,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 512,
+    tokens: Annotated[int, tokens("Of a row.", 2)] = 512,
     kl: Annotated[float, typer.Option(min=0, help="Weight of the logits' KL beside the MSE before the head.")] = 1.0,
     device: Device = None,
     dtype: Annotated[Dtype, typer.Option(help="bfloat16: autocast over float32 weights.")] = "float32",
@@ -101,7 +119,12 @@ def distill(
     rounds: Annotated[int, typer.Option(min=1, help="Processes for each way, in turn.")] = 2,
     as_json: AsJson = False,
 ) -> None:
-    """Times Stage 1's step in one fused model against teacher and student as two models, and their peak memory."""
+    """Times Stage 1's step, and its peak memory.
+
+    In one fused model, against teacher and student as two models.
+    """
+    folder = resolve_base(model, weights=False)
+
     import json
 
     import torch
@@ -111,7 +134,7 @@ def distill(
     from hmf.config.runs import HybridSettings
     from hmf.model.checkpoint import load_config
 
-    config = steps.changed(load_config(resolve_base(model), weights=False), overrides or ())
+    config = steps.changed(load_config(folder, weights=False), overrides or ())
     if ratio is not None and pattern is not None:
         raise HmfError("give at most one of --ratio and --pattern")
     settings = HybridSettings(mixer=mixer, ratio=None if pattern else ratio or 0.5, pattern=pattern)
@@ -131,20 +154,25 @@ def distill(
     "hmf bench states runs/quickstart/model", "hmf bench states MODEL --dtype float16 --tokens 4096 --device cuda",
 ))  # fmt: skip
 def states(
-    model: Annotated[Path, typer.Argument(help="Hybrid checkpoint.")],
+    model: Annotated[str, typer.Argument(help=f"Hybrid. {MODEL}")],
     dtype: Annotated[Literal["bfloat16", "float16"], typer.Option(help="Of the states.")] = "bfloat16",
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each stretch of text.")] = 1024,
+    tokens: Annotated[int, tokens("Of each stretch of text.", 2)] = 1024,
     batch: Annotated[int, typer.Option(min=1, help="Stretches of held-out text.")] = 4,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to measure.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Measures how far log-probabilities drift when recurrent states are stored in fewer bits."""
+    """Measures what storing recurrent states in fewer bits costs.
+
+    How far log-probabilities drift.
+    """
+    folder = resolve_base(model)
+
     import json
     from dataclasses import asdict
 
     from hmf.bench import machine, states
 
-    found = states.measure(model, dtype, tokens, batch, device)
+    found = states.measure(folder, dtype, tokens, batch, device)
     if as_json:
         rows = [asdict(drift) for drift in found]
         report = {"rows": rows, "hardware": machine.hardware(), "versions": machine.versions()}
@@ -155,17 +183,15 @@ def states(
 
 
 @app.command(epilog=epilog(
-    "hmf bench serving ./Qwen3-8B runs/prime/model --context 16384:20,16384:max",
-    "hmf bench serving recipes/configs/qwen3-8b --mixer gdn --ratio 0.5 --context 16384:20 --json serving.json",
-    "hmf bench serving recipes/configs/qwen3-8b --mixer gdn,gka --ratio 0.5 --context 16384:max,32768:max "
-    """--variant '{"gka_overrides": {"num_iter": 10}}' --format card""",
+    "hmf bench serving ./Qwen3-8B runs/prime/model --context 16K:20,16K:max",
+    "hmf bench serving recipes/configs/qwen3-8b --mixer gdn --ratio 0.5 --context 16K:20 --json-file serving.json",
+    "hmf bench serving recipes/configs/qwen3-8b --ratio 0.5 --mixer gdn,gka --context 16K:max --format card",
+    """hmf bench serving runs/prime/model --context 16K:20 --variant '{"gka_overrides": {"num_iter": 10}}'""",
 ))  # fmt: skip
 def serving(
     models: Annotated[
         list[str],
-        typer.Argument(
-            help='Directories with a config.json (without weights: random ones), or "teacher".', metavar="MODEL"
-        ),
+        typer.Argument(help=f"Models side by side. {CONFIG} Without weights: random ones.", metavar="MODEL..."),
     ],
     context: Annotated[
         str,
@@ -178,7 +204,7 @@ def serving(
         str, typer.Option(help="With --ratio: measure also the Hybrids that the only MODEL would become, by commas.")
     ] = "gdn",
     ratio: Ratio = None,
-    pattern: Annotated[str | None, typer.Option(help="Or that Hybrid's pattern, one symbol a layer.")] = None,
+    pattern: Annotated[str | None, typer.Option(help=f"Or that Hybrid's pattern. {PATTERN}")] = None,
     hf_overrides: Annotated[
         str | None,
         typer.Option(metavar="JSON", help="vLLM's --hf-overrides, for every model whose config has such keys."),
@@ -187,7 +213,7 @@ def serving(
         list[str] | None,
         typer.Option(metavar="JSON", help="Measure these models once more with such overrides; repeatable."),
     ] = None,
-    output: Annotated[int, typer.Option(min=1, help="Tokens that each sequence decodes while it is timed.")] = 128,
+    output: Annotated[int, tokens("That each sequence decodes while it is timed.")] = 128,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs, of which the fastest counts.")] = 1,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of weights; left out: bfloat16, or float32 where there is no GPU.")
@@ -199,12 +225,28 @@ def serving(
     form: Annotated[
         Literal["table", "card"], typer.Option("--format", help="card: the two tables of a model card, in Markdown.")
     ] = "table",
-    json_file: Annotated[Path | None, typer.Option("--json", help="File to write the rows to, too.")] = None,
+    as_json: AsJson = False,
+    json_file: Annotated[
+        Path | None, typer.Option(help="File to write the rows to as JSON, after each model.", metavar="FILE")
+    ] = None,
 ) -> None:
-    """Prefill and decode throughput in vLLM of a Hybrid and its base, or of any models, with ratios to the first.
+    """Prefill and decode throughput in vLLM.
 
-    A model that fails costs no other one's rows.
+    Of a Hybrid and its base, or of any models, with ratios to the first. A model that fails costs no other one's rows.
     """
+    if as_json and form == "card":
+        raise HmfError("--json, --format card: give one of them; --json-file FILE writes the rows beside the card")
+    if as_json and json_file is None and (old := [name for name in models if name.endswith(".json")]):
+        notice(
+            f"--json takes no file any more and prints JSON; until the next release {old[0]} is taken for --json-file"
+        )
+        json_file, as_json = Path(old[0]), False
+        models = [name for name in models if name != old[0]]
+    require_parent(json_file, "--json-file")
+    if len(set(models)) < len(models):
+        raise HmfError("MODEL: one is named twice; name each once")
+    named = [(model, resolve_base(model)) for model in models]  # before imports that take seconds
+
     import json
     import tempfile
 
@@ -221,12 +263,7 @@ def serving(
         throughput.parse_loads(context), output, repeats, dtype, gpu_memory_utilization, batched_tokens,
         tensor_parallel_size, enforce_eager,
     )  # fmt: skip
-    if json_file is not None and not json_file.parent.is_dir():
-        raise HmfError(f"--json: {json_file.parent}: no such directory; name a file in one that exists")
     with tempfile.TemporaryDirectory(prefix="hmf-config-") as folder:
-        named = [(model, resolve_base(model)) for model in models]
-        if len(set(models)) < len(models):
-            raise HmfError("MODEL: one is named twice; name each once")
         if ratio is not None or pattern is not None:
             if len(models) > 1 or (ratio is not None and pattern is not None):
                 raise HmfError("give at most one of --ratio and --pattern, and then one MODEL")
@@ -241,18 +278,21 @@ def serving(
         measured: list[throughput.Measured | None] = []
         errors: list[HmfError] = []
         table: list[dict] = []
+        report: dict = {}
         try:
             for found in throughput.run_all(subjects, run):
                 if isinstance(found, HmfError):
                     errors.append(found)
                 measured.append(None if isinstance(found, HmfError) else found)
                 table = tables.rows(subjects, measured, run)
+                facts = {"dtype": dtype, "options": [one.arguments for one in subjects]}
+                report = {"rows": table, **facts, "hardware": machine.hardware(), "versions": machine.versions()}
                 if json_file is not None:
-                    facts = {"dtype": dtype, "options": [one.arguments for one in subjects]}
-                    report = {"rows": table, **facts, "hardware": machine.hardware(), "versions": machine.versions()}
                     json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         finally:
-            if table and form == "card":
+            if as_json:
+                typer.echo(json.dumps(report, indent=2))
+            elif table and form == "card":
                 typer.echo(tables.card(table, subjects[0].name, run.ranks))
             elif table:
                 title = f"{dtype}, {output} tokens decoded by each sequence, {batched_tokens:,} tokens a step"

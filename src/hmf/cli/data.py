@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from hmf import processors
-from hmf.cli.shared import Overrides, RecipeFile, epilog, group
-from hmf.folders import resolve_base
+from hmf.cli.shared import Overrides, RecipeFile, epilog, group, require_data, tokens
+from hmf.errors import HmfError
+from hmf.folders import find_recipe, resolve_base
 
 app = group("Prepare training data and look at it.")
 
@@ -26,14 +27,21 @@ def data_prepare(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Tokenise, mix and pack documents and conversations into rows for training. Continues where it stopped."""
+    """Tokenise, mix and pack documents into rows for training.
+
+    Documents are texts and conversations. Continues where it stopped.
+    """
     from hmf.config.data import DataRecipe
     from hmf.config.runs import load_recipe
+
+    settings = load_recipe(recipe, DataRecipe, overrides or ())
+    tokenizer = _tokenizer(settings.tokenizer)  # before imports that take seconds
+    require_data(settings)
+
     from hmf.data.prepare import prepare
     from hmf.report.samples import print_counts
 
-    settings = load_recipe(recipe, DataRecipe, overrides or ())
-    print_counts(prepare(settings, resolve_base(settings.tokenizer), workers or processors.count()))
+    print_counts(prepare(settings, tokenizer, workers or processors.count()))
     typer.echo(f"saved {settings.output}; look at it: hmf data show {settings.output}")
     typer.echo(f"train on it: data: {{prepared: {settings.output}}} in a recipe")
 
@@ -43,20 +51,39 @@ def data_prepare(
 )
 def data_show(
     source: Annotated[
-        Path, typer.Argument(help="A recipe, before the work, or a prepared folder.", metavar="RECIPE|DIR")
+        Path,
+        typer.Argument(
+            parser=find_recipe, help="A recipe, before the work, or a prepared folder.", metavar="RECIPE|DIR"
+        ),
     ],
     samples: Annotated[int, typer.Option(min=0, help="Documents to print; of a recipe: of each source.")] = 3,
-    tokens: Annotated[int, typer.Option(min=8, help="Longest print of a document; the middle is left out.")] = 400,
+    tokens: Annotated[int, tokens("Longest print of a document; the middle is left out.", 8)] = 400,
     records: Annotated[int, typer.Option(min=1, help="Of a recipe: records of each source to read and count.")] = 200,
     overrides: Overrides = None,
 ) -> None:
-    """Print documents as the model will see them, what it learns marked, and the counts."""
+    """Print documents as the model will see them, and the counts.
+
+    What it learns of them is marked.
+    """
+    if source.is_dir():
+        from hmf.report.samples import show_prepared
+
+        return show_prepared(source, _tokenizer, samples, tokens)
+
     from hmf.config.data import DataRecipe
     from hmf.config.runs import load_recipe
-    from hmf.report.samples import show_prepared, show_recipe
 
-    if source.is_dir():
-        show_prepared(source, resolve_base, samples, tokens)
-    else:
-        settings = load_recipe(source, DataRecipe, overrides or ())
-        show_recipe(settings, resolve_base(settings.tokenizer), samples, tokens, records)
+    settings = load_recipe(source, DataRecipe, overrides or ())
+    tokenizer = _tokenizer(settings.tokenizer)
+    require_data(settings)
+
+    from hmf.report.samples import show_recipe
+
+    show_recipe(settings, tokenizer, samples, tokens, records)
+
+
+def _tokenizer(name: str) -> Path:
+    try:
+        return resolve_base(name, weights=False)
+    except HmfError as error:
+        raise HmfError(f"tokenizer: {error}") from None

@@ -3,31 +3,33 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hmf.cli.shared import AsJson, BatchedTokens, Overrides, Ratio, epilog, group
+from hmf.cli.shared import CONFIG, PATTERN, AsJson, BatchedTokens, Overrides, Ratio, epilog, group, tokens
 from hmf.errors import HmfError
-from hmf.folders import resolve_base
+from hmf.folders import find_recipe, require_parent, resolve_base
+from hmf.gpus import parse_gpus
 
 app = group("")
 
 
 @app.command(epilog=epilog(
     "hmf plan runs/quickstart/model --gpu l4 --context 2048",
-    "hmf plan ./Qwen3-8B --mixer gdn --ratio 0.5 --gpu h200x8 --context 131072 --plot plan.png",
+    "hmf plan Qwen/Qwen3-8B --mixer gdn --ratio 0.5 --gpu h200x8 --context 128K --plot plan.png",
 ))  # fmt: skip
 def plan(
-    model: Annotated[str, typer.Argument(help='Directory with a config.json (no weights needed), or "teacher".')],
+    model: Annotated[str, typer.Argument(help=CONFIG)],
     gpu: Annotated[str, typer.Option(help="What to serve on, for example h100, l40s or h200x8.")],
-    context: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 32768,
+    context: Annotated[int, tokens("Of a sequence, for example 128K.")] = 32768,
     mixer: Annotated[
         str, typer.Option(help="With --ratio: plan the Hybrid that this Transformer would become.")
     ] = "gdn",
     ratio: Ratio = None,
-    pattern: Annotated[str | None, typer.Option(help="Or the Hybrid's pattern, one symbol a layer.")] = None,
+    pattern: Annotated[str | None, typer.Option(help=f"Or the Hybrid's pattern. {PATTERN}")] = None,
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share of GPU memory that vLLM may take.")] = 0.9,
     layer_overhead: Annotated[
         float, typer.Option(min=0, help="Microseconds of a decode step in each layer, beside moving bytes.")
@@ -37,13 +39,20 @@ def plan(
     batched_tokens: BatchedTokens = 8192,
     plot: Annotated[Path | None, typer.Option(help="Picture to write, over context lengths (.png, .svg).")] = None,
 ) -> None:
-    """What serving takes and gives on some GPUs: memory, sequences, cache blocks, decode speed. Needs no GPU."""
+    """What serving takes and gives on some GPUs.
+
+    Memory, sequences, cache blocks, decode speed. Needs no GPU.
+    """
+    parse_gpus(gpu)  # this and the paths before imports that take seconds
+    require_parent(plot, "--plot")
+    folder = resolve_base(model, weights=False)
+
     from hmf.config.runs import HybridSettings
     from hmf.model.checkpoint import load_config
     from hmf.model.convert import hybrid_config
     from hmf.planning import serving as planner
 
-    config = load_config(resolve_base(model), weights=False)
+    config = load_config(folder, weights=False)
     if ratio is not None or pattern is not None:
         if ratio is not None and pattern is not None:
             raise HmfError("give at most one of --ratio and --pattern")
@@ -55,31 +64,45 @@ def plan(
     found = planner.plans(config, gpu, options)
     planner.print_plans(found, context)
     if plot is not None:
-        planner.plot(found, context, plot)
+        planner.plot(found, context, plot, Path(model).name)
         typer.echo(f"saved {plot}")
 
 
 @app.command(name="plan-training", epilog=epilog(
-    "hmf plan-training recipes/qwen3-8b",
+    "hmf plan-training qwen3-8b",
     "hmf plan-training recipes/qwen3-8b/gdn-1-prime.yaml --gpu h100x8 --set distill.training.strategy=fsdp2",
 ))  # fmt: skip
 def plan_training(
-    recipes: Annotated[list[Path], typer.Argument(help="Recipes, or folders of them.", metavar="RECIPE.yaml|DIR...")],
+    recipes: Annotated[
+        list[Path],
+        typer.Argument(
+            parser=find_recipe, help='Recipes, or folders of them, as "qwen3-8b".', metavar="RECIPE.yaml|DIR..."
+        ),
+    ],
     gpu: Annotated[str | None, typer.Option(help="For example h200x8; left out: what each recipe names.")] = None,
     mfu: Annotated[float, typer.Option(help="Share of the GPUs' peak that training is assumed to reach.")] = 0.35,
     overrides: Overrides = None,
 ) -> None:
-    """Dry run: check recipes and plan memory, tokens and GPU-hours of each stage. Needs no GPU, weights or data."""
+    """Check recipes; plan memory, tokens and GPU-hours.
+
+    A dry run of each stage, without GPU, weights or data.
+    """
+    if gpu is not None:
+        parse_gpus(gpu)
+
     from hmf.planning import training
 
-    training.print_plans(training.plans(recipes, resolve_base, gpu, mfu, overrides or ()))
+    training.print_plans(training.plans(recipes, partial(resolve_base, weights=False), gpu, mfu, overrides or ()))
 
 
 @app.command(epilog=epilog("hmf doctor", "hmf doctor --json", "HMF_OPS=reference hmf doctor"))
 def doctor(
     as_json: AsJson = False,
 ) -> None:
-    """Which implementation of each op runs here, why, and whether it equals the reference. Exits 1 if one does not."""
+    """Which implementation of each op runs here, and why.
+
+    Each is compared with the reference; exits 1 if one differs.
+    """
     from hmf.bench import workers
 
     workers.head_start()

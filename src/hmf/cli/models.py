@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hmf.cli.shared import AsJson, Device, Dtype, epilog, group
+from hmf.cli.shared import MODEL, AsJson, Device, Dtype, epilog, group, tokens
 from hmf.errors import HmfError
 from hmf.folders import resolve_base
 
@@ -19,15 +19,13 @@ app = group("")
     "hmf evaluate teacher --tasks recall,arithmetic --samples 100 --length 512 --json",
 ))  # fmt: skip
 def evaluate(
-    models: Annotated[
-        list[str], typer.Argument(help='Checkpoint directories, or "teacher", side by side.', metavar="MODEL...")
-    ],
+    models: Annotated[list[str], typer.Argument(help=f"Models side by side. {MODEL}", metavar="MODEL...")],
     tasks: Annotated[str, typer.Option(help="Generated tasks, joined by commas; empty for none.")] = "recall,needle",
     samples: Annotated[int, typer.Option(min=1, help="Samples of each task.")] = 50,
-    length: Annotated[int, typer.Option(min=96, help="Tokens of the longest prompts and of the text window.")] = 512,
+    length: Annotated[int, tokens("Of the longest prompts and of the text window.", 96)] = 512,
     text_bytes: Annotated[int, typer.Option(min=0, help="Held-out library text to score.")] = 100_000,
     thinking: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = True,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 160,
+    max_new_tokens: Annotated[int, tokens("Longest answer.")] = 160,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are answered together.")] = 16,
     baselines: Annotated[bool, typer.Option(help="Also score order-3 models of bytes and of tokens.")] = False,
     device: Device = None,
@@ -36,7 +34,11 @@ def evaluate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score checkpoints: held-out library text and generated tasks."""
+    """Score models: held-out library text and generated tasks."""
+    if len(set(models)) < len(models):
+        raise HmfError("MODEL: one is named twice; name each once")
+    folders = {model: resolve_base(model) for model in models}  # before imports that take seconds
+
     import json
 
     from hmf.config.runs import EvaluateSettings
@@ -49,15 +51,13 @@ def evaluate(
     for task in chosen:
         if task not in TASKS:
             raise HmfError(f"--tasks: {unknown_name('task', task, TASKS)}")
-    if len(set(models)) < len(models):
-        raise HmfError("MODEL: one is named twice; name each once")
     settings = EvaluateSettings.model_validate({
         "tasks": chosen, "samples": samples, "length": length, "text_bytes": text_bytes, "thinking": thinking,
         "max_new_tokens": max_new_tokens, "batch_size": batch_size,
     })  # fmt: skip
     scores = {
-        model: evaluate_checkpoint(resolve_base(model), settings, device, dtype, baselines, name=model)
-        for model in models
+        model: evaluate_checkpoint(folder, settings, device, dtype, baselines, name=model)
+        for model, folder in folders.items()
     }
     if as_json:
         typer.echo(json.dumps(scores, indent=2))
@@ -71,16 +71,20 @@ def evaluate(
     "hmf chat runs/quickstart/model --url http://localhost:8000",
 ))  # fmt: skip
 def chat(
-    model: Annotated[str, typer.Argument(help='Checkpoint directory, or "teacher".')],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     thinking: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = True,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    max_new_tokens: Annotated[int, tokens("Longest answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
     url: Annotated[str | None, typer.Option(help="Of a running server; left out: load the model here.")] = None,
 ) -> None:
-    """Talk to a checkpoint in the terminal, without a server or through one."""
+    """Talk to a model in the terminal.
+
+    It is loaded here, or a server at `--url` has it.
+    """
+    source = resolve_base(model)
+
     from hmf.serving.chat import LocalChat, ServerChat, run
 
-    source = resolve_base(model)
     options: Any = {"thinking": thinking, "max_new_tokens": max_new_tokens, "temperature": temperature}
     run(LocalChat(source, **options) if url is None else ServerChat(source, url, **options), source)
 
@@ -91,16 +95,21 @@ def chat(
     "VLLM_API_KEY=a-long-secret hmf serve runs/quickstart/model -- --host 0.0.0.0",
 ))  # fmt: skip
 def serve(
-    model: Annotated[str, typer.Argument(help='Checkpoint directory, or "teacher".')],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     extra: Annotated[list[str] | None, typer.Argument(help="After --: options of vLLM's own, before ours.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the command and start nothing.")] = False,
 ) -> None:
-    """Start vLLM's OpenAI-compatible server with the right options for this checkpoint and machine; Ctrl-C stops it."""
+    """Serve by vLLM: an OpenAI-compatible API.
+
+    vLLM starts with the right options for this checkpoint and machine; Ctrl-C stops it.
+    """
+    source = resolve_base(model)
+
     from hmf.serving import serve as server
 
     if not dry_run:
         server.require_vllm()
-    launch = server.prepare(resolve_base(model), extra or ())
+    launch = server.prepare(source, extra or ())
     typer.echo(launch.line)
     typer.echo(launch.access)
     if not dry_run:

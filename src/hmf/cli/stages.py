@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hmf.cli.shared import Dtype, Mixer, Out, Overrides, RecipeFile, epilog, group
+from hmf.cli.shared import MODEL, PATTERN, Dtype, Mixer, Out, Overrides, RecipeFile, epilog, found, group
 from hmf.errors import HmfError
-from hmf.folders import resolve_base
+from hmf.folders import require_unused, resolve_base
 
 app = group("")
 
@@ -21,40 +20,51 @@ app = group("")
     'hmf init ./Qwen3-8B --pattern "*-GDN-*-GDN" --out runs/stage0',
 ))  # fmt: skip
 def init(
-    base: Annotated[
-        str, typer.Argument(help='Checkpoint directory of a Transformer, or "teacher" for the embedded one.')
-    ],
+    base: Annotated[str, typer.Argument(help=f"Transformer. {MODEL}")],
     out: Out,
     mixer: Mixer = "gdn",
     ratio: Annotated[float | None, typer.Option(help="Share of layers to replace, spread evenly.")] = None,
     layers: Annotated[str | None, typer.Option(help="Layers to replace, for example 1,3,5-7.")] = None,
-    pattern: Annotated[str | None, typer.Option(help="One symbol a layer, joined by '-'.")] = None,
+    pattern: Annotated[str | None, typer.Option(help=PATTERN)] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the tensors that start at random.")] = 0,
 ) -> None:
-    """Stage 0: make a fused checkpoint, mixers started from attention beside the frozen teacher."""
+    """Stage 0: start mixers from attention.
+
+    The result is a fused checkpoint, in which the frozen teacher stays beside the mixers. So its pattern marks every
+    symbol: `*DA` is a layer that keeps its attention, and `GDN*` one whose mixer learns beside its attention, which
+    `hmf export` drops.
+    """
     from pydantic import ValidationError
 
     from hmf.config.pattern import parse_layer_list
     from hmf.config.runs import HybridSettings
-    from hmf.priming.stage0 import base_layers, make_stage0
 
     chosen = list(parse_layer_list(layers)) if layers is not None else None
     try:
         settings = HybridSettings(mixer=mixer, ratio=ratio, layers=chosen, pattern=pattern)
     except ValidationError:
         raise HmfError("give exactly one of --ratio, --layers and --pattern") from None
+    require_unused(out)
     source = resolve_base(base)
+
+    from hmf.priming.stage0 import base_layers, make_stage0
+
     report = make_stage0(source, settings.layer_pattern(base_layers(source)), out, seed=seed)
     typer.echo(report.describe())
+    typer.echo("*DA: a layer that keeps attention; GDN* and so on: a mixer beside the attention that it learns from")
     typer.echo(f"saved {out}; next: hmf distill RECIPE.yaml with model: {out}")
 
 
 @app.command(epilog=epilog("hmf distill recipes/distill/recipe.yaml"))
 def distill(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Stage 1: train the mixers of a fused checkpoint to do what its attention does. Continues where it stopped."""
+    """Stage 1: train the mixers to do what attention does.
+
+    Continues where it stopped.
+    """
     from hmf.config.runs import DistillRecipe, read_recipe
 
-    settings, text = read_recipe(recipe, DistillRecipe, overrides or ())  # before imports that take seconds
+    settings, text = read_recipe(recipe, DistillRecipe, overrides or ())
+    settings = found(settings, "model")  # before imports that take seconds
 
     from hmf.report.curves import draw_curves
     from hmf.training.distill import distill as run
@@ -68,16 +78,19 @@ def distill(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 @app.command(epilog=epilog("hmf export runs/distill/stage1 --out runs/distill/model --dtype bfloat16"))
 def export(
-    fused: Annotated[Path, typer.Argument(help="Fused checkpoint: the result of init or distill.")],
+    fused: Annotated[str, typer.Argument(help=f"Fused: the result of init or distill. {MODEL}")],
     out: Out,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the weights; left out: as stored.")] = None,
 ) -> None:
-    """Drop the teacher: write a plain Hybrid in the published format."""
+    """Drop the teacher: write a plain Hybrid."""
+    require_unused(out)
+    source = resolve_base(fused)
+
     import torch
 
     from hmf.priming.export import export as run
 
-    run(fused, out, getattr(torch, dtype) if dtype else None)
+    run(source, out, getattr(torch, dtype) if dtype else None)
     typer.echo(f"saved {out}; load it with AutoModelForCausalLM after `import hmf`")
 
 
@@ -86,10 +99,14 @@ def export(
     "hmf finetune recipes/quickstart/sft.yaml --set training.steps=20 --set output=runs/try",
 ))  # fmt: skip
 def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Stage 2: train a plain Hybrid on: more pretraining, conversations or preferences. Continues where it stopped."""
+    """Stage 2: train a plain Hybrid on.
+
+    More pretraining, conversations or preferences. Continues where it stopped.
+    """
     from hmf.config.runs import FinetuneRecipe, read_recipe
 
     settings, text = read_recipe(recipe, FinetuneRecipe, overrides or ())
+    settings = found(settings, "model")
 
     from hmf.report.curves import draw_curves
     from hmf.training.finetune import check
@@ -104,14 +121,18 @@ def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command(epilog=epilog(
-    "hmf prime recipes/quickstart/recipe.yaml",
+    "hmf prime quickstart",
     "hmf prime recipes/quickstart/recipe.yaml --set hybrid.mixer=gka --set output=runs/gka",
 ))  # fmt: skip
 def prime(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """The whole job: init, distil, export, evaluate, under one run folder. Steps already done are not done again."""
+    """The whole job: init, distil, export, evaluate.
+
+    All under one run folder; steps already done are not done again.
+    """
     from hmf.config.runs import PrimeRecipe, read_recipe
 
     settings, text = read_recipe(recipe, PrimeRecipe, overrides or ())
+    settings = found(settings, "base")
 
     from hmf.pipeline import prime as run
     from hmf.report.table import next_commands, print_scores
@@ -124,7 +145,10 @@ def prime(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 @app.command(epilog=epilog("hmf pretrain recipes/teacher/recipe.yaml"))
 def pretrain(recipe: RecipeFile) -> None:
-    """Train a tiny teacher and its tokenizer from scratch (how the embedded one was made)."""
+    """Train a tiny teacher and its tokenizer from scratch.
+
+    So the embedded one was made.
+    """
     from hmf.training.pretrain import main as run
 
     run(str(recipe))

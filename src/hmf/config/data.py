@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from .places import PlaceSettings
 from .runs import Share
-from .strict import Seed, Settings, Tokens
+from .strict import Seed, Settings, TokenCount, Tokens
 
 
 class RepetitionSettings(Settings):
@@ -29,8 +29,8 @@ class RepetitionSettings(Settings):
 class FilterSettings(Settings):
     """Which documents are left out. `repetition: true` takes the usual thresholds."""
 
-    min_tokens: int = Field(0, ge=0)
-    max_tokens: int | None = Field(None, ge=1)
+    min_tokens: TokenCount = Field(0, ge=0)
+    max_tokens: TokenCount | None = Field(None, ge=1)
     repetition: RepetitionSettings | None = None
 
     @field_validator("repetition", mode="before")
@@ -101,7 +101,7 @@ class DataRecipe(Settings):
     tokenizer: str  # a checkpoint directory, or "teacher" for the embedded one
     sequence_length: Tokens
     sources: list[SourceSettings] = Field(min_length=1)
-    tokens: int | None = Field(None, ge=1)
+    tokens: TokenCount | None = Field(None, ge=1)
     seed: Seed = 0
     thinking: Literal["keep", "strip"] = "keep"
     turns: Literal["all", "last"] = "all"  # which assistant turns are supervised

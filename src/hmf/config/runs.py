@@ -21,7 +21,7 @@ from hmf.errors import HmfError, unknown_name
 from .layers import LAYER_KINDS
 from .pattern import Pattern
 from .places import PairSettings
-from .strict import Seed, Settings, Steps, Tokens, parse_yaml
+from .strict import Seed, Settings, Steps, TokenCount, Tokens, parse_yaml
 
 TrainableGroup = Literal["mixers", "norms", "attention", "mlp", "embeddings"]
 TrainableName = Literal["mixers", "norms", "attention", "mlp", "embeddings", "all"]
@@ -120,7 +120,7 @@ class ObjectiveSettings(Settings):
     kl_tokens: Literal["all", "supervised"] = "all"
     kl_top_k: int | None = Field(None, ge=1)  # tell apart the teacher's likeliest tokens only; the rest is one outcome
     kl_temperature: float = Field(1.0, gt=0)
-    kl_chunk_size: int | None = Field(None, ge=1)  # tokens whose logits exist at once; left out: by their size
+    kl_chunk_size: TokenCount | None = Field(None, ge=1)  # tokens whose logits exist at once; left out: by their size
 
     def weights_at(self, step: int) -> dict[str, float]:
         """The weights of pre_lm_head, layers and kl at a step."""
@@ -181,7 +181,7 @@ class ParallelSettings(OptimiserSettings):
 class OnPolicySettings(Settings):
     """Stage 1 on what the student writes itself: it goes on from prompts drawn from `data`, at most to its length."""
 
-    max_new_tokens: int = Field(128, ge=1)
+    max_new_tokens: TokenCount = Field(128, ge=1)
     temperature: float = Field(1.0, gt=0)  # of sampling; the objective has its own
     top_p: float = Field(1.0, gt=0, le=1)
 
@@ -253,7 +253,9 @@ class RopeScaling(Settings):
 
     rope_type: Literal["default", "linear", "yarn", "llama3"]
     factor: AtLeastOne | None = None  # from the length before any scaling
-    original_max_position_embeddings: int | None = Field(None, ge=1)  # that length; left out: as the model has it
+    original_max_position_embeddings: TokenCount | None = Field(
+        None, ge=1
+    )  # that length; left out: as the model has it
     beta_fast: Positive | None = None
     beta_slow: Positive | None = None
     attention_factor: Positive | None = None
@@ -285,7 +287,7 @@ class RopeSettings(Settings):
     """What becomes of the attention layers' rotary positions; what is left out stays as the model has it."""
 
     theta: Positive | None = None
-    max_position_embeddings: int | None = Field(None, ge=1)
+    max_position_embeddings: TokenCount | None = Field(None, ge=1)
     scaling: RopeScaling | None = None
 
 
@@ -345,8 +347,8 @@ class EvaluateSettings(Settings):
 
     tasks: list[str] = Field(default_factory=list)
     samples: int = Field(50, ge=1)
-    length: int = Field(1024, ge=96)
-    max_new_tokens: int = Field(160, ge=1)
+    length: TokenCount = Field(1024, ge=96)
+    max_new_tokens: TokenCount = Field(160, ge=1)
     text_bytes: int = Field(100_000, ge=0)
     thinking: bool | None = None
     batch_size: int = Field(16, ge=1)

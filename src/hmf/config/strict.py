@@ -6,10 +6,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from hmf.errors import HmfError
 
@@ -20,8 +21,22 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
+def parse_tokens(value: Any) -> Any:
+    """A number of tokens from "128K" (128 * 1024) or "1M" (1024 * 1024); what is no text stays as it is.
+
+    ValueError for any other text.
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*([0-9]+(?:_[0-9]+)*)\s*([kKmM]?)\s*", value)
+    if match is None:
+        raise ValueError(f"{value!r} is no number of tokens; write for example 131072, 128K or 1M")
+    return int(match[1]) * {"": 1, "k": 2**10, "m": 2**20}[match[2].lower()]
+
+
+TokenCount = Annotated[int, BeforeValidator(parse_tokens)]
 # Bounds by which a slip of the pen ends in an error and not in a machine without memory.
-Tokens = Annotated[int, Field(ge=16, le=2**24)]  # of a row
+Tokens = Annotated[TokenCount, Field(ge=16, le=2**24)]  # of a row
 Steps = Annotated[int, Field(ge=1, le=10**9)]
 SEAL = "seal"
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what random number generators take

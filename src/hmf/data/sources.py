@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hmf import hub
 from hmf.config.data import SourceSettings
 from hmf.config.places import PairSettings, PlaceSettings
 from hmf.config.strict import parse_json, require_text
@@ -60,7 +61,8 @@ class Source:
             self.fingerprint = [self.format, digest.hexdigest()]
             self.total = sum(len(document.text) for document in self.documents)
             return
-        self._find(Path(settings.path))
+        key = f"{settings.key}.path"
+        self._find(hub.data_path(key, settings.path) if hub.is_data(settings.path) else Path(settings.path))
         self.fingerprint = self._facts()
         if not any(files.is_compressed(path) for path in self.files):
             self.total = sum(path.stat().st_size for path in self.files)

@@ -247,26 +247,41 @@ def print_plans(found: Sequence[Plan], context: int) -> None:
     Console(width=max(80, Console().width)).print(table)
 
 
-def plot(found: Sequence[Plan], context: int, path: Path) -> None:
-    """Sequences that fit and decode throughput at context lengths from 1K to `context`, as a picture at `path`."""
+def plot(found: Sequence[Plan], context: int, path: Path, model: str) -> None:
+    """Sequences that fit and decode throughput at context lengths from 1K to `context`, as a picture at `path`.
+
+    model: its name, for the title. A Hybrid's points say how many times its Transformer's they are.
+    """
     from matplotlib.figure import Figure
 
     lengths = [length for length in (2**power for power in range(10, 25)) if length < context] + [context]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = figure.subplots(1, 2)
+    drawn = []
     for plan, colour in zip(found, ("tab:blue", "tab:gray"), strict=False):
         # 0 stands for what does not fit and has no place on a logarithmic axis
         fit = [min(plan.sequences(length), plan.max_num_seqs) or math.nan for length in lengths]
         rates = [plan.decode_rate(n, length) for n, length in zip(fit, lengths, strict=True)]
         for panel, values in zip(panels, (fit, rates), strict=True):
             panel.plot(lengths, values, marker="o", markersize=4, color=colour, label=title(plan))
+        drawn.append((fit, rates))
+    for panel, *sides in zip(panels, *drawn, strict=True):
+        for length, hybrid, base in zip(lengths, *sides, strict=True) if len(sides) == 2 else ():
+            if not math.isnan(hybrid / base):
+                panel.annotate(
+                    f"{hybrid / base:.2f}×", (length, hybrid), (2, 4), textcoords="offset points", color="tab:blue",
+                    fontsize=7,
+                )  # fmt: skip
     for panel, name in zip(panels, ("sequences at once", "decoded tokens/s"), strict=True):
         panel.set(xscale="log", yscale="log", xlabel="tokens of context", title=name)
         panel.set_xticks(lengths, [short(length) for length in lengths])
         panel.minorticks_off()
+        panel.margins(x=0.11, y=0.1)
         panel.grid(alpha=0.3)
     panels[1].legend(frameon=False)
-    figure.suptitle(f"{devices(found[0])}, at most {found[0].max_num_seqs} sequences", fontsize=10)
+    ratios = "; ratios: Hybrid to Transformer" if len(found) > 1 else ""
+    limit = f"at most {found[0].max_num_seqs} sequences"
+    figure.suptitle(f"{model} on {devices(found[0])}, {limit}, planned{ratios}", fontsize=10)
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -65,6 +66,7 @@ class Job:
     model: PreTrainedModel  # without memory; what is trained requires a gradient
     sequence_length: int
     adapters: int = 0  # parameters that low-rank adapters add
+    section: str = "training"  # of the recipe's file, where `training` stands
 
     @property
     def training(self) -> ParallelSettings:
@@ -196,12 +198,22 @@ class TrainingPlan:
             return None
         return self.tokens * self.flops_per_token / (self.device.peak * self.mfu) / 3600
 
-    def mend(self) -> str:
-        """The first change to the recipe that makes it fit, in words."""
+    def advice(self) -> str:
+        """The mildest change to the recipe that makes it fit, as options of the commands that read it."""
         for change in _changes(self.training, self.ranks):
-            if replace(self, training=self.training.model_copy(update=change)).fits:
-                return ", ".join(f"training.{key}: {str(value).lower()}" for key, value in change.items())
-        return "more GPUs or larger ones"
+            plan = replace(self, training=self.training.model_copy(update=change))
+            if plan.fits and self._valid(change):
+                return " ".join(f"--set {self.job.section}.{key}={str(value).lower()}" for key, value in change.items())
+        return "more GPUs or larger ones, by --gpu"
+
+    def _valid(self, change: dict[str, Any]) -> bool:
+        """Whether the recipe may have this in its section `training`."""
+        recipe = self.job.recipe
+        content = recipe.model_dump(exclude_unset=True)
+        content["training"] |= change
+        with suppress(ValidationError):
+            return type(recipe).model_validate(content) is not None
+        return False
 
 
 def _changes(training: ParallelSettings, ranks: int) -> Iterator[dict[str, Any]]:
@@ -224,7 +236,8 @@ def _changes(training: ParallelSettings, ranks: int) -> Iterator[dict[str, Any]]
     degree = 2 * training.sequence_parallel
     while degree <= ranks:
         factor = degree // training.sequence_parallel
-        yield change | {"sequence_parallel": degree, "gradient_accumulation_steps": accumulation * factor}
+        if ranks % degree == 0:
+            yield change | {"sequence_parallel": degree, "gradient_accumulation_steps": accumulation * factor}
         degree *= 2
 
 
@@ -315,7 +328,8 @@ class Recipes:
         recipe = self.read[path]
         try:
             if isinstance(recipe, PrimeRecipe):
-                return self._stage1(path.stem, recipe.distill, self._prime_config(path, recipe))
+                job = self._stage1(path.stem, recipe.distill, self._prime_config(path, recipe))
+                return replace(job, section="distill.training")
             if isinstance(recipe, DistillRecipe):
                 return self._stage1(path.stem, recipe, self._config(recipe.model))
             if isinstance(recipe, FinetuneRecipe):
@@ -363,12 +377,14 @@ class Recipes:
                 return self._prime_config(path, recipe)
             if isinstance(recipe, FinetuneRecipe) and model == recipe.output / "model":
                 return with_rope(self._config(recipe.model), recipe.rope)
-        raise HmfError(f"model: {model} is not there, and no recipe beside this one makes it")
+        try:
+            return load_config(self.resolve_base(str(model)), weights=False)
+        except HmfError as error:
+            raise HmfError(f"model: {error}; and no recipe beside this one makes it") from None
 
     def _prime_config(self, path: Path, recipe: PrimeRecipe) -> Any:
-        base = self.resolve_base(recipe.base)
-        if not base.is_dir() and recipe.base_config is not None:
-            base = path.parent / recipe.base_config
+        planned = recipe.base_config is not None and not Path(recipe.base).is_dir()
+        base = path.parent / str(recipe.base_config) if planned else self.resolve_base(recipe.base)
         config = load_config(base, weights=False)
         pattern = recipe.hybrid.layer_pattern(config.num_hidden_layers)
         return hybrid_config(config, pattern.with_fused(True), recipe.hybrid.options_by_key())
@@ -444,7 +460,7 @@ def print_plans(found: Sequence[TrainingPlan]) -> None:
     console.print(table)
     for plan in found:
         if not plan.fits:
-            console.print(f"{plan.job.title} does not fit; what to change: {plan.mend()}", soft_wrap=True)
+            console.print(f"{plan.job.title} does not fit; it needs {plan.advice()}", soft_wrap=True)
 
 
 def without_memory(config: Any) -> PreTrainedModel:

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's log as a picture: losses, and how far each layer is from the teacher or answers are from each other."""
+"""A run's log as a picture: losses, how far each layer is from the teacher or answers are from each other, and the
+learning rate and gradient norm below."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+from bisect import bisect_right
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-Curve = tuple[list[int], list[float]]
+Curve = tuple[list[float], list[float]]
 _LAYER = re.compile(r"error_layer_(\d+)")
 
 
@@ -34,45 +38,86 @@ def curves(log: list[dict[str, Any]]) -> tuple[dict[str, Curve], dict[int, Curve
     return losses, dict(sorted(layers.items())), preferences
 
 
+def objective_changes(log: list[dict[str, Any]]) -> dict[int, str]:
+    """Steps after which the loss is the sum of other terms than before, with the names of these."""
+    changes: dict[int, str] = {}
+    entries = [entry for entry in log if "loss" in entry]
+    before, last = None, None
+    for index, entry in enumerate(entries):
+        terms = {name.removeprefix("loss_") for name, value in entry.items() if name.startswith("loss_") and value}
+        if before is not None and terms != before:
+            # A mean over steps of both kinds has the terms of both, and is no kind of its own.
+            if last != index - 1 or not terms < before:
+                last, step = index, entries[index - 1]["step"]
+            changes[step] = " + ".join(sorted(terms)) or "one term"
+        before = terms
+    return changes
+
+
 def draw_curves(log_file: Path) -> Path:
-    """Draw the log of a run beside it, as curves.png; returns the picture's path."""
+    """Draw the log of a run beside it, as curves.png; returns the picture's path.
+
+    A dashed line marks where the objective changes: losses on its two sides are sums of other terms.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    losses, layers, preferences = curves(json.loads(log_file.read_text(encoding="utf-8")))
-    panels = 2 if layers or preferences else 1
-    figure = Figure(figsize=(5.5 * panels, 4.2), layout="constrained")
-    left, *others = figure.subplots(1, panels, squeeze=False)[0]
+    log = json.loads(log_file.read_text(encoding="utf-8"))
+    losses, layers, preferences = curves(log)
+    changes = objective_changes(log)
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    right = "right" if layers or preferences else "loss"
+    panels: Any = figure.subplot_mosaic([["loss", right], ["rate", "norm"]], height_ratios=(2, 1))
     for name, curve in losses.items():
-        left.plot(*curve, label="total" if name == "loss" else name.removeprefix("loss_"), marker=_marker(curve))
-    left.set(title="loss", xlabel="step", yscale="log")
+        panels["loss"].plot(*_broken(curve, changes), label="total" if name == "loss" else name.removeprefix("loss_"),
+                            marker=_marker(curve))  # fmt: skip
+    panels["loss"].set(title="loss", yscale="log")
     if losses:
-        left.legend()
+        panels["loss"].legend()
     if layers:  # a colour bar, because a legend of many layers hides them
-        right = others[0]
         low, high = min(layers), max(max(layers), min(layers) + 1)
         shades = ScalarMappable(Normalize(low, high), "viridis")
         for layer, curve in layers.items():
-            right.plot(*curve, color=shades.cmap((layer - low) / (high - low)), marker=_marker(curve))
-        figure.colorbar(shades, ax=right, label="after layer", ticks=MaxNLocator(integer=True))
-        right.set(title="student to teacher, relative squared error", xlabel="step", yscale="log")
+            panels["right"].plot(*curve, color=shades.cmap((layer - low) / (high - low)), marker=_marker(curve))
+        figure.colorbar(shades, ax=panels["right"], label="after layer", ticks=MaxNLocator(integer=True))
+        panels["right"].set(title="student to teacher, relative squared error", yscale="log")
     elif preferences:
-        right = others[0]
         for name, curve in preferences.items():
-            right.plot(*curve, label=name, marker=_marker(curve))
-        right.set(title="chosen against rejected", xlabel="step")
-        right.legend()
-    for axes in (left, *others):
+            panels["right"].plot(*curve, label=name, marker=_marker(curve))
+        panels["right"].set(title="chosen against rejected")
+        panels["right"].legend()
+    for panel, name, scale in (("rate", "learning_rate", "linear"), ("norm", "grad_norm", "log")):
+        curve = [entry["step"] for entry in log if name in entry], [entry[name] for entry in log if name in entry]
+        panels[panel].plot(*curve, color="tab:gray", marker=_marker(curve))
+        panels[panel].set(title=name.replace("_", " ").replace("grad ", "gradient "), xlabel="step", yscale=scale)
+    for axes in panels.values():
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for step in changes:
+            axes.axvline(step, color="black", linestyle="--", linewidth=1)
+    for step, terms in changes.items():
+        panels["loss"].annotate(
+            f"new objective:\n{terms}", (step, 0.03), xycoords=("data", "axes fraction"), xytext=(4, 0),
+            textcoords="offset points", va="bottom", fontsize=8, bbox={"color": "white", "alpha": 0.7, "pad": 1},
+        )  # fmt: skip
     picture = log_file.with_name("curves.png")
     part = picture.with_name("curves.png.part")
     FigureCanvasAgg(figure).print_png(part)
     os.replace(part, picture)
     return picture
+
+
+def _broken(curve: Curve, changes: Iterable[int]) -> Curve:
+    """A curve with a gap at each change."""
+    steps, values = list[float](curve[0]), list(curve[1])
+    for change in changes:
+        at = bisect_right(steps, change)
+        steps.insert(at, change)
+        values.insert(at, math.nan)
+    return steps, values
 
 
 def _marker(curve: Curve) -> str | None:
