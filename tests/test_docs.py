@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tools import recipe_keys
+from tools import architecture, recipe_keys
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/**/*.md")])
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
@@ -62,3 +62,15 @@ def test_every_page_of_docs_is_in_the_navigation():
 
 def test_the_page_of_recipe_keys_is_up_to_date():
     assert recipe_keys.PAGE.read_text(encoding="utf-8") == recipe_keys.page(), "run python tools/recipe_keys.py"
+
+
+def test_the_picture_of_the_packages_is_up_to_date():
+    assert architecture.PICTURE.read_text(encoding="utf-8") == architecture.picture(), (
+        "run python tools/architecture.py"
+    )
+
+
+def test_the_architecture_names_every_package():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = page[page.index("## Packages") :]
+    assert not [name for names in architecture.packages().values() for name in names if f"`{name}`" not in table]

@@ -363,7 +363,7 @@ class PrimeRecipe(Settings):
 
 
 def load_recipe(path: str | Path, kind: type[Recipe], overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a YAML recipe; HmfError names the file, the key and the mend."""
+    """Read and check a YAML recipe; HmfError names the file, the key and the fix."""
     return read_recipe(path, kind, overrides)[0]
 
 
