@@ -3,10 +3,13 @@
 
 import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import typer
 
+from hmf.cli import app
 from tests.conftest import ROOT
 from tools import architecture, recipe_keys
 
@@ -45,6 +48,29 @@ def test_a_broken_link_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# One thing\n[a](#one-thing) [b](#another) [c](none.md)\n```\n[d](in-code.md)\n```\n")
     assert broken(page) == ["#another: no such heading", "none.md: no such file"]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The commands of hmf in the shell blocks of a page, as arguments, without vLLM's own after `--`."""
+    blocks = re.findall(r"^ *```bash\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    found = [
+        re.search(r"(?:^|\s)(?:(?:\.venv/bin/)?hmf|-m hmf\.cli) ((?:data |bench )?[a-z].*)", line) for line in lines
+    ]
+    split = [shlex.split(match[1], comments=True) for match in found if match]
+    return [words[: words.index("--")] if "--" in words else words for words in split]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_exist_with_their_options_and_recipes(page):
+    for name, *words in commands(page):
+        command = typer.main.get_command(app).commands[name]
+        if hasattr(command, "commands"):
+            command = command.commands[words.pop(0)]
+        options = {option for parameter in command.params for option in parameter.opts + parameter.secondary_opts}
+        unknown = [word for word in words if word.startswith("--") and word.partition("=")[0] not in options]
+        missing = [word for word in words if word.startswith("recipes/") and not any(ROOT.glob(word))]
+        assert not unknown + missing, f"hmf {name} {' '.join(words)}"
 
 
 def test_the_python_api_names_what_exists():
