@@ -14,8 +14,8 @@ override PYTHON := $(shell $(PYTHON) $(ALLOWED) && command -v $(PYTHON))
 endif
 
 .NOTPARALLEL:
-.PHONY: help quickstart serve test lint format test-faults test-gpu wheel notebook images clean \
-	setup-run setup-train setup-serve setup-dev setup-test
+.PHONY: help quickstart serve test lint format test-faults test-gpu docs wheel notebook images clean \
+	setup-run setup-train setup-serve setup-dev setup-test setup-docs
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -42,9 +42,13 @@ lint: setup-dev ## style, spelling, layering and types
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/mypy
 
-format: setup-dev ## rewrite the sources in the house style
+format: setup-dev ## format the sources with ruff
 	@$(BIN)/ruff check --fix-only --quiet
 	@$(BIN)/ruff format
+
+docs: setup-docs ## build the documents as a site in build/site; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "saved build/site; open build/site/index.html"
 
 WORKERS ?= 4
 test-gpu: ## the tests that need CUDA or vLLM, with the python3 on the path; installs nothing: make test-gpu WORKERS=12
@@ -69,7 +73,7 @@ clean: ## remove the environment and all caches; runs/ stays
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
-setup-run setup-train setup-serve setup-dev setup-test: setup-%: $(BIN)/python
+setup-run setup-train setup-serve setup-dev setup-test setup-docs: setup-%: $(BIN)/python
 	@$(BIN)/python tools/install.py $*
 
 # Debian's python3 comes without ensurepip: then the pip of the machine fills the new environment.

@@ -1,15 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quickstart's recipes one after the other, shrunk: Stage 0, 1 and 2, and a model that answers."""
+"""All recipes are valid. The quickstart's run one after the other, shrunk, and end in a model that answers."""
 
+import json
+
+import pyarrow
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from hmf.cli import app
+from hmf.config.data import DataRecipe
+from hmf.config.places import PairSettings
+from hmf.config.runs import DistillRecipe, FinetuneRecipe, PrimeRecipe, load_recipe
+from hmf.config.strict import parse_yaml
+from hmf.data.sources import Source, pair_of
+from hmf.training.pretrain import PretrainRecipe
 from tests.conftest import ROOT
 
 RECIPES = ROOT / "recipes" / "quickstart"
+BILLION = ROOT / "recipes" / "qwen3-0.6b-1b"
+ALL = sorted(ROOT.glob("recipes/**/*.yaml"))
 SMALL = ("steps=2", "rows_per_step=1", "save_steps=2", "warmup_steps=0")
 
 
@@ -18,6 +29,48 @@ def run(command, recipe, *values):
     result = CliRunner().invoke(app, [command, str(RECIPES / f"{recipe}.yaml"), *chosen], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
+
+
+def kind_of(content):
+    """The class that reads a recipe with these keys."""
+    for key, kind in (("base", PrimeRecipe), ("method", FinetuneRecipe), ("sources", DataRecipe), ("model", None)):
+        if key in content:
+            return kind or (PretrainRecipe if "tokenizer" in content else DistillRecipe)
+    return PretrainRecipe
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+def test_every_recipe_is_valid(path):
+    kind = kind_of(parse_yaml(path.read_text(encoding="utf-8")))
+    assert isinstance(load_recipe(path, kind), kind)
+
+
+def parquet(path, rows):
+    from pyarrow import parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def test_the_data_of_the_billion_tokens_is_read(tmp_path, monkeypatch):
+    """Rows with the columns that the cards of the data sets name."""
+    monkeypatch.chdir(tmp_path)
+    text = {"text": "A Hybrid has attention and recurrent layers. " * 40, "id": "1", "url": "u", "score": 3.1}
+    turns = [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Red."}]
+    parquet(tmp_path / "data/fineweb-edu/sample/10BT/000.parquet", [text] * 3)
+    parquet(tmp_path / "data/smoltalk/data/all/train-0.parquet", [{"messages": turns, "source": "s"}] * 3)
+    other = [turns[0], {"role": "assistant", "content": "A dog."}]
+    pair = {"prompt": turns[0]["content"], "prompt_id": "1", "chosen": turns, "rejected": other, "messages": turns,
+            "score_chosen": 9.0, "score_rejected": 2.0}  # fmt: skip
+    parquet(tmp_path / "data/ultrafeedback/data/train_prefs-0.parquet", [pair])
+    for name, documents in (("data-text", 3), ("data-chat", 3)):
+        arguments = ["data", "show", str(BILLION / f"{name}.yaml"), "--set", "tokenizer=teacher", "--samples", "1"]
+        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        assert f" {documents} " in result.output
+    settings: PairSettings = load_recipe(BILLION / "3-dpo.yaml", FinetuneRecipe).pairs
+    (record,) = Source(settings).records()
+    assert pair_of(record, settings).prompt == turns[:1]
 
 
 @pytest.mark.slow
@@ -33,6 +86,12 @@ def test_the_quickstart_through_all_stages(tmp_path, monkeypatch):
     run("finetune", "cpt", *training, "data.text=corpus", "data.sequence_length=128")
     said = run("finetune", "sft", *training, "data.text=corpus", "data.sequence_length=128")
     assert "saved runs/quickstart-sft/model" in said
+    run("finetune", "lora", *training, "data.text=corpus", "data.sequence_length=128")
+    own = ("data.text=corpus", "data.sequence_length=128", "on_policy.max_new_tokens=8")
+    assert "saved runs/quickstart-on-policy/stage1" in run("distill", "on-policy", *training, *own)
+    pairs = [{"prompt": f"{n} + 1?", "chosen": f"{n + 1}", "rejected": f"{n + 2}"} for n in range(8)]
+    (tmp_path / "runs/quickstart-pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    assert "saved runs/quickstart-dpo/model" in run("finetune", "dpo", *training)
     model = AutoModelForCausalLM.from_pretrained("runs/quickstart-sft/model")
     tokenizer = AutoTokenizer.from_pretrained("runs/quickstart-sft/model")
     assert model.config.rope_parameters["rope_theta"] == 2e6  # of the first part, kept by the second

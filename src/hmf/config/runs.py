@@ -33,11 +33,13 @@ Recipe = TypeVar("Recipe", bound="Settings")
 class HybridSettings(Settings):
     """Which layers become what: exactly one of `pattern`, `layers` and `ratio`; the last two need `mixer`."""
 
-    mixer: str = "gdn"
-    ratio: float | None = None
-    layers: list[int] | None = None
-    pattern: str | None = None
+    mixer: str = "gdn"  # layer type: gdn, gka, mamba2, bmojo or swa
+    ratio: float | None = None  # share of layers to replace, spread evenly
+    layers: list[int] | None = None  # indices of the layers to replace, from 0
+    pattern: str | None = None  # one symbol a layer, joined by -, as *-GDN-*-GDN
+    # options by layer type; see the end of docs/recipe-keys.md
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    # identity: short convolutions begin by passing the current token through
     conv_start: Literal["random", "identity"] = "random"
 
     @model_validator(mode="after")
@@ -69,10 +71,11 @@ class DataSettings(Settings):
     """What the model reads: real text and generated tasks in conversations (weights by task name), in rows of
     `sequence_length` tokens; or `prepared`, the output of `hmf data prepare`, which has its own rows."""
 
-    prepared: Path | None = None
+    prepared: Path | None = None  # folder that `hmf data prepare` wrote; then no other key of this section
     text: str = "stdlib"  # "stdlib", or a folder or file of .py, .txt, .md
-    sequence_length: Tokens = 1024
-    text_share: float = Field(1.0, ge=0, le=1)
+    sequence_length: Tokens = 1024  # tokens of a row
+    text_share: float = Field(1.0, ge=0, le=1)  # share of rows with text alone; the others have tasks
+    # generated tasks by name, with their weights
     tasks: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -111,15 +114,16 @@ class ObjectiveSettings(Settings):
     In the first `layerwise_steps` each mixer learns alone instead, from the teacher's own inputs.
     """
 
-    layerwise_steps: int = Field(0, ge=0)
+    layerwise_steps: int = Field(0, ge=0)  # first steps in which each mixer learns alone
     pre_lm_head: Schedule = {0: 1.0}  # false is 0, true is 1
-    layers: LayerTarget = "none"
-    layers_weight: Schedule = {0: 1.0}
-    kl: Schedule = {0: 0.0}
+    layers: LayerTarget = "none"  # layer outputs that are compared
+    layers_weight: Schedule = {0: 1.0}  # weight of that term
+    kl: Schedule = {0: 0.0}  # weight of the KL divergence of next-token distributions
+    # forward is KL(teacher, student), reverse is KL(student, teacher)
     kl_direction: Literal["forward", "reverse"] = "forward"
-    kl_tokens: Literal["all", "supervised"] = "all"
+    kl_tokens: Literal["all", "supervised"] = "all"  # supervised: tokens with a label alone
     kl_top_k: int | None = Field(None, ge=1)  # tell apart the teacher's likeliest tokens only; the rest is one outcome
-    kl_temperature: float = Field(1.0, gt=0)
+    kl_temperature: float = Field(1.0, gt=0)  # divides the logits; the term is multiplied by its square
     kl_chunk_size: TokenCount | None = Field(None, ge=1)  # tokens whose logits exist at once; left out: by their size
 
     def weights_at(self, step: int) -> dict[str, float]:
@@ -143,23 +147,25 @@ class ObjectiveSettings(Settings):
 class OptimiserSettings(Settings):
     """AdamW with a warmup and a schedule by transformers' name."""
 
-    steps: Steps
-    rows_per_step: int = Field(ge=1, le=2**16)
-    gradient_accumulation_steps: int = Field(1, ge=1, le=2**16)
-    learning_rate: float = Field(1e-4, gt=0)
+    steps: Steps  # optimiser steps of the run
+    rows_per_step: int = Field(ge=1, le=2**16)  # rows of one batch of one process; see gradient_accumulation_steps
+    gradient_accumulation_steps: int = Field(1, ge=1, le=2**16)  # batches of an optimiser step, of each process
+    learning_rate: float = Field(1e-4, gt=0)  # `hmf finetune` takes one by group instead, in trainable
+    # of the learning rate
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"] = (
         "constant_with_warmup"
     )
     final_learning_rate_ratio: float = Field(0.1, ge=0, le=1)  # of cosine_with_min_lr
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    adam_beta2: float = Field(0.95, gt=0, lt=1)
-    max_grad_norm: float = Field(1.0, gt=0)
-    save_steps: Steps = 500
-    precision: Literal["float32", "bfloat16"] = "float32"
-    gradient_checkpointing: bool = False
+    warmup_steps: int = Field(0, ge=0)  # steps in which the learning rate rises from 0
+    weight_decay: float = Field(0.0, ge=0)  # of AdamW, for matrices only
+    adam_beta2: float = Field(0.95, gt=0, lt=1)  # of AdamW; beta1 is 0.9
+    max_grad_norm: float = Field(1.0, gt=0)  # gradients are clipped to this norm
+    save_steps: Steps = 500  # steps between checkpoints, of which the last two are kept
+    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast; parameters stay float32
+    gradient_checkpointing: bool = False  # computes activations again in the backward pass, to save memory
     gpus: str | None = None  # what the recipe is written for, as h200x8; `hmf plan-training` plans for it
     divergence_factor: float = Field(10.0, ge=0)  # stop at a loss this many times the usual one; 0: never
+    # trackers that get the log
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
 
 
@@ -181,9 +187,9 @@ class ParallelSettings(OptimiserSettings):
 class OnPolicySettings(Settings):
     """Stage 1 on what the student writes itself: it goes on from prompts drawn from `data`, at most to its length."""
 
-    max_new_tokens: TokenCount = Field(128, ge=1)
+    max_new_tokens: TokenCount = Field(128, ge=1)  # longest continuation
     temperature: float = Field(1.0, gt=0)  # of sampling; the objective has its own
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(1.0, gt=0, le=1)  # of sampling
 
 
 class DistillSettings(Settings):
@@ -192,7 +198,7 @@ class DistillSettings(Settings):
     data: DataSettings = Field(default_factory=DataSettings)
     objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)
     training: ParallelSettings
-    on_policy: OnPolicySettings | None = None
+    on_policy: OnPolicySettings | None = None  # left out: train on given rows
 
     @model_validator(mode="after")
     def _fits_together(self) -> DistillSettings:
@@ -219,9 +225,9 @@ def require_shares(data: DataSettings, training: ParallelSettings) -> None:
 class DistillRecipe(DistillSettings):
     """`hmf distill`: a fused checkpoint `model` is trained into `output`."""
 
-    model: Path
-    output: Path
-    seed: Seed = 0
+    model: Path  # fused checkpoint, from `hmf init`
+    output: Path  # run folder
+    seed: Seed = 0  # of all random numbers
 
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -251,19 +257,19 @@ ROPE_SCALING_KEYS = frozenset(key for needed, optional in ROPE_KEYS.values() for
 class RopeScaling(Settings):
     """Scaled positions, under transformers' names; "default" takes a scaling away."""
 
-    rope_type: Literal["default", "linear", "yarn", "llama3"]
+    rope_type: Literal["default", "linear", "yarn", "llama3"]  # each takes keys of its own alone
     factor: AtLeastOne | None = None  # from the length before any scaling
     original_max_position_embeddings: TokenCount | None = Field(
         None, ge=1
     )  # that length; left out: as the model has it
-    beta_fast: Positive | None = None
-    beta_slow: Positive | None = None
-    attention_factor: Positive | None = None
-    mscale: NotNegative | None = None
-    mscale_all_dim: NotNegative | None = None
-    truncate: bool | None = None
-    low_freq_factor: Positive | None = None
-    high_freq_factor: Positive | None = None
+    beta_fast: Positive | None = None  # of yarn
+    beta_slow: Positive | None = None  # of yarn
+    attention_factor: Positive | None = None  # of yarn
+    mscale: NotNegative | None = None  # of yarn
+    mscale_all_dim: NotNegative | None = None  # of yarn
+    truncate: bool | None = None  # of yarn
+    low_freq_factor: Positive | None = None  # of llama3
+    high_freq_factor: Positive | None = None  # of llama3
 
     @model_validator(mode="after")
     def _keys_of_its_type(self) -> RopeScaling:
@@ -286,38 +292,40 @@ class RopeScaling(Settings):
 class RopeSettings(Settings):
     """What becomes of the attention layers' rotary positions; what is left out stays as the model has it."""
 
-    theta: Positive | None = None
-    max_position_embeddings: TokenCount | None = Field(None, ge=1)
-    scaling: RopeScaling | None = None
+    theta: Positive | None = None  # base of the frequencies
+    max_position_embeddings: TokenCount | None = Field(None, ge=1)  # longest context
+    scaling: RopeScaling | None = None  # left out: as the model has it
 
 
 class LoraSettings(Settings):
     """Low-rank adapters (arXiv 2106.09685) on the linear layers of frozen groups, merged into them at the end."""
 
-    groups: list[TrainableGroup] = Field(["attention", "mlp"], min_length=1)
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    learning_rate: float = Field(gt=0)
+    groups: list[TrainableGroup] = Field(["attention", "mlp"], min_length=1)  # frozen groups that get adapters
+    rank: int = Field(16, ge=1)  # of the adapters
+    alpha: float = Field(32.0, gt=0)  # adapters are scaled by alpha / rank
+    dropout: float = Field(0.0, ge=0, lt=1)  # on the adapters' inputs
+    learning_rate: float = Field(gt=0)  # of the adapters
 
 
 class FinetuneRecipe(Settings):
     """`hmf finetune`: Stage 2 of a plain Hybrid `model` into `output`/model.
 
+    # see above
     method: "cpt" goes on with pretraining, "sft" learns the supervised tokens of `data`, "dpo" prefers one answer of
     each of `pairs`. trainable: learning rate by group of parameters; what is in no group named here is frozen, and
     "all" stands for every group that is not named beside it.
     """
 
     method: Literal["cpt", "sft", "dpo"]
-    model: Path
-    output: Path
-    seed: Seed = 0
-    data: DataSettings | None = None
-    pairs: PairSettings | None = None
-    rope: RopeSettings = Field(default_factory=RopeSettings)
+    model: Path  # Hybrid without a teacher, from `hmf export`, `prime` or `finetune`
+    output: Path  # run folder; the result is its `model`
+    seed: Seed = 0  # of all random numbers
+    data: DataSettings | None = None  # for cpt and sft
+    pairs: PairSettings | None = None  # for dpo
+    rope: RopeSettings = Field(default_factory=RopeSettings)  # changes to rotary positions
+    # learning rate by group
     trainable: dict[TrainableName, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    lora: LoraSettings | None = None
+    lora: LoraSettings | None = None  # adapters on frozen groups
     training: ParallelSettings
     dtype: Literal["float32", "bfloat16"] | None = None  # of the result; left out: as `model` is stored
 
@@ -345,13 +353,13 @@ class FinetuneRecipe(Settings):
 class EvaluateSettings(Settings):
     """Held-out text and generated tasks."""
 
-    tasks: list[str] = Field(default_factory=list)
-    samples: int = Field(50, ge=1)
-    length: TokenCount = Field(1024, ge=96)
-    max_new_tokens: TokenCount = Field(160, ge=1)
-    text_bytes: int = Field(100_000, ge=0)
-    thinking: bool | None = None
-    batch_size: int = Field(16, ge=1)
+    tasks: list[str] = Field(default_factory=list)  # generated tasks
+    samples: int = Field(50, ge=1)  # prompts of each task
+    length: TokenCount = Field(1024, ge=96)  # tokens of the longest prompts and of the text window
+    max_new_tokens: TokenCount = Field(160, ge=1)  # longest answer
+    text_bytes: int = Field(100_000, ge=0)  # held-out text that is scored
+    thinking: bool | None = None  # left out: as the task is defined
+    batch_size: int = Field(16, ge=1)  # prompts that are answered together
 
 
 class PrimeRecipe(Settings):
@@ -359,15 +367,15 @@ class PrimeRecipe(Settings):
 
     base: str  # a checkpoint directory, or "teacher" for the embedded one
     base_config: Path | None = None  # folder with its config.json, beside the recipe, to plan while base is not there
-    output: Path
-    seed: Seed = 0
-    hybrid: HybridSettings
-    distill: DistillSettings
-    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+    output: Path  # run folder
+    seed: Seed = 0  # of all random numbers
+    hybrid: HybridSettings  # which layers are replaced, and by what
+    distill: DistillSettings  # Stage 1
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)  # scores at the end
 
 
 def load_recipe(path: str | Path, kind: type[Recipe], overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a YAML recipe; HmfError names the file, the key and the mend."""
+    """Read and check a YAML recipe; HmfError names the file, the key and the fix."""
     return read_recipe(path, kind, overrides)[0]
 
 

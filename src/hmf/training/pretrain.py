@@ -68,12 +68,12 @@ class PretrainOptimiserSettings(OptimiserSettings):
 class PretrainRecipe(Settings):
     """`hmf pretrain`: makes its own `tokenizer` and `model`, or takes both from `start_from`, another run's output."""
 
-    output: Path
+    output: Path  # run folder
     seed: int = 0
-    data: DataSettings
-    start_from: Path | None = None
-    tokenizer: TokenizerSettings | None = None
-    model: ModelSettings | None = None
+    data: DataSettings  # what it learns from
+    start_from: Path | None = None  # output of another run to start from
+    tokenizer: TokenizerSettings | None = None  # left out with start_from
+    model: ModelSettings | None = None  # left out with start_from
     training: PretrainOptimiserSettings
 
     @model_validator(mode="after")
