@@ -259,9 +259,7 @@ class RopeScaling(Settings):
 
     rope_type: Literal["default", "linear", "yarn", "llama3"]  # each takes keys of its own alone
     factor: AtLeastOne | None = None  # from the length before any scaling
-    original_max_position_embeddings: TokenCount | None = Field(
-        None, ge=1
-    )  # that length; left out: as the model has it
+    original_max_position_embeddings: TokenCount | None = Field(None, ge=1)  # left out: as the model has it
     beta_fast: Positive | None = None  # of yarn
     beta_slow: Positive | None = None  # of yarn
     attention_factor: Positive | None = None  # of yarn
