@@ -4,11 +4,13 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from hmf.bench.doctor import relative_error
+from hmf.ops import dispatch
 
 CHUNK = 16
 CASES = [  # lengths or tokens of rows, heads, K, V, delta rule
@@ -89,3 +91,31 @@ def test_interpreted_kernel_is_autograds():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-3), (torch.bfloat16, 1e-2)], ids=str)
 def test_compiled_kernel_is_autograds(dtype, tolerance):
     check("cuda", dtype, tolerance)
+
+
+@pytest.mark.parametrize("op", ["gdn", "ssd"])
+@pytest.mark.parametrize("factor", [1.0, 1.2])
+def test_a_gradient_that_is_off_is_not_trusted(monkeypatch, op, factor):
+    """On a CPU the plain version stands for the kernel, with a factor on its result's gradient."""
+
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return factor * gradient
+
+    versions = dispatch.implementations(op)
+    plain = versions["chunked"].function
+
+    def kernel(*args, **kwargs):
+        o, states = plain(*args, **kwargs)
+        return Scaled.apply(o), states
+
+    monkeypatch.setitem(dispatch._IMPLEMENTATIONS[op], "fast", replace(versions["fast"], function=kernel))
+    dispatch.gradient_off.cache_clear()
+    reason = dispatch.gradient_off(op, torch.bfloat16, "cpu")
+    dispatch.gradient_off.cache_clear()
+    assert reason is None if factor == 1.0 else "gradient of q is off by 0.2" in reason

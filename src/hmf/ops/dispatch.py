@@ -144,6 +144,29 @@ def known_bad_backward(op: str, dtype: torch.dtype) -> str | None:
         return f"{wrong}, and fla is older than 0.6; pip install -U fla-core"
     if os.environ.get("FLA_DISABLE_BACKEND_DISPATCH") == "1":
         return f"{wrong}; unset FLA_DISABLE_BACKEND_DISPATCH"
+    return gradient_off(op, dtype, "cuda")
+
+
+@functools.cache
+def gradient_off(op: str, dtype: torch.dtype, device: str) -> str | None:
+    """Why the gradients of `op`'s fast version are not those of the plain one, by a small sample; None: they are.
+
+    A kernel that was miscompiled once is not trusted unseen. Asked once in a process; it compiles a sample's kernels.
+    """
+    from .samples import Shape, flat, sample
+
+    made, gradients = sample(op, Shape(lengths=(70, 33))), {}
+    for version, kept in (("chunked", torch.float32), ("fast", dtype)):
+        tensors = {name: x.requires_grad_() for name, x in made.tensors(kept, device).items()}
+        with torch.enable_grad():
+            results = flat(made.call(_IMPLEMENTATIONS[op][version].function, tensors))
+            gradients[version] = torch.autograd.grad(
+                torch.stack([x.float().square().sum() for x in results]).sum(), list(tensors.values())
+            )
+    for name, exact, found in zip(made.tensors(dtype), gradients["chunked"], gradients["fast"], strict=True):
+        off = ((found.float() - exact).norm() / exact.norm()).item()
+        if not off < 0.05:  # what bfloat16 rounds is below
+            return f"the kernel's gradient of {name} is off by {off:.2g} on this GPU; report it"
     return None
 
 
