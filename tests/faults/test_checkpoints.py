@@ -95,7 +95,6 @@ def test_damaged(kind, damage, models, campaign):
     attempt()
 
 
-@pytest.mark.xfail(strict=True, reason="building configs lets errors of transformers and torch through")
 @pytest.mark.parametrize(
     ("kind", "command", "file", "change"),
     [

@@ -106,7 +106,6 @@ def test_damaged(kind, models, campaign):
     attempt()
 
 
-@pytest.mark.xfail(strict=True, reason="a mixture of any number of tokens is begun, however small its sources")
 def test_tokens_that_no_source_can_give(models, tmp_path):
     home, output = tmp_path / "in", tmp_path / "out/result"
     home.mkdir()

@@ -49,6 +49,7 @@ from hmf.errors import HmfError
 from hmf.folders import HOLDER, locked, require_unused
 
 INDEX, ROWS, TOKENISED = "index.json", "rows", "tokenised"
+MOST_PASSES = 1000  # over a source; more are a slip, and their order would fill the memory
 FILE_TOKENS = 1 << 24  # of a file of rows
 EXAMPLES = 3
 _ROW_SCHEMA = pa.schema({
@@ -251,6 +252,11 @@ def _chosen(recipe: DataRecipe, sources: list[Tokenised]) -> list[tuple[np.ndarr
             raise HmfError(f"{source.title}: no conversation has a supervised token in a row; raise sequence_length")
         rng = np.random.default_rng([recipe.seed, 1, number])
         wanted, parts = round(total * weights[number]), list[np.ndarray]()
+        if wanted > MOST_PASSES * (held := int(source.lengths.sum())):
+            raise HmfError(
+                f"tokens: {total:,.0f} are {wanted / held:,.0f} passes over the {held:,} tokens of {source.title}; "
+                f"more than {MOST_PASSES:,} are refused: lower tokens or the source's weight"
+            )
         while wanted > 0:
             order = rng.permutation(usable[number])
             before = np.cumsum(source.lengths[order]) - source.lengths[order]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -371,6 +372,21 @@ def generation_config(folder: Path, config: Any, needed: bool) -> GenerationConf
     return GenerationConfig.from_model_config(config)
 
 
+@contextmanager
+def without_generation_config(model: nn.Module) -> Iterator[None]:
+    """For `save_pretrained`, which rejects some generation configs that transformers reads. A model that is no
+    transformers model stays as it is."""
+    generation = getattr(model, "generation_config", None)
+    if not isinstance(model, PreTrainedModel) or generation is None:
+        yield
+        return
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = generation
+
+
 def save_checkpoint(
     model: PreTrainedModel, target: str | Path, companions: str | Path, weights: dict[str, Any] | None = None
 ) -> None:
@@ -382,11 +398,8 @@ def save_checkpoint(
     """
     generation, dtype = model.generation_config, model.config.dtype
     with new_directory(target) as folder:
-        try:
-            model.generation_config = GenerationConfig()  # transformers rejects on saving what it has read
+        with without_generation_config(model):
             model.save_pretrained(folder, state_dict=weights)
-        finally:
-            model.generation_config = generation
         if dtype is not None:
             model.config.dtype = dtype  # transformers takes the first tensor's
             model.config.save_pretrained(folder)

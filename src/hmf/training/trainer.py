@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from hmf.model.checkpoint import without_generation_config
+
 from .checkpoints import PublishedCheckpoints, without_config
 from .groups import ParameterGroup, optimiser_groups
 from .guard import LossGuard
@@ -180,7 +182,8 @@ class HybridTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self.checkpoints.written(self.state.global_step, self.model, self.optimizer):
             self.guard.check_weights(self.state, self.model, self._loss_now)
-            super()._save_checkpoint(model, trial)
+            with without_generation_config(self.model):
+                super()._save_checkpoint(model, trial)
 
     def _get_output_dir(self, trial: Any = None) -> str:
         return self.checkpoints.staging or super()._get_output_dir(trial)
