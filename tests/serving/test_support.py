@@ -265,8 +265,8 @@ class TestRefusals:
             "ada_rms_norm_t_cond_dim",  # only with `ada_rms_norm_t_cond`
         }
         for family in FAMILIES.values():
-            served = getattr(models, f"{family.hybrid_prefix}ForCausalLM").family
-            used = {cls for cls in (*served.stack.__mro__, *served.layer.__mro__) if STACKS.search(cls.__module__)}
+            served = getattr(models, f"{family.hybrid_prefix}ForCausalLM").stack
+            used = {cls for cls in (*served.model.__mro__, *served.layer.__mro__) if STACKS.search(cls.__module__)}
             for module in {cls.__module__ for cls in used}:  # and what they are built of
                 used |= {
                     cls
