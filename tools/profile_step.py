@@ -232,7 +232,8 @@ def report(events, step, started, given):
     lines = [
         f"{given.layers} layers, {given.sequences} x {given.tokens}: step {step * 1e3:.3f} ms unprofiled, "
         f"{period / 1e3:.3f} ms profiled, kernels {busy / steps / 1e3:.3f} ms, idle "
-        f"{(period - busy / steps) / 1e3:.3f} ms, {len(inside) / steps:.1f} kernels a step; engine ready in {started:.0f} s",
+        f"{(period - busy / steps) / 1e3:.3f} ms, {len(inside) / steps:.1f} kernels a step; "
+        f"engine ready in {started:.0f} s",
         "by group, us a step: " + ", ".join(f"{g} {t:.0f}" for g, t in sorted(by_group.items(), key=lambda x: -x[1])),
         f"{'us/step':>9} {'n/step':>7} {'us each':>8}  kernel",
     ]
