@@ -45,6 +45,18 @@ def test_time_left_and_rate_count_this_processes_steps(monkeypatch, capsys):
     line.on_log(args, state, None, {"loss": 0.5, "train_loss": 2.0})
     line.on_step_end(args, state, None)
     assert capsys.readouterr().err == "distil: step 910/1000 loss 0.5000 32 tokens/s ETA 180 s\n"
+    line.on_log(args, state, None, {"loss": 0.25, "loss_kl": 0.5, "learning_rate": 1.234e-4, "grad_norm": 2.5})
+    line.on_log(args, state, None, {"train_loss": 2.0})  # the summary at the end
+    line.on_train_end(args, state, None)
+    said = "loss 0.2500 loss_kl 0.5000 lr 0.000123 grad norm 2.5 32 tokens/s"
+    assert capsys.readouterr().err == f"distil: step 910/1000 {said} ETA 180 s\n"
+
+
+def test_peak_memory_is_shown_on_cuda(monkeypatch):
+    line, args = ProgressLine("distil", 64), SimpleNamespace(device=torch.device("cuda", 0), world_size=1)
+    line.first_step, line.started = 0, 0.0
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**29)
+    assert line.status(args, SimpleNamespace(global_step=1)).endswith("tokens/s peak 1.5 GiB")
 
 
 def test_utilisation_is_shown_on_gpus_of_known_peak(monkeypatch):

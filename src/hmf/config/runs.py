@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from hmf.errors import HmfError, unknown_name
+from hmf.errors import HmfError, listed, unknown_name
 
 from .layers import LAYER_KINDS
 from .pattern import Pattern
@@ -28,6 +28,7 @@ TrainableName = Literal["mixers", "norms", "attention", "mlp", "embeddings", "al
 LayerTarget = Literal["none", "mixer", "decoder", "residuals", "all"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Recipe = TypeVar("Recipe", bound="Settings")
+SHOWN = 20  # errors of a recipe that one message names
 
 
 class HybridSettings(Settings):
@@ -202,24 +203,33 @@ class DistillSettings(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> DistillSettings:
-        if self.on_policy is not None:
-            if self.data.prepared is not None:
-                raise ValueError("on_policy draws its prompts from data.text and data.tasks; leave out data.prepared")
-            if self.data.sequence_length - self.on_policy.max_new_tokens < 16:
-                raise ValueError("on_policy.max_new_tokens must leave 16 of data.sequence_length for the prompt")
-            if self.objective.layerwise_steps:
-                raise ValueError("objective.layerwise_steps must be 0 with on_policy; train layer by layer first")
-            if self.training.strategy != "ddp" or self.training.sequence_parallel > 1:
-                raise ValueError("on_policy needs training.strategy ddp and training.sequence_parallel 1")
-        require_shares(self.data, self.training)
+        require_none(self._conflicts())
         return self
 
+    def _conflicts(self) -> Iterator[str]:
+        if self.on_policy is not None:
+            if self.data.prepared is not None:
+                yield "on_policy draws its prompts from data.text and data.tasks; leave out data.prepared"
+            elif self.data.sequence_length - self.on_policy.max_new_tokens < 16:
+                yield "on_policy.max_new_tokens must leave 16 of data.sequence_length for the prompt"
+            if self.objective.layerwise_steps:
+                yield "objective.layerwise_steps must be 0 with on_policy; train layer by layer first"
+            if self.training.strategy != "ddp" or self.training.sequence_parallel > 1:
+                yield "on_policy needs training.strategy ddp and training.sequence_parallel 1"
+        yield from indivisible(self.data, self.training)
 
-def require_shares(data: DataSettings, training: ParallelSettings) -> None:
-    """ValueError for rows that do not divide among the processes which share them."""
+
+def indivisible(data: DataSettings, training: ParallelSettings) -> Iterator[str]:
+    """The error of rows that do not divide among the processes which share them."""
     chunks = 2 * training.sequence_parallel
     if chunks > 2 and data.prepared is None and data.sequence_length % chunks:
-        raise ValueError(f"data.sequence_length must be a multiple of {chunks}, twice training.sequence_parallel")
+        yield f"data.sequence_length must be a multiple of {chunks}, twice training.sequence_parallel"
+
+
+def require_none(conflicts: Iterable[str]) -> None:
+    """ValueError that names all of the `conflicts` between keys, if there is one."""
+    if found := list(conflicts):
+        raise ValueError("; ".join(found))
 
 
 class DistillRecipe(DistillSettings):
@@ -329,23 +339,26 @@ class FinetuneRecipe(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> FinetuneRecipe:
+        require_none(self._conflicts())
+        return self
+
+    def _conflicts(self) -> Iterator[str]:
         wanted, other = ("pairs", "data") if self.method == "dpo" else ("data", "pairs")
         if getattr(self, wanted) is None or getattr(self, other) is not None:
-            raise ValueError(f"method {self.method} needs {wanted} and no {other}")
+            yield f"method {self.method} needs {wanted} and no {other}"
         if not self.trainable and self.lora is None:
-            raise ValueError("nothing to train; give trainable, for example {mixers: 5e-5, norms: 5e-5}, or lora")
+            yield "nothing to train; give trainable, for example {mixers: 5e-5, norms: 5e-5}, or lora"
         if "learning_rate" in self.training.model_fields_set:
-            raise ValueError("training.learning_rate: every group has its own; give them in trainable")
+            yield "training.learning_rate: every group has its own; give them in trainable"
         trained = set(get_args(TrainableGroup)) if "all" in self.trainable else set(self.trainable)
         if self.lora is not None and (both := sorted(trained & set(self.lora.groups))):
-            raise ValueError(f"lora.groups: {', '.join(both)} is trained as a whole; adapters are for frozen groups")
+            yield f"lora.groups: {', '.join(both)} is trained as a whole; adapters are for frozen groups"
         if self.lora is not None and self.training.strategy == "fsdp2":
-            raise ValueError("lora needs training.strategy ddp or deepspeed: adapters are merged into whole weights")
+            yield "lora needs training.strategy ddp or deepspeed: adapters are merged into whole weights"
         if self.method == "dpo" and self.training.sequence_parallel > 1:
-            raise ValueError("method dpo needs training.sequence_parallel 1: an answer is scored where all of it is")
+            yield "method dpo needs training.sequence_parallel 1: an answer is scored where all of it is"
         if self.data is not None:
-            require_shares(self.data, self.training)
-        return self
+            yield from indivisible(self.data, self.training)
 
 
 class EvaluateSettings(Settings):
@@ -402,7 +415,7 @@ def read_recipe(path: str | Path, kind: type[Recipe], overrides: Sequence[str] =
         return kind.model_validate(content), text
     except ValidationError as error:
         changed = f" with {' '.join(overrides):.200}" if overrides else ""
-        raise HmfError(f"{path}{changed}: {_first_problem(error, kind)}") from None
+        raise HmfError(f"{path}{changed}: {_problems(error, kind)}") from None
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -421,10 +434,17 @@ def _override(content: dict[str, Any], override: str) -> None:
         raise HmfError(f"--set {override:.200}: the value is not valid YAML; quote it") from None
 
 
-def _first_problem(error: ValidationError, kind: type[BaseModel]) -> str:
+def _problems(error: ValidationError, kind: type[BaseModel]) -> str:
+    """All errors in one line, numbered where there are several."""
     # An unknown key explains a missing one better than the other way round.
-    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    problem = problems[0]
+    found = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    lines = list(dict.fromkeys(_problem(problem, kind) for problem in found))
+    if len(lines) == 1:
+        return lines[0]
+    return f"{len(lines)} errors: " + listed((f"({n}) {line}" for n, line in enumerate(lines, 1)), SHOWN, "; ")
+
+
+def _problem(problem: Any, kind: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         section = _section(kind, problem["loc"][:-1])
