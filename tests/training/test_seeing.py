@@ -96,7 +96,7 @@ def test_layer_errors_start_at_the_first_mixer_and_end_where_the_head_reads(stag
 
 
 def test_curves_are_data_and_a_picture(stage0, tmp_path):
-    distill(stage0, tmp_path, cutting.settings(stage0, steps=4, save_steps=2), draw=draw_curves)
+    distill(stage0, tmp_path, cutting.settings(stage0, max_steps=4, save_steps=2), draw=draw_curves)
     losses, layers, _ = curves(json.loads((tmp_path / "stage1.log.json").read_text()))
     assert losses.keys() == {"loss", "loss_hidden", "loss_mixer"} and layers.keys() == {1}
     assert losses["loss"][0] == layers[1][0] == [2, 4]
@@ -209,7 +209,7 @@ def test_a_loss_that_runs_away_stops_the_run_and_keeps_the_batch_where_it_began(
 
     monkeypatch.setattr(HybridTrainer, "compute_loss", run_away)
     with pytest.raises(HmfError, match=f"step {22 + ABOVE}: the loss is .*, above 10 times its usual"):
-        distill(stage0, tmp_path, cutting.settings(stage0, steps=40, save_steps=20))
+        distill(stage0, tmp_path, cutting.settings(stage0, max_steps=40, save_steps=20))
     with safe_open(tmp_path / "bad_batch.safetensors", "pt") as kept:
         assert torch.equal(kept.get_tensor("0.input_ids"), batches[22])
 

@@ -33,7 +33,9 @@ _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
 
 
 class ProgressLine(TrainerCallback):
-    """Step, loss, learning rate, gradient norm, tokens/s, peak memory (on CUDA) and the time left. Rates count this process's own steps: they are right after a resume.
+    """Step, loss, learning rate, gradient norm, tokens/s, peak memory (on CUDA) and the time left.
+
+    Rates count this process's own steps: they are right after a resume.
 
     flops_per_token: of the model's own arithmetic; with it, GPUs of known peak show their utilisation (MFU), the share
     of that peak that went into it.
