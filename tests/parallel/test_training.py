@@ -95,7 +95,8 @@ def test_rows_and_parameters_shared_in_bfloat16_with_checkpointing(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
 @pytest.mark.parametrize("shared", [
-    {"per_device_train_batch_size": 1}, {"per_device_train_batch_size": 1, "strategy": "fsdp2"}, {"sequence_parallel": 2},
+    {"per_device_train_batch_size": 1}, {"per_device_train_batch_size": 1, "strategy": "fsdp2"},
+    {"sequence_parallel": 2},
     {"sequence_parallel": 2, "strategy": "fsdp2"},
 ], ids=str)  # fmt: skip
 def test_two_gpus_over_nccl_and_a_resume(stage0, tmp_path, shared):
@@ -140,8 +141,8 @@ def test_deepspeed(stage0, alone, tmp_path, monkeypatch):
 def test_deepspeed_gets_what_the_recipe_says(stage0, monkeypatch):
     monkeypatch.setattr(strategy.importlib.util, "find_spec", lambda name: object())
     settings = ParallelSettings(
-        max_steps=1, per_device_train_batch_size=3, gradient_accumulation_steps=2, max_grad_norm=0.5, precision="bfloat16",
-        strategy="deepspeed",
+        max_steps=1, per_device_train_batch_size=3, gradient_accumulation_steps=2, max_grad_norm=0.5,
+        precision="bfloat16", strategy="deepspeed",
     )  # fmt: skip
     assert strategy_arguments(settings, None)["bf16"] is False
     config = deepspeed_config(settings)

@@ -63,7 +63,8 @@ def settings(stage0: Path, **training: Any) -> DistillSettings:
     return DistillSettings.model_validate({
         "data": {"text": str(stage0.parent / "corpus"), "sequence_length": 32},
         "objective": {"layers": "mixer"},
-        "training": {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 3e-3, "save_steps": 1} | training,
+        "training": {"max_steps": 3, "per_device_train_batch_size": 2,
+                     "learning_rate": 3e-3, "save_steps": 1} | training,
     })  # fmt: skip
 
 

@@ -242,19 +242,21 @@ def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(hybrid, tmp_path):
 
 # ---- bad recipes
 
+ONE_STEP = {"max_steps": 1, "per_device_train_batch_size": 1}
+
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"trainable": {"mixer": 1e-4}}, "trainable.mixer.*'mixers', 'norms', .* 'embeddings' or 'all'"),
         ({"trainable": {}}, "nothing to train; give trainable"),
-        ({"training": {"max_steps": 1, "per_device_train_batch_size": 1, "learning_rate": 1e-4}}, "every group has its own"),
+        ({"training": ONE_STEP | {"learning_rate": 1e-4}}, "every group has its own"),
         ({"method": "dpo"}, "method dpo needs pairs and no data"),
         ({"method": "rlhf"}, "method: Input should be 'cpt', 'sft' or 'dpo'"),
         ({"lora": {"groups": ["mixers"], "learning_rate": 1e-4}}, "lora.groups: mixers is trained as a whole"),
-        ({"lora": {"groups": ["mlp"], "learning_rate": 1e-4}, "training": {"max_steps": 1, "per_device_train_batch_size": 1,
-          "strategy": "fsdp2"}}, "lora needs training.strategy ddp or deepspeed"),
-        ({"training": {"max_steps": 1, "per_device_train_batch_size": 1, "sequence_parallel": 3}}, "a multiple of 6, twice training.seq"),
+        ({"lora": {"groups": ["mlp"], "learning_rate": 1e-4}, "training": ONE_STEP | {"strategy": "fsdp2"}},
+         "lora needs training.strategy ddp or deepspeed"),
+        ({"training": ONE_STEP | {"sequence_parallel": 3}}, "a multiple of 6, twice training.seq"),
         ({"rope": {"theta": -1}}, "rope.theta: Input should be greater than 0"),
         ({"rope": {"tehta": 1}}, "rope: unknown key 'tehta'; did you mean 'theta'"),
         ({"rope": {"scaling": {"rope_type": "yarn"}}}, "rope.scaling: yarn needs factor"),
