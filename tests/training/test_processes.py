@@ -49,8 +49,13 @@ def two_steps(stage0, folder, rows, accumulation, environment=None):
     os.environ.update(environment or {})
     model = load_model(stage0, dtype=torch.float64).double()
     train_only_mixers(model)
-    training = OptimiserSettings(max_steps=2, per_device_train_batch_size=rows,
-                                 gradient_accumulation_steps=accumulation, learning_rate=1e-30, max_grad_norm=1e9)  # fmt: skip
+    training = OptimiserSettings(
+        max_steps=2,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=1e-30,
+        max_grad_norm=1e9,
+    )
     HybridTrainer(
         model=model,
         args=arguments(training, folder, 0, TrainingArguments, save_strategy="no", logging_steps=1),
