@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainingArguments
 
-from hmf.config.runs import RENAMED, SHOWN, DistillRecipe, FinetuneRecipe, OptimiserSettings, PrimeRecipe, load_recipe
+from hmf.config.runs import SHOWN, DistillRecipe, FinetuneRecipe, PrimeRecipe, load_recipe
+from hmf.config.training import RENAMED, OptimiserSettings
 from hmf.errors import HmfError, notice
 from hmf.training.pretrain import PretrainOptimiserSettings
 from hmf.training.run import arguments

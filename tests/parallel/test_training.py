@@ -9,7 +9,8 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from hmf.config.runs import DistillSettings, ParallelSettings
+from hmf.config.runs import DistillSettings
+from hmf.config.training import ParallelSettings
 from hmf.errors import HmfError
 from hmf.training import strategy
 from hmf.training.distill import distill

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
-from hmf.config.runs import ObjectiveSettings, OptimiserSettings, PrimeRecipe
+from hmf.config.runs import ObjectiveSettings, PrimeRecipe
+from hmf.config.training import OptimiserSettings
 from hmf.errors import HmfError
 from hmf.model.checkpoint import load_model
 from hmf.pipeline import prime

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -14,16 +13,16 @@ from pydantic import (
     BeforeValidator,
     Field,
     ValidationError,
-    ValidationInfo,
     model_validator,
 )
 
-from hmf.errors import HmfError, listed, notice, unknown_name
+from hmf.errors import HmfError, listed, unknown_name
 
 from .layers import LAYER_KINDS
 from .pattern import Pattern
 from .places import PairSettings
-from .strict import Seed, Settings, Steps, TokenCount, Tokens, parse_yaml
+from .strict import Seed, Settings, TokenCount, Tokens, parse_yaml, require_none
+from .training import RENAMED, ParallelSettings
 
 TrainableGroup = Literal["mixers", "norms", "attention", "mlp", "embeddings"]
 TrainableName = Literal["mixers", "norms", "attention", "mlp", "embeddings", "all"]
@@ -100,10 +99,6 @@ Schedule = Annotated[
 ]
 
 
-def _as_precision(value: Any) -> Any:
-    return "bfloat16" if value == "bf16" else value
-
-
 def weight_at(schedule: Mapping[int, float], step: int) -> float:
     """The weight of a term at an optimiser step, a function of nothing else: a resumed run has the same."""
     steps = sorted(schedule)
@@ -151,82 +146,6 @@ class ObjectiveSettings(Settings):
         return self
 
 
-# Former names of keys of `training`, which are read until the next release.
-RENAMED = {"steps": "max_steps", "rows_per_step": "per_device_train_batch_size", "schedule": "lr_scheduler_type"}
-
-
-class OptimiserSettings(Settings):
-    """AdamW with a warmup. Keys and values have the names of transformers' Trainer where it has the same."""
-
-    max_steps: Steps  # optimiser steps of the run
-    # rows of one batch of one process; see gradient_accumulation_steps
-    per_device_train_batch_size: int = Field(ge=1, le=2**16)
-    gradient_accumulation_steps: int = Field(1, ge=1, le=2**16)  # batches of an optimiser step, of each process
-    learning_rate: float = Field(1e-4, gt=0)  # `hmf finetune` takes one by group instead, in trainable
-    # course of the learning rate
-    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"] = (
-        "constant_with_warmup"
-    )
-    final_learning_rate_ratio: float = Field(0.1, ge=0, le=1)  # of cosine_with_min_lr
-    warmup_steps: int = Field(0, ge=0)  # steps in which the learning rate rises from 0
-    warmup_ratio: float | None = Field(None, ge=0, le=1)  # share of max_steps, rounded up, in place of warmup_steps
-    weight_decay: float = Field(0.0, ge=0)  # of AdamW, for matrices only
-    adam_beta2: float = Field(0.95, gt=0, lt=1)  # of AdamW; beta1 is 0.9
-    max_grad_norm: float = Field(1.0, gt=0)  # gradients are clipped to this norm
-    logging_steps: Steps = 10  # steps between entries of the log; each checkpoint has one too
-    save_steps: Steps = 500  # steps between checkpoints
-    save_total_limit: int = Field(2, ge=1)  # checkpoints that are kept, the newest
-    # bfloat16 (also written bf16): autocast; parameters stay float32
-    precision: Annotated[Literal["float32", "bfloat16"], BeforeValidator(_as_precision)] = "float32"
-    gradient_checkpointing: bool = False  # computes activations again in the backward pass, to save memory
-    gpus: str | None = None  # what the recipe is written for, as h200x8; `hmf plan-training` plans for it
-    divergence_factor: float = Field(10.0, ge=0)  # stop at a loss this many times the usual one; 0: never
-    # trackers that get the log
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
-    run_name: str | None = None  # of the run in those trackers; left out: as the tracker chooses
-
-    @model_validator(mode="before")
-    @classmethod
-    def _present_names(cls, given: Any, info: ValidationInfo) -> Any:
-        if not isinstance(given, Mapping):
-            return given
-        former = {old: new for old, new in RENAMED.items() if old in given}
-        require_none(
-            f"{old} is the former name of {new}; give {new} alone" for old, new in former.items() if new in given
-        )
-        if former:
-            place = f"{info.context['file']}: " if info.context else ""
-            names = ", ".join(f"{old} is now {new}" for old, new in former.items())
-            notice(f"{place}training: {names}; the former names are read until the next release")
-        return {former.get(name, name): value for name, value in given.items()}
-
-    @model_validator(mode="after")
-    def _one_warmup(self) -> OptimiserSettings:
-        if self.warmup_ratio is not None and "warmup_steps" in self.model_fields_set:
-            raise ValueError("give warmup_steps or warmup_ratio, not both")
-        return self
-
-    @property
-    def warmup(self) -> int:
-        """Steps in which the learning rate rises."""
-        return self.warmup_steps if self.warmup_ratio is None else math.ceil(self.warmup_ratio * self.max_steps)
-
-
-class ParallelSettings(OptimiserSettings):
-    """And how several processes, started by torchrun, share the work."""
-
-    # Who holds what: ddp, every process everything; fsdp2, parts of parameters, gradients and optimiser; deepspeed
-    # (ZeRO 2), parts of gradients and optimiser.
-    strategy: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
-    sequence_parallel: int = Field(1, ge=1)  # neighbouring processes that share each row
-
-    @model_validator(mode="after")
-    def _known_to_work(self) -> ParallelSettings:
-        if self.strategy == "deepspeed" and self.sequence_parallel > 1:
-            raise ValueError("sequence_parallel needs strategy ddp or fsdp2, not deepspeed")
-        return self
-
-
 class OnPolicySettings(Settings):
     """Stage 1 on what the student writes itself: it goes on from prompts drawn from `data`, at most to its length."""
 
@@ -266,12 +185,6 @@ def indivisible(data: DataSettings, training: ParallelSettings) -> Iterator[str]
     chunks = 2 * training.sequence_parallel
     if chunks > 2 and data.prepared is None and data.sequence_length % chunks:
         yield f"data.sequence_length must be a multiple of {chunks}, twice training.sequence_parallel"
-
-
-def require_none(conflicts: Iterable[str]) -> None:
-    """ValueError that names all of the `conflicts` between keys, if there is one."""
-    if found := list(conflicts):
-        raise ValueError("; ".join(found))
 
 
 class DistillRecipe(DistillSettings):

@@ -23,16 +23,9 @@ from transformers.initialization import no_init_weights
 from hmf.config.data import DataRecipe
 from hmf.config.layers import base_head_dim
 from hmf.config.pattern import ATTENTION, require_fused
-from hmf.config.runs import (
-    DataSettings,
-    DistillRecipe,
-    DistillSettings,
-    FinetuneRecipe,
-    ParallelSettings,
-    PrimeRecipe,
-    load_recipe,
-)
+from hmf.config.runs import DataSettings, DistillRecipe, DistillSettings, FinetuneRecipe, PrimeRecipe, load_recipe
 from hmf.config.strict import Settings, parse_yaml
+from hmf.config.training import ParallelSettings
 from hmf.data.mixture import row_length
 from hmf.errors import HmfError
 from hmf.gpus import GIB, Device, parse_gpus

@@ -19,8 +19,9 @@ from transformers import (
     set_seed,
 )
 
-from hmf.config.runs import DataSettings, OptimiserSettings, load_recipe
+from hmf.config.runs import DataSettings, load_recipe
 from hmf.config.strict import Settings, Steps
+from hmf.config.training import OptimiserSettings
 from hmf.data import tasks, text
 from hmf.data.files import read_text
 from hmf.data.mixture import mixture

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from hmf.config.runs import OptimiserSettings
+from hmf.config.training import OptimiserSettings
 from hmf.errors import HmfError
 from hmf.folders import claimed
 

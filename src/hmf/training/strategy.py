@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fs
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainingArguments
 
-from hmf.config.runs import ParallelSettings
+from hmf.config.training import ParallelSettings
 from hmf.errors import HmfError
 from hmf.layers.base import Mixer
 
