@@ -388,7 +388,9 @@ def _override(content: dict[str, Any], override: str) -> None:
     except ValueError:
         raise HmfError(f"--set {override:.200}: the value is not valid YAML; quote it") from None
     if sections[-1:] == ["training"]:  # a value replaces the file's under its other name too
-        content.pop((RENAMED | {new: old for old, new in RENAMED.items()}).get(key), None)
+        for pair in RENAMED.items():
+            if key in pair:
+                content.pop(pair[key == pair[0]], None)
 
 
 def _problems(error: ValidationError, kind: type[BaseModel]) -> str:
@@ -406,7 +408,10 @@ def _problem(problem: Any, kind: type[BaseModel]) -> str:
     if problem["type"] == "extra_forbidden":
         section = _section(kind, problem["loc"][:-1])
         prefix = ".".join(str(part) for part in problem["loc"][:-1])
-        return f"{prefix + ': ' if prefix else ''}{unknown_name('key', str(problem['loc'][-1]), section.model_fields)}"
+        name = str(problem["loc"][-1])
+        if (present := RENAMED.get(name)) in section.model_fields:
+            return f"{prefix}: {name} is the former name of {present}; give {present} alone"
+        return f"{prefix + ': ' if prefix else ''}{unknown_name('key', name, section.model_fields)}"
     if problem["type"] == "missing":
         return f"{where}: is missing"
     message = problem["msg"].removeprefix("Value error, ")

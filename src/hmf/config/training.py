@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from hmf.errors import notice
 
-from .strict import Settings, Steps, require_none
+from .strict import Settings, Steps
 
 # Former names of keys of `training`, which are read until the next release.
 RENAMED = {"steps": "max_steps", "rows_per_step": "per_device_train_batch_size", "schedule": "lr_scheduler_type"}
@@ -56,10 +56,8 @@ class OptimiserSettings(Settings):
     def _present_names(cls, given: Any, info: ValidationInfo) -> Any:
         if not isinstance(given, Mapping):
             return given
-        former = {old: new for old, new in RENAMED.items() if old in given}
-        require_none(
-            f"{old} is the former name of {new}; give {new} alone" for old, new in former.items() if new in given
-        )
+        # A former name beside the present one stays, and is refused like an unknown key.
+        former = {old: new for old, new in RENAMED.items() if old in given and new not in given}
         if former:
             place = f"{info.context['file']}: " if info.context else ""
             names = ", ".join(f"{old} is now {new}" for old, new in former.items())
