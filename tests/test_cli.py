@@ -31,7 +31,7 @@ from tests.training.cutting import make_tiny_stage0
 PRIME = {
     "base": "teacher",
     "hybrid": {"mixer": "gdn", "ratio": 0.5},
-    "distill": {"training": {"steps": 1, "rows_per_step": 1}, "data": {"sequence_length": 96}},
+    "distill": {"training": {"max_steps": 1, "per_device_train_batch_size": 1}, "data": {"sequence_length": 96}},
 }
 
 
@@ -191,6 +191,9 @@ def test_the_script_and_the_module_are_the_same():
     assert all(command.split()[0] in result.stdout for command in commands())
 
 
+ONE_STEP = {"max_steps": 1, "per_device_train_batch_size": 1}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -204,11 +207,11 @@ def test_the_script_and_the_module_are_the_same():
         ({"hybrid": {"layers": [1, 9]}}, "layers: [9] not among the model's layers 0 to 5"),
         ({"hybrid": {"ratio": 0.5, "options": {"gdn": {"use_gat": True}}}}, "'use_gat'; did you mean 'use_gate'?"),
         ({"base": "nowhere"}, "nowhere: no such directory"),
-        ({"distill": {"training": {"steps": "many", "rows_per_step": 1}}}, "distill.training.steps: "),
-        ({"distill": {"training": {"steps": 1}}}, "distill.training.rows_per_step: is missing"),
+        ({"distill": {"training": ONE_STEP | {"max_steps": "many"}}}, "distill.training.max_steps: "),
+        ({"distill": {"training": {"max_steps": 1}}}, "distill.training.per_device_train_batch_size: is missing"),
         ({"distill": {**PRIME["distill"], "data": {"sequence_length": 10**9}}}, "less than or equal to 16777216"),
-        ({"distill": {"training": {"steps": 1, "rows_per_step": 1, "learning_rate": float("inf")}}}, "finite number"),
-        ({"distill": {"training": {"steps": 1e12, "rows_per_step": 1}}}, "distill.training.steps: "),
+        ({"distill": {"training": ONE_STEP | {"learning_rate": float("inf")}}}, "finite number"),
+        ({"distill": {"training": ONE_STEP | {"max_steps": 1e12}}}, "distill.training.max_steps: "),
         ({"seed": -1}, "seed: "),
         ({"evaluate": {"tasks": ["recal"]}}, "evaluate.tasks: unknown task 'recal'; did you mean 'recall'?"),
     ],
@@ -235,10 +238,9 @@ def test_an_output_in_use_is_left_alone(tmp_path, monkeypatch, capsys):
 
 def test_a_run_that_cannot_start_claims_no_folder(tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "recipe.yaml"
-    training = {"steps": 1, "rows_per_step": 1}
     content = {"method": "cpt", "output": str(tmp_path / "run"), "data": {}, "trainable": {"all": 1}}
     for model, said in ((str(tmp_path / "none"), "no such directory"), ("src/hmf/assets/teacher", "is no Hybrid")):
-        recipe.write_text(yaml.safe_dump({**content, "model": str(ROOT / model), "training": training}))
+        recipe.write_text(yaml.safe_dump({**content, "model": str(ROOT / model), "training": ONE_STEP}))
         code, _, err = run(monkeypatch, capsys, "finetune", recipe)
         assert (code, err.count("\n")) == (2, 1) and said in err
         assert not (tmp_path / "run").exists()

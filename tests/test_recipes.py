@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 RECIPES = ROOT / "recipes" / "quickstart"
 BILLION = ROOT / "recipes" / "qwen3-0.6b-1b"
 ALL = sorted(ROOT.glob("recipes/**/*.yaml"))
-SMALL = ("steps=2", "rows_per_step=1", "save_steps=2", "warmup_steps=0")
+SMALL = ("max_steps=2", "per_device_train_batch_size=1", "save_steps=2", "warmup_steps=0")
 
 
 def run(command, recipe, *values):

@@ -24,11 +24,11 @@ def notice(line: str) -> None:
         print(f"hmf: {one_line(line)}", file=sys.stderr, flush=True)
 
 
-def listed(names: Iterable[str], shown: int = 4) -> str:
+def listed(names: Iterable[str], shown: int = 4, joint: str = ", ") -> str:
     """The first of some names, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+    return joint.join(names[:shown]) + more
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:

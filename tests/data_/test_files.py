@@ -283,8 +283,8 @@ def test_the_same_key_twice_is_an_error(tmp_path):
     merged = "a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {<<: *b, y: 4}"
     assert parse_yaml(merged) == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}, "c": {"x": 3, "y": 4}}
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("model: a\noutput: b\ntraining: {steps: 1, rows_per_step: 1, steps: 2}\n")
-    with pytest.raises(HmfError, match="recipe.yaml: not valid YAML .the key 'steps' is there twice, again in line 3"):
+    recipe.write_text("model: a\noutput: b\ntraining: {max_steps: 1, max_steps: 2}\n")
+    with pytest.raises(HmfError, match="yaml: not valid YAML .the key 'max_steps' is there twice, again in line 3"):
         read_recipe(recipe, DistillRecipe)
 
 

@@ -22,7 +22,7 @@ def recipe(home: Path, **content) -> Path:
     return home / "recipe.yaml"
 
 
-TRAINING = {"steps": 1, "rows_per_step": 1}
+TRAINING = {"max_steps": 1, "per_device_train_batch_size": 1}
 # checkpoint -> commands on it: (arguments by home of the inputs, output).
 COMMANDS = {
     "base": {

@@ -162,7 +162,7 @@ def test_damaged_rows(models, prepared, campaign):
                 done = damage_folder(data.draw, data.draw(st.sampled_from([rows, rows / "rows"])))
             (home / "recipe.yaml").write_text(yaml.safe_dump({
                 "method": "cpt", "model": str(models / "hybrid"), "output": str(output), "trainable": {"all": 1e-3},
-                "data": {"prepared": str(rows)}, "training": {"steps": 1, "rows_per_step": 1},
+                "data": {"prepared": str(rows)}, "training": {"max_steps": 1, "per_device_train_batch_size": 1},
             }))  # fmt: skip
             arguments = data.draw(st.sampled_from([("data", "show", rows), ("finetune", home / "recipe.yaml")]))
             campaign.run(*arguments, inputs=home, output=output, damage=done)

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
 KILLS = SIZE  # of each command, at least
 MOST = 4  # of one run, before it may end
-LONG = {"steps": 24, "rows_per_step": 2, "save_steps": 3}
+LONG = {"max_steps": 24, "per_device_train_batch_size": 2, "save_steps": 3}
 
 
 def begin(folder: Path, arguments: tuple[str, ...]) -> None:

@@ -16,7 +16,13 @@ from tests.faults.damage import VALUES, YAML_TEXTS, change_bytes, change_tree
 
 pytestmark = pytest.mark.faults
 
-STEPS = {"steps": 2, "rows_per_step": 2, "save_steps": 1, "learning_rate": 1e-3, "schedule": "linear"}
+STEPS = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "save_steps": 1,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "linear",
+}
 TEXT = {"text": "$CORPUS", "sequence_length": 32, "text_share": 1.0, "tasks": {}}
 FILTERS = {"min_tokens": 1, "max_tokens": 900, "repetition": {"top_ngram": {2: 0.9}}}
 RECIPES = {

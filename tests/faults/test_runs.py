@@ -24,7 +24,7 @@ def primed(models, tmp_path_factory):
     (home / "recipe.yaml").write_text(yaml.safe_dump({
         "base": str(models / "base"), "output": "run", "hybrid": {"pattern": "*-GDN"},
         "distill": {"data": {"text": str(models / "corpus"), "sequence_length": 32},
-                    "training": {"steps": 2, "rows_per_step": 1, "save_steps": 1}},
+                    "training": {"max_steps": 2, "per_device_train_batch_size": 1, "save_steps": 1}},
         "evaluate": {"tasks": [], "length": 96, "text_bytes": 300},
     }))  # fmt: skip
     with contextlib.chdir(home):

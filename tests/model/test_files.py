@@ -459,7 +459,10 @@ def test_text_is_not_trained_on_without_a_tokenizer(base, tmp_path):
 
     make_stage0(base, PATTERN, tmp_path / "stage0")
     recipe = DistillSettings.model_validate(
-        {"data": {"text": "stdlib", "sequence_length": 32}, "training": {"steps": 1, "rows_per_step": 1}}
+        {
+            "data": {"text": "stdlib", "sequence_length": 32},
+            "training": {"max_steps": 1, "per_device_train_batch_size": 1},
+        }
     )
     refused("stage0: has no tokenizer", distill, tmp_path / "stage0", tmp_path / "run", recipe)
     assert not (tmp_path / "run/stage1").exists()

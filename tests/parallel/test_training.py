@@ -9,7 +9,8 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from hmf.config.runs import DistillSettings, ParallelSettings
+from hmf.config.runs import DistillSettings
+from hmf.config.training import ParallelSettings
 from hmf.errors import HmfError
 from hmf.training import strategy
 from hmf.training.distill import distill
@@ -29,7 +30,8 @@ def recipe(stage0, **training):
     return {
         "data": {"text": str(stage0.parent / "corpus"), "sequence_length": 32},
         "objective": {"layers": "mixer", "kl": 0.5, "kl_tokens": "supervised", "layerwise_steps": 1},
-        "training": {"steps": 3, "rows_per_step": 2, "learning_rate": 3e-3, "save_steps": 1} | training,
+        "training": {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 3e-3, "save_steps": 1}
+        | training,
     }
 
 
@@ -57,21 +59,21 @@ def same(output, alone):
 
 @pytest.mark.slow
 def test_rows_shared_by_pairs_of_four_processes(stage0, alone, tmp_path):
-    on(4, stage0, tmp_path, sequence_parallel=2, rows_per_step=1)
+    on(4, stage0, tmp_path, sequence_parallel=2, per_device_train_batch_size=1)
     same(tmp_path, alone)
     assert "".join(file.read_text() for file in tmp_path.glob("rank*.txt")).count("1 GDN") == 1
 
 
 @pytest.mark.slow
 def test_parameters_shared_by_two_processes_and_a_resume(stage0, alone, tmp_path):
-    on(2, stage0, tmp_path, strategy="fsdp2", rows_per_step=1)
+    on(2, stage0, tmp_path, strategy="fsdp2", per_device_train_batch_size=1)
     same(tmp_path, alone)
     config = json.loads((tmp_path / "stage1/config.json").read_text())
     assert config["architectures"] == ["HybridQwen3ForCausalLM"]
     finished = load_file(tmp_path / "stage1/model.safetensors")
     shutil.rmtree(tmp_path / "stage1")
     shutil.rmtree(tmp_path / "checkpoints/checkpoint-3")
-    on(2, stage0, tmp_path, strategy="fsdp2", rows_per_step=1)
+    on(2, stage0, tmp_path, strategy="fsdp2", per_device_train_batch_size=1)
     again = load_file(tmp_path / "stage1/model.safetensors")
     assert all(torch.equal(again[name], value) for name, value in finished.items())
 
@@ -94,7 +96,8 @@ def test_rows_and_parameters_shared_in_bfloat16_with_checkpointing(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
 @pytest.mark.parametrize("shared", [
-    {"rows_per_step": 1}, {"rows_per_step": 1, "strategy": "fsdp2"}, {"sequence_parallel": 2},
+    {"per_device_train_batch_size": 1}, {"per_device_train_batch_size": 1, "strategy": "fsdp2"},
+    {"sequence_parallel": 2},
     {"sequence_parallel": 2, "strategy": "fsdp2"},
 ], ids=str)  # fmt: skip
 def test_two_gpus_over_nccl_and_a_resume(stage0, tmp_path, shared):
@@ -132,15 +135,15 @@ def test_what_does_not_fit_is_refused(stage0, tmp_path, monkeypatch):
 def test_deepspeed(stage0, alone, tmp_path, monkeypatch):
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    on(2, stage0, tmp_path / "two", strategy="deepspeed", rows_per_step=1)
+    on(2, stage0, tmp_path / "two", strategy="deepspeed", per_device_train_batch_size=1)
     same(tmp_path / "two", alone)
 
 
 def test_deepspeed_gets_what_the_recipe_says(stage0, monkeypatch):
     monkeypatch.setattr(strategy.importlib.util, "find_spec", lambda name: object())
     settings = ParallelSettings(
-        steps=1, rows_per_step=3, gradient_accumulation_steps=2, max_grad_norm=0.5, precision="bfloat16",
-        strategy="deepspeed",
+        max_steps=1, per_device_train_batch_size=3, gradient_accumulation_steps=2, max_grad_norm=0.5,
+        precision="bfloat16", strategy="deepspeed",
     )  # fmt: skip
     assert strategy_arguments(settings, None)["bf16"] is False
     config = deepspeed_config(settings)

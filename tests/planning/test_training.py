@@ -129,8 +129,17 @@ def test_what_does_not_fit_says_what_to_change():
     assert mended.fits and mended.tokens_per_step == big.tokens_per_step
 
 
-TIGHT = ("precision=float32", "gradient_checkpointing=false", "rows_per_step=4", "strategy=ddp", "sequence_parallel=1")
-LARGE = {"distill/recipe.yaml": ("rows_per_step=65536",), "quickstart/sft.yaml": ("rows_per_step=65536",)}
+TIGHT = (
+    "precision=float32",
+    "gradient_checkpointing=false",
+    "per_device_train_batch_size=4",
+    "strategy=ddp",
+    "sequence_parallel=1",
+)
+LARGE = {
+    "distill/recipe.yaml": ("per_device_train_batch_size=65536",),
+    "quickstart/sft.yaml": ("per_device_train_batch_size=65536",),
+}
 
 
 @pytest.mark.parametrize("gpu", ["h200x8", "h100x6", "a100-40x4", "l4x2"])

@@ -63,7 +63,8 @@ def settings(stage0: Path, **training: Any) -> DistillSettings:
     return DistillSettings.model_validate({
         "data": {"text": str(stage0.parent / "corpus"), "sequence_length": 32},
         "objective": {"layers": "mixer"},
-        "training": {"steps": 3, "rows_per_step": 2, "learning_rate": 3e-3, "save_steps": 1} | training,
+        "training": {"max_steps": 3, "per_device_train_batch_size": 2,
+                     "learning_rate": 3e-3, "save_steps": 1} | training,
     })  # fmt: skip
 
 
@@ -79,7 +80,7 @@ def finetune_recipe(hybrid: Path, run: Path, **changes: Any) -> FinetuneRecipe:
         "method": "cpt", "model": str(hybrid), "output": str(run),
         "data": {"text": str(hybrid.parent / "corpus"), "sequence_length": 32},
         "trainable": {"mixers": 3e-3, "norms": 1e-3},
-        "training": {"steps": 3, "rows_per_step": 2, "save_steps": 1},
+        "training": {"max_steps": 3, "per_device_train_batch_size": 2, "save_steps": 1},
     } | changes)  # fmt: skip
 
 

@@ -23,7 +23,8 @@ def settings(**training) -> DistillSettings:
         {
             "data": {"sequence_length": 96, "text_share": 0.5, "tasks": {"recall": 1}},
             "objective": {"layers": "mixer"},
-            "training": {"steps": 6, "rows_per_step": 2, "learning_rate": 3e-3, "save_steps": 3} | training,
+            "training": {"max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 3e-3, "save_steps": 3}
+            | training,
         }
     )
 
@@ -84,15 +85,15 @@ def test_a_stopped_run_ends_bit_for_bit_like_an_uninterrupted_one(stage0, finish
 
 
 def test_longer_training_lowers_the_loss(stage0, tmp_path):
-    distill(stage0, tmp_path, settings(steps=40, save_steps=100))
+    distill(stage0, tmp_path, settings(max_steps=40, save_steps=100))
     losses = [entry["loss"] for entry in json.loads((tmp_path / "stage1.log.json").read_text()) if "loss" in entry]
     assert_golden([losses[0], losses[-1]], (7.347729, 4.015405))
 
 
 def test_accumulation_is_the_same_as_a_larger_batch(stage0, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    distill(stage0, one, settings(steps=1, rows_per_step=4))
-    distill(stage0, two, settings(steps=1, rows_per_step=2, gradient_accumulation_steps=2))
+    distill(stage0, one, settings(max_steps=1, per_device_train_batch_size=4))
+    distill(stage0, two, settings(max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2))
     first, second = (json.loads((run / "stage1.log.json").read_text())[-1] for run in (one, two))
     first, second = (torch.tensor(log["train_loss"]) for log in (first, second))
     assert_near(second, first, first)

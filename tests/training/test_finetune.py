@@ -98,7 +98,7 @@ def test_a_group_without_parameters_is_an_error():
 
 
 def test_continued_pretraining_moves_its_groups_only_and_ends_as_a_plain_hybrid(recipe, hybrid, capfd):
-    training = {"steps": 30, "rows_per_step": 4, "save_steps": 30}
+    training = {"max_steps": 30, "per_device_train_batch_size": 4, "save_steps": 30}
     run = recipe(training=training, trainable={"mixers": 2e-2, "norms": 2e-2}, rope={"theta": "5e6"})
     out = finetune(run)
     assert_golden([losses(run.output)[at]["loss"] for at in (0, -1)], (6.447008, 4.211584))
@@ -120,10 +120,10 @@ def test_continued_pretraining_moves_its_groups_only_and_ends_as_a_plain_hybrid(
 def test_accumulated_batches_are_one_large_batch(hybrid, tmp_path):
     ends = []
     for name, training in (
-        ("one", {"rows_per_step": 4}),
-        ("two", {"rows_per_step": 2, "gradient_accumulation_steps": 2}),
+        ("one", {"per_device_train_batch_size": 4}),
+        ("two", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
     ):
-        run = cutting.finetune_recipe(hybrid, tmp_path / name, training={"steps": 3, "save_steps": 1, **training})
+        run = cutting.finetune_recipe(hybrid, tmp_path / name, training={"max_steps": 3, "save_steps": 1, **training})
         finetune(run)
         ends.append([entry["loss"] for entry in losses(run.output)])
     first, second = map(torch.tensor, ends)
@@ -132,7 +132,7 @@ def test_accumulated_batches_are_one_large_batch(hybrid, tmp_path):
 
 
 def test_the_result_has_the_dtype_that_was_asked_for(recipe):
-    out = finetune(recipe(dtype="bfloat16", training={"steps": 1, "rows_per_step": 1}))
+    out = finetune(recipe(dtype="bfloat16", training={"max_steps": 1, "per_device_train_batch_size": 1}))
     dtypes = {name: x.dtype for name, x in load_file(out / "model.safetensors").items()}
     assert dtypes.pop("model.layers.1.gdn.A_log") == dtypes.pop("model.layers.1.gdn.dt_bias") == torch.float32
     assert set(dtypes.values()) == {torch.bfloat16}
@@ -148,7 +148,7 @@ def test_without_a_dtype_every_tensor_keeps_the_one_of_its_file(hybrid, tmp_path
     save_file(given, source / "model.safetensors", {"format": "pt"})
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
-    training = {"steps": 1, "rows_per_step": 1}
+    training = {"max_steps": 1, "per_device_train_batch_size": 1}
     out = finetune(cutting.finetune_recipe(source, tmp_path / "run", trainable={"mixers": 1e-3}, training=training))
     saved = load_file(out / "model.safetensors")
     assert {name: x.dtype for name, x in saved.items()} == {name: x.dtype for name, x in given.items()}
@@ -161,10 +161,15 @@ def test_without_a_dtype_every_tensor_keeps_the_one_of_its_file(hybrid, tmp_path
 PAIRS = [{"prompt": f"one {n}", "chosen": f"two {n}", "rejected": f"six {n} {n}"} for n in range(4)]
 SHARED = {
     # two processes, one row each, that together are a step of two rows
-    "fsdp2": {"rows_per_step": 1, "strategy": "fsdp2", "precision": "float32"},
-    "sequence": {"rows_per_step": 2, "sequence_parallel": 2},
-    "both": {"rows_per_step": 2, "sequence_parallel": 2, "strategy": "fsdp2", "gradient_checkpointing": True},
-    "preferences": {"rows_per_step": 1, "strategy": "fsdp2"},
+    "fsdp2": {"per_device_train_batch_size": 1, "strategy": "fsdp2", "precision": "float32"},
+    "sequence": {"per_device_train_batch_size": 2, "sequence_parallel": 2},
+    "both": {
+        "per_device_train_batch_size": 2,
+        "sequence_parallel": 2,
+        "strategy": "fsdp2",
+        "gradient_checkpointing": True,
+    },
+    "preferences": {"per_device_train_batch_size": 1, "strategy": "fsdp2"},
 }
 
 
@@ -176,11 +181,11 @@ def test_two_processes_end_like_one(hybrid, tmp_path, shares):
     kind = {"method": "dpo", "data": None, "pairs": pairs} if shares == "preferences" else {}
 
     def given(name, training):
-        changes = {"trainable": {"all": 1e-4}, "training": {"steps": 3, "save_steps": 1} | training, **kind}
+        changes = {"trainable": {"all": 1e-4}, "training": {"max_steps": 3, "save_steps": 1} | training, **kind}
         return cutting.finetune_recipe(hybrid, tmp_path / name, **changes)
 
-    one, two = given("one", {"rows_per_step": 2}), given("two", SHARED[shares])
-    nudged = given("nudged", {"rows_per_step": 2}).model_copy(
+    one, two = given("one", {"per_device_train_batch_size": 2}), given("two", SHARED[shares])
+    nudged = given("nudged", {"per_device_train_batch_size": 2}).model_copy(
         update={"model": Path(nudged_checkpoint(hybrid, tmp_path / "other" / "hybrid"))}
     )
     finetune(one)
@@ -237,19 +242,21 @@ def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(hybrid, tmp_path):
 
 # ---- bad recipes
 
+ONE_STEP = {"max_steps": 1, "per_device_train_batch_size": 1}
+
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"trainable": {"mixer": 1e-4}}, "trainable.mixer.*'mixers', 'norms', .* 'embeddings' or 'all'"),
         ({"trainable": {}}, "nothing to train; give trainable"),
-        ({"training": {"steps": 1, "rows_per_step": 1, "learning_rate": 1e-4}}, "every group has its own"),
+        ({"training": ONE_STEP | {"learning_rate": 1e-4}}, "every group has its own"),
         ({"method": "dpo"}, "method dpo needs pairs and no data"),
         ({"method": "rlhf"}, "method: Input should be 'cpt', 'sft' or 'dpo'"),
         ({"lora": {"groups": ["mixers"], "learning_rate": 1e-4}}, "lora.groups: mixers is trained as a whole"),
-        ({"lora": {"groups": ["mlp"], "learning_rate": 1e-4}, "training": {"steps": 1, "rows_per_step": 1,
-          "strategy": "fsdp2"}}, "lora needs training.strategy ddp or deepspeed"),
-        ({"training": {"steps": 1, "rows_per_step": 1, "sequence_parallel": 3}}, "a multiple of 6, twice training.seq"),
+        ({"lora": {"groups": ["mlp"], "learning_rate": 1e-4}, "training": ONE_STEP | {"strategy": "fsdp2"}},
+         "lora needs training.strategy ddp or deepspeed"),
+        ({"training": ONE_STEP | {"sequence_parallel": 3}}, "a multiple of 6, twice training.seq"),
         ({"rope": {"theta": -1}}, "rope.theta: Input should be greater than 0"),
         ({"rope": {"tehta": 1}}, "rope: unknown key 'tehta'; did you mean 'theta'"),
         ({"rope": {"scaling": {"rope_type": "yarn"}}}, "rope.scaling: yarn needs factor"),
@@ -283,7 +290,9 @@ def test_models_and_data_that_cannot_be_meant(hybrid, recipe, tmp_path):
 def test_longer_positions_are_written_and_used(recipe):
     rope = {"max_position_embeddings": 512, "scaling": {"rope_type": "yarn", "factor": 4}}
     data = recipe().data.model_copy(update={"sequence_length": 256})
-    out = finetune(recipe(rope=rope, data=data.model_dump(), training={"steps": 1, "rows_per_step": 1}))
+    out = finetune(
+        recipe(rope=rope, data=data.model_dump(), training={"max_steps": 1, "per_device_train_batch_size": 1})
+    )
     config = load_config(out)
     assert config.max_position_embeddings == 512
     wanted = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 128}
@@ -306,7 +315,7 @@ def test_a_longer_model_is_made_longer_again(recipe, hybrid, tmp_path):
     Ministral3ForCausalLM(Ministral3Config(**sizes, **heads, rope_parameters=dict(rope))).save_pretrained(base)
     make_stage0(base, Pattern.parse("*-SWA"), tmp_path / "stage0")
     export(tmp_path / "stage0", tmp_path / "model")
-    model, training = tmp_path / "model", {"steps": 1, "rows_per_step": 1}
+    model, training = tmp_path / "model", {"max_steps": 1, "per_device_train_batch_size": 1}
     for factor in (4.0, 8.0):
         longer = {"max_position_embeddings": int(64 * factor), "scaling": {"rope_type": "yarn", "factor": factor}}
         changes = {"model": str(model), "output": str(tmp_path / f"{factor:g}"), "rope": longer, "training": training}

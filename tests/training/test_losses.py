@@ -187,7 +187,7 @@ def test_preferences_raise_the_margin_and_a_resume_keeps_the_start(hybrid, pairs
     changes = {
         "method": "dpo", "data": None, "trainable": {"mixers": 5e-3, "norms": 5e-3},
         "pairs": {"path": str(pairs), "sequence_length": 96},
-        "training": {"steps": 12, "rows_per_step": 1, "save_steps": 4},
+        "training": {"max_steps": 12, "per_device_train_batch_size": 1, "save_steps": 4},
     }  # fmt: skip
     whole, cut = (cutting.finetune_recipe(hybrid, tmp_path / name, **changes) for name in ("whole", "cut"))
     finetune(whole)
@@ -227,7 +227,7 @@ def test_what_the_last_step_made_of_the_weights_is_looked_at(hybrid, pairs, tmp_
     changes = {
         "method": "dpo", "data": None, "trainable": {"mixers": 1e38, "norms": 1e38},
         "pairs": {"path": str(pairs), "sequence_length": 96},
-        "training": {"steps": 1, "rows_per_step": 1, "save_steps": 1},
+        "training": {"max_steps": 1, "per_device_train_batch_size": 1, "save_steps": 1},
     }  # fmt: skip
     with pytest.raises(HmfError, match="step 1: after it .*nothing is saved") as caught:
         finetune(cutting.finetune_recipe(hybrid, tmp_path / "run", **changes))

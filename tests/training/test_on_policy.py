@@ -23,7 +23,8 @@ def settings(stage0, **training):
         "data": {"text": str(stage0.parent / "corpus"), "sequence_length": 32},
         "objective": {"pre_lm_head": 0, "kl": 1, "kl_direction": "reverse", "kl_tokens": "supervised"},
         "on_policy": {"max_new_tokens": 8},
-        "training": {"steps": 30, "rows_per_step": 4, "learning_rate": 1e-2, "save_steps": 15} | training,
+        "training": {"max_steps": 30, "per_device_train_batch_size": 4,
+                     "learning_rate": 1e-2, "save_steps": 15} | training,
     })  # fmt: skip
 
 
@@ -77,7 +78,7 @@ def test_the_teacher_scores_what_the_student_wrote(stage0, tmp_path, monkeypatch
         return real(self, model, batch, return_outputs, counts)
 
     monkeypatch.setattr(HybridTrainer, "compute_loss", keep)
-    chosen = settings(stage0, steps=1, rows_per_step=2, gradient_accumulation_steps=2)
+    chosen = settings(stage0, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     chosen = chosen.model_copy(update={"on_policy": OnPolicySettings(max_new_tokens=8, temperature=1e-4)})
     distill(stage0, tmp_path, chosen)
     (logged,) = [x["loss"] for x in json.loads((tmp_path / "stage1.log.json").read_text()) if "loss" in x]
@@ -132,5 +133,5 @@ def test_what_the_last_step_made_of_the_weights_is_looked_at(stage0, tmp_path, m
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
     with pytest.raises(HmfError, match="step 1: after it the loss is .*nothing is saved"):
-        distill(stage0, tmp_path, settings(stage0, steps=1))
+        distill(stage0, tmp_path, settings(stage0, max_steps=1))
     assert not (tmp_path / "stage1").exists()

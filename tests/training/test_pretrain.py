@@ -27,7 +27,13 @@ def recipe(tmp_path):
     content["tokenizer"]["chat_template"] = str(RECIPES / "chat_template.jinja")
     content["model"] |= {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
     content["model"] |= {"num_attention_heads": 2, "num_key_value_heads": 1}
-    content["training"] |= {"steps": 2, "rows_per_step": 2, "warmup_steps": 0, "save_steps": 1, "workers": 0}
+    content["training"] |= {
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "warmup_steps": 0,
+        "save_steps": 1,
+        "workers": 0,
+    }
     return content
 
 

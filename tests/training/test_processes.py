@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
-from hmf.config.runs import ObjectiveSettings, OptimiserSettings, PrimeRecipe
+from hmf.config.runs import ObjectiveSettings, PrimeRecipe
+from hmf.config.training import OptimiserSettings
 from hmf.errors import HmfError
 from hmf.model.checkpoint import load_model
 from hmf.pipeline import prime
@@ -49,8 +50,13 @@ def two_steps(stage0, folder, rows, accumulation, environment=None):
     os.environ.update(environment or {})
     model = load_model(stage0, dtype=torch.float64).double()
     train_only_mixers(model)
-    training = OptimiserSettings(steps=2, rows_per_step=rows, gradient_accumulation_steps=accumulation,
-                                 learning_rate=1e-30, max_grad_norm=1e9)  # fmt: skip
+    training = OptimiserSettings(
+        max_steps=2,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=1e-30,
+        max_grad_norm=1e9,
+    )
     HybridTrainer(
         model=model,
         args=arguments(training, folder, 0, TrainingArguments, save_strategy="no", logging_steps=1),
@@ -103,7 +109,7 @@ def test_gradients_are_the_dense_ones_for_any_accumulation_and_number_of_process
 
 def prime_tiny(stage0, run, rows, environment=None):
     os.environ.update(environment or {})
-    distill = cutting.settings(stage0, rows_per_step=rows).model_dump(mode="json")
+    distill = cutting.settings(stage0, per_device_train_batch_size=rows).model_dump(mode="json")
     recipe = PrimeRecipe.model_validate({
         "base": str(stage0.parent / "base"), "output": str(run), "hybrid": {"pattern": "*-GDN"}, "distill": distill,
         "evaluate": {"text_bytes": 500, "length": 96},

@@ -45,6 +45,18 @@ def test_time_left_and_rate_count_this_processes_steps(monkeypatch, capsys):
     line.on_log(args, state, None, {"loss": 0.5, "train_loss": 2.0})
     line.on_step_end(args, state, None)
     assert capsys.readouterr().err == "distil: step 910/1000 loss 0.5000 32 tokens/s ETA 180 s\n"
+    line.on_log(args, state, None, {"loss": 0.25, "loss_kl": 0.5, "learning_rate": 1.234e-4, "grad_norm": 2.5})
+    line.on_log(args, state, None, {"train_loss": 2.0})  # the summary at the end
+    line.on_train_end(args, state, None)
+    said = "loss 0.2500 loss_kl 0.5000 lr 0.000123 grad norm 2.5 32 tokens/s"
+    assert capsys.readouterr().err == f"distil: step 910/1000 {said} ETA 180 s\n"
+
+
+def test_peak_memory_is_shown_on_cuda(monkeypatch):
+    line, args = ProgressLine("distil", 64), SimpleNamespace(device=torch.device("cuda", 0), world_size=1)
+    line.first_step, line.started = 0, 0.0
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**29)
+    assert line.status(args, SimpleNamespace(global_step=1)).endswith("tokens/s peak 1.5 GiB")
 
 
 def test_utilisation_is_shown_on_gpus_of_known_peak(monkeypatch):
@@ -84,7 +96,7 @@ def test_layer_errors_start_at_the_first_mixer_and_end_where_the_head_reads(stag
 
 
 def test_curves_are_data_and_a_picture(stage0, tmp_path):
-    distill(stage0, tmp_path, cutting.settings(stage0, steps=4, save_steps=2), draw=draw_curves)
+    distill(stage0, tmp_path, cutting.settings(stage0, max_steps=4, save_steps=2), draw=draw_curves)
     losses, layers, _ = curves(json.loads((tmp_path / "stage1.log.json").read_text()))
     assert losses.keys() == {"loss", "loss_hidden", "loss_mixer"} and layers.keys() == {1}
     assert losses["loss"][0] == layers[1][0] == [2, 4]
@@ -197,7 +209,7 @@ def test_a_loss_that_runs_away_stops_the_run_and_keeps_the_batch_where_it_began(
 
     monkeypatch.setattr(HybridTrainer, "compute_loss", run_away)
     with pytest.raises(HmfError, match=f"step {22 + ABOVE}: the loss is .*, above 10 times its usual"):
-        distill(stage0, tmp_path, cutting.settings(stage0, steps=40, save_steps=20))
+        distill(stage0, tmp_path, cutting.settings(stage0, max_steps=40, save_steps=20))
     with safe_open(tmp_path / "bad_batch.safetensors", "pt") as kept:
         assert torch.equal(kept.get_tensor("0.input_ids"), batches[22])
 

@@ -96,7 +96,7 @@ def export(
 
 @app.command(epilog=epilog(
     "hmf finetune recipes/quickstart/cpt.yaml",
-    "hmf finetune recipes/quickstart/sft.yaml --set training.steps=20 --set output=runs/try",
+    "hmf finetune recipes/quickstart/sft.yaml --set training.max_steps=20 --set output=runs/try",
 ))  # fmt: skip
 def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Stage 2: train a plain Hybrid on.

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -16,18 +16,20 @@ from pydantic import (
     model_validator,
 )
 
-from hmf.errors import HmfError, unknown_name
+from hmf.errors import HmfError, listed, unknown_name
 
 from .layers import LAYER_KINDS
 from .pattern import Pattern
 from .places import PairSettings
-from .strict import Seed, Settings, Steps, TokenCount, Tokens, parse_yaml
+from .strict import Seed, Settings, TokenCount, Tokens, parse_yaml, require_none
+from .training import RENAMED, ParallelSettings
 
 TrainableGroup = Literal["mixers", "norms", "attention", "mlp", "embeddings"]
 TrainableName = Literal["mixers", "norms", "attention", "mlp", "embeddings", "all"]
 LayerTarget = Literal["none", "mixer", "decoder", "residuals", "all"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Recipe = TypeVar("Recipe", bound="Settings")
+SHOWN = 20  # errors of a recipe that one message names
 
 
 class HybridSettings(Settings):
@@ -144,46 +146,6 @@ class ObjectiveSettings(Settings):
         return self
 
 
-class OptimiserSettings(Settings):
-    """AdamW with a warmup and a schedule by transformers' name."""
-
-    steps: Steps  # optimiser steps of the run
-    rows_per_step: int = Field(ge=1, le=2**16)  # rows of one batch of one process; see gradient_accumulation_steps
-    gradient_accumulation_steps: int = Field(1, ge=1, le=2**16)  # batches of an optimiser step, of each process
-    learning_rate: float = Field(1e-4, gt=0)  # `hmf finetune` takes one by group instead, in trainable
-    # of the learning rate
-    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"] = (
-        "constant_with_warmup"
-    )
-    final_learning_rate_ratio: float = Field(0.1, ge=0, le=1)  # of cosine_with_min_lr
-    warmup_steps: int = Field(0, ge=0)  # steps in which the learning rate rises from 0
-    weight_decay: float = Field(0.0, ge=0)  # of AdamW, for matrices only
-    adam_beta2: float = Field(0.95, gt=0, lt=1)  # of AdamW; beta1 is 0.9
-    max_grad_norm: float = Field(1.0, gt=0)  # gradients are clipped to this norm
-    save_steps: Steps = 500  # steps between checkpoints, of which the last two are kept
-    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast; parameters stay float32
-    gradient_checkpointing: bool = False  # computes activations again in the backward pass, to save memory
-    gpus: str | None = None  # what the recipe is written for, as h200x8; `hmf plan-training` plans for it
-    divergence_factor: float = Field(10.0, ge=0)  # stop at a loss this many times the usual one; 0: never
-    # trackers that get the log
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
-
-
-class ParallelSettings(OptimiserSettings):
-    """And how several processes, started by torchrun, share the work."""
-
-    # Who holds what: ddp, every process everything; fsdp2, parts of parameters, gradients and optimiser; deepspeed
-    # (ZeRO 2), parts of gradients and optimiser.
-    strategy: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
-    sequence_parallel: int = Field(1, ge=1)  # neighbouring processes that share each row
-
-    @model_validator(mode="after")
-    def _known_to_work(self) -> ParallelSettings:
-        if self.strategy == "deepspeed" and self.sequence_parallel > 1:
-            raise ValueError("sequence_parallel needs strategy ddp or fsdp2, not deepspeed")
-        return self
-
-
 class OnPolicySettings(Settings):
     """Stage 1 on what the student writes itself: it goes on from prompts drawn from `data`, at most to its length."""
 
@@ -202,24 +164,27 @@ class DistillSettings(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> DistillSettings:
-        if self.on_policy is not None:
-            if self.data.prepared is not None:
-                raise ValueError("on_policy draws its prompts from data.text and data.tasks; leave out data.prepared")
-            if self.data.sequence_length - self.on_policy.max_new_tokens < 16:
-                raise ValueError("on_policy.max_new_tokens must leave 16 of data.sequence_length for the prompt")
-            if self.objective.layerwise_steps:
-                raise ValueError("objective.layerwise_steps must be 0 with on_policy; train layer by layer first")
-            if self.training.strategy != "ddp" or self.training.sequence_parallel > 1:
-                raise ValueError("on_policy needs training.strategy ddp and training.sequence_parallel 1")
-        require_shares(self.data, self.training)
+        require_none(self._conflicts())
         return self
 
+    def _conflicts(self) -> Iterator[str]:
+        if self.on_policy is not None:
+            if self.data.prepared is not None:
+                yield "on_policy draws its prompts from data.text and data.tasks; leave out data.prepared"
+            elif self.data.sequence_length - self.on_policy.max_new_tokens < 16:
+                yield "on_policy.max_new_tokens must leave 16 of data.sequence_length for the prompt"
+            if self.objective.layerwise_steps:
+                yield "objective.layerwise_steps must be 0 with on_policy; train layer by layer first"
+            if self.training.strategy != "ddp" or self.training.sequence_parallel > 1:
+                yield "on_policy needs training.strategy ddp and training.sequence_parallel 1"
+        yield from indivisible(self.data, self.training)
 
-def require_shares(data: DataSettings, training: ParallelSettings) -> None:
-    """ValueError for rows that do not divide among the processes which share them."""
+
+def indivisible(data: DataSettings, training: ParallelSettings) -> Iterator[str]:
+    """The error of rows that do not divide among the processes which share them."""
     chunks = 2 * training.sequence_parallel
     if chunks > 2 and data.prepared is None and data.sequence_length % chunks:
-        raise ValueError(f"data.sequence_length must be a multiple of {chunks}, twice training.sequence_parallel")
+        yield f"data.sequence_length must be a multiple of {chunks}, twice training.sequence_parallel"
 
 
 class DistillRecipe(DistillSettings):
@@ -329,23 +294,26 @@ class FinetuneRecipe(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> FinetuneRecipe:
+        require_none(self._conflicts())
+        return self
+
+    def _conflicts(self) -> Iterator[str]:
         wanted, other = ("pairs", "data") if self.method == "dpo" else ("data", "pairs")
         if getattr(self, wanted) is None or getattr(self, other) is not None:
-            raise ValueError(f"method {self.method} needs {wanted} and no {other}")
+            yield f"method {self.method} needs {wanted} and no {other}"
         if not self.trainable and self.lora is None:
-            raise ValueError("nothing to train; give trainable, for example {mixers: 5e-5, norms: 5e-5}, or lora")
+            yield "nothing to train; give trainable, for example {mixers: 5e-5, norms: 5e-5}, or lora"
         if "learning_rate" in self.training.model_fields_set:
-            raise ValueError("training.learning_rate: every group has its own; give them in trainable")
+            yield "training.learning_rate: every group has its own; give them in trainable"
         trained = set(get_args(TrainableGroup)) if "all" in self.trainable else set(self.trainable)
         if self.lora is not None and (both := sorted(trained & set(self.lora.groups))):
-            raise ValueError(f"lora.groups: {', '.join(both)} is trained as a whole; adapters are for frozen groups")
+            yield f"lora.groups: {', '.join(both)} is trained as a whole; adapters are for frozen groups"
         if self.lora is not None and self.training.strategy == "fsdp2":
-            raise ValueError("lora needs training.strategy ddp or deepspeed: adapters are merged into whole weights")
+            yield "lora needs training.strategy ddp or deepspeed: adapters are merged into whole weights"
         if self.method == "dpo" and self.training.sequence_parallel > 1:
-            raise ValueError("method dpo needs training.sequence_parallel 1: an answer is scored where all of it is")
+            yield "method dpo needs training.sequence_parallel 1: an answer is scored where all of it is"
         if self.data is not None:
-            require_shares(self.data, self.training)
-        return self
+            yield from indivisible(self.data, self.training)
 
 
 class EvaluateSettings(Settings):
@@ -399,10 +367,10 @@ def read_recipe(path: str | Path, kind: type[Recipe], overrides: Sequence[str] =
     if overrides:
         text = yaml.safe_dump(content, sort_keys=False)
     try:
-        return kind.model_validate(content), text
+        return kind.model_validate(content, context={"file": path}), text
     except ValidationError as error:
         changed = f" with {' '.join(overrides):.200}" if overrides else ""
-        raise HmfError(f"{path}{changed}: {_first_problem(error, kind)}") from None
+        raise HmfError(f"{path}{changed}: {_problems(error, kind)}") from None
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -419,17 +387,31 @@ def _override(content: dict[str, Any], override: str) -> None:
         content[key] = parse_yaml(value)
     except ValueError:
         raise HmfError(f"--set {override:.200}: the value is not valid YAML; quote it") from None
+    if sections[-1:] == ["training"]:  # a value replaces the file's under its other name too
+        for pair in RENAMED.items():
+            if key in pair:
+                content.pop(pair[key == pair[0]], None)
 
 
-def _first_problem(error: ValidationError, kind: type[BaseModel]) -> str:
+def _problems(error: ValidationError, kind: type[BaseModel]) -> str:
+    """All errors in one line, numbered where there are several."""
     # An unknown key explains a missing one better than the other way round.
-    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    problem = problems[0]
+    found = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    lines = list(dict.fromkeys(_problem(problem, kind) for problem in found))
+    if len(lines) == 1:
+        return lines[0]
+    return f"{len(lines)} errors: " + listed((f"({n}) {line}" for n, line in enumerate(lines, 1)), SHOWN, "; ")
+
+
+def _problem(problem: Any, kind: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         section = _section(kind, problem["loc"][:-1])
         prefix = ".".join(str(part) for part in problem["loc"][:-1])
-        return f"{prefix + ': ' if prefix else ''}{unknown_name('key', str(problem['loc'][-1]), section.model_fields)}"
+        name = str(problem["loc"][-1])
+        if (present := RENAMED.get(name)) in section.model_fields:
+            return f"{prefix}: {name} is the former name of {present}; give {present} alone"
+        return f"{prefix + ': ' if prefix else ''}{unknown_name('key', name, section.model_fields)}"
     if problem["type"] == "missing":
         return f"{where}: is missing"
     message = problem["msg"].removeprefix("Value error, ")

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import yaml
@@ -19,6 +20,12 @@ class Settings(BaseModel):
     """Base of every recipe section."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+def require_none(conflicts: Iterable[str]) -> None:
+    """ValueError that names all of the `conflicts` between keys, if there is one."""
+    if found := list(conflicts):
+        raise ValueError("; ".join(found))
 
 
 def parse_tokens(value: Any) -> Any:

@@ -23,16 +23,9 @@ from transformers.initialization import no_init_weights
 from hmf.config.data import DataRecipe
 from hmf.config.layers import base_head_dim
 from hmf.config.pattern import ATTENTION, require_fused
-from hmf.config.runs import (
-    DataSettings,
-    DistillRecipe,
-    DistillSettings,
-    FinetuneRecipe,
-    ParallelSettings,
-    PrimeRecipe,
-    load_recipe,
-)
+from hmf.config.runs import DataSettings, DistillRecipe, DistillSettings, FinetuneRecipe, PrimeRecipe, load_recipe
 from hmf.config.strict import Settings, parse_yaml
+from hmf.config.training import ParallelSettings
 from hmf.data.mixture import row_length
 from hmf.errors import HmfError
 from hmf.gpus import GIB, Device, parse_gpus
@@ -95,7 +88,7 @@ class TrainingPlan:
     @property
     def rows_per_step(self) -> int:
         streams = self.ranks // self.training.sequence_parallel
-        return self.training.rows_per_step * self.training.gradient_accumulation_steps * streams
+        return self.training.per_device_train_batch_size * self.training.gradient_accumulation_steps * streams
 
     @property
     def tokens_per_step(self) -> int:
@@ -103,7 +96,7 @@ class TrainingPlan:
 
     @property
     def tokens(self) -> int:
-        return self.training.steps * self.tokens_per_step
+        return self.training.max_steps * self.tokens_per_step
 
     @property
     def trained(self) -> int:
@@ -152,7 +145,7 @@ class TrainingPlan:
         return layers[self.job.model.config.pattern.replaced[0] :] if self.job.distils else layers
 
     def _activations(self) -> float:
-        tokens = self.training.rows_per_step * self.job.sequence_length / self.training.sequence_parallel
+        tokens = self.training.per_device_train_batch_size * self.job.sequence_length / self.training.sequence_parallel
         stream = WIDE * self.job.model.config.hidden_size  # the residual stream is as wide as the weights
         inside = [COPIES * self._width * linear_widths(layer, self.job.model.config) for layer in self._backward_layers]
         if self.training.gradient_checkpointing:
@@ -165,7 +158,7 @@ class TrainingPlan:
         recipe = self.job.recipe
         if isinstance(recipe, DistillSettings) and not has_kl(recipe):
             return 0
-        tokens = self.training.rows_per_step * self.job.sequence_length // self.training.sequence_parallel
+        tokens = self.training.per_device_train_batch_size * self.job.sequence_length // self.training.sequence_parallel
         return min(LOGITS, 4 * WIDE * tokens * self.job.model.config.vocab_size)
 
     @cached_property
@@ -225,9 +218,11 @@ def _changes(training: ParallelSettings, ranks: int) -> Iterator[dict[str, Any]]
     if not training.gradient_checkpointing:
         change["gradient_checkpointing"] = True
         yield dict(change)
-    if training.rows_per_step > 1:
-        change["rows_per_step"] = 1
-        change["gradient_accumulation_steps"] = training.gradient_accumulation_steps * training.rows_per_step
+    if training.per_device_train_batch_size > 1:
+        change["per_device_train_batch_size"] = 1
+        change["gradient_accumulation_steps"] = (
+            training.gradient_accumulation_steps * training.per_device_train_batch_size
+        )
         yield dict(change)
     if training.strategy == "ddp" and ranks > 1:
         change["strategy"] = "fsdp2"
@@ -424,7 +419,7 @@ def rows(plan: TrainingPlan) -> dict[str, str]:
         "strategy": f"{training.strategy}, sequence / {training.sequence_parallel}",
         "tokens of a row": f"{job.sequence_length:,}",
         "tokens of a step": f"{plan.tokens_per_step:,}",
-        "steps": f"{training.steps:,}",
+        "steps": f"{training.max_steps:,}",
         "tokens": billions(plan.tokens),
         **memory,
         "sum, of each GPU": size_of(sum(plan.memory.values())),

@@ -79,7 +79,7 @@ def _trainer(
             use_cache=model.config.use_cache, **strategy_arguments(training, model),
         )  # fmt: skip
         ranks = training.sequence_parallel
-        rows = mixture(settings.data, tokenizer, training.steps * rows_per_step(args, ranks), seed)
+        rows = mixture(settings.data, tokenizer, training.max_steps * rows_per_step(args, ranks), seed)
         trainer = HybridTrainer(
             model=model,
             args=args,
@@ -106,7 +106,7 @@ def _trainer(
     data = settings.data.model_copy(
         update={"sequence_length": settings.data.sequence_length - on_policy.max_new_tokens}
     )
-    prompts = mixture(data, tokenizer, training.steps * rows_per_step(args), seed, PromptDataset)
+    prompts = mixture(data, tokenizer, training.max_steps * rows_per_step(args), seed, PromptDataset)
     student = OnPolicyTrainer(
         model=model,
         processing_class=tokenizer,

@@ -64,7 +64,7 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
     if args.process_index == 0:
         say(table(groups))
     step_rows = rows_per_step(args, training.sequence_parallel)
-    rows = rows_for(recipe, load_tokenizer(recipe.model), training.steps * step_rows)
+    rows = rows_for(recipe, load_tokenizer(recipe.model), training.max_steps * step_rows)
     loss = CrossEntropy() if recipe.pairs is None else Preference(recipe.pairs.beta)
     trainer = HybridTrainer(
         model=model,

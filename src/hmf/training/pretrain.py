@@ -19,8 +19,9 @@ from transformers import (
     set_seed,
 )
 
-from hmf.config.runs import DataSettings, OptimiserSettings, load_recipe
-from hmf.config.strict import Settings
+from hmf.config.runs import DataSettings, load_recipe
+from hmf.config.strict import Settings, Steps
+from hmf.config.training import OptimiserSettings
 from hmf.data import tasks, text
 from hmf.data.files import read_text
 from hmf.data.mixture import mixture
@@ -59,6 +60,8 @@ class ModelSettings(Settings):
 class PretrainOptimiserSettings(OptimiserSettings):
     """With what makes a small model fast on a large GPU."""
 
+    save_total_limit: int = Field(1, ge=1)  # checkpoints that are kept, the newest
+    logging_steps: Steps = 50  # steps between entries of the log; each checkpoint has one too
     workers: int = Field(0, ge=0)  # processes that make the data
     compile: bool = False  # torch.compile, on a GPU only
     # False: the documents of a row see each other and positions run through it. Attention then needs no mask.
@@ -106,7 +109,7 @@ def main(recipe_path: str) -> None:
         tokenizer.init_kwargs.pop(how_it_was_loaded, None)
     tokenizer.save_pretrained(recipe.output)
     args = _arguments(recipe, checkpoints)
-    dataset: Any = mixture(recipe.data, tokenizer, recipe.training.steps * rows_per_step(args), recipe.seed)
+    dataset: Any = mixture(recipe.data, tokenizer, recipe.training.max_steps * rows_per_step(args), recipe.seed)
     model = _model(recipe, tokenizer)
     model.config.use_cache = False  # rows hold several documents, which a cache would take for one
     trainer = HybridTrainer(
@@ -121,7 +124,7 @@ def main(recipe_path: str) -> None:
     train(trainer, dataset, "pretrain", log, tokens)
     record = {
         "parameters": model.num_parameters(),
-        "steps": recipe.training.steps,
+        "steps": recipe.training.max_steps,
         "tokens": len(dataset) * recipe.data.sequence_length,
         "corpus": {"documents": len(dataset.texts), "tokens": sum(map(len, dataset.texts))},
         "seconds": {
@@ -192,6 +195,4 @@ def _arguments(recipe: PretrainRecipe, checkpoints: Path) -> TrainingArguments:
         torch_compile=training.compile and cuda,
         dataloader_num_workers=training.workers,
         dataloader_prefetch_factor=4 if training.workers else None,
-        save_total_limit=1,
-        logging_steps=50,
     )

@@ -33,7 +33,9 @@ _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
 
 
 class ProgressLine(TrainerCallback):
-    """Step, loss, tokens/s and the time left. Rates count this process's own steps: they are right after a resume.
+    """Step, loss, learning rate, gradient norm, tokens/s, peak memory (on CUDA) and the time left.
+
+    Rates count this process's own steps: they are right after a resume.
 
     flops_per_token: of the model's own arithmetic; with it, GPUs of known peak show their utilisation (MFU), the share
     of that peak that went into it.
@@ -41,7 +43,7 @@ class ProgressLine(TrainerCallback):
 
     def __init__(self, title: str, tokens_per_step: int, flops_per_token: float | None = None):
         self.title, self.tokens_per_step, self.flops_per_token = title, tokens_per_step, flops_per_token
-        self.losses: dict[str, float] = {}
+        self.logged: dict[str, float] = {}  # the last log of the Trainer
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -54,7 +56,8 @@ class ProgressLine(TrainerCallback):
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, unit="step")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        self.losses = {name: value for name, value in (logs or {}).items() if name.startswith("loss")} or self.losses
+        if logs and "loss" in logs:
+            self.logged = logs
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
@@ -82,9 +85,14 @@ class ProgressLine(TrainerCallback):
 
     def status(self, args: Any, state: Any) -> str:
         rate = (state.global_step - self.first_step) * self.tokens_per_step / (time.perf_counter() - self.started)
-        parts = [*(f"{name} {value:.4f}" for name, value in self.losses.items()), f"{rate:,.0f} tokens/s"]
+        parts = [f"{name} {value:.4f}" for name, value in self.logged.items() if name.startswith("loss")]
+        names = (("lr", "learning_rate"), ("grad norm", "grad_norm"))
+        parts += [f"{short} {float(self.logged[name]):.3g}" for short, name in names if name in self.logged]
+        parts.append(f"{rate:,.0f} tokens/s")
         if (share := self.utilisation(rate, args)) is not None:
             parts.append(f"MFU {share:.1%}")
+        if args.device.type == "cuda":
+            parts.append(f"peak {torch.cuda.max_memory_allocated(args.device) / 2**30:.1f} GiB")
         return " ".join(parts)
 
     def utilisation(self, tokens_per_second: float, args: Any) -> float | None:

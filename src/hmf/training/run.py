@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from hmf.config.runs import OptimiserSettings
+from hmf.config.training import OptimiserSettings
 from hmf.errors import HmfError
 from hmf.folders import claimed
 
@@ -40,17 +40,21 @@ def arguments(
     training: OptimiserSettings, checkpoints: Path, seed: int, kind: type[Arguments], **others: Any
 ) -> Arguments:
     """A recipe's `training` section as the Trainer's arguments of class `kind`; `others` are passed on and win."""
-    schedule = {"min_lr_rate": training.final_learning_rate_ratio} if training.schedule == "cosine_with_min_lr" else {}
+    schedule = (
+        {"min_lr_rate": training.final_learning_rate_ratio}
+        if training.lr_scheduler_type == "cosine_with_min_lr"
+        else {}
+    )
     return kind(
         **{
             "output_dir": str(checkpoints),
-            "max_steps": training.steps,
-            "per_device_train_batch_size": training.rows_per_step,
+            "max_steps": training.max_steps,
+            "per_device_train_batch_size": training.per_device_train_batch_size,
             "gradient_accumulation_steps": training.gradient_accumulation_steps,
             "learning_rate": training.learning_rate,
-            "lr_scheduler_type": training.schedule,
+            "lr_scheduler_type": training.lr_scheduler_type,
             "lr_scheduler_kwargs": schedule,
-            "warmup_steps": training.warmup_steps,
+            "warmup_steps": training.warmup,
             "weight_decay": training.weight_decay,
             "adam_beta2": training.adam_beta2,
             "max_grad_norm": training.max_grad_norm,
@@ -59,10 +63,11 @@ def arguments(
             "gradient_checkpointing": training.gradient_checkpointing,
             "remove_unused_columns": False,
             "save_steps": training.save_steps,
-            "save_total_limit": 2,
-            "logging_steps": 10,
+            "save_total_limit": training.save_total_limit,
+            "logging_steps": training.logging_steps,
             "logging_nan_inf_filter": False,  # our own guard stops there
             "report_to": list(training.report_to),
+            "run_name": training.run_name,
             "seed": seed,
             # Rows are independent draws already, and their order is part of the recipe.
             "train_sampling_strategy": "sequential",

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fs
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainingArguments
 
-from hmf.config.runs import ParallelSettings
+from hmf.config.training import ParallelSettings
 from hmf.errors import HmfError
 from hmf.layers.base import Mixer
 
@@ -43,7 +43,7 @@ def deepspeed_config(training: ParallelSettings) -> dict[str, Any]:
     return {
         "zero_optimization": {"stage": 2},
         "zero_allow_untested_optimizer": True,
-        "train_micro_batch_size_per_gpu": training.rows_per_step,
+        "train_micro_batch_size_per_gpu": training.per_device_train_batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "gradient_clipping": training.max_grad_norm,
         "torch_autocast": {"enabled": training.precision == "bfloat16", "dtype": "bfloat16"},

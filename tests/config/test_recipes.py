@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a recipe's reader reports, and the names that it takes."""
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import TrainingArguments
+
+from hmf.config.runs import SHOWN, DistillRecipe, FinetuneRecipe, PrimeRecipe, load_recipe
+from hmf.config.training import RENAMED, OptimiserSettings
+from hmf.errors import HmfError, notice
+from hmf.training.pretrain import PretrainOptimiserSettings
+from hmf.training.run import arguments
+
+WRONG = {  # section, key and value, and the words of the error
+    ("training", "precision"): ("int4", "training.precision: Input should be"),
+    ("training", "learning_rate"): (-1, "training.learning_rate: Input should be greater than 0 (got -1)"),
+    ("training", "warmpu_steps"): (3, "training: unknown key 'warmpu_steps'; did you mean 'warmup_steps'?"),
+    ("data", "sequence_length"): ("long", "data.sequence_length: 'long' is no number of tokens"),
+    ("objective", "kl_top_k"): (0, "objective.kl_top_k: Input should be greater than or equal to 1 (got 0)"),
+    ("objective", "kl_drection"): ("forward", "objective: unknown key 'kl_drection'; did you mean 'kl_direction'?"),
+}
+TRAINING = {"max_steps": 1, "per_device_train_batch_size": 1}
+
+
+def error_of(folder, kind, content):
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(content))
+    with pytest.raises(HmfError) as caught:
+        load_recipe(file, kind)
+    line = str(caught.value)
+    assert line.startswith(f"{file}: ") and "\n" not in line
+    return line
+
+
+@given(st.sets(st.sampled_from(sorted(WRONG)), min_size=1))
+def test_every_error_of_a_recipe_is_in_the_one_line(tmp_path_factory, chosen):
+    content = {"model": "a", "output": "b", "training": dict(TRAINING), "data": {}, "objective": {}}
+    for section, key in chosen:
+        content[section][key] = WRONG[section, key][0]
+    line = error_of(tmp_path_factory.mktemp("recipe"), DistillRecipe, content)
+    assert all(WRONG[place][1] in line for place in chosen)
+    assert (f"{len(chosen)} errors: (1) " in line) == (len(chosen) > 1)
+
+
+def test_keys_that_do_not_fit_together_are_all_named(tmp_path):
+    content = {"method": "dpo", "model": "a", "output": "b", "data": {}, "training": {**TRAINING, "learning_rate": 1}}
+    line = error_of(tmp_path, FinetuneRecipe, content)
+    for words in ("method dpo needs pairs and no data", "nothing to train", "every group has its own"):
+        assert words in line
+
+
+def test_a_file_of_errors_alone_is_cut(tmp_path):
+    line = error_of(tmp_path, DistillRecipe, {f"wrong {number}": 1 for number in range(100)})
+    assert "103 errors: (1) " in line and f"({SHOWN}) " in line and line.endswith(f" and {103 - SHOWN} more")
+
+
+# ---- names
+
+FORMER = {"steps": 7, "rows_per_step": 3, "schedule": "cosine"}
+PRESENT = {RENAMED[name]: value for name, value in FORMER.items()}
+
+
+def prime_recipe(folder, training):
+    file = folder / "recipe.yaml"
+    content = {"base": "teacher", "output": "b", "hybrid": {"ratio": 0.5}, "distill": {"training": training}}
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+@given(st.sets(st.sampled_from(sorted(RENAMED))))
+def test_former_names_mean_what_the_present_ones_do(tmp_path_factory, former):
+    folder = tmp_path_factory.mktemp("recipe")
+    mixed = {name if name in former else RENAMED[name]: value for name, value in FORMER.items()}
+    present = load_recipe(prime_recipe(folder, PRESENT), PrimeRecipe)
+    assert load_recipe(prime_recipe(folder, mixed), PrimeRecipe) == present
+    # --set takes both names, and replaces what the file says under either.
+    for given_names in (FORMER, PRESENT):
+        values = [f"distill.training.{name}={value}" for name, value in given_names.items()]
+        file = prime_recipe(folder, dict.fromkeys(mixed, 1))
+        assert load_recipe(file, PrimeRecipe, values) == present
+
+
+def test_former_names_are_told_once_with_the_file_and_the_present_names(tmp_path, capsys):
+    notice.cache_clear()
+    file = prime_recipe(tmp_path, FORMER)
+    for _ in range(2):
+        load_recipe(file, PrimeRecipe)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"hmf: {file}: training: ")
+    assert all(f"{old} is now {new}" in line for old, new in RENAMED.items())
+    load_recipe(prime_recipe(tmp_path, PRESENT), PrimeRecipe)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_a_former_name_beside_the_present_one_is_refused(name, tmp_path):
+    training = PRESENT | {name: FORMER[name], "weight_decay": -1}
+    line = error_of(tmp_path, DistillRecipe, {"model": "a", "output": "b", "training": training})
+    assert f"training: {name} is the former name of {RENAMED[name]}; give {RENAMED[name]} alone" in line
+    assert "2 errors: " in line and "training.weight_decay: " in line
+
+
+def test_the_trainer_gets_the_values_under_its_own_names(tmp_path):
+    chosen = {
+        "logging_steps": 3,
+        "save_total_limit": 5,
+        "save_steps": 4,
+        "run_name": "one",
+        "lr_scheduler_type": "linear",
+    }
+    args = arguments(OptimiserSettings(**PRESENT | chosen), tmp_path, 0, TrainingArguments)
+    assert {name: getattr(args, name) for name in chosen} == chosen
+    assert (args.max_steps, args.per_device_train_batch_size) == (7, 3)
+    for kind, kept, logged in ((OptimiserSettings, 2, 10), (PretrainOptimiserSettings, 1, 50)):
+        args = arguments(kind(**PRESENT), tmp_path, 0, TrainingArguments)
+        assert (args.save_total_limit, args.logging_steps) == (kept, logged)
+
+
+@pytest.mark.parametrize(("ratio", "steps"), [(0, 0), (0.1, 1), (0.5, 4), (1, 7)])
+def test_a_warmup_by_its_share_of_the_steps(ratio, steps, tmp_path):
+    settings = OptimiserSettings(**PRESENT, warmup_ratio=ratio)
+    args = arguments(settings, tmp_path, 0, TrainingArguments)
+    assert args.get_warmup_steps(settings.max_steps) == steps
+    training = {**PRESENT, "warmup_ratio": ratio, "warmup_steps": 2}
+    line = error_of(tmp_path, DistillRecipe, {"model": "a", "output": "b", "training": training})
+    assert "training: give warmup_steps or warmup_ratio, not both" in line
+
+
+def test_bf16_is_bfloat16():
+    assert OptimiserSettings(**PRESENT, precision="bf16") == OptimiserSettings(**PRESENT, precision="bfloat16")
