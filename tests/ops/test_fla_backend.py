@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hmf.bench.doctor import relative_error
-from hmf.ops import dispatch
+from hmf.ops import dispatch, samples
 
 CHUNK = 16
 CASES = [  # lengths or tokens of rows, heads, K, V, delta rule
@@ -115,7 +115,7 @@ def test_a_gradient_that_is_off_is_not_trusted(monkeypatch, op, factor):
         return Scaled.apply(o), states
 
     monkeypatch.setitem(dispatch._IMPLEMENTATIONS[op], "fast", replace(versions["fast"], function=kernel))
-    dispatch.gradient_off.cache_clear()
-    reason = dispatch.gradient_off(op, torch.bfloat16, "cpu")
-    dispatch.gradient_off.cache_clear()
+    samples.gradient_off.cache_clear()
+    reason = samples.gradient_off(op, torch.bfloat16, "cpu")
+    samples.gradient_off.cache_clear()
     assert reason is None if factor == 1.0 else "gradient of q is off by 0.2" in reason

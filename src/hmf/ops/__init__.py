@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors in, tensors out: the recurrences and the short convolution, each with a sequential float32 definition."""
 
+from . import samples  # noqa: F401  it checks backward kernels for dispatch
 from .conv import short_conv
 from .gdn import gated_delta_rule
 from .gka import gated_kalmanet

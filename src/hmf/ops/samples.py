@@ -6,6 +6,7 @@ A new op adds one entry to `SAMPLES`. Legend: B batch, T tokens, S sequences, H 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from . import dispatch
 from .window import KeySet
 
 
@@ -185,3 +187,25 @@ def _beside(x: torch.Tensor | None, tensors: dict[str, torch.Tensor]) -> torch.T
 SAMPLES: dict[str, Callable[[Shape, _Random], Sample]] = {
     "conv": _conv, "gdn": _gdn, "gka": _gka, "ssd": _ssd, "window": _window,
 }  # fmt: skip
+
+
+@dispatch.gradient_check
+@functools.cache
+def gradient_off(op: str, dtype: torch.dtype, device: str) -> str | None:
+    """Why the gradients of `op`'s fast version are not those of the plain one, by a small sample; None: they are.
+
+    Asked once in a process; it compiles a sample's kernels.
+    """
+    made, gradients = sample(op, Shape(lengths=(70, 33))), {}
+    for version, kept in (("chunked", torch.float32), ("fast", dtype)):
+        tensors = {name: x.requires_grad_() for name, x in made.tensors(kept, device).items()}
+        with torch.enable_grad():
+            results = flat(made.call(dispatch.implementations(op)[version].function, tensors))
+            gradients[version] = torch.autograd.grad(
+                torch.stack([x.float().square().sum() for x in results]).sum(), list(tensors.values())
+            )
+    for name, exact, found in zip(made.tensors(dtype), gradients["chunked"], gradients["fast"], strict=True):
+        off = ((found.float() - exact).norm() / exact.norm()).item()
+        if not off < 0.05:  # what bfloat16 rounds is below
+            return f"the kernel's gradient of {name} is off by {off:.2g} on this GPU; report it"
+    return None
