@@ -45,7 +45,7 @@ def implementation(op: str, version: str, requires: str | None = None):
     return register
 
 
-# A kernel that was miscompiled once is not trusted unseen: (op, dtype, device) -> why not, or None. `samples` puts it here.
+# A kernel that was miscompiled once is not trusted unseen: (op, dtype, device) -> why not, or None. `samples` has it.
 _GRADIENT_CHECK: list[Callable[[str, torch.dtype, str], str | None]] = []
 
 
