@@ -100,9 +100,7 @@ def _ratio(row: dict[str, Any], part: str, base: str) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
 
 
-def card(
-    table_rows: list[dict[str, Any]], base: str, ranks: int, hardware: Mapping[str, str] | None = None
-) -> str:
+def card(table_rows: list[dict[str, Any]], base: str, ranks: int, hardware: Mapping[str, str] | None = None) -> str:
     """The two tables of a model card in Markdown: decode throughput and mean time to first token, by context.
 
     Hybrids come first and `base` last, as on the published cards. hardware: what was measured on; None: this machine.

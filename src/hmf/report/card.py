@@ -16,13 +16,12 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 import hmf
-from hmf import hub
 from hmf.bench import tables
 from hmf.config.layers import base_head_dim, needed_kinds
 from hmf.config.pattern import is_fused
 from hmf.config.runs import FinetuneRecipe, PrimeRecipe
 from hmf.errors import HmfError, notice
-from hmf.folders import ASSETS, EMBEDDED_TEACHER, reason
+from hmf.folders import RECIPE, reason
 from hmf.model.checkpoint import load_config
 from hmf.planning import serving as planner
 from hmf.planning.memory import layer_caches, weights
@@ -112,10 +111,8 @@ class Card:
             f"## License\n\n{self.licence[1]}",
             f"## Citation\n\n{self.citation()}",
         )
-        base = self.evidence.base
-        model = hub.parse_model(self.evidence.base_name) if base not in (None, EMBEDDED_TEACHER) else None
         data = ModelCardData(
-            base_model=model.name if model else None, library_name="transformers", pipeline_tag="text-generation",
+            base_model=self.evidence.hub_name, library_name="transformers", pipeline_tag="text-generation",
             tags=["hybrid", "state-space-model", *(kind.name for kind in self.kinds)],
             **self.licence[0], **{MARKER: f"hmf {hmf.__version__}"},
         )  # fmt: skip
@@ -170,9 +167,9 @@ class Card:
         share = len(pattern.replaced) / len(pattern)
         names = ", ".join(_reference(kind)[0] for kind in self.kinds)
         return (
-            f"{self.title} is a Hybrid language model: {1 - share:.0%} of its layers are Attention, and {share:.0%} are "
-            f"{names}. It was primed from {self.evidence.base_name} with Hybrid Model Factory {hmf.__version__}. Its "
-            f"config allows {self.config.max_position_embeddings:,} tokens of context."
+            f"{self.title} is a Hybrid language model: {1 - share:.0%} of its layers are Attention, and {share:.0%} "
+            f"are {names}. It was primed from {self.evidence.base_name} with Hybrid Model Factory {hmf.__version__}. "
+            f"Its config allows {self.config.max_position_embeddings:,} tokens of context."
         )
 
     def why(self) -> str:
@@ -203,11 +200,15 @@ class Card:
 
     def benchmarks(self) -> str:
         scores = self.evidence.scores
-        titles = {TEACHER: f"{self.evidence.base_name} (teacher)", PRIMED: f"**{self.title}** (this model)"}
+        titles = {
+            TEACHER: f"{self.evidence.base_name} (the base Transformer)",
+            PRIMED: f"**{self.title}** (this model)",
+        }
         titles |= {name: f"{name}" for name in scores if name not in (TEACHER, PRIMED)}
         if STAGE0 in scores:
             titles[STAGE0] = "Stage 0 (mixers started, not trained)"
-        asked = [task for stage in self.evidence.stages if isinstance(stage, PrimeRecipe) for task in stage.evaluate.tasks]
+        primes = [stage for stage in self.evidence.stages if isinstance(stage, PrimeRecipe)]
+        asked = [task for stage in primes for task in stage.evaluate.tasks]
         tasks = list(dict.fromkeys([*asked, *(task for found in scores.values() for task in found.tasks)]))
         rows = []
         for name, title in titles.items():
@@ -223,8 +224,7 @@ class Card:
             *lines,
             f"Tasks: greedy answers that match exactly, in percent{window}. In parentheses: n prompts, the 95% Wilson "
             "score interval of the share, and how many answers were cut off at the longest answer allowed; these count "
-            "as wrong. Perplexity: of held-out text; lower is better. Every number links to its results file. All "
-            "models answer the same prompts.",
+            "as wrong. Perplexity: of held-out text; lower is better. Every number links to its results file.",
         ])  # fmt: skip
 
     def _task(self, scores: Scores | None, name: str, model: str) -> str:
@@ -288,13 +288,14 @@ class Card:
             row = [planner.short(context), planner.size_of(ours), planner.size_of(theirs), *(f"{n:,}" for n in fit)]
             rates = [plan.decode_rate(n, context) if n else 0.0 for plan, n in zip((hybrid, base), fit, strict=True)]
             ratio = f" ({rates[0] / rates[1]:.2f}×)" if all(rates) else ""
-            rows.append([*row, f"{rates[0]:,.0f}{ratio}", f"{rates[1]:,.0f}"])
+            shown = [f"{rate:,.0f}" if rate else "none fits" for rate in rates]
+            rows.append([*row, f"{shown[0]}{ratio}", shown[1]])
         head = ["Context", "cache of a sequence", "of the base", "sequences at once", "of the base"]
         command = shlex.join(["hmf", "plan", self.name, "--gpu", self.gpu, "--context", str(longest)])
         return (
             f"{_table([*head, 'decoded tokens/s', 'of the base'], rows)}\n\n"
             f"These figures are planned from the config for {planner.devices(hybrid)}, with at most "
-            f"{hybrid.max_num_seqs} sequences; nothing was measured. `{command}` shows how."
+            f"{hybrid.max_num_seqs} sequences; nothing was measured. `{command}` has more of them."
         )
 
     def _measured(self) -> Iterator[str]:
@@ -350,51 +351,59 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
         if self.evidence.base is None:
             parts.append("The recipes of the first stages are not there; these are the last ones.")
         for stage in stages:
-            fine = isinstance(stage, FinetuneRecipe)
             section = stage if not isinstance(stage, PrimeRecipe) else stage.distill
             title = f"Stage 2, {stage.method}" if isinstance(stage, FinetuneRecipe) else "Stage 1, distillation"
             data = stage.pairs if isinstance(stage, FinetuneRecipe) and stage.method == "dpo" else section.data
             steps = section.training
             rows = steps.rows_per_step * steps.gradient_accumulation_steps
             values = yaml.safe_dump(data.model_dump(mode="json"), sort_keys=False, allow_unicode=True).strip()
-            teacher = "" if fine else " The mixers learn the outputs of the base, which is the teacher."
-            parts.append(
-                f"**{title}**: {steps.steps:,} optimiser steps of {rows:,} rows on each process, with this data:"
-                f"{teacher}\n\n```yaml\n{values}\n```"
+            how = (
+                ""
+                if isinstance(stage, FinetuneRecipe)
+                else " The mixers learn the outputs of the base, which is the teacher."
             )
-        if (self.evidence.run / "recipe.yaml").is_file():
-            parts.append(f"The whole recipe: {self.link('recipe.yaml', 'recipe.yaml')}.")
+            if getattr(section, "on_policy", None):
+                how += " The texts are the model's own continuations of prompts from the data."
+            parts.append(
+                f"**{title}**: {steps.steps:,} optimiser steps of {rows:,} rows on each process.{how} The data:"
+                f"\n\n```yaml\n{values}\n```"
+            )
+        if (self.evidence.run / RECIPE).is_file():
+            parts.append(f"The whole recipe: {self.link(RECIPE, RECIPE)}.")
         return "\n\n".join(parts)
 
     @cached_property
     def licence(self) -> tuple[dict[str, str], str]:
         """Its metadata, and a sentence: what the base's card says, or else the licence file of base or model."""
-        base = self.evidence.base
-        folder = ASSETS / EMBEDDED_TEACHER if base == EMBEDDED_TEACHER else Path(base or "")
-        stated = _metadata(folder / CARD) if base else {}
+        folder = self.evidence.base_folder
+        stated = _metadata(folder / CARD) if folder else {}
         files = [file.name for file in sorted(self.evidence.model.iterdir()) if LICENCE_FILE.fullmatch(file.name)]
         where = f" The text is in [{files[0]}]({files[0]})." if files else ""
         keys = {key: str(stated[key]) for key in ("license", "license_name", "license_link") if stated.get(key)}
         if "license" in keys:
             name = keys.get("license_name", keys["license"])
-            return keys, f"The base, {self.evidence.base_name}, states the licence {name}.{where}"
+            return keys, f"The base ({self.evidence.base_name}) states the licence {name}.{where}"
         if files:
             keys = {"license": "other", "license_name": "see-license-file", "license_link": files[0]}
             return keys, f"That of the base.{where}"
         return {}, f"The base's licence is {NOT_STATED}: it has neither a card with one nor a licence file."
 
     def citation(self) -> str:
-        entries = [
-            f"@software{{hybrid_model_factory,\n  title = {{Hybrid Model Factory}},\n  version = {{{hmf.__version__}}}\n}}"
+        entries = {"software": {"hybrid_model_factory": {"title": "Hybrid Model Factory", "version": hmf.__version__}}}
+        entries["misc"] = {
+            kind.name: {
+                "title": title, "eprint": paper, "archivePrefix": "arXiv", "url": f"https://arxiv.org/abs/{paper}",
+            }
+            for kind in self.kinds
+            for title, paper in [_reference(kind)]
+            if paper
+        }  # fmt: skip
+        shown = [
+            f"@{sort}{{{key},\n" + "".join(f"  {name} = {{{value}}},\n" for name, value in fields.items()) + "}"
+            for sort, found in entries.items()
+            for key, fields in found.items()
         ]
-        for kind in self.kinds:
-            title, paper = _reference(kind)
-            if paper:
-                entries.append(
-                    f"@misc{{{kind.name},\n  title = {{{title}}},\n  eprint = {{{paper}}},\n  archivePrefix = {{arXiv}},"
-                    f"\n  url = {{https://arxiv.org/abs/{paper}}}\n}}"
-                )
-        return "```bibtex\n" + "\n\n".join(entries) + "\n```"
+        return "```bibtex\n" + "\n\n".join(shown) + "\n```"
 
 
 def _reference(kind: Any) -> tuple[str, str | None]:

@@ -11,12 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+from huggingface_hub import try_to_load_from_cache
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from hmf import hub
 from hmf.config.runs import DistillRecipe, FinetuneRecipe, PrimeRecipe, read_recipe
 from hmf.config.strict import parse_sealed, parse_yaml
 from hmf.errors import HmfError
-from hmf.folders import ASSETS, EMBEDDED_TEACHER, RECIPE, reason
+from hmf.folders import ASSETS, EMBEDDED_TEACHER, RECIPE, is_place, reason
 
 MODEL = "model"
 TEACHER, PRIMED, STAGE0 = "teacher", "primed", "stage0"  # as in scores.NAME.json
@@ -143,18 +145,33 @@ class Evidence:
         first = self.stages[0] if self.stages else None
         return first.base if isinstance(first, PrimeRecipe) else None
 
-    @property
-    def base_name(self) -> str:
-        """Of the base, for people; a folder in the Hub's cache has the name of its repository."""
+    @cached_property
+    def hub_name(self) -> str | None:
+        """Of the base's repository on the Hub; None for a base that is a folder, or not known."""
         if self.base is None:
-            return "the base Transformer"
-        folder = Path(self.base)
-        if folder == ASSETS / EMBEDDED_TEACHER:
-            return EMBEDDED_TEACHER
-        cached = next((part for part in folder.parts if part.startswith("models--")), None)
+            return None
+        cached = next((part for part in Path(self.base).parts if part.startswith("models--")), None)
         if cached:
             return cached.removeprefix("models--").replace("--", "/")
-        return folder.name if folder.is_dir() else self.base.partition("://")[2] or self.base
+        model = hub.parse_model(self.base)
+        if model is None or (not model.explicit and is_place(self.base)):
+            return None
+        return model.name
+
+    @cached_property
+    def base_folder(self) -> Path | None:
+        """Where the base's files are on this disk, if they are."""
+        if self.base is None or Path(self.base).is_dir():
+            return Path(self.base) if self.base else None
+        if self.base == EMBEDDED_TEACHER:
+            return ASSETS / EMBEDDED_TEACHER
+        file = try_to_load_from_cache(self.hub_name, "config.json") if self.hub_name else None
+        return Path(file).parent if isinstance(file, str) else None
+
+    @property
+    def base_name(self) -> str:
+        """Of the base, for people."""
+        return self.hub_name or (Path(self.base).name if self.base else "a Transformer that no recipe here names")
 
     @property
     def files(self) -> list[Path]:
