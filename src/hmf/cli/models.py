@@ -158,11 +158,11 @@ def push(
 
     To the Hugging Face Hub: the model folder, the card with that name in its commands, and the results it links to.
     """
-    hub.require_repository(repo)
     parse_gpus(gpu)
     require_run(run)
+    hub.require_repository(repo)
 
-    from hmf.report.card import push_files
+    from hmf.report.push import push_files
 
     files = push_files(run, repo, gpu)
     sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}

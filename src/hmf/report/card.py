@@ -20,7 +20,7 @@ from hmf.bench import tables
 from hmf.config.layers import base_head_dim, needed_kinds
 from hmf.config.pattern import is_fused
 from hmf.config.runs import FinetuneRecipe, PrimeRecipe
-from hmf.errors import HmfError, notice
+from hmf.errors import HmfError
 from hmf.folders import RECIPE, reason
 from hmf.model.checkpoint import load_config
 from hmf.planning import serving as planner
@@ -28,6 +28,7 @@ from hmf.planning.memory import layer_caches, weights
 from hmf.serving.serve import parsers, state_options
 
 from .evidence import PRIMED, STAGE0, TEACHER, Evidence, Scores, Stage
+from .references import citation, reference
 
 CARD, RESULTS = "README.md", "results"
 MARKER = "generated_by"  # key of the metadata by which a card of ours is known
@@ -71,24 +72,6 @@ def _metadata(file: Path) -> dict[str, Any]:
         return {}
 
 
-def push_files(place: Path, repo: str, gpu: str = "h200") -> dict[str, Path | bytes]:
-    """What `hmf push` sends, by path in the repository: the model folder, its card, and the results it links to.
-
-    The card is rendered for `repo`; a README.md that hmf did not write goes as it is.
-    """
-    evidence = Evidence.of(place)
-    files: dict[str, Path | bytes] = {}
-    for item in sorted(evidence.model.rglob("*")):
-        name = item.relative_to(evidence.model)
-        if item.is_file() and not any(part.startswith(".") for part in name.parts) and item.suffix != ".part":
-            files[name.as_posix()] = item
-    if is_foreign(evidence.model / CARD):
-        notice(f"{evidence.model / CARD}: was not written by hmf; it is sent as it is")
-        return files
-    files[CARD] = str(Card(evidence, gpu, repo).render()).encode()
-    return files | {f"{RESULTS}/{file.name}": file for file in evidence.files}
-
-
 @dataclass(frozen=True)
 class Card:
     """The card of a run. With `repo` its links and commands are those of the Hub's repository, else of this disk."""
@@ -109,7 +92,7 @@ class Card:
             f"## Usage\n\n{self.usage()}",
             f"## Training data\n\n{self.training()}",
             f"## License\n\n{self.licence[1]}",
-            f"## Citation\n\n{self.citation()}",
+            f"## Citation\n\n{citation(self.kinds)}",
         )
         data = ModelCardData(
             base_model=self.evidence.hub_name, library_name="transformers", pipeline_tag="text-generation",
@@ -165,7 +148,7 @@ class Card:
     def overview(self) -> str:
         pattern = self.config.pattern
         share = len(pattern.replaced) / len(pattern)
-        names = ", ".join(_reference(kind)[0] for kind in self.kinds)
+        names = ", ".join(reference(kind)[0] for kind in self.kinds)
         return (
             f"{self.title} is a Hybrid language model: {1 - share:.0%} of its layers are Attention, and {share:.0%} "
             f"are {names}. It was primed from {self.evidence.base_name} with Hybrid Model Factory {hmf.__version__}. "
@@ -190,7 +173,7 @@ class Card:
         return "\n".join((
             "- Type: causal language model (Hybrid)",
             f"- Base model: {self.evidence.base_name}",
-            f"- Hybrid layer types: {', '.join(_reference(kind)[0] for kind in self.kinds)}",
+            f"- Hybrid layer types: {', '.join(reference(kind)[0] for kind in self.kinds)}",
             f"- Hybrid ratio: {len(pattern.replaced) / len(pattern):.0%} ({self.layers})",
             f"- Parameters: {self.parameters:,}",
             f"- Context length: {self.config.max_position_embeddings:,} tokens",
@@ -387,30 +370,6 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
             keys = {"license": "other", "license_name": "see-license-file", "license_link": files[0]}
             return keys, f"That of the base.{where}"
         return {}, f"The base's licence is {NOT_STATED}: it has neither a card with one nor a licence file."
-
-    def citation(self) -> str:
-        entries = {"software": {"hybrid_model_factory": {"title": "Hybrid Model Factory", "version": hmf.__version__}}}
-        entries["misc"] = {
-            kind.name: {
-                "title": title, "eprint": paper, "archivePrefix": "arXiv", "url": f"https://arxiv.org/abs/{paper}",
-            }
-            for kind in self.kinds
-            for title, paper in [_reference(kind)]
-            if paper
-        }  # fmt: skip
-        shown = [
-            f"@{sort}{{{key},\n" + "".join(f"  {name} = {{{value}}},\n" for name, value in fields.items()) + "}"
-            for sort, found in entries.items()
-            for key, fields in found.items()
-        ]
-        return "```bibtex\n" + "\n\n".join(shown) + "\n```"
-
-
-def _reference(kind: Any) -> tuple[str, str | None]:
-    """(title, number on arXiv) of a layer kind, as its options state them."""
-    first = (kind.options.__doc__ or kind.name).partition(",")[0]
-    match = re.fullmatch(r"(.*?) ?\(arXiv (\d{4}\.\d{5})\)", first)
-    return (match[1], match[2]) if match else (first, None)
 
 
 def _rope(config: Any) -> str:
