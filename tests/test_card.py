@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The card of a run: every number is in a results file that it links to, and what is missing is named as missing."""
 
+import base64
 import json
+import os
 import re
+import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import yaml
@@ -237,3 +242,50 @@ def test_the_interval_holds_the_values_at_which_the_score_test_is_at_its_limit(n
     for bound in (low, high):
         if 1e-9 < bound < 1 - 1e-9:
             assert (share - bound) ** 2 == pytest.approx(1.959964**2 * bound * (1 - bound) / n, rel=1e-6)
+
+
+def test_push_sends_files_and_card_in_one_commit(run):
+    """To a small server that answers as the Hub does; the library reads its environment once, so in a process."""
+    received: dict[str, bytes] = {}
+    asked: list[tuple[str, str]] = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            asked.append((self.path, self.headers.get("Authorization")))
+            home = f"http://{self.headers['Host']}/me/it"
+            found: dict = {"url": home}
+            if self.path.endswith("/preupload/main"):
+                names = [file["path"] for file in json.loads(body)["files"]]
+                modes = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                found = {"files": [{"path": name, **modes} for name in names]}
+            elif self.path.endswith("/commit/main"):
+                for line in map(json.loads, body.splitlines()):
+                    if line["key"] == "file":
+                        received[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                found = {"commitUrl": f"{home}/commit/{'a' * 40}", "commitOid": "a" * 40}
+            self.send_response(403 if b"theirs" in body or "theirs" in self.path else 200)
+            self.end_headers()
+            self.wfile.write(json.dumps(found).encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    files = f"{{'README.md': b'card', 'results/a.yaml': Path({str(run / 'recipe.yaml')!r})}}"
+    code = f"from pathlib import Path; from hmf import hub; print(hub.upload('me/it', {files}))"
+    address = f"http://127.0.0.1:{server.server_port}"
+    given = {**os.environ, "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secret"}
+    done = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, check=False)
+    denied = subprocess.run(
+        [sys.executable, "-m", "hmf.cli", "push", run, "--repo", "theirs/it"],
+        env=given, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{address}/me/it"
+    assert denied.returncode == 2 and denied.stderr.count("\n") == 1 and "the Hub did not take it" in denied.stderr
+    assert received == {"README.md": b"card", "results/a.yaml": (run / "recipe.yaml").read_bytes()}
+    assert [path for path, _ in asked if path.endswith("/commit/main")] == ["/api/models/me/it/commit/main"]
+    assert {token for _, token in asked} == {"Bearer hf_secret"}

@@ -94,11 +94,14 @@ class Card:
             f"## License\n\n{self.licence[1]}",
             f"## Citation\n\n{citation(self.kinds)}",
         )
+        given: dict[str, Any] = {**self.licence[0], MARKER: f"hmf {hmf.__version__}"}
         data = ModelCardData(
-            base_model=self.evidence.hub_name, library_name="transformers", pipeline_tag="text-generation",
+            base_model=self.evidence.hub_name,
+            library_name="transformers",
+            pipeline_tag="text-generation",
             tags=["hybrid", "state-space-model", *(kind.name for kind in self.kinds)],
-            **self.licence[0], **{MARKER: f"hmf {hmf.__version__}"},
-        )  # fmt: skip
+            **given,
+        )
         return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
     # ---- what the sections share
@@ -336,15 +339,11 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
         for stage in stages:
             section = stage if not isinstance(stage, PrimeRecipe) else stage.distill
             title = f"Stage 2, {stage.method}" if isinstance(stage, FinetuneRecipe) else "Stage 1, distillation"
-            data = stage.pairs if isinstance(stage, FinetuneRecipe) and stage.method == "dpo" else section.data
+            data: Any = stage.pairs if isinstance(stage, FinetuneRecipe) and stage.pairs else section.data
             steps = section.training
             rows = steps.rows_per_step * steps.gradient_accumulation_steps
             values = yaml.safe_dump(data.model_dump(mode="json"), sort_keys=False, allow_unicode=True).strip()
-            how = (
-                ""
-                if isinstance(stage, FinetuneRecipe)
-                else " The mixers learn the outputs of the base, which is the teacher."
-            )
+            how = " The mixers learn the outputs of the base." if not isinstance(stage, FinetuneRecipe) else ""
             if getattr(section, "on_policy", None):
                 how += " The texts are the model's own continuations of prompts from the data."
             parts.append(
