@@ -85,7 +85,8 @@ def test_json_is_a_flag_wherever_it_is_an_option(command):
 WRONG = [
     *(f"{name} nowhere{rest}" for name, rest in (
         ("init", " --ratio 0.5 --out new"), ("export", " --out new"), ("evaluate teacher", ""), ("chat", ""),
-        ("serve", " --dry-run"), ("plan", " --gpu h100"), ("plan teacher --gpu h100 --plot", "/plan.png"),
+        ("serve", " --dry-run"), ("plan", " --gpu h100"), ("card", ""),
+        ("push", " --repo me/it"), ("plan teacher --gpu h100 --plot", "/plan.png"),
         ("bench distill", ""), ("bench states", ""), ("bench serving teacher", " --context 16:1"),
         ("bench serving teacher --context 16:1 --json-file", "/rows.json"), ("bench solver --plot", "/solver.png"),
     )),
@@ -346,12 +347,20 @@ def test_prime_does_the_whole_job_once(tmp_path, monkeypatch, capsys):
     assert not stop.value.code
     first = capsys.readouterr().out
     assert all(row in first for row in ("teacher", "stage 0", "primed", "KV bytes/token", "hmf chat"))
+    card = tmp_path / "run/model/README.md"
+    assert (
+        f"saved {card}" in first
+        and card.read_text().count("(../scores.") == 6
+        and "license: apache" in card.read_text()
+    )
+    card.write_text("my own")
     weights = tmp_path / "run/model/model.safetensors"
     written = weights.stat().st_mtime_ns
     with pytest.raises(SystemExit):
         main()
-    assert weights.stat().st_mtime_ns == written
-    assert "hmf chat" in capsys.readouterr().out
+    assert weights.stat().st_mtime_ns == written and card.read_text() == "my own"
+    again = capsys.readouterr()
+    assert "hmf chat" in again.out and "is kept" in again.err
     recipe.write_text(yaml.safe_dump({**content, "seed": 1}))
     code, _, err = run(monkeypatch, capsys, "prime", recipe)
     assert code == 2 and "another recipe" in err

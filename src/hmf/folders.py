@@ -38,10 +38,17 @@ def resolve_base(base: str, weights: bool = True) -> Path:
         raise HmfError(
             f"{base}: no such directory; give a checkpoint directory, or a model of the Hub as Qwen/Qwen3-8B"
         )
-    owner = folder.parts[0]
-    if not model.explicit and (owner in WRITTEN or Path(owner).is_dir()):  # a folder that is mistyped or not made yet
-        raise HmfError(f"{base}: no such directory in {owner}; if a model of the Hub is meant, write hf://{base}")
+    if not model.explicit and is_place(base):
+        raise HmfError(
+            f"{base}: no such directory in {folder.parts[0]}; if a model of the Hub is meant, write hf://{base}"
+        )
     return hub.model_folder(model, weights)
+
+
+def is_place(name: str) -> bool:
+    """Whether OWNER/NAME is a folder's path, perhaps one that is mistyped or not made yet, and no name of the Hub."""
+    owner = Path(name).parts[0]
+    return owner in WRITTEN or Path(owner).is_dir()
 
 
 def find_recipe(name: str) -> Path:

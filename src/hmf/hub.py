@@ -7,6 +7,7 @@ Downloads go on where they stopped, and HF_HUB_OFFLINE, HF_HUB_CACHE, HF_ENDPOIN
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from glob import has_magic
 from pathlib import Path
@@ -17,8 +18,8 @@ from hmf.errors import HmfError
 # A Path of "hf://owner/name" has one slash less.
 _MODEL = re.compile(r"(hf:/{1,2})?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 _FILES = re.compile(r"hf:/{1,2}datasets/([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([^/@]+))?(?:/(.+))?")
-# What describes a model, its text and its generation; pickled weights and code are never asked for.
-_DESCRIPTION = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+# What describes a model, its text, its generation and its licence; pickled weights and code are never asked for.
+_DESCRIPTION = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*"]
 _WEIGHTS = ["model.safetensors", "model-*.safetensors"]
 
 
@@ -62,6 +63,45 @@ def data_path(place: str, path: str) -> Path:
     if patterns and "**/" in (inner or ""):  # ** may stand for no folder
         patterns.append(str(inner).replace("**/", ""))
     return _snapshot(name, revision, "dataset", patterns) / (inner or "")
+
+
+def require_repository(name: str) -> None:
+    """HmfError for what is no name OWNER/NAME of a repository to upload to, or is a folder here."""
+    from huggingface_hub import errors
+    from huggingface_hub.utils import validate_repo_id
+
+    if Path(name).exists():
+        raise HmfError(f"--repo {name}: is a folder here; name a repository of the Hub, as OWNER/NAME")
+    if name.count("/") != 1:
+        raise HmfError(f"--repo {name}: write OWNER/NAME, with the user or organisation that the repository is for")
+    try:
+        validate_repo_id(name)
+    except errors.HFValidationError as error:
+        raise HmfError(f"--repo {name}: is no name of the Hub ({_line(error)}); correct it") from None
+
+
+def upload(name: str, files: Mapping[str, Path | bytes], private: bool = False) -> str:
+    """Send `files`, by their path in the repository, as one commit to the model repository `name`; made if missing.
+
+    Returns its address. HmfError where the Hub does not take them.
+    """
+    import httpx
+    from huggingface_hub import CommitOperationAdd, HfApi, errors
+
+    api = HfApi(library_name="hmf")
+    try:
+        address = api.create_repo(name, private=private, exist_ok=True)
+        operations = [CommitOperationAdd(path, content) for path, content in files.items()]
+        api.create_commit(name, operations, commit_message="Model and card from Hybrid Model Factory")
+    except errors.OfflineModeIsEnabled:
+        raise HmfError(f"{name}: HF_HUB_OFFLINE is set; unset it, or look with --dry-run") from None
+    except errors.LocalTokenNotFoundError:
+        raise HmfError(f"{name}: no token for the Hub; set HF_TOKEN, or run hf auth login") from None
+    except (errors.HfHubHTTPError, httpx.HTTPError) as error:
+        raise HmfError(f"{name}: the Hub did not take it: {_line(error)}; check the name and HF_TOKEN") from None
+    except OSError as error:
+        raise HmfError(f"{name}: cannot be sent: {error.strerror or _line(error)}; run it again") from None
+    return str(address)
 
 
 def _snapshot(name: str, revision: str | None, kind: str, patterns: list[str] | None) -> Path:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole job under one run folder: init, distil, export, evaluate; every step is done once."""
+"""The whole job under one run folder: init, distil, export, evaluate, card; every step is done once."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 from hmf.config.runs import EvaluateSettings, PrimeRecipe
 from hmf.config.strict import parse_sealed, seal_json
 from hmf.data import tasks
-from hmf.errors import HmfError, unknown_name
+from hmf.errors import HmfError, notice, unknown_name
 from hmf.evaluation.run import evaluate_checkpoint
 from hmf.folders import resolve_base
 from hmf.priming.export import export
 from hmf.priming.stage0 import base_layers, make_stage0
+from hmf.report.card import write_card
 from hmf.report.curves import draw_curves
 from hmf.training.checkpoints import replace_text, require_room
 from hmf.training.distill import distill
@@ -47,10 +48,15 @@ def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[st
         if not (run / "model").is_dir():
             export(run / "stage1", run / "model")
         models = {"teacher": base, "stage 0": run / "stage0", "primed": run / "model"}
-        return {
+        scores = {
             name: scored(path, recipe.evaluate, run / f"scores.{name.replace(' ', '')}.json", name)
             for name, path in models.items()
         }
+        try:
+            say(f"saved {write_card(run, recipe)}, the model card")
+        except HmfError as error:  # the model and its scores are finished all the same
+            notice(f"no model card: {error}")
+        return scores
 
 
 def scored(path: Path, settings: EvaluateSettings, result: Path, name: str) -> dict[str, Any]:

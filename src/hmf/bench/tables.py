@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -100,13 +100,14 @@ def _ratio(row: dict[str, Any], part: str, base: str) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
 
 
-def card(table_rows: list[dict[str, Any]], base: str, ranks: int) -> str:
+def card(table_rows: list[dict[str, Any]], base: str, ranks: int, hardware: Mapping[str, str] | None = None) -> str:
     """The two tables of a model card in Markdown: decode throughput and mean time to first token, by context.
 
-    Hybrids come first and `base` last, as on the published cards.
+    Hybrids come first and `base` last, as on the published cards. hardware: what was measured on; None: this machine.
     """
-    gpus = [text.split(",")[0] for device, text in machine.hardware().items() if device.startswith("cuda")][:ranks]
-    where = f"{len(gpus)}× {gpus[0]} (TP={ranks})" if gpus else machine.hardware()["cpu"]
+    hardware = machine.hardware() if hardware is None else hardware
+    gpus = [text.split(",")[0] for device, text in hardware.items() if device.startswith("cuda")][:ranks]
+    where = f"{len(gpus)}× {gpus[0]} (TP={ranks})" if gpus else hardware.get("cpu", "hardware that is not stated")
     filled = all(row["filled"] for row in table_rows)
     cache = "with a saturated KV cache" if filled else "of the numbers of sequences that the columns name"
     sizes = "at the Transformer's saturated batch size" if filled else "of the same sequences"

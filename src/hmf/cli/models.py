@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one does with a model: `hmf evaluate`, `chat`, `serve`."""
+"""What one does with a model: `hmf evaluate`, `chat`, `serve`, `card`, `push`."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from hmf import hub
 from hmf.cli.shared import MODEL, AsJson, Device, Dtype, epilog, group, tokens
 from hmf.errors import HmfError
 from hmf.folders import resolve_base
+from hmf.gpus import parse_gpus
 
 app = group("")
 
@@ -115,3 +118,64 @@ def serve(
     if not dry_run:
         server.run(launch)
         typer.echo("The server has stopped.")
+
+
+Run = Annotated[Path, typer.Argument(help="Run folder with a finished model, of prime or finetune.", metavar="RUN")]
+PlannedGpu = Annotated[str, typer.Option(help="What serving is planned for, for example h100 or h200x8.")]
+
+
+@app.command(epilog=epilog("hmf card runs/quickstart", "hmf card runs/quickstart --gpu l4 --force"))
+def card(
+    run: Run,
+    gpu: PlannedGpu = "h200",
+    force: Annotated[bool, typer.Option("--force", help="Replace a README.md that hmf did not write.")] = False,
+) -> None:
+    """Write the model card of a run.
+
+    RUN/model/README.md, from the recipe, the config and the results files in the run folder. What was not measured is
+    named as such.
+    """
+    parse_gpus(gpu)
+    require_run(run)
+
+    from hmf.report.card import write_card
+
+    typer.echo(f"saved {write_card(run, gpu=gpu, force=force)}")
+
+
+@app.command(epilog=epilog(
+    "hmf push runs/quickstart --repo my-name/my-hybrid --dry-run",
+    "HF_TOKEN=hf_... hmf push runs/quickstart --repo my-name/my-hybrid --private",
+))  # fmt: skip
+def push(
+    run: Run,
+    repo: Annotated[str, typer.Option(metavar="OWNER/NAME", help="Model repository of the Hub; made if missing.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be sent; nothing is.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="If the repository is made: for its owner only.")] = False,
+    gpu: PlannedGpu = "h200",
+) -> None:
+    """Upload a run's model with its card.
+
+    To the Hugging Face Hub: the model folder, the card with that name in its commands, and the results it links to.
+    """
+    parse_gpus(gpu)
+    require_run(run)
+    hub.require_repository(repo)
+
+    from hmf.report.push import push_files
+
+    files = push_files(run, repo, gpu)
+    sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
+    for name, size in sizes.items():
+        typer.echo(f"{size:>15,} bytes  {name}")
+    what = f"{len(sizes)} files, {sum(sizes.values()):,} bytes"
+    if dry_run:
+        typer.echo(f"would send {what} to {repo}; nothing was sent")
+    else:
+        typer.echo(f"sent {what} to {hub.upload(repo, files, private)}")
+
+
+def require_run(run: Path) -> None:
+    """HmfError for a run folder that is not there, before imports that take seconds."""
+    if not run.is_dir():
+        raise HmfError(f"{run}: no such run folder; give the output folder of hmf prime or hmf finetune")

@@ -94,7 +94,7 @@ def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
         options["--max-model-len"] = str(longest)
     if given.get("uds") is None:
         options["--host"] = LOOPBACK
-    options |= _parsers(source)
+    options |= parsers(source)
     if not quantised:
         _tell_narrowed(folder, config, given.get("dtype") or options.get("--dtype") or "auto")
     require_finite(folder)
@@ -213,13 +213,17 @@ def for_machine(
             options["--dtype"] = "float32"  # vLLM's own choice would narrow the weights
     options["--max-num-seqs"] = str(plan.most_requests)
     if plan.blocks.has_states:
-        if settings.prefix_caching:
-            options |= {"--enable-prefix-caching": None, "--mamba-cache-mode": "align"}
-        options |= dict.fromkeys(("--mamba-cache-dtype", "--mamba-ssm-cache-dtype"), config.state_dtype)
+        options |= state_options(config, settings.prefix_caching)
     return plan, options, environment
 
 
-def _parsers(source: str | Path) -> dict[str, str | None]:
+def state_options(config: Any, prefix_caching: bool = True) -> dict[str, str | None]:
+    """vLLM's options for recurrent states, on any machine."""
+    caching = {"--enable-prefix-caching": None, "--mamba-cache-mode": "align"} if prefix_caching else {}
+    return caching | dict.fromkeys(("--mamba-cache-dtype", "--mamba-ssm-cache-dtype"), config.state_dtype)
+
+
+def parsers(source: str | Path) -> dict[str, str | None]:
     """Parsers of tool calls and of reasoning, where the chat template has their markers."""
     template = load_tokenizer(source).chat_template or ""
     if isinstance(template, list | dict):  # several by name

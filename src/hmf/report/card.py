@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model card of a run: a README.md in which each measured number links to the results file that it is from."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
+
+import hmf
+from hmf.bench import tables
+from hmf.config.layers import base_head_dim, needed_kinds
+from hmf.config.pattern import is_fused
+from hmf.config.runs import FinetuneRecipe, PrimeRecipe
+from hmf.errors import HmfError
+from hmf.folders import RECIPE, reason
+from hmf.model.checkpoint import load_config
+from hmf.planning import serving as planner
+from hmf.planning.memory import layer_caches, weights
+from hmf.serving.serve import parsers, state_options
+
+from .evidence import PRIMED, STAGE0, TEACHER, Evidence, Scores, Stage
+from .references import citation, reference
+
+CARD, RESULTS = "README.md", "results"
+MARKER = "generated_by"  # key of the metadata by which a card of ours is known
+NOT_MEASURED, NOT_STATED = "not measured", "not stated"
+LICENCE_FILE = re.compile(r"(licen[cs]e|copying)([-_.].*)?", re.IGNORECASE)
+
+
+def write_card(
+    place: Path, recipe: Stage | None = None, gpu: str = "h200", force: bool = False, repo: str | None = None
+) -> Path:
+    """`hmf card`: write README.md into the model folder of the run `place`, and return its path.
+
+    gpu: what serving is planned for. force: replace a README.md that hmf did not write. repo: the model's name on the
+    Hub, for the commands. HmfError where there is no finished Hybrid, where a results file is damaged, and for a
+    README.md that is not to be replaced.
+    """
+    evidence = Evidence.of(place, recipe)
+    file = evidence.model / CARD
+    if not force and is_foreign(file):
+        raise HmfError(f"{file}: was not written by hmf and is kept; --force replaces it, or move it away")
+    text = str(Card(evidence, gpu, repo).render())
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise HmfError(f"{file}: cannot be written: {reason(error)}") from None
+    return file
+
+
+def is_foreign(file: Path) -> bool:
+    """Whether there is something at `file` that is not a card with our marker."""
+    if not file.exists() and not file.is_symlink():
+        return False
+    return not str(_metadata(file).get(MARKER, "")).startswith("hmf ")
+
+
+def _metadata(file: Path) -> dict[str, Any]:
+    """Of a card; nothing where it has none that can be read."""
+    try:
+        return metadata_load(file) or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+
+
+@dataclass(frozen=True)
+class Card:
+    """The card of a run. With `repo` its links and commands are those of the Hub's repository, else of this disk."""
+
+    evidence: Evidence
+    gpu: str
+    repo: str | None = None
+
+    def render(self) -> ModelCard:
+        parts = (
+            f"# {self.title}\n\n{self.overview()}",
+            f"## Why Hybrid?\n\n{self.why()}",
+            f"## Model Overview\n\n{self.facts()}",
+            f"## Benchmark Results\n\n{self.benchmarks()}",
+            f"## Architecture Details\n\n{self.architecture()}",
+            f"## Layer Layout\n\n{self.layout()}",
+            f"## Inference Efficiency\n\n{self.efficiency()}",
+            f"## Usage\n\n{self.usage()}",
+            f"## Training data\n\n{self.training()}",
+            f"## License\n\n{self.licence[1]}",
+            f"## Citation\n\n{citation(self.kinds)}",
+        )
+        given: dict[str, Any] = {**self.licence[0], MARKER: f"hmf {hmf.__version__}"}
+        data = ModelCardData(
+            base_model=self.evidence.hub_name,
+            library_name="transformers",
+            pipeline_tag="text-generation",
+            tags=["hybrid", "state-space-model", *(kind.name for kind in self.kinds)],
+            **given,
+        )
+        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+
+    # ---- what the sections share
+
+    @cached_property
+    def config(self) -> Any:
+        config = load_config(self.evidence.model)
+        file = self.evidence.model / "config.json"
+        if not hasattr(config, "hybrid_override_pattern"):
+            raise HmfError(f"{file}: is a Transformer's; a card is written for a Hybrid")
+        if is_fused(config):
+            raise HmfError(f"{file}: still holds the teacher; hmf export writes the Hybrid that a card is for")
+        return config
+
+    @cached_property
+    def kinds(self) -> list[Any]:
+        return needed_kinds(self.config, self.config.pattern.symbols)
+
+    @cached_property
+    def name(self) -> str:
+        """What commands take for the model."""
+        return self.repo or str(self.evidence.model)
+
+    @cached_property
+    def title(self) -> str:
+        if self.repo:
+            return self.repo.rpartition("/")[2]
+        symbols = dict.fromkeys(self.config.pattern.symbols[index] for index in self.config.pattern.replaced)
+        base = self.evidence.base_name.rpartition("/")[2] if self.evidence.base else "Hybrid"
+        return f"{'-'.join(symbols)}-primed-{base}"
+
+    @cached_property
+    def parameters(self) -> int:
+        return weights(self.config, torch.float32).total // torch.float32.itemsize
+
+    @property
+    def layers(self) -> str:
+        symbols = self.config.pattern.symbols
+        counts = {symbol: symbols.count(symbol) for symbol in sorted(set(symbols))}
+        return " + ".join(f"{count} {'Attention' if symbol == '*' else symbol}" for symbol, count in counts.items())
+
+    def link(self, text: str, file: str) -> str:
+        return f"[{text}]({RESULTS if self.repo else '..'}/{file})"
+
+    # ---- sections
+
+    def overview(self) -> str:
+        pattern = self.config.pattern
+        share = len(pattern.replaced) / len(pattern)
+        names = ", ".join(reference(kind)[0] for kind in self.kinds)
+        return (
+            f"{self.title} is a Hybrid language model: {1 - share:.0%} of its layers are Attention, and {share:.0%} "
+            f"are {names}. It was primed from {self.evidence.base_name} with Hybrid Model Factory {hmf.__version__}. "
+            f"Its config allows {self.config.max_position_embeddings:,} tokens of context."
+        )
+
+    def why(self) -> str:
+        pattern = self.config.pattern
+        return (
+            f"The Hybrid is initialised from a Transformer. {len(pattern.replaced)} of {len(pattern)} Attention layers "
+            "are converted into layers that keep a state of fixed size for a sequence, whatever its length. A KV cache "
+            "grows with every token. So, beside the base:\n\n"
+            "- less memory for each long sequence, and more sequences at once on the same GPU;\n"
+            "- more tokens per second where a decode step mostly reads the KV cache;\n"
+            "- an advantage that grows with the length of the context.\n\n"
+            "Replacing more layers saves more memory and usually costs quality. [Inference "
+            "Efficiency](#inference-efficiency) and [Benchmark Results](#benchmark-results) have the figures."
+        )
+
+    def facts(self) -> str:
+        pattern = self.config.pattern
+        return "\n".join((
+            "- Type: causal language model (Hybrid)",
+            f"- Base model: {self.evidence.base_name}",
+            f"- Hybrid layer types: {', '.join(reference(kind)[0] for kind in self.kinds)}",
+            f"- Hybrid ratio: {len(pattern.replaced) / len(pattern):.0%} ({self.layers})",
+            f"- Parameters: {self.parameters:,}",
+            f"- Context length: {self.config.max_position_embeddings:,} tokens",
+            f"- Precision: {str(self.config.dtype or NOT_STATED).removeprefix('torch.')}",
+            f"- License: {self.licence[0].get('license', NOT_STATED)}",
+        ))  # fmt: skip
+
+    def benchmarks(self) -> str:
+        scores = self.evidence.scores
+        titles = {
+            TEACHER: f"{self.evidence.base_name} (the base Transformer)",
+            PRIMED: f"**{self.title}** (this model)",
+        }
+        titles |= {name: f"{name}" for name in scores if name not in (TEACHER, PRIMED)}
+        if STAGE0 in scores:
+            titles[STAGE0] = "Stage 0 (mixers started, not trained)"
+        primes = [stage for stage in self.evidence.stages if isinstance(stage, PrimeRecipe)]
+        asked = [task for stage in primes for task in stage.evaluate.tasks]
+        tasks = list(dict.fromkeys([*asked, *(task for found in scores.values() for task in found.tasks)]))
+        rows = []
+        for name, title in titles.items():
+            found = scores.get(name)
+            cells = [self._task(found, task, name) for task in tasks]
+            rows.append([title, self._text(found, name), *cells])
+        lines = [_table(["Model", "Perplexity", *tasks], rows), ""]
+        if not scores:
+            return "\n".join([*lines, f"No results file is in the run folder: {NOT_MEASURED}."])
+        lengths = sorted({found.length for found in scores.values() if found.length})
+        window = f", and prompts of at most {' or '.join(f'{n:,}' for n in lengths)} tokens" if lengths else ""
+        return "\n".join([
+            *lines,
+            f"Tasks: greedy answers that match exactly, in percent{window}. In parentheses: n prompts, the 95% Wilson "
+            "score interval of the share, and how many answers were cut off at the longest answer allowed; these count "
+            "as wrong. Perplexity: of held-out text; lower is better. Every number links to its results file.",
+        ])  # fmt: skip
+
+    def _task(self, scores: Scores | None, name: str, model: str) -> str:
+        found = scores.tasks.get(name) if scores else None
+        if found is None:
+            return NOT_MEASURED
+        low, high = found.interval
+        cut = "" if found.truncated is None else f"; {round(found.truncated * found.n)} cut off"
+        value = self.link(f"{100 * found.accuracy:.1f}", f"scores.{model}.json")
+        return f"{value} (n = {found.n:,}; {100 * low:.1f}–{100 * high:.1f}{cut})"
+
+    def _text(self, scores: Scores | None, model: str) -> str:
+        if scores is None or scores.text is None:
+            return NOT_MEASURED
+        return f"{self.link(f'{scores.text.perplexity:.2f}', f'scores.{model}.json')} ({scores.text.tokens:,} tokens)"
+
+    def architecture(self) -> str:
+        config = self.config
+        rows = [
+            ["Number of Layers", f"{len(config.pattern)} ({self.layers})"],
+            ["Parameters", f"{self.parameters:,}"],
+            ["Hidden Dimension", f"{config.hidden_size:,}"],
+            ["Attention Heads", f"{config.num_attention_heads} (Q) / {config.num_key_value_heads} (KV)"],
+            ["Head Dimension", f"{base_head_dim(config)}"],
+            ["Intermediate Dimension (FFN)", f"{config.intermediate_size:,}"],
+        ]
+        if active := getattr(config, "num_experts_per_tok", None):
+            experts = f"{config.num_experts} of {config.moe_intermediate_size:,}, {active} active for each token"
+            rows.append(["Experts", experts])
+        return _table(["Component", "Details"], [
+            *rows,
+            ["Vocabulary Size", f"{config.vocab_size:,}"],
+            ["Context Length", f"{config.max_position_embeddings:,} tokens"],
+            ["Position Encoding", f"RoPE ({_rope(config)})"],
+        ])  # fmt: skip
+
+    def layout(self) -> str:
+        chosen = next((stage.hybrid for stage in self.evidence.stages if isinstance(stage, PrimeRecipe)), None)
+        how = "The recipe is not in the run folder, so how the layers were chosen is not stated."
+        if chosen is not None:
+            how = "The recipe names the replaced layers."
+            if chosen.ratio is not None:
+                how = f"The recipe spreads the replaced layers evenly (ratio {chosen.ratio:g})."
+        where = ", ".join(map(str, self.config.pattern.replaced))
+        return f"```\n{self.config.pattern}\n```\n\n`*` is Attention. Replaced are the layers {where}, from 0. {how}"
+
+    def efficiency(self) -> str:
+        return "\n\n".join(("### Planned", self._planned(), "### Measured", *self._measured()))
+
+    def _planned(self) -> str:
+        longest = self.config.max_position_embeddings
+        contexts = [longest >> halvings for halvings in (3, 2, 1, 0) if longest >> halvings]
+        try:
+            hybrid, base = planner.plans(self.config, self.gpu)
+        except HmfError as error:
+            return f"Not planned: {error}"
+        rows = []
+        for context in contexts:
+            ours, theirs = (sum(plan.sequence_bytes(context)) * plan.ranks for plan in (hybrid, base))
+            fit = [min(plan.sequences(context), plan.max_num_seqs) for plan in (hybrid, base)]
+            row = [planner.short(context), planner.size_of(ours), planner.size_of(theirs), *(f"{n:,}" for n in fit)]
+            rates = [plan.decode_rate(n, context) if n else 0.0 for plan, n in zip((hybrid, base), fit, strict=True)]
+            ratio = f" ({rates[0] / rates[1]:.2f}×)" if all(rates) else ""
+            shown = [f"{rate:,.0f}" if rate else "none fits" for rate in rates]
+            rows.append([*row, f"{shown[0]}{ratio}", shown[1]])
+        head = ["Context", "cache of a sequence", "of the base", "sequences at once", "of the base"]
+        command = shlex.join(["hmf", "plan", self.name, "--gpu", self.gpu, "--context", str(longest)])
+        return (
+            f"{_table([*head, 'decoded tokens/s', 'of the base'], rows)}\n\n"
+            f"These figures are planned from the config for {planner.devices(hybrid)}, with at most "
+            f"{hybrid.max_num_seqs} sequences; nothing was measured. `{command}` has more of them."
+        )
+
+    def _measured(self) -> Iterator[str]:
+        for name, found in self.evidence.serving.items():
+            rows = [row.model_dump() for row in found.rows]
+            yield tables.card(rows, rows[0]["model"], found.ranks, found.hardware)
+            yield f"From {self.link(name, name)}, by `hmf bench serving`; ratios are to {rows[0]['model']}."
+        if not self.evidence.serving:
+            yield f"Throughput and time to first token: {NOT_MEASURED}."
+
+    def usage(self) -> str:
+        caches = layer_caches(self.config, planner.serving_dtype(self.config))
+        options = state_options(self.config) if any(cache.state_bytes for cache in caches) else {}
+        options |= parsers(self.evidence.model)
+        shown = [shlex.join([name, value] if value else [name]) for name, value in options.items()]
+        serve = " \\\n    ".join([f"vllm serve {shlex.quote(self.name)}", *shown])
+        return f"""### With vLLM
+
+Install the package `hybrid-model-factory` beside vLLM, of which it is a plugin. Then serve:
+
+```bash
+{serve}
+```
+
+`hmf serve` chooses the options that depend on the machine too. Ask the server:
+
+```bash
+curl http://localhost:8000/v1/chat/completions \\
+    -H "Content-Type: application/json" \\
+    -d '{{"model": "{self.name}", "messages": [{{"role": "user", "content": "What is linear attention?"}}]}}'
+```
+
+### With Hugging Face Transformers
+
+```python
+import hmf  # registers the Hybrids
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = "{self.name}"
+model = AutoModelForCausalLM.from_pretrained(name)
+tokenizer = AutoTokenizer.from_pretrained(name)
+messages = [{{"role": "user", "content": "What is linear attention?"}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=256)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
+```"""
+
+    def training(self) -> str:
+        stages = self.evidence.stages
+        if not stages:
+            return f"The run folder holds no recipe: {NOT_STATED}."
+        parts = []
+        if self.evidence.base is None:
+            parts.append("The recipes of the first stages are not there; these are the last ones.")
+        for stage in stages:
+            section = stage if not isinstance(stage, PrimeRecipe) else stage.distill
+            title = f"Stage 2, {stage.method}" if isinstance(stage, FinetuneRecipe) else "Stage 1, distillation"
+            data: Any = stage.pairs if isinstance(stage, FinetuneRecipe) and stage.pairs else section.data
+            steps = section.training
+            rows = steps.rows_per_step * steps.gradient_accumulation_steps
+            values = yaml.safe_dump(data.model_dump(mode="json"), sort_keys=False, allow_unicode=True).strip()
+            how = " The mixers learn the outputs of the base." if not isinstance(stage, FinetuneRecipe) else ""
+            if getattr(section, "on_policy", None):
+                how += " The texts are the model's own continuations of prompts from the data."
+            parts.append(
+                f"**{title}**: {steps.steps:,} optimiser steps of {rows:,} rows on each process.{how} The data:"
+                f"\n\n```yaml\n{values}\n```"
+            )
+        if (self.evidence.run / RECIPE).is_file():
+            parts.append(f"The whole recipe: {self.link(RECIPE, RECIPE)}.")
+        return "\n\n".join(parts)
+
+    @cached_property
+    def licence(self) -> tuple[dict[str, str], str]:
+        """Its metadata, and a sentence: what the base's card says, or else the licence file of base or model."""
+        folder = self.evidence.base_folder
+        stated = _metadata(folder / CARD) if folder else {}
+        files = [file.name for file in sorted(self.evidence.model.iterdir()) if LICENCE_FILE.fullmatch(file.name)]
+        where = f" The text is in [{files[0]}]({files[0]})." if files else ""
+        keys = {key: str(stated[key]) for key in ("license", "license_name", "license_link") if stated.get(key)}
+        if "license" in keys:
+            name = keys.get("license_name", keys["license"])
+            return keys, f"The base ({self.evidence.base_name}) states the licence {name}.{where}"
+        if files:
+            keys = {"license": "other", "license_name": "see-license-file", "license_link": files[0]}
+            return keys, f"That of the base.{where}"
+        return {}, f"The base's licence is {NOT_STATED}: it has neither a card with one nor a licence file."
+
+
+def _rope(config: Any) -> str:
+    parameters = config.rope_parameters or {}
+    if "rope_type" in parameters or "rope_theta" in parameters:
+        parameters = {"": parameters}
+    shown = []
+    for kind, values in parameters.items():
+        texts = [f"θ = {values['rope_theta']:,.0f}"] if "rope_theta" in values else []
+        if values.get("rope_type", "default") != "default":
+            texts.append(f"{values['rope_type']}, factor {values.get('factor', NOT_STATED)}")
+        shown.append(f"{kind}: " * bool(kind) + "; ".join(texts))
+    return "; ".join(shown) or NOT_STATED
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

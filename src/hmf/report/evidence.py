@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run folder proves: the scores, the measured serving figures and the recipes that are in it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from huggingface_hub import try_to_load_from_cache
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hmf import hub
+from hmf.config.runs import DistillRecipe, FinetuneRecipe, PrimeRecipe, read_recipe
+from hmf.config.strict import parse_sealed, parse_yaml
+from hmf.errors import HmfError
+from hmf.folders import ASSETS, EMBEDDED_TEACHER, RECIPE, is_place, reason
+
+MODEL = "model"
+TEACHER, PRIMED, STAGE0 = "teacher", "primed", "stage0"  # as in scores.NAME.json
+Z95 = 1.959964  # of a normal distribution, two-sided 95%
+Stage = PrimeRecipe | DistillRecipe | FinetuneRecipe
+
+
+class Result(BaseModel):
+    """A section of a results file. Keys that only other readers need may stand beside these."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+
+class TaskResult(Result):
+    accuracy: Annotated[float, Field(ge=0, le=1)]
+    n: Annotated[int, Field(ge=1)]
+    truncated: Annotated[float, Field(ge=0, le=1)] | None = None  # share of answers that were cut off
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson(self.accuracy, self.n)
+
+
+class TextResult(Result):
+    perplexity: Annotated[float, Field(gt=0)]
+    tokens: Annotated[int, Field(ge=1)]
+
+
+class Scores(Result):
+    """A file scores.NAME.json, as `hmf prime` writes it."""
+
+    tasks: dict[str, TaskResult]
+    text: TextResult | None = None
+    length: int | None = None
+
+
+class ServingRow(Result):
+    """What the card shows of a row of `hmf bench serving --json-file`."""
+
+    model: str
+    context: Annotated[int, Field(ge=1)]
+    sequences: Annotated[int, Field(ge=1)]
+    filled: bool
+    decode_tokens_per_second: Annotated[float, Field(gt=0)]
+    mean_ttft: Annotated[float, Field(ge=0)]
+    decode_ratio: float | None
+    ttft_ratio: float | None
+
+
+class Serving(Result):
+    """A file serving*.json, as `hmf bench serving --json-file` writes it."""
+
+    rows: Annotated[list[ServingRow], Field(min_length=1)]
+    hardware: dict[str, str]
+    options: list[list[str]]
+
+    @property
+    def ranks(self) -> int:
+        """GPUs of each model."""
+        arguments = self.options[0] if self.options else []
+        name = "--tensor-parallel-size"
+        return int(arguments[arguments.index(name) + 1]) if name in arguments[:-1] else 1
+
+
+Content = TypeVar("Content", Scores, Serving)
+
+
+def wilson(share: float, n: int, z: float = Z95) -> tuple[float, float]:
+    """The score interval of a binomial share out of `n` (Wilson 1927, JASA 22:209-212), 95% by default."""
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A run folder `run`, or the folder of a model in one, with the checkpoint `model`.
+
+    `recipe`: of the run where it is known already; else it is read from the folder.
+    """
+
+    run: Path
+    model: Path
+    recipe: Stage | None = None
+
+    @classmethod
+    def of(cls, place: Path, recipe: Stage | None = None) -> Evidence:
+        """HmfError where `place` holds no finished model."""
+        if not place.is_dir():
+            raise HmfError(f"{place}: no such run folder; give the output folder of hmf prime or hmf finetune")
+        if (place / MODEL / "config.json").is_file():
+            return cls(place, place / MODEL, recipe)
+        if place.name == MODEL and (place / "config.json").is_file():
+            return cls(place.parent, place, recipe)
+        raise HmfError(f"{place}: holds no {MODEL}/config.json; finish the run first, or export its Stage 1 to there")
+
+    @cached_property
+    def scores(self) -> dict[str, Scores]:
+        """By NAME of scores.NAME.json; HmfError for a file that holds none, or was changed after it was written."""
+        files = sorted(self.run.glob("scores.*.json"))
+        return {file.name.removeprefix("scores.").removesuffix(".json"): _read(file, Scores) for file in files}
+
+    @cached_property
+    def serving(self) -> dict[str, Serving]:
+        """By file name, serving*.json."""
+        return {file.name: _read(file, Serving) for file in sorted(self.run.glob("serving*.json"))}
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """The recipes that led to the model, first to last, as far back as their run folders are there."""
+        found = [self.recipe or _recipe(self.run)]
+        seen = {self.run.resolve()}
+        while isinstance(last := found[0], FinetuneRecipe):
+            before = Path(last.model).parent
+            if before.resolve() in seen:
+                break
+            seen.add(before.resolve())
+            found.insert(0, _recipe(before))
+        return [stage for stage in found if stage is not None]
+
+    @cached_property
+    def base(self) -> str | None:
+        """The Transformer that the model was made from, as the recipe names it; None where no recipe says it."""
+        first = self.stages[0] if self.stages else None
+        return first.base if isinstance(first, PrimeRecipe) else None
+
+    @cached_property
+    def hub_name(self) -> str | None:
+        """Of the base's repository on the Hub; None for a base that is a folder, or not known."""
+        if self.base is None:
+            return None
+        cached = next((part for part in Path(self.base).parts if part.startswith("models--")), None)
+        if cached:
+            return cached.removeprefix("models--").replace("--", "/")
+        model = hub.parse_model(self.base)
+        if model is None or (not model.explicit and is_place(self.base)):
+            return None
+        return model.name
+
+    @cached_property
+    def base_folder(self) -> Path | None:
+        """Where the base's files are on this disk, if they are."""
+        if self.base is None or Path(self.base).is_dir():
+            return Path(self.base) if self.base else None
+        if self.base == EMBEDDED_TEACHER:
+            return ASSETS / EMBEDDED_TEACHER
+        file = try_to_load_from_cache(self.hub_name, "config.json") if self.hub_name else None
+        return Path(file).parent if isinstance(file, str) else None
+
+    @property
+    def base_name(self) -> str:
+        """Of the base, for people."""
+        return self.hub_name or (Path(self.base).name if self.base else "a Transformer that no recipe here names")
+
+    @property
+    def files(self) -> list[Path]:
+        """The results and the recipe, as the card links to them."""
+        results = [*self.run.glob("scores.*.json"), *self.run.glob("serving*.json"), self.run / RECIPE]
+        return sorted(file for file in results if file.is_file())
+
+
+def _recipe(run: Path) -> Stage | None:
+    file = run / RECIPE
+    if not file.is_file():
+        return None
+    try:
+        content = parse_yaml(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HmfError(f"{file}: cannot be read: {reason(error)}") from None
+    except ValueError as error:
+        raise HmfError(f"{file}: not valid YAML ({error})") from None
+    keys = content if isinstance(content, dict) else {}
+    if "base" in keys:
+        return read_recipe(file, PrimeRecipe)[0]
+    return read_recipe(file, FinetuneRecipe)[0] if "method" in keys else read_recipe(file, DistillRecipe)[0]
+
+
+def _read(file: Path, kind: type[Content]) -> Content:
+    what = "scores" if kind is Scores else "rows of hmf bench serving"
+    fix = "remove it and write it again"
+    try:
+        content: Mapping[str, Any] = parse_sealed(file.read_text(encoding="utf-8"), required=False)
+    except OSError as error:
+        raise HmfError(f"{file}: cannot be read: {reason(error)}") from None
+    except (ValueError, json.JSONDecodeError) as error:
+        raise HmfError(f"{file}: holds no {what}: {error}; {fix}") from None
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise HmfError(f"{file}: {where}: {problem['msg']}; it holds no {what}; {fix}") from None

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `hmf push` sends to the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hmf.errors import notice
+
+from .card import CARD, RESULTS, Card, is_foreign
+from .evidence import Evidence
+
+
+def push_files(place: Path, repo: str, gpu: str = "h200") -> dict[str, Path | bytes]:
+    """What `hmf push` sends, by path in the repository: the model folder, its card, and the results it links to.
+
+    The card is rendered for `repo`; a README.md that hmf did not write goes as it is.
+    """
+    evidence = Evidence.of(place)
+    files: dict[str, Path | bytes] = {}
+    for item in sorted(evidence.model.rglob("*")):
+        name = item.relative_to(evidence.model)
+        if item.is_file() and not any(part.startswith(".") for part in name.parts) and item.suffix != ".part":
+            files[name.as_posix()] = item
+    if is_foreign(evidence.model / CARD):
+        notice(f"{evidence.model / CARD}: was not written by hmf; it is sent as it is")
+        return files
+    files[CARD] = str(Card(evidence, gpu, repo).render()).encode()
+    return files | {f"{RESULTS}/{file.name}": file for file in evidence.files}

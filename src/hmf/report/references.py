@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Titles and papers of the layer types, for model cards."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import hmf
+from hmf.config.layers import LayerKind
+
+
+def citation(kinds: Sequence[LayerKind]) -> str:
+    """BibTeX of this software and of the layer kinds' papers, as a block of Markdown."""
+    entries = {"software": {"hybrid_model_factory": {"title": "Hybrid Model Factory", "version": hmf.__version__}}}
+    entries["misc"] = {
+        kind.name: {
+            "title": title, "eprint": paper, "archivePrefix": "arXiv", "url": f"https://arxiv.org/abs/{paper}",
+        }
+        for kind in kinds
+        for title, paper in [reference(kind)]
+        if paper
+    }  # fmt: skip
+    shown = [
+        f"@{sort}{{{key},\n" + "".join(f"  {name} = {{{value}}},\n" for name, value in fields.items()) + "}"
+        for sort, found in entries.items()
+        for key, fields in found.items()
+    ]
+    return "```bibtex\n" + "\n\n".join(shown) + "\n```"
+
+
+def reference(kind: LayerKind) -> tuple[str, str | None]:
+    """(title, number on arXiv) of a layer kind, as its options state them."""
+    first = (kind.options.__doc__ or kind.name).partition(",")[0]
+    match = re.fullmatch(r"(.*?) ?\(arXiv (\d{4}\.\d{5})\)", first)
+    return (match[1], match[2]) if match else (first, None)
