@@ -132,5 +132,5 @@ def convert(
 
     from hmf.model.native import convert as run
 
-    typer.echo(run(source, out).describe())
+    run(source, out)
     typer.echo(f"saved {out} as {to}; transformers and vLLM load it without hmf")

@@ -116,7 +116,9 @@ def save_native(model: PreTrainedModel, out: str | Path, companions: str | Path)
     native.generation_config = model.generation_config
     native.config.dtype = model.config.dtype or model.dtype
     save_checkpoint(native, out, companions)
-    return NativeReport(model.num_parameters(), native.num_parameters())
+    report = NativeReport(model.num_parameters(), native.num_parameters())
+    notice(f"{out}: {report.describe()}")
+    return report
 
 
 def native_config(config: Any, source: str = "config.json") -> Qwen3_5TextConfig:
@@ -215,10 +217,8 @@ def native_tensors(model: PreTrainedModel, source: str = "") -> dict[str, torch.
                 found[home + name] = minus_one(home + name)
         else:
             mixer = model.get_submodule(layer + GDN.module_name)
-            tensors = _gdn_tensors(mixer)
-            found |= {f"{layer}linear_attn.{name}": tensor for name, tensor in tensors.items()}
-            for name in mixer.state_dict():
-                del given[f"{layer}{GDN.module_name}.{name}"]
+            own = {name: given.pop(f"{layer}{GDN.module_name}.{name}") for name in mixer.state_dict()}
+            found |= {f"{layer}linear_attn.{name}": x for name, x in _gdn_tensors(mixer.options, own).items()}
     for name in [name for name in given if name.endswith(NORMS)]:
         found[name] = minus_one(name)
     if rounded:
@@ -229,28 +229,28 @@ def native_tensors(model: PreTrainedModel, source: str = "") -> dict[str, torch.
     return found | given
 
 
-def _gdn_tensors(mixer: Any) -> dict[str, torch.Tensor]:
-    """Qwen3.5's tensors of one GDN layer."""
-    options, own = mixer.options, mixer.state_dict()
+def _gdn_tensors(options: Any, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Qwen3.5's tensors of one GDN layer, from its own, which are taken out of `own`; what is left keeps its name."""
 
     def all_heads(name: str) -> torch.Tensor:
         """Rows for all heads, from those of query, key or value heads [Hk K, ...]."""
-        heads = own[name].unflatten(0, (-1, options.head_dim))
+        heads = own.pop(name).unflatten(0, (-1, options.head_dim))
         return heads.repeat_interleave(options.num_heads // heads.shape[0], 0).flatten(0, 1)
 
+    projections = torch.cat([all_heads(f"{name}_proj.weight") for name in "qkv"])  # [3 H K, D]
     if options.use_short_conv:
         filters = torch.cat([all_heads(f"{name}_conv1d.weight") for name in "qkv"])  # [3 H K, 1, W]
         filters = F.pad(filters, (max(0, 2 - options.conv_size), 0))
     else:
-        filters = own["q_proj.weight"].new_tensor([0.0, 1.0]).expand(3 * options.num_heads * options.head_dim, 1, 2)
-    return {
-        "in_proj_qkv.weight": torch.cat([all_heads(f"{name}_proj.weight") for name in "qkv"]),
-        "in_proj_z.weight": own["g_proj.weight"],
-        "in_proj_b.weight": own["b_proj.weight"],
-        "in_proj_a.weight": own["gk_proj.weight"],
-        "conv1d.weight": filters.contiguous(),
-        "A_log": own["A_log"],
-        "dt_bias": own["dt_bias"],
-        "norm.weight": own["o_norm.weight"],
-        "out_proj.weight": own["o_proj.weight"],
+        filters = projections.new_tensor([0.0, 1.0]).repeat(len(projections), 1, 1)
+    renamed = {
+        "in_proj_z.weight": "g_proj.weight",
+        "in_proj_b.weight": "b_proj.weight",
+        "in_proj_a.weight": "gk_proj.weight",
+        "A_log": "A_log",
+        "dt_bias": "dt_bias",
+        "norm.weight": "o_norm.weight",
+        "out_proj.weight": "o_proj.weight",
     }
+    found = {name: own.pop(source) for name, source in renamed.items()}
+    return found | {"in_proj_qkv.weight": projections, "conv1d.weight": filters} | own
