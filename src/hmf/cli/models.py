@@ -123,9 +123,9 @@ def convert(
     to: Annotated[NativeFormat, typer.Option(help="Stock architecture that says the same.")],
     out: Out,
 ) -> None:
-    """Write a Hybrid as a stock model, for engines and tools without this package.
+    """Write a Hybrid as a stock model.
 
-    Its numbers stay the same. What the stock architecture cannot express is refused.
+    For engines and tools that do not have this package. Its numbers stay the same. What the stock architecture cannot express is refused.
     """
     require_unused(out)
     source = resolve_base(model)

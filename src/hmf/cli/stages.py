@@ -86,7 +86,10 @@ def export(
     dtype: Annotated[Dtype | None, typer.Option(help="Of the weights; left out: as stored.")] = None,
     format: Annotated[NativeFormat | None, typer.Option(help="Stock architecture; left out: a Hybrid.")] = None,
 ) -> None:
-    """Drop the teacher: write a plain Hybrid, or the same model in a stock architecture."""
+    """Drop the teacher: write a plain Hybrid.
+
+    With `--format`, the same model in a stock architecture; see `hmf convert`.
+    """
     require_unused(out)
     source = resolve_base(fused)
 
