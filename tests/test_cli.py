@@ -85,6 +85,7 @@ def test_json_is_a_flag_wherever_it_is_an_option(command):
 WRONG = [
     *(f"{name} nowhere{rest}" for name, rest in (
         ("init", " --ratio 0.5 --out new"), ("export", " --out new"), ("evaluate teacher", ""), ("chat", ""),
+        ("convert", " --to qwen3_5 --out new"),
         ("serve", " --dry-run"), ("plan", " --gpu h100"), ("card", ""),
         ("push", " --repo me/it"), ("plan teacher --gpu h100 --plot", "/plan.png"),
         ("bench distill", ""), ("bench states", ""), ("bench serving teacher", " --context 16:1"),

@@ -44,7 +44,8 @@ def fused(tiny_qwen3):
 def published(request):
     """The stored case and its fused model."""
     case = stage_0_and_1(request.param)
-    model = hybridise(load_model(case.base), case.pattern)
+    published_eps = {"gdn_config": {"norm_eps": 1e-5}}  # a new layer here starts with the base's
+    model = hybridise(load_model(case.base), case.pattern, published_eps)
     model.load_state_dict(case.fused, strict=not model.config.tie_word_embeddings)
     return case, model.eval()
 

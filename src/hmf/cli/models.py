@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one does with a model: `hmf evaluate`, `chat`, `serve`, `card`, `push`."""
+"""What one does with a model: `hmf evaluate`, `chat`, `serve`, `convert`, `card`, `push`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from hmf import hub
-from hmf.cli.shared import MODEL, AsJson, Device, Dtype, epilog, group, tokens
+from hmf.cli.shared import MODEL, AsJson, Device, Dtype, NativeFormat, Out, epilog, group, tokens
 from hmf.errors import HmfError
-from hmf.folders import resolve_base
+from hmf.folders import require_unused, resolve_base
 from hmf.gpus import parse_gpus
 
 app = group("")
@@ -118,6 +118,25 @@ def serve(
     if not dry_run:
         server.run(launch)
         typer.echo("The server has stopped.")
+
+
+@app.command(epilog=epilog("hmf convert runs/quickstart/model --to qwen3_5 --out runs/quickstart/native"))
+def convert(
+    model: Annotated[str, typer.Argument(help=f"GDN Hybrid of a dense Qwen3. {MODEL}")],
+    to: Annotated[NativeFormat, typer.Option(help="Stock architecture that says the same.")],
+    out: Out,
+) -> None:
+    """Write a Hybrid as a stock model.
+
+    For engines and tools that do not have this package. Its numbers stay the same. What the stock architecture cannot express is refused.
+    """
+    require_unused(out)
+    source = resolve_base(model)
+
+    from hmf.model.native import convert as run
+
+    run(source, out)
+    typer.echo(f"saved {out} as {to}; transformers and vLLM load it without hmf")
 
 
 Run = Annotated[Path, typer.Argument(help="Run folder with a finished model, of prime or finetune.", metavar="RUN")]

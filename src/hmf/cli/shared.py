@@ -14,6 +14,7 @@ from hmf.errors import HmfError
 from hmf.folders import find_recipe, resolve_base
 
 Dtype = Literal["float32", "bfloat16"]
+NativeFormat = Literal["qwen3_5"]
 Out = Annotated[Path, typer.Option(help="New directory for the result.")]
 RecipeFile = Annotated[
     Path,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hmf.cli.shared import MODEL, PATTERN, Dtype, Mixer, Out, Overrides, RecipeFile, epilog, found, group
+from hmf.cli.shared import MODEL, PATTERN, Dtype, Mixer, NativeFormat, Out, Overrides, RecipeFile, epilog, found, group
 from hmf.errors import HmfError
 from hmf.folders import require_unused, resolve_base
 
@@ -76,22 +76,31 @@ def distill(recipe: RecipeFile, overrides: Overrides = None) -> None:
         typer.echo(f"saved {saved}; next: hmf export {saved} --out {settings.output}/model")
 
 
-@app.command(epilog=epilog("hmf export runs/distill/stage1 --out runs/distill/model --dtype bfloat16"))
+@app.command(epilog=epilog(
+    "hmf export runs/distill/stage1 --out runs/distill/model --dtype bfloat16",
+    "hmf export runs/distill/stage1 --out runs/distill/native --format qwen3_5",
+))  # fmt: skip
 def export(
     fused: Annotated[str, typer.Argument(help=f"Fused: the result of init or distill. {MODEL}")],
     out: Out,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the weights; left out: as stored.")] = None,
+    format: Annotated[NativeFormat | None, typer.Option(help="Stock architecture; left out: a Hybrid.")] = None,
 ) -> None:
-    """Drop the teacher: write a plain Hybrid."""
+    """Drop the teacher: write a plain Hybrid.
+
+    With `--format`, the same model in a stock architecture; see `hmf convert`.
+    """
     require_unused(out)
     source = resolve_base(fused)
 
     import torch
 
+    from hmf.model.checkpoint import save_checkpoint
+    from hmf.model.native import save_native
     from hmf.priming.export import export as run
 
-    run(source, out, getattr(torch, dtype) if dtype else None)
-    typer.echo(f"saved {out}; load it with AutoModelForCausalLM after `import hmf`")
+    run(source, out, getattr(torch, dtype) if dtype else None, save_native if format else save_checkpoint)
+    typer.echo(f"saved {out}; load it with AutoModelForCausalLM{'' if format else ' after `import hmf`'}")
 
 
 @app.command(epilog=epilog(

@@ -21,13 +21,15 @@ class LayerOptions(BaseModel):
     those of published checkpoints on which nothing here depends: they are checked, kept and written again.
 
     A default is what a checkpoint means that does not name the option, as the published ones; `new_where_queries_grow`
-    is what layers that are made anew get instead, on a base that scales its queries by their position.
+    is what layers that are made anew get instead, on a base that scales its queries by their position, and
+    `new_from_base` names the keys of the base's config from which they take options.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     derived: ClassVar[frozenset[str]] = frozenset()
     format_only: ClassVar[frozenset[str]] = frozenset()
     new_where_queries_grow: ClassVar[Mapping[str, Any]] = {}
+    new_from_base: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     def dimensions(cls, base: Any) -> dict[str, Any]:
@@ -92,10 +94,11 @@ class _LinearOptions(LayerOptions):
 class GDNOptions(_LinearOptions):
     """Gated DeltaNet (arXiv 2412.06464), `gdn_config`."""
 
+    new_from_base = {"norm_eps": "rms_norm_eps"}  # as Qwen3.5 has it: one epsilon for all norms
     use_short_conv: bool = True  # convolutions on q, k and v
     allow_neg_eigval: bool = False  # doubles beta
     conv_bias: bool = False  # biases in convolutions
-    norm_eps: NonNegativeFloat = 1e-5  # of the norm over each head
+    norm_eps: NonNegativeFloat = 1e-5  # of the norm over each head; new layers start with the base's rms_norm_eps
 
 
 class GKAOptions(_LinearOptions):

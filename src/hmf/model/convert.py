@@ -30,10 +30,14 @@ def hybrid_config(base: Any, pattern: Pattern, options: Mapping[str, Mapping[str
     classes = hybrid_classes(family)
     fields = base.to_dict()
     options = dict(options or {})
-    if family.query_growth() is not None:
-        for kind in (LAYER_KINDS[symbol] for symbol in set(pattern.symbols) - {ATTENTION}):
-            if (new := kind.options.new_where_queries_grow) and kind.config_key not in fields:
-                options[kind.config_key] = {**new, **options.get(kind.config_key, {})}
+    for kind in (LAYER_KINDS[symbol] for symbol in set(pattern.symbols) - {ATTENTION}):
+        if kind.config_key in fields:
+            continue
+        new = {key: fields[source] for key, source in kind.options.new_from_base.items()}
+        if family.query_growth() is not None:
+            new |= kind.options.new_where_queries_grow
+        if new:
+            options[kind.config_key] = {**new, **options.get(kind.config_key, {})}
     for key in ("model_type", "architectures", "layer_types", "transformers_version", *options):
         fields.pop(key, None)
     fields |= {

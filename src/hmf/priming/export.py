@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -16,11 +18,17 @@ from hmf.model.convert import drop_teacher
 from hmf.model.files import require_finite
 
 
-def export(fused: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def export(
+    fused: str | Path,
+    out: str | Path,
+    dtype: torch.dtype | None = None,
+    save: Callable[..., Any] = save_checkpoint,
+) -> PreTrainedModel:
     """`hmf export`: drop the teacher's attention of the checkpoint `fused` and save the Hybrid at `out`.
 
     `dtype` casts the weights (decay parameters stay float32); None keeps the stored one. The tokenizer's files come
-    out byte-identical. Returns the Hybrid; HmfError when `fused` holds no teacher or `out` is in use.
+    out byte-identical. `save` writes the result: `hmf.model.native.save_native` as a stock Qwen3.5. Returns the Hybrid;
+    HmfError when `fused` holds no teacher or `out` is in use.
     """
     require_unused(out)
     model = load_model(fused, dtype=STORED)
@@ -37,5 +45,5 @@ def export(fused: str | Path, out: str | Path, dtype: torch.dtype | None = None)
         if changed := [name for name, x in hybrid.named_parameters() if x.dtype != before[name]]:
             name = str(dtype).removeprefix("torch.")
             notice(f"{fused}: {len(changed)} of {len(before)} tensors are cast to {name}: {listed(changed, 2)}")
-    save_checkpoint(hybrid, out, companions=fused)
+    save(hybrid, out, companions=fused)
     return hybrid
