@@ -58,7 +58,7 @@ def run(tiny, tmp_path):
         (folder / "model" / file.name).write_bytes(file.read_bytes())
     recipe = {
         "base": str(tiny / "base"), "output": str(folder), "hybrid": {"pattern": "*-GDN"},
-        "distill": {"training": {"steps": 7, "rows_per_step": 3}, "data": {"sequence_length": 96}},
+        "distill": {"training": {"max_steps": 7, "per_device_train_batch_size": 3}, "data": {"sequence_length": 96}},
         "evaluate": {"tasks": ["recall", "needle"]},
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -179,7 +179,7 @@ def test_a_finetuned_model_names_the_whole_chain(run, tiny, tmp_path):
     tuned.mkdir()
     (tmp_path / "kept").rename(tuned / "model")
     recipe = finetune_recipe(tiny / "hybrid", tuned).model_dump(mode="json", exclude_none=True)
-    recipe |= {"model": str(run / "model"), "training": {"steps": 3, "rows_per_step": 2}}
+    recipe |= {"model": str(run / "model"), "training": {"max_steps": 3, "per_device_train_batch_size": 2}}
     (tuned / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     text = write_card(tuned).read_text()
     assert text.index("Stage 1, distillation**: 7") < text.index("Stage 2, cpt**: 3")

@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -124,7 +124,7 @@ def save_native(model: PreTrainedModel, out: str | Path, companions: str | Path)
 def native_config(config: Any, source: str = "config.json") -> Qwen3_5TextConfig:
     """The stock config of a Hybrid's; HmfError that names the key for what it cannot express."""
 
-    def refuse(key: str, why: str) -> None:
+    def refuse(key: str, why: str) -> NoReturn:
         raise HmfError(f"{source}: {key}: {why}")
 
     name, pattern = config.model_type, getattr(config, "pattern", None)

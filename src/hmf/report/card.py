@@ -341,13 +341,13 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
             title = f"Stage 2, {stage.method}" if isinstance(stage, FinetuneRecipe) else "Stage 1, distillation"
             data: Any = stage.pairs if isinstance(stage, FinetuneRecipe) and stage.pairs else section.data
             steps = section.training
-            rows = steps.rows_per_step * steps.gradient_accumulation_steps
+            rows = steps.per_device_train_batch_size * steps.gradient_accumulation_steps
             values = yaml.safe_dump(data.model_dump(mode="json"), sort_keys=False, allow_unicode=True).strip()
             how = " The mixers learn the outputs of the base." if not isinstance(stage, FinetuneRecipe) else ""
             if getattr(section, "on_policy", None):
                 how += " The texts are the model's own continuations of prompts from the data."
             parts.append(
-                f"**{title}**: {steps.steps:,} optimiser steps of {rows:,} rows on each process.{how} The data:"
+                f"**{title}**: {steps.max_steps:,} optimiser steps of {rows:,} rows on each process.{how} The data:"
                 f"\n\n```yaml\n{values}\n```"
             )
         if (self.evidence.run / RECIPE).is_file():
