@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hmf.cli import main
+from hmf.config.layers import LAYER_KINDS
 from hmf.config.strict import seal_json
 from hmf.errors import HmfError
 from hmf.model.checkpoint import load_model
@@ -24,6 +25,7 @@ from hmf.priming.export import export
 from hmf.report.card import write_card
 from hmf.report.evidence import wilson
 from hmf.report.push import push_files
+from hmf.report.references import citation, reference
 from tests.conftest import ROOT
 from tests.training.cutting import finetune_recipe, make_tiny_stage0
 
@@ -152,7 +154,7 @@ def test_measured_serving_is_shown_with_the_hardware_that_the_file_names(run):
     assert "2× Some GPU (TP=2)" in text and "2,468 (2.00×)" in text and "[serving.json](../serving.json)" in text
 
 
-@pytest.mark.parametrize(("name", "content", "told"), [
+@pytest.mark.parametrize(("name", "content", "message"), [
     ("scores.primed.json", seal_json(PRIMED).replace("13.5", "1.5"), "not as it was written"),
     ("scores.primed.json", "{", "holds no scores"),
     ("scores.other.json", '{"tasks": {"recall": {"accuracy": 97, "n": 4}}}', "tasks.recall.accuracy"),
@@ -161,11 +163,11 @@ def test_measured_serving_is_shown_with_the_hardware_that_the_file_names(run):
     ("serving.json", '{"rows": [], "hardware": {}, "options": []}', "rows"),
     ("recipe.yaml", "base: [", "not valid YAML"),
 ])  # fmt: skip
-def test_a_damaged_file_is_refused_by_name_and_no_card_is_written(run, name, content, told):
+def test_a_damaged_file_is_refused_by_name_and_no_card_is_written(run, name, content, message):
     (run / name).write_text(content)
     with pytest.raises(HmfError, match=re.escape(name)) as error:
         write_card(run)
-    assert told in str(error.value) and not (run / "model/README.md").exists()
+    assert message in str(error.value) and not (run / "model/README.md").exists()
 
 
 def test_a_sibling_is_a_row(run):
@@ -229,9 +231,16 @@ def test_no_run_no_model_and_no_hybrid(tiny, tmp_path, monkeypatch, capsys):
     for name, source in (("fused", "stage0"), ("plain", "base")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model").symlink_to(tiny / source)
-    for name, told in (("empty", "holds no model"), ("fused", "holds the teacher"), ("plain", "is a Transformer's")):
+    for name, message in (("empty", "holds no model"), ("fused", "holds the teacher"), ("plain", "is a Transformer's")):
         code, _, err = command(monkeypatch, capsys, "card", tmp_path / name)
-        assert code == 2 and told in err and err.count("\n") == 1
+        assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_every_layer_type_has_a_name_and_its_paper_is_cited():
+    text = citation(list(LAYER_KINDS.values()))
+    papers = {kind.name: reference(kind) for kind in LAYER_KINDS.values()}
+    assert [name for name, (_, paper) in papers.items() if paper is None] == ["swa"]
+    assert all(f"@misc{{{name},\n" in text for name, (_, paper) in papers.items() if paper)
 
 
 @given(st.integers(1, 10_000), st.data())

@@ -26,6 +26,7 @@ from hmf.model.checkpoint import load_config
 from hmf.planning import serving as planner
 from hmf.planning.memory import layer_caches, weights
 from hmf.serving.serve import parsers, state_options
+from hmf.training.checkpoints import replace_text
 
 from .evidence import PRIMED, STAGE0, TEACHER, Evidence, Scores, Stage
 from .references import citation, reference
@@ -51,7 +52,7 @@ def write_card(
         raise HmfError(f"{file}: was not written by hmf and is kept; --force replaces it, or move it away")
     text = str(Card(evidence, gpu, repo).render())
     try:
-        file.write_text(text, encoding="utf-8")
+        replace_text(file, text)
     except OSError as error:
         raise HmfError(f"{file}: cannot be written: {reason(error)}") from None
     return file
@@ -154,7 +155,7 @@ class Card:
         names = ", ".join(reference(kind)[0] for kind in self.kinds)
         return (
             f"{self.title} is a Hybrid language model: {1 - share:.0%} of its layers are Attention, and {share:.0%} "
-            f"are {names}. It was primed from {self.evidence.base_name} with Hybrid Model Factory {hmf.__version__}. "
+            f"are {names}. It was primed from {self.evidence.base_name} with Hybrid Model Factory. "
             f"Its config allows {self.config.max_position_embeddings:,} tokens of context."
         )
 
@@ -186,11 +187,12 @@ class Card:
 
     def benchmarks(self) -> str:
         scores = self.evidence.scores
+        base = f"{self.evidence.base_name} (the base Transformer)" if self.evidence.base else "Base Transformer"
         titles = {
-            TEACHER: f"{self.evidence.base_name} (the base Transformer)",
+            TEACHER: base,
             PRIMED: f"**{self.title}** (this model)",
         }
-        titles |= {name: f"{name}" for name in scores if name not in (TEACHER, PRIMED)}
+        titles |= {name: name for name in scores if name not in (TEACHER, PRIMED)}
         if STAGE0 in scores:
             titles[STAGE0] = "Stage 0 (mixers started, not trained)"
         primes = [stage for stage in self.evidence.stages if isinstance(stage, PrimeRecipe)]
@@ -205,7 +207,7 @@ class Card:
         if not scores:
             return "\n".join([*lines, f"No results file is in the run folder: {NOT_MEASURED}."])
         lengths = sorted({found.length for found in scores.values() if found.length})
-        window = f", and prompts of at most {' or '.join(f'{n:,}' for n in lengths)} tokens" if lengths else ""
+        window = f", to prompts of at most {' or '.join(f'{n:,}' for n in lengths)} tokens" if lengths else ""
         return "\n".join([
             *lines,
             f"Tasks: greedy answers that match exactly, in percent{window}. In parentheses: n prompts, the 95% Wilson "
@@ -266,7 +268,7 @@ class Card:
         try:
             hybrid, base = planner.plans(self.config, self.gpu)
         except HmfError as error:
-            return f"Not planned: {error}"
+            return f"Not planned for {self.gpu}: {str(error).removeprefix('--gpu: ')}"
         rows = []
         for context in contexts:
             ours, theirs = (sum(plan.sequence_bytes(context)) * plan.ranks for plan in (hybrid, base))
