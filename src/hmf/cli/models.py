@@ -125,7 +125,8 @@ def convert(
 ) -> None:
     """Write a Hybrid as a stock model.
 
-    For engines and tools that do not have this package. Its numbers stay the same. What the stock architecture cannot express is refused.
+    For engines and tools that do not have this package. Its numbers stay the same. What the stock architecture cannot
+    express is refused.
     """
     require_unused(out)
     source = resolve_base(model)
