@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig
-from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+from transformers.models.auto import tokenization_auto
 
 from hmf.config.layers import LAYER_KINDS, layer_options
 from hmf.config.pattern import ATTENTION
@@ -187,7 +187,7 @@ def native_config(config: Any, source: str = "config.json") -> Qwen3_5TextConfig
         "linear_num_value_heads": options.num_heads,
         "mamba_ssm_dtype": config.state_dtype,  # vLLM's name for it
         # Read where tokenizer_config.json names no class: Qwen3.5's own would split text in another way.
-        "tokenizer_class": TOKENIZER_MAPPING_NAMES[config.family.model_type],
+        "tokenizer_class": tokenization_auto.TOKENIZER_MAPPING_NAMES[config.family.model_type],
     })  # fmt: skip
 
 
