@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 
 class HmfError(Exception):
-    """Bad input, said in one line: the file, the key and the mend. The command line prints it and exits with 2."""
+    """Bad input, in one line: the file, the key and the fix. The command line prints it and exits with 2."""
 
 
 def one_line(message: str) -> str:
@@ -36,5 +36,5 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     lower = {candidate.lower(): candidate for candidate in known}
     nearest = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
-    mend = f"did you mean {lower[nearest[0]]!r}?" if nearest else f"valid: {', '.join(known)}"
-    return f"unknown {what} {name!r}; {mend}"
+    fix = f"did you mean {lower[nearest[0]]!r}?" if nearest else f"valid: {', '.join(known)}"
+    return f"unknown {what} {name!r}; {fix}"

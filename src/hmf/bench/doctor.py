@@ -79,7 +79,7 @@ class Report:
 
 
 def examine(progress: Callable[[str], None] = lambda line: None) -> Report:
-    """Check every op on every kind of device here; `progress` is told what is being checked.
+    """Check every op on every kind of device here; `progress` is called with what is being checked.
 
     GPU kernels are compiled first, which takes a CPU core each: processes of their own do that side by side.
     """

@@ -328,7 +328,7 @@ def run_all(subjects: Sequence[Subject], run: Run) -> Iterator[Measured | HmfErr
 
 
 def _job(one: Subject, run: Run) -> dict[str, Any]:
-    """What `measure` is told."""
+    """The arguments of `measure`."""
     shared = {"loads": [asdict(load) for load in one.loads], "output": run.output, "repeats": run.repeats}
     return {"arguments": one.arguments, "vocabulary": one.vocabulary, "batched_tokens": run.batched_tokens, **shared}
 
@@ -360,7 +360,7 @@ def _run_one(one: Subject, run: Run, environment: dict[str, str], bar: Any) -> M
 
 
 def _follow(lines: Any, one: Subject, bar: Any) -> dict[str, Any]:
-    """Show what a model's process has told since; returns the last of it."""
+    """Show what a model's process has written since; returns the last of it."""
     event: dict[str, Any] = {}
     for line in lines:
         event = json.loads(line)

@@ -107,8 +107,8 @@ def encode_chat(
         messages = [without_thinking(message) for message in messages]
     for index, message in enumerate(messages):
         content = text_of(message["content"])
-        said = THINK_BLOCK.sub("", content, count=1) if THINK_BLOCK.match(content) else content
-        if message["role"] == "assistant" and not (said.strip() or thinking_of(message) or "tool_calls" in message):
+        answer = THINK_BLOCK.sub("", content, count=1) if THINK_BLOCK.match(content) else content
+        if message["role"] == "assistant" and not (answer.strip() or thinking_of(message) or "tool_calls" in message):
             raise HmfError(f"messages[{index}]: the assistant says nothing; remove the row or the message")
     plain = Plain(tokenizer, [messages, tools]) if split_special_tokens else None
     if plain:
@@ -209,14 +209,14 @@ class _Chat:
         spans = [(start, stop) for start, stop in pairwise(changes) if mask[start]]
         if not spans:
             raise HmfError("the chat template marks no token as the assistant's; fix its {% generation %} block")
-        said = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        if said != answers and answers != [last]:
-            if len(spans) != len(said):
+        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if turns != answers and answers != [last]:
+            if len(spans) != len(turns):
                 raise HmfError(
-                    f"weight: the chat template marks {len(spans)} parts of the {len(said)} turns that the assistant "
+                    f"weight: the chat template marks {len(spans)} parts of the {len(turns)} turns that the assistant "
                     "has, so it is not known which of them are supervised; leave weight out"
                 )
-            spans = [spans[said.index(index)] for index in answers]
+            spans = [spans[turns.index(index)] for index in answers]
         labels = [IGNORED] * len(ids)
         for start, stop in spans[-1:] if answers == [last] else spans:
             while stop > start and self.tokenizer.decode(ids[stop - 1]).isspace():  # a newline after the turn's end

@@ -90,7 +90,7 @@ def prepare(recipe: DataRecipe, tokenizer: str | Path, workers: int = 1) -> dict
             index = _write(recipe, sources, loaded, [_content(source) for source, _ in pairs])
     except OSError as error:
         raise HmfError(
-            f"{error.filename or output}: not written: {error.strerror or error}; mend that and start again: "
+            f"{error.filename or output}: not written: {error.strerror or error}; fix that and start again: "
             "what is finished is kept"
         ) from None
     shutil.rmtree(output / TOKENISED, ignore_errors=True)
@@ -102,8 +102,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     if not path.is_file():
         started = (folder / TOKENISED).is_dir()
-        mend = "start `hmf data prepare` again" if started else "make one with `hmf data prepare`"
-        raise HmfError(f"{folder}: no finished set of rows (no {INDEX}); {mend}")
+        fix = "start `hmf data prepare` again" if started else "make one with `hmf data prepare`"
+        raise HmfError(f"{folder}: no finished set of rows (no {INDEX}); {fix}")
     try:
         index = parse_sealed(path.read_text(encoding="utf-8"), required=False)  # sets made before have none
         files = {name: facts["bytes"] for name, facts in index["files"].items() if facts["sha256"]}

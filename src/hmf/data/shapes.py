@@ -93,10 +93,8 @@ def message_list(value: Any, field: str) -> list[Message]:
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             has = f"it has {', '.join(map(repr, message))}" if isinstance(message, dict) else f"it is {message!r:.40}"
-            mend = (
-                "set shape: sharegpt" if isinstance(message, dict) and "from" in message else "write role and content"
-            )
-            raise HmfError(f"{field}[{number}] has no role; {has}: {mend}")
+            fix = "set shape: sharegpt" if isinstance(message, dict) and "from" in message else "write role and content"
+            raise HmfError(f"{field}[{number}] has no role; {has}: {fix}")
     return messages
 
 
@@ -114,8 +112,8 @@ def kind_of(value: Any) -> str:
     return "nothing" if value is None else "an empty list" if value == [] else type(value).__name__
 
 
-def missing(row: Row, field: str, mend: str) -> HmfError:
-    return HmfError(f"no field {field!r}; it has {', '.join(map(repr, row)) or 'none'}: {mend}")
+def missing(row: Row, field: str, fix: str) -> HmfError:
+    return HmfError(f"no field {field!r}; it has {', '.join(map(repr, row)) or 'none'}: {fix}")
 
 
 def _rest(row: Row, used: Iterable[str], settings: PlaceSettings, found: Any) -> list[Any] | None:
@@ -227,8 +225,8 @@ def _answer(row: Row, field: str, settings: PairSettings) -> Message:
     else:
         messages = _speech(row, field, "assistant")
     if len(messages) != 1 or messages[0]["role"] != "assistant":
-        mend = ", or set shape: ultrafeedback" if settings.shape is None else ""
-        raise HmfError(f"{field}: give the assistant's answer alone; what comes before it belongs to the prompt{mend}")
+        fix = ", or set shape: ultrafeedback" if settings.shape is None else ""
+        raise HmfError(f"{field}: give the assistant's answer alone; what comes before it belongs to the prompt{fix}")
     return messages[0]
 
 

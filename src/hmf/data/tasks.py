@@ -77,7 +77,7 @@ def sample(
 
     Args:
         length: most tokens of the whole conversation. Recall and needle fill it; the other tasks are short.
-        thinking: with reasoning, as the chat template does when it is told nothing, or directly.
+        thinking: with reasoning, as the chat template does by default, or directly.
     Raises:
         HmfError: unknown task, or a length too short for a task that fills it.
     """
@@ -272,7 +272,7 @@ def _tool_request(rng: Random) -> tuple[list[Message], dict[str, Any], list[dict
 
 
 def _chat(rng: Random, tokenizer: PreTrainedTokenizerBase, length: int, split: Split, thinking: bool) -> Sample:
-    """Small talk and a few questions about the house, at times after an earlier exchange."""
+    """Small talk and a few questions about a household, at times after an earlier exchange."""
     messages: list[Message] = []
     if rng.random() < 0.3:
         messages.append({"role": "system", "content": rng.choice(phrases.SYSTEM)})

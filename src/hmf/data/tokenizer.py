@@ -80,8 +80,8 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except HmfError:
         raise
     except Exception as error:  # of any kind: transformers and tokenizers check little before they use it
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise HmfError(f"{folder}: the tokenizer cannot be loaded ({said}); copy its files again") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise HmfError(f"{folder}: the tokenizer cannot be loaded ({reason}); copy its files again") from None
     if not readable:
         raise HmfError(f"{folder}: the tokenizer has no vocabulary, every text is empty to it; copy its files again")
     return tokenizer

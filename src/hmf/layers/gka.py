@@ -52,7 +52,7 @@ class GatedKalmaNet(LinearMixer):
 
     @property
     def solver(self) -> dict[str, Any]:
-        """What the op and its step are told beside tensors."""
+        """The options of the op and of its step."""
         o = self.options
         return {"num_iter": o.num_iter, "ridge_strength": o.ridge_strength, "rescale": o.gla_rescale}
 

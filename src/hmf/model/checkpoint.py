@@ -116,7 +116,7 @@ def check_loading(source: str, info: dict[str, Any]) -> None:
     missing, extra = sorted(info.get("missing_keys") or ()), sorted(info.get("unexpected_keys") or ())
     if missing and extra and (nearest := difflib.get_close_matches(missing[0], extra, n=1)):
         raise HmfError(f"{source}: no tensor {missing[0]}, but there is {nearest[0]}; was it renamed?")
-    for key, said, mend in (
+    for key, problem, fix in (
         ("missing_keys", "missing", "copy the whole checkpoint again"),
         ("unexpected_keys", "not of this model", "take them out, or give the config that they belong to"),
         ("mismatched_keys", "of another shape", "weights and config.json are of different models"),
@@ -124,8 +124,8 @@ def check_loading(source: str, info: dict[str, Any]) -> None:
     ):
         if names := sorted(_tensor(entry) for entry in info.get(key) or ()):
             if names == [HEAD] and key == "missing_keys":
-                mend = "if it is the embeddings, set tie_word_embeddings to true in config.json"
-            raise HmfError(f"{source}: tensors {said}: {listed(names)}; {mend}")
+                fix = "if it is the embeddings, set tie_word_embeddings to true in config.json"
+            raise HmfError(f"{source}: tensors {problem}: {listed(names)}; {fix}")
 
 
 def _tensor(entry: Any) -> str:
@@ -206,10 +206,10 @@ def load_config(source: str | Path, weights: bool = True) -> Any:
     except HmfError as error:
         raise HmfError(str(error).replace("config.json", str(file), 1)) from None
     except Exception as error:  # of any kind: a config's values are used before they are checked
-        said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         # transformers' validators put the field's own complaint on the second line
         raise HmfError(
-            f"{file}: {said[1] if isinstance(error, StrictDataclassError) and said[1:] else said[0]}"
+            f"{file}: {lines[1] if isinstance(error, StrictDataclassError) and lines[1:] else lines[0]}"
         ) from None
     if known:
         require_rope(config, str(file))

@@ -107,8 +107,8 @@ def require_rope(config: Any, source: str) -> None:
             rotary = rotary_class(config)
             whole = rotary_class.compute_default_rope_parameters(config)[0]
     except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        said = " ".join(str(error).split())
-        raise HmfError(f"{source}: rope_parameters: {rope} cannot be computed ({said})") from None
+        reason = " ".join(str(error).split())
+        raise HmfError(f"{source}: rope_parameters: {rope} cannot be computed ({reason})") from None
     if rotary.inv_freq.shape != whole.shape:
         factor = rope.get("partial_rotary_factor")
         raise HmfError(

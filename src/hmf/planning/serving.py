@@ -241,9 +241,9 @@ def print_plans(found: Sequence[Plan], context: int) -> None:
     table.add_column("")
     for plan in found:
         table.add_column(title(plan), justify="right")
-    told = [rows(plan, context) for plan in found]
-    for name in told[0]:
-        table.add_row(name, *(row[name] for row in told))
+    columns = [rows(plan, context) for plan in found]
+    for name in columns[0]:
+        table.add_row(name, *(row[name] for row in columns))
     Console(width=max(80, Console().width)).print(table)
 
 

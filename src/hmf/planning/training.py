@@ -448,9 +448,9 @@ def print_plans(found: Sequence[TrainingPlan]) -> None:
     table.add_column("")
     for plan in found:
         table.add_column(plan.job.title, justify="right")
-    told = [rows(plan) for plan in found]
-    for name in told[0]:
-        table.add_row(name, *(row[name] for row in told))
+    columns = [rows(plan) for plan in found]
+    for name in columns[0]:
+        table.add_row(name, *(row[name] for row in columns))
     console = Console(width=max(80 + 16 * len(found), Console().width))
     console.print(table)
     for plan in found:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sliding windows: the family's stock attention in vLLM, told how far to look back."""
+"""Sliding windows: the family's stock attention in vLLM, with the size of the window."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules of the house that no linter knows."""
+"""Conventions of this repository that no linter checks."""
 
 import importlib.metadata
 import re
