@@ -87,7 +87,7 @@ def test_a_stopped_run_ends_bit_for_bit_like_an_uninterrupted_one(stage0, finish
 def test_longer_training_lowers_the_loss(stage0, tmp_path):
     distill(stage0, tmp_path, settings(max_steps=40, save_steps=100))
     losses = [entry["loss"] for entry in json.loads((tmp_path / "stage1.log.json").read_text()) if "loss" in entry]
-    assert_golden([losses[0], losses[-1]], (7.347729, 4.015405))
+    assert_golden([losses[0], losses[-1]], (7.420635, 4.058746))
 
 
 def test_accumulation_is_the_same_as_a_larger_batch(stage0, tmp_path):

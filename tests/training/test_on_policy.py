@@ -43,7 +43,7 @@ def finished(stage0, tmp_path_factory):
 @pytest.mark.slow
 def test_the_loss_falls_and_only_mixers_change(stage0, finished):
     losses = [entry["loss"] for entry in json.loads((finished / "stage1.log.json").read_text()) if "loss" in entry]
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.75 * losses[0]
     before, after = load_file(stage0 / "model.safetensors"), load_file(finished / "stage1/model.safetensors")
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
