@@ -23,7 +23,7 @@ def settings(stage0, **training):
         "data": {"text": str(stage0.parent / "corpus"), "sequence_length": 32},
         "objective": {"pre_lm_head": 0, "kl": 1, "kl_direction": "reverse", "kl_tokens": "supervised"},
         "on_policy": {"max_new_tokens": 8},
-        "training": {"max_steps": 30, "per_device_train_batch_size": 4,
+        "training": {"max_steps": 40, "per_device_train_batch_size": 4,
                      "learning_rate": 1e-2, "save_steps": 15} | training,
     })  # fmt: skip
 
@@ -43,7 +43,7 @@ def finished(stage0, tmp_path_factory):
 @pytest.mark.slow
 def test_the_loss_falls_and_only_mixers_change(stage0, finished):
     losses = [entry["loss"] for entry in json.loads((finished / "stage1.log.json").read_text()) if "loss" in entry]
-    assert losses[-1] < 0.75 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
     before, after = load_file(stage0 / "model.safetensors"), load_file(finished / "stage1/model.safetensors")
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -55,7 +55,7 @@ def test_the_loss_falls_and_only_mixers_change(stage0, finished):
 @pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit(stage0, finished, tmp_path):
     shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
-    shutil.rmtree(tmp_path / "checkpoints/checkpoint-30")
+    shutil.rmtree(tmp_path / "checkpoints/checkpoint-40")
     distill(stage0, tmp_path, settings(stage0))
     ours, wanted = (load_file(run / "stage1/model.safetensors") for run in (tmp_path, finished))
     assert all(torch.equal(ours[name], wanted[name]) for name in wanted)

@@ -27,6 +27,21 @@ def _tap(x, state, t, c, inside, first, sequence, channels, back: tl.constexpr, 
 
 
 @triton.jit
+def _filtered(
+    x, weight, bias, state, t, c, inside, first, sequence, channels,
+    W: tl.constexpr, BIAS: tl.constexpr, STATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The filters' sums of a block, which SiLU takes, in float32."""
+    before = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    for w in tl.static_range(W):
+        taps = tl.load(weight + c * W + w, mask=c < channels, other=0.0).to(tl.float32)
+        before += _tap(x, state, t, c, inside, first, sequence, channels, W - 1 - w, W, STATE) * taps[None, :]
+    if BIAS:
+        before += tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
+    return before
+
+
+@triton.jit
 def _forward(
     x, weight, bias, state, starts, sequences, y, total, channels,
     W: tl.constexpr, BIAS: tl.constexpr, STATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -36,12 +51,8 @@ def _forward(
     inside = (t < total)[:, None] & (c < channels)[None, :]
     first = tl.load(starts + t, mask=t < total, other=0)
     sequence = tl.load(sequences + t, mask=t < total, other=0)
-    before = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    for w in tl.static_range(W):
-        taps = tl.load(weight + c * W + w, mask=c < channels, other=0.0).to(tl.float32)
-        before += _tap(x, state, t, c, inside, first, sequence, channels, W - 1 - w, W, STATE) * taps[None, :]
-    if BIAS:
-        before += tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
+    before = _filtered(x, weight, bias, state, t, c, inside, first, sequence, channels,
+                       W, BIAS, STATE, BLOCK_T, BLOCK_C)  # fmt: skip
     after = before / (1 + tl.exp(-before))
     tl.store(y + t[:, None] * channels + c[None, :], after.to(y.dtype.element_ty), mask=inside)
 
@@ -57,12 +68,8 @@ def _before_silu(
     inside = (t < total)[:, None] & (c < channels)[None, :]
     first = tl.load(starts + t, mask=t < total, other=0)
     sequence = tl.load(sequences + t, mask=t < total, other=0)
-    before = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-    for w in tl.static_range(W):
-        taps = tl.load(weight + c * W + w, mask=c < channels, other=0.0).to(tl.float32)
-        before += _tap(x, state, t, c, inside, first, sequence, channels, W - 1 - w, W, STATE) * taps[None, :]
-    if BIAS:
-        before += tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
+    before = _filtered(x, weight, bias, state, t, c, inside, first, sequence, channels,
+                       W, BIAS, STATE, BLOCK_T, BLOCK_C)  # fmt: skip
     share = 1 / (1 + tl.exp(-before))
     upper = tl.load(grad_y + t[:, None] * channels + c[None, :], mask=inside, other=0.0).to(tl.float32)
     upper *= share * (1 + before * (1 - share))
