@@ -160,7 +160,7 @@ def main() -> None:
     from hmf.ops import gka_chunk_triton, gka_triton
 
     mend_bfloat16()
-    gka_triton.CHUNK_SIZE = gka_chunk_triton.CHUNK_SIZE = 16
+    gka_triton.CHUNK_SIZE = gka_chunk_triton.CHUNK_SIZE = gka_chunk_triton.NARROWEST = 16
     gka_triton.STORED = 2 * 2 * 2 * 16 * 16 * 4  # the backward takes two chunks at a time
     for name, shape, options, changes, dtype, gradients in CASES:
         made = changed(sample("gka", shape), **changes)

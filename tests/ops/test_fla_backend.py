@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from hmf.bench.doctor import relative_error
 from hmf.ops import dispatch, samples
@@ -91,6 +92,23 @@ def test_interpreted_kernel_is_autograds():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-3), (torch.bfloat16, 1e-2)], ids=str)
 def test_compiled_kernel_is_autograds(dtype, tolerance):
     check("cuda", dtype, tolerance)
+
+
+def test_the_check_is_no_part_of_what_a_checkpointed_layer_saves():
+    """The first forward pass of training asks for the check, its recomputation does not."""
+    samples.gradient_off.cache_clear()
+
+    def layer(x):
+        with pytest.MonkeyPatch.context() as patch:
+            versions = dispatch.implementations("gdn")
+            patch.setitem(dispatch._IMPLEMENTATIONS["gdn"], "fast", replace(versions["chunked"], version="fast"))
+            assert samples.gradient_off("gdn", torch.float32, "cpu") is None
+        return x.sin().exp()
+
+    x = torch.ones(3, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    samples.gradient_off.cache_clear()
+    assert torch.equal(x.grad, torch.ones(3).sin().exp() * torch.ones(3).cos())
 
 
 @pytest.mark.parametrize("op", ["gdn", "ssd"])

@@ -24,6 +24,9 @@ from .gka_solve import Result, State, coefficients
 from .gka_triton_common import load, shared_memory, split, step_weights, tile_width
 
 CHUNK_SIZE = 64
+# Tiles of narrower heads are padded to this width. With tiles of 16, Triton 3.6 compiled `_outputs` for Hopper to reads
+# outside of shared memory (compute-sanitizer, head_dim 16).
+NARROWEST = 64
 COLUMNS = 32  # of a state that one program of `_states` carries
 
 
@@ -281,7 +284,7 @@ def chunked(
     sequence_of = torch.searchsorted(chunks, torch.arange(most, device=q.device, dtype=torch.int32), right=True) - 1
     c, _, _ = coefficients(num_iter, ridge_strength)
     keep, weights = step_weights(num_iter, ridge_strength, q.device)
-    width, value_width = tile_width(key_dim), tile_width(value_dim)
+    width, value_width = (max(NARROWEST, tile_width(dim)) for dim in (key_dim, value_dim))
     columns = min(COLUMNS, width, value_width)
     parts = triton.cdiv(key_dim, columns)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,12 +196,23 @@ SAMPLES: dict[str, Callable[[Shape, _Random], Sample]] = {
 def gradient_off(op: str, dtype: torch.dtype, device: str) -> str | None:
     """Why the gradients of `op`'s fast version are not those of the plain one, by a small sample; None: they are.
 
-    Asked once in a process; it compiles a sample's kernels.
+    The check runs once in a process and compiles the kernels of a sample. It runs in a thread of its own: hooks on
+    saved tensors belong to a thread, and activation checkpointing counts the tensors that a forward pass saves.
     """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_gradient_off, op, dtype, _with_index(device)).result()
+
+
+def _with_index(device: str) -> torch.device:
+    """A new thread begins with GPU 0 as its current one."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+
+
+def _gradient_off(op: str, dtype: torch.dtype, device: torch.device) -> str | None:
     made, gradients = sample(op, Shape(lengths=(70, 33))), {}
     for version, kept in (("chunked", torch.float32), ("fast", dtype)):
         tensors = {name: x.requires_grad_() for name, x in made.tensors(kept, device).items()}
-        with torch.enable_grad():
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             results = flat(made.call(dispatch.implementations(op)[version].function, tensors))
             gradients[version] = torch.autograd.grad(
                 torch.stack([x.float().square().sum() for x in results]).sum(), list(tensors.values())
