@@ -15,8 +15,8 @@ from hmf.config.places import PairSettings
 from hmf.errors import HmfError
 
 from .encoding import IGNORED, Encoded, encode_answers
+from .formats import Pair as AnswerPair
 from .packing import PackedRow, row_tensors
-from .shapes import Pair as Conversations
 from .sources import Source, pair_of
 from .tokenizer import document_separator
 
@@ -94,7 +94,7 @@ def pair_dataset(settings: PairSettings, tokenizer: PreTrainedTokenizerBase, row
     return PairDataset(packed, sequence_length, document_separator(tokenizer), rows, seed)
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerBase, pair: Conversations, settings: PairSettings) -> Pair:
+def encode_pair(tokenizer: PreTrainedTokenizerBase, pair: AnswerPair, settings: PairSettings) -> Pair:
     """Both conversations, their last turns supervised; HmfError says what is wrong with them."""
     chosen, rejected = encode_answers(
         tokenizer,

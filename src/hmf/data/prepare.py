@@ -30,14 +30,14 @@ from hmf.config.data import DataRecipe
 from hmf.config.strict import parse_sealed, seal_json
 from hmf.data.encoding import IGNORED
 from hmf.data.packing import PackedRow, best_fit
+from hmf.data.progress import Progress
 from hmf.data.shards import (
     Counts,
     Encoder,
-    Progress,
-    folder_of,
     read_shard,
-    shard,
     shard_counts,
+    shard_folder,
+    shard_path,
     tokenise,
     versions,
     vocabulary,
@@ -88,7 +88,7 @@ def prepare(recipe: DataRecipe, tokenizer: str | Path, workers: int = 1) -> dict
         with locked(output):
             sources = []
             for source, encoder in pairs:
-                folder = cache / folder_of(source, encoder, loaded, recipe)
+                folder = cache / shard_folder(source, encoder, loaded, recipe)
                 count = tokenise(source, encoder, folder, recipe, str(tokenizer), workers, loaded)
                 sources.append(Tokenised.read(encoder, folder, count, recipe))
             index = _write(recipe, sources, loaded, [_content(source) for source, _ in pairs])
@@ -186,8 +186,8 @@ class Tokenised:
     def read(cls, encoder: Encoder, folder: Path, shards: int, recipe: DataRecipe) -> Tokenised:
         counts, found = Counts(), []
         for number in range(shards):
-            counts.add(shard_counts(shard(folder, number)))
-            found.append(read_shard(shard(folder, number)).column("input_ids").value_lengths().to_numpy())
+            counts.add(shard_counts(shard_path(folder, number)))
+            found.append(read_shard(shard_path(folder, number)).column("input_ids").value_lengths().to_numpy())
         lengths = np.concatenate([*found, np.zeros(0, np.int32)]).astype(np.int64)
         starts = np.cumsum([0, *map(len, found)])
         self = cls(encoder, folder, counts, starts, lengths, 0)
@@ -233,7 +233,7 @@ class Tokenised:
 
     def _find(self, document: int) -> tuple[pa.RecordBatch, int]:
         number = int(np.searchsorted(self.starts, document, side="right")) - 1
-        return read_shard(shard(self.folder, number)), int(document - self.starts[number])
+        return read_shard(shard_path(self.folder, number)), int(document - self.starts[number])
 
 
 def _stated(recipe: DataRecipe) -> dict[str, Any]:

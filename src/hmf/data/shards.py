@@ -14,9 +14,7 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -36,14 +34,14 @@ from hmf.data.conversation import messages_after, normalise, strings_of, text_of
 from hmf.data.encoding import IGNORED, Encoded, encode_chat, encode_document
 from hmf.data.files import say_once
 from hmf.data.filters import repetition
+from hmf.data.progress import Progress
 from hmf.data.sources import Conversation, Record, Source, content, digest
 from hmf.data.tokenizer import load_tokenizer, special_tokens
-from hmf.errors import HmfError, one_line
+from hmf.errors import HmfError
 
 FORMAT = 2  # of these files; a change makes all of them anew
 HASH_BYTES = 32
 SHARD_BYTES = 8 << 20  # of a source's records; a shard ends here or at the recipe's number of documents
-PLAIN_INTERVAL = 15.0  # seconds between lines where there is no terminal
 _SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
@@ -136,7 +134,7 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("transformers", "tokenizers", "datasets", "datatrove", "pyarrow")}
 
 
-def folder_of(source: Source, encoder: Encoder, tokenizer: PreTrainedTokenizerBase, recipe: DataRecipe) -> str:
+def shard_folder(source: Source, encoder: Encoder, tokenizer: PreTrainedTokenizerBase, recipe: DataRecipe) -> str:
     """Name of the folder of a source's shards, by all that decides their content."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     decisive = [
@@ -194,13 +192,13 @@ def tokenise(
     def jobs() -> Iterator[tuple[Path, list[Record]]]:
         nonlocal number
         for batch in _batches(source.records(), recipe.shard_documents):
-            path = shard(folder, number)
+            path = shard_path(folder, number)
             number += 1
-            if (made_of := records_of(path)) is not None and made_of == digest(batch):
+            if (stored_digest := records_digest(path)) is not None and stored_digest == digest(batch):
                 progress.skip(sum(record.size for record in batch))
                 continue
             if path.is_file():
-                say_once(f"{path}: {'its records have changed' if made_of else 'is damaged'}; made anew")
+                say_once(f"{path}: {'its records have changed' if stored_digest else 'is damaged'}; made anew")
             yield path, batch
 
     try:
@@ -208,17 +206,17 @@ def tokenise(
             progress.add(size, counts.tokens)
     finally:
         progress.close()
-    for path in {*folder.glob("*.arrow")} - {shard(folder, n) for n in range(number)}:
+    for path in {*folder.glob("*.arrow")} - {shard_path(folder, n) for n in range(number)}:
         path.unlink()
     write_file(done, lambda file: file.write(json.dumps({"shards": number}).encode()))
     return number
 
 
-def shard(folder: Path, number: int) -> Path:
+def shard_path(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.arrow"
 
 
-def records_of(path: Path) -> str | None:
+def records_digest(path: Path) -> str | None:
     """The digest of the records that a shard was made of; None unless the shard is there as it was written."""
     if not path.is_file():
         return None
@@ -237,13 +235,13 @@ def _finished(done: Path, title: str) -> int | None:
         count = int(parse_json(done.read_text(encoding="utf-8"))["shards"])
     except (ValueError, KeyError, TypeError):
         return None
-    paths = [shard(done.parent, number) for number in range(count)]
+    paths = [shard_path(done.parent, number) for number in range(count)]
     if {*paths} != {*done.parent.glob("*.arrow")}:
         return None
     progress = Progress(f"check {title}", sum(path.stat().st_size for path in paths))
     try:
         for path in paths:
-            if records_of(path) is None:
+            if records_digest(path) is None:
                 return None
             progress.add(path.stat().st_size, 0)
     finally:
@@ -369,41 +367,3 @@ def _learnt(found: str | Conversation) -> str:
     return "\n\n".join(
         part for message in answers for part in (thinking_of(message), text_of(message.get("content"))) if part
     )
-
-
-class Progress:
-    """One moving line on a terminal, a plain one now and then elsewhere; with the time left where the end is known."""
-
-    def __init__(self, title: str, total: int | None, unit: str = "B"):
-        self.title, self.total = title, total
-        self.done, self.own, self.tokens = 0, 0, 0
-        self.started = self.printed = time.perf_counter()
-        self.bar: Any = None
-        if sys.stderr.isatty():
-            from tqdm.auto import tqdm
-
-            self.bar = tqdm(total=total, desc=title, unit=unit, unit_scale=True)
-
-    def skip(self, size: int) -> None:
-        self.done += size
-        if self.bar is not None:
-            self.bar.update(size)
-
-    def add(self, size: int, tokens: int) -> None:
-        self.skip(size)
-        self.own += size
-        self.tokens += tokens
-        now = time.perf_counter()
-        rate = f"{self.tokens:,} tokens, {self.tokens / (now - self.started):,.0f} tokens/s"
-        if self.bar is not None:
-            self.bar.set_postfix_str(rate, refresh=False)
-        elif now - self.printed > PLAIN_INTERVAL:
-            self.printed = now
-            left = ""
-            if self.total and self.own:
-                left = f", ETA {max(0, self.total - self.done) * (now - self.started) / self.own:.0f} s"
-            print(f"{one_line(self.title)}: {rate}{left}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()

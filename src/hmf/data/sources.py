@@ -18,8 +18,8 @@ from hmf import hub
 from hmf.config.data import SourceSettings
 from hmf.config.places import PairSettings, PlaceSettings
 from hmf.config.strict import parse_json, require_text
-from hmf.data import files, shapes, text
-from hmf.data.shapes import Conversation, Pair
+from hmf.data import files, formats, text
+from hmf.data.formats import Conversation, Pair
 from hmf.errors import HmfError, unknown_name
 
 
@@ -194,14 +194,14 @@ def content(record: Record, settings: SourceSettings) -> str | Conversation:
         return record.value
     row = _row(record.value)
     if settings.chat:
-        return shapes.conversation(row, settings)
+        return formats.conversation(row, settings)
     field = settings.field
     if field not in row:
-        raise shapes.missing(row, field, "set text_field, messages_field or shape")
+        raise formats.missing(row, field, "set text_field, messages_field or shape")
     value = row[field]
     if not isinstance(value, str):
         hint = "; conversations are read by messages_field or shape" if isinstance(value, list) else ""
-        raise HmfError(f"field {field!r} holds {shapes.kind_of(value)} and not text{hint}")
+        raise HmfError(f"field {field!r} holds {formats.kind_of(value)} and not text{hint}")
     require_text(value, field)
     return value
 
@@ -209,7 +209,7 @@ def content(record: Record, settings: SourceSettings) -> str | Conversation:
 def pair_of(record: Record, settings: PairSettings) -> Pair:
     """The pair of a record; HmfError as of `content`."""
     assert not isinstance(record.value, str)  # settings of pairs read no text
-    return shapes.pair(_row(record.value), settings)
+    return formats.pair(_row(record.value), settings)
 
 
 def digest(records: Iterable[Record]) -> str:
