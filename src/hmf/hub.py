@@ -109,7 +109,9 @@ def upload(name: str, files: Mapping[str, Path | bytes], private: bool = False) 
     except errors.LocalTokenNotFoundError:
         raise HmfError(f"{name}: there is no Hub token; set HF_TOKEN or run `hf auth login`") from None
     except (errors.HfHubHTTPError, httpx.HTTPError) as error:
-        raise HmfError(f"{name}: the Hub refused the upload: {_line(error)}; check the name and HF_TOKEN") from None
+        raise HmfError(
+            f"{name}: the Hub did not accept the upload: {_line(error)}; check the name and HF_TOKEN"
+        ) from None
     except OSError as error:
         raise HmfError(f"{name}: the upload failed: {error.strerror or _line(error)}; run the command again") from None
     return str(address)
