@@ -217,7 +217,7 @@ def test_a_card_that_somebody_else_wrote_is_kept(run, own, monkeypatch, capsys):
 def test_dry_run_names_files_and_sizes_and_changes_nothing(run, monkeypatch, capsys):
     before = sorted(run.rglob("*"))
     code, out, _ = command(monkeypatch, capsys, "push", run, "--repo", "me/it", "--dry-run")
-    assert code == 0 and sorted(run.rglob("*")) == before and "nothing was sent" in out
+    assert code == 0 and sorted(run.rglob("*")) == before and "nothing was uploaded" in out
     listed = {name: int(size.replace(",", "")) for size, name in re.findall(r"^ *([\d,]+) bytes  (.*)$", out, re.M)}
     files = push_files(run, "me/it")
     card = files["README.md"].decode()
@@ -311,7 +311,11 @@ def test_push_sends_files_and_card_in_one_commit(run):
     server.shutdown()
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{address}/me/it"
-    assert denied.returncode == 2 and denied.stderr.count("\n") == 1 and "the Hub did not take it" in denied.stderr
+    assert (
+        denied.returncode == 2
+        and denied.stderr.count("\n") == 1
+        and "the Hub did not accept the upload" in denied.stderr
+    )
     assert received == {"README.md": b"card", "results/a.yaml": (run / "recipe.yaml").read_bytes()}
     assert [path for path, _ in asked if path.endswith("/commit/main")] == ["/api/models/me/it/commit/main"]
     assert {token for _, token in asked} == {"Bearer hf_secret"}

@@ -173,7 +173,7 @@ def test_a_number_of_tokens_may_have_a_unit(number, unit, space):
 
 @pytest.mark.parametrize("text", ["", "K", "1.5K", "-1", "128KB", "1K2", "1__0", "1e3", "١٢K"])
 def test_other_texts_are_no_number_of_tokens(text):
-    with pytest.raises(ValueError, match="is no number of tokens; write for example 131072, 128K or 1M"):
+    with pytest.raises(ValueError, match="is not a number of tokens; write for example 131072, 128K or 1M"):
         parse_tokens(text)
 
 
@@ -199,7 +199,7 @@ def test_lengths_are_taken_with_a_unit_wherever_they_are_asked_for(tmp_path, mon
     assert settings.distill.data.sequence_length == 131072
     assert (settings.evaluate.length, settings.evaluate.max_new_tokens) == (1024, 1024)
     recipe.write_text(yaml.safe_dump({**PRIME, "output": "here", "evaluate": {"length": "1 KB"}}))
-    with pytest.raises(HmfError, match="evaluate.length: '1 KB' is no number of tokens; write for example"):
+    with pytest.raises(HmfError, match="evaluate.length: '1 KB' is not a number of tokens; write for example"):
         read_recipe(recipe, PrimeRecipe)
 
 
@@ -228,11 +228,11 @@ ONE_STEP = {"max_steps": 1, "per_device_train_batch_size": 1}
         ({"distil": {}}, "unknown key 'distil'; did you mean 'distill'?"),
         ({"hybrid": {"mixer": "gdn", "ration": 0.5}}, "hybrid: unknown key 'ration'; did you mean 'ratio'?"),
         ({"hybrid": {"mixer": "gnd", "ratio": 0.5}}, "unknown mixer 'gnd'; did you mean 'gdn'?"),
-        ({"hybrid": {"mixer": "gdn", "ratio": 0.01}}, "ratio: 0.01 of 6 layers gives no layer"),
+        ({"hybrid": {"mixer": "gdn", "ratio": 0.01}}, "ratio: 0.01 of 6 layers replaces no layer"),
         ({"hybrid": {"mixer": "gdn", "ratio": 0.5, "layers": [1]}}, "exactly one of ratio, layers and pattern"),
-        ({"hybrid": {"pattern": "*-GDN"}}, "pattern: has 2 layers, the model has 6"),
+        ({"hybrid": {"pattern": "*-GDN"}}, "pattern: has 2 layers, but the model has 6"),
         ({"hybrid": {"pattern": "*-GND-*-*-*-*"}}, "unknown layer symbol 'GND'; did you mean 'GDN'?"),
-        ({"hybrid": {"layers": [1, 9]}}, "layers: [9] not among the model's layers 0 to 5"),
+        ({"hybrid": {"layers": [1, 9]}}, "layers: [9] are not layers of the model; its layers are 0 to 5"),
         ({"hybrid": {"ratio": 0.5, "options": {"gdn": {"use_gat": True}}}}, "'use_gat'; did you mean 'use_gate'?"),
         ({"base": "nowhere"}, "nowhere: no such directory"),
         ({"distill": {"training": ONE_STEP | {"max_steps": "many"}}}, "distill.training.max_steps: "),
@@ -295,7 +295,10 @@ def test_an_unexpected_error_is_one_line_and_a_log(monkeypatch, capsys):
 
     monkeypatch.setattr("hmf.model.checkpoint.load_config", fail)
     code, _, err = run(monkeypatch, capsys, "plan", "teacher", "--gpu", "h100")
-    assert (code, err.count("\n")) == (1, 1) and "unexpected RuntimeError: first; please report it with " in err
+    assert (code, err.count("\n")) == (
+        1,
+        1,
+    ) and "unexpected RuntimeError: first; please report it, with the file " in err
     log = Path(err.strip().rpartition(" ")[2])
     assert "in fail" in log.read_text() and "second" in log.read_text()
     log.unlink()
@@ -410,9 +413,9 @@ def test_evaluate_takes_several_models_and_prints_json(tmp_path, monkeypatch, ca
     )
     assert code == 0 and all(f"│ {path} " in out for path in long)
     for wrong, line in (
-        (["teacher", "teacher"], "MODEL: one is named twice"),
+        (["teacher", "teacher"], "MODEL: a model is named twice"),
         (["teacher", "--tasks", "recal"], "did you mean 'recall'?"),
-        (["teacher", "--device", "cuda"], "PyTorch finds no GPU here"),
+        (["teacher", "--device", "cuda"], "PyTorch finds no GPU"),
     ):
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
         code, _, err = run(monkeypatch, capsys, "evaluate", *wrong)

@@ -144,7 +144,7 @@ def test_a_model_comes_by_name_once_and_loads_as_its_folder_does(served, tmp_pat
     cache = tmp_path / "cache"
     small = Path(ask("resolve_base('some-org/Tiny.1', weights=False)", served, cache))
     assert (small / "config.json").is_file() and not list(small.rglob("*.safetensors"))
-    assert "only in part in the Hub's cache" in ask(
+    assert "the Hub's cache holds only a part of it" in ask(
         "resolve_base('some-org/Tiny.1')", served, cache, HF_HUB_OFFLINE="1"
     )
     folder = Path(ask("resolve_base('some-org/Tiny.1')", served, cache))
@@ -165,9 +165,9 @@ def test_a_model_comes_by_name_once_and_loads_as_its_folder_does(served, tmp_pat
 def test_what_the_hub_does_not_have_is_one_line_that_says_both(served, tmp_path):
     cache = tmp_path / "cache"
     for code, line in (
-        ("resolve_base('nobody/nothing')", "nobody/nothing: no such directory, and no model of the Hub by that name"),
+        ("resolve_base('nobody/nothing')", "nobody/nothing: no such directory, and no model on the Hub has that name"),
         ("resolve_base('some-org/Tiny.1@v2')", "some-org/Tiny.1@v2: the model has no revision 'v2'"),
-        ("hub.data_path('path', 'hf://datasets/nobody/x')", "nobody/x: no dataset of the Hub by that name"),
+        ("hub.data_path('path', 'hf://datasets/nobody/x')", "nobody/x: no dataset on the Hub has that name"),
         ("hub.data_path('path', 'hf://some-org/texts')", "path: hf://some-org/texts: write hf://datasets/OWNER/NAME"),
     ):
         found = ask(code, served, cache)

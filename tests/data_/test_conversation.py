@@ -226,9 +226,9 @@ REFUSED = {
         [HI, answer("", tool_calls=[call(arguments="{'a': 1}")])],
         r"tool_calls\[0\].function.arguments: .*not valid",
     ),
-    "twice": ([HI, answer("", tool_calls=[call(arguments='{"a": 1, "a": 2}')])], "the key .a. is there twice"),
+    "twice": ([HI, answer("", tool_calls=[call(arguments='{"a": 1, "a": 2}')])], "the key .a. occurs twice"),
     "deep": ([HI, answer("", tool_calls=[call(arguments='{"a": ' * 900 + "1" + "}" * 900)])], "nested too deeply"),
-    "not finite": ([HI, answer("", tool_calls=[call(arguments='{"a": NaN}')])], "nan is no number that JSON has"),
+    "not finite": ([HI, answer("", tool_calls=[call(arguments='{"a": NaN}')])], "nan is not a valid JSON number"),
     "custom call": (
         [HI, answer("", tool_calls=[{"type": "custom", "custom": {}}])],
         r"tool_calls\[0\].type: is 'custom'",

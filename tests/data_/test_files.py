@@ -87,12 +87,15 @@ BAD = {
     "latin.txt": (b"caf\xe9!", r"latin.txt: not UTF-8 .* byte 4"),
     "nul.txt": (b"a\0b", "nul.txt: not UTF-8 text"),
     "nul.jsonl": (LINES + b'{"text": "a\0"}', "nul.jsonl:4: not UTF-8 text"),
-    "twice.jsonl": (LINES + b'{"text": "a", "text": "b"}', "jsonl:4: not valid JSON .the key 'text' is there twice"),
+    "twice.jsonl": (LINES + b'{"text": "a", "text": "b"}', "jsonl:4: not valid JSON .the key 'text' occurs twice"),
     "twice.json": (b'[{"text": "a"},\n{"text": "a", "text": "b"}]', "json:2: not valid JSON .the key 'text' is there"),
     "nested.jsonl": (b'{"text": ' + b"[" * 500 + b"]" * 500 + b"}", "nested.jsonl:1: not valid JSON .it is nested too"),
     "nested.json": (b'{"text": ' + b"[" * 500 + b"]" * 500 + b"}", "nested.json:1: not valid JSON .it is nested too"),
     "deep.jsonl": (b"[" * 100_000, "deep.jsonl:1: not valid JSON .it is nested too deeply"),
-    "half.jsonl": (b'{"text": "a \\ud83d b"}', r"half.jsonl:1: text: a lone surrogate \(\\ud83d\) is no text; remove"),
+    "half.jsonl": (
+        b'{"text": "a \\ud83d b"}',
+        r"half.jsonl:1: text: a lone surrogate \(\\ud83d\) is not valid text; remove",
+    ),
     "open.json": (b'[{"text": "a"},\n{"text": "b"}', "open.json:2: the array does not end"),
     "cut.json": (b'[{"text": "a"},\n{"text": "b', "cut.json:2: not valid JSON .Unterminated string"),
     "more.json": (b'[{"text": "a"}]\n{"text": "b"}', "more.json:2: '{' where nothing is expected"),
@@ -285,16 +288,16 @@ def test_pairs_that_do_not_share_their_prompt_are_refused(tmp_path):
 
 def test_the_same_key_twice_is_an_error(tmp_path):
     for text in ('{"a": 1, "b": {"c": 1, "c": 1}}', '[{"a": 1, "\\u0061": 2}]'):
-        with pytest.raises(ValueError, match="is there twice"):
+        with pytest.raises(ValueError, match="occurs twice"):
             parse_json(text)
     for text in ("a: 1\nb: 2\n'a': 3", "{x: {1: a, 0x1: b}}", "- {true: 1, True: 2}"):
-        with pytest.raises(ValueError, match="is there twice, again in line"):
+        with pytest.raises(ValueError, match="occurs twice, again in line"):
             parse_yaml(text)
     merged = "a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {<<: *b, y: 4}"
     assert parse_yaml(merged) == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}, "c": {"x": 3, "y": 4}}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: a\noutput: b\ntraining: {max_steps: 1, max_steps: 2}\n")
-    with pytest.raises(HmfError, match="yaml: not valid YAML .the key 'max_steps' is there twice, again in line 3"):
+    with pytest.raises(HmfError, match="yaml: not valid YAML .the key 'max_steps' occurs twice, again in line 3"):
         read_recipe(recipe, DistillRecipe)
 
 

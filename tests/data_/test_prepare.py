@@ -143,7 +143,7 @@ def test_training_reads_prepared_rows(whole, tokenizer):
     other = train_tokenizer(TEXTS, 280, "", 128)
     with pytest.raises(HmfError, match="prepared with another tokenizer"):
         mixture(data, other, rows=1, seed=0)
-    with pytest.raises(ValueError, match="prepared rows are complete; leave out text"):
+    with pytest.raises(ValueError, match="prepared: the rows are complete .*leave out text"):
         DataSettings(prepared=whole, text="stdlib")
 
 
@@ -312,12 +312,12 @@ def test_places_and_recipes_that_cannot_be(folder, tmp_path, whole):
     (tmp_path / "out").mkdir(exist_ok=True)
     busy = os.open(tmp_path / "out", os.O_RDONLY)
     fcntl.flock(busy, fcntl.LOCK_EX)
-    with pytest.raises(HmfError, match="out: another process works in it now"):
+    with pytest.raises(HmfError, match="out: another process is using this folder"):
         prepare(recipe(folder, tmp_path / "out"), TEACHER)
     os.close(busy)
     for changes, expected in (
         ({"sources": [{"path": "a", "weigt": 1}]}, "sources.0: unknown key 'weigt'; did you mean 'weight'"),
-        ({"sources": [{"path": "a"}, {"path": "b/a"}]}, "two are called 'a'; give each a name"),
+        ({"sources": [{"path": "a"}, {"path": "b/a"}]}, "two sources have the name 'a'; give each its own name"),
         ({"sources": [{"path": "a", "weight": 1}, {"path": "b"}]}, "'b' has no weight"),
         ({"sources": [{}]}, "give either path or dataset"),
         ({"tokens": 5}, "tokens: needs weights"),
@@ -513,7 +513,7 @@ def test_show_counts_special_tokens_and_what_follows_the_last_answer(folder, tmp
     kept["ignore_keys"] = []
     with pytest.raises(HmfError, match=r"talk: talk.jsonl:1: messages\[0\].id: unknown key 'id'"):
         prepare(recipe(folder, tmp_path / "other", sources=sources), TEACHER)
-    with pytest.raises(ValueError, match="role and content are what a message is"):
+    with pytest.raises(ValueError, match="role and content are required in a message"):
         SourceSettings(path="a", ignore_keys=["content"])
 
 

@@ -150,7 +150,7 @@ def require_promised(ended: Outcome, trains: bool = False) -> None:
     if not ended.code:
         return
     last = lines[-1] if lines else ""
-    if "; please report it with " in last:
+    if "; please report it, with the file " in last:
         log = Path(last.rpartition(" ")[2])
         told = log.read_text()
         log.unlink()

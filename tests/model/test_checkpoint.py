@@ -159,8 +159,8 @@ def test_config_that_is_no_json_object(checkpoint, content):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"hybrid_override_pattern": "*-GDN-*"}, "hybrid_override_pattern: has 3 layers, the model has 4"),
-        ({"num_hidden_layers": 5}, "hybrid_override_pattern: has 4 layers, the model has 5"),
+        ({"hybrid_override_pattern": "*-GDN-*"}, "hybrid_override_pattern: has 3 layers, but the model has 4"),
+        ({"num_hidden_layers": 5}, "hybrid_override_pattern: has 4 layers, but the model has 5"),
         ({"hybrid_override_pattern": "*-GDM-*-GDN"}, "hybrid_override_pattern: layer 1: .*'GDM'.*'GDN'"),
         ({"hybrid_override_pattern": ["*", "GDN", "*", "GDN"]}, "hybrid_override_pattern: .*is no text"),
         ({"layer_types": ["*", "GDN", "GDN", "*"]}, "layer_types .*disagree"),
@@ -169,7 +169,7 @@ def test_config_that_is_no_json_object(checkpoint, content):
         ({"gdn_config": {"conv_size": "four"}}, "gdn_config: conv_size: .*integer"),
         ({"gdn_config": {"conv_size": 0}}, "gdn_config: conv_size: .*greater than 0"),
         ({"gdn_config": {"kv_proj_rank": -1}}, "gdn_config: kv_proj_rank: "),
-        ({"gdn_config": [1]}, r"gdn_config: \[1\] is no table"),
+        ({"gdn_config": [1]}, r"gdn_config: \[1\] is not a mapping"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: 3 does not divide"),
         ({"state_dtype": "float31"}, "state_dtype 'float31'"),
         ({"model_type": "hybrid_qwen9"}, "'hybrid_qwen9' is not among the supported families .*add a row"),

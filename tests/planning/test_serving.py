@@ -249,7 +249,7 @@ def test_command_line(tmp_path, monkeypatch):
     assert len(notes) == 2 * 8 and notes[-1] == "1.98×"  # as the table above has it for the longest
     arguments[-1] = str(tmp_path / "nowhere" / "plan.png")
     result = CliRunner().invoke(app, ["plan", *arguments])
-    assert isinstance(result.exception, HmfError) and "in one that exists" in str(result.exception)
+    assert isinstance(result.exception, HmfError) and "create it or choose another" in str(result.exception)
 
 
 @pytest.mark.vllm

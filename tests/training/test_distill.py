@@ -109,6 +109,6 @@ def test_bad_settings_are_one_clear_line(stage0, tmp_path):
     unknown = settings().model_copy(update={"data": settings().data.model_copy(update={"tasks": {"recal": 1.0}})})
     with pytest.raises(HmfError, match="did you mean 'recall'"):
         distill(stage0, tmp_path / "run", unknown)
-    with pytest.raises(HmfError, match="no fused checkpoint"):
+    with pytest.raises(HmfError, match="not a fused checkpoint"):
         distill(resolve_base("teacher"), tmp_path / "run", settings())
     shutil.rmtree(empty)

@@ -32,7 +32,7 @@ def evaluate(
         int, typer.Option(min=0, help="Bytes of held-out text to score, from Python's standard library.")
     ] = 100_000,
     thinking: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = True,
-    max_new_tokens: Annotated[int, tokens("Longest answer.")] = 160,
+    max_new_tokens: Annotated[int, tokens("Most tokens of an answer.")] = 160,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 16,
     baselines: Annotated[bool, typer.Option(help="Also score order-3 n-gram models of bytes and of tokens.")] = False,
     device: Device = None,
@@ -89,13 +89,13 @@ def evaluate(
 def chat(
     model: Annotated[str, typer.Argument(help=MODEL)],
     thinking: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = True,
-    max_new_tokens: Annotated[int, tokens("Longest answer.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
-    url: Annotated[str | None, typer.Option(help="Of a running server; left out: load the model here.")] = None,
+    max_new_tokens: Annotated[int, tokens("Most tokens of an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="Temperature of sampling; 0 is greedy.")] = 0.0,
+    url: Annotated[str | None, typer.Option(help="Server that runs the model. Default: load it here.")] = None,
 ) -> None:
-    """Talk to a model in the terminal.
+    """Chat with a model in the terminal.
 
-    It is loaded here, or a server at `--url` has it.
+    The model is loaded in this process, or runs on a server at `--url`.
     """
     source = resolve_base(model)
 

@@ -69,9 +69,7 @@ def init(
 
     report = make_stage0(source, settings.layer_pattern(base_layers(source)), out, seed=seed)
     typer.echo(report.describe())
-    typer.echo(
-        "*DA: a layer that keeps its attention; GDN* and so on: a mixer beside the attention that it learns from"
-    )
+    typer.echo("*DA: a layer that keeps attention; GDN* and so on: a mixer beside the attention that it learns from")
     typer.echo(f"saved {out}; next: hmf distill RECIPE.yaml with model: {out}")
 
 

@@ -63,7 +63,7 @@ class OptimiserSettings(Settings):
         if former:
             place = f"{info.context['file']}: " if info.context else ""
             names = ", ".join(f"{old} is now {new}" for old, new in former.items())
-            notice(f"{place}training: {names}; the former names are accepted until the next release")
+            notice(f"{place}training: {names}; the former names are read until the next release")
         return {former.get(name, name): value for name, value in given.items()}
 
     @model_validator(mode="after")
