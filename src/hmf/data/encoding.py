@@ -22,7 +22,7 @@ from hmf.data.conversation import (
     without_thinking,
 )
 from hmf.data.template import Talk, Template
-from hmf.data.tokenizer import Plain, document_separator, encode_texts
+from hmf.data.tokenizer import SpecialTokenSplitter, document_separator, encode_texts
 from hmf.errors import HmfError
 
 IGNORED = -100  # the label that transformers' losses leave out
@@ -110,7 +110,7 @@ def encode_chat(
         answer = THINK_BLOCK.sub("", content, count=1) if THINK_BLOCK.match(content) else content
         if message["role"] == "assistant" and not (answer.strip() or thinking_of(message) or "tool_calls" in message):
             raise HmfError(f"messages[{index}]: the assistant says nothing; remove the row or the message")
-    plain = Plain(tokenizer, [messages, tools]) if split_special_tokens else None
+    plain = SpecialTokenSplitter(tokenizer, [messages, tools]) if split_special_tokens else None
     if plain:
         messages, tools = [_hidden(message, plain) for message in messages], plain.hide(tools)
     template, answers = Template.of(tokenizer), answers if turns == "all" else answers[-1:]
@@ -164,7 +164,7 @@ class _Chat:
     thinks: the turns that are to be in the text in full, and whether the template is to enable thinking for them.
     """
 
-    def __init__(self, template: Template, talk: Talk, thinks: dict[int, bool], plain: Plain | None):
+    def __init__(self, template: Template, talk: Talk, thinks: dict[int, bool], plain: SpecialTokenSplitter | None):
         self.template, self.talk, self.thinks, self.plain = template, talk, thinks, plain
         self.tokenizer = template.tokenizer
 
@@ -264,7 +264,7 @@ class _Chat:
             )
 
 
-def _hidden(message: Message, plain: Plain) -> Message:
+def _hidden(message: Message, plain: SpecialTokenSplitter) -> Message:
     """A message without special tokens in its texts, but for the marks of an assistant's thinking."""
     marks = ("<think>", "</think>") if message["role"] == "assistant" else ()
     return {key: value if key == "role" else plain.hide(value, marks) for key, value in message.items()}
