@@ -27,7 +27,7 @@ def notice(line: str) -> None:
 def listed(names: Iterable[str], shown: int = 4, joint: str = ", ") -> str:
     """The first `shown` names in one text, and the number of the others."""
     names = list(names)
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
     return joint.join(names[:shown]) + more
 
 

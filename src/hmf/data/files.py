@@ -106,7 +106,7 @@ def find(place: str, path: Path, kind: str | None = None) -> FileSet:
     if len(kinds) > 1:
         raise HmfError(f"{place}: {path}: holds {' and '.join(sorted(kinds))} files; set format to the one to read")
     if skipped:
-        say_once(f"{place}: {path}: {len(skipped):,} not read: {shown}")
+        say_once(f"{place}: {path}: {len(skipped):,} files or folders are not read: {shown}")
     [(name, files)] = kinds.items()
     return FileSet(root, name, files)
 

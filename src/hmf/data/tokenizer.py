@@ -207,7 +207,7 @@ class SpecialTokenSplitter:
         self.free = (character for character in map(chr, range(ord(_PRIVATE), 0x110000)) if character not in used)
 
     def hide(self, value: Any, but: Container[str] = ()) -> Any:
-        """The value (of texts, lists and objects) with the special tokens in its texts hidden, except those in `but`."""
+        """A value of texts, lists and objects, with all special tokens in its texts hidden except those in `but`."""
         if isinstance(value, str):
             return self.pattern.sub(lambda match: match[0] if match[0] in but else self._placeholder(match[0]), value)
         if isinstance(value, dict):
