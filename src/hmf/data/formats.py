@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Formats of records in published data sets, such as ShareGPT and Alpaca, converted to messages with role and content."""
+"""Conversion of common record formats, such as ShareGPT and Alpaca, into messages with role and content."""
 
 from __future__ import annotations
 

@@ -89,8 +89,8 @@ class MixtureDataset(Dataset[PackedRow]):
 
 
 class PromptDataset(MixtureDataset):
-    """Prompts {"prompt": ids} of at most `sequence_length` tokens, for the student to continue: prompts of conversations,
-    and pieces of text of any length. Row i depends only on `seed` and i."""
+    """Prompts {"prompt": ids} of at most `sequence_length` tokens that the student continues: prompts of conversations,
+    or pieces of text of any length. Row i depends only on `seed` and i."""
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         rng, room = Random(f"{self.seed}:prompt {index}"), self.sequence_length

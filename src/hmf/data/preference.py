@@ -24,7 +24,7 @@ Pair = tuple[Encoded, Encoded]
 
 
 class PairDataset(Dataset[PackedRow]):
-    """Rows of whole pairs, in which each chosen answer comes before its rejected one. Row i depends only on `seed` and i.
+    """Rows of whole pairs, in which a chosen answer precedes its rejected one. Row i depends only on `seed` and i.
 
     One pass over the rows has every pair once; each further pass has another order. In addition to the columns of every
     row there is `reference`, float32 [P, 2]: log-likelihoods of chosen and rejected under the model that training

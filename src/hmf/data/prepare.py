@@ -201,7 +201,7 @@ class Tokenised:
             left_out = ", ".join(f"{count:,} by {reason}" for reason, count in sorted(counts.filtered.items()))
             raise HmfError(
                 f"{self.title}: none of {counts.records:,} records gives a document ({left_out or 'nothing to read'}); "
-                "check its filters"
+                "check the source and its filters"
             )
         if self.chat:
             self._truncate(recipe)
