@@ -245,7 +245,11 @@ def test_no_run_no_model_and_no_hybrid(tiny, tmp_path, monkeypatch, capsys):
     for name, source in (("fused", "stage0"), ("plain", "base")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model").symlink_to(tiny / source)
-    for name, message in (("empty", "holds no model"), ("fused", "holds the teacher"), ("plain", "is a Transformer's")):
+    for name, message in (
+        ("empty", "has no model"),
+        ("fused", "holds the teacher"),
+        ("plain", "is the config of a Transformer"),
+    ):
         code, _, err = command(monkeypatch, capsys, "card", tmp_path / name)
         assert code == 2 and message in err and err.count("\n") == 1
 

@@ -79,7 +79,7 @@ def test_mixer_goes_by_name_and_symbol(kind):
         ("*DA-GDN", "mixes fused"),
         ("*-GDN>GKA", "layer 1: 'GDN>GKA'.*not supported"),
         ("*-GDN-*", "has 3 layers, but the model has 2"),
-        (["*", "GDN"], "is no text"),
+        (["*", "GDN"], "is not a string"),
     ],
 )
 def test_bad_pattern_is_one_line_with_its_source(text, said):

@@ -98,7 +98,7 @@ def test_former_names_are_told_once_with_the_file_and_the_present_names(tmp_path
 def test_a_former_name_beside_the_present_one_is_refused(name, tmp_path):
     training = PRESENT | {name: FORMER[name], "weight_decay": -1}
     line = error_of(tmp_path, DistillRecipe, {"model": "a", "output": "b", "training": training})
-    assert f"training: {name} is the former name of {RENAMED[name]}; give {RENAMED[name]} alone" in line
+    assert f"training: {name} is the former name of {RENAMED[name]}; give only {RENAMED[name]}" in line
     assert "2 errors: " in line and "training.weight_decay: " in line
 
 

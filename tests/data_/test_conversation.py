@@ -233,7 +233,10 @@ REFUSED = {
         [HI, answer("", tool_calls=[{"type": "custom", "custom": {}}])],
         r"tool_calls\[0\].type: is 'custom'",
     ),
-    "no name": ([HI, answer("", tool_calls=[{"function": {"arguments": {}}}])], r"function.name: the call names no"),
+    "no name": (
+        [HI, answer("", tool_calls=[{"function": {"arguments": {}}}])],
+        r"function.name: the call needs the name",
+    ),
     "a user calls": ([user("x", tool_calls=[call()]), HELLO], r"messages\[0\].tool_calls: only the assistant"),
     "a user thinks": ([user("x", reasoning="y"), HELLO], r"messages\[0\].reasoning: only the assistant"),
     "other thoughts": (
@@ -245,7 +248,10 @@ REFUSED = {
     "no calls": ([HI, HELLO, result("x", "c"), HELLO], r"messages\[2\].tool_call_id: 'c' is the id of no call"),
     "only the second": ([HI, CALLS, result("x", "b"), HELLO], r"messages\[1\].tool_calls\[0\]: has no result"),
     "two results": ([HI, CALLS, result("x", "a"), result("y", "a"), HELLO], r"tool_calls\[0\]: has two results"),
-    "too many": ([HI, CALLS, result("x"), result("y"), result("z"), HELLO], r"messages\[4\]: a result more"),
+    "too many": (
+        [HI, CALLS, result("x"), result("y"), result("z"), HELLO],
+        r"messages\[4\]: the turn before it has fewer calls",
+    ),
     "another's": (
         [HI, CALLS, result("x", "a", name="time"), HELLO],
         r"messages\[2\].name: is 'time', but .* 'weather'",
@@ -284,7 +290,11 @@ LOST = {
     "second call": (ONE_CALL, [HI, CALLS], r"messages\[1\]: .*its tool calls out \(tool_calls\[1\].function.name"),
     "by content": (DROPS_ZERO, [user("x # and more"), HELLO], r"messages\[0\]: .*its content out"),
     "twice": (TWICE, [HI, HELLO], r"messages\[1\].content: the chat template writes it more than once"),
-    "order": (REVERSED, [HI, HELLO, user("So?"), answer("So.")], r"the chat template writes it after|told from its pr"),
+    "order": (
+        REVERSED,
+        [HI, HELLO, user("So?"), answer("So.")],
+        r"the chat template writes it after|separated from its pr",
+    ),
     "alternate": ("gemma", [HI, HI, HELLO], "the chat template fails: Conversation roles must alternate"),
 }
 

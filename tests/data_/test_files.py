@@ -88,7 +88,10 @@ BAD = {
     "nul.txt": (b"a\0b", "nul.txt: not UTF-8 text"),
     "nul.jsonl": (LINES + b'{"text": "a\0"}', "nul.jsonl:4: not UTF-8 text"),
     "twice.jsonl": (LINES + b'{"text": "a", "text": "b"}', "jsonl:4: not valid JSON .the key 'text' occurs twice"),
-    "twice.json": (b'[{"text": "a"},\n{"text": "a", "text": "b"}]', "json:2: not valid JSON .the key 'text' is there"),
+    "twice.json": (
+        b'[{"text": "a"},\n{"text": "a", "text": "b"}]',
+        "json:2: not valid JSON .the key 'text' occurs twice",
+    ),
     "nested.jsonl": (b'{"text": ' + b"[" * 500 + b"]" * 500 + b"}", "nested.jsonl:1: not valid JSON .it is nested too"),
     "nested.json": (b'{"text": ' + b"[" * 500 + b"]" * 500 + b"}", "nested.json:1: not valid JSON .it is nested too"),
     "deep.jsonl": (b"[" * 100_000, "deep.jsonl:1: not valid JSON .it is nested too deeply"),
@@ -142,11 +145,11 @@ def test_files_that_are_not_read_are_named(tmp_path, capsys):
         (tmp_path / name).write_text("?")
     (tmp_path / "link").symlink_to(tmp_path / "inner")
     assert sorted(read(tmp_path)) == ["a.jsonl", "inner/b.JSONL", "x.jsonl/c.jsonl"]
-    assert "5 not read: .git/, LICENSE, b.csv and 2 more" in capsys.readouterr().err
+    assert "5 files or folders are not read: .git/, LICENSE, b.csv and 2 more" in capsys.readouterr().err
     assert read(tmp_path / "*.jsonl") == ["a.jsonl"]
-    assert "1 not read: x.jsonl/" in capsys.readouterr().err
+    assert "1 files or folders are not read: x.jsonl/" in capsys.readouterr().err
     (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(HmfError, match="gone.jsonl: is no file, or a link to none"):
+    with pytest.raises(HmfError, match="gone.jsonl: is not a regular file, or is a broken link"):
         read(tmp_path)
     with pytest.raises(HmfError, match="nothing to read"):
         read(tmp_path / "*.nothing")
@@ -159,11 +162,11 @@ def test_a_format_chooses_files_by_their_suffix_or_those_without_one(tmp_path, c
     (tmp_path / "README.md").write_text("read me")
     (tmp_path / "part-0").write_text('{"text": "a"}')
     assert read(tmp_path, format="jsonl") == ["a"]
-    assert "1 not read: README.md" in capsys.readouterr().err
+    assert "1 files or folders are not read: README.md" in capsys.readouterr().err
     (tmp_path / "b.jsonl").write_text('{"text": "b"}')
     assert read(tmp_path, format="jsonl") == ["b"]
     assert read(tmp_path / "part-*", format="jsonl") == ["a"]
-    with pytest.raises(HmfError, match="holds text, and rows with fields are expected"):
+    with pytest.raises(HmfError, match="holds text files, but rows with fields are needed"):
         read(tmp_path / "README.md", messages_field="messages")
 
 
@@ -228,7 +231,7 @@ REFUSED = {
         "have a system turn",
     ),
     "field": ({"conversations": TALK, "functions": [{"name": "f"}]}, "sharegpt", "'functions' .*ignore_fields"),
-    "history": ({"instruction": "a", "output": "b", "history": ["c"]}, "alpaca", r"history\[0\]: a question and its"),
+    "history": ({"instruction": "a", "output": "b", "history": ["c"]}, "alpaca", r"history\[0\]: a list of two texts"),
     "surrogate": ({"instruction": "a", "output": "\ud83d"}, "alpaca", r"messages\[1\].content: a lone surrogate"),
     "empty": ({"prompt": "", "completion": "a"}, "prompt_completion", "prompt: is empty"),
 }
@@ -243,7 +246,7 @@ def test_what_a_shape_does_not_read_is_refused(tmp_path, name):
 
 def test_fields_that_belong_to_a_conversation_are_read_or_ignored_by_name(tmp_path):
     row = {"messages": said(("user", "a"), ("assistant", "b")), "parallel_tool_calls": False, "id": 1}
-    with pytest.raises(HmfError, match="'parallel_tool_calls' belongs to the conversation and is not read"):
+    with pytest.raises(HmfError, match="'parallel_tool_calls' belongs to the conversation but is not read"):
         shaped(tmp_path, row, messages_field="messages")
     ignored = shaped(tmp_path, row, messages_field="messages", ignore_fields=["parallel_tool_calls"])
     assert ignored.messages == row["messages"]
@@ -273,9 +276,9 @@ def test_pairs_have_shapes_too(tmp_path, shape):
 def test_pairs_that_do_not_share_their_prompt_are_refused(tmp_path):
     row = PAIRS["ultrafeedback"]
     for changes, expected in (
-        ({"rejected": said(("user", "1+2?"), ("assistant", "3"))}, "differ in the last message alone"),
-        ({"prompt": "1+2?"}, "field 'prompt' is not what chosen says"),
-        ({"messages": ASKED}, "field 'messages' is not what chosen says"),
+        ({"rejected": said(("user", "1+2?"), ("assistant", "3"))}, "differ only in their last message"),
+        ({"prompt": "1+2?"}, "field 'prompt' differs from chosen"),
+        ({"messages": ASKED}, "field 'messages' differs from chosen"),
     ):
         with pytest.raises(HmfError, match=expected):
             shaped(tmp_path, row | changes, PairSettings, shape="ultrafeedback")

@@ -266,13 +266,21 @@ TEXT, CHAT = {}, {"messages_field": "messages"}
 BAD = {
     "not JSON": (TEXT, '{"text": "a"', r"bad: bad.jsonl:3: not valid JSON .* at character 13 of 12"),
     "no object": (TEXT, "[1]", r"bad.jsonl:3: a JSON object is expected, not list"),
-    "no field": (TEXT, '{"body": "a", "id": 1}', r"bad.jsonl:3: no field 'text'; it has 'body', 'id': set text_field"),
-    "no text": (TEXT, '{"text": null}', r"bad.jsonl:3: field 'text' holds nothing and not text"),
-    "talk as text": (TEXT, '{"text": [{}]}', r"bad.jsonl:3: .* conversations are read by messages_field"),
+    "no field": (
+        TEXT,
+        '{"body": "a", "id": 1}',
+        r"bad.jsonl:3: no field 'text'; the row has 'body', 'id': set text_field",
+    ),
+    "no text": (TEXT, '{"text": null}', r"bad.jsonl:3: field 'text' holds nothing instead of text"),
+    "talk as text": (TEXT, '{"text": [{}]}', r"bad.jsonl:3: .* set messages_field or shape"),
     "no messages": (CHAT, '{"messages": []}', r"bad.jsonl:3: field 'messages' holds an empty list"),
     "no role": (CHAT, '{"messages": [{"from": "human", "value": "a"}]}', r"jsonl:3: messages\[0\] has no role"),
     "no answer": (CHAT, '{"messages": [{"role": "user", "content": "a"}]}', r"bad.jsonl:3: no assistant turn"),
-    "half a character": (TEXT, '{"text": "\\ud83d"}', r"bad: bad.jsonl:3: .*a lone surrogate \(\\ud83d\) is no text"),
+    "half a character": (
+        TEXT,
+        '{"text": "\\ud83d"}',
+        r"bad: bad.jsonl:3: .*a lone surrogate \(\\ud83d\) is not valid text",
+    ),
     "half in a message": (CHAT, '{"messages": [{"role": "user", "content": "\\ud83d"}]}', r"jsonl:3: .*lone surrogate"),
     "bad tools": (CHAT, '{"messages": [{"role": "user"}], "tools": "{"}', r"jsonl:3: field 'tools' is text but"),
 }
@@ -301,9 +309,9 @@ def test_places_and_recipes_that_cannot_be(folder, tmp_path, whole):
         source(path=str(tmp_path))
     with pytest.raises(HmfError, match="jsonl files have no splits"):
         source(path=str(tmp_path / "a.jsonl"), split="train")
-    with pytest.raises(HmfError, match="some/name: cannot be read by datasets"):
+    with pytest.raises(HmfError, match="some/name: the datasets library cannot read it"):
         list(source(dataset="some/name").records())
-    with pytest.raises(HmfError, match="no documents left of 0"):
+    with pytest.raises(HmfError, match="none of 0 records gives a document"):
         prepare(recipe(folder, tmp_path / "out", sources=[{"path": str(tmp_path / "a.jsonl")}]), TEACHER)
     with pytest.raises(HmfError, match="holds the rows of another recipe"):
         prepare(recipe(folder, whole, seed=1), TEACHER)
@@ -352,7 +360,7 @@ def test_a_damaged_set_is_named(folder, whole, tmp_path):
     with pytest.raises(HmfError, match=r"index.json: is damaged; prepare the set again"):
         PreparedDataset(tmp_path / "1")
     (tmp_path / "0" / "index.json").unlink()
-    with pytest.raises(HmfError, match=r"no finished set of rows \(no index.json\)"):
+    with pytest.raises(HmfError, match=r"is not a finished prepared data set \(there is no index.json\)"):
         PreparedDataset(tmp_path / "0")
 
 
@@ -391,7 +399,7 @@ def test_records_that_changed_between_a_stop_and_the_next_start_are_tokenised_ag
     prepare(recipe(folder, tmp_path / "c", sources=made["sources"]), TEACHER)
     assert files(tmp_path / "b") == files(tmp_path / "c") != files(tmp_path / "a")
     source.write_text(source.read_text() + json.dumps({"text": "one more"}) + "\n")
-    with pytest.raises(HmfError, match="source texts has changed since these rows were made"):
+    with pytest.raises(HmfError, match="source texts has changed since the rows were prepared"):
         prepare(recipe(folder, tmp_path / "c", sources=made["sources"]), TEACHER)
     source.unlink()  # rows do not need it any more
     prepare(recipe(folder, tmp_path / "c", sources=made["sources"]), TEACHER)
@@ -506,7 +514,7 @@ def test_show_counts_special_tokens_and_what_follows_the_last_answer(folder, tmp
     for place in ("recipe.yaml", "out"):
         output = CliRunner().invoke(app, ["data", "show", str(tmp_path / place), "--samples", "0"]).output
         assert "talk: 2 records hold special tokens" in output and "crawl: 1 records hold special tokens" in output
-        assert "talk: 2 messages after the last supervised turn of their conversation are left out" in output
+        assert "talk: 2 messages after the last supervised turn of their conversation are not used" in output
     special = load_tokenizer(TEACHER).convert_tokens_to_ids("<|endoftext|>")
     [[(ids, _)], [(other, _)]] = [found for where, found in documents(tmp_path / "out").items() if "crawl" in where]
     assert ids.count(special) == other.count(special) == 2  # around the text

@@ -162,7 +162,7 @@ def test_config_that_is_no_json_object(checkpoint, content):
         ({"hybrid_override_pattern": "*-GDN-*"}, "hybrid_override_pattern: has 3 layers, but the model has 4"),
         ({"num_hidden_layers": 5}, "hybrid_override_pattern: has 4 layers, but the model has 5"),
         ({"hybrid_override_pattern": "*-GDM-*-GDN"}, "hybrid_override_pattern: layer 1: .*'GDM'.*'GDN'"),
-        ({"hybrid_override_pattern": ["*", "GDN", "*", "GDN"]}, "hybrid_override_pattern: .*is no text"),
+        ({"hybrid_override_pattern": ["*", "GDN", "*", "GDN"]}, "hybrid_override_pattern: .*is not a string"),
         ({"layer_types": ["*", "GDN", "GDN", "*"]}, "layer_types .*disagree"),
         ({"hybrid_override_pattern": "*DA-GDN*-*DA-GDN*", "layer_types": ["*DA", "GDN*", "GDN*", "*DA"]}, "disagree"),
         ({"gdn_config": {"use_gatee": False}}, "gdn_config: unknown key 'use_gatee'; did you mean 'use_gate'"),

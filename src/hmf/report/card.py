@@ -348,9 +348,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
             return f"The run folder has no recipe: {NOT_STATED}."
         parts = []
         if self.evidence.base is None:
-            parts.append(
-                "The recipes of the first stages are not available; these are the recipes of the later stages."
-            )
+            parts.append("The recipes of the first stages are not available; those of the later stages follow.")
         for stage in stages:
             section = stage if not isinstance(stage, PrimeRecipe) else stage.distill
             title = f"Stage 2, {stage.method}" if isinstance(stage, FinetuneRecipe) else "Stage 1, distillation"
