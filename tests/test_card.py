@@ -168,8 +168,8 @@ def test_measured_serving_is_shown_with_the_hardware_that_the_file_names(run):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("scores.primed.json", seal_json(PRIMED).replace("13.5", "1.5"), "not as it was written"),
-        ("scores.primed.json", "{", "holds no scores"),
+        ("scores.primed.json", seal_json(PRIMED).replace("13.5", "1.5"), "changed after it was written"),
+        ("scores.primed.json", "{", "has no valid scores"),
         ("scores.other.json", '{"tasks": {"recall": {"accuracy": 97, "n": 4}}}', "tasks.recall.accuracy"),
         ("scores.other.json", '{"tasks": {"recall": {"accuracy": 0.5}}}', "tasks.recall.n"),
         ("scores.other.json", '{"model": {}}', "tasks"),

@@ -205,7 +205,7 @@ REFUSED = {
     "audio": ([HI, answer("x", audio={"id": "1"})], r"messages\[1\].audio: unknown key"),
     "training flag": ([HI, answer("x", train=False)], r"messages\[1\].train: unknown key"),
     "half a weight": ([HI, answer("x", weight=0.5)], r"messages\[1\].weight: is 0.5"),
-    "weight of a user": ([user("x", weight=1), HELLO], r"messages\[0\].weight: is 1 of role 'user'"),
+    "weight of a user": ([user("x", weight=1), HELLO], r"messages\[0\].weight: is 1 for role 'user'"),
     "image": (
         [user([{"type": "image_url", "image_url": {"url": "x"}}]), HELLO],
         r"messages\[0\].content\[0\]: .*image_url",
@@ -216,7 +216,7 @@ REFUSED = {
     "object": ([user({"text": "x"}), HELLO], r"messages\[0\].content: an object is not text"),
     "number": ([user(5), HELLO], r"messages\[0\].content: a number is not text"),
     "strings": ([user(["x", "y"]), HELLO], r"messages\[0\].content: a list is not text"),
-    "nothing": ([user(None), HELLO], r"messages\[0\].content: .*without content"),
+    "nothing": ([user(None), HELLO], r"messages\[0\].content: .*needs content"),
     "no result": ([HI, CALLS, result([], "a"), HELLO], r"messages\[2\].content: an empty list"),
     "no object": (
         [HI, answer("", tool_calls=[call(arguments="[1]")])],

@@ -80,7 +80,7 @@ BAD = {
     "none.jsonl.bz2": (LINES, "none.jsonl.bz2:1: cannot be read"),
     "none.jsonl.xz": (LINES, "none.jsonl.xz:1: cannot be read"),
     "packed.jsonl": (gzip.compress(LINES), "packed.jsonl:1: not UTF-8"),
-    "utf16.jsonl": (LINES.decode().encode("utf-16"), "utf16.jsonl:1: not UTF-8 but UTF-16"),
+    "utf16.jsonl": (LINES.decode().encode("utf-16"), "utf16.jsonl:1: encoded in UTF-16"),
     "utf16le.jsonl": (LINES.decode().encode("utf-16-le"), r"utf16le.jsonl:1: not UTF-8 text \(byte 2 is 0\)"),
     "utf16.json": (LINES.decode().encode("utf-16"), "utf16.json:1: cannot be read"),
     "latin.jsonl": (LINES + '{"text": "café"}'.encode("latin-1"), r"latin.jsonl:4: not UTF-8 .* byte 14"),
@@ -101,8 +101,8 @@ BAD = {
     ),
     "open.json": (b'[{"text": "a"},\n{"text": "b"}', "open.json:2: the array does not end"),
     "cut.json": (b'[{"text": "a"},\n{"text": "b', "cut.json:2: not valid JSON .Unterminated string"),
-    "more.json": (b'[{"text": "a"}]\n{"text": "b"}', "more.json:2: '{' where nothing is expected"),
-    "numbers.json": (b"[1, 2]", "numbers.json:1: '1' where"),
+    "more.json": (b'[{"text": "a"}]\n{"text": "b"}', "more.json:2: '{' is not valid here, where the end is expected"),
+    "numbers.json": (b"[1, 2]", "numbers.json:1: '1' is not valid here"),
     "wrong.json": (b'{"text": "a"}\n{"text" "b"}' + b" " * 99, "wrong.json:2: not valid JSON .Expecting ':'"),
     "none.parquet": (b"", "none.parquet: row 0: not readable Parquet"),
     "a.parquet.gz": (b"", "nothing to read .a.parquet.gz"),
@@ -203,7 +203,7 @@ def test_a_shape_is_one_key(tmp_path, shape):
     row, messages = SHAPED[shape]
     assert shaped(tmp_path, row, shape=shape).messages == messages
     for name in row.keys() - {"id", "input", "system", "history"}:
-        with pytest.raises(HmfError, match=f"no field '{name}'; it has"):
+        with pytest.raises(HmfError, match=f"no field '{name}'; the row has"):
             shaped(tmp_path, {key: value for key, value in row.items() if key != name}, shape=shape)
 
 

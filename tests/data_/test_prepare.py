@@ -380,7 +380,9 @@ def test_a_damaged_cache_is_made_anew(folder, tmp_path, damage, capsys):
             first.with_name("shards.json").write_text('{"shards": 2}')
     prepare(recipe(folder, tmp_path / "b", **made), TEACHER)
     assert files(tmp_path / "a") == files(tmp_path / "b")
-    assert ("000000.arrow: is damaged; made anew" in capsys.readouterr().err) == (damage in ("a byte", "the end"))
+    assert ("000000.arrow: it is damaged; it is written again" in capsys.readouterr().err) == (
+        damage in ("a byte", "the end")
+    )
 
 
 def test_records_that_changed_between_a_stop_and_the_next_start_are_tokenised_again(folder, tmp_path, capsys):
@@ -395,7 +397,7 @@ def test_records_that_changed_between_a_stop_and_the_next_start_are_tokenised_ag
     source.write_text(source.read_text().replace("text 9:", "TEXT 9:"))
     os.utime(source, ns=times)
     prepare(recipe(folder, tmp_path / "b", **made), TEACHER)
-    assert "000001.arrow: its records have changed; made anew" in capsys.readouterr().err
+    assert "000001.arrow: its records have changed; it is written again" in capsys.readouterr().err
     prepare(recipe(folder, tmp_path / "c", sources=made["sources"]), TEACHER)
     assert files(tmp_path / "b") == files(tmp_path / "c") != files(tmp_path / "a")
     source.write_text(source.read_text() + json.dumps({"text": "one more"}) + "\n")
@@ -513,7 +515,7 @@ def test_show_counts_special_tokens_and_what_follows_the_last_answer(folder, tmp
     prepare(made, TEACHER)
     for place in ("recipe.yaml", "out"):
         output = CliRunner().invoke(app, ["data", "show", str(tmp_path / place), "--samples", "0"]).output
-        assert "talk: 2 records hold special tokens" in output and "crawl: 1 records hold special tokens" in output
+        assert "talk: 2 records have special tokens" in output and "crawl: 1 records have special tokens" in output
         assert "talk: 2 messages after the last supervised turn of their conversation are not used" in output
     special = load_tokenizer(TEACHER).convert_tokens_to_ids("<|endoftext|>")
     [[(ids, _)], [(other, _)]] = [found for where, found in documents(tmp_path / "out").items() if "crawl" in where]

@@ -243,10 +243,10 @@ class RopeScaling(Settings):
     @model_validator(mode="after")
     def _keys_of_its_type(self) -> RopeScaling:
         needed, optional = ROPE_KEYS[self.rope_type]
-        given = self.model_dump(exclude={"rope_type"}, exclude_none=True)
-        if missing := [name for name in needed if name not in given]:
+        options = self.model_dump(exclude={"rope_type"}, exclude_none=True)
+        if missing := [name for name in needed if name not in options]:
             raise ValueError(f"{self.rope_type} needs {', '.join(missing)}")
-        if extra := [name for name in given if name not in (*needed, *optional)]:
+        if extra := [name for name in options if name not in (*needed, *optional)]:
             raise ValueError(f"{self.rope_type} has no {', '.join(extra)}; leave it out")
         low, high = (
             (self.beta_slow, self.beta_fast)
@@ -428,8 +428,8 @@ def _problem(problem: Any, kind: type[BaseModel]) -> str:
     if problem["type"] == "missing":
         return f"{where}: is missing"
     message = problem["msg"].removeprefix("Value error, ")
-    given = problem["input"]
-    shown = f" (got {given!r:.200})" if isinstance(given, str | int | float | bool | type(None)) else ""
+    value = problem["input"]
+    shown = f" (got {value!r:.200})" if isinstance(value, str | int | float | bool | type(None)) else ""
     return f"{where + ': ' if where else ''}{message}{shown}"
 
 

@@ -33,7 +33,7 @@ class Record:
 
 
 class Source:
-    """A source whose files have been found and checked; `records()` reads them.
+    """A source whose files have been file_set and checked; `records()` reads them.
 
     Attributes:
         total: bytes of all records; None if not known before reading.
@@ -101,8 +101,8 @@ class Source:
                 )
             self.format, self.root, self.files = "saved", path, sorted(path.rglob("*.arrow"))
             return
-        found = files.find(f"{key}.path", path, settings.format)
-        self.format, self.files, self.root = found.kind, found.files, found.root
+        file_set = files.find(f"{key}.path", path, settings.format)
+        self.format, self.files, self.root = file_set.kind, file_set.files, file_set.root
         if self.format == "text":
             if not settings.reads_text:
                 raise HmfError(
