@@ -36,7 +36,7 @@ def _allowed() -> int:
 
 
 def whole_processors(groups: Path = _GROUPS) -> int:
-    """The control group's CPU quota, rounded down to whole processors; a huge number where there is no quota."""
+    """The control group's CPU quota, rounded down to whole processors; a very large number if there is no quota."""
     shares = [float("inf")]
     with suppress(OSError, ValueError, ZeroDivisionError):  # version 2: "max 100000" or "150000 100000"
         quota, period = (groups / "cpu.max").read_text().split()

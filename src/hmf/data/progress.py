@@ -9,7 +9,7 @@ from typing import Any
 
 from hmf.errors import one_line
 
-PLAIN_INTERVAL = 15.0  # seconds between lines where there is no terminal
+PLAIN_INTERVAL = 15.0  # seconds between lines if stderr is not a terminal
 
 
 class Progress:

@@ -33,7 +33,7 @@ class Record:
 
 
 class Source:
-    """A source whose files have been file_set and checked; `records()` reads them.
+    """A source whose files have been found and checked; `records()` reads them.
 
     Attributes:
         total: bytes of all records; None if not known before reading.
