@@ -83,24 +83,52 @@ def test_json_is_a_flag_wherever_it_is_an_option(command):
 
 
 WRONG = [
-    *(f"{name} nowhere{rest}" for name, rest in (
-        ("init", " --ratio 0.5 --out new"), ("export", " --out new"), ("evaluate teacher", ""), ("chat", ""),
-        ("convert", " --to qwen3_5 --out new"),
-        ("serve", " --dry-run"), ("plan", " --gpu h100"), ("card", ""),
-        ("push", " --repo me/it"), ("plan teacher --gpu h100 --plot", "/plan.png"),
-        ("bench distill", ""), ("bench states", ""), ("bench serving teacher", " --context 16:1"),
-        ("bench serving teacher --context 16:1 --json-file", "/rows.json"), ("bench solver --plot", "/solver.png"),
-    )),
-    *(f"{name} nowhere.yaml" for name in (
-        "distill", "finetune", "prime", "pretrain", "plan-training", "data prepare", "data show",
-    )),
-    "distill distill --set model=nowhere", "finetune quickstart/sft --set model=nowhere",
-    "prime quickstart --set base=nowhere", "data prepare data --set tokenizer=nowhere",
-    "data show data --set tokenizer=nowhere", "prime quickstart --set distill.data.text=nowhere",
-    "data prepare in.yaml", "data show in.yaml",
-    "finetune in-pairs.yaml", "plan teacher --gpu nowhere", "plan-training quickstart --gpu nowhere",
-    "evaluate nobody/nowhere", "init teacher --ratio 0.5 --out used-nowhere",
-]  # fmt: skip
+    *(
+        f"{name} nowhere{rest}"
+        for name, rest in (
+            ("init", " --ratio 0.5 --out new"),
+            ("export", " --out new"),
+            ("evaluate teacher", ""),
+            ("chat", ""),
+            ("convert", " --to qwen3_5 --out new"),
+            ("serve", " --dry-run"),
+            ("plan", " --gpu h100"),
+            ("card", ""),
+            ("push", " --repo me/it"),
+            ("plan teacher --gpu h100 --plot", "/plan.png"),
+            ("bench distill", ""),
+            ("bench states", ""),
+            ("bench serving teacher", " --context 16:1"),
+            ("bench serving teacher --context 16:1 --json-file", "/rows.json"),
+            ("bench solver --plot", "/solver.png"),
+        )
+    ),
+    *(
+        f"{name} nowhere.yaml"
+        for name in (
+            "distill",
+            "finetune",
+            "prime",
+            "pretrain",
+            "plan-training",
+            "data prepare",
+            "data show",
+        )
+    ),
+    "distill distill --set model=nowhere",
+    "finetune quickstart/sft --set model=nowhere",
+    "prime quickstart --set base=nowhere",
+    "data prepare data --set tokenizer=nowhere",
+    "data show data --set tokenizer=nowhere",
+    "prime quickstart --set distill.data.text=nowhere",
+    "data prepare in.yaml",
+    "data show in.yaml",
+    "finetune in-pairs.yaml",
+    "plan teacher --gpu nowhere",
+    "plan-training quickstart --gpu nowhere",
+    "evaluate nobody/nowhere",
+    "init teacher --ratio 0.5 --out used-nowhere",
+]
 
 
 def test_a_wrong_path_or_gpu_is_told_before_torch_is_imported(tmp_path):
@@ -145,15 +173,13 @@ def test_a_number_of_tokens_may_have_a_unit(number, unit, space):
 
 @pytest.mark.parametrize("text", ["", "K", "1.5K", "-1", "128KB", "1K2", "1__0", "1e3", "١٢K"])
 def test_other_texts_are_no_number_of_tokens(text):
-    with pytest.raises(ValueError, match="is no number of tokens; write for example 131072, 128K or 1M"):
+    with pytest.raises(ValueError, match="is not a number of tokens; write for example 131072, 128K or 1M"):
         parse_tokens(text)
 
 
 def test_lengths_are_taken_with_a_unit_wherever_they_are_asked_for(tmp_path, monkeypatch, capsys):
     for line in ("plan teacher --gpu h100 --context {}", "plan teacher --gpu h100 --batched-tokens {}"):
-        outputs = {
-            run(monkeypatch, capsys, *line.format(text).split())[1] for text in ("2K", "2048", "2k")
-        }  # fmt: skip
+        outputs = {run(monkeypatch, capsys, *line.format(text).split())[1] for text in ("2K", "2048", "2k")}
         assert len(outputs) == 1 and outputs != {""}
     counts = [
         (command, parameter.opts[0])
@@ -173,7 +199,7 @@ def test_lengths_are_taken_with_a_unit_wherever_they_are_asked_for(tmp_path, mon
     assert settings.distill.data.sequence_length == 131072
     assert (settings.evaluate.length, settings.evaluate.max_new_tokens) == (1024, 1024)
     recipe.write_text(yaml.safe_dump({**PRIME, "output": "here", "evaluate": {"length": "1 KB"}}))
-    with pytest.raises(HmfError, match="evaluate.length: '1 KB' is no number of tokens; write for example"):
+    with pytest.raises(HmfError, match="evaluate.length: '1 KB' is not a number of tokens; write for example"):
         read_recipe(recipe, PrimeRecipe)
 
 
@@ -202,11 +228,11 @@ ONE_STEP = {"max_steps": 1, "per_device_train_batch_size": 1}
         ({"distil": {}}, "unknown key 'distil'; did you mean 'distill'?"),
         ({"hybrid": {"mixer": "gdn", "ration": 0.5}}, "hybrid: unknown key 'ration'; did you mean 'ratio'?"),
         ({"hybrid": {"mixer": "gnd", "ratio": 0.5}}, "unknown mixer 'gnd'; did you mean 'gdn'?"),
-        ({"hybrid": {"mixer": "gdn", "ratio": 0.01}}, "ratio: 0.01 of 6 layers gives no layer"),
+        ({"hybrid": {"mixer": "gdn", "ratio": 0.01}}, "ratio: 0.01 of 6 layers replaces no layer"),
         ({"hybrid": {"mixer": "gdn", "ratio": 0.5, "layers": [1]}}, "exactly one of ratio, layers and pattern"),
-        ({"hybrid": {"pattern": "*-GDN"}}, "pattern: has 2 layers, the model has 6"),
+        ({"hybrid": {"pattern": "*-GDN"}}, "pattern: has 2 layers, but the model has 6"),
         ({"hybrid": {"pattern": "*-GND-*-*-*-*"}}, "unknown layer symbol 'GND'; did you mean 'GDN'?"),
-        ({"hybrid": {"layers": [1, 9]}}, "layers: [9] not among the model's layers 0 to 5"),
+        ({"hybrid": {"layers": [1, 9]}}, "layers: [9] are not layers of the model; its layers are 0 to 5"),
         ({"hybrid": {"ratio": 0.5, "options": {"gdn": {"use_gat": True}}}}, "'use_gat'; did you mean 'use_gate'?"),
         ({"base": "nowhere"}, "nowhere: no such directory"),
         ({"distill": {"training": ONE_STEP | {"max_steps": "many"}}}, "distill.training.max_steps: "),
@@ -217,7 +243,7 @@ ONE_STEP = {"max_steps": 1, "per_device_train_batch_size": 1}
         ({"seed": -1}, "seed: "),
         ({"evaluate": {"tasks": ["recal"]}}, "evaluate.tasks: unknown task 'recal'; did you mean 'recall'?"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_recipe_names_key_and_mend_and_writes_nothing(change, said, tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**PRIME, "output": str(tmp_path / "run"), **change}))
@@ -257,7 +283,7 @@ def test_a_run_that_cannot_start_claims_no_folder(tmp_path, monkeypatch, capsys)
         (["bench", "serving", "x", "--context", "1:1", "--format", "cards"], "'cards' is not one of 'table', 'card'"),
         (["evaluate", "two\nhmf: lines"], "two\\nhmf: lines: no such directory"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_command_line_is_one_line(arguments, line, monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, *arguments)
     assert (code, err.count("\n")) == (2, 1) and line in err and err.startswith("hmf: ")
@@ -269,7 +295,10 @@ def test_an_unexpected_error_is_one_line_and_a_log(monkeypatch, capsys):
 
     monkeypatch.setattr("hmf.model.checkpoint.load_config", fail)
     code, _, err = run(monkeypatch, capsys, "plan", "teacher", "--gpu", "h100")
-    assert (code, err.count("\n")) == (1, 1) and "unexpected RuntimeError: first; please report it with " in err
+    assert (code, err.count("\n")) == (
+        1,
+        1,
+    ) and "unexpected RuntimeError: first; please report it, with the file " in err
     log = Path(err.strip().rpartition(" ")[2])
     assert "in fail" in log.read_text() and "second" in log.read_text()
     log.unlink()
@@ -384,9 +413,9 @@ def test_evaluate_takes_several_models_and_prints_json(tmp_path, monkeypatch, ca
     )
     assert code == 0 and all(f"│ {path} " in out for path in long)
     for wrong, line in (
-        (["teacher", "teacher"], "MODEL: one is named twice"),
+        (["teacher", "teacher"], "MODEL: a model is named twice"),
         (["teacher", "--tasks", "recal"], "did you mean 'recall'?"),
-        (["teacher", "--device", "cuda"], "PyTorch finds no GPU here"),
+        (["teacher", "--device", "cuda"], "PyTorch finds no GPU"),
     ):
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
         code, _, err = run(monkeypatch, capsys, "evaluate", *wrong)

@@ -19,7 +19,7 @@ def test_a_second_process_is_refused_by_the_first_ones_name_until_it_is_killed(t
     assert holder.stdout is not None and holder.stdout.readline() == b"1\n"
     for recipe in ("a", "another"):
         with (
-            pytest.raises(HmfError, match=rf"run: process {holder.pid} on \S+ works in it now"),
+            pytest.raises(HmfError, match=rf"run: process {holder.pid} on \S+ is using this folder"),
             claimed(output, recipe),
         ):
             pass
@@ -75,7 +75,7 @@ def test_other_things_in_the_way(tmp_path):
         with pytest.raises(HmfError, match=f"{name}: the output directory is in use"):
             require_unused(tmp_path / name)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
-    with pytest.raises(HmfError, match="cannot be made.*file/run"), locked(tmp_path / "file/run"):
+    with pytest.raises(HmfError, match="cannot be created.*file/run"), locked(tmp_path / "file/run"):
         pass
 
 

@@ -31,9 +31,12 @@ def served(tmp_path_factory):
     make_tiny_stage0(root)
     model = root / "base"
     for name, content in {
-        "pytorch_model.bin": "pickle", "modeling_own.py": "import os", "README.md": "# card",
-        "onnx/model.safetensors": "another", "consolidated.safetensors": "twice",
-    }.items():  # fmt: skip
+        "pytorch_model.bin": "pickle",
+        "modeling_own.py": "import os",
+        "README.md": "# card",
+        "onnx/model.safetensors": "another",
+        "consolidated.safetensors": "twice",
+    }.items():
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text(content)
     data = root / "texts"
@@ -111,9 +114,12 @@ assert "torch" not in sys.modules
 """
     (cache.parent / "empty").mkdir(exist_ok=True)
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=cache.parent / "empty", env=os.environ | given | environment,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        cwd=cache.parent / "empty",
+        env=os.environ | given | environment,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()
 
@@ -138,7 +144,7 @@ def test_a_model_comes_by_name_once_and_loads_as_its_folder_does(served, tmp_pat
     cache = tmp_path / "cache"
     small = Path(ask("resolve_base('some-org/Tiny.1', weights=False)", served, cache))
     assert (small / "config.json").is_file() and not list(small.rglob("*.safetensors"))
-    assert "only in part in the Hub's cache" in ask(
+    assert "the Hub's cache holds only a part of it" in ask(
         "resolve_base('some-org/Tiny.1')", served, cache, HF_HUB_OFFLINE="1"
     )
     folder = Path(ask("resolve_base('some-org/Tiny.1')", served, cache))
@@ -159,9 +165,9 @@ def test_a_model_comes_by_name_once_and_loads_as_its_folder_does(served, tmp_pat
 def test_what_the_hub_does_not_have_is_one_line_that_says_both(served, tmp_path):
     cache = tmp_path / "cache"
     for code, line in (
-        ("resolve_base('nobody/nothing')", "nobody/nothing: no such directory, and no model of the Hub by that name"),
+        ("resolve_base('nobody/nothing')", "nobody/nothing: no such directory, and no model on the Hub has that name"),
         ("resolve_base('some-org/Tiny.1@v2')", "some-org/Tiny.1@v2: the model has no revision 'v2'"),
-        ("hub.data_path('path', 'hf://datasets/nobody/x')", "nobody/x: no dataset of the Hub by that name"),
+        ("hub.data_path('path', 'hf://datasets/nobody/x')", "nobody/x: no dataset on the Hub has that name"),
         ("hub.data_path('path', 'hf://some-org/texts')", "path: hf://some-org/texts: write hf://datasets/OWNER/NAME"),
     ):
         found = ask(code, served, cache)

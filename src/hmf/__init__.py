@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turn a pre-trained Transformer into a Hybrid of attention and state-space layers.
 
-Importing the package registers the Hybrid architectures with transformers' Auto classes. These take seconds to import,
-so where transformers is not loaded yet that happens when it is: `hmf --help` need not wait for it.
+Importing the package registers the Hybrid architectures with transformers' Auto classes. transformers takes seconds to
+import. If it is not imported yet, the registration therefore waits until it is, so that `hmf --help` is fast.
 """
 
 import importlib
@@ -18,7 +18,7 @@ def _register() -> None:
 
 
 class _AfterTransformers(MetaPathFinder):
-    """Finds transformers as the other finders do, and registers the Hybrids once it has been executed."""
+    """Finds transformers with the other finders, and registers the Hybrids after its module has been executed."""
 
     def find_spec(self, name, path, target=None) -> ModuleSpec | None:
         if name != "transformers":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders that commands read from and write to: where a base is, and whose an output folder is."""
+"""Folders of commands: finding a checkpoint or recipe by its name, and locking an output folder."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ EMBEDDED_TEACHER = "teacher"
 ASSETS = Path(str(resources.files("hmf") / "assets"))
 RECIPE, STAGE0, HOLDER = "recipe.yaml", "stage0", ".running"
 PART = f"{RECIPE}.part"
-WRITTEN = ("runs", "models", "recipes")  # folders of our recipes: nobody on the Hub is meant
+LOCAL_FOLDERS = ("runs", "models", "recipes")  # used by the recipes that come with hmf, so not owners on the Hub
 
 
 def resolve_base(base: str, weights: bool = True) -> Path:
-    """The directory of a checkpoint: a path, the name "teacher" for the one that comes with the package, or a model of
-    the Hub ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B@revision"), which is fetched into the Hub's cache.
+    """The directory of a checkpoint. Does not import torch.
 
-    weights: whether they are needed. HmfError where there is none; imports no torch.
+    Args:
+        base: a path, "teacher" for the checkpoint that comes with the package, or a model of the Hub ("Qwen/Qwen3-8B",
+            "Qwen/Qwen3-8B@revision"), which is downloaded into the Hub's cache.
+        weights: whether the weights are needed.
+    Raises:
+        HmfError: there is no such checkpoint.
     """
     folder = Path(base)
     if folder.is_dir():
@@ -36,7 +40,7 @@ def resolve_base(base: str, weights: bool = True) -> Path:
         raise HmfError(f"{base}: is a file; give the checkpoint's directory")
     if (model := hub.parse_model(base)) is None:
         raise HmfError(
-            f"{base}: no such directory; give a checkpoint directory, or a model of the Hub as Qwen/Qwen3-8B"
+            f"{base}: no such directory; give a checkpoint directory, or a model of the Hub such as Qwen/Qwen3-8B"
         )
     if not model.explicit and is_place(base):
         raise HmfError(
@@ -46,28 +50,35 @@ def resolve_base(base: str, weights: bool = True) -> Path:
 
 
 def is_place(name: str) -> bool:
-    """Whether OWNER/NAME is a folder's path, perhaps one that is mistyped or not made yet, and no name of the Hub."""
+    """Whether OWNER/NAME is meant as a local path, perhaps mistyped or not created yet, and not as a Hub name."""
     owner = Path(name).parts[0]
-    return owner in WRITTEN or Path(owner).is_dir()
+    return owner in LOCAL_FOLDERS or Path(owner).is_dir()
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe's file or a folder of recipes: a path, or the name of one that comes with the package: "quickstart",
-    "quickstart/sft", "qwen3-8b". HmfError where there is none."""
+    """The path of a recipe or of a folder of recipes.
+
+    Args:
+        name: a path, or the name of a recipe that comes with the package: "quickstart", "quickstart/sft", "qwen3-8b".
+    Raises:
+        HmfError: there is no such recipe.
+    """
     if (path := Path(name)).exists():
         return path
-    brought = ASSETS / "recipes"
-    for found in (brought / name / "recipe.yaml", brought / f"{name}.yaml", brought / name):
-        if found.exists() and found.is_relative_to(brought):
-            return found
-    names = sorted(folder.name for folder in brought.iterdir() if any(folder.glob("*.yaml")))
-    raise HmfError(f"{name}: no such recipe; give a YAML file, or one that comes with hmf: {', '.join(names)}")
+    packaged = ASSETS / "recipes"
+    for candidate in (packaged / name / "recipe.yaml", packaged / f"{name}.yaml", packaged / name):
+        if candidate.exists() and candidate.is_relative_to(packaged):
+            return candidate
+    names = sorted(folder.name for folder in packaged.iterdir() if any(folder.glob("*.yaml")))
+    raise HmfError(
+        f"{name}: no such recipe; give a YAML file, or the name of a recipe that comes with hmf: {', '.join(names)}"
+    )
 
 
 def require_parent(file: Path | None, option: str) -> None:
-    """HmfError where the folder of a `file` to write, given by `option`, does not exist."""
+    """HmfError when the parent folder of the output `file` of the command-line option `option` does not exist."""
     if file is not None and not file.parent.is_dir():
-        raise HmfError(f"{option}: {file.parent}: no such directory; name a file in one that exists")
+        raise HmfError(f"{option}: {file.parent}: no such directory; create it or choose another")
 
 
 def reason(error: OSError) -> str:
@@ -76,7 +87,7 @@ def reason(error: OSError) -> str:
 
 
 def require_unused(output: str | Path, allowed: Callable[[str], bool] = lambda name: False) -> None:
-    """HmfError when there is a file at `output`, or a folder that holds something beside names that are `allowed`."""
+    """HmfError when `output` is a file, or a folder that holds anything but `allowed` names."""
     output = Path(output)
     try:
         used = output.exists() and (not output.is_dir() or not all(allowed(item.name) for item in output.iterdir()))
@@ -88,10 +99,12 @@ def require_unused(output: str | Path, allowed: Callable[[str], bool] = lambda n
 
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Make the folder `output`, and let no other process work in it during the block.
+    """Create the folder `output`, and lock it against other processes during the block.
 
-    The lock is one of the operating system's on the folder itself, so it ends with the process. HmfError names the
-    process that holds it.
+    The lock is an flock on the folder, so the operating system releases it when the process ends.
+
+    Raises:
+        HmfError: another process holds the lock, and the message names it; or the folder cannot be created or written.
     """
     import fcntl
 
@@ -102,13 +115,17 @@ def locked(output: Path) -> Iterator[None]:
     except FileExistsError:
         raise HmfError(f"{output}: is a file; choose another output or remove it first") from None
     except OSError as error:
-        raise HmfError(f"{output}: cannot be made ({error.strerror}: {error.filename}); choose another") from None
+        raise HmfError(
+            f"{output}: cannot be created ({error.strerror}: {error.filename}); choose another output"
+        ) from None
     try:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             who = holder.read_text(encoding="utf-8").strip() if holder.is_file() else "another process"
-            raise HmfError(f"{output}: {who} works in it now; wait for it, or choose another output") from None
+            raise HmfError(
+                f"{output}: {who} is using this folder; wait until it ends, or choose another output"
+            ) from None
         try:
             holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         except OSError as error:
@@ -117,45 +134,50 @@ def locked(output: Path) -> Iterator[None]:
             yield
         finally:
             holder.unlink(missing_ok=True)
-            with suppress(OSError):  # unless something is in it
+            with suppress(OSError):  # it is not empty
                 output.rmdir()
     finally:
         os.close(folder)
 
 
-def _made(output: Path) -> set[str]:
-    """Names of what a run has left in its folder: files, and folders that hold something."""
+def _results(output: Path) -> set[str]:
+    """Names of the files and of the folders that are not empty, which a run has left in its output folder."""
     names = {item.name for item in output.iterdir() if item.is_file() or any(item.iterdir())}
     return {name for name in names - {HOLDER, PART} if not name.startswith(f".{STAGE0}.")}
 
 
 @contextmanager
 def claimed(output: Path, recipe: str) -> Iterator[None]:
-    """Hold `output` as the run folder of the recipe text `recipe` during the block.
+    """Use `output` as the run folder of a recipe during the block.
 
-    The folder belongs to the first recipe that has trained in it: until then, a recipe that turned out to be wrong is
-    replaced, with the Stage-0 checkpoint that it may have made. HmfError when the folder is something else's,
-    or when another process works in it.
+    The folder belongs to the first recipe that has trained in it. A recipe that has not trained yet can be replaced by
+    a corrected one; the Stage-0 checkpoint that it may have written is then removed.
+
+    Args:
+        recipe: the recipe's text.
+    Raises:
+        HmfError: the folder holds other files or another recipe's results, or another process is using it.
     """
-    kept = output / RECIPE
-    if not kept.is_file():
+    stored_recipe = output / RECIPE
+    if not stored_recipe.is_file():
         require_unused(output, lambda name: name in (HOLDER, PART))
     with locked(output):
-        if kept.is_file() and kept.read_bytes() != recipe.encode():
-            if _made(output) - {RECIPE, STAGE0}:
+        if stored_recipe.is_file() and stored_recipe.read_bytes() != recipe.encode():
+            if _results(output) - {RECIPE, STAGE0}:
                 raise HmfError(
-                    f"{output}: was started with another recipe ({kept}); choose another output or remove it first"
+                    f"{output}: was started with another recipe ({stored_recipe}); choose another output or remove it "
+                    "first"
                 )
             shutil.rmtree(output / STAGE0, ignore_errors=True)
-        fresh = not kept.is_file()
+        fresh = not stored_recipe.is_file()
         (output / PART).write_bytes(recipe.encode())
-        os.replace(output / PART, kept)
+        os.replace(output / PART, stored_recipe)
         try:
             yield
         except BaseException:
-            if fresh and _made(output) == {RECIPE}:
-                kept.unlink()
+            if fresh and _results(output) == {RECIPE}:
+                stored_recipe.unlink()
                 for folder in filter(Path.is_dir, output.iterdir()):
-                    with suppress(OSError):  # not empty: something that was cut off
+                    with suppress(OSError):  # not empty: it holds an unfinished result
                         folder.rmdir()
             raise

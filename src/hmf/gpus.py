@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory, bandwidth and peak of GPUs: the one table of them."""
+"""Table of GPUs: memory, memory bandwidth and peak FLOP/s."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """memory: bytes that CUDA reports as total, of which vLLM takes its share; bandwidth: bytes/s on the data sheet;
-    peak: dense bfloat16 multiply-adds in operations/s, likewise; block: vLLM's cache blocks hold a multiple of so many
-    tokens; steps: how many vLLM has under way at once."""
+    """A device that serving or training is planned for.
+
+    Attributes:
+        memory: total bytes as CUDA reports them; vLLM's memory utilisation is a share of this.
+        bandwidth: bytes/s, from the data sheet.
+        peak: dense bfloat16 FLOP/s, from the data sheet.
+        block: the number of tokens in a vLLM cache block is a multiple of this.
+        steps: number of steps that vLLM schedules concurrently.
+    """
 
     name: str
     memory: int
@@ -26,14 +32,15 @@ class Device:
 
     @property
     def max_num_seqs(self) -> int:
-        """vLLM's default number of sequences at once."""
+        """vLLM's default for the largest number of concurrent sequences."""
         return 1024 if self.memory >= 70 * GIB else 256
 
 
-# CUDA sees about 99% of HBM, and 15/16 of that where GDDR6 keeps its error correction in itself.
+# CUDA reports about 99% of HBM. GDDR6 with ECC stores the error correction in the same memory, which leaves 15/16.
 HBM, GDDR_ECC, GDDR = 0.99, 0.99 * 15 / 16, 0.985
-# Name here, name in torch.cuda.get_device_name(), GB of memory, the share of it that CUDA sees, TB/s, and TFLOP/s: from
-# NVIDIA's data sheets, of the GeForce from its architecture's white paper. A name that is part of another comes after.
+# Columns: name on the command line, name in torch.cuda.get_device_name(), GB of memory, the share of it that CUDA
+# reports, TB/s, TFLOP/s. The figures are from NVIDIA's data sheets, those of the GeForce from the white paper of its
+# architecture. A name that is a part of another name comes after it, since the first match counts.
 _TABLE = (
     ("h100-pcie", "H100 PCIe", 80, HBM, 2.0, 756.0),
     ("h100-nvl", "H100 NVL", 94, HBM, 3.9, 835.5),
@@ -51,26 +58,30 @@ _TABLE = (
     ("rtx4090", "RTX 4090", 24, GDDR, 1.008, 165.2),
 )
 GPUS: dict[str, Device] = {
-    name: Device(name, round(size * GIB * seen), terabytes * 1e12, teraflops * 1e12)
-    for name, _, size, seen, terabytes, teraflops in _TABLE
+    name: Device(name, round(size * GIB * visible), terabytes * 1e12, teraflops * 1e12)
+    for name, _, size, visible, terabytes, teraflops in _TABLE
 }
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Operations a second that a GPU can do at most, by torch.cuda.get_device_name(); None where it is not known."""
+    """Peak FLOP/s of the GPU that torch.cuda.get_device_name() names; None for a GPU that the table does not have."""
     for name, cuda_name, *_ in _TABLE:
         if re.search(rf"\b{cuda_name}\b", device_name):
             return GPUS[name].peak
     return None
 
 
-# Of the data sheet's bandwidth, what a device-to-device copy reaches: 3.01 of 3.35 TB/s on an H100 SXM, bytes read and
-# written counted alike.
+# Share of the data sheet's bandwidth that a device-to-device copy reaches: 3.01 of 3.35 TB/s on an H100 SXM. Bytes read
+# and bytes written are both counted.
 COPY_SHARE = 3.01 / 3.35
 
 
 def parse_gpus(text: str) -> tuple[Device, int]:
-    """`"h200x8"` -> (the row of h200, 8); no count is one GPU. HmfError for an unknown name or a count of zero."""
+    """`"h200x8"` -> (the device h200, 8). Without a count it is one GPU.
+
+    Raises:
+        HmfError: an unknown name, or a count of zero.
+    """
     text = text.strip().lower()
     match = re.fullmatch(r"(.+)x([0-9]+)", text)
     name, count = (match[1], int(match[2])) if match and match[1] in GPUS else (text, 1)
@@ -82,5 +93,5 @@ def parse_gpus(text: str) -> tuple[Device, int]:
 
 
 def cpu(memory: int = 0) -> Device:
-    """vLLM's CPU build, which plans its steps one by one."""
+    """The device of vLLM's CPU build, which schedules one step at a time."""
     return Device("cpu", memory, bandwidth=0.0, block=128, steps=1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole job under one run folder: init, distil, export, evaluate, card; every step is done once."""
+"""`hmf prime`: init, distil, export, evaluate and model card in one run folder. Finished steps are not repeated."""
 
 from __future__ import annotations
 
@@ -23,10 +23,15 @@ from hmf.training.run import run_folder
 
 
 def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[str, Any]]:
-    """`hmf prime`: run every step that is not done yet under `recipe.output`; `text` is the recipe's file content.
+    """Run every step of `hmf prime` that is not finished yet under `recipe.output`.
 
-    Returns the scores by model: "teacher", "stage 0" (mixers started, not trained) and "primed". Under torchrun all
-    processes train; one does the rest, and the others return nothing and may end.
+    Under torchrun, all processes train. The first process does everything else; the others return {} and may end.
+
+    Args:
+        text: content of the recipe file.
+        say: function that prints a line of progress.
+    Returns:
+        Scores by model: "teacher", "stage 0" (mixers initialised, not trained) and "primed".
     """
     base, run = resolve_base(recipe.base), recipe.output
     for task in recipe.evaluate.tasks:
@@ -54,13 +59,13 @@ def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[st
         }
         try:
             say(f"saved {write_card(run, recipe)}, the model card")
-        except HmfError as error:  # the model and its scores are finished all the same
-            notice(f"no model card: {error}")
+        except HmfError as error:  # the model and its scores are complete without it
+            notice(f"the model card was not written: {error}")
         return scores
 
 
 def scored(path: Path, settings: EvaluateSettings, result: Path, name: str) -> dict[str, Any]:
-    """Scores and footprint of a checkpoint, read from the file `result` when it is there and whole."""
+    """Scores and footprint of a checkpoint, from the file `result` if it exists and is intact; else it is written."""
     with suppress(FileNotFoundError, ValueError):
         return parse_sealed(result.read_text(encoding="utf-8"))
     scores = evaluate_checkpoint(path, settings, name=name)
@@ -69,11 +74,11 @@ def scored(path: Path, settings: EvaluateSettings, result: Path, name: str) -> d
 
 
 def disk_needed(base: Path) -> int:
-    """Bytes that a run writes at least: three checkpoints of the base's size and two training checkpoints."""
+    """Least number of bytes that a run writes: three checkpoints of the base's size and two training checkpoints."""
     return 5 * sum(file.stat().st_size for file in base.glob("*.safetensors"))
 
 
 def check_disk(run: Path, base: Path) -> None:
-    """HmfError when the disk that holds `run` has no room for what it does not hold yet."""
-    there = sum(file.stat().st_size for file in run.rglob("*.safetensors"))
-    require_room(run, disk_needed(base) - there)
+    """HmfError when the disk of the run folder has too little space for the files that are still to be written."""
+    written_bytes = sum(file.stat().st_size for file in run.rglob("*.safetensors"))
+    require_room(run, disk_needed(base) - written_bytes)

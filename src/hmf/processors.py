@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processors of this machine that are ours, shared with whatever else runs here."""
+"""How many processors this process may use, and how its threads wait, on a machine that is shared with others."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-# Threads of OpenMP wait for each other without a pause. Where other programs run, a thread then spins through the time
-# of the one that it waits for, and a step takes tens of times as long. With these they sleep while they wait.
+# By default, OpenMP threads spin while they wait for each other. On a busy machine, a spinning thread occupies the
+# processor that the awaited thread needs, and a step takes tens of times as long. With these settings, waiting threads
+# sleep.
 _SLEEP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 _GROUPS = Path("/sys/fs/cgroup")
 
 
 def share() -> None:
-    """Set how threads of this process and of those that it starts wait, and their number where a container has a limit.
+    """Make waiting threads sleep, and limit their number where a container limits the processors.
 
-    What the user has set stays. To be called before PyTorch is loaded, which counts the cores that it may use.
+    The settings are environment variables, so that child processes inherit them. Variables that the user has set are
+    kept. Call this before PyTorch is imported, because PyTorch reads them at import.
     """
     for name, value in _SLEEP.items():
         os.environ.setdefault(name, value)
@@ -25,7 +27,7 @@ def share() -> None:
 
 
 def count() -> int:
-    """How many processors this process may keep busy."""
+    """Number of processors that this process may use."""
     return min(_allowed(), whole_processors())
 
 
@@ -34,7 +36,7 @@ def _allowed() -> int:
 
 
 def whole_processors(groups: Path = _GROUPS) -> int:
-    """Whole processors in the time that this process's control group has, or more than there are."""
+    """The control group's CPU quota, rounded down to whole processors; a very large number if there is no quota."""
     shares = [float("inf")]
     with suppress(OSError, ValueError, ZeroDivisionError):  # version 2: "max 100000" or "150000 100000"
         quota, period = (groups / "cpu.max").read_text().split()

@@ -54,9 +54,9 @@ class TestInput:
             (["--batched-tokens", "4"], "--batched-tokens: 4 leaves none"),
             (["--context", "5000:1"], "max_position_embeddings 4,096; ask for fewer"),
             (["--ratio", "0.5", "--pattern", "*-GDN"], "at most one of --ratio and --pattern"),
-            (["BASE"], "one is named twice"),
+            (["BASE"], "a model is named twice"),
             (["--json-file", "nowhere/rows.json"], "--json-file: nowhere: no such directory"),
-            (["--json", "--format", "card"], "--json, --format card: give one of them"),
+            (["--json", "--format", "card"], "--json and --format card exclude each other"),
         ],
     )
     def test_refused(self, configs, arguments, line):
@@ -215,7 +215,7 @@ def test_json_is_what_the_file_has(configs, bench, capfd):
     before = capfd.readouterr()
     result = CliRunner().invoke(app, ["bench", "serving", base, "--context", "64:4", "--json", "nowhere/old.json"])
     assert "--json-file: nowhere: no such directory" in str(result.exception)  # as in the last release
-    assert "nowhere/old.json is taken for --json-file" in before.err + capfd.readouterr().err + result.output
+    assert "nowhere/old.json is used as the value of --json-file" in before.err + capfd.readouterr().err + result.output
 
 
 def test_without_the_first_there_are_no_ratios(configs, bench):

@@ -35,7 +35,7 @@ def test_published_spellings():
 @given(num_layers=st.integers(1, 100), ratio=st.floats(0, 1, exclude_min=True))
 def test_ratio_gives_its_share_spread_evenly(num_layers, ratio):
     if round(ratio * num_layers) == 0:
-        with pytest.raises(HmfError, match="gives no layer"):
+        with pytest.raises(HmfError, match="replaces no layer"):
             Pattern.generate(num_layers, "gdn", ratio=ratio)
         return
     pattern = Pattern.generate(num_layers, "gdn", ratio=ratio)
@@ -78,8 +78,8 @@ def test_mixer_goes_by_name_and_symbol(kind):
         ("*-GDN*", "mixes fused"),
         ("*DA-GDN", "mixes fused"),
         ("*-GDN>GKA", "layer 1: 'GDN>GKA'.*not supported"),
-        ("*-GDN-*", "has 3 layers, the model has 2"),
-        (["*", "GDN"], "is no text"),
+        ("*-GDN-*", "has 3 layers, but the model has 2"),
+        (["*", "GDN"], "is not a string"),
     ],
 )
 def test_bad_pattern_is_one_line_with_its_source(text, said):
@@ -95,7 +95,9 @@ def test_bad_ratio(ratio):
         Pattern.generate(4, "gdn", ratio=ratio)
 
 
-@pytest.mark.parametrize(("layers", "said"), [([], "empty"), ([1, 4], r"\[4\] not among"), ([-1], r"\[-1\] not among")])
+@pytest.mark.parametrize(
+    ("layers", "said"), [([], "empty"), ([1, 4], r"\[4\] are not layers"), ([-1], r"\[-1\] are not layers")]
+)
 def test_bad_layers(layers, said):
     with pytest.raises(HmfError, match=f"layers: .*{said}"):
         Pattern.generate(4, "gdn", layers=layers)

@@ -17,7 +17,7 @@ WRONG = {  # section, key and value, and the words of the error
     ("training", "precision"): ("int4", "training.precision: Input should be"),
     ("training", "learning_rate"): (-1, "training.learning_rate: Input should be greater than 0 (got -1)"),
     ("training", "warmpu_steps"): (3, "training: unknown key 'warmpu_steps'; did you mean 'warmup_steps'?"),
-    ("data", "sequence_length"): ("long", "data.sequence_length: 'long' is no number of tokens"),
+    ("data", "sequence_length"): ("long", "data.sequence_length: 'long' is not a number of tokens"),
     ("objective", "kl_top_k"): (0, "objective.kl_top_k: Input should be greater than or equal to 1 (got 0)"),
     ("objective", "kl_drection"): ("forward", "objective: unknown key 'kl_drection'; did you mean 'kl_direction'?"),
 }
@@ -47,7 +47,7 @@ def test_every_error_of_a_recipe_is_in_the_one_line(tmp_path_factory, chosen):
 def test_keys_that_do_not_fit_together_are_all_named(tmp_path):
     content = {"method": "dpo", "model": "a", "output": "b", "data": {}, "training": {**TRAINING, "learning_rate": 1}}
     line = error_of(tmp_path, FinetuneRecipe, content)
-    for words in ("method dpo needs pairs and no data", "nothing to train", "every group has its own"):
+    for words in ("method dpo needs pairs and no data", "no parameters are trained", "each group has its own"):
         assert words in line
 
 
@@ -98,7 +98,7 @@ def test_former_names_are_told_once_with_the_file_and_the_present_names(tmp_path
 def test_a_former_name_beside_the_present_one_is_refused(name, tmp_path):
     training = PRESENT | {name: FORMER[name], "weight_decay": -1}
     line = error_of(tmp_path, DistillRecipe, {"model": "a", "output": "b", "training": training})
-    assert f"training: {name} is the former name of {RENAMED[name]}; give {RENAMED[name]} alone" in line
+    assert f"training: {name} is the former name of {RENAMED[name]}; give only {RENAMED[name]}" in line
     assert "2 errors: " in line and "training.weight_decay: " in line
 
 

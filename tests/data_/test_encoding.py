@@ -127,8 +127,8 @@ TALK_WITH = {
 }
 REFUSED = {
     "nobody answers": (None, "unanswered", "no assistant turn"),
-    "the assistant is first": (None, "first", r"messages\[0\]: the assistant speaks first"),
-    "nothing is said": (None, "nothing", r"messages\[1\]: the assistant says nothing"),
+    "the assistant is first": (None, "first", r"messages\[0\]: the first message is the assistant's"),
+    "nothing is said": (None, "nothing", r"messages\[1\]: the assistant's message is empty"),
     "a call is lost": (SIMPLE, "call", r"messages\[1\]: the chat template leaves its tool calls out"),
     "content is lost": (
         SIMPLE.replace("{{ m.content }}<|im_end|>", "<|im_end|>", 1),
@@ -140,16 +140,16 @@ REFUSED = {
         "there",
         r"messages\[1\]: the chat template leaves its content out",
     ),
-    "doubled": (plain(before="<think>\n\n</think>\n\n"), "there", r"messages\[1\]: <think> is there twice"),
-    "doubled by the prompt": (plain(before=THINK, opening=THINK), "there", r"messages\[1\]: <think> is there twice"),
+    "doubled": (plain(before="<think>\n\n</think>\n\n"), "there", r"messages\[1\]: <think> occurs twice"),
+    "doubled by the prompt": (plain(before=THINK, opening=THINK), "there", r"messages\[1\]: <think> occurs twice"),
     "doubled under marks": (
         MARKED.replace("{% gen", "<think>\n{% gen"),
         "there",
-        r"messages\[1\]: <think> is there twice",
+        r"messages\[1\]: <think> occurs twice",
     ),
     "thinking is lost": (SIMPLE, "lost", r"messages\[1\]: the chat template leaves its thinking out"),
     "marked thinking is lost": (MARKED, "lost", r"messages\[1\]: the chat template leaves its thinking out"),
-    "another prompt": (plain(opening="Sure: "), "there", "told from its prompt"),
+    "another prompt": (plain(opening="Sure: "), "there", "separated from its prompt"),
     "no end": (SIMPLE.replace("<|im_end|>" + LINE + "{% else", LINE + "{% else"), "there", "would not learn to stop"),
     "marks without the end": (MARKED.replace("<|im_end|>{% endgen", "{% endgen"), "there", "would not learn to stop"),
     "marks nothing": (MARKED.replace("== 'assistant'", "== 'nobody'"), "there", "marks no token"),
@@ -198,7 +198,9 @@ ENDLESS = {
 def test_a_template_without_end_has_limits(templated, name):
     tokenizer = templated(ENDLESS[name])
     tokenizer.name_or_path = "runs/model"
-    with pytest.raises(HmfError, match=r"^runs/model: the chat template .* (5 s|2 GiB of memory|characters); fix it$"):
+    with pytest.raises(
+        HmfError, match=r"^runs/model: the chat template .* (5 s|2 GiB of memory|characters); fix the template$"
+    ):
         encode_chat(tokenizer, TALK_WITH["there"])
     assert encode_chat(templated(SIMPLE), TALK_WITH["there"])  # the next one is not of the one before
 
@@ -281,7 +283,7 @@ def test_special_tokens_of_tools_calls_and_texts_can_be_plain_text(tokenizer):
 
 
 def test_a_lone_surrogate_is_no_text(tokenizer):
-    with pytest.raises(HmfError, match=r"a lone surrogate \(\\ud83d\) is no text; remove or replace it"):
+    with pytest.raises(HmfError, match=r"a lone surrogate \(\\ud83d\) is not valid text; remove or replace it"):
         encode_document(tokenizer, "half \ud83d of it")
     assert encode_document(tokenizer, json.loads('"\\ud83d\\ude00"')).ids
 
@@ -300,5 +302,5 @@ def test_answers_to_one_prompt_follow_the_same_tokens(tokenizer, templated):
     other = "{% if messages[-1].reasoning_content %}/think {% endif %}" + MARKED.replace(
         "{% generation %}", "{% generation %}{{ m.reasoning_content or '' }}"
     )
-    with pytest.raises(HmfError, match="gives the answers different prompts"):
+    with pytest.raises(HmfError, match="writes different prompts for the answers"):
         encode_answers(templated(other), QUESTION, [TWO, direct])

@@ -80,28 +80,34 @@ BAD = {
     "none.jsonl.bz2": (LINES, "none.jsonl.bz2:1: cannot be read"),
     "none.jsonl.xz": (LINES, "none.jsonl.xz:1: cannot be read"),
     "packed.jsonl": (gzip.compress(LINES), "packed.jsonl:1: not UTF-8"),
-    "utf16.jsonl": (LINES.decode().encode("utf-16"), "utf16.jsonl:1: not UTF-8 but UTF-16"),
+    "utf16.jsonl": (LINES.decode().encode("utf-16"), "utf16.jsonl:1: encoded in UTF-16"),
     "utf16le.jsonl": (LINES.decode().encode("utf-16-le"), r"utf16le.jsonl:1: not UTF-8 text \(byte 2 is 0\)"),
     "utf16.json": (LINES.decode().encode("utf-16"), "utf16.json:1: cannot be read"),
     "latin.jsonl": (LINES + '{"text": "café"}'.encode("latin-1"), r"latin.jsonl:4: not UTF-8 .* byte 14"),
     "latin.txt": (b"caf\xe9!", r"latin.txt: not UTF-8 .* byte 4"),
     "nul.txt": (b"a\0b", "nul.txt: not UTF-8 text"),
     "nul.jsonl": (LINES + b'{"text": "a\0"}', "nul.jsonl:4: not UTF-8 text"),
-    "twice.jsonl": (LINES + b'{"text": "a", "text": "b"}', "jsonl:4: not valid JSON .the key 'text' is there twice"),
-    "twice.json": (b'[{"text": "a"},\n{"text": "a", "text": "b"}]', "json:2: not valid JSON .the key 'text' is there"),
+    "twice.jsonl": (LINES + b'{"text": "a", "text": "b"}', "jsonl:4: not valid JSON .the key 'text' occurs twice"),
+    "twice.json": (
+        b'[{"text": "a"},\n{"text": "a", "text": "b"}]',
+        "json:2: not valid JSON .the key 'text' occurs twice",
+    ),
     "nested.jsonl": (b'{"text": ' + b"[" * 500 + b"]" * 500 + b"}", "nested.jsonl:1: not valid JSON .it is nested too"),
     "nested.json": (b'{"text": ' + b"[" * 500 + b"]" * 500 + b"}", "nested.json:1: not valid JSON .it is nested too"),
     "deep.jsonl": (b"[" * 100_000, "deep.jsonl:1: not valid JSON .it is nested too deeply"),
-    "half.jsonl": (b'{"text": "a \\ud83d b"}', r"half.jsonl:1: text: a lone surrogate \(\\ud83d\) is no text; remove"),
+    "half.jsonl": (
+        b'{"text": "a \\ud83d b"}',
+        r"half.jsonl:1: text: a lone surrogate \(\\ud83d\) is not valid text; remove",
+    ),
     "open.json": (b'[{"text": "a"},\n{"text": "b"}', "open.json:2: the array does not end"),
     "cut.json": (b'[{"text": "a"},\n{"text": "b', "cut.json:2: not valid JSON .Unterminated string"),
-    "more.json": (b'[{"text": "a"}]\n{"text": "b"}', "more.json:2: '{' where nothing is expected"),
-    "numbers.json": (b"[1, 2]", "numbers.json:1: '1' where"),
+    "more.json": (b'[{"text": "a"}]\n{"text": "b"}', "more.json:2: '{' is not valid here, where the end is expected"),
+    "numbers.json": (b"[1, 2]", "numbers.json:1: '1' is not valid here"),
     "wrong.json": (b'{"text": "a"}\n{"text" "b"}' + b" " * 99, "wrong.json:2: not valid JSON .Expecting ':'"),
     "none.parquet": (b"", "none.parquet: row 0: not readable Parquet"),
     "a.parquet.gz": (b"", "nothing to read .a.parquet.gz"),
     "a.csv": (b"text\na", "nothing to read .a.csv"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -139,11 +145,11 @@ def test_files_that_are_not_read_are_named(tmp_path, capsys):
         (tmp_path / name).write_text("?")
     (tmp_path / "link").symlink_to(tmp_path / "inner")
     assert sorted(read(tmp_path)) == ["a.jsonl", "inner/b.JSONL", "x.jsonl/c.jsonl"]
-    assert "5 not read: .git/, LICENSE, b.csv and 2 more" in capsys.readouterr().err
+    assert "5 files or folders are not read: .git/, LICENSE, b.csv and 2 more" in capsys.readouterr().err
     assert read(tmp_path / "*.jsonl") == ["a.jsonl"]
-    assert "1 not read: x.jsonl/" in capsys.readouterr().err
+    assert "1 files or folders are not read: x.jsonl/" in capsys.readouterr().err
     (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(HmfError, match="gone.jsonl: is no file, or a link to none"):
+    with pytest.raises(HmfError, match="gone.jsonl: is not a regular file, or is a broken link"):
         read(tmp_path)
     with pytest.raises(HmfError, match="nothing to read"):
         read(tmp_path / "*.nothing")
@@ -156,11 +162,11 @@ def test_a_format_chooses_files_by_their_suffix_or_those_without_one(tmp_path, c
     (tmp_path / "README.md").write_text("read me")
     (tmp_path / "part-0").write_text('{"text": "a"}')
     assert read(tmp_path, format="jsonl") == ["a"]
-    assert "1 not read: README.md" in capsys.readouterr().err
+    assert "1 files or folders are not read: README.md" in capsys.readouterr().err
     (tmp_path / "b.jsonl").write_text('{"text": "b"}')
     assert read(tmp_path, format="jsonl") == ["b"]
     assert read(tmp_path / "part-*", format="jsonl") == ["a"]
-    with pytest.raises(HmfError, match="holds text, and rows with fields are expected"):
+    with pytest.raises(HmfError, match="holds text files, but rows with fields are needed"):
         read(tmp_path / "README.md", messages_field="messages")
 
 
@@ -182,10 +188,14 @@ TALK = [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]
 ALPACA = {"instruction": "Add.", "input": "1+1", "output": "2", "system": "Be brief.", "history": [["Hi", "Hello"]]}
 SHAPED = {
     "sharegpt": ({"id": 7, "conversations": TALK}, said(("user", "1+1?"), ("assistant", "2"))),
-    "alpaca": (ALPACA, said(("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"),
-                            ("user", "Add.\n1+1"), ("assistant", "2"))),
+    "alpaca": (
+        ALPACA,
+        said(
+            ("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Add.\n1+1"), ("assistant", "2")
+        ),
+    ),
     "prompt_completion": ({"prompt": "1+1?", "completion": "2"}, said(("user", "1+1?"), ("assistant", "2"))),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("shape", SHAPED)
@@ -193,7 +203,7 @@ def test_a_shape_is_one_key(tmp_path, shape):
     row, messages = SHAPED[shape]
     assert shaped(tmp_path, row, shape=shape).messages == messages
     for name in row.keys() - {"id", "input", "system", "history"}:
-        with pytest.raises(HmfError, match=f"no field '{name}'; it has"):
+        with pytest.raises(HmfError, match=f"no field '{name}'; the row has"):
             shaped(tmp_path, {key: value for key, value in row.items() if key != name}, shape=shape)
 
 
@@ -215,13 +225,16 @@ def test_sharegpt_has_tools_and_calls(tmp_path):
 REFUSED = {
     "speaker": ({"conversations": [{"from": "humman", "value": "a"}]}, "sharegpt", "did you mean 'human'"),
     "turn key": ({"conversations": [TALK[0] | {"weight": 0}]}, "sharegpt", r"conversations\[0\]: unknown key 'weight'"),
-    "two systems": ({"conversations": [{"from": "system", "value": "a"}], "system": "b"}, "sharegpt",
-                    "have a system turn"),
+    "two systems": (
+        {"conversations": [{"from": "system", "value": "a"}], "system": "b"},
+        "sharegpt",
+        "have a system turn",
+    ),
     "field": ({"conversations": TALK, "functions": [{"name": "f"}]}, "sharegpt", "'functions' .*ignore_fields"),
-    "history": ({"instruction": "a", "output": "b", "history": ["c"]}, "alpaca", r"history\[0\]: a question and its"),
+    "history": ({"instruction": "a", "output": "b", "history": ["c"]}, "alpaca", r"history\[0\]: a list of two texts"),
     "surrogate": ({"instruction": "a", "output": "\ud83d"}, "alpaca", r"messages\[1\].content: a lone surrogate"),
     "empty": ({"prompt": "", "completion": "a"}, "prompt_completion", "prompt: is empty"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -233,7 +246,7 @@ def test_what_a_shape_does_not_read_is_refused(tmp_path, name):
 
 def test_fields_that_belong_to_a_conversation_are_read_or_ignored_by_name(tmp_path):
     row = {"messages": said(("user", "a"), ("assistant", "b")), "parallel_tool_calls": False, "id": 1}
-    with pytest.raises(HmfError, match="'parallel_tool_calls' belongs to the conversation and is not read"):
+    with pytest.raises(HmfError, match="'parallel_tool_calls' belongs to the conversation but is not read"):
         shaped(tmp_path, row, messages_field="messages")
     ignored = shaped(tmp_path, row, messages_field="messages", ignore_fields=["parallel_tool_calls"])
     assert ignored.messages == row["messages"]
@@ -243,12 +256,15 @@ ASKED = said(("user", "1+1?"))
 PAIRS = {
     None: {"prompt": "1+1?", "chosen": "2", "rejected": [{"role": "assistant", "content": "3"}]},
     "ultrafeedback": {
-        "prompt": "1+1?", "score_chosen": 9.0, "messages": ASKED + said(("assistant", "2")),
-        "chosen": ASKED + said(("assistant", "2")), "rejected": ASKED + said(("assistant", "3")),
+        "prompt": "1+1?",
+        "score_chosen": 9.0,
+        "messages": ASKED + said(("assistant", "2")),
+        "chosen": ASKED + said(("assistant", "2")),
+        "rejected": ASKED + said(("assistant", "3")),
     },
     "sharegpt": {"conversations": TALK[:1], "chosen": TALK[1], "rejected": {"from": "gpt", "value": "3"}},
     "alpaca": {"instruction": "1+1?", "chosen": "2", "rejected": "3"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("shape", PAIRS)
@@ -260,9 +276,9 @@ def test_pairs_have_shapes_too(tmp_path, shape):
 def test_pairs_that_do_not_share_their_prompt_are_refused(tmp_path):
     row = PAIRS["ultrafeedback"]
     for changes, expected in (
-        ({"rejected": said(("user", "1+2?"), ("assistant", "3"))}, "differ in the last message alone"),
-        ({"prompt": "1+2?"}, "field 'prompt' is not what chosen says"),
-        ({"messages": ASKED}, "field 'messages' is not what chosen says"),
+        ({"rejected": said(("user", "1+2?"), ("assistant", "3"))}, "differ only in their last message"),
+        ({"prompt": "1+2?"}, "field 'prompt' differs from chosen"),
+        ({"messages": ASKED}, "field 'messages' differs from chosen"),
     ):
         with pytest.raises(HmfError, match=expected):
             shaped(tmp_path, row | changes, PairSettings, shape="ultrafeedback")
@@ -275,16 +291,16 @@ def test_pairs_that_do_not_share_their_prompt_are_refused(tmp_path):
 
 def test_the_same_key_twice_is_an_error(tmp_path):
     for text in ('{"a": 1, "b": {"c": 1, "c": 1}}', '[{"a": 1, "\\u0061": 2}]'):
-        with pytest.raises(ValueError, match="is there twice"):
+        with pytest.raises(ValueError, match="occurs twice"):
             parse_json(text)
     for text in ("a: 1\nb: 2\n'a': 3", "{x: {1: a, 0x1: b}}", "- {true: 1, True: 2}"):
-        with pytest.raises(ValueError, match="is there twice, again in line"):
+        with pytest.raises(ValueError, match="occurs twice, again in line"):
             parse_yaml(text)
     merged = "a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {<<: *b, y: 4}"
     assert parse_yaml(merged) == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}, "c": {"x": 3, "y": 4}}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: a\noutput: b\ntraining: {max_steps: 1, max_steps: 2}\n")
-    with pytest.raises(HmfError, match="yaml: not valid YAML .the key 'max_steps' is there twice, again in line 3"):
+    with pytest.raises(HmfError, match="yaml: not valid YAML .the key 'max_steps' occurs twice, again in line 3"):
         read_recipe(recipe, DistillRecipe)
 
 

@@ -143,7 +143,7 @@ def test_training_reads_prepared_rows(whole, tokenizer):
     other = train_tokenizer(TEXTS, 280, "", 128)
     with pytest.raises(HmfError, match="prepared with another tokenizer"):
         mixture(data, other, rows=1, seed=0)
-    with pytest.raises(ValueError, match="prepared rows are complete; leave out text"):
+    with pytest.raises(ValueError, match="prepared: the rows are complete .*leave out text"):
         DataSettings(prepared=whole, text="stdlib")
 
 
@@ -266,16 +266,24 @@ TEXT, CHAT = {}, {"messages_field": "messages"}
 BAD = {
     "not JSON": (TEXT, '{"text": "a"', r"bad: bad.jsonl:3: not valid JSON .* at character 13 of 12"),
     "no object": (TEXT, "[1]", r"bad.jsonl:3: a JSON object is expected, not list"),
-    "no field": (TEXT, '{"body": "a", "id": 1}', r"bad.jsonl:3: no field 'text'; it has 'body', 'id': set text_field"),
-    "no text": (TEXT, '{"text": null}', r"bad.jsonl:3: field 'text' holds nothing and not text"),
-    "talk as text": (TEXT, '{"text": [{}]}', r"bad.jsonl:3: .* conversations are read by messages_field"),
+    "no field": (
+        TEXT,
+        '{"body": "a", "id": 1}',
+        r"bad.jsonl:3: no field 'text'; the row has 'body', 'id': set text_field",
+    ),
+    "no text": (TEXT, '{"text": null}', r"bad.jsonl:3: field 'text' holds nothing instead of text"),
+    "talk as text": (TEXT, '{"text": [{}]}', r"bad.jsonl:3: .* set messages_field or shape"),
     "no messages": (CHAT, '{"messages": []}', r"bad.jsonl:3: field 'messages' holds an empty list"),
     "no role": (CHAT, '{"messages": [{"from": "human", "value": "a"}]}', r"jsonl:3: messages\[0\] has no role"),
     "no answer": (CHAT, '{"messages": [{"role": "user", "content": "a"}]}', r"bad.jsonl:3: no assistant turn"),
-    "half a character": (TEXT, '{"text": "\\ud83d"}', r"bad: bad.jsonl:3: .*a lone surrogate \(\\ud83d\) is no text"),
+    "half a character": (
+        TEXT,
+        '{"text": "\\ud83d"}',
+        r"bad: bad.jsonl:3: .*a lone surrogate \(\\ud83d\) is not valid text",
+    ),
     "half in a message": (CHAT, '{"messages": [{"role": "user", "content": "\\ud83d"}]}', r"jsonl:3: .*lone surrogate"),
     "bad tools": (CHAT, '{"messages": [{"role": "user"}], "tools": "{"}', r"jsonl:3: field 'tools' is text but"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -301,9 +309,9 @@ def test_places_and_recipes_that_cannot_be(folder, tmp_path, whole):
         source(path=str(tmp_path))
     with pytest.raises(HmfError, match="jsonl files have no splits"):
         source(path=str(tmp_path / "a.jsonl"), split="train")
-    with pytest.raises(HmfError, match="some/name: cannot be read by datasets"):
+    with pytest.raises(HmfError, match="some/name: the datasets library cannot read it"):
         list(source(dataset="some/name").records())
-    with pytest.raises(HmfError, match="no documents left of 0"):
+    with pytest.raises(HmfError, match="none of 0 records gives a document"):
         prepare(recipe(folder, tmp_path / "out", sources=[{"path": str(tmp_path / "a.jsonl")}]), TEACHER)
     with pytest.raises(HmfError, match="holds the rows of another recipe"):
         prepare(recipe(folder, whole, seed=1), TEACHER)
@@ -312,12 +320,12 @@ def test_places_and_recipes_that_cannot_be(folder, tmp_path, whole):
     (tmp_path / "out").mkdir(exist_ok=True)
     busy = os.open(tmp_path / "out", os.O_RDONLY)
     fcntl.flock(busy, fcntl.LOCK_EX)
-    with pytest.raises(HmfError, match="out: another process works in it now"):
+    with pytest.raises(HmfError, match="out: another process is using this folder"):
         prepare(recipe(folder, tmp_path / "out"), TEACHER)
     os.close(busy)
     for changes, expected in (
         ({"sources": [{"path": "a", "weigt": 1}]}, "sources.0: unknown key 'weigt'; did you mean 'weight'"),
-        ({"sources": [{"path": "a"}, {"path": "b/a"}]}, "two are called 'a'; give each a name"),
+        ({"sources": [{"path": "a"}, {"path": "b/a"}]}, "two sources have the name 'a'; give each its own name"),
         ({"sources": [{"path": "a", "weight": 1}, {"path": "b"}]}, "'b' has no weight"),
         ({"sources": [{}]}, "give either path or dataset"),
         ({"tokens": 5}, "tokens: needs weights"),
@@ -352,7 +360,7 @@ def test_a_damaged_set_is_named(folder, whole, tmp_path):
     with pytest.raises(HmfError, match=r"index.json: is damaged; prepare the set again"):
         PreparedDataset(tmp_path / "1")
     (tmp_path / "0" / "index.json").unlink()
-    with pytest.raises(HmfError, match=r"no finished set of rows \(no index.json\)"):
+    with pytest.raises(HmfError, match=r"is not a finished prepared data set \(there is no index.json\)"):
         PreparedDataset(tmp_path / "0")
 
 
@@ -372,7 +380,9 @@ def test_a_damaged_cache_is_made_anew(folder, tmp_path, damage, capsys):
             first.with_name("shards.json").write_text('{"shards": 2}')
     prepare(recipe(folder, tmp_path / "b", **made), TEACHER)
     assert files(tmp_path / "a") == files(tmp_path / "b")
-    assert ("000000.arrow: is damaged; made anew" in capsys.readouterr().err) == (damage in ("a byte", "the end"))
+    assert ("000000.arrow: it is damaged; it is written again" in capsys.readouterr().err) == (
+        damage in ("a byte", "the end")
+    )
 
 
 def test_records_that_changed_between_a_stop_and_the_next_start_are_tokenised_again(folder, tmp_path, capsys):
@@ -387,11 +397,11 @@ def test_records_that_changed_between_a_stop_and_the_next_start_are_tokenised_ag
     source.write_text(source.read_text().replace("text 9:", "TEXT 9:"))
     os.utime(source, ns=times)
     prepare(recipe(folder, tmp_path / "b", **made), TEACHER)
-    assert "000001.arrow: its records have changed; made anew" in capsys.readouterr().err
+    assert "000001.arrow: its records have changed; it is written again" in capsys.readouterr().err
     prepare(recipe(folder, tmp_path / "c", sources=made["sources"]), TEACHER)
     assert files(tmp_path / "b") == files(tmp_path / "c") != files(tmp_path / "a")
     source.write_text(source.read_text() + json.dumps({"text": "one more"}) + "\n")
-    with pytest.raises(HmfError, match="source texts has changed since these rows were made"):
+    with pytest.raises(HmfError, match="source texts has changed since the rows were prepared"):
         prepare(recipe(folder, tmp_path / "c", sources=made["sources"]), TEACHER)
     source.unlink()  # rows do not need it any more
     prepare(recipe(folder, tmp_path / "c", sources=made["sources"]), TEACHER)
@@ -505,15 +515,15 @@ def test_show_counts_special_tokens_and_what_follows_the_last_answer(folder, tmp
     prepare(made, TEACHER)
     for place in ("recipe.yaml", "out"):
         output = CliRunner().invoke(app, ["data", "show", str(tmp_path / place), "--samples", "0"]).output
-        assert "talk: 2 records hold special tokens" in output and "crawl: 1 records hold special tokens" in output
-        assert "talk: 2 messages after the last supervised turn of their conversation are left out" in output
+        assert "talk: 2 records have special tokens" in output and "crawl: 1 records have special tokens" in output
+        assert "talk: 2 messages after the last supervised turn of their conversation are not used" in output
     special = load_tokenizer(TEACHER).convert_tokens_to_ids("<|endoftext|>")
     [[(ids, _)], [(other, _)]] = [found for where, found in documents(tmp_path / "out").items() if "crawl" in where]
     assert ids.count(special) == other.count(special) == 2  # around the text
     kept["ignore_keys"] = []
     with pytest.raises(HmfError, match=r"talk: talk.jsonl:1: messages\[0\].id: unknown key 'id'"):
         prepare(recipe(folder, tmp_path / "other", sources=sources), TEACHER)
-    with pytest.raises(ValueError, match="role and content are what a message is"):
+    with pytest.raises(ValueError, match="role and content are required in a message"):
         SourceSettings(path="a", ignore_keys=["content"])
 
 

@@ -42,7 +42,7 @@ def test_folders_and_files(tmp_path, capsys):
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
     every = text.documents(tmp_path)
     assert len(every) == 60
-    assert "1 not read: image.png" in capsys.readouterr().err
+    assert "1 files or folders are not read: image.png" in capsys.readouterr().err
     parts = [text.documents(tmp_path, "train"), text.documents(tmp_path, "heldout")]
     assert all(parts) and len(parts[0]) + len(parts[1]) == 60
     assert [document.text for document in text.documents(tmp_path / "7.md", "train")] == ["text 7"]
@@ -50,7 +50,7 @@ def test_folders_and_files(tmp_path, capsys):
     with pytest.raises(HmfError, match=r"latin.txt: not UTF-8 \(unexpected end of data at byte 4\)"):
         text.documents(tmp_path)
     (tmp_path / "rows.jsonl").write_text("{}")
-    with pytest.raises(HmfError, match=r"rows.jsonl: holds jsonl files; make rows of them with `hmf data prepare`"):
+    with pytest.raises(HmfError, match=r"rows.jsonl: holds jsonl files; prepare them with `hmf data prepare`"):
         text.documents(tmp_path / "rows.jsonl")
 
 

@@ -21,9 +21,16 @@ from tests.hybrids import Case, tiny_config
 from tests.serving import engines
 
 QWEN3_8B = {
-    "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-    "intermediate_size": 12288, "vocab_size": 151936, "max_position_embeddings": 40960, "dtype": "bfloat16",
-}  # fmt: skip
+    "hidden_size": 4096,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 12288,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "dtype": "bfloat16",
+}
 CONTEXT = QWEN3_8B["max_position_embeddings"]
 
 
@@ -242,7 +249,7 @@ def test_command_line(tmp_path, monkeypatch):
     assert len(notes) == 2 * 8 and notes[-1] == "1.98×"  # as the table above has it for the longest
     arguments[-1] = str(tmp_path / "nowhere" / "plan.png")
     result = CliRunner().invoke(app, ["plan", *arguments])
-    assert isinstance(result.exception, HmfError) and "in one that exists" in str(result.exception)
+    assert isinstance(result.exception, HmfError) and "create it or choose another" in str(result.exception)
 
 
 @pytest.mark.vllm

@@ -104,11 +104,11 @@ def test_bad_settings_are_one_clear_line(stage0, tmp_path):
     empty.mkdir()
     bad = settings()
     bad = bad.model_copy(update={"data": bad.data.model_copy(update={"text": str(empty)})})
-    with pytest.raises(HmfError, match="corpus: nothing to read; files end with .py, .txt, .md"):
+    with pytest.raises(HmfError, match="corpus: nothing to read; use files that end with .py, .txt, .md"):
         distill(stage0, tmp_path / "run", bad)
     unknown = settings().model_copy(update={"data": settings().data.model_copy(update={"tasks": {"recal": 1.0}})})
     with pytest.raises(HmfError, match="did you mean 'recall'"):
         distill(stage0, tmp_path / "run", unknown)
-    with pytest.raises(HmfError, match="no fused checkpoint"):
+    with pytest.raises(HmfError, match="not a fused checkpoint"):
         distill(resolve_base("teacher"), tmp_path / "run", settings())
     shutil.rmtree(empty)

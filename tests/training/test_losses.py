@@ -167,13 +167,13 @@ def test_pairs_stay_whole_and_all_come_before_any_comes_again(hybrid, pairs):
     [
         ("{\n", "pairs.jsonl:2: not valid JSON"),
         ("[1]\n", "pairs.jsonl:2: a JSON object is expected, not list"),
-        ({"prompt": "a", "chosen": "b"}, "pairs.jsonl:2: no field 'rejected'; it has 'prompt', 'chosen'"),
-        ({"prompt": "a", "chosn": "b", "rejected": "c"}, "no field 'chosen'; it has 'prompt', 'chosn', 'rejected'"),
+        ({"prompt": "a", "chosen": "b"}, "pairs.jsonl:2: no field 'rejected'; the row has 'prompt', 'chosen'"),
+        ({"prompt": "a", "chosn": "b", "rejected": "c"}, "no field 'chosen'; the row has 'prompt', 'chosn'"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are the same"),
         ({"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "c"}, "the assistant's answer"),
         ({"prompt": "a \ud83d", "chosen": "b", "rejected": "c"}, r"pairs.jsonl:2: .*a lone surrogate \(\\ud83d\)"),
         ({"prompt": [{"role": "user", "content": "a", "mood": 1}], "chosen": "b", "rejected": "c"}, r"\].mood: unk"),
-        ({"prompt": "a " * 300, "chosen": "b", "rejected": "c"}, "pair has .* tokens and a row 96; raise pairs.seq"),
+        ({"prompt": "a " * 300, "chosen": "b", "rejected": "c"}, "pair has .* tokens, a row 96; raise pairs.seq"),
     ],
 )  # fmt: skip
 def test_a_bad_line_is_named(hybrid, tmp_path, line, said):

@@ -104,7 +104,7 @@ def test_the_teacher_scores_what_the_student_wrote(stage0, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"on_policy": {"max_new_tokens": 20}}, "max_new_tokens must leave 16"),
+        ({"on_policy": {"max_new_tokens": 20}}, "max_new_tokens must be at most"),
         ({"objective": {"layerwise_steps": 2}}, "layerwise_steps must be 0 with on_policy"),
         ({"data": {"prepared": "rows"}}, "leave out data.prepared"),
         ({"on_policy": {"max_new_token": 8}}, "max_new_token"),

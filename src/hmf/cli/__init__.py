@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: parse, build the settings, make one call. Errors of the user's are one line and exit code 2."""
+"""The command line: each command parses its options and makes one call. An HmfError is printed in one line, with exit
+code 2."""
 
 from __future__ import annotations
 
@@ -19,11 +20,11 @@ from hmf.cli import bench, data, machine, models, stages
 from hmf.cli.shared import group
 from hmf.errors import HmfError, one_line
 
-DEBUG = "HMF_DEBUG"  # set: unexpected errors show their traceback
+DEBUG = "HMF_DEBUG"  # if set, unexpected errors show their traceback
 
 
 class Stopped(Exception):
-    """Ctrl-C, with its message: Typer would turn the KeyboardInterrupt itself into a bare exit code."""
+    """Stands for a KeyboardInterrupt and its message, which Typer would replace by a bare exit code."""
 
 
 class _Commands(TyperGroup):
@@ -60,43 +61,45 @@ def _show_tracebacks(asked: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
     debug: Annotated[
         bool, typer.Option("--debug", callback=_show_tracebacks, help="Show the traceback of an unexpected error.")
     ] = False,
 ) -> None:
-    """Options of all commands."""
+    """Global options."""
 
 
 def main() -> None:
     """Entry point of the `hmf` script."""
     processors.share()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Its bars are for reading and writing files; long steps show their own.
+    # The Hub library shows progress bars for reading and writing files; long steps of hmf show their own.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         code = app(standalone_mode=False)
     except HmfError as error:
         _end(str(error), 2)
-    except TyperException as error:  # options that cannot be parsed; without any message, help has been printed
+    except TyperException as error:  # invalid options; the message is empty after help was printed
         _end(error.format_message(), 2)
     except Stopped as stop:
         _end(str(stop), 130)
-    except BrokenPipeError:  # whoever read the output has gone
+    except BrokenPipeError:  # the reader of the output, such as a pager, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except SystemExit:
         raise
-    except BaseException as error:  # a panic of a library in Rust is no Exception
+    except BaseException as error:  # a panic in a Rust library is not an Exception
         if os.environ.get(DEBUG):
             raise
-        if isinstance(error, OSError) and error.strerror:  # a full disk, a folder without permission
+        if (
+            isinstance(error, OSError) and error.strerror
+        ):  # for example a full disk, or a folder without write permission
             _end(f"{error.filename or 'a file'}: {error.strerror}", 2)
         with tempfile.NamedTemporaryFile("w", prefix="hmf-", suffix=".log", delete=False, encoding="utf-8") as log:
             traceback.print_exc(file=log)
         reason = str(error).strip().split("\n")[0]
-        _end(f"unexpected {type(error).__name__}: {reason}; please report it with {log.name}", 1)
+        _end(f"unexpected {type(error).__name__}: {reason}; please report it, with the file {log.name}", 1)
     sys.exit(code if isinstance(code, int) else 0)
 
 

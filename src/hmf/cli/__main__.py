@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m hmf.cli`, for launchers such as torchrun that start modules."""
+"""`python -m hmf.cli`, for launchers that start modules, such as torchrun."""
 
 from hmf.cli import main
 

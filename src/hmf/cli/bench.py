@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hmf bench`: parse, make one measurement, print it."""
+"""`hmf bench`: measurements."""
 
 from __future__ import annotations
 
@@ -25,30 +25,31 @@ from hmf.cli.shared import (
 from hmf.errors import HmfError, notice
 from hmf.folders import require_parent, resolve_base
 
-app = group("Measure here.")
+app = group("Measure speed, memory and accuracy on this machine.")
 
 
-@app.command(epilog=epilog(
-    "hmf bench ops",
-    "hmf bench ops --ops gdn,ssd --tokens 8192 --heads 32 --head-dim 128 --dtype bfloat16 --versions chunked,fast",
-))  # fmt: skip
+@app.command(
+    epilog=epilog(
+        "hmf bench ops",
+        "hmf bench ops --ops gdn,ssd --tokens 8192 --heads 32 --head-dim 128 --dtype bfloat16 --versions chunked,fast",
+    )
+)
 def ops(
-    tokens: Annotated[int, tokens("Of one sequence.")] = 2048,
-    heads: Annotated[int, typer.Option(min=1, help="Heads.")] = 8,
+    tokens: Annotated[int, tokens("Length of the sequence.")] = 2048,
+    heads: Annotated[int, typer.Option(min=1, help="Number of heads.")] = 8,
     head_dim: Annotated[int, typer.Option(min=1, help="Key and value dimensions of a head.")] = 64,
-    ops: Annotated[str, typer.Option(help="Ops, joined by commas; empty for all.")] = "",
-    versions: Annotated[str, typer.Option(help="Of reference, chunked, fast, by commas; empty for all here.")] = "",
+    ops: Annotated[str, typer.Option(help="Ops, separated by commas; empty for all.")] = "",
+    versions: Annotated[str, typer.Option(help="From reference,chunked,fast; empty for all that run here.")] = "",
     device: Device = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the tensors.")] = "float32",
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs; fewer of a version that takes 10 seconds.")] = 5,
-    forward: Annotated[bool, typer.Option("--forward", help="Forward alone, as in inference.")] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the tensors.")] = "float32",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs; fewer for a version that takes 10 seconds.")] = 5,
+    forward: Annotated[bool, typer.Option("--forward", help="Time the forward pass only, as in inference.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Times each op's versions, forward and backward.
+    """Time the versions of each op, forward and backward.
 
-    The sequential references take seconds to minutes.
-
-    What dispatch refuses on this machine is not run; the table says why.
+    The sequential references take seconds to minutes. A version that cannot run on this machine is skipped, and the
+    table gives the reason.
     """
     import json
 
@@ -59,69 +60,75 @@ def ops(
     from hmf.ops.samples import Shape
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    wanted, named = ([name for name in text.split(",") if name] for text in (ops, versions))
+    op_names, version_names = ([name for name in text.split(",") if name] for text in (ops, versions))
     shape = Shape(tokens=tokens, heads=heads, head_dim=head_dim)
-    found = timings.run(shape, getattr(torch, dtype), device, repeats, wanted, named, not forward)
-    rows = timings.rows(found)
+    measured = timings.run(shape, getattr(torch, dtype), device, repeats, op_names, version_names, not forward)
+    rows = timings.rows(measured)
     if as_json:
         typer.echo(json.dumps({"rows": rows, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2))
     else:
         timings.print_rows(rows, f"{tokens:,} tokens, {heads} heads of {head_dim}, {dtype}, {device}; ms: min / median")
-    if failed := [f"{timing.op} {timing.version}: {timing.reason}" for timing in found if timing.failed]:
+    if failed := [f"{timing.op} {timing.version}: {timing.reason}" for timing in measured if timing.failed]:
         raise HmfError("; ".join(failed))
 
 
 @app.command(epilog=epilog("hmf bench solver", "hmf bench solver --head-dim 64 --plot solver.png"))
 def solver(
-    tokens: Annotated[int, tokens("Of one sequence.")] = 256,
-    heads: Annotated[int, typer.Option(min=1, help="Heads, from short to long memory.")] = 4,
+    tokens: Annotated[int, tokens("Length of the sequence.")] = 256,
+    heads: Annotated[int, typer.Option(min=1, help="Number of heads, whose memory ranges from short to long.")] = 4,
     head_dim: Annotated[int, typer.Option(min=1, help="Key and value dimensions of a head.")] = 128,
-    ridge_strength: Annotated[float, typer.Option(help="The layer's option; smaller converges slower.")] = 0.02,
-    plot: Annotated[Path | None, typer.Option(help="Picture to write (.png, .svg).")] = None,
+    ridge_strength: Annotated[
+        float, typer.Option(help="Option of the layer; a smaller value converges more slowly.")
+    ] = 0.02,
+    plot: Annotated[Path | None, typer.Option(help="Plot to write (.png, .svg).")] = None,
 ) -> None:
-    """How near GKA's iteration comes to the exact solution.
+    """Measure the error of GKA's iterative solver.
 
-    The distance of outputs and gradients from those of the exact ridge solution, by num_iter.
+    Prints the distance of outputs and gradients from those of the exact ridge solution, by num_iter.
     """
     require_parent(plot, "--plot")
 
     from hmf.bench import solver
     from hmf.ops.samples import Shape
 
-    found = solver.distances(Shape(tokens=tokens, heads=heads, head_dim=head_dim), ridge_strength)
+    distances = solver.distances(Shape(tokens=tokens, heads=heads, head_dim=head_dim), ridge_strength)
     title = f"GKA, {tokens:,} tokens, {heads} heads of {head_dim}, ridge_strength {ridge_strength:g}"
-    solver.print_distances(found, f"{title}: relative distance from the exact solution")
+    solver.print_distances(distances, f"{title}: relative distance from the exact solution")
     if plot is not None:
-        solver.plot(found, title, plot)
+        solver.plot(distances, title, plot)
         typer.echo(f"saved {plot}")
 
 
-@app.command(epilog=epilog(
-    "hmf bench distill",
-    "hmf bench distill recipes/configs/qwen3-0.6b --tokens 4096 --rows 2 --dtype bfloat16",
-    "hmf bench distill --set num_hidden_layers=12 --set hidden_size=768 --set vocab_size=32000",
-))  # fmt: skip
+@app.command(
+    epilog=epilog(
+        "hmf bench distill",
+        "hmf bench distill recipes/configs/qwen3-0.6b --tokens 4096 --rows 2 --dtype bfloat16",
+        "hmf bench distill --set num_hidden_layers=12 --set hidden_size=768 --set vocab_size=32000",
+    )
+)
 def distill(
     model: Annotated[str, typer.Argument(help=f"{CONFIG} The weights are random.")] = "teacher",
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="In place of what the config says; repeatable."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the config; repeatable."),
     ] = None,
     mixer: Mixer = "gdn",
-    ratio: Annotated[float | None, typer.Option(help="Share of layers to replace; left out: 0.5.")] = None,
-    pattern: Annotated[str | None, typer.Option(help=f"Or: {PATTERN[0].lower()}{PATTERN[1:]}")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 2,
-    tokens: Annotated[int, tokens("Of a row.", 2)] = 512,
-    kl: Annotated[float, typer.Option(min=0, help="Weight of the logits' KL beside the MSE before the head.")] = 1.0,
+    ratio: Annotated[float | None, typer.Option(help="Share of layers to replace. Default: 0.5.")] = None,
+    pattern: Annotated[str | None, typer.Option(help=f"Layer pattern. {PATTERN}")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows in the batch.")] = 2,
+    tokens: Annotated[int, tokens("Length of a row.", 2)] = 512,
+    kl: Annotated[
+        float, typer.Option(min=0, help="Weight of the KL divergence of the logits, beside the MSE before the LM head.")
+    ] = 1.0,
     device: Device = None,
     dtype: Annotated[Dtype, typer.Option(help="bfloat16: autocast over float32 weights.")] = "float32",
-    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of a process.")] = 3,
-    rounds: Annotated[int, typer.Option(min=1, help="Processes for each way, in turn.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps per process.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Processes for each variant, which take turns.")] = 2,
     as_json: AsJson = False,
 ) -> None:
-    """Times Stage 1's step, and its peak memory.
+    """Measure time and peak memory of a step of Stage 1.
 
-    In one fused model, against teacher and student as two models.
+    Compares one fused model with teacher and student as two models.
     """
     folder = resolve_base(model, weights=False)
 
@@ -150,20 +157,23 @@ def distill(
         steps.print_rows(table, f"{layers}\n{shape}; {rows} rows of {tokens:,} tokens, kl {kl:g}, {dtype}, {device}")
 
 
-@app.command(epilog=epilog(
-    "hmf bench states runs/quickstart/model", "hmf bench states MODEL --dtype float16 --tokens 4096 --device cuda",
-))  # fmt: skip
+@app.command(
+    epilog=epilog(
+        "hmf bench states runs/quickstart/model",
+        "hmf bench states MODEL --dtype float16 --tokens 4096 --device cuda",
+    )
+)
 def states(
     model: Annotated[str, typer.Argument(help=f"Hybrid. {MODEL}")],
-    dtype: Annotated[Literal["bfloat16", "float16"], typer.Option(help="Of the states.")] = "bfloat16",
-    tokens: Annotated[int, tokens("Of each stretch of text.", 2)] = 1024,
-    batch: Annotated[int, typer.Option(min=1, help="Stretches of held-out text.")] = 4,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to measure.")] = "cpu",
+    dtype: Annotated[Literal["bfloat16", "float16"], typer.Option(help="Dtype of the states.")] = "bfloat16",
+    tokens: Annotated[int, tokens("Length of each excerpt.", 2)] = 1024,
+    batch: Annotated[int, typer.Option(min=1, help="Number of excerpts of held-out text.")] = 4,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Device to measure on.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Measures what storing recurrent states in fewer bits costs.
+    """Measure the effect of storing states in fewer bits.
 
-    How far log-probabilities drift.
+    Prints how far the log-probabilities move when recurrent states are stored in the given dtype.
     """
     folder = resolve_base(model)
 
@@ -172,79 +182,87 @@ def states(
 
     from hmf.bench import machine, states
 
-    found = states.measure(folder, dtype, tokens, batch, device)
+    drifts = states.measure(folder, dtype, tokens, batch, device)
     if as_json:
-        rows = [asdict(drift) for drift in found]
+        rows = [asdict(drift) for drift in drifts]
         report = {"rows": rows, "hardware": machine.hardware(), "versions": machine.versions()}
         typer.echo(json.dumps(report, indent=2))
     else:
         title = f"{model}: states in {dtype}, {batch} x {tokens:,} tokens of held-out text; nats, by position"
-        states.print_drift(found, title)
+        states.print_drift(drifts, title)
 
 
-@app.command(epilog=epilog(
-    "hmf bench serving ./Qwen3-8B runs/prime/model --context 16K:20,16K:max",
-    "hmf bench serving recipes/configs/qwen3-8b --mixer gdn --ratio 0.5 --context 16K:20 --json-file serving.json",
-    "hmf bench serving recipes/configs/qwen3-8b --ratio 0.5 --mixer gdn,gka --context 16K:max --format card",
-    """hmf bench serving runs/prime/model --context 16K:20 --variant '{"gka_overrides": {"num_iter": 10}}'""",
-))  # fmt: skip
+@app.command(
+    epilog=epilog(
+        "hmf bench serving ./Qwen3-8B runs/prime/model --context 16K:20,16K:max",
+        "hmf bench serving recipes/configs/qwen3-8b --mixer gdn --ratio 0.5 --context 16K:20 --json-file serving.json",
+        "hmf bench serving recipes/configs/qwen3-8b --ratio 0.5 --mixer gdn,gka --context 16K:max --format card",
+        """hmf bench serving runs/prime/model --context 16K:20 --variant '{"gka_overrides": {"num_iter": 10}}'""",
+    )
+)
 def serving(
     models: Annotated[
         list[str],
-        typer.Argument(help=f"Models side by side. {CONFIG} Without weights: random ones.", metavar="MODEL..."),
+        typer.Argument(help=f"Models to compare. {CONFIG} Without weights, they are random.", metavar="MODEL..."),
     ],
     context: Annotated[
         str,
         typer.Option(
-            help='Prompt tokens and how many sequences at once, or "max": as many as each model\'s cache holds.',
+            help='Prompt tokens and concurrent sequences; "max" for as many as the cache of each model holds.',
             metavar="TOKENS:SEQUENCES,...",
         ),
     ],
     mixer: Annotated[
-        str, typer.Option(help="With --ratio: measure also the Hybrids that the only MODEL would become, by commas.")
+        str,
+        typer.Option(
+            help="With --ratio and one MODEL: also measure Hybrids of it with these mixers (separated by commas)."
+        ),
     ] = "gdn",
     ratio: Ratio = None,
-    pattern: Annotated[str | None, typer.Option(help=f"Or that Hybrid's pattern. {PATTERN}")] = None,
+    pattern: Annotated[str | None, typer.Option(help=f"Layer pattern of such a Hybrid. {PATTERN}")] = None,
     hf_overrides: Annotated[
         str | None,
-        typer.Option(metavar="JSON", help="vLLM's --hf-overrides, for every model whose config has such keys."),
+        typer.Option(metavar="JSON", help="vLLM's --hf-overrides, for every model whose config has these keys."),
     ] = None,
     variant: Annotated[
         list[str] | None,
-        typer.Option(metavar="JSON", help="Measure these models once more with such overrides; repeatable."),
+        typer.Option(metavar="JSON", help="Measure the models once more with these overrides; repeatable."),
     ] = None,
-    output: Annotated[int, tokens("That each sequence decodes while it is timed.")] = 128,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs, of which the fastest counts.")] = 1,
+    output: Annotated[int, tokens("Tokens that each sequence decodes in the timed run.")] = 128,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs; the fastest counts.")] = 1,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Of weights; left out: bfloat16, or float32 where there is no GPU.")
+        Dtype | None, typer.Option(help="Dtype of the weights. Default: bfloat16 on a GPU, float32 on a CPU.")
     ] = None,
-    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of GPU memory that vLLM may take.")] = 0.9,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(help="vLLM's option: share of GPU memory that it may use.")
+    ] = 0.9,
     batched_tokens: BatchedTokens = 8192,
-    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs for each model.")] = 1,
-    enforce_eager: Annotated[bool, typer.Option(help="Neither torch.compile nor CUDA graphs.")] = False,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="vLLM's option: GPUs per model.")] = 1,
+    enforce_eager: Annotated[bool, typer.Option(help="vLLM's option: disable torch.compile and CUDA graphs.")] = False,
     form: Annotated[
-        Literal["table", "card"], typer.Option("--format", help="card: the two tables of a model card, in Markdown.")
+        Literal["table", "card"], typer.Option("--format", help="card: two tables for a model card, in Markdown.")
     ] = "table",
     as_json: AsJson = False,
     json_file: Annotated[
         Path | None, typer.Option(help="File to write the rows to as JSON, after each model.", metavar="FILE")
     ] = None,
 ) -> None:
-    """Prefill and decode throughput in vLLM.
+    """Measure prefill and decode throughput in vLLM.
 
-    Of a Hybrid and its base, or of any models, with ratios to the first. A model that fails costs no other one's rows.
+    Compares a Hybrid with its base, or any models, with ratios to the first one. If a model fails, the others are still
+    measured.
     """
     if as_json and form == "card":
-        raise HmfError("--json, --format card: give one of them; --json-file FILE writes the rows beside the card")
-    if as_json and json_file is None and (old := [name for name in models if name.endswith(".json")]):
-        notice(
-            f"--json takes no file any more and prints JSON; until the next release {old[0]} is taken for --json-file"
+        raise HmfError(
+            "--json and --format card exclude each other; --json-file FILE writes the rows in addition to the card"
         )
+    if as_json and json_file is None and (old := [name for name in models if name.endswith(".json")]):
+        notice(f"--json no longer takes a file; until the next release, {old[0]} is used as the value of --json-file")
         json_file, as_json = Path(old[0]), False
         models = [name for name in models if name != old[0]]
     require_parent(json_file, "--json-file")
     if len(set(models)) < len(models):
-        raise HmfError("MODEL: one is named twice; name each once")
+        raise HmfError("MODEL: a model is named twice; name each model once")
     named = [(model, resolve_base(model)) for model in models]  # before imports that take seconds
 
     import json
@@ -260,9 +278,15 @@ def serving(
 
     dtype = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     run = throughput.Run(
-        throughput.parse_loads(context), output, repeats, dtype, gpu_memory_utilization, batched_tokens,
-        tensor_parallel_size, enforce_eager,
-    )  # fmt: skip
+        throughput.parse_loads(context),
+        output,
+        repeats,
+        dtype,
+        gpu_memory_utilization,
+        batched_tokens,
+        tensor_parallel_size,
+        enforce_eager,
+    )
     with tempfile.TemporaryDirectory(prefix="hmf-config-") as folder:
         if ratio is not None or pattern is not None:
             if len(models) > 1 or (ratio is not None and pattern is not None):
@@ -280,10 +304,10 @@ def serving(
         table: list[dict] = []
         report: dict = {}
         try:
-            for found in throughput.run_all(subjects, run):
-                if isinstance(found, HmfError):
-                    errors.append(found)
-                measured.append(None if isinstance(found, HmfError) else found)
+            for outcome in throughput.run_all(subjects, run):
+                if isinstance(outcome, HmfError):
+                    errors.append(outcome)
+                measured.append(None if isinstance(outcome, HmfError) else outcome)
                 table = tables.rows(subjects, measured, run)
                 facts = {"dtype": dtype, "options": [one.arguments for one in subjects]}
                 report = {"rows": table, **facts, "hardware": machine.hardware(), "versions": machine.versions()}
@@ -295,7 +319,7 @@ def serving(
             elif table and form == "card":
                 typer.echo(tables.card(table, subjects[0].name, run.ranks))
             elif table:
-                title = f"{dtype}, {output} tokens decoded by each sequence, {batched_tokens:,} tokens a step"
+                title = f"{dtype}, {output} tokens decoded per sequence, {batched_tokens:,} tokens per step"
                 tables.print_rows(table, title, subjects[0].name)
         if errors:
             raise HmfError("\n".join(map(str, errors)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hmf data`: prepare training data and look at it."""
+"""`hmf data`: prepare and show training data."""
 
 from __future__ import annotations
 
@@ -13,23 +13,27 @@ from hmf.cli.shared import Overrides, RecipeFile, epilog, group, require_data, t
 from hmf.errors import HmfError
 from hmf.folders import find_recipe, resolve_base
 
-app = group("Prepare training data and look at it.")
+app = group("Prepare and show training data.")
 
 
-@app.command(name="prepare", epilog=epilog(
-    "hmf data prepare recipes/data/recipe.yaml",
-    "hmf data prepare recipe.yaml --workers 16 --set sequence_length=32768 --set output=runs/data-32k",
-))  # fmt: skip
+@app.command(
+    name="prepare",
+    epilog=epilog(
+        "hmf data prepare recipes/data/recipe.yaml",
+        "hmf data prepare recipe.yaml --workers 16 --set sequence_length=32768 --set output=runs/data-32k",
+    ),
+)
 def data_prepare(
     recipe: RecipeFile,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes; the result is the same for any number. Left out: all cores.")
+        int | None,
+        typer.Option(min=1, help="Number of processes, which does not change the result. Default: all cores."),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Tokenise, mix and pack documents into rows for training.
 
-    Documents are texts and conversations. Continues where it stopped.
+    Documents are texts and conversations. An interrupted run continues.
     """
     from hmf.config.data import DataRecipe
     from hmf.config.runs import load_recipe
@@ -42,8 +46,8 @@ def data_prepare(
     from hmf.report.samples import print_counts
 
     print_counts(prepare(settings, tokenizer, workers or processors.count()))
-    typer.echo(f"saved {settings.output}; look at it: hmf data show {settings.output}")
-    typer.echo(f"train on it: data: {{prepared: {settings.output}}} in a recipe")
+    typer.echo(f"saved {settings.output}; show it: hmf data show {settings.output}")
+    typer.echo(f"to train on it, write into a recipe: data: {{prepared: {settings.output}}}")
 
 
 @app.command(
@@ -53,17 +57,19 @@ def data_show(
     source: Annotated[
         Path,
         typer.Argument(
-            parser=find_recipe, help="A recipe, before the work, or a prepared folder.", metavar="RECIPE|DIR"
+            parser=find_recipe,
+            help="Recipe that is not prepared yet, or output folder of prepare.",
+            metavar="RECIPE|DIR",
         ),
     ],
-    samples: Annotated[int, typer.Option(min=0, help="Documents to print; of a recipe: of each source.")] = 3,
-    tokens: Annotated[int, tokens("Longest print of a document; the middle is left out.", 8)] = 400,
-    records: Annotated[int, typer.Option(min=1, help="Of a recipe: records of each source to read and count.")] = 200,
+    samples: Annotated[int, typer.Option(min=0, help="Documents to print; for a recipe, of each source.")] = 3,
+    tokens: Annotated[int, tokens("Tokens to print of a document; the middle of longer ones is omitted.", 8)] = 400,
+    records: Annotated[int, typer.Option(min=1, help="For a recipe: records of each source to read and count.")] = 200,
     overrides: Overrides = None,
 ) -> None:
-    """Print documents as the model will see them, and the counts.
+    """Print documents as the model reads them, and counts.
 
-    What it learns of them is marked.
+    Supervised text, which the model learns to write, is marked.
     """
     if source.is_dir():
         from hmf.report.samples import show_prepared

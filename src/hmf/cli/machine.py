@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a machine can do: `hmf plan` and `plan-training` for any, `hmf doctor` for this one."""
+"""`hmf plan` and `plan-training`, for any GPU; `hmf doctor`, for this machine."""
 
 from __future__ import annotations
 
@@ -17,33 +17,37 @@ from hmf.gpus import parse_gpus
 app = group("")
 
 
-@app.command(epilog=epilog(
-    "hmf plan runs/quickstart/model --gpu l4 --context 2048",
-    "hmf plan Qwen/Qwen3-8B --mixer gdn --ratio 0.5 --gpu h200x8 --context 128K --plot plan.png",
-))  # fmt: skip
+@app.command(
+    epilog=epilog(
+        "hmf plan runs/quickstart/model --gpu l4 --context 2048",
+        "hmf plan Qwen/Qwen3-8B --mixer gdn --ratio 0.5 --gpu h200x8 --context 128K --plot plan.png",
+    )
+)
 def plan(
     model: Annotated[str, typer.Argument(help=CONFIG)],
-    gpu: Annotated[str, typer.Option(help="What to serve on, for example h100, l40s or h200x8.")],
-    context: Annotated[int, tokens("Of a sequence, for example 128K.")] = 32768,
+    gpu: Annotated[str, typer.Option(help="GPUs to serve on, for example h100, l40s or h200x8.")],
+    context: Annotated[int, tokens("Length of a sequence, for example 128K.")] = 32768,
     mixer: Annotated[
-        str, typer.Option(help="With --ratio: plan the Hybrid that this Transformer would become.")
+        str, typer.Option(help="With --ratio: type of the layers that replace attention in the planned Hybrid.")
     ] = "gdn",
     ratio: Ratio = None,
-    pattern: Annotated[str | None, typer.Option(help=f"Or the Hybrid's pattern. {PATTERN}")] = None,
-    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of GPU memory that vLLM may take.")] = 0.9,
+    pattern: Annotated[str | None, typer.Option(help=f"Layer pattern of the planned Hybrid. {PATTERN}")] = None,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(help="vLLM's option: share of GPU memory that it may use.")
+    ] = 0.9,
     layer_overhead: Annotated[
-        float, typer.Option(min=0, help="Microseconds of a decode step in each layer, beside moving bytes.")
+        float, typer.Option(min=0, help="Microseconds per layer and decode step beside memory traffic.")
     ] = 85,
-    prefix_caching: Annotated[bool, typer.Option(help="Keep states at block boundaries for later prompts.")] = True,
-    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="vLLM's option; left out: its default.")] = None,
+    prefix_caching: Annotated[bool, typer.Option(help="Cache states at block boundaries for later prompts.")] = True,
+    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="vLLM's option. Default: vLLM's default.")] = None,
     batched_tokens: BatchedTokens = 8192,
-    plot: Annotated[Path | None, typer.Option(help="Picture to write, over context lengths (.png, .svg).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot over context lengths to write (.png, .svg).")] = None,
 ) -> None:
-    """What serving takes and gives on some GPUs.
+    """Plan serving: memory, capacity, decode speed.
 
-    Memory, sequences, cache blocks, decode speed. Needs no GPU.
+    Prints memory, concurrent sequences, cache blocks and decode speed on the given GPUs. Needs no GPU.
     """
-    parse_gpus(gpu)  # this and the paths before imports that take seconds
+    parse_gpus(gpu)  # before imports that take seconds, as are the checks of paths
     require_parent(plot, "--plot")
     folder = resolve_base(model, weights=False)
 
@@ -61,31 +65,36 @@ def plan(
     options = planner.ServingSettings(
         gpu_memory_utilization, layer_overhead / 1e6, prefix_caching, batched_tokens, max_num_seqs
     )
-    found = planner.plans(config, gpu, options)
-    planner.print_plans(found, context)
+    plans = planner.plans(config, gpu, options)
+    planner.print_plans(plans, context)
     if plot is not None:
-        planner.plot(found, context, plot, Path(model).name)
+        planner.plot(plans, context, plot, Path(model).name)
         typer.echo(f"saved {plot}")
 
 
-@app.command(name="plan-training", epilog=epilog(
-    "hmf plan-training qwen3-8b",
-    "hmf plan-training recipes/qwen3-8b/gdn-1-prime.yaml --gpu h100x8 --set distill.training.strategy=fsdp2",
-))  # fmt: skip
+@app.command(
+    name="plan-training",
+    epilog=epilog(
+        "hmf plan-training qwen3-8b",
+        "hmf plan-training recipes/qwen3-8b/gdn-1-prime.yaml --gpu h100x8 --set distill.training.strategy=fsdp2",
+    ),
+)
 def plan_training(
     recipes: Annotated[
         list[Path],
         typer.Argument(
-            parser=find_recipe, help='Recipes, or folders of them, as "qwen3-8b".', metavar="RECIPE.yaml|DIR..."
+            parser=find_recipe, help='Recipes, or folders of recipes, such as "qwen3-8b".', metavar="RECIPE.yaml|DIR..."
         ),
     ],
-    gpu: Annotated[str | None, typer.Option(help="For example h200x8; left out: what each recipe names.")] = None,
-    mfu: Annotated[float, typer.Option(help="Share of the GPUs' peak that training is assumed to reach.")] = 0.35,
+    gpu: Annotated[
+        str | None, typer.Option(help="For example h200x8. Default: the GPUs that each recipe names.")
+    ] = None,
+    mfu: Annotated[float, typer.Option(help="Assumed model FLOPs utilisation: share of the GPUs' peak.")] = 0.35,
     overrides: Overrides = None,
 ) -> None:
     """Check recipes; plan memory, tokens and GPU-hours.
 
-    A dry run of each stage, without GPU, weights or data.
+    This is a dry run of each stage. It needs no GPU, weights or data.
     """
     if gpu is not None:
         parse_gpus(gpu)
@@ -99,9 +108,9 @@ def plan_training(
 def doctor(
     as_json: AsJson = False,
 ) -> None:
-    """Which implementation of each op runs here, and why.
+    """Show which implementation of each op runs here, and why.
 
-    Each is compared with the reference; exits 1 if one differs.
+    Each implementation is compared with the reference. The exit code is 1 if one differs.
     """
     from hmf.bench import workers
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one does with a model: `hmf evaluate`, `chat`, `serve`, `convert`, `card`, `push`."""
+"""Commands that use a model: `hmf evaluate`, `chat`, `serve`, `convert`, `card`, `push`."""
 
 from __future__ import annotations
 
@@ -17,29 +17,33 @@ from hmf.gpus import parse_gpus
 app = group("")
 
 
-@app.command(epilog=epilog(
-    "hmf evaluate runs/quickstart/model teacher",
-    "hmf evaluate teacher --tasks recall,arithmetic --samples 100 --length 512 --json",
-))  # fmt: skip
+@app.command(
+    epilog=epilog(
+        "hmf evaluate runs/quickstart/model teacher",
+        "hmf evaluate teacher --tasks recall,arithmetic --samples 100 --length 512 --json",
+    )
+)
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help=f"Models side by side. {MODEL}", metavar="MODEL...")],
-    tasks: Annotated[str, typer.Option(help="Generated tasks, joined by commas; empty for none.")] = "recall,needle",
-    samples: Annotated[int, typer.Option(min=1, help="Samples of each task.")] = 50,
-    length: Annotated[int, tokens("Of the longest prompts and of the text window.", 96)] = 512,
-    text_bytes: Annotated[int, typer.Option(min=0, help="Held-out library text to score.")] = 100_000,
+    models: Annotated[list[str], typer.Argument(help=f"Models to compare. {MODEL}", metavar="MODEL...")],
+    tasks: Annotated[str, typer.Option(help="Generated tasks, separated by commas; empty for none.")] = "recall,needle",
+    samples: Annotated[int, typer.Option(min=1, help="Prompts per task.")] = 50,
+    length: Annotated[int, tokens("Length of the longest prompts, and of the window for text.", 96)] = 512,
+    text_bytes: Annotated[
+        int, typer.Option(min=0, help="Bytes of held-out text to score, from Python's standard library.")
+    ] = 100_000,
     thinking: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = True,
-    max_new_tokens: Annotated[int, tokens("Longest answer.")] = 160,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are answered together.")] = 16,
-    baselines: Annotated[bool, typer.Option(help="Also score order-3 models of bytes and of tokens.")] = False,
+    max_new_tokens: Annotated[int, tokens("Most tokens of an answer.")] = 160,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 16,
+    baselines: Annotated[bool, typer.Option(help="Also score order-3 n-gram models of bytes and of tokens.")] = False,
     device: Device = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Of the weights; left out: as stored on a GPU, float32 on a CPU.")
+        Dtype | None, typer.Option(help="Dtype of the weights. Default: as stored on a GPU, float32 on a CPU.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score models: held-out library text and generated tasks."""
+    """Score models on held-out text and generated tasks."""
     if len(set(models)) < len(models):
-        raise HmfError("MODEL: one is named twice; name each once")
+        raise HmfError("MODEL: a model is named twice; name each model once")
     folders = {model: resolve_base(model) for model in models}  # before imports that take seconds
 
     import json
@@ -54,10 +58,17 @@ def evaluate(
     for task in chosen:
         if task not in TASKS:
             raise HmfError(f"--tasks: {unknown_name('task', task, TASKS)}")
-    settings = EvaluateSettings.model_validate({
-        "tasks": chosen, "samples": samples, "length": length, "text_bytes": text_bytes, "thinking": thinking,
-        "max_new_tokens": max_new_tokens, "batch_size": batch_size,
-    })  # fmt: skip
+    settings = EvaluateSettings.model_validate(
+        {
+            "tasks": chosen,
+            "samples": samples,
+            "length": length,
+            "text_bytes": text_bytes,
+            "thinking": thinking,
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+        }
+    )
     scores = {
         model: evaluate_checkpoint(folder, settings, device, dtype, baselines, name=model)
         for model, folder in folders.items()
@@ -68,21 +79,23 @@ def evaluate(
         print_scores(scores)
 
 
-@app.command(epilog=epilog(
-    "hmf chat runs/quickstart/model",
-    "hmf chat teacher --no-thinking",
-    "hmf chat runs/quickstart/model --url http://localhost:8000",
-))  # fmt: skip
+@app.command(
+    epilog=epilog(
+        "hmf chat runs/quickstart/model",
+        "hmf chat teacher --no-thinking",
+        "hmf chat runs/quickstart/model --url http://localhost:8000",
+    )
+)
 def chat(
     model: Annotated[str, typer.Argument(help=MODEL)],
     thinking: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = True,
-    max_new_tokens: Annotated[int, tokens("Longest answer.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
-    url: Annotated[str | None, typer.Option(help="Of a running server; left out: load the model here.")] = None,
+    max_new_tokens: Annotated[int, tokens("Most tokens of an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="Temperature of sampling; 0 is greedy.")] = 0.0,
+    url: Annotated[str | None, typer.Option(help="Server that runs the model. Default: load it here.")] = None,
 ) -> None:
-    """Talk to a model in the terminal.
+    """Chat with a model in the terminal.
 
-    It is loaded here, or a server at `--url` has it.
+    The model is loaded in this process, or runs on a server at `--url`.
     """
     source = resolve_base(model)
 
@@ -92,19 +105,23 @@ def chat(
     run(LocalChat(source, **options) if url is None else ServerChat(source, url, **options), source)
 
 
-@app.command(epilog=epilog(
-    "hmf serve runs/quickstart/model",
-    "hmf serve runs/quickstart/model -- --port 9000 --max-model-len 4096",
-    "VLLM_API_KEY=a-long-secret hmf serve runs/quickstart/model -- --host 0.0.0.0",
-))  # fmt: skip
+@app.command(
+    epilog=epilog(
+        "hmf serve runs/quickstart/model",
+        "hmf serve runs/quickstart/model -- --port 9000 --max-model-len 4096",
+        "VLLM_API_KEY=a-long-secret hmf serve runs/quickstart/model -- --host 0.0.0.0",
+    )
+)
 def serve(
     model: Annotated[str, typer.Argument(help=MODEL)],
-    extra: Annotated[list[str] | None, typer.Argument(help="After --: options of vLLM's own, before ours.")] = None,
+    extra: Annotated[
+        list[str] | None, typer.Argument(help="After --: options for vLLM, which override those that hmf chooses.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the command and start nothing.")] = False,
 ) -> None:
-    """Serve by vLLM: an OpenAI-compatible API.
+    """Serve an OpenAI-compatible API with vLLM.
 
-    vLLM starts with the right options for this checkpoint and machine; Ctrl-C stops it.
+    vLLM is started with options that fit this checkpoint and machine. Ctrl-C stops it.
     """
     source = resolve_base(model)
 
@@ -123,13 +140,13 @@ def serve(
 @app.command(epilog=epilog("hmf convert runs/quickstart/model --to qwen3_5 --out runs/quickstart/native"))
 def convert(
     model: Annotated[str, typer.Argument(help=f"GDN Hybrid of a dense Qwen3. {MODEL}")],
-    to: Annotated[NativeFormat, typer.Option(help="Stock architecture that says the same.")],
+    to: Annotated[NativeFormat, typer.Option(help="Stock architecture to convert to.")],
     out: Out,
 ) -> None:
-    """Write a Hybrid as a stock model.
+    """Convert a Hybrid to a stock architecture.
 
-    For engines and tools that do not have this package. Its numbers stay the same. What the stock architecture cannot
-    express is refused.
+    The result can be used by engines and tools without this package, and computes the same outputs. A Hybrid that the
+    stock architecture cannot represent is refused.
     """
     require_unused(out)
     source = resolve_base(model)
@@ -140,20 +157,20 @@ def convert(
     typer.echo(f"saved {out} as {to}; transformers and vLLM load it without hmf")
 
 
-Run = Annotated[Path, typer.Argument(help="Run folder with a finished model, of prime or finetune.", metavar="RUN")]
-PlannedGpu = Annotated[str, typer.Option(help="What serving is planned for, for example h100 or h200x8.")]
+Run = Annotated[Path, typer.Argument(help="Run folder of prime or finetune with a finished model.", metavar="RUN")]
+PlannedGpu = Annotated[str, typer.Option(help="GPUs that serving is planned for, for example h100 or h200x8.")]
 
 
 @app.command(epilog=epilog("hmf card runs/quickstart", "hmf card runs/quickstart --gpu l4 --force"))
 def card(
     run: Run,
     gpu: PlannedGpu = "h200",
-    force: Annotated[bool, typer.Option("--force", help="Replace a README.md that hmf did not write.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a README.md that hmf did not write.")] = False,
 ) -> None:
     """Write the model card of a run.
 
-    RUN/model/README.md, from the recipe, the config and the results files in the run folder. What was not measured is
-    named as such.
+    Writes RUN/model/README.md from the recipe, the config and the results files in the run folder. The card states
+    which figures were not measured.
     """
     parse_gpus(gpu)
     require_run(run)
@@ -163,20 +180,27 @@ def card(
     typer.echo(f"saved {write_card(run, gpu=gpu, force=force)}")
 
 
-@app.command(epilog=epilog(
-    "hmf push runs/quickstart --repo my-name/my-hybrid --dry-run",
-    "HF_TOKEN=hf_... hmf push runs/quickstart --repo my-name/my-hybrid --private",
-))  # fmt: skip
+@app.command(
+    epilog=epilog(
+        "hmf push runs/quickstart --repo my-name/my-hybrid --dry-run",
+        "HF_TOKEN=hf_... hmf push runs/quickstart --repo my-name/my-hybrid --private",
+    )
+)
 def push(
     run: Run,
-    repo: Annotated[str, typer.Option(metavar="OWNER/NAME", help="Model repository of the Hub; made if missing.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be sent; nothing is.")] = False,
-    private: Annotated[bool, typer.Option("--private", help="If the repository is made: for its owner only.")] = False,
+    repo: Annotated[
+        str, typer.Option(metavar="OWNER/NAME", help="Model repository on the Hub; created if it does not exist.")
+    ],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the files that would be uploaded, and upload nothing.")
+    ] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is created.")] = False,
     gpu: PlannedGpu = "h200",
 ) -> None:
-    """Upload a run's model with its card.
+    """Upload a run's model and card to the Hub.
 
-    To the Hugging Face Hub: the model folder, the card with that name in its commands, and the results it links to.
+    Uploads the model folder, the model card with the repository's name in its commands, and the results files that it
+    links to.
     """
     parse_gpus(gpu)
     require_run(run)
@@ -190,12 +214,12 @@ def push(
         typer.echo(f"{size:>15,} bytes  {name}")
     what = f"{len(sizes)} files, {sum(sizes.values()):,} bytes"
     if dry_run:
-        typer.echo(f"would send {what} to {repo}; nothing was sent")
+        typer.echo(f"would upload {what} to {repo}; nothing was uploaded")
     else:
-        typer.echo(f"sent {what} to {hub.upload(repo, files, private)}")
+        typer.echo(f"uploaded {what} to {hub.upload(repo, files, private)}")
 
 
 def require_run(run: Path) -> None:
-    """HmfError for a run folder that is not there, before imports that take seconds."""
+    """HmfError if the run folder does not exist. To be called before imports that take seconds."""
     if not run.is_dir():
         raise HmfError(f"{run}: no such run folder; give the output folder of hmf prime or hmf finetune")

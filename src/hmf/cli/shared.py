@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What commands of several modules share: how help looks, and options that mean the same everywhere."""
+"""Options that several commands share, the layout of help texts, and early checks of paths."""
 
 from __future__ import annotations
 
@@ -15,25 +15,29 @@ from hmf.folders import find_recipe, resolve_base
 
 Dtype = Literal["float32", "bfloat16"]
 NativeFormat = Literal["qwen3_5"]
-Out = Annotated[Path, typer.Option(help="New directory for the result.")]
+Out = Annotated[Path, typer.Option(help="Output directory; it must be empty or not exist.")]
 RecipeFile = Annotated[
     Path,
-    typer.Argument(parser=find_recipe, help='YAML recipe, or one by name, as "quickstart".', metavar="RECIPE.yaml"),
+    typer.Argument(
+        parser=find_recipe,
+        help='YAML file, or the name of a recipe that comes with hmf, such as "quickstart".',
+        metavar="RECIPE.yaml",
+    ),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="In place of what the recipe says; repeatable.")
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe; repeatable.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Device = Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Left out: cuda if there is one.")]
-Mixer = Annotated[str, typer.Option(help="Layer type that replaces attention.")]
+Device = Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Default: cuda if a GPU is available, else cpu.")]
+Mixer = Annotated[str, typer.Option(help="Type of the layers that replace attention.")]
 Ratio = Annotated[float | None, typer.Option(help="Share of layers to replace.")]
 MODEL = 'Checkpoint directory, model of the Hub (Qwen/Qwen3-8B@revision), or "teacher".'
-CONFIG = f"{MODEL} Its config.json is enough."
-PATTERN = "One symbol a layer, joined by '-': * keeps attention; GDN, GKA, M2, BMF and SWA replace it."
+CONFIG = f"{MODEL} Only config.json is needed."
+PATTERN = "One symbol per layer, joined by '-': * keeps attention; GDN, GKA, M2, BMF and SWA replace it."
 
 
 def tokens(help: str, least: int = 1) -> Any:
-    """An option for a number of tokens, which may be written as 128K or 1M."""
+    """An option for a number of tokens, which may be written as 128K or 1M, and is at least `least`."""
 
     def parse(value: str | int) -> int:
         from hmf.config.strict import parse_tokens
@@ -43,7 +47,7 @@ def tokens(help: str, least: int = 1) -> Any:
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
         if number < least:
-            raise typer.BadParameter(f"{number} is less than {least}")
+            raise typer.BadParameter(f"{number} is less than the minimum {least}")
         return number
 
     return typer.Option(parser=parse, metavar="TOKENS", help=help)
@@ -52,10 +56,11 @@ def tokens(help: str, least: int = 1) -> Any:
 BatchedTokens = Annotated[int, tokens("vLLM's --max-num-batched-tokens.")]
 
 
-def found(settings: Any, key: str) -> Any:
-    """A recipe with the checkpoint that `key` names as a directory; imports nothing that takes seconds.
+def with_checkpoint(settings: Any, key: str) -> Any:
+    """The recipe with the checkpoint at `key` resolved to a directory. Imports nothing that takes seconds.
 
-    HmfError, with the key, where there is none, and for data that is not there.
+    Raises:
+        HmfError: the checkpoint, or data that the recipe reads, does not exist; the message names the key.
     """
     name = getattr(settings, key)
     require_data(settings)
@@ -66,16 +71,17 @@ def found(settings: Any, key: str) -> Any:
 
 
 def group(help: str, **options: Any) -> typer.Typer:
-    """Commands under one name; without one of them it prints its help."""
+    """A group of commands. Without a command it prints its help."""
     return typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=help, **options)
 
 
 def epilog(*examples: str) -> str:
+    """The end of a help text: examples, one per line."""
     return "\n".join(["\b", "Examples:", *(f"  {example}" for example in examples)])
 
 
 def require_data(settings: Any, prefix: str = "") -> None:
-    """HmfError where a recipe reads a file or folder that is not there; what is in it is looked at later."""
+    """HmfError if a file or folder that the recipe reads does not exist. Contents are checked later."""
     from hmf.config.places import PlaceSettings
     from hmf.config.runs import DataSettings
     from hmf.config.strict import Settings

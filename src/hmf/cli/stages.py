@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages from a Transformer to a Hybrid: `hmf init`, `distill`, `export`, `finetune`, all of it by `prime`."""
+"""The stages from a Transformer to a Hybrid: `hmf init`, `distill`, `export`, `finetune`; `prime` runs several."""
 
 from __future__ import annotations
 
@@ -7,32 +7,50 @@ from typing import Annotated
 
 import typer
 
-from hmf.cli.shared import MODEL, PATTERN, Dtype, Mixer, NativeFormat, Out, Overrides, RecipeFile, epilog, found, group
+from hmf.cli.shared import (
+    MODEL,
+    PATTERN,
+    Dtype,
+    Mixer,
+    NativeFormat,
+    Out,
+    Overrides,
+    RecipeFile,
+    epilog,
+    group,
+    with_checkpoint,
+)
 from hmf.errors import HmfError
 from hmf.folders import require_unused, resolve_base
 
 app = group("")
 
 
-@app.command(epilog=epilog(
-    "hmf init teacher --mixer gdn --ratio 0.5 --out runs/stage0",
-    "hmf init ./Qwen3-8B --mixer gdn --layers 1,3,5-9 --out runs/stage0",
-    'hmf init ./Qwen3-8B --pattern "*-GDN-*-GDN" --out runs/stage0',
-))  # fmt: skip
+@app.command(
+    epilog=epilog(
+        "hmf init teacher --mixer gdn --ratio 0.5 --out runs/stage0",
+        "hmf init ./Qwen3-8B --mixer gdn --layers 1,3,5-9 --out runs/stage0",
+        'hmf init ./Qwen3-8B --pattern "*-GDN-*-GDN" --out runs/stage0',
+    )
+)
 def init(
     base: Annotated[str, typer.Argument(help=f"Transformer. {MODEL}")],
     out: Out,
     mixer: Mixer = "gdn",
-    ratio: Annotated[float | None, typer.Option(help="Share of layers to replace, spread evenly.")] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Share of layers to replace, spread evenly, for example 0.5.")
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="Layers to replace, for example 1,3,5-7.")] = None,
     pattern: Annotated[str | None, typer.Option(help=PATTERN)] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the tensors that start at random.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the tensors that are initialised randomly.")
+    ] = 0,
 ) -> None:
-    """Stage 0: start mixers from attention.
+    """Stage 0: initialise mixers from attention.
 
-    The result is a fused checkpoint, in which the frozen teacher stays beside the mixers. So its pattern marks every
-    symbol: `*DA` is a layer that keeps its attention, and `GDN*` one whose mixer learns beside its attention, which
-    `hmf export` drops.
+    The result is a fused checkpoint, which holds the frozen teacher beside the mixers. Its pattern marks every symbol:
+    `*DA` is a layer that keeps its attention, and `GDN*` is a layer with a mixer beside the attention that it learns
+    from. `hmf export` drops that attention.
     """
     from pydantic import ValidationError
 
@@ -57,14 +75,14 @@ def init(
 
 @app.command(epilog=epilog("hmf distill recipes/distill/recipe.yaml"))
 def distill(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Stage 1: train the mixers to do what attention does.
+    """Stage 1: train the mixers to reproduce attention.
 
-    Continues where it stopped.
+    An interrupted run continues from its last checkpoint.
     """
     from hmf.config.runs import DistillRecipe, read_recipe
 
     settings, text = read_recipe(recipe, DistillRecipe, overrides or ())
-    settings = found(settings, "model")  # before imports that take seconds
+    settings = with_checkpoint(settings, "model")  # before imports that take seconds
 
     from hmf.report.curves import draw_curves
     from hmf.training.distill import distill as run
@@ -76,19 +94,21 @@ def distill(recipe: RecipeFile, overrides: Overrides = None) -> None:
         typer.echo(f"saved {saved}; next: hmf export {saved} --out {settings.output}/model")
 
 
-@app.command(epilog=epilog(
-    "hmf export runs/distill/stage1 --out runs/distill/model --dtype bfloat16",
-    "hmf export runs/distill/stage1 --out runs/distill/native --format qwen3_5",
-))  # fmt: skip
+@app.command(
+    epilog=epilog(
+        "hmf export runs/distill/stage1 --out runs/distill/model --dtype bfloat16",
+        "hmf export runs/distill/stage1 --out runs/distill/native --format qwen3_5",
+    )
+)
 def export(
-    fused: Annotated[str, typer.Argument(help=f"Fused: the result of init or distill. {MODEL}")],
+    fused: Annotated[str, typer.Argument(help=f"Fused checkpoint, from init or distill. {MODEL}")],
     out: Out,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights; left out: as stored.")] = None,
-    format: Annotated[NativeFormat | None, typer.Option(help="Stock architecture; left out: a Hybrid.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the weights. Default: as stored.")] = None,
+    format: Annotated[NativeFormat | None, typer.Option(help="Stock architecture to write. Default: a Hybrid.")] = None,
 ) -> None:
-    """Drop the teacher: write a plain Hybrid.
+    """Drop the teacher and write a plain Hybrid.
 
-    With `--format`, the same model in a stock architecture; see `hmf convert`.
+    `--format` writes the same model in a stock architecture; see `hmf convert`.
     """
     require_unused(out)
     source = resolve_base(fused)
@@ -103,51 +123,56 @@ def export(
     typer.echo(f"saved {out}; load it with AutoModelForCausalLM{'' if format else ' after `import hmf`'}")
 
 
-@app.command(epilog=epilog(
-    "hmf finetune recipes/quickstart/cpt.yaml",
-    "hmf finetune recipes/quickstart/sft.yaml --set training.max_steps=20 --set output=runs/try",
-))  # fmt: skip
+@app.command(
+    epilog=epilog(
+        "hmf finetune recipes/quickstart/cpt.yaml",
+        "hmf finetune recipes/quickstart/sft.yaml --set training.max_steps=20 --set output=runs/try",
+    )
+)
 def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Stage 2: train a plain Hybrid on.
+    """Stage 2: fine-tune a plain Hybrid.
 
-    More pretraining, conversations or preferences. Continues where it stopped.
+    The methods are continued pretraining, supervised fine-tuning and preference optimisation (DPO). An interrupted run
+    continues from its last checkpoint.
     """
     from hmf.config.runs import FinetuneRecipe, read_recipe
 
     settings, text = read_recipe(recipe, FinetuneRecipe, overrides or ())
-    settings = found(settings, "model")
+    settings = with_checkpoint(settings, "model")
 
     from hmf.report.curves import draw_curves
     from hmf.training.finetune import check
     from hmf.training.finetune import finetune as run
     from hmf.training.run import run_folder
 
-    check(settings)  # before the output folder becomes this recipe's
+    check(settings)  # before the output folder is claimed for this recipe
     with run_folder(settings.output, text) as first:
         saved = run(settings, draw=draw_curves)
     if first:
         typer.echo(f"saved {saved}; next: hmf evaluate {saved}, hmf chat {saved}")
 
 
-@app.command(epilog=epilog(
-    "hmf prime quickstart",
-    "hmf prime recipes/quickstart/recipe.yaml --set hybrid.mixer=gka --set output=runs/gka",
-))  # fmt: skip
+@app.command(
+    epilog=epilog(
+        "hmf prime quickstart",
+        "hmf prime recipes/quickstart/recipe.yaml --set hybrid.mixer=gka --set output=runs/gka",
+    )
+)
 def prime(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """The whole job: init, distil, export, evaluate.
+    """Init, distil, export and evaluate by one recipe.
 
-    All under one run folder; steps already done are not done again.
+    Everything is written to one run folder. Finished steps are not repeated.
     """
     from hmf.config.runs import PrimeRecipe, read_recipe
 
     settings, text = read_recipe(recipe, PrimeRecipe, overrides or ())
-    settings = found(settings, "base")
+    settings = with_checkpoint(settings, "base")
 
     from hmf.pipeline import prime as run
     from hmf.report.table import next_commands, print_scores
 
     scores = run(settings, text, say=typer.echo)
-    if scores:  # none in the processes that only train along
+    if scores:  # empty in processes that only take part in training
         print_scores(scores)
         typer.echo(next_commands(settings.output))
 
@@ -156,7 +181,7 @@ def prime(recipe: RecipeFile, overrides: Overrides = None) -> None:
 def pretrain(recipe: RecipeFile) -> None:
     """Train a tiny teacher and its tokenizer from scratch.
 
-    So the embedded one was made.
+    The teacher that comes with hmf was made in this way.
     """
     from hmf.training.pretrain import main as run
 

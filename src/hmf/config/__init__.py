@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patterns, layer options and recipes. Nothing here imports torch."""
+"""Layer patterns, layer options and recipes. This package does not import torch."""

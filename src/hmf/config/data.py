@@ -15,8 +15,8 @@ from .strict import Seed, Settings, TokenCount, Tokens
 
 
 class RepetitionSettings(Settings):
-    """Shares of a document above which it is left out as repetitive; the values are Gopher's (Rae et al. 2021,
-    table A1). N-grams count words, and their shares are of characters."""
+    """A document is left out as repetitive if one of these shares is exceeded. The defaults are Gopher's (Rae et al.
+    2021, table A1). N-grams are of words; their shares are shares of the document's characters."""
 
     duplicate_paragraphs: Share = 0.30  # share of paragraphs
     duplicate_paragraph_characters: Share = 0.20  # share of characters in them
@@ -28,11 +28,11 @@ class RepetitionSettings(Settings):
 
 
 class FilterSettings(Settings):
-    """Which documents are left out. `repetition: true` takes the usual thresholds."""
+    """Which documents are left out. `repetition: true` selects the default thresholds."""
 
     min_tokens: TokenCount = Field(0, ge=0)  # shorter documents are left out
     max_tokens: TokenCount | None = Field(None, ge=1)  # longer ones are left out
-    repetition: RepetitionSettings | None = None  # thresholds of repetition filters; left out: none
+    repetition: RepetitionSettings | None = None  # thresholds of the repetition filters; left out: no such filters
 
     @field_validator("repetition", mode="before")
     @classmethod
@@ -41,23 +41,25 @@ class FilterSettings(Settings):
 
 
 class SourceSettings(PlaceSettings):
-    """Documents from one place; `path` may also be "stdlib". A document is a text, or with `messages_field` or `shape`
-    a conversation."""
+    """Documents from one place; `path` may also be "stdlib". Documents are conversations if `messages_field` or `shape`
+    is given, and texts otherwise."""
 
-    name: str | None = None  # in tables and errors; left out: from the place
+    name: str | None = None  # name in tables and errors; left out: derived from the place
     text_field: str | None = None  # field with a text; left out: text
-    messages_field: str | None = None  # field with messages; makes the source conversations
+    messages_field: str | None = None  # field with messages; the documents are then conversations
     shape: Literal["sharegpt", "alpaca", "prompt_completion"] | None = None  # None: messages with role and content
     weight: float | None = Field(None, gt=0)  # share of the mixture's tokens
-    filters: FilterSettings | None = None  # in place of the recipe's
+    filters: FilterSettings | None = None  # filters of this source; left out: the recipe's
 
     @model_validator(mode="after")
     def _one_kind(self) -> SourceSettings:
         if self.text_field is not None and self.chat:
             other = "messages_field" if self.messages_field is not None else "shape"
-            raise ValueError(f"give either text_field or {other}: a document is a text or a conversation")
+            raise ValueError(f"give either text_field or {other}: a document is either a text or a conversation")
         if self.messages_field is not None and self.shape in ("alpaca", "prompt_completion"):
-            raise ValueError(f"messages_field has no meaning with shape {self.shape}, which has fields of its own")
+            raise ValueError(
+                f"messages_field has no effect with shape {self.shape}, which has its own field names; leave it out"
+            )
         return self
 
     @property
@@ -67,7 +69,7 @@ class SourceSettings(PlaceSettings):
 
     @property
     def field(self) -> str:
-        """Where a record has its text or its messages."""
+        """Name of the field that holds a record's text or messages."""
         return self.messages_field or self.text_field or ("conversations" if self.shape == "sharegpt" else "text")
 
     @property
@@ -84,7 +86,7 @@ class SourceSettings(PlaceSettings):
 
     @property
     def title(self) -> str:
-        """`name`, or else the last part of the place."""
+        """`name`, or the last part of the place if there is no name."""
         if self.name is not None:
             return self.name
         place = self.path or self.dataset or ""
@@ -94,32 +96,34 @@ class SourceSettings(PlaceSettings):
 class DataRecipe(Settings):
     """`hmf data prepare`: sources are tokenised, mixed and packed into rows of `sequence_length` under `output`.
 
-    Without weights every document is taken once. With weights, which are shares of the tokens, the mixture has `tokens`
-    tokens, or as many as there can be without taking a document twice.
+    Without weights, every document is used once. With weights, which are shares of the tokens, the mixture has `tokens`
+    tokens. If `tokens` is left out, the mixture is as large as it can be without using a document twice.
     """
 
-    output: Path  # folder for the rows
+    output: Path  # output folder
     tokenizer: str  # a checkpoint directory, or "teacher" for the embedded one
-    sequence_length: Tokens  # tokens of a row
-    sources: list[SourceSettings] = Field(min_length=1)  # where documents come from
-    tokens: TokenCount | None = Field(None, ge=1)  # of the whole mixture; needs weights
-    seed: Seed = 0  # of the order of documents
-    thinking: Literal["keep", "strip"] = "keep"  # strip takes thinking out of all assistant turns
+    sequence_length: Tokens  # tokens in a row
+    sources: list[SourceSettings] = Field(min_length=1)  # sources of documents
+    tokens: TokenCount | None = Field(None, ge=1)  # tokens of the whole mixture; needs weights
+    seed: Seed = 0  # seed of the order of documents
+    thinking: Literal["keep", "strip"] = "keep"  # strip removes the thinking from all assistant turns
     turns: Literal["all", "last"] = "all"  # which assistant turns are supervised
-    filters: FilterSettings = Field(default_factory=FilterSettings)  # for all sources without filters of their own
-    max_truncated_share: Share = 0.02  # of a source's conversations
-    packing_window: int = Field(10_000, ge=1)  # documents that are packed together, and rows that stay open
-    cache: Path | None = None  # keeps the tokenised documents for other recipes; None: removed at the end
-    shard_documents: int = Field(1000, ge=1)  # what is tokenised at once, and lost by a kill
+    filters: FilterSettings = Field(default_factory=FilterSettings)  # filters of sources without their own
+    max_truncated_share: Share = 0.02  # largest share of a source's conversations that may be cut to a row
+    packing_window: int = Field(10_000, ge=1)  # number of documents packed at a time, and of rows that stay open
+    cache: Path | None = None  # folder that keeps tokenised documents for other recipes; left out: they are removed
+    shard_documents: int = Field(1000, ge=1)  # documents per shard of tokenised documents, the unit of resuming
 
     @model_validator(mode="after")
     def _sources_agree(self) -> DataRecipe:
         titles = [source.title for source in self.sources]
-        if twice := sorted({title for title in titles if titles.count(title) > 1}):
-            raise ValueError(f"sources: two are called {twice[0]!r}; give each a name")
+        if duplicates := sorted({title for title in titles if titles.count(title) > 1}):
+            raise ValueError(f"sources: two sources have the name {duplicates[0]!r}; give each its own name")
         weighted = [source.weight is not None for source in self.sources]
         if any(weighted) and not all(weighted):
-            raise ValueError(f"sources: {titles[weighted.index(False)]!r} has no weight; give all of them one, or none")
+            raise ValueError(
+                f"sources: {titles[weighted.index(False)]!r} has no weight; give weights to all sources or to none"
+            )
         if self.tokens is not None and not any(weighted):
-            raise ValueError("tokens: needs weights; without them every document is taken once")
+            raise ValueError("tokens: needs weights; without weights, every document is used once")
         return self

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of every layer kind: the only place that holds a default.
+"""Options of every layer kind. Their defaults are defined here and nowhere else.
 
 Each options class mirrors one dict of the published `config.json` (`gdn_config`, ...). The *derived* fields repeat
-dimensions of the base model; they are written for readers of the file and recomputed, never trusted, at load.
+dimensions of the base model. They are written for readers of the file; loading ignores them and computes them again.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from hmf.errors import HmfError, unknown_name
 
 
 class LayerOptions(BaseModel):
-    """Base of the options classes. `derived` names the fields that come from the base model's config; `format_only`
-    those of published checkpoints on which nothing here depends: they are checked, kept and written again.
+    """Base of the options classes.
 
-    A default is what a checkpoint means that does not name the option, as the published ones; `new_where_queries_grow`
-    is what layers that are made anew get instead, on a base that scales its queries by their position, and
-    `new_from_base` names the keys of the base's config from which they take options.
+    A default is the value that a published checkpoint means if it does not name the option.
+
+    Attributes:
+        derived: fields that are computed from the base model's config.
+        format_only: fields of published checkpoints that have no effect here; they are checked, kept and written again.
+        new_where_queries_grow: values for newly made layers on a base that scales its queries by position, in place of
+            the defaults.
+        new_from_base: options that newly made layers copy from the base's config, with the config's key for each.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -38,9 +42,13 @@ class LayerOptions(BaseModel):
 
     @classmethod
     def from_base(cls, base: Any, options: Mapping[str, Any] | None = None, source: str = "config.json") -> Any:
-        """Options for the model described by `base` (a Hugging Face config); unknown or wrong ones raise HmfError."""
+        """Options for the model described by `base` (a Hugging Face config).
+
+        Raises:
+            HmfError: an unknown option, or one with an invalid value.
+        """
         if not isinstance(options or {}, Mapping):
-            raise HmfError(f'{source}: {options!r} is no table of options; write {{"name": value, ...}}')
+            raise HmfError(f'{source}: {options!r} is not a mapping of options; write {{"name": value, ...}}')
         user = {key: value for key, value in (options or {}).items() if key not in cls.derived}
         known = cls.model_fields.keys() - cls.derived
         for key in user:
@@ -63,7 +71,7 @@ def base_head_dim(base: Any) -> int:
 
 
 class _LinearOptions(LayerOptions):
-    """Shapes shared by GDN and GKA. Expanded heads H = max(num_q_heads, num_k_heads, num_v_heads)."""
+    """Options shared by GDN and GKA. Expanded heads H = max(num_q_heads, num_k_heads, num_v_heads)."""
 
     derived = frozenset({"hidden_size", "head_dim", "num_q_heads", "num_k_heads", "num_v_heads"})
     hidden_size: int
@@ -73,8 +81,8 @@ class _LinearOptions(LayerOptions):
     num_v_heads: int
     use_gate: bool = True  # gate the output
     conv_size: PositiveInt = 4  # width of the short convolutions
-    kv_proj_rank: NonNegativeInt | None = None  # rank of what is added to the repeated heads of k and v
-    kv_learnable_residual: bool = False  # with kv_proj_rank: repeat heads by learned factors
+    kv_proj_rank: NonNegativeInt | None = None  # rank of the correction that is added to the repeated heads of k and v
+    kv_learnable_residual: bool = False  # with kv_proj_rank: heads are repeated with learned factors
 
     @property
     def num_heads(self) -> int:
@@ -94,20 +102,20 @@ class _LinearOptions(LayerOptions):
 class GDNOptions(_LinearOptions):
     """Gated DeltaNet (arXiv 2412.06464), `gdn_config`."""
 
-    new_from_base = {"norm_eps": "rms_norm_eps"}  # as Qwen3.5 has it: one epsilon for all norms
+    new_from_base = {"norm_eps": "rms_norm_eps"}  # as in Qwen3.5: one epsilon for all norms
     use_short_conv: bool = True  # convolutions on q, k and v
     allow_neg_eigval: bool = False  # doubles beta
     conv_bias: bool = False  # biases in convolutions
-    norm_eps: NonNegativeFloat = 1e-5  # of the norm over each head; new layers start with the base's rms_norm_eps
+    norm_eps: NonNegativeFloat = 1e-5  # epsilon of the norm over each head; new layers use the base's rms_norm_eps
 
 
 class GKAOptions(_LinearOptions):
     """Gated KalmaNet (arXiv 2511.21016), `gka_config`."""
 
-    # How many tokens the published kernels take at a time; those here have a size of their own, and the same results.
+    # Chunk length of the published kernels. The kernels here have their own chunk length; the results are the same.
     format_only = frozenset({"chunk_size"})
     use_alpha_connection: bool = True  # mixes the query with the solution by a learned alpha
-    use_v_conv: bool = True  # a short convolution on v too
+    use_v_conv: bool = True  # a short convolution on v, too
     use_forgetting_gate: bool = True  # decay of the value state
     use_forgetting_gate_kk: bool = True  # decay of the covariance
     use_beta_gate: bool = True  # a learned weight of each key and value
@@ -115,7 +123,7 @@ class GKAOptions(_LinearOptions):
     solver_type: Literal["chebyshev"] = "chebyshev"
     bp_lambda: bool = True  # gradients through lambda
     num_iter: NonNegativeInt = 30  # Chebyshev iterations of the solver
-    ridge_strength: NonNegativeFloat = 0.02  # lambda over the covariance's norm
+    ridge_strength: NonNegativeFloat = 0.02  # lambda relative to the norm of the covariance
     norm_eps: NonNegativeFloat = 1e-6
     chunk_size: PositiveInt = 64
 
@@ -134,7 +142,7 @@ class Mamba2Options(LayerOptions):
     rms_norm_eps: float
     n_layer: int
     ssm_cfg: dict[str, int]
-    use_qk_norm: bool = True  # the base's norms of queries and keys, where it has them
+    use_qk_norm: bool = True  # use the base's norms of queries and keys, if it has them
     use_pos_emb: bool = False  # rotary positions
 
     @classmethod
@@ -163,9 +171,9 @@ class BMojoFOptions(LayerOptions):
     head_dim: int
     rms_norm_eps: float
     window_size: PositiveInt = 2048  # tokens of the window
-    tie_attn_weights: bool = True  # fading tokens use the input's projections
-    # By position, where the base's are (Ministral 3). The published software does not do it and does not know the key,
-    # so that it is written only where it is true.
+    tie_attn_weights: bool = True  # fading tokens use the projections of the input
+    # Scales queries by their position, as the base does (Ministral 3). The published software does not know this key,
+    # so it is written only if it is true.
     scale_queries: bool = Field(False, exclude_if=lambda value: not value)
     ssm_mixer: Literal["mamba2", "gdn", "gka", "gated_deltanet", "gated_kalmanet"] = "mamba2"  # inner recurrent layer
 
@@ -235,11 +243,11 @@ def layer_options(config: Any, symbol: str) -> Any:
 
 
 def needed_kinds(config: Any, symbols: tuple[str, ...]) -> list[LayerKind]:
-    """The kinds whose dicts a config with these `symbols` must hold (B'MOJO-F adds its inner layer's)."""
-    found = [LAYER_KINDS[symbol] for symbol in dict.fromkeys(symbols) if symbol in LAYER_KINDS]
-    for kind in list(found):
+    """The layer kinds whose options a config with these `symbols` must hold; B'MOJO-F adds its inner layer's kind."""
+    kinds = [LAYER_KINDS[symbol] for symbol in dict.fromkeys(symbols) if symbol in LAYER_KINDS]
+    for kind in list(kinds):
         if issubclass(kind.options, BMojoFOptions):
             inner = LAYER_KINDS[layer_options(config, kind.symbol).inner_symbol]
-            if inner not in found:
-                found.append(inner)
-    return found
+            if inner not in kinds:
+                kinds.append(inner)
+    return kinds

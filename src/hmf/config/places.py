@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where records come from: the keys that data sources and pairs share."""
+"""Keys that say where records are read from, shared by data sources and pairs."""
 
 from __future__ import annotations
 
@@ -13,60 +13,64 @@ from .strict import Settings, Tokens
 class PlaceSettings(Settings):
     """`path` (a file, a folder or a pattern with *) or `dataset` (a name that `datasets.load_dataset` takes)."""
 
-    path: str | None = None  # file, folder or pattern
+    path: str | None = None  # file, folder or pattern with *
     dataset: str | None = None  # name for datasets.load_dataset
-    subset: str | None = None  # of the dataset: its configuration
-    revision: str | None = None  # of the dataset: branch, tag or commit
-    split: str | None = None  # of a dataset: train unless given; of text: train or heldout, by a hash of the path
-    format: Literal["jsonl", "parquet", "text", "saved"] | None = None  # None: by the suffix
+    subset: str | None = None  # configuration of the dataset
+    revision: str | None = None  # branch, tag or commit of the dataset
+    split: str | None = None  # split of a dataset, by default train; for text: train or heldout, by a hash of the path
+    format: Literal["jsonl", "parquet", "text", "saved"] | None = None  # left out: by the suffix
     tools_field: str = "tools"  # field with the tools of a conversation
-    ignore_fields: list[str] = Field(default_factory=list)  # fields of a row that are left out knowingly
-    ignore_keys: list[str] = Field(default_factory=list)  # likewise of messages, where an unknown key is an error
-    split_special_tokens: bool = False  # special tokens in texts and messages are encoded as the text they look like
+    ignore_fields: list[str] = Field(default_factory=list)  # fields of a row that are deliberately not used
+    ignore_keys: list[str] = Field(
+        default_factory=list
+    )  # keys of messages that are deliberately not used; other unknown keys are errors
+    split_special_tokens: bool = False  # encode special tokens in texts and messages as plain text
 
     @model_validator(mode="after")
     def _one_place(self) -> PlaceSettings:
         if (self.path is None) == (self.dataset is None):
             raise ValueError("give either path or dataset")
         if set(self.ignore_keys) & {"role", "content"}:
-            raise ValueError("ignore_keys: role and content are what a message is; they cannot be ignored")
+            raise ValueError("ignore_keys: role and content are required in a message and cannot be ignored")
         for key in ("subset", "revision") if self.dataset is None else ("format",):
             if getattr(self, key) is not None:
-                raise ValueError(f"{key} has no meaning with {'path' if self.dataset is None else 'dataset'}")
+                raise ValueError(
+                    f"{key} has no effect with {'path' if self.dataset is None else 'dataset'}; leave it out"
+                )
         return self
 
     @property
     def key(self) -> str:
-        """The section's place in its recipe."""
+        """The key of this section in its recipe."""
         raise NotImplementedError
 
     @property
     def reads_text(self) -> bool:
-        """Whether a record may be a text, and not a row with fields."""
+        """Whether a record may be a plain text instead of a row with fields."""
         return False
 
     @property
     def columns(self) -> list[str] | None:
-        """The fields of a row that are read; None: all are looked at."""
+        """The fields of a row that are read; None for all."""
         return None
 
 
 class PairSettings(PlaceSettings):
-    """Preferences: rows with a prompt, a chosen and a rejected answer; see docs/training.md."""
+    """Preference pairs: rows with a prompt, a chosen and a rejected answer; see docs/training.md."""
 
     shape: Literal["sharegpt", "alpaca", "ultrafeedback"] | None = None  # left out: prompt, chosen and rejected
     prompt_field: str = "prompt"  # field with the prompt
     chosen_field: str = "chosen"  # field with the better answer
     rejected_field: str = "rejected"  # field with the worse answer
-    sequence_length: Tokens = 1024  # of a row, which holds whole pairs
-    beta: float = Field(0.1, gt=0)  # how far the model may move from where it started, nats of reward to nats
+    sequence_length: Tokens = 1024  # tokens in a row, which holds whole pairs
+    beta: float = Field(0.1, gt=0)  # DPO's beta: the larger, the closer the model stays to its starting point
 
     @model_validator(mode="after")
     def _rows_with_fields(self) -> PairSettings:
         if self.format == "text":
-            raise ValueError("format: pairs are rows with fields; give jsonl, parquet or saved")
+            raise ValueError("format: pairs are rows with fields, not text; give jsonl, parquet or saved")
         if self.shape in ("sharegpt", "alpaca") and "prompt_field" in self.model_fields_set:
-            raise ValueError(f"prompt_field has no meaning with shape {self.shape}")
+            raise ValueError(f"prompt_field has no effect with shape {self.shape}; leave it out")
         return self
 
     @property

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes: one YAML file says what a run does. Unknown keys are errors that name the nearest valid one."""
+"""Recipes: YAML files that describe runs. An unknown key is an error that suggests the closest valid key."""
 
 from __future__ import annotations
 
@@ -29,19 +29,20 @@ TrainableName = Literal["mixers", "norms", "attention", "mlp", "embeddings", "al
 LayerTarget = Literal["none", "mixer", "decoder", "residuals", "all"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Recipe = TypeVar("Recipe", bound="Settings")
-SHOWN = 20  # errors of a recipe that one message names
+SHOWN = 20  # largest number of errors of a recipe in one message
 
 
 class HybridSettings(Settings):
-    """Which layers become what: exactly one of `pattern`, `layers` and `ratio`; the last two need `mixer`."""
+    """Which layers are replaced, and by which mixers. Exactly one of `pattern`, `layers` and `ratio` is given; with the
+    last two, `mixer` is the type of the new layers."""
 
     mixer: str = "gdn"  # layer type: gdn, gka, mamba2, bmojo or swa
     ratio: float | None = None  # share of layers to replace, spread evenly
     layers: list[int] | None = None  # indices of the layers to replace, from 0
-    pattern: str | None = None  # one symbol a layer, joined by -, as *-GDN-*-GDN
+    pattern: str | None = None  # one symbol per layer, joined by -, for example *-GDN-*-GDN
     # options by layer type; see the end of docs/recipe-keys.md
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    # identity: short convolutions begin by passing the current token through
+    # identity: short convolutions start as the identity
     conv_start: Literal["random", "identity"] = "random"
 
     @model_validator(mode="after")
@@ -52,16 +53,16 @@ class HybridSettings(Settings):
         return self
 
     def layer_pattern(self, num_layers: int) -> Pattern:
-        """The pattern for a base of `num_layers`; HmfError when it does not fit."""
+        """The pattern for a base with `num_layers` layers. HmfError when the settings do not fit that number."""
         if self.pattern is not None:
             pattern = Pattern.parse(self.pattern, num_layers, source="pattern").with_fused(False)
             if not pattern.replaced:
-                raise HmfError("pattern: no layer is replaced; put at least one mixer symbol in")
+                raise HmfError("pattern: no layer is replaced; name at least one mixer")
             return pattern
         return Pattern.generate(num_layers, self.mixer, self.ratio, self.layers)
 
     def options_by_key(self) -> dict[str, dict[str, Any]]:
-        """`options` under the names that config.json uses."""
+        """`options` by the keys of config.json."""
         known = {kind.name: kind.config_key for kind in LAYER_KINDS.values()}
         for name in self.options:
             if name not in known:
@@ -70,20 +71,20 @@ class HybridSettings(Settings):
 
 
 class DataSettings(Settings):
-    """What the model reads: real text and generated tasks in conversations (weights by task name), in rows of
-    `sequence_length` tokens; or `prepared`, the output of `hmf data prepare`, which has its own rows."""
+    """Training data: text and generated conversations in rows of `sequence_length` tokens, or `prepared`, rows that
+    `hmf data prepare` wrote."""
 
-    prepared: Path | None = None  # folder that `hmf data prepare` wrote; then no other key of this section
-    text: str = "stdlib"  # "stdlib", or a folder or file of .py, .txt, .md
-    sequence_length: Tokens = 1024  # tokens of a row
-    text_share: float = Field(1.0, ge=0, le=1)  # share of rows with text alone; the others have tasks
+    prepared: Path | None = None  # output folder of `hmf data prepare`; excludes the other keys of this section
+    text: str = "stdlib"  # "stdlib", or a folder or file with .py, .txt or .md text
+    sequence_length: Tokens = 1024  # tokens in a row
+    text_share: float = Field(1.0, ge=0, le=1)  # share of rows that hold text only; the others hold tasks, too
     # generated tasks by name, with their weights
     tasks: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_origin(self) -> DataSettings:
         if self.prepared is not None and (others := sorted(self.model_fields_set - {"prepared"})):
-            raise ValueError(f"prepared rows are complete; leave out {', '.join(others)}")
+            raise ValueError(f"prepared: the rows are complete and take no other keys; leave out {', '.join(others)}")
         return self
 
 
@@ -91,7 +92,8 @@ def _as_schedule(value: Any) -> Any:
     return {0: value} if isinstance(value, int | float) else value
 
 
-# A weight by step: straight lines between the steps that are named, constant before and after. One number is constant.
+# Weights by step: linear between the given steps, constant before the first and after the last. A number is a constant
+# weight.
 Schedule = Annotated[
     dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0, allow_inf_nan=False)]],
     Field(min_length=1),
@@ -100,7 +102,7 @@ Schedule = Annotated[
 
 
 def weight_at(schedule: Mapping[int, float], step: int) -> float:
-    """The weight of a term at an optimiser step, a function of nothing else: a resumed run has the same."""
+    """The weight at an optimiser step. It depends on nothing else, so a resumed run has the same weights."""
     steps = sorted(schedule)
     if step <= steps[0] or step >= steps[-1]:
         return schedule[steps[0] if step <= steps[0] else steps[-1]]
@@ -111,25 +113,29 @@ def weight_at(schedule: Mapping[int, float], step: int) -> float:
 
 
 class ObjectiveSettings(Settings):
-    """Stage 1: MSE before the head, MSE of layer outputs, KL of the logits, each by a weight or a schedule of weights.
+    """Stage 1's loss: MSE of the hidden states before the LM head, MSE of layer outputs, and KL divergence of the
+    logits, each with a weight or a schedule of weights.
 
-    In the first `layerwise_steps` each mixer learns alone instead, from the teacher's own inputs.
+    In the first `layerwise_steps` steps, each mixer is trained on its own instead, on the inputs of the teacher's
+    layers.
     """
 
-    layerwise_steps: int = Field(0, ge=0)  # first steps in which each mixer learns alone
-    pre_lm_head: Schedule = {0: 1.0}  # false is 0, true is 1
+    layerwise_steps: int = Field(0, ge=0)  # first steps, in which each mixer is trained on its own
+    pre_lm_head: Schedule = {0: 1.0}  # weight of the MSE before the LM head; false is 0, true is 1
     layers: LayerTarget = "none"  # layer outputs that are compared
     layers_weight: Schedule = {0: 1.0}  # weight of that term
     kl: Schedule = {0: 0.0}  # weight of the KL divergence of next-token distributions
     # forward is KL(teacher, student), reverse is KL(student, teacher)
     kl_direction: Literal["forward", "reverse"] = "forward"
-    kl_tokens: Literal["all", "supervised"] = "all"  # supervised: tokens with a label alone
-    kl_top_k: int | None = Field(None, ge=1)  # tell apart the teacher's likeliest tokens only; the rest is one outcome
+    kl_tokens: Literal["all", "supervised"] = "all"  # supervised: only tokens with a label
+    kl_top_k: int | None = Field(
+        None, ge=1
+    )  # compare the teacher's k most likely tokens; the others count as one outcome
     kl_temperature: float = Field(1.0, gt=0)  # divides the logits; the term is multiplied by its square
-    kl_chunk_size: TokenCount | None = Field(None, ge=1)  # tokens whose logits exist at once; left out: by their size
+    kl_chunk_size: TokenCount | None = Field(None, ge=1)  # tokens whose logits are computed at once; left out: by size
 
     def weights_at(self, step: int) -> dict[str, float]:
-        """The weights of pre_lm_head, layers and kl at a step."""
+        """Weights of the terms pre_lm_head, layers and kl at a step."""
         return {
             "pre_lm_head": weight_at(self.pre_lm_head, step),
             "layers": weight_at(self.layers_weight, step) if self.layers != "none" else 0.0,
@@ -138,29 +144,29 @@ class ObjectiveSettings(Settings):
 
     @model_validator(mode="after")
     def _always_something(self) -> ObjectiveSettings:
-        # Between two of these steps all weights are straight lines: a sum that is not 0 at both ends is 0 nowhere.
+        # Between two of these steps, all weights are linear: a sum that is positive at both ends is so throughout.
         first = self.layerwise_steps
         for step in sorted({first, *(s for s in (*self.pre_lm_head, *self.layers_weight, *self.kl) if s > first)}):
             if not any(self.weights_at(step).values()):
-                raise ValueError(f"nothing to compare at step {step}; give pre_lm_head, kl or layers a weight")
+                raise ValueError(f"all weights are 0 at step {step}; give pre_lm_head, kl or layers a positive weight")
         return self
 
 
 class OnPolicySettings(Settings):
-    """Stage 1 on what the student writes itself: it goes on from prompts drawn from `data`, at most to its length."""
+    """Stage 1 on texts that the student generates: it continues prompts from `data`, up to `data.sequence_length`."""
 
     max_new_tokens: TokenCount = Field(128, ge=1)  # longest continuation
-    temperature: float = Field(1.0, gt=0)  # of sampling; the objective has its own
-    top_p: float = Field(1.0, gt=0, le=1)  # of sampling
+    temperature: float = Field(1.0, gt=0)  # temperature of sampling, independent of kl_temperature
+    top_p: float = Field(1.0, gt=0, le=1)  # top-p of sampling
 
 
 class DistillSettings(Settings):
-    """Stage 1 as `hmf prime` runs it."""
+    """Stage 1 in `hmf prime`."""
 
-    data: DataSettings = Field(default_factory=DataSettings)
-    objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)
-    training: ParallelSettings
-    on_policy: OnPolicySettings | None = None  # left out: train on given rows
+    data: DataSettings = Field(default_factory=DataSettings)  # training data
+    objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)  # terms of the loss
+    training: ParallelSettings  # optimiser, log, checkpoints, processes
+    on_policy: OnPolicySettings | None = None  # left out: train on the rows of data
 
     @model_validator(mode="after")
     def _fits_together(self) -> DistillSettings:
@@ -170,35 +176,35 @@ class DistillSettings(Settings):
     def _conflicts(self) -> Iterator[str]:
         if self.on_policy is not None:
             if self.data.prepared is not None:
-                yield "on_policy draws its prompts from data.text and data.tasks; leave out data.prepared"
+                yield "on_policy takes its prompts from data.text and data.tasks; leave out data.prepared"
             elif self.data.sequence_length - self.on_policy.max_new_tokens < 16:
-                yield "on_policy.max_new_tokens must leave 16 of data.sequence_length for the prompt"
+                yield "on_policy.max_new_tokens must be at most data.sequence_length - 16, to leave room for a prompt"
             if self.objective.layerwise_steps:
-                yield "objective.layerwise_steps must be 0 with on_policy; train layer by layer first"
+                yield "objective.layerwise_steps must be 0 with on_policy; train layer by layer in an earlier run"
             if self.training.strategy != "ddp" or self.training.sequence_parallel > 1:
                 yield "on_policy needs training.strategy ddp and training.sequence_parallel 1"
         yield from indivisible(self.data, self.training)
 
 
 def indivisible(data: DataSettings, training: ParallelSettings) -> Iterator[str]:
-    """The error of rows that do not divide among the processes which share them."""
+    """An error when rows cannot be split evenly among the processes of sequence parallelism."""
     chunks = 2 * training.sequence_parallel
     if chunks > 2 and data.prepared is None and data.sequence_length % chunks:
         yield f"data.sequence_length must be a multiple of {chunks}, twice training.sequence_parallel"
 
 
 class DistillRecipe(DistillSettings):
-    """`hmf distill`: a fused checkpoint `model` is trained into `output`."""
+    """`hmf distill`: train the fused checkpoint `model`, and write the result under `output`."""
 
     model: Path  # fused checkpoint, from `hmf init`
     output: Path  # run folder
-    seed: Seed = 0  # of all random numbers
+    seed: Seed = 0  # seed of all random numbers
 
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 AtLeastOne = Annotated[float, Field(ge=1, allow_inf_nan=False)]
-# The keys of each scaling that a recipe can give: those that it needs, and the others.
+# Keys of each type of scaling that a recipe can name: (required, optional).
 ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
@@ -220,77 +226,76 @@ ROPE_SCALING_KEYS = frozenset(key for needed, optional in ROPE_KEYS.values() for
 
 
 class RopeScaling(Settings):
-    """Scaled positions, under transformers' names; "default" takes a scaling away."""
+    """Scaling of rotary positions, with the names of transformers. The type "default" removes a scaling."""
 
-    rope_type: Literal["default", "linear", "yarn", "llama3"]  # each takes keys of its own alone
-    factor: AtLeastOne | None = None  # from the length before any scaling
-    original_max_position_embeddings: TokenCount | None = Field(None, ge=1)  # left out: as the model has it
-    beta_fast: Positive | None = None  # of yarn
-    beta_slow: Positive | None = None  # of yarn
-    attention_factor: Positive | None = None  # of yarn
-    mscale: NotNegative | None = None  # of yarn
-    mscale_all_dim: NotNegative | None = None  # of yarn
-    truncate: bool | None = None  # of yarn
-    low_freq_factor: Positive | None = None  # of llama3
-    high_freq_factor: Positive | None = None  # of llama3
+    rope_type: Literal["default", "linear", "yarn", "llama3"]  # type; each has its own keys
+    factor: AtLeastOne | None = None  # scaling factor, relative to the length before any scaling
+    original_max_position_embeddings: TokenCount | None = Field(None, ge=1)  # left out: the model's value
+    beta_fast: Positive | None = None  # for yarn
+    beta_slow: Positive | None = None  # for yarn
+    attention_factor: Positive | None = None  # for yarn
+    mscale: NotNegative | None = None  # for yarn
+    mscale_all_dim: NotNegative | None = None  # for yarn
+    truncate: bool | None = None  # for yarn
+    low_freq_factor: Positive | None = None  # for llama3
+    high_freq_factor: Positive | None = None  # for llama3
 
     @model_validator(mode="after")
     def _keys_of_its_type(self) -> RopeScaling:
         needed, optional = ROPE_KEYS[self.rope_type]
-        given = self.model_dump(exclude={"rope_type"}, exclude_none=True)
-        if missing := [name for name in needed if name not in given]:
+        options = self.model_dump(exclude={"rope_type"}, exclude_none=True)
+        if missing := [name for name in needed if name not in options]:
             raise ValueError(f"{self.rope_type} needs {', '.join(missing)}")
-        if extra := [name for name in given if name not in (*needed, *optional)]:
-            raise ValueError(f"{self.rope_type} has no {', '.join(extra)}")
+        if extra := [name for name in options if name not in (*needed, *optional)]:
+            raise ValueError(f"{self.rope_type} has no {', '.join(extra)}; leave it out")
         low, high = (
             (self.beta_slow, self.beta_fast)
             if self.rope_type == "yarn"
             else (self.low_freq_factor, self.high_freq_factor)
         )
         if low is not None and high is not None and low >= high:
-            raise ValueError("the low (slow) factor must be below the high (fast) one")
+            raise ValueError("the low (slow) factor must be smaller than the high (fast) one")
         return self
 
 
 class RopeSettings(Settings):
-    """What becomes of the attention layers' rotary positions; what is left out stays as the model has it."""
+    """Changes of the rotary positions of attention layers. A key that is left out keeps the model's value."""
 
-    theta: Positive | None = None  # base of the frequencies
+    theta: Positive | None = None  # base of the rotary frequencies
     max_position_embeddings: TokenCount | None = Field(None, ge=1)  # longest context
-    scaling: RopeScaling | None = None  # left out: as the model has it
+    scaling: RopeScaling | None = None  # left out: the model's scaling
 
 
 class LoraSettings(Settings):
-    """Low-rank adapters (arXiv 2106.09685) on the linear layers of frozen groups, merged into them at the end."""
+    """Low-rank adapters (arXiv 2106.09685) on the linear layers of frozen groups. They are merged at the end."""
 
     groups: list[TrainableGroup] = Field(["attention", "mlp"], min_length=1)  # frozen groups that get adapters
-    rank: int = Field(16, ge=1)  # of the adapters
+    rank: int = Field(16, ge=1)  # rank of the adapters
     alpha: float = Field(32.0, gt=0)  # adapters are scaled by alpha / rank
-    dropout: float = Field(0.0, ge=0, lt=1)  # on the adapters' inputs
-    learning_rate: float = Field(gt=0)  # of the adapters
+    dropout: float = Field(0.0, ge=0, lt=1)  # dropout of the adapters' inputs
+    learning_rate: float = Field(gt=0)  # learning rate of the adapters
 
 
 class FinetuneRecipe(Settings):
-    """`hmf finetune`: Stage 2 of a plain Hybrid `model` into `output`/model.
+    """`hmf finetune`: Stage 2 of the plain Hybrid `model`. The result is written to `output`/model.
 
-    # see above
-    method: "cpt" goes on with pretraining, "sft" learns the supervised tokens of `data`, "dpo" prefers one answer of
-    each of `pairs`. trainable: learning rate by group of parameters; what is in no group named here is frozen, and
-    "all" stands for every group that is not named beside it.
+    The method "cpt" continues pretraining, "sft" trains on the supervised tokens of `data`, and "dpo" trains on the
+    preferences in `pairs`. Groups of parameters that `trainable` does not name are frozen. The group "all" stands for
+    every group that is not named beside it.
     """
 
-    method: Literal["cpt", "sft", "dpo"]
-    model: Path  # Hybrid without a teacher, from `hmf export`, `prime` or `finetune`
+    method: Literal["cpt", "sft", "dpo"]  # continued pretraining, supervised fine-tuning, or preferences
+    model: Path  # plain Hybrid, from `hmf export`, `prime` or `finetune`
     output: Path  # run folder; the result is its `model`
-    seed: Seed = 0  # of all random numbers
-    data: DataSettings | None = None  # for cpt and sft
-    pairs: PairSettings | None = None  # for dpo
-    rope: RopeSettings = Field(default_factory=RopeSettings)  # changes to rotary positions
-    # learning rate by group
+    seed: Seed = 0  # seed of all random numbers
+    data: DataSettings | None = None  # training data of cpt and sft
+    pairs: PairSettings | None = None  # preference pairs of dpo
+    rope: RopeSettings = Field(default_factory=RopeSettings)  # changes of rotary positions
+    # learning rate by group of parameters
     trainable: dict[TrainableName, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     lora: LoraSettings | None = None  # adapters on frozen groups
-    training: ParallelSettings
-    dtype: Literal["float32", "bfloat16"] | None = None  # of the result; left out: as `model` is stored
+    training: ParallelSettings  # optimiser, log, checkpoints, processes
+    dtype: Literal["float32", "bfloat16"] | None = None  # dtype of the result; left out: the dtype of `model`
 
     @model_validator(mode="after")
     def _fits_together(self) -> FinetuneRecipe:
@@ -298,43 +303,44 @@ class FinetuneRecipe(Settings):
         return self
 
     def _conflicts(self) -> Iterator[str]:
-        wanted, other = ("pairs", "data") if self.method == "dpo" else ("data", "pairs")
-        if getattr(self, wanted) is None or getattr(self, other) is not None:
-            yield f"method {self.method} needs {wanted} and no {other}"
+        required, excluded = ("pairs", "data") if self.method == "dpo" else ("data", "pairs")
+        if getattr(self, required) is None or getattr(self, excluded) is not None:
+            yield f"method {self.method} needs {required} and no {excluded}"
         if not self.trainable and self.lora is None:
-            yield "nothing to train; give trainable, for example {mixers: 5e-5, norms: 5e-5}, or lora"
+            yield "no parameters are trained; give trainable, for example {mixers: 5e-5, norms: 5e-5}, or lora"
         if "learning_rate" in self.training.model_fields_set:
-            yield "training.learning_rate: every group has its own; give them in trainable"
+            yield "training.learning_rate: each group has its own learning rate; give them in trainable"
         trained = set(get_args(TrainableGroup)) if "all" in self.trainable else set(self.trainable)
         if self.lora is not None and (both := sorted(trained & set(self.lora.groups))):
-            yield f"lora.groups: {', '.join(both)} is trained as a whole; adapters are for frozen groups"
+            names = ", ".join(both)
+            yield f"lora.groups: {names} is in trainable too, but adapters are for frozen groups; remove one of them"
         if self.lora is not None and self.training.strategy == "fsdp2":
-            yield "lora needs training.strategy ddp or deepspeed: adapters are merged into whole weights"
+            yield "lora needs training.strategy ddp or deepspeed, because adapters are merged into unsharded weights"
         if self.method == "dpo" and self.training.sequence_parallel > 1:
-            yield "method dpo needs training.sequence_parallel 1: an answer is scored where all of it is"
+            yield "method dpo needs training.sequence_parallel 1, because an answer is scored on one process"
         if self.data is not None:
             yield from indivisible(self.data, self.training)
 
 
 class EvaluateSettings(Settings):
-    """Held-out text and generated tasks."""
+    """Evaluation on held-out text and generated tasks."""
 
     tasks: list[str] = Field(default_factory=list)  # generated tasks
-    samples: int = Field(50, ge=1)  # prompts of each task
-    length: TokenCount = Field(1024, ge=96)  # tokens of the longest prompts and of the text window
+    samples: int = Field(50, ge=1)  # prompts per task
+    length: TokenCount = Field(1024, ge=96)  # tokens of the longest prompts, and of the window for text
     max_new_tokens: TokenCount = Field(160, ge=1)  # longest answer
-    text_bytes: int = Field(100_000, ge=0)  # held-out text that is scored
-    thinking: bool | None = None  # left out: as the task is defined
-    batch_size: int = Field(16, ge=1)  # prompts that are answered together
+    text_bytes: int = Field(100_000, ge=0)  # bytes of held-out text that are scored
+    thinking: bool | None = None  # whether prompts enable thinking; left out: true
+    batch_size: int = Field(16, ge=1)  # prompts per batch
 
 
 class PrimeRecipe(Settings):
-    """`hmf prime`: init, distill, export and evaluate under one run folder."""
+    """`hmf prime`: init, distill, export and evaluate in one run folder."""
 
     base: str  # a checkpoint directory, or "teacher" for the embedded one
-    base_config: Path | None = None  # folder with its config.json, beside the recipe, to plan while base is not there
+    base_config: Path | None = None  # folder with base's config.json, relative to the recipe, for planning without base
     output: Path  # run folder
-    seed: Seed = 0  # of all random numbers
+    seed: Seed = 0  # seed of all random numbers
     hybrid: HybridSettings  # which layers are replaced, and by what
     distill: DistillSettings  # Stage 1
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)  # scores at the end
@@ -346,13 +352,18 @@ def load_recipe(path: str | Path, kind: type[Recipe], overrides: Sequence[str] =
 
 
 def read_recipe(path: str | Path, kind: type[Recipe], overrides: Sequence[str] = ()) -> tuple[Recipe, str]:
-    """A recipe and its text; `overrides` ("hybrid.mixer=gka", values in YAML) replace what the file says.
+    """Read and check a YAML recipe.
 
-    The text is the file's own, or, with overrides, that of a recipe which says the same without them.
+    Args:
+        overrides: "KEY=VALUE" for keys such as hybrid.mixer, with values in YAML; they replace values of the file.
+    Returns:
+        The recipe, and its text: that of the file or, with overrides, the YAML text that includes them.
+    Raises:
+        HmfError: names the file, the key and the fix.
     """
     path = Path(path)
     if not path.is_file():
-        raise HmfError(f"{path}: no such recipe")
+        raise HmfError(f"{path}: no such recipe file; correct the path")
     try:
         text = path.read_text(encoding="utf-8")
         content = parse_yaml(text)
@@ -361,7 +372,7 @@ def read_recipe(path: str | Path, kind: type[Recipe], overrides: Sequence[str] =
     except ValueError as error:
         raise HmfError(f"{path}: not valid YAML ({error})") from None
     if not isinstance(content, dict):
-        raise HmfError(f"{path}: a recipe is a YAML mapping; it needs the keys {', '.join(kind.model_fields)}")
+        raise HmfError(f"{path}: a recipe must be a YAML mapping with the keys {', '.join(kind.model_fields)}")
     for override in overrides:
         _override(content, override)
     if overrides:
@@ -374,30 +385,32 @@ def read_recipe(path: str | Path, kind: type[Recipe], overrides: Sequence[str] =
 
 
 def _override(content: dict[str, Any], override: str) -> None:
-    """Put the value of "a.b=value" at its place in `content`."""
+    """Set the value of "a.b=value" in `content`."""
     name, equals, value = override.partition("=")
     *sections, key = name.split(".")
     if not (equals and key and all(sections)):
-        raise HmfError(f"--set {override:.200}: write KEY=VALUE with the key's path, as hybrid.mixer=gka")
+        raise HmfError(
+            f"--set {override:.200}: write KEY=VALUE with the full path of the key, for example hybrid.mixer=gka"
+        )
     for section in sections:
         content = content.setdefault(section, {})
         if not isinstance(content, dict):
-            raise HmfError(f"--set {override:.200}: {section!r} is a value in this recipe and holds no keys")
+            raise HmfError(f"--set {override:.200}: {section!r} is a value in this recipe and has no keys")
     try:
         content[key] = parse_yaml(value)
     except ValueError:
         raise HmfError(f"--set {override:.200}: the value is not valid YAML; quote it") from None
-    if sections[-1:] == ["training"]:  # a value replaces the file's under its other name too
+    if sections[-1:] == ["training"]:  # the file may have the value under the key's other name
         for pair in RENAMED.items():
             if key in pair:
                 content.pop(pair[key == pair[0]], None)
 
 
 def _problems(error: ValidationError, kind: type[BaseModel]) -> str:
-    """All errors in one line, numbered where there are several."""
-    # An unknown key explains a missing one better than the other way round.
-    found = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    lines = list(dict.fromkeys(_problem(problem, kind) for problem in found))
+    """All errors in one line. Several errors are numbered."""
+    # Unknown keys come first: a missing key is often a misspelt one.
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    lines = list(dict.fromkeys(_problem(problem, kind) for problem in problems))
     if len(lines) == 1:
         return lines[0]
     return f"{len(lines)} errors: " + listed((f"({n}) {line}" for n, line in enumerate(lines, 1)), SHOWN, "; ")
@@ -410,19 +423,19 @@ def _problem(problem: Any, kind: type[BaseModel]) -> str:
         prefix = ".".join(str(part) for part in problem["loc"][:-1])
         name = str(problem["loc"][-1])
         if (present := RENAMED.get(name)) in section.model_fields:
-            return f"{prefix}: {name} is the former name of {present}; give {present} alone"
+            return f"{prefix}: {name} is the former name of {present}; give only {present}"
         return f"{prefix + ': ' if prefix else ''}{unknown_name('key', name, section.model_fields)}"
     if problem["type"] == "missing":
         return f"{where}: is missing"
     message = problem["msg"].removeprefix("Value error, ")
-    given = problem["input"]
-    shown = f" (got {given!r:.200})" if isinstance(given, str | int | float | bool | type(None)) else ""
+    value = problem["input"]
+    shown = f" (got {value!r:.200})" if isinstance(value, str | int | float | bool | type(None)) else ""
     return f"{where + ': ' if where else ''}{message}{shown}"
 
 
 def _section(kind: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
     for name in location:
-        if isinstance(name, str):  # an item of a list has the section of the list
+        if isinstance(name, str):  # an item of a list has the class of the list's items
             annotation: Any = kind.model_fields[name].annotation
             while not isinstance(annotation, type):  # X | None, list[X]
                 annotation = get_args(annotation)[0]

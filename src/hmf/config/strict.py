@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people write is read strictly: an unknown key, or the same key twice, is an error and never passed over."""
+"""Strict reading of JSON, YAML and recipes: an unknown key and a duplicate key are errors."""
 
 from __future__ import annotations
 
@@ -23,139 +23,144 @@ class Settings(BaseModel):
 
 
 def require_none(conflicts: Iterable[str]) -> None:
-    """ValueError that names all of the `conflicts` between keys, if there is one."""
-    if found := list(conflicts):
-        raise ValueError("; ".join(found))
+    """ValueError that names all `conflicts` between keys, unless there are none."""
+    if messages := list(conflicts):
+        raise ValueError("; ".join(messages))
 
 
 def parse_tokens(value: Any) -> Any:
-    """A number of tokens from "128K" (128 * 1024) or "1M" (1024 * 1024); what is no text stays as it is.
+    """The number of tokens that a string such as "131072", "128K" (128 * 1024) or "1M" (1024 * 1024) stands for.
 
-    ValueError for any other text.
+    Values that are not strings are returned unchanged. Any other string is a ValueError.
     """
     if not isinstance(value, str):
         return value
     match = re.fullmatch(r"\s*([0-9]+(?:_[0-9]+)*)\s*([kKmM]?)\s*", value)
     if match is None:
-        raise ValueError(f"{value!r} is no number of tokens; write for example 131072, 128K or 1M")
+        raise ValueError(f"{value!r} is not a number of tokens; write for example 131072, 128K or 1M")
     return int(match[1]) * {"": 1, "k": 2**10, "m": 2**20}[match[2].lower()]
 
 
 TokenCount = Annotated[int, BeforeValidator(parse_tokens)]
-# Bounds by which a slip of the pen ends in an error and not in a machine without memory.
-Tokens = Annotated[TokenCount, Field(ge=16, le=2**24)]  # of a row
+# Bounds that turn a typing error into an error message instead of exhausted memory.
+Tokens = Annotated[TokenCount, Field(ge=16, le=2**24)]  # in a row
 Steps = Annotated[int, Field(ge=1, le=10**9)]
 SEAL = "seal"
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what random number generators take
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the range that random number generators accept
 
 
-LEVELS = 128  # of objects and lists in each other
-_DEEP = f"it is nested too deeply, in more than {LEVELS} levels"
+LEVELS = 128  # largest depth of nested objects and lists
+_TOO_DEEP = f"it is nested too deeply, in more than {LEVELS} levels"
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text, as `json.loads` gives it.
+    """The value of a JSON text, as `json.loads` returns it.
 
     Raises:
-        ValueError: with a message of one line (JSONDecodeError where it has a position); also for an object that has
-            the same key twice, and for what is nested too deeply to be read.
+        ValueError: invalid JSON (a JSONDecodeError, which has a position), a duplicate key, or too deep nesting. The
+            message has one line.
     """
     try:
-        return _shallow(json.loads(text, object_pairs_hook=_unique))
+        return _require_shallow(json.loads(text, object_pairs_hook=_require_unique_keys))
     except RecursionError:
-        raise ValueError(_DEEP) from None
+        raise ValueError(_TOO_DEEP) from None
 
 
 def scan_json(text: str, start: int) -> tuple[Any, int]:
-    """The JSON value that begins at `start`, and where it ends; errors as of `parse_json`."""
+    """The JSON value that starts at position `start`, and its end. Errors are those of `parse_json`."""
     try:
         value, end = _DECODER.raw_decode(text, start)
     except RecursionError:
-        raise ValueError(_DEEP) from None
-    return _shallow(value), end
+        raise ValueError(_TOO_DEEP) from None
+    return _require_shallow(value), end
 
 
 def seal_json(content: dict[str, Any]) -> str:
-    """`content` as JSON text with its own hash under the key "seal", by which `parse_sealed` knows damage."""
+    """`content` as JSON text with a hash of itself under the key "seal", with which `parse_sealed` detects damage."""
     return json.dumps(content | {SEAL: _hash(content)}, indent=1) + "\n"
 
 
 def parse_sealed(text: str, required: bool = True) -> dict[str, Any]:
-    """The content that `seal_json` was given; ValueError where the text has changed, or lacks a required seal."""
+    """The content that `seal_json` wrote. ValueError if the text has changed since, or lacks a required seal."""
     content = parse_json(text)
     if not isinstance(content, dict):
-        raise ValueError("it is no object")
+        raise ValueError("it is not a JSON object")
     seal = content.pop(SEAL, None)
     if (required or seal is not None) and seal != _hash(content):
-        raise ValueError("it is not as it was written")
+        raise ValueError("it was changed after it was written")
     return content
 
 
 def _hash(content: dict[str, Any]) -> str:
-    plain = json.loads(json.dumps(content))  # keys are text, and sorted as such
+    plain = json.loads(json.dumps(content))  # makes all keys strings, so that they can be sorted
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML document, as `yaml.safe_load` gives it.
+    """The value of a YAML document, as `yaml.safe_load` returns it.
 
     Raises:
-        ValueError: with a message of one line; also for a mapping that has the same key twice, and for values that YAML
-            knows and Python does not.
+        ValueError: invalid YAML, a duplicate key, or a value that Python cannot represent. The message has one line.
     """
     try:
-        return _shallow(yaml.load(text, _UniqueKeys))
+        return _require_shallow(yaml.load(text, _UniqueKeys))
     except RecursionError:
-        raise ValueError(_DEEP) from None
+        raise ValueError(_TOO_DEEP) from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise ValueError(" ".join(str(error).split())) from None
 
 
-def _shallow(value: Any) -> Any:
-    """The value; ValueError for one that code which calls itself for each level could not go through."""
+def _require_shallow(value: Any) -> Any:
+    """The value; ValueError if it is nested so deeply that recursive code would fail on it."""
     level = [value]
     for _ in range(LEVELS):
-        lists = [item for item in level if isinstance(item, dict | list)]
-        level = [item for one in lists for item in (one.values() if isinstance(one, dict) else one)]
+        containers = [item for item in level if isinstance(item, dict | list)]
+        level = [item for container in containers for item in _items(container)]
         if not level:
             return value
-    raise ValueError(_DEEP)
+    raise ValueError(_TOO_DEEP)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _items(container: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container
+
+
+def _require_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
-    return found
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return value
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+_DECODER = json.JSONDecoder(object_pairs_hook=_require_unique_keys)
 
 
 class _UniqueKeys(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Here keys are as they were written: merges (<<), which may repeat keys, come later.
+        # At this point, merges (<<), which may repeat keys, have not been applied yet.
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 name = self.construct_object(key)
                 if name in seen:
-                    raise ValueError(f"the key {name!r} is there twice, again in line {key.start_mark.line + 1}")
+                    raise ValueError(f"the key {name!r} occurs twice, again in line {key.start_mark.line + 1}")
                 seen.add(name)
         return node
 
 
 def require_text(value: Any, place: str) -> None:
-    """HmfError for a string in `value` that holds half of a character, and for a number that JSON does not have."""
+    """HmfError if `value` contains a string with a lone surrogate, or a number that JSON cannot represent."""
     if isinstance(value, str):
         if not value.isascii():
             try:
                 value.encode()
             except UnicodeEncodeError as error:
-                half = f"\\u{ord(value[error.start]):04x}"
-                raise HmfError(f"{place}: a lone surrogate ({half}) is no text; remove or replace it") from None
+                surrogate = f"\\u{ord(value[error.start]):04x}"
+                raise HmfError(
+                    f"{place}: a lone surrogate ({surrogate}) is not valid text; remove or replace it"
+                ) from None
     elif isinstance(value, dict):
         for name, item in value.items():
             require_text(name, f"a key of {place}")
@@ -164,4 +169,4 @@ def require_text(value: Any, place: str) -> None:
         for number, item in enumerate(value):
             require_text(item, f"{place}[{number}]")
     elif isinstance(value, float) and not math.isfinite(value):
-        raise HmfError(f"{place}: {value} is no number that JSON has; remove or replace it")
+        raise HmfError(f"{place}: {value} is not a valid JSON number; remove or replace it")

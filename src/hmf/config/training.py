@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The section `training` of recipes, and the former names of its keys."""
+"""The section `training` of recipes, and former names of its keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hmf.errors import notice
 
 from .strict import Settings, Steps
 
-# Former names of keys of `training`, which are read until the next release.
+# Former names of keys of `training`; they are accepted until the next release.
 RENAMED = {"steps": "max_steps", "rows_per_step": "per_device_train_batch_size", "schedule": "lr_scheduler_type"}
 
 
@@ -22,41 +22,43 @@ def _as_precision(value: Any) -> Any:
 
 
 class OptimiserSettings(Settings):
-    """AdamW with a warmup. Keys and values have the names of transformers' Trainer where it has the same."""
+    """AdamW with a warm-up. Keys that transformers' Trainer also has have its names and values."""
 
     max_steps: Steps  # optimiser steps of the run
-    # rows of one batch of one process; see gradient_accumulation_steps
+    # rows in a batch of one process; see gradient_accumulation_steps
     per_device_train_batch_size: int = Field(ge=1, le=2**16)
-    gradient_accumulation_steps: int = Field(1, ge=1, le=2**16)  # batches of an optimiser step, of each process
-    learning_rate: float = Field(1e-4, gt=0)  # `hmf finetune` takes one by group instead, in trainable
-    # course of the learning rate
+    gradient_accumulation_steps: int = Field(1, ge=1, le=2**16)  # batches per optimiser step and process
+    learning_rate: float = Field(1e-4, gt=0)  # learning rate; `hmf finetune` has one per group, in trainable
+    # schedule of the learning rate
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"] = (
         "constant_with_warmup"
     )
-    final_learning_rate_ratio: float = Field(0.1, ge=0, le=1)  # of cosine_with_min_lr
-    warmup_steps: int = Field(0, ge=0)  # steps in which the learning rate rises from 0
-    warmup_ratio: float | None = Field(None, ge=0, le=1)  # share of max_steps, rounded up, in place of warmup_steps
-    weight_decay: float = Field(0.0, ge=0)  # of AdamW, for matrices only
-    adam_beta2: float = Field(0.95, gt=0, lt=1)  # of AdamW; beta1 is 0.9
+    final_learning_rate_ratio: float = Field(
+        0.1, ge=0, le=1
+    )  # last learning rate of cosine_with_min_lr, relative to the highest
+    warmup_steps: int = Field(0, ge=0)  # first steps, in which the learning rate rises from 0
+    warmup_ratio: float | None = Field(None, ge=0, le=1)  # warmup_steps as a share of max_steps, rounded up
+    weight_decay: float = Field(0.0, ge=0)  # weight decay of AdamW, for matrices only
+    adam_beta2: float = Field(0.95, gt=0, lt=1)  # beta2 of AdamW; beta1 is 0.9
     max_grad_norm: float = Field(1.0, gt=0)  # gradients are clipped to this norm
-    logging_steps: Steps = 10  # steps between entries of the log; each checkpoint has one too
+    logging_steps: Steps = 10  # steps between log entries; there is one at each checkpoint, too
     save_steps: Steps = 500  # steps between checkpoints
-    save_total_limit: int = Field(2, ge=1)  # checkpoints that are kept, the newest
-    # bfloat16 (also written bf16): autocast; parameters stay float32
+    save_total_limit: int = Field(2, ge=1)  # number of checkpoints that are kept, the newest ones
+    # bfloat16 (or bf16): autocast to bfloat16; parameters stay float32
     precision: Annotated[Literal["float32", "bfloat16"], BeforeValidator(_as_precision)] = "float32"
-    gradient_checkpointing: bool = False  # computes activations again in the backward pass, to save memory
-    gpus: str | None = None  # what the recipe is written for, as h200x8; `hmf plan-training` plans for it
-    divergence_factor: float = Field(10.0, ge=0)  # stop at a loss this many times the usual one; 0: never
-    # trackers that get the log
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
+    gpus: str | None = None  # GPUs that the recipe is written for, such as h200x8, for `hmf plan-training`
+    divergence_factor: float = Field(10.0, ge=0)  # stop if the loss exceeds the usual loss by this factor; 0: never
+    # experiment trackers that receive the log
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
-    run_name: str | None = None  # of the run in those trackers; left out: as the tracker chooses
+    run_name: str | None = None  # name of the run in the trackers; left out: chosen by the tracker
 
     @model_validator(mode="before")
     @classmethod
     def _present_names(cls, given: Any, info: ValidationInfo) -> Any:
         if not isinstance(given, Mapping):
             return given
-        # A former name beside the present one stays, and is refused like an unknown key.
+        # If a key is given under both names, the former name stays and is refused as an unknown key.
         former = {old: new for old, new in RENAMED.items() if old in given and new not in given}
         if former:
             place = f"{info.context['file']}: " if info.context else ""
@@ -72,17 +74,17 @@ class OptimiserSettings(Settings):
 
     @property
     def warmup(self) -> int:
-        """Steps in which the learning rate rises."""
+        """Number of warm-up steps."""
         return self.warmup_steps if self.warmup_ratio is None else math.ceil(self.warmup_ratio * self.max_steps)
 
 
 class ParallelSettings(OptimiserSettings):
-    """And how several processes, started by torchrun, share the work."""
+    """Optimiser, log and checkpoints, and how the processes that torchrun starts share the work."""
 
-    # Who holds what: ddp, every process everything; fsdp2, parts of parameters, gradients and optimiser; deepspeed
-    # (ZeRO 2), parts of gradients and optimiser.
+    # ddp: every process holds everything; fsdp2: parameters, gradients and optimiser states are sharded; deepspeed
+    # (ZeRO 2): gradients and optimiser states are sharded
     strategy: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
-    sequence_parallel: int = Field(1, ge=1)  # neighbouring processes that share each row
+    sequence_parallel: int = Field(1, ge=1)  # number of processes that share each row
 
     @model_validator(mode="after")
     def _known_to_work(self) -> ParallelSettings:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text corpora, generated tasks, tokenisation and packing. Needs no model."""
+"""Training data: text, generated tasks, conversations, tokenisation and packing. Needs no model."""

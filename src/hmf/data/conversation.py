@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a conversation may hold: messages as the OpenAI format has them, in the one form that chat templates read."""
+"""Checks of conversations in the OpenAI format, and their normal form, which chat templates read."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ KEYS = ("role", "content", *REASONING_FIELDS, "tool_calls", "tool_call_id", "nam
 CALL_KEYS, FUNCTION_KEYS = ("id", "type", "function", "index"), ("name", "arguments")
 THINK_BLOCK = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 _ELSEWHERE = {
-    "function_call": "is OpenAI's older format; write tool_calls, and its result as role tool",
-    "functions": "is OpenAI's older format; write tools beside the messages",
+    "function_call": "belongs to OpenAI's older format; write tool_calls, and the result as a message of role tool",
+    "functions": "belongs to OpenAI's older format; write tools beside the messages",
 }
 
 
 def normalise(
     messages: Any, tools: Any = None, ignore_keys: Iterable[str] = ()
 ) -> tuple[list[Message], list[Message] | None]:
-    """A conversation in the form that chat templates read; what has exactly one meaning is brought into it.
+    """Bring a conversation into the normal form that chat templates read. The function is idempotent.
 
-    JSON-text `arguments` become objects, calls without `function` get one, a tool's result that is an object, a list or
-    a number becomes its JSON text, and results come in the order of their calls. Keys without a value (null, empty) and
-    those of `ignore_keys` are left out. Applied to its own result it changes nothing.
+    `arguments` in JSON text become objects. Calls without `function` get one. A tool's result that is an object, a list
+    or a number becomes JSON text. Results are sorted in the order of their calls. Keys without a value (null or empty)
+    and those in `ignore_keys` are left out.
 
     Raises:
-        HmfError: of the message and key that is unknown or has no meaning here: an unknown key, content that is no
-            text, arguments that are no JSON object, a result without its call, a lone surrogate.
+        HmfError: names the message and the key of an unknown key, content that is not text, arguments that are not a
+            JSON object, a result without its call, or a lone surrogate.
     """
     ignored = frozenset(ignore_keys)
     if not isinstance(messages, list) or not messages:
@@ -46,14 +46,14 @@ def normalise(
         function = tool.get("function") or tool if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise HmfError(
-                f"tools[{number}]: no function with a name; write {{type: function, function: {{name: ...}}}}"
+                f"tools[{number}]: is not a function with a name; write {{type: function, function: {{name: ...}}}}"
             )
     require_text(tools, "tools")
     return _linked([_message(message, f"messages[{i}]", ignored) for i, message in enumerate(messages)]), tools or None
 
 
 def text_of(content: Any) -> str:
-    """Text of a message's content: a string, a list of parts, or nothing."""
+    """The text of a message's content, which is a string, a list of parts, or None."""
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else ()
@@ -61,18 +61,18 @@ def text_of(content: Any) -> str:
 
 
 def thinking_of(message: Message) -> str:
-    """What an assistant message thinks, by its own field or in front of its content; without tags."""
+    """The thinking of an assistant's message, from a field of its own or the start of its content, without tags."""
     if message["role"] != "assistant":
         return ""
     for name in REASONING_FIELDS:
         if message.get(name):
             return untagged(text_of(message[name]))
-    found = THINK_BLOCK.match(text_of(message.get("content")))
-    return untagged(found[0].strip()) if found else ""
+    block = THINK_BLOCK.match(text_of(message.get("content")))
+    return untagged(block[0].strip()) if block else ""
 
 
 def untagged(thinking: str) -> str:
-    """Thinking without the tags around it."""
+    """The thinking without the tags around it."""
     return thinking.removeprefix("<think>").removesuffix("</think>").strip()
 
 
@@ -87,17 +87,17 @@ def without_thinking(message: Message) -> Message:
 
 
 def supervised(message: Message) -> bool:
-    """An assistant's turn, unless its weight is 0."""
+    """Whether a message is an assistant's and its weight is not 0."""
     return message["role"] == "assistant" and message.get("weight", 1) != 0
 
 
 def messages_after(messages: list[Message]) -> int:
-    """How many messages follow the last supervised turn: nothing is learnt from them."""
+    """Number of messages after the last supervised turn. They are not used."""
     return next((number for number, message in enumerate(reversed(messages)) if supervised(message)), len(messages))
 
 
 def strings_of(value: Any) -> Iterator[str]:
-    """Every text in a value, the keys of objects included."""
+    """All strings in a value, including the keys of objects."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -117,66 +117,70 @@ def _message(message: Any, place: str, ignored: frozenset[str]) -> Message:
         raise HmfError(f"{place}.role: {unknown_name('role', role, ROLES)}")
     content = None if "content" in ignored else _content(message.get("content"), role, f"{place}.content", ignored)
     if content is None and role != "assistant" and role not in RESULT_ROLES:
-        raise HmfError(f"{place}.content: a message of role {role!r} without content; write it or remove the message")
+        raise HmfError(f"{place}.content: a message of role {role!r} needs content; write it or remove the message")
     made = {"role": role, "content": content or ""} | {key: kept[key] for key in kept if key not in ("role", "content")}
     require_text(made, place)
     if "tool_calls" in made:
         if role != "assistant":
-            raise HmfError(f"{place}.tool_calls: only the assistant calls tools, and this is role {role!r}")
+            raise HmfError(
+                f"{place}.tool_calls: only the assistant can call tools, but this is role {role!r}; move or remove the "
+                "calls"
+            )
         made["tool_calls"] = _calls(made["tool_calls"], f"{place}.tool_calls", ignored)
     thoughts = [name for name in REASONING_FIELDS if name in made]
     for name in (*thoughts, *(name for name in ("name", "tool_call_id") if name in made)):
         if not isinstance(made[name], str):
             raise HmfError(f"{place}.{name}: text is expected, not {_kind(made[name])}")
     if thoughts and role != "assistant":
-        raise HmfError(f"{place}.{thoughts[0]}: only the assistant thinks, and this is role {role!r}")
+        raise HmfError(f"{place}.{thoughts[0]}: only the assistant can think, but this is role {role!r}; remove it")
     for name in thoughts[1:]:
         if made.pop(name) != made[thoughts[0]]:
             raise HmfError(f"{place}.{name}: differs from {thoughts[0]}; keep one of the two")
     if thoughts and (block := THINK_BLOCK.match(text_of(content))) and untagged(block[0].strip()):
-        raise HmfError(f"{place}.content: starts with thinking, and there is {thoughts[0]}; keep one of the two")
+        raise HmfError(f"{place}.content: starts with thinking, but there is also {thoughts[0]}; keep one of the two")
     if "tool_call_id" in made and role not in RESULT_ROLES:
-        raise HmfError(f"{place}.tool_call_id: belongs to a tool's result, and this is role {role!r}")
+        raise HmfError(f"{place}.tool_call_id: belongs to a tool's result, but this is role {role!r}; remove it")
     if "weight" in made and (made["weight"] not in (0, 1) or (role != "assistant" and made["weight"])):
         raise HmfError(
-            f"{place}.weight: is {made['weight']!r} of role {role!r}; an assistant's message has 0 (not supervised) or "
-            "1 (supervised)"
+            f"{place}.weight: is {made['weight']!r} for role {role!r}; write 0 (not supervised) or, for the assistant, "
+            "1 "
+            "(supervised)"
         )
     return made
 
 
 def _present(holder: Message, known: tuple[str, ...], place: str, ignored: frozenset[str]) -> Message:
-    """The keys that have a value and are not to be ignored; HmfError when one is not known."""
+    """The keys that have a value and are not ignored. HmfError for an unknown key."""
     kept = {key: value for key, value in holder.items() if key not in ignored and value not in (None, "", [], {})}
     for key in kept:
         if key not in known:
-            problem = _ELSEWHERE.get(key) or f"{unknown_name('key', key, known)}, or name it in ignore_keys"
+            problem = _ELSEWHERE.get(key) or f"{unknown_name('key', key, known)}, or add it to ignore_keys"
             raise HmfError(f"{place}.{key}: {problem}")
     return kept
 
 
 def _content(value: Any, role: str, place: str, ignored: frozenset[str]) -> str | list[Message] | None:
-    """Text, text parts, or the JSON text of a tool's result."""
+    """The content as text or text parts; a tool's result may become JSON text."""
     if value is None or isinstance(value, str):
         return value
     result = role in RESULT_ROLES
     if isinstance(value, list) and (not value or any(isinstance(part, dict) and "type" in part for part in value)):
         if not value and result:
-            raise HmfError(f"{place}: an empty list may be no text or the result []; write one of them as text")
+            raise HmfError(f"{place}: an empty list is ambiguous (no text, or the result []); write the text")
         return [_part(part, f"{place}[{number}]", ignored) for number, part in enumerate(value)] or None
     if not result:
         raise HmfError(f"{place}: {_kind(value)} is not text; write text, or parts {{type: text, text: ...}}")
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError):
-        raise HmfError(f"{place}: cannot be written as JSON; write the result as text") from None
+        raise HmfError(f"{place}: cannot be represented in JSON; write the result as text") from None
 
 
 def _part(part: Any, place: str, ignored: frozenset[str]) -> Message:
     if not isinstance(part, dict) or part.get("type") != "text":
         kind = repr(part.get("type")) if isinstance(part, dict) else _kind(part)
         raise HmfError(
-            f"{place}: a part of type {kind} is not read; parts are {{type: text, text: ...}}, calls stand in "
+            f"{place}: a part of type {kind} is not supported; write parts {{type: text, text: ...}}, calls in "
             "tool_calls, results in messages of role tool, thinking in reasoning_content"
         )
     text = _present(part, ("type", "text"), place, ignored).get("text", "")
@@ -198,9 +202,9 @@ def _calls(calls: Any, place: str, ignored: frozenset[str]) -> list[Message]:
             kept = _present(call, (*CALL_KEYS, *FUNCTION_KEYS), where, ignored)
             function, inside = {key: kept[key] for key in FUNCTION_KEYS if key in kept}, where
         if kept.get("type", "function") != "function":
-            raise HmfError(f"{where}.type: is {kept['type']!r}; only calls of functions are read")
+            raise HmfError(f"{where}.type: is {kept['type']!r}; only the type function is supported")
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            raise HmfError(f"{inside}.name: the call names no function")
+            raise HmfError(f"{inside}.name: the call needs the name of a function")
         function = _present(function, FUNCTION_KEYS, inside, ignored)
         arguments = _arguments(function.get("arguments"), f"{inside}.arguments")
         rest = {key: kept[key] for key in ("id", "type") if key in kept}
@@ -209,7 +213,7 @@ def _calls(calls: Any, place: str, ignored: frozenset[str]) -> list[Message]:
 
 
 def _arguments(value: Any, place: str) -> dict[str, Any]:
-    """The object of a call's arguments, which the OpenAI format has as JSON text."""
+    """A call's arguments as an object. In the OpenAI format, they are JSON text."""
     if value is None:
         return {}
     if isinstance(value, str):
@@ -224,11 +228,11 @@ def _arguments(value: Any, place: str) -> dict[str, Any]:
 
 
 def _linked(messages: list[Message]) -> list[Message]:
-    """The messages, results in the order of their calls: most templates write no ids, so the order says which is which.
+    """The messages, with results in the order of their calls. Most templates write no ids, so the order matters.
 
     Raises:
-        HmfError: a result that names no call before it or another function, that is one too many, or that follows a
-            call without a result.
+        HmfError: a result that refers to no call in the turn before it or to another function, a result too many, or
+            a call without a result before one with a result.
     """
     made: list[Message] = []
     start = 0
@@ -244,7 +248,7 @@ def _linked(messages: list[Message]) -> list[Message]:
         places = [_call_of(messages[i], i - start, calls, f"messages[{i}]") for i in range(start, stop)]
         if calls and sorted(places) != list(range(len(places))):
             number = next(n for n in range(len(places)) if n not in places or places.count(n) > 1)
-            problem = "has two results" if places.count(number) > 1 else "has no result, and a later one has"
+            problem = "has two results" if places.count(number) > 1 else "has no result, but a later call has one"
             raise HmfError(f"messages[{len(made) - 1}].tool_calls[{number}]: {problem}; write one result for each call")
         made += [messages[start + places.index(n)] for n in range(len(places))] if calls else messages[start:stop]
         start = stop
@@ -252,17 +256,19 @@ def _linked(messages: list[Message]) -> list[Message]:
 
 
 def _call_of(result: Message, position: int, calls: list[Message], place: str) -> int:
-    """Which of the `calls` a result answers: the one that it names, else the one at its position."""
+    """Index of the call that a result belongs to: by its id if it has one, else by its position."""
     if (identity := result.get("tool_call_id")) is not None:
         ids = [call.get("id") for call in calls]
         if ids.count(identity) != 1:
             problem = "no call" if identity not in ids else "more than one call"
-            raise HmfError(f"{place}.tool_call_id: {identity!r} is the id of {problem} in the turn before it")
+            raise HmfError(
+                f"{place}.tool_call_id: {identity!r} is the id of {problem} in the turn before it; correct it"
+            )
         position = ids.index(identity)
     elif calls and position >= len(calls):
-        raise HmfError(f"{place}: a result more than the turn before it has calls; remove it or add the call")
+        raise HmfError(f"{place}: the turn before it has fewer calls than results; remove this result or add its call")
     if calls and (name := result.get("name")) and name != (called := calls[position]["function"]["name"]):
-        raise HmfError(f"{place}.name: is {name!r}, but the call is of {called!r}")
+        raise HmfError(f"{place}.name: is {name!r}, but the call is of {called!r}; correct it")
     return position
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of records and texts: which of a place are read, and what they hold, compressed or not."""
+"""Finding and reading files of records and texts, compressed or not."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from hmf.config.strict import scan_json
-from hmf.errors import HmfError, one_line
+from hmf.errors import HmfError, listed, one_line
 
 TEXT_SUFFIXES = (".py", ".txt", ".md")
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"} | dict.fromkeys(
     TEXT_SUFFIXES, "text"
 )
-LIMIT = 256 << 20  # bytes of a line, an object or a text: a small compressed file can hold any number of them
+LIMIT = 256 << 20  # largest size in bytes of a line, object or text; a small compressed file can expand to any size
 CHUNK = 1 << 20
-SHOWN = 3  # names of files that are not read
+SHOWN = 3  # number of skipped files that a message names
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -45,72 +45,74 @@ _OPEN: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, "
 
 
 @dataclass(frozen=True)
-class Found:
-    """Files of one `kind`, in the order of their names below `root`."""
+class FileSet:
+    """Files of one `kind`, sorted by their paths relative to `root`."""
 
     root: Path
     kind: str
     files: list[Path]
 
 
-def find(place: str, path: Path, kind: str | None = None) -> Found:
-    """The files of a file, a folder (with the folders in it) or a pattern; those that are not read are named on stderr.
+def find(place: str, path: Path, kind: str | None = None) -> FileSet:
+    """The files at a path: a file, a folder (searched recursively) or a pattern. Skipped files are named on stderr.
 
     Args:
-        place: of the path in its recipe, for errors.
-        kind: what is read; None: what there is, if it is of one kind. Of a folder it selects the files whose suffix
-            says so, or, where there are none, those whose suffix says nothing.
+        place: key of the path in its recipe, for errors.
+        kind: kind of files to read; None if all files are of one kind. In a folder, it selects the files whose suffix
+            means that kind. If there are none, it selects the files whose suffix is not known.
     Raises:
-        HmfError: nothing to read, files of several kinds, a broken link, a folder that cannot be entered.
+        HmfError: there is nothing to read, or there are files of several kinds, a broken link, or a folder that cannot
+            be read.
     """
-    passed: list[str] = []
-    chosen = kind
+    skipped: list[str] = []
+    assumed_kind = kind  # of files whose suffix is not known
     if has_magic(str(path)):
         root = Path(*takewhile(lambda part: not has_magic(part), path.parts))
-        found = [Path(name) for name in glob(str(path), recursive=True)]
+        candidates = [Path(name) for name in glob(str(path), recursive=True)]
         if "**" not in path.parts:
-            passed += [f"{folder.relative_to(root)}/" for folder in found if folder.is_dir()]
-        found = [file for file in found if not file.is_dir()]
+            skipped += [f"{folder.relative_to(root)}/" for folder in candidates if folder.is_dir()]
+        candidates = [file for file in candidates if not file.is_dir()]
     elif path.is_dir():
-        root, found = path, _below(path, passed)
-        if any(kind_of(file) == kind for file in found):
-            chosen = None
+        root, candidates = path, _files_below(path, skipped)
+        if any(kind_of(file) == kind for file in candidates):
+            assumed_kind = None
     elif path.is_file():
-        root, found = path.parent, [path]
+        root, candidates = path.parent, [path]
     else:
         raise HmfError(
             f"{place}: {path}: {'is neither a file nor a folder' if path.exists() else 'no such file or folder'}"
         )
     kinds: dict[str, list[Path]] = {}
-    for file in sorted(found, key=lambda file: file.relative_to(root).as_posix()):
-        own = kind_of(file)
-        if chosen is not None and (root != path or own is None):
-            own = chosen
-        if own is None or (kind is not None and own != kind):
-            passed.append(str(file.relative_to(root)))
+    for file in sorted(candidates, key=lambda file: file.relative_to(root).as_posix()):
+        file_kind = kind_of(file)
+        if assumed_kind is not None and (root != path or file_kind is None):
+            file_kind = assumed_kind
+        if file_kind is None or (kind is not None and file_kind != kind):
+            skipped.append(str(file.relative_to(root)))
         elif file.is_file():
-            kinds.setdefault(own, []).append(file)
+            kinds.setdefault(file_kind, []).append(file)
         else:
-            raise HmfError(f"{place}: {file}: is no file, or a link to none; take it away or put the file there")
-    listed = f"{', '.join(sorted(passed)[:SHOWN])}{f' and {len(passed) - SHOWN:,} more' if passed[SHOWN:] else ''}"
+            raise HmfError(
+                f"{place}: {file}: is not a regular file, or is a broken link; remove it or restore the file"
+            )
+    shown = listed(sorted(skipped), SHOWN)
     known = ", ".join(suffix for suffix in SUFFIXES if kind in (None, SUFFIXES[suffix]))
     if not kinds:
-        there = f" ({listed})" if passed else ""
+        names = f" ({shown})" if skipped else ""
         raise HmfError(
-            f"{place}: {path}: nothing to read{there}; files end with {known}{', or set format' * (kind is None)}"
+            f"{place}: {path}: nothing to read{names}; use files that end with "
+            f"{known}{', or set format' * (kind is None)}"
         )
     if len(kinds) > 1:
-        raise HmfError(
-            f"{place}: {path}: holds {' and '.join(sorted(kinds))} files; set format to the one that is meant"
-        )
-    if passed:
-        say_once(f"{place}: {path}: {len(passed):,} not read: {listed}")
+        raise HmfError(f"{place}: {path}: holds {' and '.join(sorted(kinds))} files; set format to the one to read")
+    if skipped:
+        say_once(f"{place}: {path}: {len(skipped):,} files or folders are not read: {shown}")
     [(name, files)] = kinds.items()
-    return Found(root, name, files)
+    return FileSet(root, name, files)
 
 
 def kind_of(path: Path) -> str | None:
-    """What a file holds by its suffix, in any capitalisation, compressed or not; None: nothing that is known."""
+    """The kind of a file by its suffix, in any capitalisation, compressed or not. None for an unknown suffix."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = bool(suffixes) and suffixes[-1] in _OPEN
     kind = SUFFIXES.get("".join(suffixes[:-1][-1:] if packed else suffixes[-1:]))
@@ -122,18 +124,22 @@ def is_compressed(path: Path) -> bool:
 
 
 def lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their numbers, of at most LIMIT bytes each."""
+    """The lines that are not blank, with their numbers."""
     number = 0
     with _opened(path) as file, _readable(path, lambda: number + 1):
         for number, line in enumerate(iter(partial(file.readline, LIMIT + 1), b""), 1):
             if len(line) > LIMIT:
-                raise HmfError(f"{path}:{number}: the line has more than {LIMIT >> 20} MiB; split it, or take it out")
+                raise HmfError(f"{path}:{number}: the line has more than {LIMIT >> 20} MiB; split it or remove it")
             if line.strip() not in (b"", codecs.BOM_UTF8):
                 yield number, line
 
 
 def objects(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """The objects of a JSON file, which is an array of them, or has one after the other: line, characters, object."""
+    """The objects of a JSON file, which holds an array of objects, or objects one after the other.
+
+    Yields:
+        (number of the line where the object starts, its length in characters, the object)
+    """
     line, array, allowed, text, at = 1, False, "[{", "", 0
     with _opened(path) as file, _readable(path, lambda: line):
         stream = io.TextIOWrapper(file, encoding="utf-8-sig")
@@ -149,8 +155,9 @@ def objects(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
             mark = text[at]
             if mark not in allowed:
                 raise HmfError(
-                    f"{path}:{line}: {mark!r} where {' or '.join(allowed) or 'nothing'} is expected: a .json file "
-                    "holds an array of objects, or objects one after the other"
+                    f"{path}:{line}: {mark!r} is not valid here, where {' or '.join(allowed) or 'the end'} is "
+                    "expected: write "
+                    "an array of objects, or objects one after the other"
                 )
             if mark != "{":
                 array, allowed, at = True, {"[": "{]", ",": "{", "]": ""}[mark], at + 1
@@ -158,11 +165,11 @@ def objects(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
             try:
                 value, end = scan_json(text, at)
             except JSONDecodeError as error:
-                # An object that ends after this part of the file looks like one that is wrong at the part's end.
+                # If the object continues after this part of the file, it looks invalid at the end of the part.
                 if error.msg.startswith("Unterminated string") or error.pos > len(text) - 16:
                     if len(text) - at > LIMIT:
                         raise HmfError(
-                            f"{path}:{line}: the object has more than {LIMIT >> 20} MiB; take it out"
+                            f"{path}:{line}: the object has more than {LIMIT >> 20} MiB; remove it"
                         ) from None
                     if more := stream.read(max(CHUNK, len(text) - at)):
                         text, at = text[at:] + more, 0
@@ -175,11 +182,11 @@ def objects(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
             line += text.count("\n", at, end)
             at, allowed = end, ",]" if array else "{"
     if array and allowed:
-        raise HmfError(f"{path}:{line}: the array does not end; the file was cut off")
+        raise HmfError(f"{path}:{line}: the array does not end, so the file is incomplete; copy it again")
 
 
 def read_text(path: Path) -> str:
-    """All of a text file."""
+    """The content of a text file, with line ends as \\n."""
     with _opened(path) as file, _readable(path):
         content = file.read(LIMIT + 1)
     if len(content) > LIMIT:
@@ -191,39 +198,39 @@ def read_text(path: Path) -> str:
 
 
 def decoded(content: bytes) -> str:
-    """UTF-8, with or without a byte order mark; HmfError for anything else."""
+    """Decode UTF-8, with or without a byte order mark. HmfError for any other encoding."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise HmfError("not UTF-8 but UTF-16; convert the file")
+        raise HmfError("encoded in UTF-16; convert the file to UTF-8")
     if (place := content.find(b"\0")) >= 0:
-        raise HmfError(f"not UTF-8 text (byte {place + 1} is 0); convert the file, or take it away")
+        raise HmfError(f"not UTF-8 text (byte {place + 1} is 0); convert the file to UTF-8 or remove it")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise HmfError(f"not UTF-8 ({error.reason} at byte {error.start + 1}); convert the file") from None
+        raise HmfError(f"not UTF-8 ({error.reason} at byte {error.start + 1}); convert the file to UTF-8") from None
 
 
 @lru_cache
 def say_once(line: str) -> None:
-    """A line on stderr, once however often it is asked for, and from one process of a machine."""
+    """Print a line on stderr. Each line is printed once per process, and by one process of each machine."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(one_line(line), file=sys.stderr, flush=True)
 
 
-def _below(folder: Path, passed: list[str]) -> list[Path]:
-    """The files in a folder and its folders. What is hidden, and links to folders, go to `passed`."""
-    found = []
+def _files_below(folder: Path, skipped: list[str]) -> list[Path]:
+    """The files in a folder and its subfolders. Hidden ones and links to folders are added to `skipped` instead."""
+    files = []
 
     def fail(error: OSError) -> None:
         raise HmfError(f"{error.filename}: cannot be read ({error.strerror})")
 
     for parent, folders, names in os.walk(folder, onerror=fail):
         inside = Path(parent)
-        out = [name for name in folders if name.startswith(".") or (inside / name).is_symlink()]
-        passed += [f"{(inside / name).relative_to(folder)}/" for name in out]
-        folders[:] = [name for name in folders if name not in out]
-        passed += [str((inside / name).relative_to(folder)) for name in names if name.startswith(".")]
-        found += [inside / name for name in names if not name.startswith(".")]
-    return found
+        excluded = [name for name in folders if name.startswith(".") or (inside / name).is_symlink()]
+        skipped += [f"{(inside / name).relative_to(folder)}/" for name in excluded]
+        folders[:] = [name for name in folders if name not in excluded]
+        skipped += [str((inside / name).relative_to(folder)) for name in names if name.startswith(".")]
+        files += [inside / name for name in names if not name.startswith(".")]
+    return files
 
 
 @contextmanager
@@ -234,7 +241,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 @contextmanager
 def _readable(path: Path, line: Any = None) -> Iterator[None]:
-    """Turn what libraries raise for a file that cannot be read into one line, with the `line` that was being read."""
+    """Turn the errors of libraries for an unreadable file into an HmfError that names the file and the line."""
     try:
         yield
     except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:

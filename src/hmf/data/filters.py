@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which texts are too repetitive to learn from: Gopher's measures, counted by datatrove."""
+"""Filter for repetitive texts: the measures of Gopher, computed by datatrove."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 
 
 def repetition(text: str, limits: RepetitionSettings) -> str | None:
-    """The first measure of `text` that is above its limit, by the name it has in the recipe; None if there is none.
+    """Name of the first measure of `text` that exceeds its limit; None if there is none.
 
-    Words are runs of letters and digits; other signs stand alone.
+    Words are runs of letters and digits. Every other character except white space is a word of its own.
     """
     from datatrove.pipeline.filters import gopher_repetition_filter as gopher
 
@@ -27,7 +27,7 @@ def repetition(text: str, limits: RepetitionSettings) -> str | None:
     words = _WORD.findall(text)
     for n, limit in limits.top_ngram.items():
         ngrams = gopher.get_n_grams(words, n)
-        # In a short text an n-gram that is there once takes a large share, too.
+        # In a short text, even an n-gram that occurs once has a large share.
         if len(set(ngrams)) < len(ngrams) and gopher.find_top_duplicate(ngrams) / characters > limit:
             return f"top_{n}gram"
     for n, limit in limits.duplicate_ngrams.items():

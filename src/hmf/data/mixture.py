@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows that a training recipe's `data` section describes: drawn from text and generated tasks, or prepared ones."""
+"""Rows of the section `data` of a training recipe: made from text and generated tasks, or prepared."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -20,18 +20,18 @@ from hmf.errors import HmfError, unknown_name
 
 
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, conversation: Sample) -> Encoded:
-    """The conversation as the model sees it when it answers: prompt (not supervised), then the last assistant turn."""
+    """A conversation in which only the last assistant turn is supervised, tokenised as in generation."""
     return encode_chat(tokenizer, conversation.messages, conversation.tools, turns="last")[0]
 
 
 @dataclass
 class MixtureDataset(Dataset[PackedRow]):
-    """Rows drawn from text and generated tasks without end: row i depends on `seed` and i alone.
+    """Rows that are randomly made from text and generated tasks. Row i depends only on `seed` and i.
 
     Args:
-        texts: token ids of each document, as `encode_texts` gives them.
-        weights: relative frequency of each task by name; half of the conversations are made with thinking.
-        text_share: share of the rows that hold text only; in the others, text fills what conversations leave.
+        texts: token ids of each document, as from `encode_texts`.
+        weights: relative frequency of each task by name; half of the conversations have thinking.
+        text_share: share of the rows that hold only text; in the others, text fills the room after conversations.
         rows: length of the data set.
     """
 
@@ -54,7 +54,7 @@ class MixtureDataset(Dataset[PackedRow]):
         return self.rows
 
     def digest(self) -> str:
-        """Changes with any token of any text, and with all else that a row depends on."""
+        """A hash of all tokens of all texts, and of everything else that a row depends on."""
         sha = hashlib.sha256(repr((type(self).__name__, self.sequence_length, self.text_share, self.seed)).encode())
         template = self.tokenizer.chat_template if self.weights else None
         sha.update(repr((sorted(self.weights.items()), template, [len(ids) for ids in self.texts])).encode())
@@ -79,7 +79,7 @@ class MixtureDataset(Dataset[PackedRow]):
                 row.append(item)
                 room -= len(item)
         while room:
-            # A document is as likely as it is long, and so is each place in it.
+            # Documents are drawn in proportion to their lengths, and positions in them uniformly.
             document = rng.choices(self._documents, self._sizes)[0]
             start = rng.randrange(-room // 2, len(document))
             row.append(document.cut(max(0, start), max(0, start) + room))
@@ -89,8 +89,8 @@ class MixtureDataset(Dataset[PackedRow]):
 
 
 class PromptDataset(MixtureDataset):
-    """Beginnings to go on from, {"prompt": ids}, of at most `sequence_length` tokens: the prompts of conversations, and
-    pieces of text of any length. Row i depends on `seed` and i alone."""
+    """Prompts {"prompt": ids} of at most `sequence_length` tokens that the student continues: prompts of conversations,
+    or pieces of text of any length. Row i depends only on `seed` and i."""
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         rng, room = Random(f"{self.seed}:prompt {index}"), self.sequence_length
@@ -108,7 +108,7 @@ class PromptDataset(MixtureDataset):
 
 
 def row_length(data: DataSettings) -> int:
-    """Tokens of a row of `mixture`."""
+    """Number of tokens in a row of `mixture`."""
     if data.prepared is not None:
         return read_index(data.prepared)["sequence_length"]
     return data.sequence_length
@@ -121,17 +121,18 @@ def mixture(
     seed: int,
     kind: type[MixtureDataset] = MixtureDataset,
 ) -> MixtureDataset | PreparedDataset:
-    """The rows that a recipe's `data` section describes, packed or as `kind` has them; row i depends on `seed` and i
-    alone."""
+    """The rows of a recipe's section `data`: prepared ones, or `kind`. Row i depends only on `seed` and i."""
     if data.prepared is not None:
         return PreparedDataset(data.prepared, tokenizer, rows, seed)
     for name in data.tasks:
         if name not in tasks.TASKS:
             raise HmfError(f"data.tasks: {unknown_name('task', name, tasks.TASKS)}")
     if not data.tasks and data.text_share < 1:
-        raise HmfError("data.text_share: is below 1 but data.tasks is empty; name tasks or set it to 1")
+        raise HmfError("data.text_share: is below 1, but data.tasks is empty; name tasks or set it to 1")
     documents = [document.text for document in text.documents(data.text, "train")]
     encoded = encode_texts(tokenizer, documents)
     if data.text_share and not any(encoded):
-        raise HmfError(f"data.text: {data.text}: no text in {len(documents)} documents; name another corpus")
+        raise HmfError(
+            f"data.text: {data.text}: none of {len(documents)} documents has any text; choose another corpus"
+        )
     return kind(encoded, tokenizer, data.sequence_length, data.tasks, rows, data.text_share, seed)

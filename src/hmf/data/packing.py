@@ -3,8 +3,8 @@
 
 A row is a dict of int64 tensors of shape [T]:
     input_ids
-    labels         the same ids where the model is to predict them, else -100 (the model shifts them itself)
-    position_ids   count up from 0 within each document and restart at the next: they are the document boundaries
+    labels         the ids of supervised tokens, -100 elsewhere (the model shifts the labels)
+    position_ids   0, 1, 2, ... in each document; a 0 marks the start of a document
 """
 
 from bisect import bisect_left, insort
@@ -18,10 +18,14 @@ PackedRow = dict[str, torch.Tensor]
 
 
 def best_fit(lengths: Sequence[int], room: int, window: int) -> list[list[int]]:
-    """Rows of at most `room` tokens that hold each item once, whole: the indices of each row's items.
+    """Pack items into rows of at most `room` tokens, each item once and whole.
 
-    The items of a window are placed from the longest to the shortest, each in the open row that it fills best. No more
-    than `window` rows stay open; the fullest are closed first. So the search stays short however many items there are.
+    The items of a window are placed from the longest to the shortest, each into the open row with the least room that
+    is enough. At most `window` rows stay open, the fullest are closed first; this bounds the search for any number of
+    items.
+
+    Returns:
+        The indices of the items of each row.
     """
     rows: list[list[int]] = []
     open_rows: list[tuple[int, int]] = []  # room left and number, by room

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words that the generated tasks are made of."""
+"""Words and phrases of the generated tasks."""
 
 from dataclasses import dataclass
 from random import Random
@@ -9,12 +9,12 @@ _SYLLABLES = [consonant + vowel for consonant in "bdfghjklmnprstvz" for vowel in
 
 
 def word(rng: Random) -> str:
-    """A made-up word of three syllables, out of half a million; none is the beginning of another."""
+    """A made-up word of three syllables, one of half a million; no word is a prefix of another."""
     return "".join(rng.choices(_SYLLABLES, k=3))
 
 
 def value(rng: Random, numeric: float = 0.5) -> str:
-    """What a key or name stands for: two to four digits with probability `numeric`, else a word of two syllables."""
+    """The value of a key or name: two to four digits with probability `numeric`, else a word of two syllables."""
     if rng.random() < numeric:
         digits = rng.randint(2, 4)
         return str(rng.randrange(10 ** (digits - 1), 10**digits))

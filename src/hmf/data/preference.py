@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs of a better and a worse answer to one prompt, packed into rows."""
+"""Preference pairs: a chosen and a rejected answer to one prompt, packed into rows."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hmf.config.places import PairSettings
 from hmf.errors import HmfError
 
 from .encoding import IGNORED, Encoded, encode_answers
+from .formats import Pair as AnswerPair
 from .packing import PackedRow, row_tensors
-from .shapes import Pair as Conversations
 from .sources import Source, pair_of
 from .tokenizer import document_separator
 
@@ -24,21 +24,16 @@ Pair = tuple[Encoded, Encoded]
 
 
 class PairDataset(Dataset[PackedRow]):
-    """Rows of whole pairs, each chosen before rejected; row i depends on `seed` and i alone.
+    """Rows of whole pairs, in which a chosen answer precedes its rejected one. Row i depends only on `seed` and i.
 
-    Every pair comes once before any comes again, in another order. Beside the columns of every row there is
-    `reference`, float32 [P, 2]: log-likelihoods of chosen and rejected under the model that training starts from, as
-    `references` [number of different rows, P, 2] has them; NaN behind a row's last pair.
+    One pass over the rows has every pair once; each further pass has another order. In addition to the columns of every
+    row there is `reference`, float32 [P, 2]: log-likelihoods of chosen and rejected under the model that training
+    starts from, copied from `references` [number of distinct rows, P, 2]; NaN after the last pair of a row.
     """
 
     def __init__(self, packed: list[list[Pair]], sequence_length: int, filler: int, rows: int, seed: int = 0):
-        self.packed, self.sequence_length, self.filler, self.rows, self.seed = (
-            packed,
-            sequence_length,
-            filler,
-            rows,
-            seed,
-        )
+        self.packed, self.sequence_length, self.filler = packed, sequence_length, filler
+        self.rows, self.seed = rows, seed
         self.references = torch.full((len(packed), max(map(len, packed)), 2), torch.nan)
         for row, pairs in enumerate(packed):
             self.references[row, : len(pairs)] = 0
@@ -53,12 +48,12 @@ class PairDataset(Dataset[PackedRow]):
         return self.row(order[place])
 
     def digest(self) -> str:
-        """Changes with any token of any pair, and with how they are packed."""
+        """A hash of all tokens of all pairs, and of how they are packed."""
         answers = [[(answer.ids, answer.labels) for pair in pairs for answer in pair] for pairs in self.packed]
         return hashlib.sha256(json.dumps(answers).encode()).hexdigest()
 
     def row(self, number: int) -> PackedRow:
-        """One of the different rows."""
+        """One of the distinct rows."""
         items = [answer for pair in self.packed[number] for answer in pair]
         if room := self.sequence_length - sum(map(len, items)):
             items.append(Encoded([self.filler] * room, [IGNORED] * room))
@@ -66,7 +61,11 @@ class PairDataset(Dataset[PackedRow]):
 
 
 def pair_dataset(settings: PairSettings, tokenizer: PreTrainedTokenizerBase, rows: int, seed: int = 0) -> PairDataset:
-    """The pairs of a recipe's `pairs`, packed in their order; HmfError names the file, the line and what to change."""
+    """The pairs of the section `pairs` of a recipe, packed in their order.
+
+    Raises:
+        HmfError: a bad record (with its file and line), a pair that is longer than a row, or no pairs at all.
+    """
     sequence_length = settings.sequence_length
     packed: list[list[Pair]] = []
     room = 0
@@ -79,8 +78,8 @@ def pair_dataset(settings: PairSettings, tokenizer: PreTrainedTokenizerBase, row
         size = len(pair[0]) + len(pair[1])
         if size > sequence_length:
             raise HmfError(
-                f"{where}: the pair has {size} tokens and a row {sequence_length}; raise pairs.sequence_length, or "
-                "leave the pair out"
+                f"{where}: the pair has {size} tokens, a row {sequence_length}; raise pairs.sequence_length or remove "
+                "the pair"
             )
         if size > room:
             packed.append([])
@@ -89,17 +88,22 @@ def pair_dataset(settings: PairSettings, tokenizer: PreTrainedTokenizerBase, row
         room -= size
     if not packed:
         raise HmfError(
-            f"pairs: {settings.path or settings.dataset}: no pairs; give rows with prompt, chosen and rejected"
+            f"pairs: {settings.path or settings.dataset}: there are no pairs; give rows with prompt, chosen and "
+            "rejected"
         )
     return PairDataset(packed, sequence_length, document_separator(tokenizer), rows, seed)
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerBase, pair: Conversations, settings: PairSettings) -> Pair:
-    """Both conversations, their last turns supervised; HmfError says what is wrong with them."""
+def encode_pair(tokenizer: PreTrainedTokenizerBase, pair: AnswerPair, settings: PairSettings) -> Pair:
+    """Both conversations, with their last turns supervised. HmfError for a pair that cannot be used."""
     chosen, rejected = encode_answers(
-        tokenizer, pair.prompt, [pair.chosen, pair.rejected], pair.tools,
-        ignore_keys=settings.ignore_keys, split_special_tokens=settings.split_special_tokens,
-    )  # fmt: skip
+        tokenizer,
+        pair.prompt,
+        [pair.chosen, pair.rejected],
+        pair.tools,
+        ignore_keys=settings.ignore_keys,
+        split_special_tokens=settings.split_special_tokens,
+    )
     if chosen.ids == rejected.ids:
-        raise HmfError("chosen and rejected are the same; leave the pair out")
+        raise HmfError("chosen and rejected are the same; remove the pair")
     return chosen, rejected

@@ -2,10 +2,10 @@
 """`hmf data prepare`: sources are tokenised (shards.py), mixed, packed by best fit, and written as rows.
 
 A finished folder holds
-    rows/00000.arrow ...  input_ids, supervised [T]; lengths of the row's documents, and where each is from
-    index.json            written last: the recipe, counts, hashes of the files, the vocabulary's hash
-and, until it is finished, tokenised/ with what a run that was cut off goes on from. All of it depends on the recipe and
-the sources alone.
+    rows/00000.arrow ...  input_ids, supervised [T]; lengths and places of the row's documents
+    index.json            written last: the recipe, counts, hashes of the files and of the vocabulary
+While the run is unfinished, tokenised/ holds the shards from which it can continue. The result depends only on the
+recipe and the sources.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from hmf.config.data import DataRecipe
 from hmf.config.strict import parse_sealed, seal_json
 from hmf.data.encoding import IGNORED
 from hmf.data.packing import PackedRow, best_fit
+from hmf.data.progress import Progress
 from hmf.data.shards import (
     Counts,
     Encoder,
-    Progress,
-    folder_of,
     read_shard,
-    shard,
     shard_counts,
+    shard_folder,
+    shard_path,
     tokenise,
     versions,
     vocabulary,
@@ -49,23 +49,33 @@ from hmf.errors import HmfError
 from hmf.folders import HOLDER, locked, require_unused
 
 INDEX, ROWS, TOKENISED = "index.json", "rows", "tokenised"
-MOST_PASSES = 1000  # over a source; more are a slip, and their order would fill the memory
-FILE_TOKENS = 1 << 24  # of a file of rows
-EXAMPLES = 3
-_ROW_SCHEMA = pa.schema({
-    "input_ids": pa.list_(pa.int32()), "supervised": pa.list_(pa.bool_()),
-    "lengths": pa.list_(pa.int32()), "where": pa.list_(pa.string()),
-})  # fmt: skip
+MOST_PASSES = 1000  # over a source; more are probably a mistake, and their order would fill the memory
+FILE_TOKENS = 1 << 24  # tokens in a file of rows
+EXAMPLES = 3  # documents that an error message names
+_ROW_SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "supervised": pa.list_(pa.bool_()),
+        "lengths": pa.list_(pa.int32()),
+        "where": pa.list_(pa.string()),
+    }
+)
 
 
 def prepare(recipe: DataRecipe, tokenizer: str | Path, workers: int = 1) -> dict[str, Any]:
-    """Prepare the rows of `recipe` with the tokenizer at `tokenizer`, and return the content of the index.
+    """Prepare the rows of a recipe.
 
-    Started again after it was cut off, it goes on with the shards that are whole. The result is the same to the byte,
-    however often that happened and whatever `workers`, the number of processes, is.
+    An interrupted run continues with the shards that are complete. Interruptions and the number of processes do not
+    change the result by a single byte.
 
+    Args:
+        tokenizer: the tokenizer's checkpoint directory.
+        workers: number of processes.
+    Returns:
+        The content of the index.
     Raises:
-        HmfError: a bad record (its file and line); too many conversations that are cut; a folder in other use.
+        HmfError: a bad record (with its file and line); too many conversations that are longer than a row; an output
+            folder that holds something else.
     """
     output = recipe.output
     if (output / INDEX).is_file():
@@ -78,34 +88,34 @@ def prepare(recipe: DataRecipe, tokenizer: str | Path, workers: int = 1) -> dict
         return index
     require_unused(output, lambda name: name == HOLDER or name.split(".")[0] in (ROWS, TOKENISED, "index"))
     loaded = load_tokenizer(tokenizer)
-    pairs = [(Source(settings), Encoder.of(settings, recipe)) for settings in recipe.sources]  # before the long work
+    pairs = [(Source(settings), Encoder.of(settings, recipe)) for settings in recipe.sources]  # before the long steps
     cache = recipe.cache or output / TOKENISED
     try:
         with locked(output):
             sources = []
             for source, encoder in pairs:
-                folder = cache / folder_of(source, encoder, loaded, recipe)
+                folder = cache / shard_folder(source, encoder, loaded, recipe)
                 count = tokenise(source, encoder, folder, recipe, str(tokenizer), workers, loaded)
                 sources.append(Tokenised.read(encoder, folder, count, recipe))
             index = _write(recipe, sources, loaded, [_content(source) for source, _ in pairs])
     except OSError as error:
         raise HmfError(
-            f"{error.filename or output}: not written: {error.strerror or error}; fix that and start again: "
-            "what is finished is kept"
+            f"{error.filename or output}: cannot be written: {error.strerror or error}; fix this and run the command "
+            "again, which continues"
         ) from None
     shutil.rmtree(output / TOKENISED, ignore_errors=True)
     return index
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The index of a prepared set, with its files of the stated sizes; HmfError names what is wrong."""
+    """The index of a prepared data set. HmfError if the set is unfinished, or a file is missing or has a wrong size."""
     path = folder / INDEX
     if not path.is_file():
         started = (folder / TOKENISED).is_dir()
-        fix = "start `hmf data prepare` again" if started else "make one with `hmf data prepare`"
-        raise HmfError(f"{folder}: no finished set of rows (no {INDEX}); {fix}")
+        fix = "run `hmf data prepare` again" if started else "create it with `hmf data prepare`"
+        raise HmfError(f"{folder}: is not a finished prepared data set (there is no {INDEX}); {fix}")
     try:
-        index = parse_sealed(path.read_text(encoding="utf-8"), required=False)  # sets made before have none
+        index = parse_sealed(path.read_text(encoding="utf-8"), required=False)  # older sets have no seal
         files = {name: facts["bytes"] for name, facts in index["files"].items() if facts["sha256"]}
         if missing := {"recipe", "sequence_length", "rows", "sources", "vocabulary"} - index.keys():
             raise KeyError(*missing)
@@ -118,12 +128,12 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path, index: dict[str, Any]) -> None:
-    """HmfError for a file of rows that is not as it was written, by its hash. The processes of a machine share them."""
+    """HmfError if the hash of a file of rows is wrong. The processes of a machine share the work."""
     rank, ranks = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-    own = sorted(index["files"].items())[rank::ranks]
-    progress = Progress(f"check {folder}", sum(facts["bytes"] for _, facts in own))
+    files = sorted(index["files"].items())[rank::ranks]  # of this process
+    progress = Progress(f"check {folder}", sum(facts["bytes"] for _, facts in files))
     try:
-        for name, facts in own:
+        for name, facts in files:
             if _sha256(folder / name) != facts["sha256"]:
                 raise HmfError(
                     f"{folder / name}: is damaged (its hash is not the one in {INDEX}); prepare the set again"
@@ -134,22 +144,22 @@ def check_files(folder: Path, index: dict[str, Any]) -> None:
 
 
 def _check_sources(recipe: DataRecipe, index: dict[str, Any]) -> None:
-    """HmfError when a source is still there, and is not what a finished set was made of."""
-    made = (recipe.output / INDEX).stat().st_mtime_ns
+    """HmfError if a source of the finished set still exists, but has changed since."""
+    index_time = (recipe.output / INDEX).stat().st_mtime_ns
     for settings, stated in zip(recipe.sources, index["sources"], strict=True):
         if settings.path is None or not (has_magic(settings.path) or Path(settings.path).exists()):
             continue
         source = Source(settings)
-        newer = any(path.stat().st_mtime_ns > made for path in source.files)
+        newer = any(path.stat().st_mtime_ns > index_time for path in source.files)
         if newer or _content(source) != stated.get("content"):
             raise HmfError(
-                f"{recipe.output}: source {settings.title} has changed since these rows were made; choose another "
-                "output, or remove this one"
+                f"{recipe.output}: source {settings.title} has changed since the rows were prepared; choose "
+                "another output or remove this one"
             )
 
 
 def _content(source: Source) -> str:
-    """Changes with the names and sizes of a source's files."""
+    """A hash of the names and sizes of a source's files."""
     facts = [[source.name(path), path.stat().st_size] for path in source.files]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -161,14 +171,14 @@ def _sha256(path: Path) -> str:
 
 @dataclass
 class Tokenised:
-    """Documents of a source in their order in it, as arrays of one entry each."""
+    """The tokenised documents of a source, in the source's order; arrays have one entry per document."""
 
     encoder: Encoder
     folder: Path
     counts: Counts
     starts: np.ndarray  # [shards + 1] number of documents before each shard
-    lengths: np.ndarray  # tokens of each document as it is used
-    cut: int  # documents that are longer than a row and lose their end
+    lengths: np.ndarray  # used tokens of each document
+    truncated: int  # conversations that are longer than a row and were truncated
 
     @property
     def title(self) -> str:
@@ -179,33 +189,37 @@ class Tokenised:
         return self.encoder.source.chat
 
     @classmethod
-    def read(cls, encoder: Encoder, folder: Path, shards: int, recipe: DataRecipe) -> Tokenised:
-        counts, found = Counts(), []
-        for number in range(shards):
-            counts.add(shard_counts(shard(folder, number)))
-            found.append(read_shard(shard(folder, number)).column("input_ids").value_lengths().to_numpy())
-        lengths = np.concatenate([*found, np.zeros(0, np.int32)]).astype(np.int64)
-        starts = np.cumsum([0, *map(len, found)])
+    def read(cls, encoder: Encoder, folder: Path, shard_count: int, recipe: DataRecipe) -> Tokenised:
+        counts, shard_lengths = Counts(), []
+        for number in range(shard_count):
+            counts.add(shard_counts(shard_path(folder, number)))
+            shard_lengths.append(read_shard(shard_path(folder, number)).column("input_ids").value_lengths().to_numpy())
+        lengths = np.concatenate([*shard_lengths, np.zeros(0, np.int32)]).astype(np.int64)
+        starts = np.cumsum([0, *map(len, shard_lengths)])
         self = cls(encoder, folder, counts, starts, lengths, 0)
         if not counts.documents:
             left_out = ", ".join(f"{count:,} by {reason}" for reason, count in sorted(counts.filtered.items()))
-            raise HmfError(f"{self.title}: no documents left of {counts.records:,} ({left_out or 'nothing to read'})")
+            raise HmfError(
+                f"{self.title}: none of {counts.records:,} records gives a document ({left_out or 'nothing to read'}); "
+                "check the source and its filters"
+            )
         if self.chat:
-            self._cut(recipe)
+            self._truncate(recipe)
         return self
 
-    def _cut(self, recipe: DataRecipe) -> None:
-        """Conversations lose what does not fit into a row; one that loses all its supervised tokens is not used."""
+    def _truncate(self, recipe: DataRecipe) -> None:
+        """Truncate conversations to the length of a row; those that lose all supervised tokens are not used."""
         longer = np.flatnonzero(self.lengths > recipe.sequence_length)
-        self.cut = len(longer)
-        if self.cut > recipe.max_truncated_share * len(self.lengths):
+        self.truncated = len(longer)
+        if self.truncated > recipe.max_truncated_share * len(self.lengths):
             examples = "; ".join(
                 f"{self.where(document)} has {self.lengths[document]:,} tokens" for document in longer[:EXAMPLES]
             )
             raise HmfError(
-                f"{self.title}: {self.cut:,} of {len(self.lengths):,} conversations are longer than sequence_length "
+                f"{self.title}: {self.truncated:,} of {len(self.lengths):,} conversations are longer than "
+                "sequence_length "
                 f"{recipe.sequence_length:,}, more than max_truncated_share {recipe.max_truncated_share:g} allows: "
-                f"{examples}; raise one of the two, or set filters.max_tokens"
+                f"{examples}; raise one of these two, or set filters.max_tokens to leave them out"
             )
         self.lengths = np.minimum(self.lengths, recipe.sequence_length)
         for document in longer:
@@ -217,7 +231,7 @@ class Tokenised:
         return f"{self.title}: {batch.column('where')[place]}"
 
     def tokens(self, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """A part's ids and whether each is supervised, the first token of a part never."""
+        """The ids of a part of a document, and whether each is supervised; the first token of a part never is."""
         batch, place = self._find(document)
         ids, supervised = (
             batch.column(name).slice(place, 1).flatten()[start:stop].to_numpy(zero_copy_only=False)
@@ -229,43 +243,48 @@ class Tokenised:
 
     def _find(self, document: int) -> tuple[pa.RecordBatch, int]:
         number = int(np.searchsorted(self.starts, document, side="right")) - 1
-        return read_shard(shard(self.folder, number)), int(document - self.starts[number])
+        return read_shard(shard_path(self.folder, number)), int(document - self.starts[number])
 
 
 def _stated(recipe: DataRecipe) -> dict[str, Any]:
-    """All of the recipe that the rows depend on."""
+    """The part of the recipe that the rows depend on."""
     return json.loads(recipe.model_dump_json(exclude={"output", "cache", "shard_documents"}))
 
 
 def _chosen(recipe: DataRecipe, sources: list[Tokenised]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The documents that each source gives, and how many tokens of each: all documents once, or by the source's weight
-    in shuffled order, pass after pass, where the last text ends with the source's share."""
+    """The documents that are used of each source, and how many tokens of each.
+
+    Without weights, every document is used once. With weights, documents are used in shuffled order, pass after pass,
+    until they have the source's share of the tokens; the last one is truncated if it is a text.
+    """
     usable = [np.flatnonzero(source.lengths) for source in sources]
     if recipe.sources[0].weight is None:
-        return [(there, source.lengths[there]) for there, source in zip(usable, sources, strict=True)]
+        return [(documents, source.lengths[documents]) for documents, source in zip(usable, sources, strict=True)]
     weights = np.array([source.encoder.source.weight for source in sources], dtype=np.float64)
     weights /= weights.sum()
     total = recipe.tokens or (np.array([source.lengths.sum() for source in sources]) / weights).min()
     chosen = []
     for number, source in enumerate(sources):
         if not len(usable[number]):
-            raise HmfError(f"{source.title}: no conversation has a supervised token in a row; raise sequence_length")
-        rng = np.random.default_rng([recipe.seed, 1, number])
-        wanted, parts = round(total * weights[number]), list[np.ndarray]()
-        if wanted > MOST_PASSES * (held := int(source.lengths.sum())):
             raise HmfError(
-                f"tokens: {total:,.0f} are {wanted / held:,.0f} passes over the {held:,} tokens of {source.title}; "
-                f"more than {MOST_PASSES:,} are refused: lower tokens or the source's weight"
+                f"{source.title}: no conversation has a supervised token within a row; raise sequence_length"
             )
-        while wanted > 0:
+        rng = np.random.default_rng([recipe.seed, 1, number])
+        missing, parts = round(total * weights[number]), list[np.ndarray]()
+        if missing > MOST_PASSES * (available := int(source.lengths.sum())):
+            raise HmfError(
+                f"tokens: {total:,.0f} need {missing / available:,.0f} passes over the {available:,} tokens of "
+                f"{source.title}, more than {MOST_PASSES:,}; lower tokens or the source's weight"
+            )
+        while missing > 0:
             order = rng.permutation(usable[number])
             before = np.cumsum(source.lengths[order]) - source.lengths[order]
-            parts.append(order[before < wanted])
-            wanted -= int(source.lengths[parts[-1]].sum())
+            parts.append(order[before < missing])
+            missing -= int(source.lengths[parts[-1]].sum())
         documents = np.concatenate([*parts, usable[number][:0]])
         sizes = source.lengths[documents].copy()
         if not source.chat and len(sizes):
-            sizes[-1] += wanted  # what is too much, negative
+            sizes[-1] += missing  # negative: the tokens that exceed the share
         chosen.append((documents, sizes))
     return chosen
 
@@ -277,7 +296,9 @@ def _write(
     # Pieces of documents: (source, document, start, length). A text that is longer than a row is split.
     pieces = np.concatenate([_pieces(number, *chosen[number], length) for number in range(len(sources))])
     if not len(pieces):
-        raise HmfError(f"{recipe.output}: no document can be used; see the sources' filters and sequence_length")
+        raise HmfError(
+            f"{recipe.output}: no document can be used; check the filters of the sources and sequence_length"
+        )
     pieces = pieces[np.random.default_rng([recipe.seed, 2]).permutation(len(pieces))]
     rows = best_fit(pieces[:, 3].tolist(), length, recipe.packing_window)
     order = np.random.default_rng([recipe.seed, 3]).permutation(len(rows))
@@ -295,13 +316,13 @@ def _write(
         for place in order[first : first + per_file]:
             ids, supervised, lengths, where = [], [], [], []
             for number, document, start, size in pieces[rows[place]].tolist():
-                part, learnt = sources[number].tokens(document, start, start + size)
+                part, is_supervised = sources[number].tokens(document, start, start + size)
                 ids.append(part)
-                supervised.append(learnt)
+                supervised.append(is_supervised)
                 lengths.append(size)
                 where.append(sources[number].where(document) + (f" from token {start}" if start else ""))
                 used[number]["tokens"] += size
-                used[number]["supervised"] += int(learnt.sum())
+                used[number]["supervised"] += int(is_supervised.sum())
             if room := length - sum(lengths):
                 ids.append(np.full(room, filler, np.int32))
                 supervised.append(np.zeros(room, bool))
@@ -329,7 +350,7 @@ def _write(
                 "name": source.title,
                 "content": contents[number],
                 "kind": "chat" if source.chat else "text",
-                "truncated": source.cut,
+                "truncated": source.truncated,
                 "unusable": int((source.lengths == 0).sum()),
                 "passes": round(used[number]["tokens"] / max(1, int(source.lengths.sum())), 4),
                 "used": used[number],
@@ -345,7 +366,7 @@ def _write(
 
 
 def _pieces(number: int, documents: np.ndarray, sizes: np.ndarray, length: int) -> np.ndarray:
-    counts = -(-sizes // length)  # conversations have been cut to one
+    counts = -(-sizes // length)  # conversations were truncated to one row
     which = np.repeat(np.arange(len(documents)), counts)
     start = (np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)) * length
     return np.stack([np.full(len(which), number), documents[which], start, np.minimum(length, sizes[which] - start)], 1)
@@ -358,13 +379,13 @@ def _write_rows(file: Any, columns: dict[str, list[Any]]) -> None:
 
 
 class PreparedDataset(Dataset[PackedRow]):
-    """Rows of a prepared set. The first pass has the set's own order, each further one an order by `seed`.
+    """Rows of a prepared data set. The first pass has the stored order, each further pass an order by `seed`.
 
     Args:
-        tokenizer: of the model that is to read them; None: not checked.
-        rows: length of the data set, as many passes as that takes; None: one pass.
+        tokenizer: the tokenizer of the model that reads the rows; None to skip the check that it fits.
+        rows: length of the data set, in as many passes as needed; None for one pass.
     Raises:
-        HmfError: no finished set, a file that is not as it was written, another tokenizer.
+        HmfError: the set is unfinished, a file was changed, or it was prepared with another tokenizer.
     """
 
     def __init__(
@@ -379,7 +400,10 @@ class PreparedDataset(Dataset[PackedRow]):
         folder = Path(folder)
         self.index = read_index(folder)
         if tokenizer is not None and vocabulary(tokenizer) != self.index["vocabulary"]:
-            raise HmfError(f"{folder}: was prepared with another tokenizer than the model's; prepare it with this one")
+            raise HmfError(
+                f"{folder}: was prepared with another tokenizer than the model's; prepare it again with the model's "
+                "tokenizer"
+            )
         check_files(folder, self.index)
         self.stored = datasets.concatenate_datasets(
             [datasets.Dataset.from_file(str(folder / name)) for name in sorted(self.index["files"])]
@@ -402,12 +426,12 @@ class PreparedDataset(Dataset[PackedRow]):
         return {"input_ids": ids, "labels": labels, "position_ids": torch.cat(positions)}
 
     def digest(self) -> str:
-        """Changes with any token of any row, and with their order."""
+        """A hash of all tokens of all rows, and of their order."""
         facts = [self.index["files"], self.sequence_length, self.seed]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def place(self, index: int) -> int:
-        """Where the row of this index is stored."""
+        """Number of the stored row at an index."""
         if not 0 <= index < self.rows:
             raise IndexError(index)
         number, place = divmod(index, len(self.stored))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chat templates are programs that come with a checkpoint: they run in a process of their own, with limits.
+"""Runs chat templates in a separate process with limits, because they are programs that come with a checkpoint.
 
-The process runs this file by its path and so without the rest of the package, whose imports take seconds.
+The process runs this file by its path, so that it does not import the rest of the package, which takes seconds.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
-SECONDS = 5  # of a processor's time, for one conversation
-GIB = 2  # of memory
-LIMIT = 256 << 20  # characters of a text; as of one record that is read
-SHOWN = 500  # characters of a template's own message
+SECONDS = 5  # limit of processor time for one conversation
+GIB = 2  # limit of memory
+LIMIT = 256 << 20  # limit of characters of the output, as for one record that is read
+SHOWN = 500  # characters of a template's error message that are reported
 
 _lock = threading.Lock()
 _running: tuple[subprocess.Popen[bytes], Connection] | None = None
 
 
 class RenderError(Exception):
-    """A template fails; `refused`: in its own words, by `raise_exception`."""
+    """A template fails. `refused`: the template itself called `raise_exception`."""
 
     def __init__(self, reason: str, refused: bool = False):
         super().__init__(" ".join(reason.split()))
@@ -36,17 +36,20 @@ class RenderError(Exception):
 
 
 class RenderLimit(RenderError):
-    """A template reaches a limit."""
+    """A template exceeds a limit."""
 
 
 def render(**request: Any) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation, and the parts of it that {% generation %} marks if these are asked for.
+    """Render one conversation.
 
     Args:
-        request: arguments of transformers' `render_jinja_template`, but one conversation in `messages`.
+        request: arguments of transformers' `render_jinja_template`, with `messages` in place of `conversations`.
+    Returns:
+        The text, and if requested the (start, end) of the parts that {% generation %} marks.
     Raises:
         RenderError: the template fails.
-        RenderLimit: it takes more than SECONDS of a processor or GIB of memory, or writes more than LIMIT characters.
+        RenderLimit: it needs more than SECONDS of processor time or GIB of memory, or writes more than LIMIT
+            characters.
     """
     with _lock:
         process, link = _running or _start()
@@ -55,12 +58,12 @@ def render(**request: Any) -> tuple[str, list[tuple[int, int]]]:
             text, marks, error = link.recv()
         except (EOFError, OSError):
             with suppress(subprocess.TimeoutExpired):
-                process.wait(SECONDS)  # its code says why
+                process.wait(SECONDS)  # its exit code is the reason
             _stop()
             if process.returncode == -signal.SIGXCPU:
                 raise RenderLimit(f"it runs for more than {SECONDS} s") from None
             raise RenderLimit(f"the process that runs it ended with code {process.returncode}") from None
-        except BaseException:  # such as Ctrl-C: an answer that comes now would be taken for the next one's
+        except BaseException:  # such as Ctrl-C: a late answer would be taken for that of the next request
             _stop()
             raise
     if error is not None:
@@ -73,12 +76,16 @@ def _start() -> tuple[subprocess.Popen[bytes], Connection]:
     global _running
     ours, theirs = socket.socketpair()
     with theirs:
-        # A group of its own: Ctrl-C is for the process that asks. -P: this folder holds no modules of that process.
+        # Its own process group, so that Ctrl-C does not reach it. -P: do not import modules from this folder.
         command = [sys.executable, "-P", __file__, str(theirs.fileno())]
         process = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], process_group=0,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            command,
+            pass_fds=[theirs.fileno()],
+            process_group=0,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
     _running = process, Connection(ours.detach())
     return _running
 
@@ -94,7 +101,7 @@ def _stop() -> None:
 
 
 def _forget() -> None:
-    """In a forked process: the one that runs templates is its parent's."""
+    """For a forked process: the rendering process belongs to its parent."""
     global _running, _lock
     if _running is not None:
         _running[1].close()
@@ -104,7 +111,7 @@ def _forget() -> None:
 def _serve(link: Connection) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    with suppress(ValueError, OSError):  # a system that has no such limit, or a lower one
+    with suppress(ValueError, OSError):  # the system has no such limit, or a lower one
         resource.setrlimit(resource.RLIMIT_AS, (GIB << 30, GIB << 30))
     _, most = resource.getrlimit(resource.RLIMIT_CPU)
     while True:
@@ -118,12 +125,12 @@ def _serve(link: Connection) -> None:
 def _rendered(
     function: Any, messages: list[Any], **request: Any
 ) -> tuple[str, list[tuple[int, int]], tuple[Any, ...] | None]:
-    """Text, marks, and the error if there is one: its kind and what it is made of."""
+    """(text, marked parts, and the error if there is one: its kind and its arguments)"""
     try:
         [text], marks = function(conversations=[messages], **request)
     except MemoryError:
         return "", [], ("limit", f"it needs more than {GIB} GiB of memory")
-    except Exception as error:  # a template may fail in any way that Python code can
+    except Exception as error:  # a template can raise any exception
         from jinja2 import TemplateError
 
         return "", [], ("error", str(error)[:SHOWN] or type(error).__name__, type(error) is TemplateError)
@@ -133,7 +140,7 @@ def _rendered(
 
 
 if __name__ == "__main__":
-    with suppress(EOFError, OSError):  # the process that asks has ended
+    with suppress(EOFError, OSError):  # the parent process has ended
         _serve(Connection(int(sys.argv[1])))
 else:
     atexit.register(_stop)

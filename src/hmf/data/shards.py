@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenised documents on disk: a source becomes numbered Arrow files, each a function of its own records alone.
+"""Shards: the tokenised documents of a source, in numbered Arrow files. A shard depends only on its own records.
 
-So it does not matter how many processes tokenise, in which order they end, and which of the files an earlier run made.
-A file has its name only when it is whole. It is an Arrow stream, which states a digest of the records that it was made
-of, and then the stream's own sha256: what has been damaged, or made of other records, is made anew.
+The result therefore does not depend on the number of processes, on their order, or on the shards that an earlier run
+wrote. A file gets its name only when it is complete. It holds an Arrow stream, whose metadata has a digest of the
+records, and the SHA-256 of the stream. A shard that is damaged, or whose records have changed, is written again.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -36,29 +34,33 @@ from hmf.data.conversation import messages_after, normalise, strings_of, text_of
 from hmf.data.encoding import IGNORED, Encoded, encode_chat, encode_document
 from hmf.data.files import say_once
 from hmf.data.filters import repetition
+from hmf.data.progress import Progress
 from hmf.data.sources import Conversation, Record, Source, content, digest
 from hmf.data.tokenizer import load_tokenizer, special_tokens
-from hmf.errors import HmfError, one_line
+from hmf.errors import HmfError
 
-FORMAT = 2  # of these files; a change makes all of them anew
+FORMAT = 2  # version of the file format; shards of other versions are not used
 HASH_BYTES = 32
-SHARD_BYTES = 8 << 20  # of a source's records; a shard ends here or at the recipe's number of documents
-PLAIN_INTERVAL = 15.0  # seconds between lines where there is no terminal
-_SCHEMA = pa.schema({
-    "input_ids": pa.list_(pa.int32()), "supervised": pa.list_(pa.bool_()), "where": pa.string(),
-})  # fmt: skip
+SHARD_BYTES = 8 << 20  # a shard ends at this size of its records, or at the recipe's shard_documents
+_SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "supervised": pa.list_(pa.bool_()),
+        "where": pa.string(),
+    }
+)
 
 
 @dataclass
 class Counts:
-    """What became of records: `filtered` counts them by reason; a conversation can be several documents."""
+    """Counts of records and documents. `filtered` is by reason. A conversation can give several documents."""
 
     records: int = 0
     documents: int = 0
     tokens: int = 0
     supervised: int = 0
-    special_tokens: int = 0  # records whose texts hold special tokens
-    after_answers: int = 0  # messages after the last supervised turn, which are left out
+    special_tokens: int = 0  # records whose texts contain special tokens
+    after_answers: int = 0  # messages after the last supervised turn, which are not used
     filtered: dict[str, int] = field(default_factory=dict)
 
     def leave_out(self, reason: str, count: int = 1) -> None:
@@ -73,7 +75,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Encoder:
-    """From records of one source to documents of tokens."""
+    """Encodes the records of one source into documents of tokens."""
 
     source: SourceSettings
     filters: FilterSettings
@@ -85,24 +87,24 @@ class Encoder:
         return cls(source, source.filters or recipe.filters, recipe.thinking, recipe.turns)
 
     def encode(self, record: Record, tokenizer: PreTrainedTokenizerBase, counts: Counts) -> list[Encoded]:
-        """Documents of a record that pass the filters; HmfError names the record."""
+        """The documents of a record that pass the filters. HmfError for a bad record, with its place."""
         counts.records += 1
         try:
-            found, split = content(record, self.source), self.source.split_special_tokens
-            if isinstance(found, Conversation):
-                found = Conversation(*normalise(found.messages, found.tools, self.source.ignore_keys))
-            if self.filters.repetition and (reason := repetition(_learnt(found), self.filters.repetition)):
+            item, split = content(record, self.source), self.source.split_special_tokens
+            if isinstance(item, Conversation):
+                item = Conversation(*normalise(item.messages, item.tools, self.source.ignore_keys))
+            if self.filters.repetition and (reason := repetition(_supervised_text(item), self.filters.repetition)):
                 counts.leave_out(reason)
                 return []
-            if isinstance(found, Conversation):
+            if isinstance(item, Conversation):
                 documents = encode_chat(
-                    tokenizer, found.messages, found.tools, self.thinking, self.turns, split_special_tokens=split
+                    tokenizer, item.messages, item.tools, self.thinking, self.turns, split_special_tokens=split
                 )
-                counts.after_answers += messages_after(found.messages)
-                texts = strings_of([found.messages, found.tools])
+                counts.after_answers += messages_after(item.messages)
+                texts = strings_of([item.messages, item.tools])
             else:
-                documents = [encode_document(tokenizer, found, split)] if found.strip() else []
-                texts = iter([found])
+                documents = [encode_document(tokenizer, item, split)] if item.strip() else []
+                texts = iter([item])
             counts.special_tokens += any(special_tokens(tokenizer).search(text) for text in texts)
         except HmfError as error:
             raise HmfError(f"{self.source.title}: {record.where}: {error}") from None
@@ -123,31 +125,37 @@ class Encoder:
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of what each id means: prepared rows are good for any tokenizer with the same one."""
+    """Hash of the vocabulary. Prepared rows fit every tokenizer with the same hash."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:
-    """Packages that the tokens may depend on."""
+    """Versions of the packages that the tokens can depend on."""
     return {name: version(name) for name in ("transformers", "tokenizers", "datasets", "datatrove", "pyarrow")}
 
 
-def folder_of(source: Source, encoder: Encoder, tokenizer: PreTrainedTokenizerBase, recipe: DataRecipe) -> str:
-    """Name of the folder of a source's shards, by all that decides their content."""
+def shard_folder(source: Source, encoder: Encoder, tokenizer: PreTrainedTokenizerBase, recipe: DataRecipe) -> str:
+    """Name of the folder of a source's shards. It contains a hash of everything that decides their content."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    decisive = [
-        FORMAT, recipe.shard_documents, source.fingerprint,
+    inputs = [
+        FORMAT,
+        recipe.shard_documents,
+        source.fingerprint,
         encoder.source.model_dump(mode="json", exclude={"name", "weight", "filters"}),
-        encoder.filters.model_dump(mode="json"), encoder.thinking, encoder.turns,
-        vocabulary(tokenizer), backend and hashlib.sha256(backend.to_str().encode()).hexdigest(),
-        tokenizer.chat_template, versions(),
-    ]  # fmt: skip
-    key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        encoder.filters.model_dump(mode="json"),
+        encoder.thinking,
+        encoder.turns,
+        vocabulary(tokenizer),
+        backend and hashlib.sha256(backend.to_str().encode()).hexdigest(),
+        tokenizer.chat_template,
+        versions(),
+    ]
+    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     return f"{encoder.source.title}-{key[:16]}"
 
 
 def write_file(path: Path, write: Callable[[Any], None]) -> None:
-    """A file that has its name only once it is whole and on the disk."""
+    """Write a file that gets its name only when it is complete and on the disk."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with part.open("wb") as file:
         write(file)
@@ -156,18 +164,27 @@ def write_file(path: Path, write: Callable[[Any], None]) -> None:
     os.replace(part, path)
 
 
-def tokenise(source: Source, encoder: Encoder, folder: Path, recipe: DataRecipe, tokenizer_name: str, workers: int,
-             tokenizer: PreTrainedTokenizerBase) -> int:  # fmt: skip
-    """Write the shards of a source that `folder` has not yet, and return their number.
+def tokenise(
+    source: Source,
+    encoder: Encoder,
+    folder: Path,
+    recipe: DataRecipe,
+    tokenizer_name: str,
+    workers: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> int:
+    """Write the shards of a source that are not in `folder` yet.
 
+    Returns:
+        The number of shards.
     Raises:
-        HmfError: of the first bad record. Shards before it stay.
+        HmfError: the first bad record. The shards before it are kept.
     """
     read_shard.cache_clear()
     done = folder / "shards.json"  # written last
     if (count := _finished(done, encoder.source.title)) is not None:
         return count
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are parallel already
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # hmf runs several processes already
     folder.mkdir(parents=True, exist_ok=True)
     for part in folder.glob("*.part"):
         part.unlink()
@@ -177,13 +194,15 @@ def tokenise(source: Source, encoder: Encoder, folder: Path, recipe: DataRecipe,
     def jobs() -> Iterator[tuple[Path, list[Record]]]:
         nonlocal number
         for batch in _batches(source.records(), recipe.shard_documents):
-            path = shard(folder, number)
+            path = shard_path(folder, number)
             number += 1
-            if (made_of := records_of(path)) is not None and made_of == digest(batch):
+            if (stored_digest := records_digest(path)) is not None and stored_digest == digest(batch):
                 progress.skip(sum(record.size for record in batch))
                 continue
             if path.is_file():
-                say_once(f"{path}: {'its records have changed' if made_of else 'is damaged'}; made anew")
+                say_once(
+                    f"{path}: {'its records have changed' if stored_digest else 'it is damaged'}; it is written again"
+                )
             yield path, batch
 
     try:
@@ -191,42 +210,42 @@ def tokenise(source: Source, encoder: Encoder, folder: Path, recipe: DataRecipe,
             progress.add(size, counts.tokens)
     finally:
         progress.close()
-    for path in {*folder.glob("*.arrow")} - {shard(folder, n) for n in range(number)}:
+    for path in {*folder.glob("*.arrow")} - {shard_path(folder, n) for n in range(number)}:
         path.unlink()
     write_file(done, lambda file: file.write(json.dumps({"shards": number}).encode()))
     return number
 
 
-def shard(folder: Path, number: int) -> Path:
+def shard_path(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.arrow"
 
 
-def records_of(path: Path) -> str | None:
-    """The digest of the records that a shard was made of; None unless the shard is there as it was written."""
+def records_digest(path: Path) -> str | None:
+    """The digest of the records of a shard; None if the shard does not exist or is damaged."""
     if not path.is_file():
         return None
     content = path.read_bytes()
-    stream, own = content[:-HASH_BYTES], content[-HASH_BYTES:]
-    if hashlib.sha256(stream).digest() != own:
+    stream, stored_hash = content[:-HASH_BYTES], content[-HASH_BYTES:]
+    if hashlib.sha256(stream).digest() != stored_hash:
         return None
     return pa.ipc.open_stream(stream).schema.metadata[b"records"].decode()
 
 
 def _finished(done: Path, title: str) -> int | None:
-    """How many shards a source has, if all of them are there as they were written."""
+    """The number of shards of a source, if all of them exist and are intact; else None."""
     if not done.is_file():
         return None
     try:
         count = int(parse_json(done.read_text(encoding="utf-8"))["shards"])
     except (ValueError, KeyError, TypeError):
         return None
-    paths = [shard(done.parent, number) for number in range(count)]
+    paths = [shard_path(done.parent, number) for number in range(count)]
     if {*paths} != {*done.parent.glob("*.arrow")}:
         return None
     progress = Progress(f"check {title}", sum(path.stat().st_size for path in paths))
     try:
         for path in paths:
-            if records_of(path) is None:
+            if records_digest(path) is None:
                 return None
             progress.add(path.stat().st_size, 0)
     finally:
@@ -268,25 +287,25 @@ def _write_shard(path: Path, batch: list[Record], encoder: Encoder, tokenizer: P
 
 @functools.lru_cache(maxsize=128)
 def read_shard(path: Path) -> pa.RecordBatch:
-    """A shard's documents, mapped from the disk; HmfError when it is not as it was written."""
+    """The documents of a shard, as a memory map. HmfError if it is missing or damaged."""
     try:
         with pa.memory_map(str(path)) as file:
             return pa.ipc.open_stream(file).read_next_batch()
     except (pa.ArrowException, StopIteration, OSError):
-        raise HmfError(f"{path}: is missing or damaged; remove {path.parent} and start again") from None
+        raise HmfError(f"{path}: is missing or damaged; remove {path.parent} and run the command again") from None
 
 
 def shard_counts(path: Path) -> Counts:
     return Counts(**json.loads(read_shard(path).schema.metadata[b"counts"]))
 
 
-# One tokenizer for each process of a pool.
+# The tokenizer of this process, if it is a worker of a pool.
 _tokenizer: PreTrainedTokenizerBase | None = None
 
 
 def _start_worker(tokenizer_name: str) -> None:
     global _tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
     if (parent := multiprocessing.parent_process()) is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _tokenizer = load_tokenizer(tokenizer_name)
@@ -309,8 +328,10 @@ def _in_order(
     tokenizer_name: str,
     workers: int,
 ) -> Iterator[tuple[Counts, int]]:
-    """Do the jobs, in processes if there are several, and give their results in order; no more than two jobs a process
-    are read ahead."""
+    """Run the jobs, in several processes if there are several jobs and workers, and yield the results in order.
+
+    At most two jobs per process are read ahead.
+    """
     first = next(jobs, None)
     second = next(jobs, None) if first and workers > 1 else None
     waiting = [job for job in (first, second) if job]
@@ -337,56 +358,18 @@ def _in_order(
             yield future.result(), size
     except BrokenProcessPool:
         raise HmfError(
-            "a process that tokenises was ended from outside, perhaps for memory; start again with fewer --workers: "
-            "what is finished is kept"
+            "a worker process was killed, perhaps because of memory; run the command again, which continues, with "
+            "fewer --workers"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _learnt(found: str | Conversation) -> str:
-    """The text that the model is to write: of a conversation the assistant's part."""
-    if isinstance(found, str):
-        return found
-    answers = [message for message in found.messages if message["role"] == "assistant"]
+def _supervised_text(item: str | Conversation) -> str:
+    """The text that the model learns to write; of a conversation, the assistant's turns."""
+    if isinstance(item, str):
+        return item
+    answers = [message for message in item.messages if message["role"] == "assistant"]
     return "\n\n".join(
         part for message in answers for part in (thinking_of(message), text_of(message.get("content"))) if part
     )
-
-
-class Progress:
-    """One moving line on a terminal, a plain one now and then elsewhere; with the time left where the end is known."""
-
-    def __init__(self, title: str, total: int | None, unit: str = "B"):
-        self.title, self.total = title, total
-        self.done, self.own, self.tokens = 0, 0, 0
-        self.started = self.printed = time.perf_counter()
-        self.bar: Any = None
-        if sys.stderr.isatty():
-            from tqdm.auto import tqdm
-
-            self.bar = tqdm(total=total, desc=title, unit=unit, unit_scale=True)
-
-    def skip(self, size: int) -> None:
-        self.done += size
-        if self.bar is not None:
-            self.bar.update(size)
-
-    def add(self, size: int, tokens: int) -> None:
-        self.skip(size)
-        self.own += size
-        self.tokens += tokens
-        now = time.perf_counter()
-        rate = f"{self.tokens:,} tokens, {self.tokens / (now - self.started):,.0f} tokens/s"
-        if self.bar is not None:
-            self.bar.set_postfix_str(rate, refresh=False)
-        elif now - self.printed > PLAIN_INTERVAL:
-            self.printed = now
-            left = ""
-            if self.total and self.own:
-                left = f", ETA {max(0, self.total - self.done) * (now - self.started) / self.own:.0f} s"
-            print(f"{one_line(self.title)}: {rate}{left}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()

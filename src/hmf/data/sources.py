@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where documents and pairs come from: JSON, Parquet, text files, sets of the `datasets` library. Read as streams.
+"""Sources of documents and pairs: JSON, Parquet, text files, data sets of the `datasets` library. Read as streams.
 
-A reader gives records in an order that depends on the source alone. What a record holds is looked at later, by
-`content` or `pair_of`, in whatever process encodes it.
+The order of the records depends only on the source. A record is parsed later, by `content` or `pair_of`, in the process
+that encodes it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from hmf import hub
 from hmf.config.data import SourceSettings
 from hmf.config.places import PairSettings, PlaceSettings
 from hmf.config.strict import parse_json, require_text
-from hmf.data import files, shapes, text
-from hmf.data.shapes import Conversation, Pair
+from hmf.data import files, formats, text
+from hmf.data.formats import Conversation, Pair
 from hmf.errors import HmfError, unknown_name
 
 
 @dataclass(frozen=True)
 class Record:
-    """A line of JSON (bytes), a text or a row (dict), where it stands, and about how many bytes it takes there."""
+    """A line of JSON (bytes), a text or a row (dict), with its place for errors and its approximate size in bytes."""
 
     where: str
     value: bytes | str | dict[str, Any]
@@ -33,14 +33,14 @@ class Record:
 
 
 class Source:
-    """A source's files, found and checked; `records()` reads them.
+    """A source whose files have been found and checked; `records()` reads them.
 
     Attributes:
-        total: bytes of all records, None where that is not known beforehand.
-        fingerprint: changes with the content; for files their names, sizes and times.
+        total: bytes of all records; None if not known before reading.
+        fingerprint: changes if the content changes; for files, their names, sizes and times.
 
     Raises:
-        HmfError: nothing to read there, or nothing of the kind that is asked for.
+        HmfError: there is nothing to read, or nothing of the required kind.
     """
 
     def __init__(self, settings: PlaceSettings):
@@ -53,7 +53,7 @@ class Source:
                 self.root, self.files = folder, sorted(path for path in folder.rglob("*") if path.is_file())
                 self.fingerprint += self._facts()
             return
-        assert settings.path is not None  # the settings' validator saw to it
+        assert settings.path is not None  # checked by the settings' validator
         if settings.path == text.STDLIB and settings.reads_text:
             self.format = text.STDLIB
             self.documents = text.stdlib_documents(self._part("train") or "train")
@@ -83,27 +83,31 @@ class Source:
         return [[self.name(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
     def _part(self, default: text.Split | None) -> text.Split | None:
-        """`split` of a source of text files."""
+        """The setting `split` of a source of text files."""
         match self.settings.split:
             case None:
                 return default
             case "train" | "heldout" as part:
                 return part
-        raise HmfError(f"{self.settings.key}.split: is train or heldout for text, not {self.settings.split}")
+        raise HmfError(f"{self.settings.key}.split: must be train or heldout for text, not {self.settings.split}")
 
     def _find(self, path: Path) -> None:
         settings, key = self.settings, self.settings.key
         is_saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
         if settings.format == "saved" or (settings.format is None and is_saved):
             if not is_saved:
-                raise HmfError(f"{key}.path: {path}: is no folder that datasets.save_to_disk has written")
+                raise HmfError(
+                    f"{key}.path: {path}: is not a folder written by datasets.save_to_disk; correct path or format"
+                )
             self.format, self.root, self.files = "saved", path, sorted(path.rglob("*.arrow"))
             return
-        found = files.find(f"{key}.path", path, settings.format)
-        self.format, self.files, self.root = found.kind, found.files, found.root
+        file_set = files.find(f"{key}.path", path, settings.format)
+        self.format, self.files, self.root = file_set.kind, file_set.files, file_set.root
         if self.format == "text":
             if not settings.reads_text:
-                raise HmfError(f"{key}.path: {path}: holds text, and rows with fields are expected (JSON or Parquet)")
+                raise HmfError(
+                    f"{key}.path: {path}: holds text files, but rows with fields are needed; give JSON or Parquet files"
+                )
             if getattr(settings, "text_field", None) is not None:
                 raise HmfError(f"{key}.text_field: text files have no fields; leave it out")
             part = self._part(None)
@@ -173,11 +177,11 @@ class Source:
             for number, row in enumerate(rows):
                 yield Record(f"{place} row {number}", _without_none(row), 0)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise HmfError(f"{place}: cannot be read by datasets ({' '.join(str(error).split())})") from None
+            raise HmfError(f"{place}: the datasets library cannot read it ({' '.join(str(error).split())})") from None
 
 
 def _batch_size(facts: Any) -> int:
-    """Rows of a Parquet file that are read at once; each may hold all that a part of a column holds."""
+    """Number of rows of a Parquet file to read at once, such that they fit into memory even if one row holds it all."""
     groups = (facts.row_group(number) for number in range(facts.num_row_groups))
     columns = (group.column(number) for group in groups for number in range(group.num_columns))
     largest = max((column.total_uncompressed_size for column in columns), default=1)
@@ -188,32 +192,33 @@ def content(record: Record, settings: SourceSettings) -> str | Conversation:
     """The text or conversation of a record.
 
     Raises:
-        HmfError: not a JSON object; a missing field, or one that would be passed over; a conversation that is none.
+        HmfError: it is not a JSON object; a field is missing, or belongs to the conversation and would be ignored; or
+            the conversation is not valid.
     """
     if isinstance(record.value, str):
         return record.value
     row = _row(record.value)
     if settings.chat:
-        return shapes.conversation(row, settings)
+        return formats.conversation(row, settings)
     field = settings.field
     if field not in row:
-        raise shapes.missing(row, field, "set text_field, messages_field or shape")
+        raise formats.missing(row, field, "set text_field, messages_field or shape")
     value = row[field]
     if not isinstance(value, str):
-        hint = "; conversations are read by messages_field or shape" if isinstance(value, list) else ""
-        raise HmfError(f"field {field!r} holds {shapes.kind_of(value)} and not text{hint}")
+        fix = "; set messages_field or shape to read conversations" if isinstance(value, list) else ""
+        raise HmfError(f"field {field!r} holds {formats.kind_of(value)} instead of text{fix}")
     require_text(value, field)
     return value
 
 
 def pair_of(record: Record, settings: PairSettings) -> Pair:
-    """The pair of a record; HmfError as of `content`."""
-    assert not isinstance(record.value, str)  # settings of pairs read no text
-    return shapes.pair(_row(record.value), settings)
+    """The pair of a record. Errors are those of `content`."""
+    assert not isinstance(record.value, str)  # pairs are never read from text
+    return formats.pair(_row(record.value), settings)
 
 
 def digest(records: Iterable[Record]) -> str:
-    """Changes with what any of the records holds, and with where it stands."""
+    """A hash of the records' contents and places."""
     sha = hashlib.sha256()
     for record in records:
         value = record.value
@@ -230,7 +235,7 @@ def _row(value: bytes | dict[str, Any]) -> dict[str, Any]:
         row = parse_json(files.decoded(value.rstrip(b"\r\n")))
     except json.JSONDecodeError as error:
         place = f"{error.msg} at character {error.pos + 1} of {len(error.doc)}"
-        raise HmfError(f"not valid JSON ({place}); one object a line is expected") from None
+        raise HmfError(f"not valid JSON ({place}); each line must be a JSON object") from None
     except ValueError as error:
         raise HmfError(f"not valid JSON ({error})") from None
     if not isinstance(row, dict):
@@ -239,7 +244,7 @@ def _row(value: bytes | dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_none(value: Any) -> Any:
-    """A row as it was before a table gave it every field of every other row."""
+    """The row without null fields, which tables add for fields that only other rows have."""
     if isinstance(value, dict):
         return {name: _without_none(item) for name, item in value.items() if item is not None}
     return [_without_none(item) for item in value] if isinstance(value, list) else value

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seeded generators of conversations with exact answers: recall, needle, arithmetic, tool calls, small talk.
 
-A sample is a function of (split, task, seed). The split is part of the random seed, so training and evaluation never
-share a sample; keys and values come from about a million made-up words, and each arithmetic problem belongs to one
-split by its hash.
+A sample depends only on (split, task, seed). The split is a part of the random seed, so training and evaluation do not
+share samples. Keys and values come from about a million made-up words. Each arithmetic problem belongs to one split, by
+its hash.
 """
 
 import json
@@ -23,16 +23,17 @@ from hmf.data.text import Split, stdlib_documents
 from hmf.errors import HmfError
 
 Message = dict[str, Any]
-MIN_LENGTH = 96  # tokens: below this a recall or needle conversation has no room for its context
+MIN_LENGTH = 96  # tokens; a shorter recall or needle conversation has no room for its context
 _OVERHEAD = 72  # tokens of a recall or needle conversation besides its context: turns, question, thinking, answer
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation whose last message is the assistant's, and what an answer is scored against.
+    """A conversation whose last message is the assistant's, and the answer that generated text is compared with.
 
-    `thinking` says how the last turn was made: with reasoning, or directly after an empty think block.
-    `answer` is the exact text, or for a tool call the JSON object with name and arguments.
+    Attributes:
+        thinking: whether the last turn has reasoning; otherwise it follows an empty think block.
+        answer: the exact text or, for a tool call, the JSON object with name and arguments.
     """
 
     task: str
@@ -42,17 +43,17 @@ class Sample:
     tools: list[dict[str, Any]] | None = None
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """What the model is given to generate the last turn."""
+        """The prompt from which the model generates the last turn."""
         return Template.of(tokenizer).render(
             self.messages[:-1], self.tools, add_generation_prompt=True, enable_thinking=self.thinking
         )
 
     def text(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The whole conversation; starts with `prompt`."""
+        """The whole conversation, which starts with `prompt`."""
         return Template.of(tokenizer).render(self.messages, self.tools, enable_thinking=self.thinking)
 
     def is_correct(self, generated: str) -> bool:
-        """Whether a generated last turn (text without the end-of-turn token) gives the answer exactly."""
+        """Whether a generated last turn (text without the end-of-turn token) has exactly this answer."""
         final = generated.split("</think>")[-1].strip()
         if self.task != "tool_call":
             return final == self.answer
@@ -73,13 +74,13 @@ def sample(
     split: Split = "train",
     thinking: bool = True,
 ) -> Sample:
-    """One conversation of `task` (a name of `TASKS`).
+    """Generate one conversation of `task`, a name in `TASKS`.
 
     Args:
         length: most tokens of the whole conversation. Recall and needle fill it; the other tasks are short.
-        thinking: with reasoning, as the chat template does by default, or directly.
+        thinking: whether the answer has reasoning, which is the chat template's default.
     Raises:
-        HmfError: unknown task, or a length too short for a task that fills it.
+        HmfError: an unknown task, or a length below `MIN_LENGTH`.
     """
     if task not in TASKS:
         raise HmfError(f"task {task!r}: unknown; choose from {', '.join(TASKS)}")
@@ -94,7 +95,7 @@ def _recall(rng: Random, tokenizer: PreTrainedTokenizerBase, length: int, split:
 
 
 def _recall_many(rng: Random, tokenizer: PreTrainedTokenizerBase, length: int, split: Split, thinking: bool) -> Sample:
-    """The same with a question about several words: many more supervised tokens to learn the skill from."""
+    """Recall with a question about several words, which gives many more supervised tokens."""
     return _pairs("recall_many", rng, tokenizer, length, thinking, asked=rng.randint(2, max(2, length // 64)))
 
 
@@ -113,17 +114,17 @@ def _pairs(
     lead = rng.choice(phrases.RECALL_LEAD)
     names = ", ".join(keys[i] for i in chosen)
     user = lead + "\n" + "\n".join(lines[:kept]) + "\n\n" + question.format(key=names)
-    found = "\n".join(lines[i] for i in chosen)
-    return _answered(task, user, found, values[chosen[0]] if asked == 1 else found, thinking)
+    asked_lines = "\n".join(lines[i] for i in chosen)
+    return _answered(task, user, asked_lines, values[chosen[0]] if asked == 1 else asked_lines, thinking)
 
 
 def _needle(rng: Random, tokenizer: PreTrainedTokenizerBase, length: int, split: Split, thinking: bool) -> Sample:
-    """A made-up fact somewhere in library source; at times a second one of the same kind about another name."""
+    """A made-up fact within library source code; sometimes with a second fact of the same kind about another name."""
     return _facts("needle", rng, tokenizer, length, split, thinking, stated=rng.choice((1, 2)), asked=1)
 
 
 def _needle_many(rng: Random, tokenizer: PreTrainedTokenizerBase, length: int, split: Split, thinking: bool) -> Sample:
-    """Several facts, and a question about some of them: more supervised tokens to learn the skill from."""
+    """Several facts and a question about some of them, which gives more supervised tokens."""
     stated = rng.randint(2, max(2, length // 96))
     return _facts("needle_many", rng, tokenizer, length, split, thinking, stated, asked=rng.randint(2, stated))
 
@@ -142,19 +143,19 @@ def _facts(
     names = [phrases.word(rng).capitalize() for _ in range(stated)]
     values = [phrases.value(rng) for _ in names]
     statements = [statement.format(name=name, value=value) for name, value in zip(names, values, strict=True)]
-    # A statement is about 20 tokens, and one that is asked for comes again in reasoning and answer.
+    # A statement is about 20 tokens. Those that the question asks for are repeated in reasoning and answer.
     room = length - _OVERHEAD - stated * 20 - (asked - 1) * 48
     lines = _library_lines(rng, split, characters=4 * length)  # enough: a token is about three characters
     lines = lines[: max(1, _fitting(tokenizer, lines, room))]
     for text in statements:
         lines.insert(rng.randrange(len(lines) + 1), text)
     user = "\n".join(lines) + "\n\n" + question.format(name=", ".join(names[:asked]))
-    found = "\n".join(statements[:asked])
-    return _answered(task, user, found, values[0] if asked == 1 else found, thinking)
+    asked_statements = "\n".join(statements[:asked])
+    return _answered(task, user, asked_statements, values[0] if asked == 1 else asked_statements, thinking)
 
 
 def _library_lines(rng: Random, split: Split, characters: int) -> list[str]:
-    """Consecutive lines of library source, from a random place on, and of further files when the first one ends."""
+    """Consecutive lines of library source code from a random place on, continued with further files if needed."""
     library = stdlib_documents(split)
     index = rng.randrange(len(library))
     source = library[index].text
@@ -166,7 +167,7 @@ def _library_lines(rng: Random, split: Split, characters: int) -> list[str]:
 
 
 def _fitting(tokenizer: PreTrainedTokenizerBase, lines: list[str], budget: int) -> int:
-    """How many of the first lines, each with its newline, fit into `budget` tokens."""
+    """Number of the first lines that fit into `budget` tokens, with their newlines."""
     text = "\n".join(lines) + "\n"
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     if len(offsets) <= budget:
@@ -179,7 +180,10 @@ def _fitting(tokenizer: PreTrainedTokenizerBase, lines: list[str], budget: int) 
 
 
 def _arithmetic(rng: Random, tokenizer: PreTrainedTokenizerBase, length: int, split: Split, thinking: bool) -> Sample:
-    """With thinking, sums and differences to three digits, products with a digit; directly, a digit more or less."""
+    """With thinking: sums and differences of numbers of up to three digits, products of two digits and one digit.
+
+    Without: sums and differences of a number of up to two digits and one digit.
+    """
     while True:
         sign = rng.choice("+-*" if thinking else "+-")
         limit = 10 ** rng.choice((1, 2, 3) if thinking else (1, 2))
@@ -188,7 +192,7 @@ def _arithmetic(rng: Random, tokenizer: PreTrainedTokenizerBase, length: int, sp
             a, b = a % 100, rng.randrange(2, 10)
         elif sign == "-":
             a, b = max(a, b), min(a, b)
-        # Facts about two digits are what the steps are made of, so they are all for training.
+        # The steps consist of one-digit problems, so all of these are for training.
         heldout = a > 9 and zlib.crc32(f"{a}{sign}{b}".encode()) % 8 == 0
         if heldout == (split == "heldout"):
             break
@@ -229,11 +233,11 @@ def _multiply_steps(a: int, b: int) -> list[str]:
 
 
 def _tool_call(rng: Random, tokenizer: PreTrainedTokenizerBase, length: int, split: Split, thinking: bool) -> Sample:
-    """One to three tools are offered; the request fits one of them."""
+    """A request for one of one to three offered tools."""
     messages, call, tools = _tool_request(rng)
     arguments = ", ".join(f"{key} {value}" for key, value in call["arguments"].items())
     reasoning = f"I call {call['name']} with {arguments}."
-    # Arguments arrive as a JSON string from OpenAI clients and as a dict from others: the same text either way.
+    # OpenAI clients send arguments as a JSON string, others as a dict; the rendered text is the same.
     reply = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
     if thinking:
         reply["reasoning_content"] = reasoning
@@ -241,7 +245,7 @@ def _tool_call(rng: Random, tokenizer: PreTrainedTokenizerBase, length: int, spl
 
 
 def _tool_answer(rng: Random, tokenizer: PreTrainedTokenizerBase, length: int, split: Split, thinking: bool) -> Sample:
-    """The turn after a tool's result: say what it was."""
+    """The turn after a tool's result, which states the result."""
     messages, call, tools = _tool_request(rng)
     result = phrases.value(rng)
     key = rng.choice(("result", "value", "answer", "status"))
@@ -263,16 +267,16 @@ def _tool_request(rng: Random) -> tuple[list[Message], dict[str, Any], list[dict
     for _ in range(rng.choice((1, 1, 2, 3))):
         tool = phrases.tool(rng)
         offered[tool.name] = tool
-    wanted = rng.choice(list(offered.values()))
-    request, arguments = wanted.request(rng)
+    requested_tool = rng.choice(list(offered.values()))
+    request, arguments = requested_tool.request(rng)
     messages = [{"role": "user", "content": request}]
     if rng.random() < 0.3:
         messages.insert(0, {"role": "system", "content": rng.choice(phrases.SYSTEM)})
-    return messages, {"name": wanted.name, "arguments": arguments}, [tool.schema() for tool in offered.values()]
+    return messages, {"name": requested_tool.name, "arguments": arguments}, [tool.schema() for tool in offered.values()]
 
 
 def _chat(rng: Random, tokenizer: PreTrainedTokenizerBase, length: int, split: Split, thinking: bool) -> Sample:
-    """Small talk and a few questions about a household, at times after an earlier exchange."""
+    """Small talk and a few questions about a household, sometimes after an earlier exchange."""
     messages: list[Message] = []
     if rng.random() < 0.3:
         messages.append({"role": "system", "content": rng.choice(phrases.SYSTEM)})
@@ -305,7 +309,7 @@ TASKS: dict[str, Generator] = {
 
 
 def random_length(rng: Random, longest: int) -> int:
-    """A length for a training sample: short and long ones equally often on a logarithmic scale, some at the limit."""
+    """A random length for a training sample: log-uniform up to `longest`, and a quarter exactly `longest`."""
     if rng.random() < 0.25:
         return longest
     return round(math.exp(rng.uniform(math.log(MIN_LENGTH), math.log(longest))))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a tokenizer's chat template makes of a conversation, and whether it writes all of it.
+"""Rendering conversations with a tokenizer's chat template, and checking that it writes all of them.
 
-A template can leave out anything without an error: a role that it does not know, a key, a part of a content. So every
-conversation is also rendered with a marker in the place of each of its texts: the markers show which of them are
-written, how often and in which order, however short or common the texts are. What the markers show depends only on the
-shape of a conversation and is kept. The text itself must then hold the texts in that order.
+A template can silently omit anything: a role that it does not know, a key, a part of a content. Every conversation is
+therefore also rendered with a marker in place of each of its texts. The markers show which texts are written, how often
+and in which order, even if texts are short or equal. This depends only on the structure of a conversation, and is
+cached. The rendered text itself must then contain the texts in the same order.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from hmf.data.conversation import REASONING_FIELDS, RESULT_ROLES, ROLES, THINK_B
 from hmf.errors import HmfError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_MARKER = re.compile("\ue000(\\d+)\ue001|9173(\\d{9})")  # in the place of a text, or of a number
-# A list of parts as Python or JSON write it, and an object in JSON text that was encoded once more.
+_MARKER = re.compile("\ue000(\\d+)\ue001|9173(\\d{9})")  # in place of a text, or of a number
+# A list of parts in the notation of Python or JSON, and an object that was encoded as JSON twice.
 _NOTATION = re.compile(r"""['"]text['"]: ?['"]\ue000|\\": ?(?:9173\d{9}|\\"\ue000)""")
-_PYTHON = "(?:'\ue000|9173\\d{9}|None|True|False|\\[)"  # after the name of an argument in Python's quotes
-_SHAPES = 1024  # how many are kept for each template
-_TOOLS = -1  # in the place of a message's index
+_PYTHON = "(?:'\ue000|9173\\d{9}|None|True|False|\\[)"  # follows the name of an argument in Python's notation
+_CACHE_SIZE = 1024  # structures of conversations that are cached for each template
+_TOOLS = -1  # stands for tools in place of the index of a message
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A text or number of a conversation that the model is to see, and where it stands."""
+    """A text or number of a conversation that the template must write, and its place."""
 
     message: int
     what: str
@@ -45,13 +45,13 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Form:
-    """How a conversation is given to a template: what the OpenAI format leaves open is what the template reads."""
+    """How a conversation is passed to a template, in points where the OpenAI format allows several ways."""
 
-    contents: str = "given"  # lists as they are; "joined": text; "parts": all as lists
-    no_content: str | None = ""  # in messages with calls
-    arguments: type = dict  # or str: JSON text
-    reasoning: str | None = None  # name of the field; None: as given
-    developer: str = "system"  # the role of developer's messages
+    contents: str = "given"  # "given": unchanged; "joined": all as text; "parts": all as lists of parts
+    no_content: str | None = ""  # content of messages with calls but without content
+    arguments: type = dict  # dict, or str for JSON text
+    reasoning: str | None = None  # name of the reasoning field; None: as given
+    developer: str = "system"  # role of the developer's messages
 
     def apply(self, messages: list[Message]) -> list[Message]:
         return [self._message(message) for message in messages]
@@ -60,7 +60,7 @@ class Form:
         made = {key: value for key, value in message.items() if key != "weight"}
         content = made["content"]
         if self.contents == "joined" and isinstance(content, list):
-            made["content"] = "\n".join(part["text"] for part in content)  # as vLLM joins them
+            made["content"] = "\n".join(part["text"] for part in content)  # as in vLLM
         elif self.contents == "parts" and isinstance(content, str) and content:
             made["content"] = [{"type": "text", "text": content}]
         if calls := made.get("tool_calls"):
@@ -80,13 +80,14 @@ class Form:
         return made
 
 
-class Talk:
-    """A conversation, and the same with markers in the place of its leaves.
+class MarkedConversation:
+    """A conversation, and a copy with markers in place of its leaves.
 
     Attributes:
-        messages, marked: in the form that the template reads, once `read` has found it.
-        leaves: what the markers stand for, by their numbers.
-        names: of arguments and of tools' properties; not marked, since templates may look for them.
+        messages, marked: the conversation and its copy, in the form that `Template.read` has found.
+        leaves: the texts and numbers that the markers stand for, by the markers' numbers.
+        names: names of arguments and of tools' properties. They are not marked, since templates may look them up.
+        structure: the marked copy as a string: equal for conversations that differ only in their leaves.
     """
 
     def __init__(self, messages: list[Message], tools: list[Any] | None):
@@ -95,14 +96,15 @@ class Talk:
         self.names: list[Leaf] = []
         self.marked_tools = [self._tool(tool, number) for number, tool in enumerate(tools)] if tools else None
         self._marked = [self._message(message, number) for number, message in enumerate(messages)]
-        self.shape = repr((self._marked, self.marked_tools))
+        self.structure = repr((self._marked, self.marked_tools))
 
-    def take(self, form: Form) -> None:
+    def use(self, form: Form) -> None:
+        """Bring the conversation and its marked copy into a form."""
         self.messages, self.marked = form.apply(self.given), form.apply(self._marked)
-        self.shapes = [repr(message) for message in self.marked]
+        self.structures = [repr(message) for message in self.marked]
 
     def _mark(self, value: Any, message: int, what: str, path: str) -> Any:
-        """A value with markers in the place of its texts and numbers."""
+        """The value with markers in place of its texts and numbers."""
         match value:
             case dict():
                 self.names += [Leaf(message, what, path, name) for name in value]
@@ -122,7 +124,7 @@ class Talk:
         for key in REASONING_FIELDS:
             if key in message:
                 made[key] = self._thought(message[key], index, key)
-        # A result's name that is its call's does not have to be there again.
+        # The name of a result need not be written if it is that of its call.
         if "name" in message and not (message["role"] in RESULT_ROLES and self._is_called(message["name"], index)):
             made["name"] = self._mark(message["name"], index, "name", "name")
         parts = message["content"]
@@ -149,7 +151,7 @@ class Talk:
         return self._thought(thought[0], index, path) + self._mark(text[thought.end() :], index, "content", path)
 
     def _thought(self, text: str, index: int, path: str) -> str:
-        """Thinking with its tags as they are: templates look for them."""
+        """The marked thinking, with its tags unchanged, since templates look for them."""
         inside = untagged(text.strip())
         return text.replace(inside, self._mark(inside, index, "thinking", path), 1) if inside else text
 
@@ -158,7 +160,7 @@ class Talk:
         return any(call["function"]["name"] == name for call in calls)
 
     def _tool(self, tool: Message, index: int) -> Message:
-        """A tool with its name and description marked; how its schema is written is up to the template."""
+        """A tool with its name and description marked. Its schema is not: templates write it in many ways."""
         function = tool.get("function") or tool
         schema = function.get("parameters")
         properties = schema.get("properties") if isinstance(schema, dict) else None
@@ -172,11 +174,11 @@ class Talk:
 
 
 class _Failure(HmfError):
-    """A template does not get through a conversation, and is not one that refuses it in its own words."""
+    """A template fails on a conversation, other than by `raise_exception`."""
 
 
 class _Limit(HmfError):
-    """A template takes too much time or memory; it is not asked for another form."""
+    """A template needs too much time or memory. No other form is tried."""
 
 
 class Template:
@@ -184,7 +186,7 @@ class Template:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, source: str):
         self.tokenizer = tokenizer
-        # The rule by which vLLM takes a developer's message for the system's.
+        # vLLM's rule: messages of the developer become system messages if the template does not know the role.
         self.developers = ("developer", "system") if "developer" in source else ("system",)
         self.place = f"{tokenizer.name_or_path}: " if tokenizer.name_or_path else ""
         self.forms: dict[Any, Form] = {}
@@ -194,64 +196,72 @@ class Template:
     def of(tokenizer: PreTrainedTokenizerBase) -> Template:
         """HmfError for a tokenizer without a chat template."""
         if not (source := tokenizer.chat_template):
-            raise HmfError("the tokenizer has no chat template; take an instruction model's, or give it one")
+            raise HmfError(
+                "the tokenizer has no chat template; use the tokenizer of an instruction model, or add a template"
+            )
         return _template(tokenizer, source if isinstance(source, str) else json.dumps(source))
 
     def marks_turns(self, tools: list[Any] | None) -> bool:
+        """Whether the template marks the assistant's turns with {% generation %}."""
         return bool(_GENERATION.search(self.tokenizer.get_chat_template(tools=tools)))
 
     def render(self, messages: list[Message], tools: list[Any] | None = None, **options: Any) -> str:
-        """The template's text; `options` are variables of the template. HmfError also for a prompt without any text."""
+        """The rendered text; `options` are variables of the template.
+
+        Raises:
+            HmfError: the template fails, or writes an empty prompt.
+        """
         text, _ = self._run(messages, tools, options)
         if not text and options.get("add_generation_prompt"):
-            raise HmfError(f"{self.place}the chat template writes nothing; take one that writes the messages")
+            raise HmfError(f"{self.place}the chat template writes nothing; use one that writes the messages")
         return text
 
     def render_marked(
         self, messages: list[Message], tools: list[Any] | None = None, **options: Any
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The template's text, and where the parts of it that {% generation %} marks start and end."""
+        """The rendered text, and the (start, end) of the parts that {% generation %} marks."""
         return self._run(messages, tools, options | {"return_assistant_tokens_mask": True})
 
     def _run(self, messages: list[Message], tools: list[Any] | None, options: Any) -> tuple[str, list[tuple[int, int]]]:
-        chosen = self.tokenizer.get_chat_template(tools=tools)
-        given = {**self.tokenizer.special_tokens_map, **options}
+        source = self.tokenizer.get_chat_template(tools=tools)
+        variables = {**self.tokenizer.special_tokens_map, **options}
         try:
-            return rendering.render(messages=messages, tools=tools, chat_template=chosen, **given)
+            return rendering.render(messages=messages, tools=tools, chat_template=source, **variables)
         except rendering.RenderLimit as error:
-            raise _Limit(f"{self.place}the chat template does not end well: {error}; fix it") from None
+            raise _Limit(f"{self.place}the chat template exceeds a limit: {error}; fix the template") from None
         except rendering.RenderError as error:
             if error.refused:
                 raise HmfError(f"the chat template fails: {error}") from None
             raise _Failure(f"{self.place}the chat template fails: {error}") from None
 
-    def read(self, messages: list[Message], tools: list[Any] | None, answers: dict[int, bool]) -> Talk:
-        """A conversation in the first form of which the template writes everything.
+    def read(self, messages: list[Message], tools: list[Any] | None, answers: dict[int, bool]) -> MarkedConversation:
+        """The conversation in the first form of which the template writes everything.
 
         Args:
-            answers: the turns that are to be written in full, and whether the template is to enable thinking.
+            answers: by index of the turns that must be written in full, whether thinking is enabled for them.
         Raises:
-            HmfError: there is no such form; of the first that the template does not fail on, what it leaves out.
+            HmfError: there is no such form. The message names what the template omits, of the first form on which it
+                does not fail.
         """
-        talk = Talk(messages, tools)
-        key = (talk.shape, *answers.items())
+        conversation = MarkedConversation(messages, tools)
+        key = (conversation.structure, *answers.items())
         refusals: list[HmfError] = []
         for form in [self.forms[key]] if key in self.forms else self._candidates(messages):
-            talk.take(form)
+            conversation.use(form)
             try:
                 for index, thinking in answers.items():
-                    self.order(talk, index, thinking)
+                    self.order(conversation, index, thinking)
             except _Limit:
                 raise
             except HmfError as error:
                 refusals.append(error)
                 continue
             _keep(self.forms, key, form)
-            return talk
+            return conversation
         raise next((error for error in refusals if not isinstance(error, _Failure)), refusals[0])
 
     def _candidates(self, messages: list[Message]) -> Iterator[Form]:
-        """The usual form, then those that differ in what these messages have."""
+        """The default form, then those that differ from it for these messages."""
         lists = any(isinstance(message["content"], list) for message in messages)
         calls = any("tool_calls" in message for message in messages)
         thoughts = any(name in message for message in messages for name in REASONING_FIELDS)
@@ -264,69 +274,79 @@ class Template:
         ]
         return itertools.starmap(Form, itertools.product(*choices))
 
-    def order(self, talk: Talk, last: int, thinking: bool) -> tuple[int, ...]:
-        """Numbers of the leaves in the order in which the template writes them, of the messages up to `last`.
+    def order(self, conversation: MarkedConversation, last: int, thinking: bool) -> tuple[int, ...]:
+        """Numbers of the leaves of the messages up to `last`, in the order in which the template writes them.
 
         Raises:
-            HmfError: a leaf is not written, but for thinking before the last message, which many templates take out;
-                an answer's is written twice; messages are written in another order.
+            HmfError: a leaf is omitted (except thinking before the last message, which many templates remove); the
+                content of an answer is written twice; or messages are written in another order.
         """
-        key = ("".join(talk.shapes[: last + 1]), repr(talk.marked_tools), thinking)
+        key = ("".join(conversation.structures[: last + 1]), repr(conversation.marked_tools), thinking)
         if key in self.orders:
             return self.orders[key]
-        text = self.render(talk.marked[: last + 1], talk.marked_tools, enable_thinking=thinking)
-        names = [re.escape(repr(leaf.value)) for leaf in talk.names if 0 <= leaf.message <= last]
+        text = self.render(conversation.marked[: last + 1], conversation.marked_tools, enable_thinking=thinking)
+        names = [re.escape(repr(leaf.value)) for leaf in conversation.names if 0 <= leaf.message <= last]
         if _NOTATION.search(text) or (names and re.search(f"(?:{'|'.join(names)}): {_PYTHON}", text)):
-            raise HmfError("the chat template writes contents or arguments as Python does, or encodes them twice")
-        numbers = Counter(int(found[1] or found[2]) for found in _MARKER.finditer(text))
-        for number, leaf in enumerate(talk.leaves):
+            raise HmfError(
+                "the chat template writes contents or arguments in Python's notation, or encodes them as JSON twice; "
+                "use another template"
+            )
+        numbers = Counter(int(match[1] or match[2]) for match in _MARKER.finditer(text))
+        for number, leaf in enumerate(conversation.leaves):
             if leaf.message > last:
                 break
             if number not in numbers and (leaf.what != "thinking" or leaf.message == last):
-                raise self._lost(talk, leaf)
-            answer = leaf.message >= 0 and talk.given[leaf.message]["role"] == "assistant"
+                raise self._lost(conversation, leaf)
+            answer = leaf.message >= 0 and conversation.given[leaf.message]["role"] == "assistant"
             if answer and leaf.what == "content" and numbers[number] > 1:
-                raise HmfError(f"messages[{leaf.message}].{leaf.path}: the chat template writes it more than once")
-        # A template may move what the system says, to the turn before the answer for instance.
-        found = [talk.leaves[number].message for number in numbers if talk.leaves[number].what == "content"]
-        turns = [index for index in found if talk.given[index]["role"] not in ("system", "developer")]
+                raise HmfError(
+                    f"messages[{leaf.message}].{leaf.path}: the chat template writes it more than once; use another "
+                    "template"
+                )
+        # A template may move the system's message, for example to the turn before the answer.
+        written = [
+            conversation.leaves[number].message for number in numbers if conversation.leaves[number].what == "content"
+        ]
+        turns = [index for index in written if conversation.given[index]["role"] not in ("system", "developer")]
         for before, after in itertools.pairwise(turns):
             if after < before:
-                raise HmfError(f"messages[{after}]: the chat template writes it after messages[{before}]")
+                raise HmfError(
+                    f"messages[{after}]: the chat template writes it after messages[{before}]; use another template"
+                )
         _keep(self.orders, key, tuple(numbers))
         return self.orders[key]
 
-    def check(self, talk: Talk, last: int, thinking: bool, text: str, turn: int = 0) -> None:
-        """HmfError when `text`, what the template makes of the messages up to `last`, lacks any of what they hold.
+    def check(self, conversation: MarkedConversation, last: int, thinking: bool, text: str, turn: int = 0) -> None:
+        """HmfError if `text`, rendered from the messages up to `last`, omits any of their contents.
 
         Args:
-            turn: where the last message's text starts; 0 where that is not known.
+            turn: position where the text of the last message starts; 0 if it is not known.
         """
-        place, begun = 0, False
-        for number in self.order(talk, last, thinking):
-            leaf = talk.leaves[number]
-            if leaf.message == last and not begun:
-                place, begun = max(place, turn), True
-            if (found := _find(text, leaf.value, place)) is not None:
-                place = found
+        place, reached_last = 0, False
+        for number in self.order(conversation, last, thinking):
+            leaf = conversation.leaves[number]
+            if leaf.message == last and not reached_last:
+                place, reached_last = max(place, turn), True
+            if (end := _find(text, leaf.value, place)) is not None:
+                place = end
             elif leaf.what != "thinking" or leaf.message == last:
-                raise self._lost(talk, leaf)
-        for leaf in talk.names:
+                raise self._lost(conversation, leaf)
+        for leaf in conversation.names:
             if leaf.message <= last and _find(text, leaf.value, 0) is None:
-                raise self._lost(talk, leaf)
+                raise self._lost(conversation, leaf)
 
-    def _lost(self, talk: Talk, leaf: Leaf) -> HmfError:
+    def _lost(self, conversation: MarkedConversation, leaf: Leaf) -> HmfError:
         if leaf.message == _TOOLS:
             return HmfError(
-                f"the chat template leaves tools out ({leaf.path}); take a tokenizer whose template writes them"
+                f"the chat template leaves tools out ({leaf.path}); use a tokenizer whose template writes them"
             )
-        role = talk.given[leaf.message]["role"]
-        fix = {"thinking": "set thinking: strip, or ", "name": "put name into ignore_keys, or "}.get(leaf.what, "")
+        role = conversation.given[leaf.message]["role"]
+        fix = {"thinking": "set thinking: strip, or ", "name": "add name to ignore_keys, or "}.get(leaf.what, "")
         if role not in ROLES:
             fix = f"write a role that it knows, such as {', '.join(ROLES)}, or "
         return HmfError(
             f"messages[{leaf.message}]: the chat template leaves its {leaf.what} out ({leaf.path}, of role {role!r}); "
-            f"{fix}take a tokenizer whose template writes {leaf.what}"
+            f"{fix}use a tokenizer whose template writes {leaf.what}"
         )
 
 
@@ -336,20 +356,20 @@ def _template(tokenizer: PreTrainedTokenizerBase, source: str) -> Template:
 
 
 def _keep(cache: dict[Any, Any], key: Any, value: Any) -> None:
-    if len(cache) >= _SHAPES:
+    if len(cache) >= _CACHE_SIZE:
         cache.clear()
     cache[key] = value
 
 
 def _find(text: str, value: str | int | float, start: int) -> int | None:
-    """Where a leaf ends that stands at `start` or later: as it is, or as JSON or Python write a string."""
-    for written in _writings(value):
-        if (place := text.find(written, start)) >= 0:
-            return place + len(written)
+    """The end of the first occurrence of a leaf from `start` on, as plain text or in JSON's or Python's notation."""
+    for notation in _notations(value):
+        if (place := text.find(notation, start)) >= 0:
+            return place + len(notation)
     return None
 
 
-def _writings(value: str | int | float) -> Iterator[str]:
+def _notations(value: str | int | float) -> Iterator[str]:
     if not isinstance(value, str):
         yield from (json.dumps(value), str(value))
         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizers: a checkpoint's, a small one of our own with Qwen3's special tokens, and what other code asks them."""
+"""Tokenizers: loading and checking, training a small one with Qwen3's special tokens, and encoding."""
 
 import functools
 import re
@@ -29,20 +29,21 @@ VOCABULARIES = (
     "*.tiktoken",
     "spiece.*",
 )
-# Ordinary text to a decoder, one token each: reasoning and tool parsers look them up in the vocabulary.
+# One token each, but not special, so that decoding keeps them. Reasoning and tool parsers look them up.
 MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
-# Qwen's rules: a word takes one leading sign or blank, digits stand alone, signs take the line's end, blanks group.
+# Qwen's rules: a word may start with one punctuation mark or space, each digit is a piece of its own, punctuation
+# includes the line ends after it, and spaces are grouped.
 _PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
-_PRIVATE = "\U0010f000"  # characters that stand for special tokens, in the last of Unicode's private planes
+_PRIVATE = "\U0010f000"  # first of the characters that stand for special tokens, in Unicode's last private plane
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint directory.
 
     Raises:
-        HmfError: there is none; its files are damaged, or need a class that transformers does not have; it has more
-            entries than the model beside it has embeddings.
+        HmfError: there is no tokenizer; its files are damaged or name a class that transformers does not have; or it
+            has more entries than the model in the same directory has embeddings.
     """
     folder = require_folder(source)
     tokenizer = _read_tokenizer(folder)
@@ -51,27 +52,29 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 
 
 def check_tokenizer(source: str | Path) -> None:
-    """HmfError where a checkpoint's tokenizer does not fit its embeddings; a notice where it cannot be read at all."""
+    """HmfError if the checkpoint's tokenizer has more entries than embeddings; a notice if it cannot be loaded."""
     folder = require_folder(source)
     try:
         tokenizer = _read_tokenizer(folder)
     except HmfError as error:
-        notice(f"{error}; training, evaluation and serving will need it")
+        notice(f"{error}; training, evaluation and serving need it")
     else:
         _require_embeddings(folder, tokenizer)
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    # Without any file transformers makes a tokenizer without vocabulary, to which every text is empty.
+    # Without any file, transformers makes a tokenizer with an empty vocabulary, which encodes every text to no tokens.
     if not any(item for pattern in VOCABULARIES for item in folder.glob(pattern)):
-        raise HmfError(f"{folder}: has no tokenizer ({', '.join(VOCABULARIES[:3])}, ...); copy its files there")
+        raise HmfError(
+            f"{folder}: has no tokenizer ({', '.join(VOCABULARIES[:3])}, ...); copy the tokenizer's files into it"
+        )
     if (file := folder / "config.json").exists():  # transformers reads it to find the tokenizer's class
         require_values(read_object(file), file)
     config = folder / "tokenizer_config.json"
     name = read_object(config).get("tokenizer_class") if config.exists() else None
     if name is not None and (not isinstance(name, str) or tokenizer_class_from_name(name) is None):
         raise HmfError(
-            f"{config}: tokenizer_class: {name!r} is none that transformers has; name the class of the files"
+            f"{config}: tokenizer_class: transformers has no class {name!r}; name the class that reads these files"
         )
     try:
         with reading(folder):
@@ -79,16 +82,18 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         readable = tokenizer(string.printable, add_special_tokens=False)["input_ids"]
     except HmfError:
         raise
-    except Exception as error:  # of any kind: transformers and tokenizers check little before they use it
+    except Exception as error:  # of any class: transformers and tokenizers check little before they use the files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise HmfError(f"{folder}: the tokenizer cannot be loaded ({reason}); copy its files again") from None
     if not readable:
-        raise HmfError(f"{folder}: the tokenizer has no vocabulary, every text is empty to it; copy its files again")
+        raise HmfError(
+            f"{folder}: the tokenizer has no vocabulary and encodes every text to no tokens; copy its files again"
+        )
     return tokenizer
 
 
 def _require_embeddings(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """HmfError when a token has no embedding in the model beside the tokenizer, if there is one."""
+    """HmfError if a token has no embedding in the model in the same directory, if there is one."""
     if not (file := folder / "config.json").exists():
         return
     content = read_object(file)
@@ -98,14 +103,14 @@ def _require_embeddings(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Non
     if isinstance(size, int) and entries > size:
         raise HmfError(
             f"{folder}: the tokenizer has {entries} entries, the model {size} embeddings (config.json: vocab_size); "
-            f"resize_token_embeddings({entries}) and save the model, or take the added tokens away"
+            f"call resize_token_embeddings({entries}) and save the model, or remove the added tokens"
         )
 
 
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, chat_template: str, model_max_length: int
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of exactly `vocab_size` entries (special tokens included), lossless on any UTF-8 text."""
+    """Train a byte-level BPE tokenizer of exactly `vocab_size` entries, special tokens included."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -136,111 +141,120 @@ def train_tokenizer(
 
 
 def document_separator(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id that a plain document starts with: the tokenizer's own beginning, else end-of-text, else end of sequence."""
+    """Id of the token before and after a document: BOS if the tokenizer has one, else end-of-text, else EOS."""
     if tokenizer.bos_token_id is not None:
         return tokenizer.bos_token_id
-    found = tokenizer.get_vocab().get(END_OF_TEXT, tokenizer.eos_token_id)
-    if found is None:
+    separator = tokenizer.get_vocab().get(END_OF_TEXT, tokenizer.eos_token_id)
+    if separator is None:
         raise HmfError(
-            f"{tokenizer.name_or_path}: the tokenizer has no token to begin or end a text; set its eos_token"
+            f"{tokenizer.name_or_path}: the tokenizer has no BOS, end-of-text or EOS token; set its eos_token"
         )
-    return found
+    return separator
 
 
 def encode_texts(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], split_special_tokens: bool = False
 ) -> list[list[int]]:
-    """Ids of each text, without special tokens around it.
+    """Token ids of each text, without special tokens around it.
 
     Args:
-        split_special_tokens: encode special tokens in a text as the text that they are written with.
+        split_special_tokens: encode special tokens in a text as plain text.
     Raises:
         HmfError: a text has a lone surrogate, or is too long for the tokenizer.
     """
     try:
-        # verbose=False: texts longer than the model's context are cut into rows later, no reason to warn.
+        # verbose=False: no warning about texts that exceed the model's context, since they are cut into rows later.
         return tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, verbose=False,
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,
             split_special_tokens=split_special_tokens,
-        )["input_ids"]  # fmt: skip
+        )["input_ids"]
     except TypeError:
-        require_text(texts, "texts")  # what the tokenizer's own error does not name
+        require_text(texts, "texts")  # names the problem, which the tokenizer's error does not
         raise
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of the tokenizers library, and no Exception
+        if type(error).__name__ != "PanicException":  # raised by the tokenizers library; not a subclass of Exception
             raise
         raise HmfError(
             f"the tokenizer fails ({' '.join(str(error).split())}); the longest text has {max(map(len, texts)):,} "
-            "characters: split it, or take it out"
+            "characters; split it or remove it"
         ) from None
 
 
 @functools.lru_cache(maxsize=8)
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Finds the special tokens in a text, the longest at each place."""
+    """A pattern for the special tokens in a text; at each position, the longest one matches."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     names = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names)) or "(?!)")
 
 
-class Plain:
-    """Encodes special tokens in what messages hold as the text that they are written with.
+class SpecialTokenSplitter:
+    """Encodes special tokens in the contents of messages as plain text, and those of the chat template as usual.
 
-    In a text that a chat template is to write, each special token is hidden: one character of a private plane stands
-    for it. In the ids of the template's text, what hides one is replaced by the ids of what it stands for. So a text
-    without special tokens has the ids that it always has.
+    Before the template is applied, `hide` replaces each special token by a character of a private Unicode plane. In the
+    token ids of the template's output, `restore` replaces these characters by the ids of the plain text. The ids of a
+    text without special tokens do not change.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, value: Any):
-        """For the texts in `value`, whose own characters stand for themselves."""
+        """`value` holds the texts; private characters that occur in them are not used as placeholders."""
         self.tokenizer, self.pattern = tokenizer, special_tokens(tokenizer)
-        self.hidden: dict[str, str] = {}  # by token
-        own = {character for text in strings_of(value) if max(text, default="") >= _PRIVATE for character in text}
-        self.free = (character for character in map(chr, range(ord(_PRIVATE), 0x110000)) if character not in own)
+        self.hidden: dict[str, str] = {}  # placeholder by special token
+        used = {character for text in strings_of(value) if max(text, default="") >= _PRIVATE for character in text}
+        self.free = (character for character in map(chr, range(ord(_PRIVATE), 0x110000)) if character not in used)
 
     def hide(self, value: Any, but: Container[str] = ()) -> Any:
-        """A value of texts, lists and objects without special tokens in its texts, but for those of `but`."""
+        """A value of texts, lists and objects, with all special tokens in its texts hidden except those in `but`."""
         if isinstance(value, str):
-            return self.pattern.sub(lambda found: found[0] if found[0] in but else self._hidden(found[0]), value)
+            return self.pattern.sub(lambda match: match[0] if match[0] in but else self._placeholder(match[0]), value)
         if isinstance(value, dict):
             return {self.hide(name, but): self.hide(item, but) for name, item in value.items()}
         return [self.hide(item, but) for item in value] if isinstance(value, list) else value
 
-    def _hidden(self, token: str) -> str:
+    def _placeholder(self, token: str) -> str:
         if token not in self.hidden:
             self.hidden[token] = next(self.free)
         return self.hidden[token]
 
     def restore(self, text: str, ids: list[int], mask: list[int]) -> tuple[list[int], list[int]]:
-        """Ids with the tokens that are hidden in `text` as plain text, and the mask by token that belongs to them.
+        """Replace the placeholders of hidden special tokens by plain text.
 
+        Args:
+            text: the template's output, with placeholders.
+            ids: its token ids.
+            mask: one value for each token.
+        Returns:
+            Token ids and mask of the text without placeholders.
         Raises:
-            HmfError: the tokenizer does not encode a part of the text alone as it does in the whole.
+            HmfError: the tokenizer does not encode a part of the text in the same way as within the whole text.
         """
-        shown = {character: token for token, character in self.hidden.items()}
-        if not any(character in text for character in shown):
+        tokens = {character: token for token, character in self.hidden.items()}
+        if not any(character in text for character in tokens):
             return ids, mask
-        back = str.maketrans(shown)
+        to_plain_text = str.maketrans(tokens)
         special = set(self.tokenizer.all_special_ids) | {
             number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special
         }
-        made, learnt = list[int](), list[int]()
+        new_ids, new_mask = list[int](), list[int]()
         for _, group in groupby(zip(ids, mask, strict=True), key=lambda pair: (pair[1], pair[0] in special)):
-            part, marks = zip(*group, strict=True)
+            part, mask_values = zip(*group, strict=True)
             piece = self.tokenizer.decode(part, clean_up_tokenization_spaces=False)
-            new = list(part)
-            if any(character in piece for character in shown):
-                if encode_texts(self.tokenizer, [piece])[0] != new:
+            part_ids = list(part)
+            if any(character in piece for character in tokens):
+                if encode_texts(self.tokenizer, [piece])[0] != part_ids:
                     raise self._refusal()
-                [new] = encode_texts(self.tokenizer, [piece.translate(back)], split_special_tokens=True)
-            made += new
-            learnt += [marks[0]] * len(new)
-        if self.tokenizer.decode(made, clean_up_tokenization_spaces=False) != text.translate(back):
+                [part_ids] = encode_texts(self.tokenizer, [piece.translate(to_plain_text)], split_special_tokens=True)
+            new_ids += part_ids
+            new_mask += [mask_values[0]] * len(part_ids)
+        if self.tokenizer.decode(new_ids, clean_up_tokenization_spaces=False) != text.translate(to_plain_text):
             raise self._refusal()
-        return made, learnt
+        return new_ids, new_mask
 
     def _refusal(self) -> HmfError:
         return HmfError(
-            "split_special_tokens: this tokenizer does not encode a text in parts as it does in the whole; set it to "
+            "split_special_tokens: this tokenizer encodes parts of a text differently from the whole text; set it to "
             "false, or remove the special tokens from the text"
         )

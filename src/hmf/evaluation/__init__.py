@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model can do: held-out text and generated tasks. Never trains. Works for any Hugging Face causal model."""
+"""Evaluation of any Hugging Face causal language model on held-out text and generated tasks."""
 
 from hmf.evaluation.run import evaluate_model
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hmf.data.shards import Progress
+from hmf.data.progress import Progress
 from hmf.data.tasks import Sample
 from hmf.errors import HmfError
 from hmf.model.checkpoint import GENERATION
@@ -17,7 +17,7 @@ from hmf.model.checkpoint import GENERATION
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Share of exact answers out of `n`, and share of answers that did not end within the tokens allowed."""
+    """Share of exact answers among `n` prompts, and share of answers that reached the token limit before they ended."""
 
     accuracy: float
     n: int
@@ -32,9 +32,10 @@ def task_accuracy(
     max_new_tokens: int = 160,
     title: str = "answers",
 ) -> TaskScore:
-    """Generates the last turn of each sample from its prompt, in left-padded batches.
+    """Generate the last turn of each sample from its prompt, in left-padded batches, and score it.
 
-    title: what lines of progress begin with.
+    Args:
+        title: start of the lines of progress.
     """
     answers = generate_answers(model, tokenizer, samples, batch_size, max_new_tokens, title)
     correct = sum(sample.is_correct(text) for sample, (text, _) in zip(samples, answers, strict=True))
@@ -44,7 +45,7 @@ def task_accuracy(
 
 @contextmanager
 def generating(model: PreTrainedModel) -> Iterator[None]:
-    """HmfError where a model with a generation_config.json cannot generate by what that file holds."""
+    """Turn a failure of `generate` into an HmfError that names the model's generation_config.json, if it has one."""
     try:
         yield
     except (HmfError, OSError, MemoryError, torch.OutOfMemoryError):
@@ -54,7 +55,8 @@ def generating(model: PreTrainedModel) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise HmfError(
-            f"{file}: its values do not generate ({type(error).__name__}: {reason:.200}); correct or remove it"
+            f"{file}: generation fails with these values ({type(error).__name__}: {reason:.200}); correct or remove "
+            "the file"
         ) from error
 
 
@@ -67,9 +69,9 @@ def generate_answers(
     max_new_tokens: int = 160,
     title: str = "answers",
 ) -> list[tuple[str, bool]]:
-    """Text of each answer, and whether it ended by itself."""
+    """Text of each answer, and whether it ended before the token limit."""
     prompts = [sample.prompt(tokenizer) for sample in samples]
-    # Prompts of like lengths go together, so that little padding is computed.
+    # Prompts of similar lengths share a batch, which needs little padding.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: list[tuple[str, bool]] = [("", False)] * len(prompts)
     progress = Progress(title, len(prompts), unit=" answers")

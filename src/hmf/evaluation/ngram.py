@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Order-3 Markov models of bytes and of tokens: what a language model must beat to have learned anything."""
+"""Order-3 Markov models of bytes and of tokens, as baselines for language models."""
 
 import math
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class NgramModel:
             self._tables.append(_Table(grams, histories, alphabet + 1))
 
     def bits(self, sequences: Sequence[Sequence[int]]) -> float:
-        """Bits that all symbols of all sequences cost together."""
+        """Total code length of all symbols of all sequences, in bits."""
         joined = self._joined(sequences)
         probability = np.full(sum(map(len, sequences)), 1.0 / self.alphabet)
         for length, table in enumerate(self._tables):
@@ -50,7 +50,7 @@ class NgramModel:
         return np.concatenate([part for s in sequences for part in (boundary, np.asarray(s, dtype=np.int64))])
 
     def _keys(self, joined: Symbols, length: int) -> tuple[Symbols, Symbols]:
-        """Numbers of (history and symbol) and of the history, for every symbol that is not a boundary."""
+        """Integer keys of (history, symbol) and of the history alone, for every symbol that is not a boundary."""
         places = np.flatnonzero(joined != self.alphabet)
         histories = np.zeros(len(places), dtype=np.int64)
         for back in range(length, 0, -1):
@@ -75,18 +75,19 @@ class _Table:
         return cast(NDArray[np.float64], np.where(seen, mixed, shorter))
 
 
-def _lookup(keys: Symbols, values: Symbols, wanted: Symbols) -> Symbols:
-    places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[places] == wanted, values[places], 0)
+def _lookup(keys: Symbols, values: Symbols, queries: Symbols) -> Symbols:
+    """The value of each query, or 0 where it is not among the sorted `keys`."""
+    places = np.minimum(np.searchsorted(keys, queries), len(keys) - 1)
+    return np.where(keys[places] == queries, values[places], 0)
 
 
 def bits_per_byte(
     train: Sequence[Sequence[int]], heldout: Sequence[Sequence[int]], alphabet: int, heldout_bytes: int, order: int = 3
 ) -> float:
-    """Bits per byte of held-out documents, given as symbols (bytes or tokens) that make up `heldout_bytes` bytes."""
+    """Bits per byte of held-out documents, given as symbols (bytes or tokens); their text has `heldout_bytes` bytes."""
     if heldout_bytes <= 0:
         raise HmfError("n-gram model: no held-out text to score; give at least one document that is not empty")
     bits = NgramModel(train, alphabet, order).bits(heldout)
     if not math.isfinite(bits):
-        raise HmfError(f"n-gram model: a held-out symbol lies outside the alphabet of {alphabet}")
+        raise HmfError(f"n-gram model: a held-out symbol is outside the alphabet of {alphabet} symbols")
     return bits / heldout_bytes

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hmf.data.shards import Progress
+from hmf.data.progress import Progress
 from hmf.data.tokenizer import document_separator, encode_texts
 from hmf.errors import HmfError
 
@@ -34,24 +34,24 @@ def perplexity(
     batch_size: int = 8,
     title: str = "text",
 ) -> TextScore:
-    """Scores every token of every document once; the first one is predicted from the document separator.
+    """Score every token of every document once. The first token is predicted from the document separator.
 
     Args:
-        window: tokens that the model sees at once.
-        stride: tokens by which the window moves; None for windows that do not overlap. A smaller stride gives each
-            token more context and costs more.
-        title: what lines of progress begin with.
+        window: length in tokens of the windows that the model reads.
+        stride: tokens by which the window advances; None for windows that do not overlap. A smaller stride gives
+            each token more context and takes longer.
+        title: start of the lines of progress.
     Raises:
         HmfError: no text, or a stride that skips tokens.
     """
     stride = window if stride is None else stride
     if not 1 <= stride <= window:
-        raise HmfError(f"stride {stride}: tokens would be skipped; give 1 to {window}, the window")
-    windows = []  # (ids of at most window + 1 tokens, how many of the last are scored here)
+        raise HmfError(f"stride {stride}: must be from 1 to {window}, the window; a longer one would skip tokens")
+    windows = []  # (ids of at most window + 1 tokens, number of the last ones that are scored in this window)
     scored_tokens = 0
     for ids in encode_texts(tokenizer, list(documents) or [""]):
         ids = [document_separator(tokenizer), *ids]
-        done = 1  # the separator itself is given
+        done = 1  # the separator itself is not scored
         while done < len(ids):
             # The first window scores all of its tokens; later ones move on by the stride.
             end = min(len(ids), window + 1 if done == 1 else done + stride)
@@ -61,7 +61,9 @@ def perplexity(
     if scored_tokens == 0:
         raise HmfError("perplexity: no text to score; give at least one document that is not empty")
     total_bytes = sum(len(document.encode()) for document in documents)
-    windows.sort(key=lambda item: len(item[0]), reverse=True)  # like lengths together: little padding
+    windows.sort(
+        key=lambda item: len(item[0]), reverse=True
+    )  # similar lengths share a batch, which needs little padding
     nats, progress = 0.0, Progress(title, scored_tokens, unit=" tokens")
     for start in range(0, len(windows), batch_size):
         batch = windows[start : start + batch_size]
@@ -79,7 +81,7 @@ def perplexity(
 
 def _batch_nats(model: PreTrainedModel, windows: Sequence[tuple[list[int], int]], pad: int) -> float:
     longest = max(len(ids) for ids, _ in windows)
-    # Padded on the right, where no real token can see it; unscored targets are masked.
+    # Padding is on the right, where causal models cannot attend to it. Targets that are not scored are masked.
     input_ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in windows], device=model.device)
     targets = torch.full_like(input_ids, -100)
     for row, (ids, scored) in enumerate(windows):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All scores of a model in one dict: `evaluate_model`, and `evaluate_checkpoint` for a directory."""
+"""All scores of a model: `evaluate_model`, and `evaluate_checkpoint` for a checkpoint directory."""
 
 import time
 from collections.abc import Sequence
@@ -39,16 +39,16 @@ def evaluate_model(
     seed: int = 0,
     name: str = "evaluate",
 ) -> dict[str, Any]:
-    """Held-out text and task accuracy of a model, in evaluation mode and in the dtype that it has.
+    """Score a model on held-out text and generated tasks, in evaluation mode and in its own dtype.
 
     Args:
         tasks: names of `hmf.data.tasks.TASKS`; may be empty.
         n: samples of each task; they are the same for every model.
-        length: tokens of the longest conversations, and of the window for text.
-        thinking: with reasoning or without; None is as without the choice in the chat template: with.
-        corpus: "stdlib", or a folder or file; its held-out part is scored.
-        max_bytes: held-out text at most; None for all, 0 for none.
-        name: what lines of progress begin with.
+        length: most tokens of a conversation, and the window for text.
+        thinking: whether the prompts enable reasoning; None means True, the chat template's default.
+        corpus: "stdlib", a folder or a file; its held-out part is scored.
+        max_bytes: most bytes of held-out text; None for all, 0 for none.
+        name: start of the lines of progress.
     Returns:
         {"text": {perplexity, bits_per_byte, tokens, bytes}, "tasks": {name: {accuracy, n, truncated}}, "seconds"}
     """
@@ -76,7 +76,7 @@ def evaluate_model(
 def baselines(
     tokenizer: PreTrainedTokenizerBase, corpus: str = text.STDLIB, max_bytes: int | None = None
 ) -> dict[str, float]:
-    """Bits per byte of order-3 models of bytes and of tokens, trained and scored on the corpus that models see."""
+    """Bits per byte of order-3 models of bytes and of tokens, trained on the corpus and scored on its held-out part."""
     train = [document.text for document in text.documents(corpus, "train")]
     heldout = [document.text for document in text.documents(corpus, "heldout", max_bytes)]
     train_bytes, heldout_bytes = [[*t.encode()] for t in train], [[*t.encode()] for t in heldout]
@@ -96,13 +96,15 @@ def evaluate_checkpoint(
     with_baselines: bool = False,
     name: str = "evaluate",
 ) -> dict[str, Any]:
-    """`hmf evaluate`: the scores of `evaluate_model`, and the footprint, of the checkpoint at `path`.
+    """`hmf evaluate`: scores (as `evaluate_model`) and memory footprint of the checkpoint at `path`.
 
-    device, dtype: None is "cuda" if there is one and the stored dtype, else "cpu" and "float32".
+    Args:
+        device: None for "cuda" if a GPU is available, else "cpu".
+        dtype: None for the stored dtype on a GPU, and "float32" on a CPU.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise HmfError("--device cuda: PyTorch finds no GPU here; leave --device out")
+        raise HmfError("--device cuda: PyTorch finds no GPU; omit --device to use the CPU")
     dtype = dtype or ("auto" if device == "cuda" else "float32")
     tokenizer = load_tokenizer(path)
     weights = dtype if dtype == "auto" else getattr(torch, dtype)

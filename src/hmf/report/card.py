@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card of a run: a README.md in which each measured number links to the results file that it is from."""
+"""The model card of a run: a README.md in which each measured number links to its results file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .evidence import PRIMED, STAGE0, TEACHER, Evidence, Scores, Stage
 from .references import citation, reference
 
 CARD, RESULTS = "README.md", "results"
-MARKER = "generated_by"  # key of the metadata by which a card of ours is known
+MARKER = "generated_by"  # key of the metadata that marks a card as written by hmf
 NOT_MEASURED, NOT_STATED = "not measured", "not stated"
 LICENCE_FILE = re.compile(r"(licen[cs]e|copying)([-_.].*)?", re.IGNORECASE)
 
@@ -40,16 +40,19 @@ LICENCE_FILE = re.compile(r"(licen[cs]e|copying)([-_.].*)?", re.IGNORECASE)
 def write_card(
     place: Path, recipe: Stage | None = None, gpu: str = "h200", force: bool = False, repo: str | None = None
 ) -> Path:
-    """`hmf card`: write README.md into the model folder of the run `place`, and return its path.
+    """`hmf card`: write README.md into the model folder of the run folder `place`, and return its path.
 
-    gpu: what serving is planned for. force: replace a README.md that hmf did not write. repo: the model's name on the
-    Hub, for the commands. HmfError where there is no finished Hybrid, where a results file is damaged, and for a
-    README.md that is not to be replaced.
+    Args:
+        gpu: GPUs that serving is planned for.
+        force: overwrite a README.md that hmf did not write.
+        repo: the model's name on the Hub, for the commands in the card.
+    Raises:
+        HmfError: there is no finished Hybrid, a results file is damaged, or README.md was not written by hmf.
     """
     evidence = Evidence.of(place, recipe)
     file = evidence.model / CARD
     if not force and is_foreign(file):
-        raise HmfError(f"{file}: was not written by hmf and is kept; --force replaces it, or move it away")
+        raise HmfError(f"{file}: was not written by hmf; use --force to overwrite it, or move it")
     text = str(Card(evidence, gpu, repo).render())
     try:
         replace_text(file, text)
@@ -59,14 +62,14 @@ def write_card(
 
 
 def is_foreign(file: Path) -> bool:
-    """Whether there is something at `file` that is not a card with our marker."""
+    """Whether `file` exists and is not a card written by hmf."""
     if not file.exists() and not file.is_symlink():
         return False
     return not str(_metadata(file).get(MARKER, "")).startswith("hmf ")
 
 
 def _metadata(file: Path) -> dict[str, Any]:
-    """Of a card; nothing where it has none that can be read."""
+    """The metadata of a card; empty if it has none, or if it cannot be read."""
     try:
         return metadata_load(file) or {}
     except (OSError, ValueError, yaml.YAMLError):
@@ -75,7 +78,7 @@ def _metadata(file: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Card:
-    """The card of a run. With `repo` its links and commands are those of the Hub's repository, else of this disk."""
+    """The card of a run. With `repo`, its links and commands use the Hub's repository, otherwise local paths."""
 
     evidence: Evidence
     gpu: str
@@ -95,26 +98,28 @@ class Card:
             f"## License\n\n{self.licence[1]}",
             f"## Citation\n\n{citation(self.kinds)}",
         )
-        given: dict[str, Any] = {**self.licence[0], MARKER: f"hmf {hmf.__version__}"}
+        metadata: dict[str, Any] = {**self.licence[0], MARKER: f"hmf {hmf.__version__}"}
         data = ModelCardData(
             base_model=self.evidence.hub_name,
             library_name="transformers",
             pipeline_tag="text-generation",
             tags=["hybrid", "state-space-model", *(kind.name for kind in self.kinds)],
-            **given,
+            **metadata,
         )
         return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
-    # ---- what the sections share
+    # ---- shared by the sections
 
     @cached_property
     def config(self) -> Any:
         config = load_config(self.evidence.model)
         file = self.evidence.model / "config.json"
         if not hasattr(config, "hybrid_override_pattern"):
-            raise HmfError(f"{file}: is a Transformer's; a card is written for a Hybrid")
+            raise HmfError(f"{file}: is the config of a Transformer; give the run folder of a Hybrid")
         if is_fused(config):
-            raise HmfError(f"{file}: still holds the teacher; hmf export writes the Hybrid that a card is for")
+            raise HmfError(
+                f"{file}: is a fused checkpoint, which holds the teacher; write a plain Hybrid with `hmf export` first"
+            )
         return config
 
     @cached_property
@@ -123,7 +128,7 @@ class Card:
 
     @cached_property
     def name(self) -> str:
-        """What commands take for the model."""
+        """The model as commands name it."""
         return self.repo or str(self.evidence.model)
 
     @cached_property
@@ -174,16 +179,17 @@ class Card:
 
     def facts(self) -> str:
         pattern = self.config.pattern
-        return "\n".join((
-            "- Type: causal language model (Hybrid)",
-            f"- Base model: {self.evidence.base_name}",
-            f"- Hybrid layer types: {', '.join(reference(kind)[0] for kind in self.kinds)}",
-            f"- Hybrid ratio: {len(pattern.replaced) / len(pattern):.0%} ({self.layers})",
-            f"- Parameters: {self.parameters:,}",
-            f"- Context length: {self.config.max_position_embeddings:,} tokens",
-            f"- Precision: {str(self.config.dtype or NOT_STATED).removeprefix('torch.')}",
-            f"- License: {self.licence[0].get('license', NOT_STATED)}",
-        ))  # fmt: skip
+        facts = {
+            "Type": "causal language model (Hybrid)",
+            "Base model": self.evidence.base_name,
+            "Hybrid layer types": ", ".join(reference(kind)[0] for kind in self.kinds),
+            "Hybrid ratio": f"{len(pattern.replaced) / len(pattern):.0%} ({self.layers})",
+            "Parameters": f"{self.parameters:,}",
+            "Context length": f"{self.config.max_position_embeddings:,} tokens",
+            "Precision": str(self.config.dtype or NOT_STATED).removeprefix("torch."),
+            "License": self.licence[0].get("license", NOT_STATED),
+        }
+        return "\n".join(f"- {name}: {value}" for name, value in facts.items())
 
     def benchmarks(self) -> str:
         scores = self.evidence.scores
@@ -194,35 +200,35 @@ class Card:
         }
         titles |= {name: name for name in scores if name not in (TEACHER, PRIMED)}
         if STAGE0 in scores:
-            titles[STAGE0] = "Stage 0 (mixers started, not trained)"
+            titles[STAGE0] = "Stage 0 (mixers initialised, not trained)"
         primes = [stage for stage in self.evidence.stages if isinstance(stage, PrimeRecipe)]
-        asked = [task for stage in primes for task in stage.evaluate.tasks]
-        tasks = list(dict.fromkeys([*asked, *(task for found in scores.values() for task in found.tasks)]))
+        recipe_tasks = [task for stage in primes for task in stage.evaluate.tasks]
+        tasks = list(dict.fromkeys([*recipe_tasks, *(task for score in scores.values() for task in score.tasks)]))
         rows = []
         for name, title in titles.items():
-            found = scores.get(name)
-            cells = [self._task(found, task, name) for task in tasks]
-            rows.append([title, self._text(found, name), *cells])
+            score = scores.get(name)
+            cells = [self._task(score, task, name) for task in tasks]
+            rows.append([title, self._text(score, name), *cells])
         lines = [_table(["Model", "Perplexity", *tasks], rows), ""]
         if not scores:
-            return "\n".join([*lines, f"No results file is in the run folder: {NOT_MEASURED}."])
-        lengths = sorted({found.length for found in scores.values() if found.length})
+            return "\n".join([*lines, f"The run folder has no results file: {NOT_MEASURED}."])
+        lengths = sorted({score.length for score in scores.values() if score.length})
         window = f", to prompts of at most {' or '.join(f'{n:,}' for n in lengths)} tokens" if lengths else ""
-        return "\n".join([
-            *lines,
+        legend = (
             f"Tasks: greedy answers that match exactly, in percent{window}. In parentheses: n prompts, the 95% Wilson "
             "score interval of the share, and how many answers were cut off at the longest answer allowed; these count "
-            "as wrong. Perplexity: of held-out text; lower is better. Every number links to its results file.",
-        ])  # fmt: skip
+            "as wrong. Perplexity: of held-out text; lower is better. Every number links to its results file."
+        )
+        return "\n".join([*lines, legend])
 
     def _task(self, scores: Scores | None, name: str, model: str) -> str:
-        found = scores.tasks.get(name) if scores else None
-        if found is None:
+        result = scores.tasks.get(name) if scores else None
+        if result is None:
             return NOT_MEASURED
-        low, high = found.interval
-        cut = "" if found.truncated is None else f"; {round(found.truncated * found.n)} cut off"
-        value = self.link(f"{100 * found.accuracy:.1f}", f"scores.{model}.json")
-        return f"{value} (n = {found.n:,}; {100 * low:.1f}–{100 * high:.1f}{cut})"
+        low, high = result.interval
+        truncated = "" if result.truncated is None else f"; {round(result.truncated * result.n)} cut off"
+        value = self.link(f"{100 * result.accuracy:.1f}", f"scores.{model}.json")
+        return f"{value} (n = {result.n:,}; {100 * low:.1f}–{100 * high:.1f}{truncated})"
 
     def _text(self, scores: Scores | None, model: str) -> str:
         if scores is None or scores.text is None:
@@ -242,22 +248,22 @@ class Card:
         if active := getattr(config, "num_experts_per_tok", None):
             experts = f"{config.num_experts} of {config.moe_intermediate_size:,}, {active} active for each token"
             rows.append(["Experts", experts])
-        return _table(["Component", "Details"], [
-            *rows,
+        rows += [
             ["Vocabulary Size", f"{config.vocab_size:,}"],
             ["Context Length", f"{config.max_position_embeddings:,} tokens"],
             ["Position Encoding", f"RoPE ({_rope(config)})"],
-        ])  # fmt: skip
+        ]
+        return _table(["Component", "Details"], rows)
 
     def layout(self) -> str:
         chosen = next((stage.hybrid for stage in self.evidence.stages if isinstance(stage, PrimeRecipe)), None)
-        how = "The recipe is not in the run folder, so how the layers were chosen is not stated."
+        how = "The run folder has no recipe, so it is not stated how the layers were chosen."
         if chosen is not None:
             how = "The recipe names the replaced layers."
             if chosen.ratio is not None:
                 how = f"The recipe spreads the replaced layers evenly (ratio {chosen.ratio:g})."
         where = ", ".join(map(str, self.config.pattern.replaced))
-        return f"```\n{self.config.pattern}\n```\n\n`*` is Attention. Replaced are the layers {where}, from 0. {how}"
+        return f"```\n{self.config.pattern}\n```\n\n`*` is Attention. Replaced layers (from 0): {where}. {how}"
 
     def efficiency(self) -> str:
         return "\n\n".join(("### Planned", self._planned(), "### Measured", *self._measured()))
@@ -271,9 +277,14 @@ class Card:
             return f"Not planned for {self.gpu}: {str(error).removeprefix('--gpu: ')}"
         rows = []
         for context in contexts:
-            ours, theirs = (sum(plan.sequence_bytes(context)) * plan.ranks for plan in (hybrid, base))
+            hybrid_bytes, base_bytes = (sum(plan.sequence_bytes(context)) * plan.ranks for plan in (hybrid, base))
             fit = [min(plan.sequences(context), plan.max_num_seqs) for plan in (hybrid, base)]
-            row = [planner.short(context), planner.size_of(ours), planner.size_of(theirs), *(f"{n:,}" for n in fit)]
+            row = [
+                planner.short(context),
+                planner.size_of(hybrid_bytes),
+                planner.size_of(base_bytes),
+                *(f"{n:,}" for n in fit),
+            ]
             rates = [plan.decode_rate(n, context) if n else 0.0 for plan, n in zip((hybrid, base), fit, strict=True)]
             ratio = f" ({rates[0] / rates[1]:.2f}×)" if all(rates) else ""
             shown = [f"{rate:,.0f}" if rate else "none fits" for rate in rates]
@@ -287,9 +298,9 @@ class Card:
         )
 
     def _measured(self) -> Iterator[str]:
-        for name, found in self.evidence.serving.items():
-            rows = [row.model_dump() for row in found.rows]
-            yield tables.card(rows, rows[0]["model"], found.ranks, found.hardware)
+        for name, serving in self.evidence.serving.items():
+            rows = [row.model_dump() for row in serving.rows]
+            yield tables.card(rows, rows[0]["model"], serving.ranks, serving.hardware)
             yield f"From {self.link(name, name)}, by `hmf bench serving`; ratios are to {rows[0]['model']}."
         if not self.evidence.serving:
             yield f"Throughput and time to first token: {NOT_MEASURED}."
@@ -334,10 +345,10 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
     def training(self) -> str:
         stages = self.evidence.stages
         if not stages:
-            return f"The run folder holds no recipe: {NOT_STATED}."
+            return f"The run folder has no recipe: {NOT_STATED}."
         parts = []
         if self.evidence.base is None:
-            parts.append("The recipes of the first stages are not there; these are the last ones.")
+            parts.append("The recipes of the first stages are not available; those of the later stages follow.")
         for stage in stages:
             section = stage if not isinstance(stage, PrimeRecipe) else stage.distill
             title = f"Stage 2, {stage.method}" if isinstance(stage, FinetuneRecipe) else "Stage 1, distillation"

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's log as a picture: losses, how far each layer is from the teacher or answers are from each other, and the
-learning rate and gradient norm below."""
+"""Plot of a run's log: losses, errors of layers or metrics of preferences, learning rate and gradient norm."""
 
 from __future__ import annotations
 
@@ -18,15 +17,18 @@ _LAYER = re.compile(r"error_layer_(\d+)")
 
 
 def curves(log: list[dict[str, Any]]) -> tuple[dict[str, Curve], dict[int, Curve], dict[str, Curve]]:
-    """(losses by name, layer errors by layer index, what preferences come to by name) of a log as the Trainer writes
-    it; a curve is (steps, values)."""
+    """The curves of a log of the Trainer; a curve is (steps, values).
+
+    Returns:
+        (losses by name, layer errors by layer index, metrics of preferences by name)
+    """
     losses: dict[str, Curve] = {}
     layers: dict[int, Curve] = {}
     preferences: dict[str, Curve] = {}
     for entry in log:
         for name, value in entry.items():
-            if found := _LAYER.fullmatch(name):
-                steps, values = layers.setdefault(int(found[1]), ([], []))
+            if match := _LAYER.fullmatch(name):
+                steps, values = layers.setdefault(int(match[1]), ([], []))
             elif name == "loss" or name.startswith("loss_"):
                 steps, values = losses.setdefault(name, ([], []))
             elif name in ("margin", "accuracy"):
@@ -39,14 +41,14 @@ def curves(log: list[dict[str, Any]]) -> tuple[dict[str, Curve], dict[int, Curve
 
 
 def objective_changes(log: list[dict[str, Any]]) -> dict[int, str]:
-    """Steps after which the loss is the sum of other terms than before, with the names of these."""
+    """Steps after which the loss has other terms than before, with the names of the new terms."""
     changes: dict[int, str] = {}
     entries = [entry for entry in log if "loss" in entry]
     before, last = None, None
     for index, entry in enumerate(entries):
         terms = {name.removeprefix("loss_") for name, value in entry.items() if name.startswith("loss_") and value}
         if before is not None and terms != before:
-            # A mean over steps of both kinds has the terms of both, and is no kind of its own.
+            # A log entry that averages over steps before and after a change has the terms of both.
             if last != index - 1 or not terms < before:
                 last, step = index, entries[index - 1]["step"]
             changes[step] = " + ".join(sorted(terms)) or "one term"
@@ -55,9 +57,9 @@ def objective_changes(log: list[dict[str, Any]]) -> dict[int, str]:
 
 
 def draw_curves(log_file: Path) -> Path:
-    """Draw the log of a run beside it, as curves.png; returns the picture's path.
+    """Plot the log of a run into curves.png beside it, and return the path.
 
-    A dashed line marks where the objective changes: losses on its two sides are sums of other terms.
+    A dashed line marks a change of the objective, where losses before and after it cannot be compared.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
@@ -72,8 +74,11 @@ def draw_curves(log_file: Path) -> Path:
     right = "right" if layers or preferences else "loss"
     panels: Any = figure.subplot_mosaic([["loss", right], ["rate", "norm"]], height_ratios=(2, 1))
     for name, curve in losses.items():
-        panels["loss"].plot(*_broken(curve, changes), label="total" if name == "loss" else name.removeprefix("loss_"),
-                            marker=_marker(curve))  # fmt: skip
+        panels["loss"].plot(
+            *_broken(curve, changes),
+            label="total" if name == "loss" else name.removeprefix("loss_"),
+            marker=_marker(curve),
+        )
     panels["loss"].set(title="loss", yscale="log")
     if losses:
         panels["loss"].legend()
@@ -83,11 +88,11 @@ def draw_curves(log_file: Path) -> Path:
         for layer, curve in layers.items():
             panels["right"].plot(*curve, color=shades.cmap((layer - low) / (high - low)), marker=_marker(curve))
         figure.colorbar(shades, ax=panels["right"], label="after layer", ticks=MaxNLocator(integer=True))
-        panels["right"].set(title="student to teacher, relative squared error", yscale="log")
+        panels["right"].set(title="relative squared error, student to teacher", yscale="log")
     elif preferences:
         for name, curve in preferences.items():
             panels["right"].plot(*curve, label=name, marker=_marker(curve))
-        panels["right"].set(title="chosen against rejected")
+        panels["right"].set(title="preferences: chosen against rejected")
         panels["right"].legend()
     for panel, name, scale in (("rate", "learning_rate", "linear"), ("norm", "grad_norm", "log")):
         curve = [entry["step"] for entry in log if name in entry], [entry[name] for entry in log if name in entry]
@@ -100,9 +105,15 @@ def draw_curves(log_file: Path) -> Path:
             axes.axvline(step, color="black", linestyle="--", linewidth=1)
     for step, terms in changes.items():
         panels["loss"].annotate(
-            f"new objective:\n{terms}", (step, 0.03), xycoords=("data", "axes fraction"), xytext=(4, 0),
-            textcoords="offset points", va="bottom", fontsize=8, bbox={"color": "white", "alpha": 0.7, "pad": 1},
-        )  # fmt: skip
+            f"new objective:\n{terms}",
+            (step, 0.03),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="bottom",
+            fontsize=8,
+            bbox={"color": "white", "alpha": 0.7, "pad": 1},
+        )
     picture = log_file.with_name("curves.png")
     part = picture.with_name("curves.png.part")
     FigureCanvasAgg(figure).print_png(part)
@@ -111,7 +122,7 @@ def draw_curves(log_file: Path) -> Path:
 
 
 def _broken(curve: Curve, changes: Iterable[int]) -> Curve:
-    """A curve with a gap at each change."""
+    """The curve with a gap at each change."""
     steps, values = list[float](curve[0]), list(curve[1])
     for change in changes:
         at = bisect_right(steps, change)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run folder proves: the scores, the measured serving figures and the recipes that are in it."""
+"""The contents of a run folder that a model card is based on: scores, measured serving figures and recipes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from hmf.errors import HmfError
 from hmf.folders import ASSETS, EMBEDDED_TEACHER, RECIPE, is_place, reason
 
 MODEL = "model"
-TEACHER, PRIMED, STAGE0 = "teacher", "primed", "stage0"  # as in scores.NAME.json
-Z95 = 1.959964  # of a normal distribution, two-sided 95%
+TEACHER, PRIMED, STAGE0 = "teacher", "primed", "stage0"  # NAME of scores.NAME.json
+Z95 = 1.959964  # quantile of the normal distribution for a two-sided 95% interval
 Stage = PrimeRecipe | DistillRecipe | FinetuneRecipe
 
 
 class Result(BaseModel):
-    """A section of a results file. Keys that only other readers need may stand beside these."""
+    """A section of a results file. Further keys, for other readers, are allowed."""
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
@@ -35,7 +35,7 @@ class Result(BaseModel):
 class TaskResult(Result):
     accuracy: Annotated[float, Field(ge=0, le=1)]
     n: Annotated[int, Field(ge=1)]
-    truncated: Annotated[float, Field(ge=0, le=1)] | None = None  # share of answers that were cut off
+    truncated: Annotated[float, Field(ge=0, le=1)] | None = None  # share of answers that reached the token limit
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -56,7 +56,7 @@ class Scores(Result):
 
 
 class ServingRow(Result):
-    """What the card shows of a row of `hmf bench serving --json-file`."""
+    """The keys that the card shows of a row of `hmf bench serving --json-file`."""
 
     model: str
     context: Annotated[int, Field(ge=1)]
@@ -77,7 +77,7 @@ class Serving(Result):
 
     @property
     def ranks(self) -> int:
-        """GPUs of each model."""
+        """Number of GPUs per model."""
         arguments = self.options[0] if self.options else []
         name = "--tensor-parallel-size"
         return int(arguments[arguments.index(name) + 1]) if name in arguments[:-1] else 1
@@ -87,7 +87,7 @@ Content = TypeVar("Content", Scores, Serving)
 
 
 def wilson(share: float, n: int, z: float = Z95) -> tuple[float, float]:
-    """The score interval of a binomial share out of `n` (Wilson 1927, JASA 22:209-212), 95% by default."""
+    """Wilson score interval of a binomial share of `n` (Wilson 1927, JASA 22:209-212), by default for 95%."""
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
@@ -95,9 +95,10 @@ def wilson(share: float, n: int, z: float = Z95) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Evidence:
-    """A run folder `run`, or the folder of a model in one, with the checkpoint `model`.
+    """A run folder, and the checkpoint in it.
 
-    `recipe`: of the run where it is known already; else it is read from the folder.
+    Attributes:
+        recipe: the run's recipe, if it is known already; otherwise it is read from the folder.
     """
 
     run: Path
@@ -106,48 +107,48 @@ class Evidence:
 
     @classmethod
     def of(cls, place: Path, recipe: Stage | None = None) -> Evidence:
-        """HmfError where `place` holds no finished model."""
+        """The evidence in a run folder, given that folder or the model's folder in it. HmfError if it has no model."""
         if not place.is_dir():
             raise HmfError(f"{place}: no such run folder; give the output folder of hmf prime or hmf finetune")
         if (place / MODEL / "config.json").is_file():
             return cls(place, place / MODEL, recipe)
         if place.name == MODEL and (place / "config.json").is_file():
             return cls(place.parent, place, recipe)
-        raise HmfError(f"{place}: holds no {MODEL}/config.json; finish the run first, or export its Stage 1 to there")
+        raise HmfError(f"{place}: has no {MODEL}/config.json; finish the run, or export its Stage 1 into this folder")
 
     @cached_property
     def scores(self) -> dict[str, Scores]:
-        """By NAME of scores.NAME.json; HmfError for a file that holds none, or was changed after it was written."""
+        """By NAME of scores.NAME.json. HmfError if a file has no scores or was changed after it was written."""
         files = sorted(self.run.glob("scores.*.json"))
         return {file.name.removeprefix("scores.").removesuffix(".json"): _read(file, Scores) for file in files}
 
     @cached_property
     def serving(self) -> dict[str, Serving]:
-        """By file name, serving*.json."""
+        """The files serving*.json by name."""
         return {file.name: _read(file, Serving) for file in sorted(self.run.glob("serving*.json"))}
 
     @cached_property
     def stages(self) -> list[Stage]:
-        """The recipes that led to the model, first to last, as far back as their run folders are there."""
-        found = [self.recipe or _recipe(self.run)]
+        """The recipes that led to the model, from first to last, as far as their run folders exist."""
+        recipes = [self.recipe or _recipe(self.run)]
         seen = {self.run.resolve()}
-        while isinstance(last := found[0], FinetuneRecipe):
-            before = Path(last.model).parent
-            if before.resolve() in seen:
+        while isinstance(first := recipes[0], FinetuneRecipe):
+            previous_run = Path(first.model).parent
+            if previous_run.resolve() in seen:
                 break
-            seen.add(before.resolve())
-            found.insert(0, _recipe(before))
-        return [stage for stage in found if stage is not None]
+            seen.add(previous_run.resolve())
+            recipes.insert(0, _recipe(previous_run))
+        return [stage for stage in recipes if stage is not None]
 
     @cached_property
     def base(self) -> str | None:
-        """The Transformer that the model was made from, as the recipe names it; None where no recipe says it."""
+        """The Transformer that the model was made from, as in the recipe; None if no recipe is there that names it."""
         first = self.stages[0] if self.stages else None
         return first.base if isinstance(first, PrimeRecipe) else None
 
     @cached_property
     def hub_name(self) -> str | None:
-        """Of the base's repository on the Hub; None for a base that is a folder, or not known."""
+        """Name of the base's repository on the Hub; None if the base is a folder or not known."""
         if self.base is None:
             return None
         cached = next((part for part in Path(self.base).parts if part.startswith("models--")), None)
@@ -160,7 +161,7 @@ class Evidence:
 
     @cached_property
     def base_folder(self) -> Path | None:
-        """Where the base's files are on this disk, if they are."""
+        """The folder of the base's files on this disk, if there is one."""
         if self.base is None or Path(self.base).is_dir():
             return Path(self.base) if self.base else None
         if self.base == EMBEDDED_TEACHER:
@@ -170,12 +171,12 @@ class Evidence:
 
     @property
     def base_name(self) -> str:
-        """Of the base, for people."""
-        return self.hub_name or (Path(self.base).name if self.base else "a Transformer that no recipe here names")
+        """Name of the base in the card's text."""
+        return self.hub_name or (Path(self.base).name if self.base else "a Transformer that is not stated")
 
     @property
     def files(self) -> list[Path]:
-        """The results and the recipe, as the card links to them."""
+        """The files that the card links to: results and recipe."""
         results = [*self.run.glob("scores.*.json"), *self.run.glob("serving*.json"), self.run / RECIPE]
         return sorted(file for file in results if file.is_file())
 
@@ -198,16 +199,16 @@ def _recipe(run: Path) -> Stage | None:
 
 def _read(file: Path, kind: type[Content]) -> Content:
     what = "scores" if kind is Scores else "rows of hmf bench serving"
-    fix = "remove it and write it again"
+    fix = "remove it and create it again"
     try:
         content: Mapping[str, Any] = parse_sealed(file.read_text(encoding="utf-8"), required=False)
     except OSError as error:
         raise HmfError(f"{file}: cannot be read: {reason(error)}") from None
     except (ValueError, json.JSONDecodeError) as error:
-        raise HmfError(f"{file}: holds no {what}: {error}; {fix}") from None
+        raise HmfError(f"{file}: has no valid {what}: {error}; {fix}") from None
     try:
         return kind.model_validate(content)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
-        raise HmfError(f"{file}: {where}: {problem['msg']}; it holds no {what}; {fix}") from None
+        raise HmfError(f"{file}: {where}: {problem['msg']}; it has no valid {what}; {fix}") from None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `hmf push` sends to the Hub."""
+"""The files that `hmf push` uploads to the Hub."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .evidence import Evidence
 
 
 def push_files(place: Path, repo: str, gpu: str = "h200") -> dict[str, Path | bytes]:
-    """What `hmf push` sends, by path in the repository: the model folder, its card, and the results it links to.
+    """The files to upload, by path in the repository: the model folder, its card, and the results that it links to.
 
-    The card is rendered for `repo`; a README.md that hmf did not write goes as it is.
+    The card is rendered for `repo`. A README.md that hmf did not write is uploaded unchanged, without results.
     """
     evidence = Evidence.of(place)
     files: dict[str, Path | bytes] = {}
@@ -23,7 +23,7 @@ def push_files(place: Path, repo: str, gpu: str = "h200") -> dict[str, Path | by
         if item.is_file() and not any(part.startswith(".") for part in name.parts) and item.suffix != ".part":
             files[name.as_posix()] = item
     if is_foreign(evidence.model / CARD):
-        notice(f"{evidence.model / CARD}: was not written by hmf; it is sent as it is")
+        notice(f"{evidence.model / CARD}: was not written by hmf; it is uploaded unchanged")
         return files
     files[CARD] = str(Card(evidence, gpu, repo).render()).encode()
     return files | {f"{RESULTS}/{file.name}": file for file in evidence.files}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training documents as the model sees them, and how many there are."""
+"""Printing of training documents as the model reads them, and of their counts."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ from hmf.data.shards import Counts, Encoder
 from hmf.data.sources import Source
 from hmf.data.tokenizer import load_tokenizer
 
-LEARNT, CONTEXT, LEFT_OUT = "bold green", "dim", "yellow"
+SUPERVISED, CONTEXT, OMITTED = "bold green", "dim", "yellow"
 
 
 def show_prepared(folder: Path, resolve: Callable[[str], Path], samples: int, tokens: int) -> None:
-    """Counts of a prepared set and `samples` of its documents, taken evenly over the rows and in turn from its
-    sources."""
+    """Print counts of a prepared data set and `samples` of its documents, evenly from its rows, alternating sources."""
     prepared = PreparedDataset(folder)
     tokenizer = load_tokenizer(resolve(prepared.index["recipe"]["tokenizer"]))
     console = _console()
@@ -43,7 +42,7 @@ def show_prepared(folder: Path, resolve: Callable[[str], Path], samples: int, to
 
 
 def _document(prepared: PreparedDataset, first: int, source: str) -> tuple[Any, int]:
-    """A row and the place in it of a document from `source`, or of any, if that has none in many rows."""
+    """A row, and the index in it of a document from `source`, or the first document if the next 200 rows have none."""
     for number in range(first, min(first + 200, len(prepared))):
         row = prepared.stored[number]
         for place, where in enumerate(row["where"]):
@@ -53,25 +52,25 @@ def _document(prepared: PreparedDataset, first: int, source: str) -> tuple[Any, 
 
 
 def show_recipe(recipe: DataRecipe, tokenizer: str | Path, samples: int, tokens: int, records: int) -> None:
-    """The first `samples` documents of each source of a recipe, and counts of its first `records` records.
+    """Print the first `samples` documents of each source of a recipe, and counts of its first `records` records.
 
     Raises:
-        HmfError: of the first bad record.
+        HmfError: the first bad record.
     """
     loaded, console, table = load_tokenizer(tokenizer), _console(), []
     for settings in recipe.sources:
         encoder, counts = Encoder.of(settings, recipe), Counts()
-        shown = cut = 0
+        shown = truncated = 0
         for record in islice(Source(settings).records(), records):
             for document in encoder.encode(record, loaded, counts):
-                cut += settings.chat and len(document) > recipe.sequence_length
+                truncated += settings.chat and len(document) > recipe.sequence_length
                 if shown < samples:
-                    learnt = np.array(document.labels) != IGNORED
+                    supervised = np.array(document.labels) != IGNORED
                     where = f"{settings.title}: {record.where}"
-                    _print(console, loaded, where, np.array(document.ids), learnt, tokens)
+                    _print(console, loaded, where, np.array(document.ids), supervised, tokens)
                     shown += 1
         kind = "chat" if settings.chat else "text"
-        table.append(asdict(counts) | {"name": settings.title, "kind": kind, "truncated": cut})
+        table.append(asdict(counts) | {"name": settings.title, "kind": kind, "truncated": truncated})
     if samples:
         _legend(console)
     console.print(_table(table, f"the first {records:,} records of each source, before mixing"))
@@ -80,15 +79,15 @@ def show_recipe(recipe: DataRecipe, tokenizer: str | Path, samples: int, tokens:
         if source["truncated"] > recipe.max_truncated_share * source["documents"]:
             console.print(
                 f"{source['name']}: {source['truncated']:,} of {source['documents']:,} conversations are longer than "
-                f"sequence_length {recipe.sequence_length:,}; preparing stops above max_truncated_share "
-                f"{recipe.max_truncated_share:g}",
-                style=LEFT_OUT,
+                f"sequence_length {recipe.sequence_length:,}; `hmf data prepare` refuses more than the "
+                f"max_truncated_share {recipe.max_truncated_share:g}",
+                style=OMITTED,
                 highlight=False,
             )
 
 
 def print_counts(index: dict[str, Any], console: Console | None = None) -> None:
-    """What became of each source's records, and the rows."""
+    """Print the counts of each source, and of the rows."""
     console = console or _console()
     console.print(_table(index["sources"]))
     console.print(
@@ -99,7 +98,7 @@ def print_counts(index: dict[str, Any], console: Console | None = None) -> None:
     for source in index["sources"]:
         _notes(console, source)
         if source["unusable"]:
-            text = f"{source['unusable']:,} truncated conversations lost all that is supervised and are left out"
+            text = f"{source['unusable']:,} truncated conversations have no supervised token left and are not used"
             console.print(f"{source['name']}: {text}", highlight=False)
 
 
@@ -108,17 +107,15 @@ def _notes(console: Console, source: dict[str, Any]) -> None:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(source["filtered"].items()))
         console.print(f"{source['name']}: filtered by {reasons}", highlight=False)
     if count := source.get("special_tokens"):
-        text = (
-            "special tokens in their text; with split_special_tokens: true they are encoded as text, else as themselves"
-        )
-        console.print(f"{source['name']}: {count:,} records hold {text}", highlight=False)
+        text = "special tokens in their text, which split_special_tokens: true encodes as plain text"
+        console.print(f"{source['name']}: {count:,} records have {text}", highlight=False)
     if count := source.get("after_answers"):
-        text = f"{count:,} messages after the last supervised turn of their conversation are left out"
+        text = f"{count:,} messages after the last supervised turn of their conversation are not used"
         console.print(f"{source['name']}: {text}", highlight=False)
 
 
 def _table(sources: list[dict[str, Any]], caption: str | None = None) -> Table:
-    """One row a source. With a mixture, `tokens` and `supervised` are those that the rows hold."""
+    """A table with one row per source. For a mixture, `tokens` and `supervised` are those in the rows."""
     mixed = any("used" in source for source in sources)
     table = Table(caption=caption, caption_justify="left")
     table.add_column("source", overflow="fold")
@@ -147,20 +144,20 @@ def _print(
     halves = [(0, len(ids))] if len(ids) <= tokens else [(0, tokens // 2), (len(ids) - tokens // 2, len(ids))]
     for number, (start, stop) in enumerate(halves):
         if number:
-            text.append(f"\n… {len(ids) - 2 * (tokens // 2):,} tokens …\n", style=LEFT_OUT)
+            text.append(f"\n… {len(ids) - 2 * (tokens // 2):,} tokens …\n", style=OMITTED)
         changes = np.flatnonzero(np.diff(supervised[start:stop])) + start + 1
         for first, last in zip([start, *changes], [*changes, stop], strict=True):
             part = tokenizer.decode(ids[first:last].tolist())
             if supervised[first]:
-                # Marks where there are no colours.
-                text.append(part if console.color_system else f"⟦{part}⟧", style=LEARNT)
+                # Without colours, supervised text is marked by brackets.
+                text.append(part if console.color_system else f"⟦{part}⟧", style=SUPERVISED)
             else:
                 text.append(part, style=CONTEXT)
     console.print(text, highlight=False, soft_wrap=True)
 
 
 def _legend(console: Console) -> None:
-    marked = Text("bold green", style=LEARNT) if console.color_system else Text("⟦marked⟧")
+    marked = Text("bold green", style=SUPERVISED) if console.color_system else Text("⟦marked⟧")
     console.rule(style="cyan")
     console.print(Text.assemble("What the model learns to write is ", marked, "; the rest is context."))
 

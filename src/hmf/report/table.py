@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of several models side by side."""
+"""Tables of the scores of several models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 
 
 def print_scores(scores: dict[str, dict[str, Any]]) -> None:
-    """One row a model: perplexity, task accuracies (with the share of answers cut off, if any), footprint."""
+    """Print one row per model: perplexity, task accuracies (with the share of truncated answers, if any), footprint."""
     first = next(iter(scores.values()))
     table = Table(caption=_caption(first), caption_justify="left")
     table.add_column("model", no_wrap=True)
@@ -34,8 +34,8 @@ def print_scores(scores: dict[str, dict[str, Any]]) -> None:
 
 
 def _accuracy(task: dict[str, Any]) -> str:
-    cut = f" ({task['truncated']:.0%} cut off)" if task["truncated"] else ""
-    return f"{task['accuracy']:.0%}{cut}"
+    truncated = f" ({task['truncated']:.0%} cut off)" if task["truncated"] else ""
+    return f"{task['accuracy']:.0%}{truncated}"
 
 
 def _caption(score: dict[str, Any]) -> str:
@@ -45,17 +45,17 @@ def _caption(score: dict[str, Any]) -> str:
     if score["tasks"]:
         count = next(iter(score["tasks"].values()))["n"]
         parts.append(f"accuracy of greedy answers to {count} prompts a task, up to {score['length']:,} tokens")
-    if found := score.get("baselines"):
-        values = ", ".join(f"{name.removeprefix('order3_')} {value:.3f}" for name, value in found.items())
+    if baselines := score.get("baselines"):
+        values = ", ".join(f"{name.removeprefix('order3_')} {value:.3f}" for name, value in baselines.items())
         parts.append(f"order-3 models, bits per byte: {values} (the first model: {score['text']['bits_per_byte']:.3f})")
     return "; ".join(parts)
 
 
 def next_commands(run: Path) -> str:
-    """What people do after priming."""
-    return "\n".join((
-        "Next:",
-        f"  .venv/bin/hmf chat {run}/model        # talk to the Hybrid",
-        f"  .venv/bin/hmf evaluate {run}/model --tasks recall,arithmetic,tool_call",
-        f"  make serve MODEL={run}/model          # install vLLM once, then serve an OpenAI-compatible API",
-    ))  # fmt: skip
+    """Commands to run after priming."""
+    return (
+        "Next:\n"
+        f"  .venv/bin/hmf chat {run}/model        # chat with the Hybrid\n"
+        f"  .venv/bin/hmf evaluate {run}/model --tasks recall,arithmetic,tool_call\n"
+        f"  make serve MODEL={run}/model          # install vLLM once, then serve an OpenAI-compatible API"
+    )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows as data sets in use have them, brought into the one form that is encoded: messages with role and content."""
+"""Conversion of common record formats, such as ShareGPT and Alpaca, into messages with role and content."""
 
 from __future__ import annotations
 
@@ -14,18 +14,44 @@ from hmf.errors import HmfError, unknown_name
 
 Message = dict[str, Any]
 Row = dict[str, Any]
-# Who speaks, by ShareGPT's `from`.
+# Roles by ShareGPT's `from`.
 SPEAKERS = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "tool": "tool",
-    "observation": "tool", "function_response": "tool", "function_call": "assistant",
-}  # fmt: skip
-# Fields beside the messages by which formats in use say more of a conversation. Where a shape does not read them they
-# are refused; other fields (id, source, score ...) say something about the row.
-MEANT = (
-    "system", "system_prompt", "instruction", "input", "history", "messages", "tools", "functions", "function_call",
-    "tool_choice", "parallel_tool_calls", "documents", "images", "image", "videos", "video", "audios", "audio",
-    "reasoning", "reasoning_content", "thinking", "chat_template_kwargs",
-)  # fmt: skip
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "function_call": "assistant",
+}
+# Fields that belong to the conversation in one of the common formats. A format that does not read such a field refuses
+# it. Other fields (id, source, score ...) are facts about the row and are ignored.
+CONVERSATION_FIELDS = (
+    "system",
+    "system_prompt",
+    "instruction",
+    "input",
+    "history",
+    "messages",
+    "tools",
+    "functions",
+    "function_call",
+    "tool_choice",
+    "parallel_tool_calls",
+    "documents",
+    "images",
+    "image",
+    "videos",
+    "video",
+    "audios",
+    "audio",
+    "reasoning",
+    "reasoning_content",
+    "thinking",
+    "chat_template_kwargs",
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +62,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Pair:
-    """Messages up to an answer, and two answers."""
+    """The messages before an answer, and two answers."""
 
     prompt: list[Message]
     chosen: Message
@@ -45,7 +71,7 @@ class Pair:
 
 
 def conversation(row: Row, settings: SourceSettings) -> Conversation:
-    """The conversation of a row; HmfError names the field that is wrong, missing or not read."""
+    """The conversation of a row. HmfError for a field that is invalid or missing, or that would be ignored."""
     match settings.shape:
         case None:
             used, messages = {settings.field}, message_list(_field(row, settings.field), settings.field)
@@ -54,15 +80,15 @@ def conversation(row: Row, settings: SourceSettings) -> Conversation:
             messages = [*_system(row), *_turns(_field(row, settings.field), settings.field)]
             _one_system(messages)
         case "alpaca":
-            used, messages = {*ALPACA, "output"}, [*_alpaca(row), _said("assistant", _text(row, "output"), "output")]
+            used, messages = {*ALPACA, "output"}, [*_alpaca(row), _message("assistant", _text(row, "output"), "output")]
         case "prompt_completion":
             used = {"prompt", "completion"}
-            messages = [*_speech(row, "prompt", "user"), *_speech(row, "completion", "assistant")]
-    return Conversation(messages, _rest(row, used, settings, messages))
+            messages = [*_messages(row, "prompt", "user"), *_messages(row, "completion", "assistant")]
+    return Conversation(messages, _tools(row, used, settings, messages))
 
 
 def pair(row: Row, settings: PairSettings) -> Pair:
-    """The pair of a row; HmfError names the field that is wrong, missing or not read."""
+    """The pair of a row. HmfError for a field that is invalid or missing, or that would be ignored."""
     names = settings.chosen_field, settings.rejected_field
     used = {*names}
     if settings.shape == "ultrafeedback":
@@ -72,7 +98,7 @@ def pair(row: Row, settings: PairSettings) -> Pair:
         match settings.shape:
             case None:
                 used.add(settings.prompt_field)
-                prompt = _speech(row, settings.prompt_field, "user")
+                prompt = _messages(row, settings.prompt_field, "user")
             case "sharegpt":
                 used |= {"conversations", "system"}
                 prompt = [*_system(row), *_turns(_field(row, "conversations"), "conversations")]
@@ -81,25 +107,27 @@ def pair(row: Row, settings: PairSettings) -> Pair:
                 used |= set(ALPACA)
                 prompt = _alpaca(row)
         answers = [_answer(row, name, settings) for name in names]
-    tools = _rest(row, used, settings, [prompt, answers])
+    tools = _tools(row, used, settings, [prompt, answers])
     return Pair(prompt, answers[0], answers[1], tools)
 
 
 def message_list(value: Any, field: str) -> list[Message]:
-    """A field that holds messages, or their JSON text."""
+    """The messages in a field, which may hold them as JSON text."""
     messages = decoded_field(value, field)
     if not isinstance(messages, list) or not messages:
-        raise HmfError(f"field {field!r} holds {kind_of(value)} and not a list of messages")
+        raise HmfError(f"field {field!r} holds {kind_of(value)} instead of a list of messages")
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            has = f"it has {', '.join(map(repr, message))}" if isinstance(message, dict) else f"it is {message!r:.40}"
+            content = (
+                f"it has {', '.join(map(repr, message))}" if isinstance(message, dict) else f"it is {message!r:.40}"
+            )
             fix = "set shape: sharegpt" if isinstance(message, dict) and "from" in message else "write role and content"
-            raise HmfError(f"{field}[{number}] has no role; {has}: {fix}")
+            raise HmfError(f"{field}[{number}] has no role; {content}: {fix}")
     return messages
 
 
 def decoded_field(value: Any, field: str) -> Any:
-    """Tables often hold lists of free form as JSON text."""
+    """The value of a field. Strings are parsed as JSON, since tables often hold nested values as JSON text."""
     if not isinstance(value, str):
         return value
     try:
@@ -113,23 +141,23 @@ def kind_of(value: Any) -> str:
 
 
 def missing(row: Row, field: str, fix: str) -> HmfError:
-    return HmfError(f"no field {field!r}; it has {', '.join(map(repr, row)) or 'none'}: {fix}")
+    return HmfError(f"no field {field!r}; the row has {', '.join(map(repr, row)) or 'no fields'}: {fix}")
 
 
-def _rest(row: Row, used: Iterable[str], settings: PlaceSettings, found: Any) -> list[Any] | None:
-    """A row's tools, and a last look at it: whether it says more than is read, and in text."""
+def _tools(row: Row, used: Iterable[str], settings: PlaceSettings, messages: Any) -> list[Any] | None:
+    """The tools of a row. HmfError for a field of the conversation that is not `used`, and for invalid text."""
     field = settings.tools_field
     tools = decoded_field(row.get(field) or None, field) or None
     if tools is not None and not isinstance(tools, list):
-        raise HmfError(f"field {field!r} holds {kind_of(tools)} and not a list of tools")
-    for name in MEANT:
-        given = row.get(name)
-        if name not in (*used, field, *settings.ignore_fields) and given is not None and given not in ("", [], {}):
+        raise HmfError(f"field {field!r} holds {kind_of(tools)} instead of a list of tools")
+    for name in CONVERSATION_FIELDS:
+        value = row.get(name)
+        if name not in (*used, field, *settings.ignore_fields) and value is not None and value not in ("", [], {}):
             raise HmfError(
-                f"field {name!r} belongs to the conversation and is not read; write it into the messages, or name it "
-                f"in {settings.key}.ignore_fields"
+                f"field {name!r} belongs to the conversation but is not read; move it into the messages, or add it to "
+                f"{settings.key}.ignore_fields"
             )
-    require_text(found, "messages")
+    require_text(messages, "messages")
     require_text(tools, field)
     return tools
 
@@ -138,28 +166,28 @@ def _field(row: Row, field: str) -> Any:
     if field not in row:
         shapes = {"conversations": "sharegpt", "instruction": "alpaca", "completion": "prompt_completion"}
         shape = next((f", or shape: {shape}" for name, shape in shapes.items() if name in row and name != field), "")
-        raise missing(row, field, f"add it, or set the key for its name{shape}")
+        raise missing(row, field, f"add it, or set the recipe's key for its name{shape}")
     return row[field]
 
 
 def _text(row: Row, field: str) -> str:
     value = _field(row, field)
     if not isinstance(value, str):
-        raise HmfError(f"field {field!r} holds {kind_of(value)} and not text")
+        raise HmfError(f"field {field!r} holds {kind_of(value)} instead of text")
     return value
 
 
-def _said(role: str, content: str, place: str) -> Message:
+def _message(role: str, content: str, place: str) -> Message:
     if not content.strip():
-        raise HmfError(f"{place}: is empty; remove the row")
+        raise HmfError(f"{place}: is empty; remove the row or write the text")
     return {"role": role, "content": content}
 
 
-def _speech(row: Row, field: str, role: str) -> list[Message]:
-    """Messages, one message, or what `role` says."""
+def _messages(row: Row, field: str, role: str) -> list[Message]:
+    """The messages in a field, which holds a list of messages, one message, or the content of a message of `role`."""
     value = _field(row, field)
     if isinstance(value, str):
-        return [_said(role, value, field)]
+        return [_message(role, value, field)]
     return message_list([value] if isinstance(value, dict) else value, field)
 
 
@@ -169,36 +197,36 @@ def _system(row: Row) -> list[Message]:
 
 def _one_system(messages: list[Message]) -> None:
     if [message["role"] for message in messages[:2]] == ["system", "system"]:
-        raise HmfError("field 'system' and the conversation both have a system turn; remove one")
+        raise HmfError("field 'system' and the conversation both have a system turn; remove one of them")
 
 
 def _turns(value: Any, field: str) -> list[Message]:
     turns = decoded_field(value, field)
     if not isinstance(turns, list) or not turns:
-        raise HmfError(f"field {field!r} holds {kind_of(value)} and not a list of turns")
+        raise HmfError(f"field {field!r} holds {kind_of(value)} instead of a list of turns")
     return [_turn(turn, f"{field}[{number}]") for number, turn in enumerate(turns)]
 
 
 def _turn(turn: Any, place: str) -> Message:
-    """ShareGPT's {"from": ..., "value": ...}."""
+    """The message of a ShareGPT turn {"from": ..., "value": ...}."""
     if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
-        has = f"it has {', '.join(map(repr, turn))}" if isinstance(turn, dict) else f"it is {turn!r:.40}"
-        raise HmfError(f"{place}: a turn has from and value; {has}")
+        content = f"it has {', '.join(map(repr, turn))}" if isinstance(turn, dict) else f"it is {turn!r:.40}"
+        raise HmfError(f"{place}: a turn needs from and value, but {content}")
     for name in turn:
         if name not in ("from", "value"):
-            raise HmfError(f"{place}: {unknown_name('key', name, ('from', 'value'))}; a turn has these alone")
+            raise HmfError(f"{place}: {unknown_name('key', name, ('from', 'value'))}; a turn has only these two keys")
     speaker, value = turn["from"], turn["value"]
     if not isinstance(speaker, str) or speaker not in SPEAKERS:
         raise HmfError(f"{place}.from: {unknown_name('speaker', str(speaker), SPEAKERS)}")
     if not isinstance(value, str):
-        raise HmfError(f"{place}.value: holds {kind_of(value)} and not text")
+        raise HmfError(f"{place}.value: holds {kind_of(value)} instead of text")
     if speaker != "function_call":
         return {"role": SPEAKERS[speaker], "content": value}
     calls = decoded_field(value, f"{place}.value")
     calls = calls if isinstance(calls, list) else [calls]
     for call in calls:
         if not isinstance(call, dict) or call.keys() != {"name", "arguments"}:
-            raise HmfError(f"{place}.value: a function call has name and arguments, not {call!r:.60}")
+            raise HmfError(f"{place}.value: a function call must have name and arguments, not {call!r:.60}")
     return {"role": "assistant", "tool_calls": [{"type": "function", "function": call} for call in calls]}
 
 
@@ -206,16 +234,16 @@ ALPACA = ("instruction", "input", "system", "history")
 
 
 def _alpaca(row: Row) -> list[Message]:
-    """Everything before the answer; `input` comes in a line of its own after `instruction`."""
+    """The messages before the answer. `input` is appended to `instruction` on a new line."""
     messages = _system(row)
     history = decoded_field(row.get("history") or [], "history")
     for number, turn in enumerate(history if isinstance(history, list) else [history]):
         if not isinstance(turn, list | tuple) or [type(part) for part in turn] != [str, str]:
-            raise HmfError(f"history[{number}]: a question and its answer, as two texts, are expected")
+            raise HmfError(f"history[{number}]: a list of two texts, question and answer, is expected")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    given = _text(row, "input") if row.get("input") else ""
-    question = "\n".join(part for part in (_text(row, "instruction"), given) if part)
-    return [*messages, _said("user", question, "instruction")]
+    context = _text(row, "input") if row.get("input") else ""
+    question = "\n".join(part for part in (_text(row, "instruction"), context) if part)
+    return [*messages, _message("user", question, "instruction")]
 
 
 def _answer(row: Row, field: str, settings: PairSettings) -> Message:
@@ -223,23 +251,25 @@ def _answer(row: Row, field: str, settings: PairSettings) -> Message:
     if settings.shape == "sharegpt" and not isinstance(value, str):
         messages = _turns([value] if isinstance(value, dict) else value, field)
     else:
-        messages = _speech(row, field, "assistant")
+        messages = _messages(row, field, "assistant")
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         fix = ", or set shape: ultrafeedback" if settings.shape is None else ""
-        raise HmfError(f"{field}: give the assistant's answer alone; what comes before it belongs to the prompt{fix}")
+        raise HmfError(
+            f"{field}: must hold only the assistant's answer; move the messages before it into the prompt{fix}"
+        )
     return messages[0]
 
 
 def _common(row: Row, settings: PairSettings) -> tuple[list[Message], list[Message]]:
-    """Two whole conversations that differ in their last message: what they share, and both answers."""
+    """The shared messages and both answers of two whole conversations, which differ only in their last message."""
     chosen, rejected = (
         message_list(_field(row, name), name) for name in (settings.chosen_field, settings.rejected_field)
     )
     prompt = chosen[:-1]
     if not prompt or prompt != rejected[:-1] or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
         raise HmfError(
-            f"{settings.chosen_field} and {settings.rejected_field}: two conversations that differ in the last message "
-            "alone, the assistant's, are expected"
+            f"{settings.chosen_field} and {settings.rejected_field}: must be two conversations that differ only in "
+            "their last message, which is the assistant's"
         )
     same: dict[str, Callable[[Any], bool]] = {
         settings.prompt_field: lambda value: (
@@ -250,7 +280,7 @@ def _common(row: Row, settings: PairSettings) -> tuple[list[Message], list[Messa
     for name, is_same in same.items():
         if row.get(name) and name not in settings.ignore_fields and not is_same(row[name]):
             raise HmfError(
-                f"field {name!r} is not what {settings.chosen_field} says; correct it, or name it in "
+                f"field {name!r} differs from {settings.chosen_field}; correct it, or add it to "
                 f"{settings.key}.ignore_fields"
             )
     return prompt, [chosen[-1], rejected[-1]]
