@@ -277,7 +277,7 @@ def test_cache_refuses_what_it_cannot_do(case):
         model(ids, past_key_values=model(ids, use_cache=True).past_key_values, cu_seq_lens_q=lengths)
     with pytest.raises(HmfError, match="cu_seq_lens_q"):
         model(random_ids(2, 6), cu_seq_lens_q=lengths)
-    with pytest.raises(HmfError, match="padding and packed documents"):
+    with pytest.raises(HmfError, match="both padding and packed documents"):
         model(ids, attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1]]), position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The short convolution with its SiLU and its gradient (Triton): tokens stay in their order, and nothing is padded.
+"""Triton kernels of the short convolution with SiLU, forward and backward. Tokens are neither reordered nor padded.
 
 Legend: B batch, T tokens, N = B T, S sequences (rows or documents), C channels, W conv_size.
 """
@@ -16,7 +16,7 @@ BLOCK_T, BLOCK_C = 32, 128
 
 @triton.jit
 def _tap(x, state, t, c, inside, first, sequence, channels, back: tl.constexpr, W: tl.constexpr, STATE: tl.constexpr):
-    """What came `back` tokens before tokens t [BLOCK_T] in their sequence, or is in its state [BLOCK_T, BLOCK_C]."""
+    """The inputs [BLOCK_T, BLOCK_C] that are `back` tokens before tokens t, from their sequence or from its state."""
     at = t - back
     own = (at >= first)[:, None]
     value = tl.load(x + at[:, None] * channels + c[None, :], mask=inside & own, other=0.0).to(tl.float32)
@@ -44,7 +44,7 @@ def _filtered(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The filters' sums of a block, which SiLU takes, in float32."""
+    """The convolution's output of a block before SiLU, in float32."""
     before = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     for w in tl.static_range(W):
         taps = tl.load(weight + c * W + w, mask=c < channels, other=0.0).to(tl.float32)
@@ -102,7 +102,7 @@ def _before_silu(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The gradient of what SiLU takes, and a block's sums for those of weights and bias [blocks, W + 1, C]."""
+    """The gradient before SiLU, and a block's partial sums of the gradients of weight and bias [blocks, W + 1, C]."""
     block = tl.program_id(0).to(tl.int64)
     t, c = block * BLOCK_T + tl.arange(0, BLOCK_T), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (t < total)[:, None] & (c < channels)[None, :]
@@ -139,8 +139,11 @@ def _input_grad(
 
 
 class Conv(torch.autograd.Function):
-    """y [N, C] of x [N, C], weight [C, W], bias [C] or None and state [S, C, W-1] or None; bounds: for each token the
-    first of its sequence, the one behind its last, and the sequence's number, [3, N] int64."""
+    """y [N, C] from x [N, C], weight [C, W], bias [C] or None and state [S, C, W-1] or None.
+
+    bounds [3, N] int64: for each token the index of its sequence's first token, the index after its last token, and
+    the number of the sequence.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, state, bounds):
@@ -171,7 +174,7 @@ class Conv(torch.autograd.Function):
         of_state = None
         if ctx.needs_input_grad[3]:
             of_state = torch.zeros_like(state, dtype=torch.float32)
-            for token in range(size - 1):  # the first ones of each sequence, which its state reaches
+            for token in range(size - 1):  # only the first W-1 tokens of a sequence read its state
                 at = torch.nonzero(torch.arange(total, device=x.device) == starts + token)[:, 0]
                 at = at[ends[at] > at]
                 for tap in range(size - 1 - token):

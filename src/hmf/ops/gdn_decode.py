@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One token of Gated DeltaNet for many sequences, in place in a pool of states: the decode step of a server (Triton).
+"""Triton kernel of a server's decode step for Gated DeltaNet: one token of many sequences, in place in a state pool.
 
-It reads and writes each state once, which is what bounds the step, and nothing else of that size: heads of keys and
-values are shared by address instead of being expanded, q and k are normalised on the way, slots are followed inside.
+The step is bound by memory bandwidth. The kernel reads and writes each state once, and nothing else of that size: it
+shares key and value heads without expanding them, normalises q and k, and addresses the states by slot.
 `hmf.ops.gdn.step` is the definition.
 """
 
@@ -44,7 +44,7 @@ def _decode(
     in_key, in_value = key_at < K, value_at < V
     out = o + (sequence * H + head) * V + value_at
     slot = tl.load(slots + sequence).to(tl.int64)
-    if slot == null_slot:  # a row of padding
+    if slot == null_slot:  # padding
         tl.store(out, tl.zeros([BLOCK_V], o.dtype.element_ty), mask=in_value)
         return
     query = tl.load(q + sequence * q_row + head * K + key_at, mask=in_key, other=0).to(tl.float32)
@@ -52,7 +52,7 @@ def _decode(
     value = tl.load(v + sequence * v_row + head // VALUE_GROUP * V + value_at, mask=in_value, other=0).to(tl.float32)
     query *= tl.rsqrt(tl.sum(query * query) + eps)
     key *= tl.rsqrt(tl.sum(key * key) + eps)
-    # The definition rounds the normalised vectors to the model's dtype.
+    # As in the layer, the normalised vectors are rounded to the model's dtype.
     query, key = query.to(q.dtype.element_ty).to(tl.float32), key.to(k.dtype.element_ty).to(tl.float32)
     decay = tl.exp(tl.load(g + sequence * H + head).to(tl.float32))
     strength = tl.load(beta + sequence * H + head).to(tl.float32)
@@ -79,13 +79,14 @@ def decode(
 ) -> torch.Tensor:
     """Advance the states of S sequences by one token; returns o [S, H, V] in v.dtype.
 
-    q [S, Hq, K], k [S, Hk, K], v [S, Hv, V], not normalised, where Hq = H and Hk and Hv divide H, each row's heads side
-    by side in memory; g (log decay), beta [S, H]; pool [slots, H, V, K] (vLLM's layout) of any float dtype, changed in
-    place; slots [S] integers, all different but for `null_slot`, whose rows give zeros and change nothing.
+    q [S, Hq, K], k [S, Hk, K], v [S, Hv, V], not normalised. Hq = H, Hk and Hv divide H, and the last two dimensions
+    are contiguous. g (log decay), beta [S, H]. pool [slots, H, V, K] (vLLM's layout) of any float dtype, changed in
+    place. slots [S] integers, all different except for `null_slot`, which marks padding: its output is zero and no
+    state changes. Raises ValueError for other layouts.
     """
     sequences, value_dim, key_dim, heads = v.shape[0], v.shape[-1], k.shape[-1], pool.shape[1]
     if q.shape[1] != heads or any(x.stride()[1:] != (x.shape[-1], 1) for x in (q, k, v)):
-        raise ValueError(f"q must have the pool's {heads} heads, and the heads of a row must be side by side in memory")
+        raise ValueError(f"q must have the pool's {heads} heads; the last two dimensions of q, k, v must be contiguous")
     if pool.stride()[1:] != (key_dim * value_dim, key_dim, 1):
         raise ValueError("the states of a slot must be contiguous")
     o = v.new_empty(sequences, heads, value_dim)

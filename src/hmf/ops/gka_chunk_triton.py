@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gated KalmaNet's prefill in three Triton kernels, for tokens in bfloat16 and without gradients.
+"""Three Triton kernels for Gated KalmaNet's prefill, for bfloat16 inputs and without gradients.
 
-`_prepare` normalises keys and sums up decays, `_states` carries both states of a sequence and head over its chunks and
-writes what they are where each chunk starts, `_outputs` takes one chunk of one head: norms, all Chebyshev iterations
-and the output, nothing of which leaves the chip in between. Heads of queries, keys and values are shared by address,
-and beta is the weight beta^2 of a key's terms in both states. `gka.reference` is the definition.
+`_prepare` normalises the keys and sums the decays. `_states` advances both states of a sequence and head over its
+chunks and writes their values at each chunk's start. `_outputs` computes one chunk of one head: norms, all Chebyshev
+iterations and the output, without intermediate results in global memory. Query, key and value heads are shared without
+expanding them. beta enters as the weight beta^2 of a key's terms in both states. `gka.reference` is the definition.
 
-Where products are rounded: the iterations' run in float16, with 11 bits where bfloat16 has 8. The covariance at the
-chunk's start, the keys (scaled by powers of two, so exact) and their weighted products are one number each. The iterate
-is two, because its rounding counts where keys are few: there it is long and the output's terms nearly cancel. The
-states and what follows the solve are products of bfloat16 numbers and pairs of them, to 2^-16.
+Precision: the products of the iterations use float16, whose significand has 11 bits (bfloat16 has 8). The covariance at
+the chunk's start, the keys (scaled by powers of two, which is exact) and their weighted products are each one float16
+number. The iterate is the sum of two float16 numbers, because with few keys it is large and the terms of the output
+nearly cancel. The states and the output are products of bfloat16 numbers and of pairs of them, precise to 2^-16.
 
 Legend: N tokens, S sequences, G chunks, C chunk_size, H heads, K/V key/value head dims, D the power of two >= K.
 """
@@ -24,25 +24,25 @@ from .gka_solve import Result, State, coefficients
 from .gka_triton_common import load, shared_memory, split, step_weights, tile_width
 
 CHUNK_SIZE = 64
-COLUMNS = 32  # of a state that one program of `_states` carries
+COLUMNS = 32  # columns of a state that one program of `_states` computes
 
 
 @triton.jit
 def _normalised(x, eps, dtype: tl.constexpr):
-    """Rows of x [C, D] over their norm, rounded as the layer rounds them."""
+    """Rows of x [C, D] divided by their norm, rounded as in the layer."""
     return (x / (tl.sqrt(tl.sum(x * x, axis=1)) + eps)[:, None]).to(dtype).to(tl.float32)
 
 
 @triton.jit
 def _power(x):
-    """The power of two in a float32 x >= 0, 1 for zero."""
+    """The largest power of two that is not above the float32 x >= 0; 1 for x = 0."""
     power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.where(power > 0, power, 1.0)
 
 
 @triton.jit
 def _halves(x):
-    """Two float16 tensors whose sum is x to 2^-22, where x is at most 65504."""
+    """Two float16 tensors whose sum is x with a relative error of 2^-22, for |x| up to 65504."""
     high = x.to(tl.float16)
     return high, (x - high.to(tl.float32)).to(tl.float16)
 
@@ -73,7 +73,8 @@ def _prepare(
     SIZE: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Of one chunk and head: its tokens' weights in both states at its end, the states' decays over it, its keys."""
+    """For one chunk and head: the weight of each token in both states at the chunk's end, the decay of both states over
+    the chunk, and the normalised keys."""
     chunk, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     sequence = tl.load(sequence_of + chunk)
     if sequence >= sequences:  # there are at most so many chunks as programs
@@ -91,7 +92,7 @@ def _prepare(
         share = tl.exp(whole - tl.cumsum(log_decay, axis=0)) * strength
         tl.store(weight + (state * tokens + token) * H + head, share, mask=real)
         tl.store(total + (state * most + chunk) * H + head, tl.exp(whole))
-    if NORMALISE:  # by the first of the heads that share a key
+    if NORMALISE:  # only the first of the heads that share a key head writes
         inside = (token < tl.where(head % KEY_GROUP == 0, stop, 0))[:, None] & (d < K)[None, :]
         column = (head // KEY_GROUP) * K + d[None, :]
         key = load(k + token[:, None] * k_row, column, inside).to(tl.float32)
@@ -129,10 +130,10 @@ def _states(
     D: tl.constexpr,
     B: tl.constexpr,
 ):
-    """Some columns of a state of one sequence and head: the first programs those of the covariance, then the values'.
+    """Some columns of one state of one sequence and head: the first programs take the covariance, the others U.
 
-    At every chunk's start the covariance is written in float16 over a power of two of these columns, with its sum of
-    squares; the values' state as two bfloat16 numbers.
+    At every chunk's start the covariance is written in float16, divided by a power of two for these columns, together
+    with the columns' sum of squares. U is written as two bfloat16 numbers.
     """
     part, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     covariance_parts: tl.constexpr = (K + B - 1) // B
@@ -220,7 +221,7 @@ def _outputs(
     DV: tl.constexpr,
     B: tl.constexpr,
 ):
-    """o of one chunk and head; keys k are normalised."""
+    """o of one chunk and head. The keys k are normalised already."""
     chunk, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     sequence = tl.load(sequence_of + chunk)
     if sequence >= sequences:  # there are at most so many chunks as programs
@@ -240,7 +241,7 @@ def _outputs(
         strength *= strength
 
     if SOLVE:
-        # Keys and covariance with largest entries in [1, 2), by powers of two that go into their weights.
+        # Scale keys and covariance by powers of two to a largest entry in [1, 2); the weights take up the scales.
         power = _power(tl.max(tl.abs(keys.to(tl.float32)), axis=1))
         unit = (keys.to(tl.float32) / power[:, None]).to(tl.float16)
         part: tl.constexpr = (K + B - 1) // B
@@ -254,7 +255,7 @@ def _outputs(
         log_decay = tl.cumsum(load(gk, gate, real), axis=0)
         weight = tl.where(causal, tl.exp(log_decay[:, None] - log_decay[None, :]), 0.0)
         weight *= (strength * power * power)[None, :]
-        # ||C_t||_F^2: sums of non-negative terms, so nothing cancels.
+        # ||C_t||_F^2 is a sum of non-negative terms, so there is no cancellation.
         gram = tl.dot(unit, tl.trans(unit))
         gram = (gram * gram * (16 / (D * D))).to(tl.float16)  # at most 256
         top = _power(tl.max(weight, axis=1))
@@ -267,7 +268,7 @@ def _outputs(
         factor = tl.where(square > 0, c / tl.sqrt(tl.maximum(square, 1.2e-38)), 0.0)
         row *= size * factor
         weight = (weight * factor[:, None]).to(tl.float16)
-    # Only now, as the registers hold no more.
+    # Loaded only here, because of register pressure.
     query = load(q + (head // QUERY_GROUP) * K + token[:, None] * q_row, d[None, :], inside).to(tl.float32)
     if NORMALISE:
         query = _normalised(query, eps, q.dtype.element_ty)
@@ -312,7 +313,7 @@ def _outputs(
 
 
 def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Why the kernels cannot run for q, k [..., K] and v [..., V], or None. It is no fault: others do then."""
+    """The reason why these kernels cannot run for q, k [..., K] and v [..., V], or None. `gka.fast` has others."""
     if any(x.dtype != torch.bfloat16 for x in (q, k, v)):
         return "tokens are not bfloat16"
     if max(q.shape[-1], v.shape[-1]) > 128:
@@ -341,17 +342,17 @@ def chunked(
 ) -> Result:
     """Gated KalmaNet over S sequences packed in N tokens: o [N, H, V] in v.dtype and the final states in float32.
 
-    q [N, Hq, K], k [N, Hk, K], v [N, Hv, V] bfloat16, whose heads of a token are side by side in memory and in number
-    divide H; g, gk (log decays), alpha and beta (or None) [N, H]; state: a pair [S, H, K, K|V] or None; cu_seqlens
-    [S+1] integers, on the device. With beta the key and the value of a head are multiplied by it; with eps q and k are
-    normalised, x / (||x|| + eps), and rounded to bfloat16.
+    q [N, Hq, K], k [N, Hk, K], v [N, Hv, V] bfloat16, whose last two dimensions are contiguous; Hq, Hk and Hv divide H.
+    g, gk (log decays), alpha and beta (or None) [N, H]; state: a pair [S, H, K, K|V] or None; cu_seqlens [S+1]
+    integers, on the device. With beta, the key and the value of a head are multiplied by it. With eps, q and k are
+    normalised, x / (||x|| + eps), and rounded to bfloat16. Raises ValueError for another memory layout.
     """
     if any(x.stride()[1:] != (x.shape[-1], 1) for x in (q, k, v)):
-        raise ValueError("the heads of a token must be side by side in memory")
+        raise ValueError("the last two dimensions of q, k and v must be contiguous")
     tokens, heads, key_dim, value_dim = len(q), g.shape[-1], k.shape[-1], v.shape[-1]
     sequences = len(cu_seqlens) - 1
     g, gk, alpha, beta = (None if x is None else x.float().contiguous() for x in (g, gk, alpha, beta))
-    # Nothing is asked of the device: there are at most so many chunks.
+    # An upper bound of the number of chunks, which needs no synchronisation with the device.
     most = tokens // CHUNK_SIZE + min(sequences, tokens)
     bounds = cu_seqlens.int()
     chunks = torch.zeros_like(bounds)
@@ -469,7 +470,7 @@ def chunked(
 
 
 def rows(q, k, v, g, gk, alpha, state: State | None, cu_seqlens: torch.Tensor | None, **options) -> Result:
-    """`chunked` for rows [B, T, ...], or for one of packed documents, as `gka.reference` takes them."""
+    """`chunked` for rows [B, T, ...] or one row of packed documents, with the arguments of `gka.reference`."""
     batch, tokens = q.shape[:2]
     if cu_seqlens is None:
         cu_seqlens = torch.arange(batch + 1, device=q.device) * tokens

@@ -15,7 +15,7 @@ from hmf.data.encoding import IGNORED
 from hmf.errors import HmfError
 from hmf.layers.base import Mixer
 from hmf.layers.layout import document_starts
-from hmf.ops.dispatch import put_around
+from hmf.ops.dispatch import set_wrappers
 
 from .collectives import Group
 from .mixing import ATTENTION, around
@@ -90,8 +90,8 @@ def _enter(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     layout = kwargs.get("layout")
     if isinstance(layout, ShardedLayout):
         layout.shards.group.label = f"{mixer.layer_idx} {mixer.symbol}"
-        put_around(around(layout.shards))
+        set_wrappers(around(layout.shards))
 
 
 def _leave(mixer: nn.Module, args: Any, output: Any) -> None:
-    put_around({})
+    set_wrappers({})
