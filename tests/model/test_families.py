@@ -278,7 +278,7 @@ def test_windows_without_a_rule_are_refused():
     row = FAMILIES["qwen2"]
     kinds = ["sliding_attention", "full_attention"] * 2
     config = row.config_class()(**SIZES, **WINDOW, max_window_layers=4, layer_types=kinds)
-    with pytest.raises(HmfError, match="layer_types .* is not what the config's other keys give"):
+    with pytest.raises(HmfError, match="layer_types .* differs from .*, which follows from the other keys"):
         hybridise(row.class_named("ForCausalLM")(config), PATTERN)
 
 
@@ -396,11 +396,11 @@ def damaged(change: str, tensors: dict[str, torch.Tensor]) -> str:
         return f"tensors missing: {one}"
     if change == "renamed":
         tensors[one.replace("gate_proj", "gate_prj")] = tensors.pop(one)
-        return f"no tensor {one}, but there is {one.replace('gate_proj', 'gate_prj')}; was it renamed?"
+        return f"has no tensor {one}, but has {one.replace('gate_proj', 'gate_prj')}; check whether it was renamed"
     if change == "renumbered":  # four experts still, in another order
         for name in whole:
             tensors[name.replace("experts.2", "experts.9")] = tensors.pop(name)
-        return f"no tensor {whole[2]}, but there is {whole[2].replace('experts.2', 'experts.9')}; was it renamed?"
+        return f"has no tensor {whole[2]}, but has {whole[2].replace('experts.2', 'experts.9')}; check whether it was renamed"
     if change == "extra":
         tensors |= {name.replace("experts.2", "experts.4"): tensors[name].clone() for name in whole}
         return f"tensors not of this model: {whole[2].replace('experts.2', 'experts.4')}"
@@ -494,7 +494,7 @@ def test_language_model_of_a_model_that_reads_images(tmp_path):
     language = FAMILIES["ministral3"].config_class()(**(SIZES | BASES["ministral3"]["window"]))
     parts = {"text_config": language, "vision_config": vision, "image_token_index": 10}
     model = Mistral3ForConditionalGeneration(Mistral3Config(**parts)).eval()
-    with pytest.raises(HmfError, match=r"'mistral3' reads images too; take out its language model \(ministral3\)"):
+    with pytest.raises(HmfError, match=r"'mistral3' is a multimodal model; extract its language model \(ministral3\)"):
         make_stage0(saved(model, tmp_path / "whole"), PATTERN, tmp_path / "fused")
     exec(documented()["Ministral3"], {"source": tmp_path / "whole", "target": tmp_path / "text"})
     make_stage0(tmp_path / "text", PATTERN, tmp_path / "fused")

@@ -145,9 +145,13 @@ def test_a_scaling_is_taken_away():
 @pytest.mark.parametrize(
     ("rope", "settings", "line"),
     [
-        (YARN, {"max_position_embeddings": 512}, "4 times the 64 positions .* do not reach .* 512; .* factor 8"),
+        (
+            YARN,
+            {"max_position_embeddings": 512},
+            "4 times the 64 positions .* is less than .* 512 positions; .* factor 8",
+        ),
         (PLAIN, {"max_position_embeddings": 2048, "scaling": {"rope_type": "yarn", "factor": 2}}, "give .* factor 8"),
-        (YARN, {"max_position_embeddings": 64, "scaling": TO_YARN}, "64 is not above the 64 positions that are scaled"),
+        (YARN, {"max_position_embeddings": 64, "scaling": TO_YARN}, "64 is not above the 64 positions before scaling"),
         (LINEAR, {"max_position_embeddings": 512, "scaling": TO_YARN}, "rope.scaling.original_max_position_embeddings"),
         (DYNAMIC, {"theta": 5e6}, "rope_type 'dynamic', which a recipe cannot change"),
         (LONG, {"max_position_embeddings": 512}, "rope_type 'longrope', which a recipe cannot change"),

@@ -129,7 +129,7 @@ def test_what_does_not_fit_is_refused(stage0, tmp_path, monkeypatch):
         DistillSettings.model_validate(recipe(stage0, sequence_parallel=2, strategy="deepspeed"))
     with pytest.raises(HmfError, match="1 processes do not divide into groups of 2"):
         distill(stage0, tmp_path / "one", DistillSettings.model_validate(recipe(stage0, sequence_parallel=2)))
-    with pytest.raises(HmfError, match="fsdp2 shares parameters among processes"):
+    with pytest.raises(HmfError, match="fsdp2 needs several processes"):
         distill(stage0, tmp_path / "two", DistillSettings.model_validate(recipe(stage0, strategy="fsdp2")))
     monkeypatch.setattr(strategy.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(HmfError, match="deepspeed is not installed"):

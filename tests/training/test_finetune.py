@@ -284,10 +284,10 @@ def test_a_bad_recipe_is_one_line(hybrid, tmp_path, change, said):
 def test_models_and_data_that_cannot_be_meant(hybrid, recipe, tmp_path):
     short = {"text": str(hybrid.parent / "corpus"), "sequence_length": 256}
     for change, said in (
-        ({"model": str(hybrid.parent / "stage0")}, "still holds its teacher; `hmf export` it"),
+        ({"model": str(hybrid.parent / "stage0")}, "still has its teacher; run `hmf export`"),
         ({"model": str(hybrid.parent / "base")}, "is no Hybrid"),
         ({"data": short}, "rows of 256 tokens are longer than the model's 128 positions; set rope.max_position_emb"),
-        ({"method": "sft"}, "every token is supervised, prompts too"),
+        ({"method": "sft"}, "every token is supervised, also in prompts"),
         ({"rope": {"scaling": {"rope_type": "yarn", "factor": 4}}}, "128 is not above the 128 positions"),
     ):
         with pytest.raises(HmfError, match=said):

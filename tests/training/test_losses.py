@@ -233,7 +233,7 @@ def test_what_the_last_step_made_of_the_weights_is_looked_at(hybrid, pairs, tmp_
         "pairs": {"path": str(pairs), "sequence_length": 96},
         "training": {"max_steps": 1, "per_device_train_batch_size": 1, "save_steps": 1},
     }
-    with pytest.raises(HmfError, match="step 1: after it .*nothing is saved") as caught:
+    with pytest.raises(HmfError, match="step 1: after this step .*nothing is saved") as caught:
         finetune(cutting.finetune_recipe(hybrid, tmp_path / "run", **changes))
     assert "\n" not in str(caught.value) and not (tmp_path / "run/model").exists()
 

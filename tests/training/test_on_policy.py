@@ -134,6 +134,6 @@ def test_what_the_last_step_made_of_the_weights_is_looked_at(stage0, tmp_path, m
                 parameter.data.fill_(1e38)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
-    with pytest.raises(HmfError, match="step 1: after it the loss is .*nothing is saved"):
+    with pytest.raises(HmfError, match="step 1: after this step the loss is .*nothing is saved"):
         distill(stage0, tmp_path, settings(stage0, max_steps=1))
     assert not (tmp_path / "stage1").exists()
