@@ -83,7 +83,7 @@ class TestInput:
 
     def test_none_fits(self, configs, monkeypatch):
         monkeypatch.setattr(throughput, "PLANNED", 1e-9)
-        with pytest.raises(HmfError, match="^--context: m: not one sequence of 64 tokens fits; ask for fewer$"):
+        with pytest.raises(HmfError, match="^--context: m: no sequence of 64 tokens fits; give fewer tokens$"):
             throughput.subject("m", configs[0], Run([Load(64, 0)], dtype="float32"))
 
     def test_weights_are_random_where_there_are_none(self, configs, tmp_path):
@@ -132,7 +132,7 @@ class TestWindow:
         assert engine.step_number == 6
 
     def test_sequences_that_do_not_fit_at_once(self):
-        with pytest.raises(HmfError, match="2 sequences of 1 tokens did not decode together"):
+        with pytest.raises(HmfError, match="the cache cannot hold 2 sequences of 1 tokens at once"):
             throughput._generate(Engine(late=50), [[1], [2]], tokens=10, lead=8)
 
 
@@ -289,10 +289,10 @@ class TestOverrides:
     @pytest.mark.parametrize(
         ("arguments", "line"),
         [
-            (["--hf-overrides", "{num_iter: 10}"], "--hf-overrides: {num_iter: 10} is no table in JSON"),
-            (["--variant", "[1]"], "--variant: [1] is no table in JSON"),
-            (["--variant", VARIANT], "no MODEL has such keys, or layers of that type"),
-            (["--hf-overrides", '{"max_positions": 1}'], "--hf-overrides: max_positions: no MODEL has such a key"),
+            (["--hf-overrides", "{num_iter: 10}"], "--hf-overrides: {num_iter: 10} is not a JSON object"),
+            (["--variant", "[1]"], "--variant: [1] is not a JSON object"),
+            (["--variant", VARIANT], "no MODEL has these keys or layers of this type"),
+            (["--hf-overrides", '{"max_positions": 1}'], "--hf-overrides: max_positions: no MODEL has this key"),
             (["--variant", '{"gdn_overrides": {"num_iter": 1}}'], "unknown key 'num_iter'"),
         ],
     )

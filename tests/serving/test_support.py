@@ -185,7 +185,7 @@ class TestRefusals:
 
     def test_layer_type_without_a_vllm_layer(self, hybrid_dir, monkeypatch):
         monkeypatch.setattr(support, "SERVED_BY", {})
-        assert "layers of type GDN have no vLLM layer" in refused(hybrid_dir)
+        assert "layers of type GDN have no row in SERVED_BY" in refused(hybrid_dir)
 
     @pytest.mark.parametrize(
         ("method", "line"),
@@ -218,8 +218,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("family", "fields", "line"),
         [
-            ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu': vLLM's MLPs have silu alone"),
-            ("qwen2", {}, "head_dim 32: vLLM's Qwen2 takes it to be hidden_size / num_attention_heads, 16"),
+            ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu': vLLM's MLPs support only silu"),
+            ("qwen2", {}, "head_dim 32: vLLM's Qwen2 assumes hidden_size / num_attention_heads, 16"),
             ("qwen3", {"dual_chunk_attention_config": {"chunk_size": 64}}, "dual_chunk_attention_config in"),
             ("ministral3", {"attention_bias": True}, "attention_bias in config.json"),
             ("llama", {"qkv_bias": False, "attention_bias": True}, "qkv_bias in config.json"),
@@ -405,7 +405,9 @@ class TestWeights:
         weight = torch.ones(32, 64, dtype=torch.int8)
         assert utils.check_cpu_sgl_kernel(*weight.shape, weight.dtype) == amx
         if amx:
-            with pytest.raises(HmfError, match=r"up_proj.weight: int8 products take no float32 .* --dtype bfloat16"):
+            with pytest.raises(
+                HmfError, match=r"up_proj.weight: int8 products do not support float32 .* --dtype bfloat16"
+            ):
                 weights.require_exact_products("up_proj.weight", weight)
         else:
             weights.require_exact_products("up_proj.weight", weight)

@@ -24,7 +24,7 @@ PARTS = {
 
 
 def rows(subjects: Sequence[Subject], measured: Sequence[Measured | None], run: Run) -> list[dict[str, Any]]:
-    """One row a load and model that has been measured; of the others `measured` has None, or nothing at its end.
+    """One row per load and measured model. For models without a measurement, `measured` has None or is shorter.
 
     Ratios are to the first of `subjects`, and None where that one has no row. bound_share: of the rate at which the GPU
     copies, what decoding reached in reading weights and caches.
@@ -71,7 +71,7 @@ def rows(subjects: Sequence[Subject], measured: Sequence[Measured | None], run: 
 
 
 def print_rows(table_rows: list[dict[str, Any]], title: str, base: str) -> None:
-    """base: the model of which the ratios are 1."""
+    """base: the model whose ratios are 1."""
     models = {row["model"]: row for row in table_rows}
     notes = [
         f"{escape(name)}: {row['kind']}; CUDA graphs {row['cuda_graphs']}; {row['backends']}; started in "

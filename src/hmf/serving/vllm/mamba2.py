@@ -20,14 +20,14 @@ from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 from hmf.layers.mamba2 import Mamba2
 
 from .backends import HAS_KERNELS, SSD_CHUNK, SSDMetadata, SSDMetadataBuilder
-from .hosted import HostedMixer, states  # noqa: F401 (asked for beside `build`)
+from .hosted import HostedMixer, states  # noqa: F401 (part of this module's interface, like `build`)
 from .recurrent import Tensors, started
 
 BUILDER = SSDMetadataBuilder
 
 
 def build(symbol: str, config: Any, quant_config: Any, prefix: str, attention: nn.Module) -> nn.Module:
-    """The mixer for the place of `attention`."""
+    """The mixer that replaces `attention`."""
     return Mamba2Mixer(symbol, config, prefix)
 
 
@@ -115,5 +115,5 @@ class Mamba2Mixer(HostedMixer):
 
 
 def _has_kernels(inputs: Tensors) -> bool:
-    """vLLM's are for CUDA; in float32 they would round products to TF32, where `hmf.ops` keeps to the definition."""
+    """Whether to use vLLM's kernels, which need CUDA. In float32 they round products to TF32, unlike `hmf.ops`."""
     return HAS_KERNELS and inputs[0].dtype != torch.float32
