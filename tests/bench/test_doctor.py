@@ -125,7 +125,7 @@ def test_a_forced_version_is_what_runs_and_is_reported(monkeypatch):
     report = report_of(run("doctor", "--json"))
     assert report["passed"]
     assert {check["version"] for check in report["checks"]} == {"reference"}
-    assert {check["reason"] for check in report["checks"]} == {"named by HMF_OPS"}
+    assert {check["reason"] for check in report["checks"]} == {"selected by HMF_OPS"}
     assert "HMF_OPS=reference" in report["notes"][0]
 
 

@@ -270,14 +270,14 @@ def test_cache_refuses_what_it_cannot_do(case):
         cache.crop(-2)
     with pytest.raises(HmfError, match="past_key_values: has 2 layers, the model 3"):
         tiny_hybrid(case, "X-*-X")(ids, past_key_values=cache)
-    with pytest.raises(HmfError, match="filled by another model"):
+    with pytest.raises(HmfError, match="another model filled the cache"):
         tiny_hybrid(case, "X-X")(ids, past_key_values=cache)
     lengths = torch.tensor([0, 2, 6])
     with pytest.raises(HmfError, match="cu_seq_lens_q"):
         model(ids, past_key_values=model(ids, use_cache=True).past_key_values, cu_seq_lens_q=lengths)
     with pytest.raises(HmfError, match="cu_seq_lens_q"):
         model(random_ids(2, 6), cu_seq_lens_q=lengths)
-    with pytest.raises(HmfError, match="padding and packed documents"):
+    with pytest.raises(HmfError, match="both padding and packed documents"):
         model(ids, attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1]]), position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
 
 

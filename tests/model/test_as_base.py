@@ -175,7 +175,7 @@ def test_documents_in_one_row_do_not_see_each_other(trio):
     close(trio["gdn"](**batch).logits, torch.cat(alone, 1))
     cache = DynamicCache()
     trio["gdn"](batch["input_ids"], position_ids=batch["position_ids"], past_key_values=cache)
-    with pytest.raises(HmfError, match="past_key_values: holds 2 sequences, the batch has 1"):
+    with pytest.raises(HmfError, match="past_key_values: the cache holds 2 sequences and the batch has 1"):
         trio["gdn"](ONE, past_key_values=cache)
 
 
@@ -266,12 +266,12 @@ REFUSED = {
     "sliding_window": "cache_implementation='sliding_window' is not supported",
     "static by hand": "past_key_values: StaticCache is not supported",
     "tuples": "past_key_values: tuple is not supported",
-    "a base's cache": "past_key_values: filled by another model",
+    "a base's cache": "past_key_values: another model filled the cache",
     "4-D mask": r"attention_mask: .* here \[2, 12\]; got \[2, 1, 12, 12\]",
     "masks by layer type": "attention_mask: .*got dict",
     "mask of one row": r"attention_mask: .* here \[2, 12\]; got \[1, 12\]",
     "mask of new tokens": r"attention_mask: .* here \[2, 16\]; got \[2, 4\]",
-    "other rows": "past_key_values: holds 1 sequences, the batch has 2",
+    "other rows": "past_key_values: the cache holds 1 sequences and the batch has 2",
     "crop": "a recurrent state cannot be rolled back",
     "after crop": r"past_key_values: its layers hold \[10, 12\] tokens",
     "after reset": r"past_key_values: its layers hold \[0, 12\] tokens",
@@ -295,7 +295,7 @@ def test_what_a_state_cannot_do_is_refused_by_name(name, trio, folders):
 @pytest.mark.parametrize("given", [(), (None,) * 4], ids=["keyword", "position"])
 def test_labels_of_a_fused_checkpoint_are_refused(given, trio):
     fused = fused_model(trio["base"], "*-GDN-*-GDN")
-    with pytest.raises(HmfError, match="labels: a fused checkpoint is trained by distillation"):
+    with pytest.raises(HmfError, match="labels: a fused model is trained by distillation"):
         fused(IDS, *given, IDS) if given else fused(IDS, labels=IDS)
     assert inspect.signature(fused.forward) == inspect.signature(trio["base"].forward)
 
@@ -310,7 +310,7 @@ def test_an_offloaded_cache_fetches_the_next_attention_layer(trio, monkeypatch):
     found = generate(trio["gdn"], past_key_values=cache)
     assert found.tolist() == greedy(trio["gdn"], IDS).tolist()
     assert fetched == [2, 0] * NEW
-    with pytest.raises(HmfError, match="'offloaded': needs two attention layers or more, the model has 1"):
+    with pytest.raises(HmfError, match="'offloaded': needs at least two attention layers and the model has 1"):
         generate(drop_teacher(fused_model(trio["base"], "GDN-GDN-*-GDN")), cache_implementation="offloaded")
     monkeypatch.undo()
     if not torch.cuda.is_available():

@@ -29,9 +29,17 @@ from tests.numerics import assert_golden, assert_same, widened
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {
-    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "norm_topk_prob": True}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -42,9 +50,16 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 YARN = {
-    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 1.0,
-    "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "llama_4_scaling_beta": 0.1,
-}  # fmt: skip
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5}
 # family -> variant -> config fields. The first of each goes through the whole job.
 BASES: dict[str, dict[str, dict[str, Any]]] = {
@@ -83,9 +98,12 @@ every_family = pytest.mark.parametrize(
 PATTERN = Pattern.parse("*-GDN-*-GDN")
 # Stage 1's loss at the first and the sixth step of `test_the_whole_job`.
 GOLDEN_LOSSES = {
-    "llama": (3.769546, 1.642005), "ministral3": (3.986702, 2.194591), "qwen2": (3.041615, 1.438540),
-    "qwen3": (3.206824, 1.382357), "qwen3_moe": (3.721280, 1.544717),
-}  # fmt: skip
+    "llama": (3.769546, 1.642005),
+    "ministral3": (3.986702, 2.194591),
+    "qwen2": (3.041615, 1.438540),
+    "qwen3": (3.206824, 1.382357),
+    "qwen3_moe": (3.721280, 1.544717),
+}
 
 
 def stock_model(family: str, variant: str) -> Any:
@@ -136,11 +154,20 @@ def expected_tensors(base: dict[str, torch.Tensor], config: Any) -> dict[str, li
     size, heads, kv_heads, width = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, 4
     inner, kv = heads * config.head_dim, kv_heads * config.head_dim
     mixer = {
-        "q_proj.weight": [inner, size], "k_proj.weight": [kv, size], "v_proj.weight": [kv, size],
-        "o_proj.weight": [size, inner], "g_proj.weight": [inner, size], "o_norm.weight": [config.head_dim],
-        "q_conv1d.weight": [inner, 1, width], "k_conv1d.weight": [kv, 1, width], "v_conv1d.weight": [kv, 1, width],
-        "b_proj.weight": [heads, size], "gk_proj.weight": [heads, size], "A_log": [heads], "dt_bias": [heads],
-    }  # fmt: skip
+        "q_proj.weight": [inner, size],
+        "k_proj.weight": [kv, size],
+        "v_proj.weight": [kv, size],
+        "o_proj.weight": [size, inner],
+        "g_proj.weight": [inner, size],
+        "o_norm.weight": [config.head_dim],
+        "q_conv1d.weight": [inner, 1, width],
+        "k_conv1d.weight": [kv, 1, width],
+        "v_conv1d.weight": [kv, 1, width],
+        "b_proj.weight": [heads, size],
+        "gk_proj.weight": [heads, size],
+        "A_log": [heads],
+        "dt_bias": [heads],
+    }
     replaced = tuple(f"model.layers.{i}.self_attn." for i in PATTERN.replaced)
     kept = {name: list(x.shape) for name, x in base.items() if not name.startswith(replaced)}
     return kept | {f"model.layers.{i}.gdn.{name}": shape for i in PATTERN.replaced for name, shape in mixer.items()}
@@ -251,7 +278,7 @@ def test_windows_without_a_rule_are_refused():
     row = FAMILIES["qwen2"]
     kinds = ["sliding_attention", "full_attention"] * 2
     config = row.config_class()(**SIZES, **WINDOW, max_window_layers=4, layer_types=kinds)
-    with pytest.raises(HmfError, match="layer_types .* is not what the config's other keys give"):
+    with pytest.raises(HmfError, match="layer_types .* differs from .*, which follows from the other keys"):
         hybridise(row.class_named("ForCausalLM")(config), PATTERN)
 
 
@@ -369,11 +396,12 @@ def damaged(change: str, tensors: dict[str, torch.Tensor]) -> str:
         return f"tensors missing: {one}"
     if change == "renamed":
         tensors[one.replace("gate_proj", "gate_prj")] = tensors.pop(one)
-        return f"no tensor {one}, but there is {one.replace('gate_proj', 'gate_prj')}; was it renamed?"
+        return f"has no tensor {one}, but has {one.replace('gate_proj', 'gate_prj')}; check whether it was renamed"
     if change == "renumbered":  # four experts still, in another order
         for name in whole:
             tensors[name.replace("experts.2", "experts.9")] = tensors.pop(name)
-        return f"no tensor {whole[2]}, but there is {whole[2].replace('experts.2', 'experts.9')}; was it renamed?"
+        other = whole[2].replace("experts.2", "experts.9")
+        return f"has no tensor {whole[2]}, but has {other}; check whether it was renamed"
     if change == "extra":
         tensors |= {name.replace("experts.2", "experts.4"): tensors[name].clone() for name in whole}
         return f"tensors not of this model: {whole[2].replace('experts.2', 'experts.4')}"
@@ -467,7 +495,7 @@ def test_language_model_of_a_model_that_reads_images(tmp_path):
     language = FAMILIES["ministral3"].config_class()(**(SIZES | BASES["ministral3"]["window"]))
     parts = {"text_config": language, "vision_config": vision, "image_token_index": 10}
     model = Mistral3ForConditionalGeneration(Mistral3Config(**parts)).eval()
-    with pytest.raises(HmfError, match=r"'mistral3' reads images too; take out its language model \(ministral3\)"):
+    with pytest.raises(HmfError, match=r"'mistral3' is a multimodal model; extract its language model \(ministral3\)"):
         make_stage0(saved(model, tmp_path / "whole"), PATTERN, tmp_path / "fused")
     exec(documented()["Ministral3"], {"source": tmp_path / "whole", "target": tmp_path / "text"})
     make_stage0(tmp_path / "text", PATTERN, tmp_path / "fused")

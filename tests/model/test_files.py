@@ -200,7 +200,10 @@ def test_what_is_narrowed_is_named(base, capfd):
     model = load_model(base)
     line = capfd.readouterr().err
     assert model.dtype == torch.bfloat16 and line.count("\n") == 1
-    assert f"{base}: 47 of 47 tensors are narrowed" in line and "from float32 to bfloat16; set dtype in" in line
+    assert (
+        f"{base}: 47 of 47 tensors are cast to a narrower dtype" in line
+        and "from float32 to bfloat16; to keep precision, set dtype in" in line
+    )
     load_model(base, dtype=torch.float32)
     assert capfd.readouterr().err == ""
 
@@ -221,7 +224,7 @@ def test_old_checkpoints_carry_rotary_frequencies(base, capfd):
     edit(base, lambda tensors: tensors.update({name: torch.ones(8)}))
     report = make_stage0(base, PATTERN, base.parent / "out")
     assert report.kept == len(load_file(base / "model.safetensors")) - 1
-    assert f"1 tensors follow from config.json and are not read: {name}" in capfd.readouterr().err
+    assert f"1 tensors are computed from config.json, not read: {name}" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["lm_head.bias", "module.model.norm.weight", "score.weight", "transformer.h.0.w"])
@@ -312,7 +315,7 @@ def test_an_adapter_is_not_applied_silently(base, name):
     primed(base)
     for folder in (base, base.parent / "stage0", base.parent / "hybrid"):
         (folder / name).write_text('{"peft_type": "LORA"}')
-    said = f"{name}: an adapter .*merge it first"
+    said = f"{name}: adapters are not supported; merge it first"
     refused(said, base_stage0, base)
     refused(said, export, base.parent / "stage0", base.parent / "out")
     for load in (load_config, load_model):
@@ -324,7 +327,7 @@ def test_an_adapter_is_not_applied_silently(base, name):
 def test_from_pretrained_refuses_an_adapter(base):
     primed(base)
     (base.parent / "hybrid/adapter_model.safetensors").write_bytes(b"")
-    refused("an adapter .*merge it first", AutoModelForCausalLM.from_pretrained, base.parent / "hybrid")
+    refused("adapters are not supported; merge it first", AutoModelForCausalLM.from_pretrained, base.parent / "hybrid")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -335,7 +338,7 @@ def test_numbers_that_are_none(base, dtype, value):
         edit(folder, lambda tensors: tensors.update({NORM: tensors[NORM].to(dtype)}))
         require_finite(folder)
         edit(folder, lambda tensors: tensors[NORM][2:5].fill_(value))
-    said = f"model.safetensors: tensor {NORM}: 3 of 64 numbers are NaN or infinite"
+    said = f"model.safetensors: tensor {NORM}: 3 of 64 values are NaN or infinite"
     refused(f"base/{said}", make_stage0, base, PATTERN, base.parent / "out")
     refused(f"stage0/{said}", export, base.parent / "stage0", base.parent / "out")
     assert not (base.parent / "out").exists()
@@ -373,7 +376,7 @@ def test_a_snapshot_of_the_hub_s_cache_is_a_base(base):
     refused("more.txt: is a symbolic link out of", load_config, snapshot)
     (snapshot / "more.txt").unlink()
     (snapshot / "more.txt").symlink_to(blobs / "gone")
-    refused("more.txt: is a symbolic link to nothing", load_config, snapshot)
+    refused("more.txt: is a broken symbolic link", load_config, snapshot)
 
 
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "experts_implementation"])
@@ -435,7 +438,7 @@ def test_a_tokenizer_larger_than_the_model(worded, capfd):
         (lambda f: (f / "tokenizer.json").write_text('{"a":'), "the tokenizer cannot be loaded"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), "the tokenizer cannot be loaded"),
         (lambda f: (f / "tokenizer.json").write_bytes(b"\xff\xfe"), "the tokenizer cannot be loaded"),
-        (lambda f: (f / "tokenizer_config.json").write_text("[]"), "tokenizer_config.json: holds no JSON object"),
+        (lambda f: (f / "tokenizer_config.json").write_text("[]"), "tokenizer_config.json: is not a JSON object"),
         (lambda f: (f / "tokenizer_config.json").write_text("{"), "tokenizer_config.json: not valid JSON"),
         (lambda f: edit_json(f / "tokenizer_config.json", tokenizer_class="Own"), "transformers has no class 'Own'"),
         (lambda f: edit_json(f / "tokenizer_config.json", tokenizer_class=3), "tokenizer_class: 3 is none"),

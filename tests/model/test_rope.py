@@ -145,9 +145,13 @@ def test_a_scaling_is_taken_away():
 @pytest.mark.parametrize(
     ("rope", "settings", "line"),
     [
-        (YARN, {"max_position_embeddings": 512}, "4 times the 64 positions .* do not reach .* 512; .* factor 8"),
+        (
+            YARN,
+            {"max_position_embeddings": 512},
+            "4 times the 64 positions .* is less than .* 512 positions; .* factor 8",
+        ),
         (PLAIN, {"max_position_embeddings": 2048, "scaling": {"rope_type": "yarn", "factor": 2}}, "give .* factor 8"),
-        (YARN, {"max_position_embeddings": 64, "scaling": TO_YARN}, "64 is not above the 64 positions that are scaled"),
+        (YARN, {"max_position_embeddings": 64, "scaling": TO_YARN}, "64 is not above the 64 positions before scaling"),
         (LINEAR, {"max_position_embeddings": 512, "scaling": TO_YARN}, "rope.scaling.original_max_position_embeddings"),
         (DYNAMIC, {"theta": 5e6}, "rope_type 'dynamic', which a recipe cannot change"),
         (LONG, {"max_position_embeddings": 512}, "rope_type 'longrope', which a recipe cannot change"),
@@ -167,13 +171,31 @@ def test_scalings_that_no_recipe_makes_are_kept():
 
 
 IMPOSSIBLE = [
-    ("rope_theta", 0), ("rope_theta", -1.0), ("rope_theta", math.nan), ("rope_theta", math.inf), ("rope_theta", None),
-    ("rope_theta", "1e6"), ("rope_theta", True), ("factor", 0.5), ("factor", None), ("factor", "4"),
-    ("factor", math.nan), ("beta_fast", 0.5), ("beta_slow", 32), ("attention_factor", 0.0), ("mscale", None),
-    ("original_max_position_embeddings", 0), ("original_max_position_embeddings", None),
-    ("original_max_position_embeddings", 2.5), ("rope_type", "su"), ("rope_type", None), ("type", "llama3"),
-    ("truncate", "no"), ("full_attention", {"rope_theta": 1e4}), ("partial_rotary_factor", 0.5),
-]  # fmt: skip
+    ("rope_theta", 0),
+    ("rope_theta", -1.0),
+    ("rope_theta", math.nan),
+    ("rope_theta", math.inf),
+    ("rope_theta", None),
+    ("rope_theta", "1e6"),
+    ("rope_theta", True),
+    ("factor", 0.5),
+    ("factor", None),
+    ("factor", "4"),
+    ("factor", math.nan),
+    ("beta_fast", 0.5),
+    ("beta_slow", 32),
+    ("attention_factor", 0.0),
+    ("mscale", None),
+    ("original_max_position_embeddings", 0),
+    ("original_max_position_embeddings", None),
+    ("original_max_position_embeddings", 2.5),
+    ("rope_type", "su"),
+    ("rope_type", None),
+    ("type", "llama3"),
+    ("truncate", "no"),
+    ("full_attention", {"rope_theta": 1e4}),
+    ("partial_rotary_factor", 0.5),
+]
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "hybrid_qwen3"])

@@ -144,5 +144,5 @@ def test_a_window_that_looks_ahead_is_refused():
 
 def test_half_a_past_is_refused():
     x = normal(1, 3, HK, K)
-    with pytest.raises(HmfError, match="give both or neither"):
+    with pytest.raises(HmfError, match="pass both or neither"):
         KeySet(x, x, 0, 4, past_k=x)

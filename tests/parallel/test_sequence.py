@@ -78,12 +78,12 @@ def test_what_cannot_be_cut_is_refused(alone):
 
 
 def test_an_op_that_is_not_known_is_refused():
-    dispatch.put_around({"conv": short_conv})
+    dispatch.set_wrappers({"conv": short_conv})
     try:
         with pytest.raises(HmfError, match="ssd: sequence parallelism does not know this op"):
             linear_attention(*torch.ones(3, 1, 2, 1, 4), torch.zeros(1, 2, 1))
     finally:
-        dispatch.put_around({})
+        dispatch.set_wrappers({})
 
 
 @pytest.mark.gpu

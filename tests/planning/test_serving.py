@@ -215,7 +215,7 @@ class TestInput:
 
     def test_too_small(self):
         config = FAMILIES["qwen3"].config_class()(**QWEN3_8B | {"num_hidden_layers": 72})
-        with pytest.raises(HmfError, match="leave no room for a cache; use more, as l4x2"):
+        with pytest.raises(HmfError, match="leave no room for a cache; use more GPUs, for example l4x2"):
             planner.plans(config, "l4")
 
     def test_quantised(self):

@@ -206,14 +206,15 @@ def test_the_command_and_its_errors(tmp_path, monkeypatch):
     for change, said in (
         (
             {},
-            "sft.yaml: model: runs/quickstart-cpt/model: no such directory; .*; and no recipe beside this one makes it",
+            "sft.yaml: model: runs/quickstart-cpt/model: no such directory; .*; and no recipe in or beside this folder "
+            "makes it",
         ),
         ({"modl": 1}, "sft.yaml: unknown key 'modl'; did you mean 'model'"),
     ):
         orphan.write_text(yaml.safe_dump(content | change))
         with pytest.raises(HmfError, match=said):
             planner.plans([orphan], resolve_base, "l4")
-    with pytest.raises(HmfError, match="names no GPUs; give --gpu"):
+    with pytest.raises(HmfError, match="training.gpus: is not set; set it, or give --gpu"):
         planner.plans([RECIPES / "quickstart"], resolve_base)
     with pytest.raises(HmfError, match="sequence_parallel: 4 does not divide 6 GPUs"):
         planner.plans([RECIPES / "qwen3-8b" / "gdn-2-long.yaml"], resolve_base, "h200x6")

@@ -163,7 +163,7 @@ def test_an_unfit_head_or_top_k_is_refused(fused):
     with pytest.raises(HmfError, match="train_only_mixers"):
         logit_divergence(hidden, hidden, fused.get_output_embeddings())
     train_only_mixers(fused)
-    with pytest.raises(HmfError, match="kl_top_k: 128 is not below the vocabulary's 128"):
+    with pytest.raises(HmfError, match="kl_top_k: 128 is not below the vocabulary size, 128"):
         logit_divergence(hidden, hidden, fused.get_output_embeddings(), top_k=128)
 
 

@@ -150,7 +150,7 @@ def test_a_mixer_tensor_without_a_start_is_an_error(tiny_qwen3, monkeypatch):
         return start
 
     monkeypatch.setattr(GatedDeltaNet, "init_from_attention", forgetful)
-    with pytest.raises(HmfError, match=r"without one clear start: b_proj\.weight"):
+    with pytest.raises(HmfError, match=r"that are not initialised, unknown or initialised twice: b_proj\.weight"):
         initialise(fused)
 
 

@@ -129,10 +129,10 @@ class TestOptions:
         opened = serve.prepare(scripted, ["--host", "::"])
         assert "http://[::]:8000: everyone who reaches" in opened.access and opened.arguments.count("--host") == 1
         keyed = serve.prepare(scripted, ["--host=0.0.0.0", "--api-key", "sesame", "--api_key=abracadabra"])
-        assert "for whoever has the API key" in keyed.access
+        assert "for clients with the API key" in keyed.access
         assert "abracadabra" in keyed.arguments[-1] and "abracadabra" not in keyed.line
         monkeypatch.setenv(serve.API_KEY, "sesame")
-        assert "for whoever has the API key" in serve.prepare(scripted, ["--host", "0.0.0.0"]).access
+        assert "for clients with the API key" in serve.prepare(scripted, ["--host", "0.0.0.0"]).access
         assert "--host" not in serve.prepare(scripted, ["--uds", "/tmp/socket"]).arguments
 
     def test_quantised_checkpoint(self, tmp_path):
@@ -259,7 +259,7 @@ class TestChat:
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
             url = f"http://127.0.0.1:{unused.getsockname()[1]}"
-            with pytest.raises(HmfError, match="is the server up"):
+            with pytest.raises(HmfError, match="check that the server is running"):
                 ServerChat(scripted, url)
 
 
@@ -350,7 +350,7 @@ time.sleep(120)
     @pytest.mark.parametrize(
         ("what", "line"),
         [
-            ("ended", "hmf: the server ended by itself (exit code 0); its last messages above say why"),
+            ("ended", "hmf: the server ended by itself (exit code 0); read its last messages above"),
             ("refused", "hmf: model: no kernel for this"),
         ],
     )

@@ -185,7 +185,7 @@ class TestRefusals:
 
     def test_layer_type_without_a_vllm_layer(self, hybrid_dir, monkeypatch):
         monkeypatch.setattr(support, "SERVED_BY", {})
-        assert "layers of type GDN have no vLLM layer" in refused(hybrid_dir)
+        assert "layers of type GDN have no row in SERVED_BY" in refused(hybrid_dir)
 
     @pytest.mark.parametrize(
         ("method", "line"),
@@ -218,16 +218,24 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("family", "fields", "line"),
         [
-            ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu': vLLM's MLPs have silu alone"),
-            ("qwen2", {}, "head_dim 32: vLLM's Qwen2 takes it to be hidden_size / num_attention_heads, 16"),
+            ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu': vLLM's MLPs support only silu"),
+            ("qwen2", {}, "head_dim 32: vLLM's Qwen2 assumes hidden_size / num_attention_heads, 16"),
             ("qwen3", {"dual_chunk_attention_config": {"chunk_size": 64}}, "dual_chunk_attention_config in"),
             ("ministral3", {"attention_bias": True}, "attention_bias in config.json"),
             ("llama", {"qkv_bias": False, "attention_bias": True}, "qkv_bias in config.json"),
             ("qwen3", {"rope_parameters": ROPE | {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
             (
                 "llama",
-                {"rope_parameters": ROPE | {"rope_type": "longrope", "short_factor": [1.0] * 16, "factor": 2.0,
-                                            "long_factor": [2.0] * 16, "original_max_position_embeddings": 64}},
+                {
+                    "rope_parameters": ROPE
+                    | {
+                        "rope_type": "longrope",
+                        "short_factor": [1.0] * 16,
+                        "factor": 2.0,
+                        "long_factor": [2.0] * 16,
+                        "original_max_position_embeddings": 64,
+                    }
+                },
                 "rope_type 'longrope'",
             ),
             ("qwen3", {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
@@ -238,7 +246,7 @@ class TestRefusals:
                 "(yarn) ends at 1024, before the 4096 of the longest sequence; use --max-model-len 1024",
             ),
         ],
-    )  # fmt: skip
+    )
     def test_what_vllm_computes_otherwise(self, tmp_path, family, fields, line):
         from hmf.model.families import FAMILIES
 
@@ -397,7 +405,9 @@ class TestWeights:
         weight = torch.ones(32, 64, dtype=torch.int8)
         assert utils.check_cpu_sgl_kernel(*weight.shape, weight.dtype) == amx
         if amx:
-            with pytest.raises(HmfError, match=r"up_proj.weight: int8 products take no float32 .* --dtype bfloat16"):
+            with pytest.raises(
+                HmfError, match=r"up_proj.weight: int8 products do not support float32 .* --dtype bfloat16"
+            ):
                 weights.require_exact_products("up_proj.weight", weight)
         else:
             weights.require_exact_products("up_proj.weight", weight)

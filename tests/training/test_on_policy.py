@@ -19,13 +19,15 @@ pytest.importorskip("trl", reason="on-policy distillation needs trl")
 
 
 def settings(stage0, **training):
-    return DistillSettings.model_validate({
-        "data": {"text": str(stage0.parent / "corpus"), "sequence_length": 32},
-        "objective": {"pre_lm_head": 0, "kl": 1, "kl_direction": "reverse", "kl_tokens": "supervised"},
-        "on_policy": {"max_new_tokens": 8},
-        "training": {"max_steps": 40, "per_device_train_batch_size": 4,
-                     "learning_rate": 1e-2, "save_steps": 15} | training,
-    })  # fmt: skip
+    return DistillSettings.model_validate(
+        {
+            "data": {"text": str(stage0.parent / "corpus"), "sequence_length": 32},
+            "objective": {"pre_lm_head": 0, "kl": 1, "kl_direction": "reverse", "kl_tokens": "supervised"},
+            "on_policy": {"max_new_tokens": 8},
+            "training": {"max_steps": 40, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_steps": 15}
+            | training,
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,6 @@ def test_what_the_last_step_made_of_the_weights_is_looked_at(stage0, tmp_path, m
                 parameter.data.fill_(1e38)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
-    with pytest.raises(HmfError, match="step 1: after it the loss is .*nothing is saved"):
+    with pytest.raises(HmfError, match="step 1: after this step the loss is .*nothing is saved"):
         distill(stage0, tmp_path, settings(stage0, max_steps=1))
     assert not (tmp_path / "stage1").exists()

@@ -97,7 +97,7 @@ def test_the_log_covers_the_whole_run_after_a_resume(stage0, finished, run, capf
     assert log[-1]["train_loss"] == pytest.approx(sum(entry["loss"] for entry in log[:-1]) / 3)
     # one step was done in this time, not three
     assert log[-1]["train_steps_per_second"] == pytest.approx(1 / log[-1]["train_runtime"], rel=0.01)
-    assert "checkpoint-2: going on from here" in capfd.readouterr().err
+    assert "checkpoint-2: resuming from this checkpoint" in capfd.readouterr().err
 
 
 def damage_byte(file):
@@ -160,10 +160,14 @@ def test_a_full_disk_is_found_before_a_checkpoint_is_written(stage0, finished, t
         return SimpleNamespace(free=10**5)
 
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", full)
-    with pytest.raises(HmfError, match=r"needs about 0\.00\d* GB of disk, 0\.0001 GB are free; make room"):
+    with pytest.raises(
+        HmfError, match=r"needs about 0\.00\d* GB of disk space, and 0\.0001 GB are free; free some space"
+    ):
         distill(stage0, tmp_path / "new", cutting.settings(stage0))  # before the first step
     shutil.rmtree(run / "checkpoints/checkpoint-3")
-    with pytest.raises(HmfError, match=r"checkpoint-3: not written: .* needs about .* GB of disk, 0\.0001 GB are free"):
+    with pytest.raises(
+        HmfError, match=r"checkpoint-3: not written: .* needs about .* GB of disk space, and 0\.0001 GB are free"
+    ):
         distill(stage0, run, cutting.settings(stage0))
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["checkpoint-2"]
     monkeypatch.undo()
@@ -214,7 +218,7 @@ def small_disk(tmp_path):
 
 
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written(stage0, finished, small_disk, tmp_path, monkeypatch):
-    with pytest.raises(HmfError, match=r"needs about 0\.00\d* GB of disk, 0\.000655 GB are free"):
+    with pytest.raises(HmfError, match=r"needs about 0\.00\d* GB of disk space, and 0\.000655 GB are free"):
         distill(stage0, small_disk, cutting.settings(stage0))
     monkeypatch.setattr(checkpoints, "require_room", lambda *args: None)  # as if it had been free a moment ago
     with pytest.raises(HmfError, match="checkpoint-3: not written: ") as caught:
@@ -249,7 +253,7 @@ def test_a_run_goes_on_with_the_data_that_it_began_with_alone(stage0, finished, 
     settings = cutting.settings(stage0)
     moved = settings.model_copy(update={"data": settings.data.model_copy(update={"text": str(corpus)})})
     (corpus / "0.txt").write_text((corpus / "0.txt").read_text().replace("3", "4", 1))
-    with pytest.raises(HmfError, match="checkpoints: the run began with other data than there is now"):
+    with pytest.raises(HmfError, match="checkpoints: the data changed since the run began"):
         distill(stage0, run, moved)
     shutil.copy(stage0.parent / "corpus/0.txt", corpus / "0.txt")
     distill(stage0, run, moved)  # the same texts elsewhere are the same data

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed and memory of a Stage-1 step in one fused model, against a teacher and a student that are two models.
+"""Speed and memory of a Stage-1 step in one fused model, compared with a teacher and a student as two models.
 
-Every way computes the same loss and the same gradients from the same random weights, in a process of its own.
+Every variant computes the same loss and the same gradients from the same random weights, in its own process.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ WARM_UP = 2
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: a base `config`, the layers that become mixers, and a batch of rows [rows, tokens].
+    """The measured case: a base `config`, the layers that become mixers, and a batch of rows [rows, tokens].
 
     The loss is the MSE before the head plus `kl` times the divergence of the logits of all tokens. bfloat16 is
     autocast over float32 weights, as in training.
@@ -60,7 +60,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds of each step, peak bytes of weights, gradients and all that steps need, and the loss."""
+    """Seconds of each step, peak bytes of memory, and the loss."""
 
     seconds: list[float]
     peak_bytes: int
@@ -73,7 +73,7 @@ def changed(config: Any, overrides: Iterable[str]) -> Any:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
-            raise HmfError(f"--set {override}: write KEY=VALUE, as num_hidden_layers=12")
+            raise HmfError(f"--set {override}: write KEY=VALUE, for example num_hidden_layers=12")
         if key not in fields:
             raise HmfError(f"--set {override}: {unknown_name('key', key, fields)}")
         try:
@@ -106,9 +106,9 @@ def prepared(case: Case, way: str) -> tuple[nn.Module, Callable[[], torch.Tensor
 
     def loss() -> torch.Tensor:
         with torch.set_grad_enabled(not frugal):
-            wanted, their_logits = run(teacher)
-        found, our_logits = run(student)
-        total = (found.float() - wanted.detach().float()).square().mean()
+            target, their_logits = run(teacher)
+        output, our_logits = run(student)
+        total = (output.float() - target.detach().float()).square().mean()
         if case.kl and our_logits is not None and their_logits is not None:
             ours, theirs = (x.float().log_softmax(-1) for x in (our_logits, their_logits.detach()))
             total = (
@@ -120,7 +120,7 @@ def prepared(case: Case, way: str) -> tuple[nn.Module, Callable[[], torch.Tensor
 
 
 def measure(case: Case, way: str) -> Result:
-    """Steps without the optimiser's, which is the same in every way."""
+    """Time forward and backward passes, without the optimiser, which is the same in every variant."""
     cuda, seconds, loss = case.device == "cuda", [], torch.tensor(0.0)
     _reset_peak(cuda)
     before = _peak(cuda)
@@ -138,25 +138,25 @@ def measure(case: Case, way: str) -> Result:
 
 
 def run(case: Case, rounds: int = 1, ways: Iterable[str] = WAYS) -> dict[str, Result]:
-    """Every way, `rounds` times in turn, each time in a new process; times of all rounds, the largest peak."""
+    """Run every variant `rounds` times in turn, each time in a new process; all times, and the largest peak."""
     if case.device not in ("cpu", "cuda"):
         raise HmfError(f"--device: {unknown_name('device', case.device, ('cpu', 'cuda'))}")
     if case.device == "cuda" and not torch.cuda.is_available():
         raise HmfError("--device cuda: PyTorch sees no GPU; leave --device out")
-    found: dict[str, Result] = {}
+    results: dict[str, Result] = {}
     for _ in range(rounds):
         for way in ways:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 new = pool.submit(measure, case, way).result()
-            old = found.get(way, Result([], 0, new.loss))
-            found[way] = Result(old.seconds + new.seconds, max(old.peak_bytes, new.peak_bytes), new.loss)
-    return found
+            old = results.get(way, Result([], 0, new.loss))
+            results[way] = Result(old.seconds + new.seconds, max(old.peak_bytes, new.peak_bytes), new.loss)
+    return results
 
 
 def rows(case: Case, results: dict[str, Result]) -> list[dict[str, Any]]:
-    """One row a way, with its ratios to the first."""
+    """One row per variant, with its ratios to the first."""
     first = next(iter(results.values()))
-    # The fastest step of each: what else a machine does only ever adds time.
+    # The fastest step of each, because other load on the machine can only add time.
     return [
         {
             "way": way,
@@ -180,14 +180,19 @@ def print_rows(table_rows: list[dict[str, Any]], title: str) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for row in table_rows:
         table.add_row(
-            row["way"], f"{row['tokens_per_second']:,.0f}", f"{row['speedup']:.2f}x",
-            f"{row['peak_bytes'] / 2**30:.2f}", f"{row['memory_ratio']:.2f}x", f"{row['loss']:.4f}", str(row["steps"]),
-        )  # fmt: skip
+            row["way"],
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['speedup']:.2f}x",
+            f"{row['peak_bytes'] / 2**30:.2f}",
+            f"{row['memory_ratio']:.2f}x",
+            f"{row['loss']:.4f}",
+            str(row["steps"]),
+        )
     Console(width=max(110, Console().width)).print(table)
 
 
 def _now(cuda: bool) -> float:
-    """Seconds; on a CPU those that this process computed for, by thread: what else runs there does not count."""
+    """Seconds. On a CPU, the CPU time of this process per thread, so that other load does not count."""
     if not cuda:
         return time.process_time() / torch.get_num_threads()
     torch.cuda.synchronize()
@@ -198,14 +203,14 @@ def _reset_peak(cuda: bool) -> None:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is in use
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to the current use
 
 
 def _peak(cuda: bool) -> int:
-    """Bytes: PyTorch's on a GPU, the whole process on a CPU."""
+    """Peak bytes: PyTorch's on a GPU, those of the process on a CPU."""
     if cuda:
         return torch.cuda.max_memory_allocated()
     if sys.platform == "linux":
-        found = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-        return int(found[1]) * 1024 if found else 0
+        match = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+        return int(match[1]) * 1024 if match else 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

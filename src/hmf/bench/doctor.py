@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which implementation of each op runs on this machine, why, and whether it computes what the reference does.
+"""Which implementation of each op runs on this machine, why, and whether its results equal those of the reference.
 
-The truth is the reference on float64 copies of the same numbers, on the CPU. An error is the norm of the difference
-over the norm of the truth, the largest over outputs, final states and, for training, gradients of all inputs.
+The expected results are those of the reference on float64 copies of the same values, on the CPU. An error is the norm
+of the difference divided by the norm of the expected tensor; the largest counts, over outputs, final states and, for
+training, gradients of all inputs.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from hmf.errors import HmfError
 from hmf.ops import dispatch
 from hmf.ops.samples import Sample, Shape, flat, sample
 
-# No length is a multiple of a chunk; documents of several chunks, of one token and of less than a chunk.
+# No length is a multiple of a chunk. Documents have several chunks, one token, or less than a chunk.
 CASES = {
     "rows": Shape(batch=2, tokens=40, heads=2),
     "packed": Shape(lengths=(131, 1, 20), heads=2, with_state=True),
     "one token": Shape(batch=3, tokens=1, heads=2, with_state=True),
 }
-# A step of decoding has no gradient. On a GPU each case compiles kernels anew, and documents that start from states use
-# most of what a backward can do; the other cases are tests (`make test-gpu`).
+# A decode step has no gradient. On a GPU each case compiles kernels, and documents that start from states use most of a
+# backward; the other cases are in the tests (`make test-gpu`).
 TRAINING_CASES = {"cpu": ("rows", "packed"), "cuda": ("packed",)}
-# bfloat16 rounds at 2^-9 = 2e-3; on a GPU float32 products may round their factors to TF32's 2^-11 = 5e-4.
+# bfloat16 rounds with a relative error of 2^-9 = 2e-3; on a GPU float32 products may round to TF32, 2^-11 = 5e-4.
 TOLERANCES = {
     "cpu": {torch.float32: 1e-4, torch.bfloat16: 2e-2},
     "cuda": {torch.float32: 5e-3, torch.bfloat16: 2e-2},
@@ -43,8 +44,8 @@ TOLERANCES = {
 
 @dataclass
 class Check:
-    """One op on one device for one use. version, reason: what `chosen` says of all dtypes in one line; errors: dtype ->
-    relative error; worst: dtype -> where it is."""
+    """The check of one op on one device for one use. version, reason: `chosen` of all dtypes in one line; errors: dtype
+    -> largest relative error; worst: dtype -> the tensor and case of that error."""
 
     op: str
     device: str
@@ -79,9 +80,9 @@ class Report:
 
 
 def examine(progress: Callable[[str], None] = lambda line: None) -> Report:
-    """Check every op on every kind of device here; `progress` is called with what is being checked.
+    """Check every op on every kind of device of this machine; `progress` is called with a line about the current check.
 
-    GPU kernels are compiled first, which takes a CPU core each: processes of their own do that side by side.
+    GPU kernels are compiled first. Each compilation uses a CPU core, so several processes compile in parallel.
     """
     start = time.perf_counter()
     uses = [(op, use) for op in dispatch.ops() for use in ("inference", "training")]
@@ -91,19 +92,19 @@ def examine(progress: Callable[[str], None] = lambda line: None) -> Report:
         if torch.cuda.is_available():
             at_once = min(len(uses) * len(TOLERANCES["cuda"]), max(1, (os.cpu_count() or 2) - 1))
             pool = stack.enter_context(ProcessPoolExecutor(at_once, workers.prepare(), _prepare_worker))
-            noted = pool.submit(_notes)  # asks the kernels' libraries, which take seconds to import
+            noted = pool.submit(_notes)  # imports kernel libraries, which takes seconds
             for job in sorted(uses, key=lambda job: job[1] != "training"):  # training compiles most
                 on_gpu[job] = [pool.submit(_check_on_gpu, *job, dtype) for dtype in TOLERANCES["cuda"]]
         stack.enter_context(_one_thread())
         checks = []
         for op in dispatch.ops():
             progress(f"{op}: reference")
-            truths = _truths(op, TRAINING_CASES["cpu"])
+            expected = _expected(op, TRAINING_CASES["cpu"])
             for use in ("inference", "training"):
                 progress(f"{op}: {use} on cpu")
-                checks.append(_joined([_check(op, "cpu", use, truths, dtype) for dtype in TOLERANCES["cpu"]]))
+                checks.append(_joined([_check(op, "cpu", use, expected, dtype) for dtype in TOLERANCES["cpu"]]))
         for done, (job, parts) in enumerate(on_gpu.items()):
-            progress(f"the GPU's kernels, {done} of {len(on_gpu)} done (a first time compiles them: a minute or so)")
+            progress(f"GPU kernels, {done} of {len(on_gpu)} done (the first run compiles them, about a minute)")
             checks.append(_result(*job, parts))
         notes = _notes() if noted is None else _noted(noted)
     checks.sort(key=lambda check: (check.op, check.device, check.use))
@@ -112,7 +113,7 @@ def examine(progress: Callable[[str], None] = lambda line: None) -> Report:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """The tensors are too small to share: beside processes that compile, more threads wait for each other."""
+    """Use one thread during the block: the tensors are small, and other processes compile at the same time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -122,7 +123,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _prepare_worker() -> None:
-    """One core, and nothing printed: libraries of kernels warn about each other, once in every process."""
+    """Use one thread and discard the output, because kernel libraries print warnings in every process."""
     torch.set_num_threads(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
@@ -130,39 +131,42 @@ def _prepare_worker() -> None:
 
 
 def _check_on_gpu(op: str, use: str, dtype: torch.dtype) -> Check:
-    """Runs in a worker, on one variant of every kernel that would be tuned."""
+    """Run in a worker, with one variant of every autotuned kernel."""
     cases = TRAINING_CASES["cuda"] if use == "training" else ()
     with one_variant():
-        return _check(op, "cuda", use, _truths(op, cases), dtype)
+        return _check(op, "cuda", use, _expected(op, cases), dtype)
 
 
 def _result(op: str, use: str, parts: Sequence[Future[Check]]) -> Check:
-    """What the workers found for the dtypes of one op and use, or that one of them is gone."""
+    """The joined checks of the workers for the dtypes of one op and use; a failed check if a worker died."""
     try:
         return _joined([part.result() for part in parts])
-    except BrokenProcessPool:  # then none of the others answers any more
-        return Check(op, "cuda", use, None, "", problem="not checked: a process that runs the GPU's kernels has died")
+    except BrokenProcessPool:  # the whole pool is unusable then
+        return Check(op, "cuda", use, None, "", problem="not checked: a process that runs GPU kernels died")
 
 
 def _noted(notes: Future[list[str]]) -> list[str]:
     try:
         return notes.result()
-    except BrokenProcessPool:  # the checks say so
+    except BrokenProcessPool:  # the checks report it
         return []
 
 
-def _truths(op: str, training_cases: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
-    """What the reference gives in each case, with gradients in `training_cases`."""
-    return {case: _truth(op, sample(op, shape), case in training_cases) for case, shape in CASES.items()}
+def _expected(op: str, training_cases: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
+    """The results of the reference in each case, with gradients in `training_cases`."""
+    reference = dispatch.implementations(op)["reference"].function
+    return {
+        case: evaluate(reference, sample(op, shape), torch.float64, "cpu", case in training_cases)
+        for case, shape in CASES.items()
+    }
 
 
 @contextlib.contextmanager
 def one_variant() -> Iterator[None]:
-    """Meanwhile Triton's autotuner takes of each kernel the variant with the fewest stages, then warps, instead of
-    compiling and timing dozens.
+    """During the block Triton's autotuner uses only the variant of each kernel with the fewest stages, then warps.
 
-    All variants are the same source, and tuning would take minutes for sizes that nobody runs. What is not seen here is
-    a compiler's error in another variant: `make test-gpu` runs the tuned kernels at a real size.
+    All variants have the same source, and tuning would take minutes for sizes that are not used in practice. A compiler
+    error in another variant is not found here; `make test-gpu` runs the tuned kernels at a realistic size.
     """
     from triton.runtime.autotuner import Autotuner
 
@@ -178,7 +182,7 @@ def one_variant() -> Iterator[None]:
         Autotuner.prune_configs = every
 
 
-def _check(op: str, device: str, use: str, truths: dict[str, dict], dtype: torch.dtype) -> Check:
+def _check(op: str, device: str, use: str, expected: dict[str, dict], dtype: torch.dtype) -> Check:
     training, name = use == "training", _name(dtype)
     check = Check(op, device, use, None, "")
     try:
@@ -189,28 +193,29 @@ def _check(op: str, device: str, use: str, truths: dict[str, dict], dtype: torch
     check.version, check.reason, check.chosen = chosen.version, reason, {name: (chosen.version, reason)}
     for case in TRAINING_CASES[device] if training else CASES:
         try:
-            found = evaluate(chosen.function, sample(op, CASES[case]), dtype, device, training)
-        except Exception as error:  # whatever a kernel fails with is what the doctor is asked for
+            results = evaluate(chosen.function, sample(op, CASES[case]), dtype, device, training)
+        except Exception as error:  # any error of a kernel is reported
             check.problem = f"{name}, {case}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             return check
-        for tensor, value in found.items():
-            off = relative_error(value, truths[case][tensor])
-            if not off <= check.errors.get(name, -1.0):  # NaN counts as larger
-                check.errors[name], check.worst[name] = off, f"{tensor}, {case}"
+        for tensor, value in results.items():
+            error = relative_error(value, expected[case][tensor])
+            if not error <= check.errors.get(name, -1.0):  # NaN counts as larger
+                check.errors[name], check.worst[name] = error, f"{tensor}, {case}"
     tolerance = allowed(device, dtype, training)
     if not check.errors[name] <= tolerance:
-        check.problem = f"{name}: {check.worst[name]} is off by {check.errors[name]:.1e} (at most {tolerance:.0e})"
+        error = check.errors[name]
+        check.problem = f"{name}: {check.worst[name]} has a relative error of {error:.1e} (at most {tolerance:.0e})"
     return check
 
 
 def allowed(device: str, dtype: torch.dtype, gradients: bool) -> float:
-    """The largest relative error that passes. On a GPU gradients may be off by twice as much: kernels keep what a
-    backward needs of a forward in the tokens' dtype."""
+    """The largest relative error that passes. It is twice as large for gradients on a GPU, because kernels store the
+    tensors for the backward in the tokens' dtype."""
     return TOLERANCES[device][dtype] * (2 if gradients and device == "cuda" else 1)
 
 
 def _joined(parts: Sequence[Check]) -> Check:
-    """One check of the checks of its dtypes."""
+    """Join the checks of several dtypes to one."""
     check = parts[0]
     for part in parts[1:]:
         check.chosen |= part.chosen
@@ -219,37 +224,33 @@ def _joined(parts: Sequence[Check]) -> Check:
         check.problem = check.problem or part.problem
     if check.chosen:
         versions, reasons = ({name: pair[n] for name, pair in check.chosen.items()} for n in (0, 1))
-        check.version, check.reason = _together(versions), _together(reasons)
+        check.version, check.reason = _summary(versions), _summary(reasons)
     return check
 
 
-def _together(by_dtype: dict[str, str]) -> str:
-    """What all dtypes share, or each dtype's own."""
-    found = set(by_dtype.values())
-    return found.pop() if len(found) == 1 else "; ".join(f"{value} ({dtype})" for dtype, value in by_dtype.items())
-
-
-def _truth(op: str, made: Sample, gradients: bool) -> dict[str, torch.Tensor]:
-    return evaluate(dispatch.implementations(op)["reference"].function, made, torch.float64, "cpu", gradients)
+def _summary(by_dtype: dict[str, str]) -> str:
+    """The value that all dtypes share, or the value of each dtype."""
+    values = set(by_dtype.values())
+    return values.pop() if len(values) == 1 else "; ".join(f"{value} ({dtype})" for dtype, value in by_dtype.items())
 
 
 def evaluate(
     function: Callable, made: Sample, dtype: torch.dtype, device: str, gradients: bool
 ) -> dict[str, torch.Tensor]:
-    """What `function` gives for a sample, by name: output, final states and, if asked for, the gradients of a fixed
-    random combination of them to all tensors. All are returned in float64 on the CPU."""
+    """The results of `function` for a sample, by name, in float64 on the CPU: output, final states and, with
+    `gradients`, the gradients of a fixed random combination of these with respect to all tensors."""
     tensors = {name: x.detach().requires_grad_(gradients) for name, x in made.tensors(dtype, device).items()}
     with torch.set_grad_enabled(gradients):
         results = flat(made.call(function, tensors))
     names = ["output", *(f"final state {n}" for n in range(1, len(results)))]
-    found = dict(zip(names, results, strict=True))
+    tensors_by_name = dict(zip(names, results, strict=True))
     if gradients:
         generator = torch.Generator().manual_seed(1)
-        # Numbers that bfloat16 holds: the same combination for all dtypes.
+        # Values that bfloat16 represents exactly, so that all dtypes use the same combination.
         weights = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in results]
         grads = torch.autograd.grad(results, list(tensors.values()), weights, allow_unused=True, materialize_grads=True)
-        found |= {f"gradient of {name}": grad for name, grad in zip(tensors, grads, strict=True)}
-    return {name: x.detach().to("cpu", torch.float64) for name, x in found.items()}
+        tensors_by_name |= {f"gradient of {name}": grad for name, grad in zip(tensors, grads, strict=True)}
+    return {name: x.detach().to("cpu", torch.float64) for name, x in tensors_by_name.items()}
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -266,7 +267,7 @@ def _name(dtype: torch.dtype) -> str:
 def _notes() -> list[str]:
     notes = []
     if forced := os.environ.get("HMF_OPS"):
-        notes.append(f"HMF_OPS={forced} names the implementation of every op; unset it for the usual choice")
+        notes.append(f"HMF_OPS={forced} selects the implementation of every op; unset it for the default choice")
     for op in dispatch.ops():
         by_dtype = {_name(dtype): dispatch.known_bad_backward(op, dtype) for dtype in TOLERANCES["cuda"]}
         for reason in dict.fromkeys(filter(None, by_dtype.values())):
@@ -275,7 +276,7 @@ def _notes() -> list[str]:
 
 
 def _reasons(checks: Sequence[Check]) -> list[str]:
-    """Why each version runs: a line for each reason, with the ops that it is given for."""
+    """Why each version runs: a line for each reason, with its ops."""
     uses: dict[tuple[str, str], dict[str, list[str]]] = {}
     for check in checks:
         if check.reason:
@@ -297,9 +298,13 @@ def print_report(report: Report) -> None:
     for check in report.checks:
         errors = (check.errors.get(_name(dtype)) for dtype in TOLERANCES["cpu"])
         table.add_row(
-            check.op, check.device, check.use, check.version or "nothing",
-            *("" if error is None else f"{error:.0e}" for error in errors), "wrong" if check.problem else "ok",
-        )  # fmt: skip
+            check.op,
+            check.device,
+            check.use,
+            check.version or "nothing",
+            *("" if error is None else f"{error:.0e}" for error in errors),
+            "wrong" if check.problem else "ok",
+        )
     console = Console(width=max(100, Console().width))
     console.print(table)
     failures = [check for check in report.checks if check.problem]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a figure was measured on: hardware and versions."""
+"""The hardware and the versions with which something was measured."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ PACKAGES = {
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of hmf and of what its speed and results rest on; None: not installed."""
-    found = {"hmf": hmf.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    return found | {name: next(filter(None, map(_version, names)), None) for name, names in PACKAGES.items()}
+    """Versions of hmf and of the packages that its speed and results depend on; None if not installed."""
+    own = {"hmf": hmf.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    return own | {name: next(filter(None, map(_version, names)), None) for name, names in PACKAGES.items()}
 
 
 def hardware() -> dict[str, str]:
-    """Processor, and every GPU that PyTorch sees."""
+    """The processor, and every GPU that PyTorch sees."""
     threads = f"{torch.get_num_threads()} PyTorch thread{'s' * (torch.get_num_threads() != 1)}"
-    found = {"cpu": f"{_processor()}, {os.cpu_count()} cores, {threads}"}
+    devices = {"cpu": f"{_processor()}, {os.cpu_count()} cores, {threads}"}
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
-        found[f"cuda:{index}"] = f"{device.name}, {device.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
-    return found
+        devices[f"cuda:{index}"] = f"{device.name}, {device.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+    return devices
 
 
 def lines() -> list[str]:
-    """Both in a few lines, to stand under a table."""
+    """Hardware and versions in a few lines, for the caption of a table."""
     known = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
     absent = ", ".join(name for name, version in versions().items() if not version)
     return [
@@ -57,7 +57,7 @@ def _version(distribution: str) -> str | None:
 
 def _processor() -> str:
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:  # not Linux
-        found = None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+        match = None
+    return match.group(1).strip() if match else platform.processor() or platform.machine()

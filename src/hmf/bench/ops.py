@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time of every op's versions, forward and backward, and how many times faster than the first version each is.
+"""Times of every op's versions, forward and backward, and their speed-ups over the first version.
 
-What dispatch would refuse on this machine is not run: its row says why. So does the row of a version that fails.
+A version that dispatch does not choose on this machine is not run. Its row has the reason, as for a version that fails.
 """
 
 from __future__ import annotations
@@ -22,16 +22,19 @@ from hmf.errors import HmfError, unknown_name
 from hmf.ops import dispatch
 from hmf.ops.samples import Sample, Shape, flat, sample
 
-# At the full size, or the first run of an op in a process would pay for all the memory that later ones find there:
-# twice the time, for a reference.
+# Runs at the full size. Otherwise the first timed run would include the allocation of memory, which doubles the time of
+# a reference.
 WARM_UP = 2
-LONGEST = 10.0  # seconds of timed runs, of which there is one in any case; the warm-up is one run if it takes as long
+LONGEST = 10.0  # seconds after which no further timed run starts; there is at least one run, and one of warm-up
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of every repeat; `forward` keeps what the backward needs, unless `backward` is not timed. What is not
-    timed is empty, and `reason` says why in one line where nobody asked for that; `failed`: it was tried."""
+    """Seconds of every repeat. `forward` stores activations for the backward, unless the backward is not timed.
+
+    Lists are empty if they were not timed; `reason` then says why, unless the caller asked for it. `failed`: the run
+    raised an error.
+    """
 
     op: str
     version: str
@@ -41,8 +44,7 @@ class Timing:
     failed: bool = False
 
     def speedup(self, baseline: Timing) -> list[float | None]:
-        """How many times faster than `baseline`: forward, backward, and one after the other, by medians; None where
-        one of the two has no time."""
+        """Speed-ups over `baseline` of forward, backward and both, by medians; None if one of the two has no time."""
         slow, quick = ([_median(timing.forward), _median(timing.backward)] for timing in (baseline, self))
         return [_ratio(*pair) for pair in (*zip(slow, quick, strict=True), (_sum(slow), _sum(quick)))]
 
@@ -63,7 +65,7 @@ def _ratio(slow: float | None, quick: float | None) -> float | None:
 def measure(
     op: str, version: str, shape: Shape, dtype: torch.dtype, device: str, repeats: int, backward: bool = True
 ) -> Timing:
-    """Times one version, as far as dispatch lets it run here."""
+    """Time one version, if dispatch allows it on this machine."""
     reason = None
     if version == "fast":
         if refused := dispatch.not_fast(op, device, False, dtype):
@@ -74,7 +76,7 @@ def measure(
     try:
         _repeated(function, made, dtype, device, WARM_UP, backward)
         times = _repeated(function, made, dtype, device, repeats, backward)
-    except Exception as error:  # a kernel that does not compile or no memory: the others' rows stay
+    except Exception as error:  # for example a kernel that does not compile; the other versions still run
         return Timing(op, version, [], [], " ".join(f"{type(error).__name__}: {error}".split()), failed=True)
     return Timing(op, version, [forward for forward, _ in times], [after for _, after in times if backward], reason)
 
@@ -82,7 +84,7 @@ def measure(
 def _repeated(
     function, made: Sample, dtype: torch.dtype, device: str, repeats: int, backward: bool
 ) -> list[tuple[float, float]]:
-    """`_run` until there are `repeats` or all took `LONGEST`."""
+    """Call `_run` `repeats` times, or until the runs took `LONGEST` seconds."""
     times: list[tuple[float, float]] = []
     while len(times) < repeats and sum(map(sum, times)) < LONGEST:
         times.append(_run(function, made, dtype, device, backward))
@@ -90,7 +92,7 @@ def _repeated(
 
 
 def _run(function, made: Sample, dtype: torch.dtype, device: str, backward: bool) -> tuple[float, float]:
-    """Seconds of one forward and of its backward for the output and the final states."""
+    """Seconds of one forward, and of the backward from its output and final states."""
     tensors = {name: x.requires_grad_(backward) for name, x in made.tensors(dtype, device).items()}
     start = _now(device)
     results = flat(made.call(function, tensors))
@@ -115,7 +117,7 @@ def run(
     versions: Sequence[str] = (),
     backward: bool = True,
 ) -> list[Timing]:
-    """Timings of `ops` (empty: all) in their `versions` (empty: all; on a CPU all but the GPU's kernels)."""
+    """Timings of `ops` (empty: all) in their `versions` (empty: all; on a CPU without GPU kernels)."""
     if device not in ("cpu", "cuda"):
         raise HmfError(f"--device: {unknown_name('device', device, ('cpu', 'cuda'))}")
     if device == "cuda" and not torch.cuda.is_available():
@@ -131,27 +133,35 @@ def run(
         if version in dispatch.implementations(op)
         and (version in versions if versions else version != "fast" or device == "cuda")
     ]
-    found = []
+    timings = []
     with tqdm(chosen, unit="version", disable=None) as bar:
         for op, version in bar:
             bar.set_description(f"{op}: {version}")
-            found.append(measure(op, version, shape, dtype, device, repeats, backward))
-    return found
+            timings.append(measure(op, version, shape, dtype, device, repeats, backward))
+    return timings
 
 
 def rows(timings: Sequence[Timing]) -> list[dict]:
-    """One row a timing, in milliseconds, with its ratios to the first version of its op that has a time."""
+    """One row per timing, in milliseconds, with speed-ups over the first version of its op that has a time."""
     first: dict[str, Timing] = {}
     result = []
     for timing in timings:
         baseline = first.setdefault(timing.op, timing) if timing.forward else first.get(timing.op, timing)
         forward, backward, both = timing.speedup(baseline)
-        result.append({
-            "op": timing.op, "version": timing.version, "repeats": len(timing.forward),
-            "forward_ms": _milliseconds(timing.forward), "backward_ms": _milliseconds(timing.backward),
-            "baseline": baseline.version, "forward_speedup": forward, "backward_speedup": backward, "speedup": both,
-            "reason": timing.reason,
-        })  # fmt: skip
+        result.append(
+            {
+                "op": timing.op,
+                "version": timing.version,
+                "repeats": len(timing.forward),
+                "forward_ms": _milliseconds(timing.forward),
+                "backward_ms": _milliseconds(timing.backward),
+                "baseline": baseline.version,
+                "forward_speedup": forward,
+                "backward_speedup": backward,
+                "speedup": both,
+                "reason": timing.reason,
+            }
+        )
     return result
 
 
@@ -172,10 +182,11 @@ def print_rows(table_rows: list[dict], title: str) -> None:
         ratios = [row[key] for key in ("forward_speedup", "backward_speedup", "speedup")]
         first = row["version"] == row["baseline"]
         table.add_row(
-            row["op"], row["version"],
+            row["op"],
+            row["version"],
             *("-" if time is None else "{min:,.1f} / {median:,.1f}".format(**time) for time in times),
             *("-" if ratio is None else "1" if first else f"{ratio:.1f}x" for ratio in ratios),
             str(row["repeats"]),
             end_section=after is None or after["op"] != row["op"],
-        )  # fmt: skip
+        )
     Console(width=max(125, Console().width)).print(table)

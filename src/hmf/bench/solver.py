@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far Gated KalmaNet's Chebyshev iteration is from the ridge solution that it approaches, by number of steps."""
+"""The error of Gated KalmaNet's Chebyshev iteration relative to the exact ridge solution, by number of steps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Distance:
     """Relative distances (norm of the difference over the norm) from the exact solution's results in float64."""
 
     num_iter: int
-    bound: float  # of the iteration's error in the exact solution, by theory
+    bound: float  # theoretical bound of the iteration's error
     float64: dict[str, float]
     float32: dict[str, float]
 
@@ -43,9 +43,9 @@ def bound(num_iter: int, ridge_strength: float) -> float:
 
 
 def distances(shape: Shape, ridge_strength: float = 0.02, steps: Sequence[int] = STEPS) -> list[Distance]:
-    """The iteration against the exact solve on random tokens of `shape`: outputs and gradients, one entry a step."""
+    """Compare the iteration with the exact solution on random tokens of `shape`: one entry per number of steps."""
     if ridge_strength <= 0:
-        raise HmfError("--ridge-strength: must be above 0, or the exact solution may not exist")
+        raise HmfError("--ridge-strength: must be above 0, because otherwise the exact solution may not exist")
     made = sample("gka", shape)
 
     def run(function, dtype: torch.dtype, **options) -> dict[str, torch.Tensor]:
@@ -64,32 +64,34 @@ def distances(shape: Shape, ridge_strength: float = 0.02, steps: Sequence[int] =
     ]
 
 
-def print_distances(found: Sequence[Distance], title: str) -> None:
+def print_distances(distances: Sequence[Distance], title: str) -> None:
     table = Table(title=title, title_justify="left", caption="\n".join(machine.lines()), caption_justify="left")
     table.add_column("num_iter", justify="right")
     for name in TENSORS:
         table.add_column(name, justify="right")
     table.add_column("output, float32", justify="right")
     table.add_column("bound", justify="right")
-    for distance in found:
+    for distance in distances:
         values = [*distance.float64.values(), distance.float32["output"], distance.bound]
         table.add_row(str(distance.num_iter), *(f"{value:.1e}" for value in values))
     Console(width=max(100, Console().width)).print(table)
 
 
-def plot(found: Sequence[Distance], title: str, path: Path) -> None:
-    """The distances over `num_iter`, as a picture at `path`."""
+def plot(distances: Sequence[Distance], title: str, path: Path) -> None:
+    """Plot the distances over `num_iter` to `path`."""
     from matplotlib.figure import Figure
 
-    steps = [distance.num_iter for distance in found]
+    steps = [distance.num_iter for distance in distances]
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
     for name in TENSORS:
-        axes.plot(steps, [distance.float64[name] for distance in found], marker="o", markersize=4, label=name)
+        axes.plot(steps, [distance.float64[name] for distance in distances], marker="o", markersize=4, label=name)
     axes.plot(
-        steps, [distance.float32["output"] for distance in found], "--", color="tab:blue", label="output, float32"
+        steps, [distance.float32["output"] for distance in distances], "--", color="tab:blue", label="output, float32"
     )
-    axes.plot(steps, [distance.bound for distance in found], color="0.6", linewidth=1, label="bound of the solution")
+    axes.plot(
+        steps, [distance.bound for distance in distances], color="0.6", linewidth=1, label="bound of the solution"
+    )
     axes.axvline(30, color="0.8", linewidth=1, zorder=0)  # the published number of steps
     axes.set(yscale="log", xlabel="num_iter", ylabel="relative distance", title=title)
     axes.grid(alpha=0.3)
@@ -97,4 +99,4 @@ def plot(found: Sequence[Distance], title: str, path: Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise HmfError(f"--plot: {path}: {error}; name a .png or .svg file in a directory that exists") from None
+        raise HmfError(f"--plot: {path}: {error}; give a .png or .svg file in an existing directory") from None

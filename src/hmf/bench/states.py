@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What keeping recurrent states in fewer bits costs: how far log-probabilities drift from those of full states.
+"""The effect of storing recurrent states in a narrower dtype: how far log-probabilities drift.
 
 Text is read a token at a time, as a server decodes, once with states as they are and once with every recurrent and
 convolution state rounded to the narrower dtype after each token. Weights and activations are the same in both.
@@ -26,8 +26,8 @@ from . import machine
 
 @dataclass(frozen=True)
 class Drift:
-    """Over positions `first` to `last`: nats by which the log-probability of the text's next token moved, on average
-    and at worst; the change of the mean loss; and the share of positions whose likeliest token is another one."""
+    """The drift over positions `first` to `last`: the mean and largest change of the next token's log-probability, in
+    nats; the change of the mean loss; and the share of positions whose most likely token changed."""
 
     first: int
     last: int
@@ -39,12 +39,12 @@ class Drift:
 
 @torch.inference_mode()
 def state_drift(model: PreTrainedModel, input_ids: torch.Tensor, dtype: torch.dtype, parts: int = 4) -> list[Drift]:
-    """The drift of a Hybrid's log-probabilities in `parts` stretches of input_ids [B, T], for states in `dtype`."""
-    found = []
+    """The drift of a Hybrid's log-probabilities in `parts` parts of input_ids [B, T], for states in `dtype`."""
+    changes = []
     steps = zip(_decode(model, input_ids, None), _decode(model, input_ids, dtype), strict=True)
     for (full, best), (narrow, other) in tqdm(steps, "decoding", input_ids.shape[1] - 1, unit="token", disable=None):
-        found.append(torch.stack([narrow - full, (best != other).to(full)]))
-    table = torch.stack(found)  # [T-1, 2, B]
+        changes.append(torch.stack([narrow - full, (best != other).to(full)]))
+    table = torch.stack(changes)  # [T-1, 2, B]
     bounds = [len(table) * part // parts for part in range(parts + 1)]
     drifts = []
     for first, end in zip(bounds, bounds[1:], strict=False):
@@ -59,7 +59,7 @@ def state_drift(model: PreTrainedModel, input_ids: torch.Tensor, dtype: torch.dt
 def _decode(
     model: PreTrainedModel, input_ids: torch.Tensor, dtype: torch.dtype | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """For each position but the last: the log-probability [B] of the next token, and the likeliest token [B]."""
+    """For each position except the last: the log-probability [B] of the next token, and the most likely token [B]."""
     config, cache = model.config, DynamicCache(config=model.config)
     narrowed = {
         index: [n for n, s in mixer_class(symbol).state_shapes(config).items() if s.kind in ("recurrent", "conv")]
@@ -80,10 +80,10 @@ def _decode(
 def measure(
     source: str | Path, dtype: str, tokens: int, batch: int, device: str = "cpu", corpus: str = STDLIB
 ) -> list[Drift]:
-    """On the first `tokens` tokens of each of `batch` held-out stretches of a corpus, for the Hybrid at `source`."""
+    """The drift on `batch` sequences of `tokens` tokens of held-out text, for the Hybrid at `source`."""
     model = load_model(source).to(device).eval()
     if not getattr(model.config, "pattern", None) or not model.config.pattern.replaced:
-        raise HmfError(f"{source}: has no recurrent layer, so no state to store; name a Hybrid")
+        raise HmfError(f"{source}: has no recurrent layer; give a Hybrid")
     limit = model.config.max_position_embeddings
     if not 2 <= tokens <= limit:
         raise HmfError(f"--tokens: {tokens} is not between 2 and {limit}, the model's max_position_embeddings")
@@ -95,14 +95,14 @@ def measure(
     return state_drift(model, ids, getattr(torch, dtype))
 
 
-def print_drift(found: list[Drift], title: str) -> None:
+def print_drift(drifts: list[Drift], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", caption="\n".join(machine.lines()), caption_justify="left")
     for name in ("positions", "mean |drift|", "worst", "change of loss", "other first choice"):
         table.add_column(name, justify="right")
-    for drift in found:
+    for drift in drifts:
         positions, loss = f"{drift.first:,}-{drift.last:,}", f"{drift.loss:+.1g}"
         table.add_row(positions, f"{drift.mean:.2g}", f"{drift.worst:.2g}", loss, f"{drift.changed:.2%}")
     Console().print(table)

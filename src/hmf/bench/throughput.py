@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """`hmf bench serving`: prefill and decode throughput of several models in vLLM, one engine after the other.
 
-Every engine runs in a process of its own, so that its memory is given back before the next one starts. Prompts are
-random token ids, the same for all models and other ones in each run, and prefix caching is off. After a warm-up of the
-same shapes:
+Every engine runs in its own process, so that its memory is freed before the next one starts. Prompts are random token
+ids, the same for all models but different in each run, and prefix caching is off. After a warm-up with the same shapes:
 
-- prefill: sequences are submitted together and each asks for one token; prompt tokens by the time to the last one, and
-  the mean of the times to each. As many for every model: where each fills its cache, as many as the first one holds.
-- decode: from the step that gave the last sequence its first token until every sequence has had `output` more. So
-  nothing but full batches of decodes is timed: no prefill, and no tail of fewer sequences. The rest is then aborted.
+- prefill: sequences are submitted together, and each generates one token. The results are the prompt tokens divided by
+  the time to the last token, and the mean time to a token. The number of sequences is the same for all models; if each
+  fills its cache, it is the number that the first model holds.
+- decode: the time from the step in which the last sequence got its first token until every sequence has `output` more
+  tokens. It therefore contains only full batches of decodes, without prefill and without a tail of fewer sequences. The
+  requests are then aborted.
 """
 
 from __future__ import annotations
@@ -45,26 +46,28 @@ from hmf.serving.vllm import register
 
 DTYPES = ("float32", "bfloat16", "float16")
 GROUP = "vllm.general_plugins"
-COPIED = 2**30  # bytes
-PLANNED = 0.95  # of the sequences that a plan says fit
+COPIED = 2**30  # bytes of a copy that measures bandwidth
+PLANNED = 0.95  # share of the planned sequences that is used, because a plan is an estimate
 
 
 @dataclass(frozen=True)
 class Load:
-    """So many sequences that decode at once, with prompts of so many tokens; 0: as many as a model's cache holds.
-    prefilled: how many are submitted to time their prefill, 0: the same."""
+    """`sequences` that decode at once, with prompts of `tokens` tokens; 0 sequences: as many as the cache holds.
+
+    prefilled: the number of sequences that are submitted to time the prefill; 0: the same.
+    """
 
     tokens: int
     sequences: int
     prefilled: int = 0
 
     def lead(self, batched_tokens: int) -> int:
-        """Tokens that the first sequence may be ahead when the last one gets its first, and a few more."""
+        """An upper bound of the tokens that the first sequence is ahead when the last one gets its first token."""
         return 2 * math.ceil(self.tokens * self.sequences / (batched_tokens - self.sequences)) + 8
 
 
 def parse_loads(text: str) -> list[Load]:
-    """`"16K:20,32768:max"` -> [Load(16384, 20), Load(32768, 0)]; HmfError naming the part that is no such pair."""
+    """`"16K:20,32768:max"` -> [Load(16384, 20), Load(32768, 0)]; HmfError names an invalid part."""
     loads = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(0*[1-9][0-9]*[KkMm]?):(0*[1-9][0-9]*|max)\s*", part)
@@ -76,9 +79,12 @@ def parse_loads(text: str) -> list[Load]:
 
 @dataclass(frozen=True)
 class Run:
-    """What is measured, for every model alike. output: tokens that each sequence decodes while it is timed; repeats:
-    timed runs, of which the fastest counts; utilisation, batched_tokens, ranks and enforce_eager: vLLM's
-    --gpu-memory-utilization, --max-num-batched-tokens, --tensor-parallel-size and --enforce-eager."""
+    """The settings of a measurement, which are the same for all models.
+
+    output: timed decoded tokens of each sequence; repeats: timed runs, of which the fastest counts; utilisation,
+    batched_tokens, ranks and enforce_eager: vLLM's --gpu-memory-utilization, --max-num-batched-tokens,
+    --tensor-parallel-size and --enforce-eager.
+    """
 
     loads: Sequence[Load]
     output: int = 128
@@ -93,19 +99,24 @@ class Run:
         if self.dtype not in DTYPES:
             raise HmfError(f"--dtype: {unknown_name('dtype', self.dtype, DTYPES)}")
         if self.batched_tokens <= (most := max(load.sequences for load in self.loads)):
-            raise HmfError(f"--batched-tokens: {self.batched_tokens} leaves none for prompts beside {most} "
-                           "sequences that decode; give more")  # fmt: skip
+            raise HmfError(
+                f"--batched-tokens: {self.batched_tokens} leaves no tokens for prompts while {most} sequences decode; "
+                "give more"
+            )
 
     def length(self, load: Load) -> int:
-        """Tokens of the longest sequence of a load, prompt and answer."""
+        """Tokens of the longest sequence of a load, prompt and output."""
         return load.tokens + load.lead(self.batched_tokens) + self.output
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure. folder: what vLLM loads, with a config alone or a whole checkpoint; loads: the run's, with as
-    many sequences as fit this model, and for prefill as many as fit the first; plan: for the bytes of a decode step,
-    None where weights are quantised; arguments, environment: of its engine."""
+    """A model to measure.
+
+    folder: the checkpoint, or a folder with only a config; loads: the run's, with the sequences that fit this model,
+    and for prefill those that fit the first model; plan: for the bytes of a decode step, None with quantised weights;
+    arguments, environment: those of the engine.
+    """
 
     name: str
     folder: Path
@@ -123,9 +134,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one model: seconds of every timed run for each load; the KV cache in tokens, as vLLM says it; bytes/s of a
-    copy on the GPU, read and written counted alike (None on a CPU); seconds until the engine was ready; CUDA graphs and
-    attention and state backends as the worker chose them; ttft: the mean seconds to a first token of each prefill."""
+    """The results of one model.
+
+    prefill, decode: seconds of every timed run for each load; capacity: vLLM's KV cache size in tokens; copy_rate:
+    bytes/s read and written by a copy on the GPU (None on a CPU); start: seconds until the engine was ready;
+    cuda_graphs, backends: the worker's choices; ttft: the mean seconds to the first token of each prefill.
+    """
 
     prefill: list[list[float]]
     decode: list[list[float]]
@@ -140,9 +154,9 @@ class Measured:
 def subject(
     name: str, folder: Path, run: Run, overrides: dict[str, Any] | None = None, first: Subject | None = None
 ) -> Subject:
-    """The model at `folder`; random weights where it holds none. HmfError for what vLLM would not serve.
+    """The model at `folder`, with random weights if it has none. HmfError if vLLM cannot serve it.
 
-    overrides: vLLM's --hf-overrides; first: the model that the others are compared with, None for that one itself.
+    overrides: vLLM's --hf-overrides; first: the model that the others are compared with, or None for this model itself.
     """
     config = load_config(folder, weights=False)
     for key, value in (overrides or {}).items():
@@ -160,23 +174,28 @@ def subject(
     most = max(max(load.sequences, load.prefilled) for load in loads)
     if longest > config.max_position_embeddings:
         raise HmfError(
-            f"--context: {longest:,} tokens with what is decoded, and {name} has max_position_embeddings "
-            f"{config.max_position_embeddings:,}; ask for fewer"
+            f"--context: {longest:,} tokens with the decoded ones are more than the max_position_embeddings of {name}, "
+            f"{config.max_position_embeddings:,}; give fewer"
         )
     settings = replace(_settings(run), max_num_seqs=most)
     _, options, environment = for_machine(config, settings, run.ranks)
     options |= {
-        "--model": str(folder), "--load-format": "dummy" if random else "auto", "--dtype": run.dtype,
-        "--max-model-len": str(longest), "--max-num-batched-tokens": str(run.batched_tokens),
-        "--gpu-memory-utilization": str(run.utilisation), "--no-enable-prefix-caching": None,
-        "--skip-tokenizer-init": None, "--disable-log-stats": None,
+        "--model": str(folder),
+        "--load-format": "dummy" if random else "auto",
+        "--dtype": run.dtype,
+        "--max-model-len": str(longest),
+        "--max-num-batched-tokens": str(run.batched_tokens),
+        "--gpu-memory-utilization": str(run.utilisation),
+        "--no-enable-prefix-caching": None,
+        "--skip-tokenizer-init": None,
+        "--disable-log-stats": None,
         "--worker-extension-cls": f"hmf.bench.throughput.{Inspection.__name__}",
-    }  # fmt: skip
+    }
     if run.enforce_eager:
         options["--enforce-eager"] = None
     if overrides:
         options["--hf-overrides"] = json.dumps(overrides)
-    # Without a limit of memory: only the bytes of a step are asked of it.
+    # Without a memory limit, because this plan is used only for the bytes of a step.
     plan = None if quantised else make_plan(config, Device("", 0, 0.0), run.ranks, dtype, settings, room=2**60)
     arguments = tuple(text for pair in options.items() for text in pair if text is not None)
     return Subject(name, folder, loads, random, config.vocab_size, plan, arguments, environment)
@@ -187,20 +206,20 @@ def _settings(run: Run) -> ServingSettings:
 
 
 def _filled(load: Load, name: str, config: Any, run: Run) -> Load:
-    """`load` with as many sequences as the planned cache of a model holds until they end, less what a plan may err."""
+    """`load` with the number of sequences whose full length fits the model's planned cache, times `PLANNED`."""
     plan, *_ = for_machine(config, _settings(run), run.ranks)
     for sequences in range(min(plan.most_requests, run.batched_tokens // 2), 0, -1):
-        found = replace(load, sequences=sequences)
-        if sequences <= PLANNED * plan.sequences(run.length(found)):
-            return found
-    raise HmfError(f"--context: {name}: not one sequence of {load.tokens:,} tokens fits; ask for fewer")
+        filled = replace(load, sequences=sequences)
+        if sequences <= PLANNED * plan.sequences(run.length(filled)):
+            return filled
+    raise HmfError(f"--context: {name}: no sequence of {load.tokens:,} tokens fits; give fewer tokens")
 
 
-# ---- in the process of a model
+# ---- in the process of one model
 
 
 class Inspection:
-    """Mixed into vLLM's worker, which alone knows what it has settled on."""
+    """An extension of vLLM's worker, which reports its choices."""
 
     vllm_config: Any
     model_runner: Any
@@ -212,8 +231,8 @@ class Inspection:
         return [mode, ", ".join(sorted({group.backend.get_name() for group in groups}))]
 
 
-def measure(job: dict[str, Any], tell: Callable[[str], None]) -> Measured:
-    """Start the engine of a job and time its loads; `tell` is called after the start and after each run."""
+def measure(job: dict[str, Any], progress: Callable[[str], None]) -> Measured:
+    """Start the engine of a job and time its loads; `progress` is called after the start and after each run."""
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -222,7 +241,7 @@ def measure(job: dict[str, Any], tell: Callable[[str], None]) -> Measured:
     arguments = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(job["arguments"])
     llm = LLM.from_engine_args(EngineArgs.from_cli_args(arguments))
     started = time.perf_counter() - started
-    tell("warming up")
+    progress("warming up")
     generator = torch.Generator().manual_seed(0)
     prefill, decode, ttft = list[list[float]](), list[list[float]](), list[list[float]]()
     for load in (Load(**fields) for fields in job["loads"]):
@@ -234,11 +253,11 @@ def measure(job: dict[str, Any], tell: Callable[[str], None]) -> Measured:
                 sequences = load.sequences if tokens else load.prefilled or load.sequences
                 prompts = torch.randint(job["vocabulary"], (sequences, load.tokens), generator=generator).tolist()
                 seconds.append(_generate(llm.llm_engine, prompts, tokens, lead))
-                tell(f"{planner.short(load.tokens)} x {sequences}")
+                progress(f"{planner.short(load.tokens)} x {sequences}")
             if warm:
                 times.append((seconds[0][0], seconds[1][1], seconds[0][2]))
-        for found, part in zip((prefill, decode, ttft), zip(*times, strict=True), strict=True):
-            found.append(list(part))
+        for results, part in zip((prefill, decode, ttft), zip(*times, strict=True), strict=True):
+            results.append(list(part))
     graphs, backends = llm.collective_rpc(Inspection.hmf_choices.__name__)[0]
     capacity = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
     llm.llm_engine.engine_core.shutdown()
@@ -246,14 +265,18 @@ def measure(job: dict[str, Any], tell: Callable[[str], None]) -> Measured:
 
 
 def _generate(engine: Any, prompts: list[list[int]], tokens: int, lead: int) -> tuple[float, float, float]:
-    """Seconds until all have their first token, from then until all have `tokens` more, the mean to a first."""
+    """Seconds until all sequences have their first token, from then until all have `tokens` more, and the mean time to
+    a first token."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     params = SamplingParams(
-        temperature=0, max_tokens=1 + lead + tokens if tokens else 1, ignore_eos=True, detokenize=False,
+        temperature=0,
+        max_tokens=1 + lead + tokens if tokens else 1,
+        ignore_eos=True,
+        detokenize=False,
         output_kind=RequestOutputKind.DELTA,
-    )  # fmt: skip
+    )
     begun = time.perf_counter()
     had = {f"{begun}-{index}": 0 for index in range(len(prompts))}
     for name, prompt in zip(had, prompts, strict=True):
@@ -273,13 +296,13 @@ def _generate(engine: Any, prompts: list[list[int]], tokens: int, lead: int) -> 
                 return first - begun, rest, waited / len(had)
             break
     raise HmfError(
-        f"{len(prompts)} sequences of {len(prompts[0]):,} tokens did not decode together: the cache holds too few; "
-        "ask for fewer in --context, or raise --gpu-memory-utilization"
+        f"--context: the cache cannot hold {len(prompts)} sequences of {len(prompts[0]):,} tokens at once; "
+        "give fewer, or raise --gpu-memory-utilization"
     )
 
 
 def _copy_rate() -> float | None:
-    """Bytes/s, read and written, of the fastest of some large copies on the GPU; None without one."""
+    """Bytes/s, read plus written, of the fastest of several large copies on the GPU; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     source = torch.zeros(COPIED, dtype=torch.uint8, device="cuda")
@@ -293,28 +316,28 @@ def _copy_rate() -> float | None:
 
 
 def _main(folder: Path) -> int:
-    """The process of one model: reads job.json in `folder` and adds lines of JSON to events."""
+    """The process of one model: reads job.json in `folder` and appends lines of JSON to the file `events`."""
 
-    def tell(**event: Any) -> None:
+    def report(**event: Any) -> None:
         with (folder / "events").open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
 
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     try:
-        tell(result=asdict(measure(job, lambda text: tell(doing=text))))
+        report(result=asdict(measure(job, lambda text: report(doing=text))))
     except HmfError as error:
-        tell(error=str(error))
+        report(error=str(error))
         return 2
     return 0
 
 
-# ---- in the command's process
+# ---- in the process of the command
 
 
 def run_all(subjects: Sequence[Subject], run: Run) -> Iterator[Measured | HmfError]:
-    """Measure one model after the other, each in a process of its own; an error names the one that failed."""
+    """Measure one model after the other, each in its own process; an error names the model that failed."""
     steps = len(subjects) * (1 + len(run.loads) * (1 + 2 * run.repeats))
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no engine is left
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # runs the clean-up of the engine
     try:
         with tqdm(total=steps, unit="run", disable=None) as bar, _plugin() as environment:
             for one in subjects:
@@ -341,9 +364,13 @@ def _run_one(one: Subject, run: Run, environment: dict[str, str], bar: Any) -> M
         events.touch()
         with log.open("wb") as output, events.open(encoding="utf-8") as lines:
             process = subprocess.Popen(
-                [sys.executable, "-m", "hmf.bench.throughput", name], stdin=subprocess.DEVNULL, stdout=output,
-                stderr=subprocess.STDOUT, env=os.environ | one.environment | environment, process_group=0,
-            )  # fmt: skip
+                [sys.executable, "-m", "hmf.bench.throughput", name],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | one.environment | environment,
+                process_group=0,
+            )
             last: dict[str, Any] = {}
             try:
                 while process.poll() is None:
@@ -380,9 +407,9 @@ def _reason(log: str, count: int = 12) -> str:
 
 @contextmanager
 def _plugin() -> Iterator[dict[str, str]]:
-    """What the environment needs so that vLLM finds the plugin in each of its processes.
+    """The environment variables with which vLLM finds the plugin in each of its processes.
 
-    Nothing where the package is installed. From a bare source tree: a folder on the path with the entry point in it.
+    None if the package is installed. For a source tree, PYTHONPATH with a temporary folder that has the entry point.
     """
     target = f"{register.__module__}:{register.__name__}"
     if any(point.value == target for point in importlib.metadata.entry_points(group=GROUP)):

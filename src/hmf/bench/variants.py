@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which models `hmf bench serving` measures: those that are named, and again with other values in their configs."""
+"""The models that `hmf bench serving` measures: the given ones, and variants with other values in their configs."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from .throughput import Run, Subject, subject
 def subjects(
     named: Sequence[tuple[str, Path]], run: Run, hf_overrides: str | None = None, variants: Sequence[str] = ()
 ) -> list[Subject]:
-    """The models to measure: all of `named`, then for each of `variants` those whose config has its keys once more.
+    """The models to measure: all of `named`, then for each of `variants` again those whose config has its keys.
 
-    hf_overrides, variants: JSON. HmfError for what no model takes: it would change nothing.
+    hf_overrides, variants: JSON. HmfError for an override that no model has, because it would have no effect.
     """
     configs = {name: as_hybrid(load_config(folder, weights=False)) for name, folder in named}
     shared = {} if hf_overrides is None else parse_overrides("--hf-overrides", hf_overrides)
     for key in shared:
         if not any(takes(config, key) for config in configs.values()):
-            raise HmfError(f"--hf-overrides: {key}: no MODEL has such a key, or layers of that type; leave it out")
+            raise HmfError(f"--hf-overrides: {key}: no MODEL has this key or layers of this type; leave it out")
     plain = {name: {key: x for key, x in shared.items() if takes(config, key)} for name, config in configs.items()}
-    found = [(name, folder, plain[name]) for name, folder in named]
+    measured = [(name, folder, plain[name]) for name, folder in named]
     for text in variants:
         extra = parse_overrides("--variant", text)
         taking = [(name, folder) for name, folder in named if all(takes(configs[name], key) for key in extra)]
         if not taking:
-            raise HmfError(f"--variant: {text}: no MODEL has such keys, or layers of that type; leave it out")
+            raise HmfError(f"--variant: {text}: no MODEL has these keys or layers of this type; leave it out")
         label = ", ".join(_values(extra))
-        found += [(f"{name}, {label}", folder, plain[name] | extra) for name, folder in taking]
+        measured += [(f"{name}, {label}", folder, plain[name] | extra) for name, folder in taking]
     result: list[Subject] = []
-    for name, folder, overrides in found:
+    for name, folder, overrides in measured:
         result.append(subject(name, folder, run, overrides, result[0] if result else None))
     return result
 
@@ -49,7 +49,7 @@ def _values(overrides: dict[str, Any]) -> Iterator[str]:
 
 
 def takes(config: Any, key: str) -> bool:
-    """Whether an override of `key` says something of a model's config: of layers that it has, or a key of its own."""
+    """Whether an override of `key` affects a model: it is a key of its config, or has options of one of its layers."""
     for kind in LAYER_KINDS.values():
         if key in (kind.config_key, kind.overrides_key):
             return hasattr(config, "pattern") and kind in needed_kinds(config, config.pattern.symbols)
@@ -57,13 +57,13 @@ def takes(config: Any, key: str) -> bool:
 
 
 def parse_overrides(option: str, text: str) -> dict[str, Any]:
-    """JSON as vLLM's --hf-overrides takes it; HmfError that names `option`."""
+    """The JSON object of vLLM's --hf-overrides; HmfError names `option`."""
     try:
-        found = json.loads(text)
+        overrides = json.loads(text)
     except json.JSONDecodeError:
-        found = None
-    if not isinstance(found, dict) or not found:
+        overrides = None
+    if not isinstance(overrides, dict) or not overrides:
         raise HmfError(
-            f'{option}: {text} is no table in JSON; write for example {{"gka_overrides": {{"num_iter": 10}}}}'
+            f'{option}: {text} is not a JSON object; write for example {{"gka_overrides": {{"num_iter": 10}}}}'
         )
-    return found
+    return overrides

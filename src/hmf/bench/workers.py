@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that compile and run GPU kernels side by side. Imports nothing that takes time."""
+"""Worker processes that compile and run GPU kernels in parallel. This module's imports are fast."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from multiprocessing.context import BaseContext
 
 
 def prepare() -> BaseContext:
-    """The context of a pool whose workers start with the imports of `hmf doctor` done.
+    """The context of a pool whose workers have the imports of `hmf doctor` already.
 
     A process that has used CUDA cannot be forked, so they are forked from one that only imports. It begins at once and
     does not wait to be asked for a worker, so that the caller can import what it needs meanwhile.
@@ -22,7 +22,7 @@ def prepare() -> BaseContext:
 
 
 def head_start() -> None:
-    """`prepare` early where there is a driver of NVIDIA GPUs; whether PyTorch sees a GPU takes seconds to find out."""
+    """Call `prepare` early if there is an NVIDIA driver. Asking PyTorch for a GPU would take seconds."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:

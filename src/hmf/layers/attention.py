@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What layers take over from the base family's attention: which tensors it has, and rotary positions.
+"""Properties of the base family's attention that layers reuse: its parameters, rotary positions and query scaling.
 
 Legend: B batch, T tokens, H heads, K head_dim.
 """
@@ -14,9 +14,9 @@ import torch
 
 
 def stock_parameters(config: Any, layer_idx: int) -> frozenset[str]:
-    """Names of the parameters of the base family's own attention, as `q_proj.bias` or `q_norm.weight`.
+    """Names of the parameters of the base family's own attention, such as `q_proj.bias` or `q_norm.weight`.
 
-    Asked of the family's class itself, so that no table repeats which family has biases or query and key norms.
+    They are read from the family's class, so that no table lists which family has biases or query and key norms.
     """
     with torch.device("meta"):
         attention = config.family.class_named("Attention")(config, layer_idx)
@@ -24,10 +24,9 @@ def stock_parameters(config: Any, layer_idx: int) -> frozenset[str]:
 
 
 def query_growth(config: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """What the base multiplies its queries with by position: position_ids [B or 1, T] -> [B or 1, 1, T, 1].
+    """The position-dependent factor of the base's queries: position_ids [B or 1, T] -> [B or 1, 1, T, 1], or None.
 
-    None where the family's queries do not grow. In Ministral 3 it is the log of how often the position exceeds the
-    length of pre-training.
+    Only Ministral 3 has one. There it grows with the logarithm of the position divided by the pre-training length.
     """
     if (grow := config.family.query_growth()) is None:
         return None
@@ -41,18 +40,18 @@ def with_query_scale(
     position_ids: torch.Tensor | None,
     growth: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> tuple[torch.Tensor, ...]:
-    """(cos, sin), and with a `query_growth` its factor [B or 1, T, 1, 1] beside them."""
+    """(cos, sin), or (cos, sin, factor) where `query_growth` gives a factor [B or 1, T, 1, 1]."""
     if growth is None:
         return position_embeddings
     if position_ids is None:
-        raise ValueError("position_ids: the base scales its queries by position; pass them")
+        raise ValueError("position_ids: the base scales its queries by position; pass position_ids")
     return (*position_embeddings, growth(position_ids).transpose(1, 2).to(position_embeddings[0]))
 
 
 def rotate_query(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, factor: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`rotate`, and the base's factor of queries if it has one: by what `with_query_scale` gives."""
+    """`rotate`, multiplied by the base's query factor if there is one; arguments as `with_query_scale` returns them."""
     return rotate(x, cos, sin) if factor is None else rotate(x, cos, sin) * factor
 
 

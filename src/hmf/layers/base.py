@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every token mixer shares: padding and packing, its cache, its float32 parameters, its start from attention.
+"""The base class of token mixers: padding and packing, cache, float32 parameters, and initialisation from attention.
 
 Legend: B batch, T tokens, S sequences (rows or packed documents), D hidden_size.
 """
@@ -23,10 +23,10 @@ States = dict[str, torch.Tensor]
 
 
 class StateShape(NamedTuple):
-    """One state of one sequence at its largest.
+    """The largest shape of one state of one sequence.
 
     kind: "recurrent" (float32), "conv" and "window" (the model's dtype; a window's first dimension counts positions),
-    or "count" (int64). reach: the positions of a window that one token reads; None: all of them.
+    or "count" (int64). reach: the number of a window's positions that one token reads; None is all of them.
     """
 
     shape: tuple[int, ...]
@@ -36,8 +36,8 @@ class StateShape(NamedTuple):
     def dtype(
         self, model: torch.dtype, recurrent: torch.dtype = torch.float32, conv: torch.dtype | None = None
     ) -> torch.dtype:
-        """As `Mixer.mix` returns it in a model of dtype `model`, or as a server keeps it that stores states in other
-        dtypes."""
+        """The dtype in which `Mixer.mix` returns the state in a model of dtype `model`. A server may store recurrent
+        and conv states in other dtypes."""
         return {"recurrent": recurrent, "conv": conv or model, "window": model, "count": torch.int64}[self.kind]
 
     def bytes(self, *dtypes: torch.dtype) -> int:
@@ -46,27 +46,28 @@ class StateShape(NamedTuple):
 
 
 def split_heads(heads: int, ranks: int) -> int:
-    """Heads on each of `ranks` tensor-parallel ranks; where there are fewer heads than ranks, ranks share one."""
+    """Heads on each of `ranks` tensor-parallel ranks. With fewer heads than ranks, several ranks hold the same head."""
     return max(1, heads // ranks)
 
 
 def heads_fit(config: Any, ranks: int) -> bool:
-    """Whether `ranks` tensor-parallel ranks hold equally many query and key/value heads, or share the latter evenly."""
+    """Whether the query heads divide evenly over tensor-parallel ranks, and the key/value heads divide evenly or are
+    shared by equally many ranks."""
     queries, keys = config.num_attention_heads, config.num_key_value_heads
     return queries % ranks == 0 and (keys % ranks == 0 or ranks % keys == 0)
 
 
 @dataclass
 class Start:
-    """Where each tensor of a mixer came from, and what became of each tensor of the attention it started from."""
+    """How each tensor of a mixer was initialised, and whether each tensor of the original attention was used."""
 
     copied: dict[str, str] = field(default_factory=dict)  # tensor -> attention tensor
     derived: dict[str, tuple[str, ...]] = field(default_factory=dict)  # tensor -> attention tensors
     initialised: list[str] = field(default_factory=list)
-    unused: dict[str, str] = field(default_factory=dict)  # attention tensor -> why
+    unused: dict[str, str] = field(default_factory=dict)  # attention tensor -> reason
 
     def under(self, prefix: str) -> Start:
-        """The same report for a mixer that is the child `prefix` of another."""
+        """The same report for a mixer that is the child module `prefix` of another one."""
         return Start(
             {f"{prefix}.{name}": source for name, source in self.copied.items()},
             {f"{prefix}.{name}": sources for name, sources in self.derived.items()},
@@ -75,38 +76,44 @@ class Start:
         )
 
     def merge(self, other: Start) -> None:
-        """Add another report on the same attention; a tensor that either one uses is used."""
+        """Add another report on the same attention. A tensor that either report uses counts as used."""
         self.copied |= other.copied
         self.derived |= other.derived
         self.initialised += other.initialised
         self.unused = {name: why for name, why in (self.unused | other.unused).items() if name not in self.used()}
 
-    def leave(self, given: Iterable[str], names: Iterable[str], why: str) -> None:
-        """Account for those of `names` that the attention has and this mixer does not use."""
-        self.unused |= {name: why for name in names if name in given and name not in self.used()}
+    def mark_unused(self, attention_names: Iterable[str], names: Iterable[str], why: str) -> None:
+        """Record those of `names` that are in `attention_names` and that this mixer does not use."""
+        self.unused |= {name: why for name in names if name in attention_names and name not in self.used()}
 
     def used(self) -> set[str]:
         return set(self.copied.values()) | {name for names in self.derived.values() for name in names}
 
     def check(self, mixer: nn.Module, attention: nn.Module) -> None:
-        """Every tensor on both sides is accounted for exactly once, or HmfError."""
-        filled = [*self.copied, *self.derived, *self.initialised]
-        have = dict(mixer.named_parameters()).keys()
-        if left := sorted(have ^ set(filled)) or sorted(name for name in filled if filled.count(name) > 1):
-            raise HmfError(f"{type(mixer).__name__}: tensors without one clear start: {', '.join(left)}")
-        given = dict(attention.named_parameters()).keys()
-        if left := sorted(given ^ (self.used() | self.unused.keys())):
-            raise HmfError(f"{type(attention).__name__}: tensors neither used nor accounted for: {', '.join(left)}")
+        """HmfError unless the report has every tensor of the mixer and of the attention exactly once."""
+        reported = [*self.copied, *self.derived, *self.initialised]
+        parameters = dict(mixer.named_parameters()).keys()
+        if wrong := sorted(parameters ^ set(reported)) or sorted(x for x in reported if reported.count(x) > 1):
+            raise HmfError(
+                f"{type(mixer).__name__}: tensors that are not initialised, unknown or initialised twice: "
+                f"{', '.join(wrong)}"
+            )
+        parameters = dict(attention.named_parameters()).keys()
+        if wrong := sorted(parameters ^ (self.used() | self.unused.keys())):
+            raise HmfError(
+                f"{type(attention).__name__}: tensors that are unknown, or neither used nor reported as unused: "
+                f"{', '.join(wrong)}"
+            )
 
 
 class Mixer(nn.Module):
-    """A layer that replaces `self_attn` in a decoder layer: hidden_states in, mixed hidden_states out.
+    """A layer that replaces `self_attn` in a decoder layer: it takes and returns hidden_states.
 
-    A subclass implements `mix`, which knows nothing of padding, caches or parallelism, and `init_from_attention`.
+    A subclass implements `init_from_attention`, and `mix`, which handles neither padding, nor caches, nor parallelism.
     """
 
     symbol: ClassVar[str]
-    # Parameters that a cast to bfloat16 or float16 leaves in float32: rounding them moves every decay.
+    # Parameters that stay in float32 when the model is cast to bfloat16 or float16: rounding them changes every decay.
     float32_parameters: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any, layer_idx: int):
@@ -117,7 +124,7 @@ class Mixer(nn.Module):
 
     @classmethod
     def options_for(cls, config: Any) -> Any:
-        """This kind's options in a hybrid config, with the base model's dimensions."""
+        """The options of this layer type in a hybrid config, with the base model's dimensions."""
         return layer_options(config, cls.symbol)
 
     def mix(
@@ -127,19 +134,19 @@ class Mixer(nn.Module):
         cu_seqlens: torch.Tensor | None,
         position_embeddings: tuple[torch.Tensor, ...] | None,
     ) -> tuple[torch.Tensor, States]:
-        """One pass over whole tokens: no padding.
+        """Mix tokens without padding.
 
-        hidden_states [B, T, D], or [1, N, D] with cu_seqlens [S+1]; states, each [S, ...], left by the same method on
-        the tokens before, or None at the start; position_embeddings: what `positioned` gives for these tokens.
-        Returns the output in hidden_states' shape and the states after the last token of each sequence.
+        hidden_states [B, T, D], or [1, N, D] with cu_seqlens [S+1]; states, each [S, ...], as this method returned them
+        for the tokens before, or None at the start; position_embeddings: the result of `positioned` for these tokens.
+        Returns the output in the shape of hidden_states, and the states after the last token of each sequence.
         """
         raise NotImplementedError
 
     def positioned(
         self, position_embeddings: tuple[torch.Tensor, torch.Tensor], position_ids: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
-        """What `mix` gets of positions, each [B, T, ...]: the rotary tables (cos, sin) [B, T, head_dim], and what
-        else a mixer needs."""
+        """The position-dependent tensors that `mix` receives, each [B, T, ...]: the rotary tables (cos, sin)
+        [B, T, head_dim], and further ones that a mixer needs."""
         return position_embeddings
 
     def forward(
@@ -151,10 +158,10 @@ class Mixer(nn.Module):
         position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """hidden_states [B, T, D] -> ([B, T, D], None), in the place of a Hugging Face attention.
+        """hidden_states [B, T, D] -> ([B, T, D], None), with the interface of a Hugging Face attention.
 
-        layout says which tokens are real and where documents begin (None: all rows whole); past_key_values is a cache
-        whose layer `layer_idx` is a `MixerCacheLayer`.
+        layout: which tokens are real and where documents begin; None if all rows are whole sequences without padding.
+        past_key_values: a cache whose layer `layer_idx` is a `MixerCacheLayer`.
         """
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         states = cache.states if cache is not None and cache.is_initialized else None
@@ -171,23 +178,24 @@ class Mixer(nn.Module):
         return output, None
 
     def init_from_attention(self, attention: nn.Module, generator: torch.Generator, std: float) -> Start:
-        """Fill every parameter from a trained attention (Stage 0); random ones from `generator`, matrices with `std`.
+        """Initialise every parameter from a trained attention (Stage 0).
 
-        Returns where each tensor came from.
+        Random values come from `generator`; random matrices have the standard deviation `std`. Returns the origin of
+        each tensor.
         """
         raise NotImplementedError
 
     @classmethod
     def state_shapes(cls, config: Any, ranks: int = 1) -> dict[str, StateShape]:
-        """The states that `mix` returns, by name and without S, on one of `ranks` tensor-parallel ranks."""
+        """The states that `mix` returns, by name, without the dimension S, on one of `ranks` tensor-parallel ranks."""
         raise NotImplementedError
 
     def sections(self, name: str) -> tuple[int, ...] | None:
-        """Widths of the sections of parameter `name` that hold heads each, in order; None: it is one section."""
+        """Widths of the sections of parameter `name`, in order; each section consists of heads. None: one section."""
         return None
 
     def init_recurrence(self, generator: torch.Generator | None = None) -> None:
-        """Fill the directly owned parameters (decay, step size); a mixer without any has nothing to do."""
+        """Initialise the parameters that are no submodule's (decay, step size). By default there are none."""
 
     def _apply(self, fn, recurse=True):
         kept = {name: getattr(self, name) for name in self.float32_parameters if getattr(self, name, None) is not None}
@@ -201,10 +209,10 @@ class Mixer(nn.Module):
 
 
 def init_decay(A_log: nn.Parameter, dt_bias: nn.Parameter, generator: torch.Generator | None = None) -> None:
-    """Mamba's start (arXiv 2312.00752): A_log = log U(0, 16); softplus(dt_bias) log-uniform in [1e-3, 0.1]."""
+    """Mamba's initialisation (arXiv 2312.00752): A_log = log U(0, 16); softplus(dt_bias) log-uniform in [1e-3, 0.1]."""
     with torch.no_grad():
         shape, device = A_log.shape, A_log.device
-        # uniform draws from [0, 1): keep the log finite
+        # torch.rand may return 0, whose log is not finite
         uniform = torch.rand(shape, generator=generator).clamp_min(1e-6) * 16
         low, high = torch.tensor(1e-3).log(), torch.tensor(0.1).log()
         dt = (torch.rand(shape, generator=generator) * (high - low) + low).exp()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""B'MOJO-F (arXiv 2407.06324): a window of attention on the tokens, and before it a window on a recurrent layer's
-outputs, the fading tokens.
+"""B'MOJO-F (arXiv 2407.06324): attention to a window of the tokens, and to fading tokens in the window before it.
+
+The fading tokens are the outputs of a recurrent layer.
 
 Legend: B batch, T tokens, S sequences (rows or documents), P kept positions, H query heads, Hk key/value heads,
 K head_dim.
@@ -27,19 +28,19 @@ from .swa import count_tokens
 
 # The recurrent layers that can make the fading tokens.
 INNER_MIXERS: dict[str, type[Mixer]] = {cls.symbol: cls for cls in (GatedDeltaNet, GatedKalmaNet, Mamba2)}
-INNER = "inner_"  # opens the names of the recurrent layer's states
+INNER = "inner_"  # prefix of the names of the recurrent layer's states
 
 
 class BMojoAttention(nn.Module):
-    """Projections and norms of both windows; those of the fading one end in `_`, or are the same when tied."""
+    """Projections and norms of both windows. Those of the fading window end in `_`; when tied, they are shared."""
 
     def __init__(self, config: Any, options: Any, qk_norm: bool):
         super().__init__()
-        # published: families whose config says nothing of biases get them on q, k and v
+        # As published: without `attention_bias` in the family's config, q, k and v have biases.
         bias, o_bias = getattr(config, "attention_bias", True), getattr(config, "attention_bias", False)
         inner, kv = options.num_heads * options.head_dim, options.num_key_value_heads * options.head_dim
         self.head_dim, self.tied = options.head_dim, options.tie_attn_weights
-        whole = getattr(config, "whole", config)  # where `config` is that of a tensor-parallel rank
+        whole = getattr(config, "whole", config)  # the whole model's, if `config` is that of a tensor-parallel rank
         self.scale = (options.head_dim if qk_norm else whole.hidden_size // whole.num_attention_heads) ** -0.5
         for end in ("",) if self.tied else ("", "_"):
             for name, width in (("q", inner), ("k", kv), ("v", kv)):
@@ -49,12 +50,12 @@ class BMojoAttention(nn.Module):
         self.o_proj = nn.Linear(inner, options.hidden_size, bias=o_bias)
 
     def normed(self, name: str, x: torch.Tensor, fading: bool) -> torch.Tensor:
-        """q, k or v with norm and without positions: x [..., D] -> [..., heads, K]."""
+        """q, k or v with norm, before rotary positions: x [..., D] -> [..., heads, K]."""
         projection = f"{name}_proj{'_' if fading and not self.tied else ''}"
         return self.heads(projection, getattr(self, projection)(x))
 
     def heads(self, projection: str, y: torch.Tensor) -> torch.Tensor:
-        """The output y of the module `projection`, by heads and with their norm."""
+        """The output y of the module `projection`, split into heads and normalised."""
         y = y.unflatten(-1, (-1, self.head_dim))
         norm = getattr(self, projection.replace("proj", "norm"), None)
         return y if norm is None else norm(y)
@@ -67,10 +68,10 @@ class BMojoAttention(nn.Module):
         return rotate_query(y, *position_embeddings) if name == "q" else rotate(y, *position_embeddings[:2])
 
     def attend(self, queries, sets, seen: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-        """`windowed_attention` from queries [B, T, H, K]: one, or where not tied one for each of the two sets."""
-        q, *apart = queries
-        if apart:  # the two side by side, and zeros in the keys where the other's stands
-            q = torch.cat([q, *apart], -1)
+        """`windowed_attention` with queries [B, T, H, K]: one if tied, otherwise one for each of the two sets."""
+        q, *fading_q = queries
+        if fading_q:  # concatenate both queries, and pad each set's keys with zeros in place of the other query
+            q = torch.cat([q, *fading_q], -1)
             sets = [_widened(keys, fading=keys.low > 0) for keys in sets]
         return windowed_attention(q, sets, self.scale, seen, cu_seqlens)
 
@@ -144,7 +145,7 @@ class BMojoF(Mixer):
             if source in given:
                 parameter.copy_(given[source])
                 start.copied[name] = source
-            else:  # a bias that this layer has and the attention has not
+            else:  # a bias that this layer has and the attention does not have
                 parameter.zero_()
                 start.initialised.append(name)
         start.merge(self.inner.init_from_attention(attention, generator, std).under(self.inner_name))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gated DeltaNet (arXiv 2412.06464) in the shape of the attention that it replaces."""
+"""Gated DeltaNet (arXiv 2412.06464) with the dimensions of the attention that it replaces."""
 
 from __future__ import annotations
 

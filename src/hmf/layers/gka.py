@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gated KalmaNet (arXiv 2511.21016) in the shape of the attention that it replaces."""
+"""Gated KalmaNet (arXiv 2511.21016) with the dimensions of the attention that it replaces."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hmf.ops import gated_kalmanet
 from .base import States
 from .linear import LinearMixer
 
-EPS = 1e-6  # of the norms of q and k, and the least beta
+EPS = 1e-6  # added to the norms of q and k, and to beta
 
 
 class GatedKalmaNet(LinearMixer):
@@ -39,7 +39,7 @@ class GatedKalmaNet(LinearMixer):
         return dict.fromkeys("qkv" if options.use_v_conv else "qk", False)
 
     def activates(self, name: str) -> bool:
-        return False  # published: v without its convolution is linear
+        return False  # as published: v without convolution has no activation
 
     def mix(self, hidden_states, states, cu_seqlens, position_embeddings) -> tuple[torch.Tensor, States]:
         new: States = {}
@@ -52,14 +52,14 @@ class GatedKalmaNet(LinearMixer):
 
     @property
     def solver(self) -> dict[str, Any]:
-        """The options of the op and of its step."""
+        """The options that the op and its step share."""
         o = self.options
         return {"num_iter": o.num_iter, "ridge_strength": o.ridge_strength, "rescale": o.gla_rescale}
 
     def inputs(
         self, hidden_states: torch.Tensor, states: States | None, cu_seqlens: torch.Tensor | None, new: States
     ) -> tuple[torch.Tensor | None, ...]:
-        """q, k, v [B, T, H, K], g, gk and alpha (or None) [B, T, H] of the op; convolutions' states go to `new`."""
+        """The op's q, k, v [B, T, H, K], g, gk and alpha (or None) [B, T, H]; conv states are written to `new`."""
         options = self.options
         q, k, v = (self.project(name, hidden_states, states, cu_seqlens, new) for name in "qkv")
         beta = self.b_proj(hidden_states) if options.use_beta_gate else None
@@ -70,7 +70,7 @@ class GatedKalmaNet(LinearMixer):
     def gates(
         self, decay: torch.Tensor, beta: torch.Tensor | None, alpha: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """g, gk, beta and alpha [..., H] from their projections, None where the options have no such gate."""
+        """g, gk, beta and alpha [..., H] from their projections; beta and alpha may be None."""
         options, dtype = self.options, self.A_log.dtype
         none = torch.zeros_like(decay, dtype=dtype)
         g = self.decay_of(decay) if options.use_forgetting_gate else none
@@ -79,7 +79,7 @@ class GatedKalmaNet(LinearMixer):
         return g, g if options.use_forgetting_gate_kk else none, beta, alpha
 
     def heads(self, q, k, v, beta: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q, k, v [B, T, H, K] of the op from their heads: expanded, q and k normalised, k and v times beta."""
+        """The op's q, k, v [B, T, H, K]: heads expanded, q and k normalised, k and v multiplied by beta."""
         q = q.repeat_interleave(self.options.num_heads // q.shape[-2], dim=-2)
         q, k, v = normalise(q), normalise(self.expand("k", k)), self.expand("v", v)
         if beta is not None:

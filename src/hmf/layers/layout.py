@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Padding and packing, decided once a forward pass and the same for every mixer.
+"""Padding and packing, computed once per forward pass for all mixers.
 
-Padding of any kind (left, right, holes) is the same thing as packing: the real tokens are taken out, run as documents
-in one row, and put back. So a pad can enter neither a convolution nor a state.
+Padding of any kind (left, right, holes) is handled as packing: the real tokens are gathered, run as documents in one
+row, and scattered back. Padding therefore enters neither a convolution nor a state.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from hmf.errors import HmfError
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Real tokens of a batch [B, T] as S documents in one row of N tokens.
+    """The real tokens of a batch [B, T] as S documents in one row of N tokens.
 
-    indices [N] into the flattened batch; cu_seqlens [S+1].
+    indices [N]: positions of the real tokens in the flattened batch; cu_seqlens [S+1].
     """
 
     indices: torch.Tensor
@@ -44,9 +44,9 @@ def packed_layout(
 ) -> PackedLayout | None:
     """The layout of a batch, or None when its rows are whole sequences without padding.
 
-    attention_mask [B, past + T], nonzero where a token is real; position_ids [B or 1, T], which restart at each packed
-    document; cu_seqlens [S+1], the documents of a one-row batch, given explicitly. Raises HmfError for packing
-    combined with padding or with a cache.
+    attention_mask [B, past + T], nonzero for real tokens; position_ids [B or 1, T], which restart at each packed
+    document; cu_seqlens [S+1], the bounds of the documents in a batch of one row. Raises HmfError for packing combined
+    with padding or with a cache.
     """
     batch, tokens = shape
     real = None if attention_mask is None else attention_mask[:, -tokens:].bool()
@@ -56,13 +56,13 @@ def packed_layout(
         return None
     starts = None if has_past or cu_seqlens is not None else document_starts(shape, position_ids)  # [B, T]
     if real is not None:
-        # Pads may carry any position; a real token that follows a real one must continue its document.
+        # Padding may have any position. A real token after a real token must continue its document.
         if cu_seqlens is not None or (starts is not None and bool((starts[:, 1:] & real[:, 1:] & real[:, :-1]).any())):
-            raise HmfError("attention_mask: padding and packed documents in one batch; drop the padding tokens instead")
+            raise HmfError("attention_mask: a batch has both padding and packed documents; remove the padding tokens")
         return PackedLayout(real.flatten().nonzero()[:, 0], _cumulative(real.sum(1)), shape)
     if cu_seqlens is not None:
         if batch != 1 or has_past:
-            raise HmfError("cu_seq_lens_q: packed documents need a batch of one row and an empty cache")
+            raise HmfError("cu_seq_lens_q: packed documents need a batch of one row and no cached tokens")
         return PackedLayout(torch.arange(tokens, device=cu_seqlens.device), cu_seqlens.long(), shape)
     if starts is None or not bool(starts[:, 1:].any()):
         return None
@@ -72,7 +72,7 @@ def packed_layout(
 
 
 def document_starts(shape: tuple[int, int], position_ids: torch.Tensor | None) -> torch.Tensor | None:
-    """[B, T], true where a position does not follow its left neighbour's; None when there are no positions to read."""
+    """bool [B, T], true where a position is not its left neighbour's plus one; None without 2-D position_ids."""
     if position_ids is None or position_ids.dim() != 2 or shape[1] == 1:
         return None
     starts = torch.ones(shape, dtype=torch.bool, device=position_ids.device)

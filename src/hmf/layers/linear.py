@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Gated DeltaNet and Gated KalmaNet share: projections, short convs, head expansion, decay, gated output.
+"""Shared by Gated DeltaNet and Gated KalmaNet: projections, short convolutions, head expansion, decay, gated output.
 
 Legend: B batch, T tokens, H expanded heads, Hk key/value heads, K head_dim, D hidden_size.
 """
@@ -30,7 +30,7 @@ class LowRank(nn.Module):
 
 
 class LinearMixer(Mixer):
-    """Base of the delta-rule family. A subclass names its convolutions and its decay projection."""
+    """Base class of GDN and GKA. A subclass names its convolutions, its decay projection and its recurrent states."""
 
     float32_parameters = ("A_log", "dt_bias")
     decay_name: ClassVar[str]
@@ -85,7 +85,7 @@ class LinearMixer(Mixer):
         cu_seqlens: torch.Tensor | None,
         new: States,
     ) -> torch.Tensor:
-        """q, k or v, after its convolution if it has one, as [B, T, heads, K]; the conv state goes to `new`."""
+        """q, k or v [B, T, heads, K], after its convolution if it has one; the conv state is written to `new`."""
         x = getattr(self, f"{name}_proj")(hidden_states)
         conv = getattr(self, f"{name}_conv1d", None)
         if conv is not None:
@@ -96,16 +96,19 @@ class LinearMixer(Mixer):
         return x.unflatten(-1, (-1, self.options.head_dim))
 
     def activates(self, name: str) -> bool:
-        """Whether projection `name` keeps its SiLU when it has no convolution."""
+        """Whether projection `name` is followed by SiLU when it has no convolution."""
         return True
 
     def expand(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """Key or value heads [B, T, Hk, K] -> [B, T, H, K]: repeated or mixed, plus the low-rank term."""
-        heads, given = self.options.num_heads, x.shape[-2]
-        if heads == given:
+        heads, kv_heads = self.options.num_heads, x.shape[-2]
+        if heads == kv_heads:
             return x
         mix = getattr(self, f"{name}_rep", None)
-        repeated = x.repeat_interleave(heads // given, dim=-2) if mix is None else torch.einsum("hg,btgk->bthk", mix, x)
+        if mix is None:
+            repeated = x.repeat_interleave(heads // kv_heads, dim=-2)
+        else:
+            repeated = torch.einsum("hg,btgk->bthk", mix, x)
         low_rank = getattr(self, f"proj_{name}", None)
         return repeated if low_rank is None else repeated + low_rank(x.flatten(-2)).view_as(repeated)
 
@@ -117,7 +120,7 @@ class LinearMixer(Mixer):
         return -self.A_log.exp() * F.softplus(projected.to(self.A_log.dtype) + self.dt_bias)
 
     def output(self, o: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Per-head RMSNorm, gate after it, output projection: o [B, T, H, K] -> [B, T, D]."""
+        """RMSNorm per head, then the gate, then the output projection: o [B, T, H, K] -> [B, T, D]."""
         compute = torch.promote_types(o.dtype, torch.float32)
         y = F.rms_norm(o.to(compute), o.shape[-1:], self.o_norm.weight.to(compute), self.o_norm.eps)
         if self.options.use_gate:
@@ -128,14 +131,14 @@ class LinearMixer(Mixer):
         if hasattr(self, "A_log"):
             init_decay(self.A_log, self.dt_bias, generator)
         if hasattr(self, "k_rep"):
-            for name in ("k", "v"):  # start as the plain repeat
+            for name in ("k", "v"):  # initially the same as repeating the heads
                 weight = getattr(self, f"{name}_rep")
                 with torch.no_grad():
                     weight.copy_(torch.eye(weight.shape[1]).repeat_interleave(weight.shape[0] // weight.shape[1], 0))
 
     @torch.no_grad()
     def init_from_attention(self, attention: nn.Module, generator: torch.Generator, std: float) -> Start:
-        """Projections from the attention, the gate from half of W_o^T + W_v with each row repeated H/Hkv times."""
+        """Projections are copied from attention; the gate is (W_o^T + W_v) / 2, with W_v's rows repeated H/Hk times."""
         start = Start()
         given = dict(attention.named_parameters())
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -157,6 +160,6 @@ class LinearMixer(Mixer):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
             elif name.endswith(".bias"):
                 parameter.zero_()
-        start.leave(given, ("q_norm.weight", "k_norm.weight"), "the layer normalises q and k itself")
-        start.leave(given, [f"{name}_proj.bias" for name in "qkvo"], "the layer's projections have no bias")
+        start.mark_unused(given, ("q_norm.weight", "k_norm.weight"), "the layer normalises q and k itself")
+        start.mark_unused(given, [f"{name}_proj.bias" for name in "qkvo"], "the layer's projections have no bias")
         return start

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mamba2 (arXiv 2405.21060) in the shape of the attention that it replaces: x, B and C in the place of v, k and q.
+"""Mamba2 (arXiv 2405.21060) with the dimensions of the attention that it replaces: x, B and C replace v, k and q.
 
 Legend: B batch, T tokens, S sequences, H query heads, Hk key/value heads, K head_dim.
 """
@@ -39,7 +39,7 @@ class Mamba2(Mixer):
         self.A_log = nn.Parameter(torch.zeros(self.heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.zeros(self.heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.ones(self.heads))
-        self.norm = nn.RMSNorm(o.d_inner, eps=NORM_EPS)  # weight of all heads; normalises each head alone
+        self.norm = nn.RMSNorm(o.d_inner, eps=NORM_EPS)  # holds the weight of all heads; `output` normalises per head
         self.out_proj = nn.Linear(o.d_inner, o.d_model, bias=False)
 
     @classmethod
@@ -54,7 +54,7 @@ class Mamba2(Mixer):
 
     @property
     def _widths(self) -> tuple[int, ...]:
-        """Of z, x, B, C and dt."""
+        """Widths of z, x, B, C and dt."""
         o = self.options
         return o.d_inner, o.d_xb, o.d_xb, o.d_inner, self.heads
 
@@ -67,7 +67,7 @@ class Mamba2(Mixer):
         return self.output(y, z), new
 
     def recur(self, x, dt, states, cu_seqlens) -> tuple[torch.Tensor, States]:
-        """What is between `project` and `output`: x and dt of the one, y [B, T, H, K] of the other."""
+        """Convolution and recurrence: x and dt from `project` -> y [B, T, H, K] for `output`, and the new states."""
         new: States = {}
         before = (None, None) if states is None else (states["conv"], states["recurrent"])
         x, new["conv"] = short_conv(x, self.conv1d.weight, self.conv1d.bias, before[0], cu_seqlens)
@@ -88,7 +88,7 @@ class Mamba2(Mixer):
         return z, torch.cat([x, B.flatten(-2), C.flatten(-2)], dim=-1), dt
 
     def streams(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The convolution's output [..., (H + 2 Hk) K] -> views: x, B [..., Hk, K] and C [..., H, K]."""
+        """The convolution's output [..., (H + 2 Hk) K] -> views x, B [..., Hk, K] and C [..., H, K]."""
         return tuple(y.unflatten(-1, (-1, self.head_dim)) for y in x.split(self._widths[1:4], dim=-1))
 
     def heads_of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -110,7 +110,7 @@ class Mamba2(Mixer):
 
     @torch.no_grad()
     def init_from_attention(self, attention: nn.Module, generator: torch.Generator, std: float) -> Start:
-        """x, B, C from v, k, q; the gate z from half of W_o^T + W_v with each row repeated H/Hk times."""
+        """x, B, C are copied from v, k, q; the gate z is (W_o^T + W_v) / 2, with W_v's rows repeated H/Hk times."""
         start = Start()
         given = dict(attention.named_parameters())
         q, k, v, transposed = (given[f"{name}_proj.weight"] for name in "qkvo")

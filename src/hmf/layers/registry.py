@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one table of layer types: published symbol -> mixer class."""
+"""The table of layer types: published symbol -> mixer class."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MIXERS: dict[str, type[Mixer]] = INNER_MIXERS | {cls.symbol: cls for cls in (BMo
 
 
 def mixer_class(symbol: str) -> type[Mixer]:
-    """The mixer of a published symbol; HmfError for one without a layer."""
+    """The mixer class of a published symbol; HmfError for an unknown symbol."""
     try:
         return MIXERS[symbol]
     except KeyError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sliding-window attention: the base's attention with the last `window_size` positions in view.
+"""Sliding-window attention: the base's attention, limited to the last `window_size` positions.
 
 Legend: B batch, T tokens, S sequences (rows or documents), P kept positions, H query heads, Hk key/value heads,
 K head_dim.
@@ -63,7 +63,7 @@ class SlidingWindowAttention(Mixer):
 
     @torch.no_grad()
     def init_from_attention(self, attention: nn.Module, generator: torch.Generator, std: float) -> Start:
-        """Every tensor is the attention's."""
+        """Every tensor is copied from the attention."""
         start = Start()
         for name, source in attention.named_parameters():
             self.get_parameter(name).copy_(source)
@@ -72,7 +72,7 @@ class SlidingWindowAttention(Mixer):
 
 
 def count_tokens(hidden_states: torch.Tensor, states: States | None, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    """How many tokens each sequence has had, those of this call included: [S] int."""
+    """The number of tokens of each sequence so far, this call included: [S] int."""
     if cu_seqlens is None:
         lengths = torch.full(hidden_states.shape[:1], hidden_states.shape[1], device=hidden_states.device)
     else:

@@ -13,9 +13,9 @@ from hmf.errors import HmfError
 
 
 class MixerCacheLayer(CacheLayerMixin):
-    """Named states of one mixer, each with the batch as its first dimension, and how many tokens they have seen.
+    """Named states of one mixer, each with the batch as its first dimension, and the number of tokens so far.
 
-    It counts tokens as an attention layer does, so a model without any attention layer still knows its length.
+    It counts tokens as an attention layer does, so that a model without attention layers knows its sequence length.
     """
 
     supports_early_init = False
@@ -26,7 +26,7 @@ class MixerCacheLayer(CacheLayerMixin):
         self.seen_tokens = 0
 
     def store(self, states: dict[str, torch.Tensor], tokens: int) -> None:
-        """Replace the states by those after `tokens` more tokens."""
+        """Replace the states by those after `tokens` further tokens."""
         self.states = states
         self.seen_tokens += tokens
         self.is_initialized = True
@@ -43,7 +43,8 @@ class MixerCacheLayer(CacheLayerMixin):
     @property
     def batch_size(self) -> int:
         if not self.states:
-            raise AttributeError("batch_size: not known before the first tokens")  # as transformers' own layers do
+            # An AttributeError, as from transformers' own layers.
+            raise AttributeError("batch_size: not known before the first tokens")
         return next(iter(self.states.values())).shape[0]
 
     def reset(self) -> None:
@@ -59,7 +60,8 @@ class MixerCacheLayer(CacheLayerMixin):
         self.states = {name: x.repeat_interleave(repeats, dim=0) for name, x in self.states.items()}
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove == 0 or tokens_to_remove >= self.seen_tokens:  # a positive number is the length to keep
+        # transformers passes either a negative number of tokens to remove, or the positive length to keep.
+        if tokens_to_remove == 0 or tokens_to_remove >= self.seen_tokens:
             return
         raise HmfError("a recurrent state cannot be rolled back: assisted or speculative decoding is not supported")
 
@@ -70,16 +72,16 @@ class MixerCacheLayer(CacheLayerMixin):
         raise HmfError("a mixer's cache holds states, not keys and values")
 
 
-# An offloading cache moves keys and values between GPU and CPU. It leaves the small states of linear-attention layers
-# where they are, and recognises those layers by this class.
+# An offloading cache moves keys and values between GPU and CPU. It does not move the small states of linear-attention
+# layers, which it recognises by this class.
 LinearAttentionCacheLayerMixin.register(MixerCacheLayer)
 
 
 def adopt(cache: Cache, config: Any, batch: int | None = None) -> Cache:
-    """Give every mixer of a hybrid `config` its own layer in a cache that transformers or the user made.
+    """Put a `MixerCacheLayer` for every mixer of a hybrid `config` into a cache that transformers or the user created.
 
-    batch: rows of the tokens that come next. Raises HmfError for a used cache of another model, of other rows or
-    with layers of different lengths, and for a kind of cache that cannot hold states.
+    batch: the number of sequences of the next tokens. Raises HmfError for a cache with tokens of another model, with
+    another number of sequences or with layers of different lengths, and for a class of cache that cannot hold states.
     """
     symbols = config.pattern.symbols
     if not hasattr(cache, "layers") or any(isinstance(layer, StaticLayer) for layer in cache.layers):
@@ -90,7 +92,7 @@ def adopt(cache: Cache, config: Any, batch: int | None = None) -> Cache:
         cache.layers = [cache.layer_class_to_replicate() for _ in symbols]
     if len(cache.layers) != len(symbols):
         raise HmfError(
-            f"past_key_values: has {len(cache.layers)} layers, the model {len(symbols)}; "
+            f"past_key_values: the cache has {len(cache.layers)} layers and the model has {len(symbols)}; "
             "use DynamicCache(config=model.config)"
         )
     for index in config.pattern.replaced:
@@ -99,7 +101,7 @@ def adopt(cache: Cache, config: Any, batch: int | None = None) -> Cache:
             continue
         if getattr(layer, "is_initialized", False):
             raise HmfError(
-                "past_key_values: filled by another model; start from an empty DynamicCache(config=model.config)"
+                "past_key_values: another model filled the cache; start from an empty DynamicCache(config=model.config)"
             )
         cache.layers[index] = MixerCacheLayer()
     lengths = {layer.get_seq_length() for layer in cache.layers}
@@ -111,18 +113,18 @@ def adopt(cache: Cache, config: Any, batch: int | None = None) -> Cache:
     for index in config.pattern.replaced:
         rows = getattr(cache.layers[index], "batch_size", batch)
         if batch not in (None, rows):
-            raise HmfError(f"past_key_values: holds {rows} sequences, the batch has {batch}")
+            raise HmfError(f"past_key_values: the cache holds {rows} sequences and the batch has {batch}")
     if getattr(cache, "offloading", False):
         _check_offloading(len(symbols) - len(config.pattern.replaced))
     return cache
 
 
 def _check_offloading(attentions: int) -> None:
-    """transformers fetches the next attention layer's keys while one runs, on a CUDA stream."""
+    """transformers prefetches the keys of the next attention layer on a CUDA stream, so there must be two of them."""
     if not torch.cuda.is_available():
         raise HmfError("cache_implementation='offloaded': needs a CUDA device; leave it out")
     if attentions < 2:
         raise HmfError(
-            f"cache_implementation='offloaded': needs two attention layers or more, the model has {attentions}; "
+            f"cache_implementation='offloaded': needs at least two attention layers and the model has {attentions}; "
             "leave it out"
         )

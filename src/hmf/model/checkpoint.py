@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints in the published format: loading that accounts for every tensor, saving that is whole or not there."""
+"""Checkpoints in the published format. Loading accounts for every tensor; saving is atomic."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ from .files import (
 )
 from .rope import check_rope, require_rope
 
-STORED = "stored"  # a dtype for `load_model`: each tensor's own
+STORED = "stored"  # a dtype for `load_model`: each tensor keeps the dtype that it has in its file
 HEAD, EMBEDDINGS = "lm_head.weight", ("model.embed_tokens.weight", "embed_tokens.weight")
 GENERATION = "generation_config.json"
 
 
 class StrictLoading(Mixin):
-    """`from_pretrained` that fails, with names, where transformers would warn and leave tensors at random.
+    """`from_pretrained` that raises HmfError with the tensors' names where transformers warns and initialises them.
 
-    `_other_tensors`: beginnings of names that a checkpoint may have beside this model's.
+    `_other_tensors`: prefixes of tensors that a checkpoint may have in addition to this model's.
     """
 
     _other_tensors: tuple[str, ...] = ()
@@ -61,7 +61,7 @@ class StrictLoading(Mixin):
         cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
         source = pretrained_model_name_or_path
-        # transformers raises or warns over several lines; the loading info holds the same names for our one line.
+        # Instead of the error or warning of transformers, `check_loading` names the tensors in one line.
         kwargs["ignore_mismatched_sizes"] = True
         if source is not None and Path(source).is_dir():
             if variant := kwargs.get("variant"):
@@ -86,8 +86,10 @@ class StrictLoading(Mixin):
 
 
 def _check_offloading(model: PreTrainedModel) -> None:
-    """HmfError for a mixer on the CPU or disk: accelerate fetches the tensors of modules that are called, and a mixer
-    reads some of them without a call."""
+    """HmfError for a mixer that is offloaded to the CPU or disk.
+
+    accelerate loads the tensors of modules that are called, and a mixer reads some of its tensors without a call.
+    """
     places = set(map(str, getattr(model, "hf_device_map", {}).values()))
     for name, module in model.named_modules() if places & {"cpu", "disk"} else ():
         if isinstance(module, Mixer) and any(parameter.is_meta for parameter in module.parameters()):
@@ -115,30 +117,30 @@ def check_loading(source: str, info: dict[str, Any]) -> None:
     """HmfError naming the tensors that transformers' loading report lists as missing, unexpected or misshapen."""
     missing, extra = sorted(info.get("missing_keys") or ()), sorted(info.get("unexpected_keys") or ())
     if missing and extra and (nearest := difflib.get_close_matches(missing[0], extra, n=1)):
-        raise HmfError(f"{source}: no tensor {missing[0]}, but there is {nearest[0]}; was it renamed?")
+        raise HmfError(f"{source}: has no tensor {missing[0]}, but has {nearest[0]}; check whether it was renamed")
     for key, problem, fix in (
         ("missing_keys", "missing", "copy the whole checkpoint again"),
-        ("unexpected_keys", "not of this model", "take them out, or give the config that they belong to"),
-        ("mismatched_keys", "of another shape", "weights and config.json are of different models"),
+        ("unexpected_keys", "not of this model", "remove them, or give the config that they belong to"),
+        ("mismatched_keys", "of another shape", "weights and config.json belong to different models"),
         ("error_msgs", "unreadable", "copy the whole checkpoint again"),
     ):
         if names := sorted(_tensor(entry) for entry in info.get(key) or ()):
             if names == [HEAD] and key == "missing_keys":
-                fix = "if it is the embeddings, set tie_word_embeddings to true in config.json"
+                fix = "if it equals the embeddings, set tie_word_embeddings to true in config.json"
             raise HmfError(f"{source}: tensors {problem}: {listed(names)}; {fix}")
 
 
 def _tensor(entry: Any) -> str:
-    """One entry of the loading report: a name, or (name, shape found, shape needed)."""
+    """One entry of the loading report: a name, or (name, stored shape, expected shape)."""
     if isinstance(entry, tuple) and len(entry) == 3:
-        return f"{entry[0]} (found {list(entry[1])}, needs {list(entry[2])})"
+        return f"{entry[0]} (has shape {list(entry[1])}, must have {list(entry[2])})"
     return str(entry)
 
 
 def check_merged(folder: Path, config: Any) -> None:
-    """HmfError for tensors that transformers merges at load, such as experts, and that are not as published.
+    """HmfError for tensors that transformers merges at load, such as experts, if they are not as published.
 
-    Merging forgets their names: a gap in the numbers would go unseen, and other faults be named by the merged tensor.
+    transformers does not notice a missing number among them, and names the merged tensor in other errors.
     """
     if not get_checkpoint_conversion_mapping(config.model_type):
         return
@@ -146,32 +148,32 @@ def check_merged(folder: Path, config: Any) -> None:
         model = AutoModelForCausalLM.from_config(config)
     merged = model.state_dict()
     published = revert_weight_conversion(model, merged)
-    homes = tuple(f"{name.rpartition('.')[0]}." for name in merged.keys() - published.keys())
-    needed = {name: list(x.shape) for name, x in published.items() if name.startswith(homes)}
-    found = {name: stored.shape for name, stored in stored_tensors(folder).items() if name.startswith(homes)}
-    misshapen = [(name, found[name], shape) for name, shape in needed.items() if found.get(name, shape) != shape]
-    missing, extra = needed.keys() - found.keys(), found.keys() - needed.keys()
+    modules = tuple(f"{name.rpartition('.')[0]}." for name in merged.keys() - published.keys())
+    expected = {name: list(x.shape) for name, x in published.items() if name.startswith(modules)}
+    shapes = {name: stored.shape for name, stored in stored_tensors(folder).items() if name.startswith(modules)}
+    misshapen = [(name, shapes[name], shape) for name, shape in expected.items() if shapes.get(name, shape) != shape]
+    missing, extra = expected.keys() - shapes.keys(), shapes.keys() - expected.keys()
     check_loading(str(folder), {"missing_keys": missing, "unexpected_keys": extra, "mismatched_keys": misshapen})
 
 
 def settle(config: Any, folder: Path, weights: bool = True) -> bool:
-    """Change what `config`, of the checkpoint `folder`, must not have from there; whether there was anything.
+    """Correct settings of `config` that must not come from the checkpoint `folder`; returns whether any was changed.
 
-    The choice of an implementation, which may name code on the hub, is dropped. With `weights`, a head of the model's
-    own is kept though the config ties it to the embeddings.
+    The choice of an implementation, which may name code on the Hub, is dropped. With `weights`, tie_word_embeddings
+    becomes false if the checkpoint has a head that differs from the embeddings.
     """
     changed, file = False, folder / "config.json"
     content = read_object(file)
     for key in ("attn_implementation", "experts_implementation"):
         for name in (key, f"_{key}"):
             if (value := content.get(name)) is not None:
-                notice(f"{file}: {name}: {value!r} is dropped; it is no property of a model, and may name foreign code")
-                if isinstance(value, dict) or getattr(config, f"_{key}") == value:  # not what a caller asked for
+                notice(f"{file}: {name}: {value!r} is ignored, because it may name code that is not part of this model")
+                if isinstance(value, dict) or getattr(config, f"_{key}") == value:  # and not the caller's own choice
                     setattr(config, f"_{key}", None)
                     changed = True
     if weights and getattr(config, "tie_word_embeddings", False) and has_own_head(folder):
         notice(
-            f"{file}: tie_word_embeddings is true, but {HEAD} differs from the embeddings; it is kept, and "
+            f"{file}: tie_word_embeddings is true, but {HEAD} differs from the embeddings; {HEAD} is used, and "
             "tie_word_embeddings becomes false"
         )
         config.tie_word_embeddings = False
@@ -180,23 +182,23 @@ def settle(config: Any, folder: Path, weights: bool = True) -> bool:
 
 
 def has_own_head(folder: Path) -> bool:
-    """Whether the weight files hold a head that is not the embeddings."""
+    """Whether the weight files hold a head that differs from the embeddings."""
     pair = {name: tensor for _, name, tensor in stored_values(folder, (HEAD, *EMBEDDINGS))}
     embeddings = next((pair[name] for name in EMBEDDINGS if name in pair), None)
     return HEAD in pair and embeddings is not None and not same_values(pair[HEAD], embeddings)
 
 
 def load_config(source: str | Path, weights: bool = True) -> Any:
-    """The config of a checkpoint directory, a base's or a Hybrid's; HmfError where it does not parse.
+    """The config of a checkpoint directory, of a base or a Hybrid; HmfError for an invalid config.
 
-    weights: whether the weights must be there too.
+    weights: whether the directory must have weights too.
     """
     folder = require_checkpoint(source) if weights else require_config(source)
     file = folder / "config.json"
     content = read_object(file)
     model_type = content.get("model_type")
     if not isinstance(model_type, str):
-        raise HmfError(f"{file}: model_type: {model_type!r} names no architecture; this is not a model's config")
+        raise HmfError(f"{file}: model_type: {model_type!r} is not an architecture; give the config of a model")
     require_values(content, file)
     known = model_type.removeprefix("hybrid_") in FAMILIES
     if known or model_type.startswith("hybrid_"):
@@ -205,9 +207,9 @@ def load_config(source: str | Path, weights: bool = True) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except HmfError as error:
         raise HmfError(str(error).replace("config.json", str(file), 1)) from None
-    except Exception as error:  # of any kind: a config's values are used before they are checked
+    except Exception as error:  # any kind, because transformers uses a config's values before it checks them
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        # transformers' validators put the field's own complaint on the second line
+        # The second line of a validation error names the field and the reason.
         raise HmfError(
             f"{file}: {lines[1] if isinstance(error, StrictDataclassError) and lines[1:] else lines[0]}"
         ) from None
@@ -218,7 +220,7 @@ def load_config(source: str | Path, weights: bool = True) -> Any:
     return config
 
 
-# The sizes of a model, and what none of them is above; without a bound a slip would build layers for hours.
+# Upper bounds of a model's sizes. Without them a typo would make transformers build layers for hours.
 SIZES = {
     "num_hidden_layers": 10_000,
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 2**16),
@@ -238,7 +240,7 @@ NESTED = ("text_config", "decoder", "generator", "text_encoder")
 def require_values(content: dict[str, Any], file: Path) -> None:
     """HmfError for values of a config.json that transformers uses before it checks them.
 
-    Of families that are not supported only the upper bounds of sizes are known.
+    For families that are not supported, only the upper bounds of sizes are checked.
     """
     known = str(content.get("model_type")).removeprefix("hybrid_") in FAMILIES
     for name, most in SIZES.items():
@@ -251,17 +253,18 @@ def require_values(content: dict[str, Any], file: Path) -> None:
     for name in ("dtype", "torch_dtype"):
         value = content.get(name)
         if value is not None and not (isinstance(value, str) and isinstance(_torch(value), torch.dtype)):
-            raise HmfError(f"{file}: {name}: {value!r} is no dtype of PyTorch; write one such as bfloat16")
+            raise HmfError(f"{file}: {name}: {value!r} is not a dtype of PyTorch; write for example bfloat16")
     activation = content.get("hidden_act")
     if activation is not None and not (isinstance(activation, str) and activation in ACT2FN):
         raise HmfError(f"{file}: {unknown_name('hidden_act', str(activation), ACT2FN)}")
     base = content["model_type"]
     if content.get("hybrid_override_pattern") is not None and not base.startswith("hybrid_"):
         raise HmfError(
-            f"{file}: hybrid_override_pattern: {base!r} is no Hybrid; take the key out, or write hybrid_{base} there"
+            f"{file}: hybrid_override_pattern: model_type {base!r} is not a Hybrid; remove the key, or set model_type "
+            f"to hybrid_{base}"
         )
     if nested := [name for name in NESTED if content.get(name) is not None]:
-        raise HmfError(f"{file}: {nested[0]}: a {base} config holds no other config; take it out")
+        raise HmfError(f"{file}: {nested[0]}: a {base} config contains no other config; remove the key")
 
 
 def _torch(name: str) -> Any:
@@ -271,15 +274,15 @@ def _torch(name: str) -> Any:
 def load_model(
     source: str | Path, dtype: str | torch.dtype = "auto", config: Any = None, generates: bool = False, **kwargs: Any
 ) -> PreTrainedModel:
-    """A causal language model, base or Hybrid, with every tensor accounted for.
+    """A causal language model, base or Hybrid. HmfError unless every tensor of the files and of the model is matched.
 
-    dtype: "auto" is the config's; with "stored" each tensor has the one that it has in its file.
-    config: takes the place of the stored one.
-    generates: whether a generation config that cannot be used is an error; else it is named, and not used.
+    dtype: "auto" is the config's dtype; with "stored" each tensor keeps the dtype of its file.
+    config: used in place of the stored one.
+    generates: whether an invalid generation config is an error; otherwise a notice names it and it is ignored.
     """
     folder = require_checkpoint(source)
     config = load_config(folder) if config is None else config
-    if not config.model_type.startswith("hybrid_"):  # a Hybrid's own from_pretrained does it
+    if not config.model_type.startswith("hybrid_"):  # a Hybrid's from_pretrained checks this itself
         with building(folder):
             check_merged(folder, config)
     stored = stored_tensors(folder)
@@ -296,42 +299,42 @@ def load_model(
         )
     check_loading(str(folder), info)
     if computed := [name for name in stored if COMPUTED.search(name)]:
-        notice(f"{folder}: {len(computed)} tensors follow from config.json and are not read: {listed(computed, 1)}")
+        notice(f"{folder}: {len(computed)} tensors are computed from config.json, not read: {listed(computed, 1)}")
     dtypes = stored_dtypes(model, stored)
     if dtype == STORED:
         cast(model, dtypes)
         model.config.dtype = config.dtype or model.dtype
-    fix = f"; set dtype in {folder / 'config.json'} to the wider one to keep its digits" if dtype == "auto" else ""
-    _tell_narrowed(folder, {name: x.dtype for name, x in model.state_dict().items()}, dtypes, fix)
+    fix = f"; to keep precision, set dtype in {folder / 'config.json'} to the wider one" if dtype == "auto" else ""
+    _notice_narrowed(folder, {name: x.dtype for name, x in model.state_dict().items()}, dtypes, fix)
     return model
 
 
 def _widest(dtypes: Iterable[str]) -> torch.dtype:
-    """The smallest dtype that holds the values of all `dtypes`, given as safetensors names them."""
+    """The smallest dtype that holds the values of all `dtypes`, which have safetensors' names."""
     return functools.reduce(torch.promote_types, [DTYPES[name] for name in dtypes if name in DTYPES])
 
 
 def stored_dtypes(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str, torch.dtype]:
     """The dtypes that the tensors of `model` have in the files, by the model's names.
 
-    What is merged at load, such as experts, has the widest of its parts.
+    A tensor that is merged at load, such as experts, has the widest dtype of its parts.
     """
-    found = {}
+    dtypes = {}
     for name in model.state_dict():
-        home = f"{name.rpartition('.')[0]}."
+        module = f"{name.rpartition('.')[0]}."
         own = stored.get(name, stored.get(name.removeprefix("model.")))
-        parts = [own.dtype] if own else [x.dtype for other, x in stored.items() if other.startswith(home)]
+        parts = [own.dtype] if own else [x.dtype for other, x in stored.items() if other.startswith(module)]
         if parts:
-            found[name] = _widest(parts)
-    return found
+            dtypes[name] = _widest(parts)
+    return dtypes
 
 
 def cast(
     model: PreTrainedModel, dtypes: Mapping[str, torch.dtype], weights: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Give the tensors of `model` the `dtypes` by name, in place; what must be float32 does not become narrower.
+    """Cast the tensors of `model` to `dtypes` by name, in place; parameters that must be float32 stay at least that.
 
-    weights: its whole tensors by name, where it holds parts of them itself.
+    weights: the whole tensors by name, if the parameters of `model` are sharded.
     """
     wide = set(model._keep_in_fp32_modules_strict or ())
     for name, tensor in model.named_parameters() if weights is None else weights.items():
@@ -341,41 +344,45 @@ def cast(
             tensor.data = tensor.data.to(dtype)
 
 
-def _tell_narrowed(folder: Path, used: Mapping[str, torch.dtype], stored: Mapping[str, torch.dtype], fix: str) -> None:
-    """A notice where tensors that are `stored` in some dtypes are `used` in others, which do not hold their values."""
+def _notice_narrowed(
+    folder: Path, used: Mapping[str, torch.dtype], stored: Mapping[str, torch.dtype], fix: str
+) -> None:
+    """Print a notice for tensors whose dtype in the model cannot hold the values of their stored dtype."""
     pairs = {name: (stored[name], dtype) for name, dtype in used.items() if name in stored}
     if narrowed := [name for name, (a, b) in pairs.items() if torch.promote_types(a, b) != b]:
         before, after = (str(dtype).removeprefix("torch.") for dtype in pairs[narrowed[0]])
         notice(
-            f"{folder}: {len(narrowed)} of {len(pairs)} tensors are narrowed as they are loaded, first {narrowed[0]} "
+            f"{folder}: {len(narrowed)} of {len(pairs)} tensors are cast to a narrower dtype, such as {narrowed[0]} "
             f"from {before} to {after}{fix}"
         )
 
 
 def generation_config(folder: Path, config: Any, needed: bool) -> GenerationConfig:
-    """From its file, else from config.json as transformers reads it."""
-    is_there = (folder / GENERATION).exists()
-    file = folder / (GENERATION if is_there else "config.json")
+    """From generation_config.json, or else from config.json as transformers reads it; `needed`: or HmfError."""
+    has_file = (folder / GENERATION).exists()
+    file = folder / (GENERATION if has_file else "config.json")
     try:
         content = read_object(file)
-        if is_there:
+        if has_file:
             require_token_ids(file, config.vocab_size)
             return GenerationConfig.from_dict(content)
         return GenerationConfig.from_pretrained(folder, "config.json", _from_model_config=True)
     except HmfError as error:
         problem = str(error)
     except (ValueError, TypeError, AttributeError, OSError) as error:
-        problem = f"{file}: cannot be used to generate ({' '.join(str(error).split())})"
+        problem = f"{file}: not a valid generation config ({' '.join(str(error).split())})"
     if needed:
         raise HmfError(problem)
-    notice(f"{problem}; nothing is read of it here")
+    notice(f"{problem}; its settings are ignored here")
     return GenerationConfig.from_model_config(config)
 
 
 @contextmanager
 def without_generation_config(model: nn.Module) -> Iterator[None]:
-    """For `save_pretrained`, which rejects some generation configs that transformers reads. A model that is no
-    transformers model stays as it is."""
+    """Give a transformers model a default generation config during the block.
+
+    `save_pretrained` rejects some generation configs that transformers reads.
+    """
     generation = getattr(model, "generation_config", None)
     if not isinstance(model, PreTrainedModel) or generation is None:
         yield
@@ -390,18 +397,18 @@ def without_generation_config(model: nn.Module) -> Iterator[None]:
 def save_checkpoint(
     model: PreTrainedModel, target: str | Path, companions: str | Path, weights: dict[str, Any] | None = None
 ) -> None:
-    """Save `model` at `target` with what stands beside the weights in the directory `companions`.
+    """Save `model` at `target`, with the other files of the checkpoint directory `companions`, such as the tokenizer's.
 
-    Tensors are written in the dtypes that they have; config.json names `model.config.dtype`.
+    Tensors keep their dtypes; the dtype in config.json is `model.config.dtype`.
 
-    weights: its whole tensors by name, where it holds parts of them itself.
+    weights: the whole tensors by name, if the parameters of `model` are sharded.
     """
     generation, dtype = model.generation_config, model.config.dtype
     with new_directory(target) as folder:
         with without_generation_config(model):
             model.save_pretrained(folder, state_dict=weights)
         if dtype is not None:
-            model.config.dtype = dtype  # transformers takes the first tensor's
+            model.config.dtype = dtype  # save_pretrained writes the dtype of the first tensor
             model.config.save_pretrained(folder)
         generation.to_json_file(folder / GENERATION, keys_to_pop=["compile_config"])
         copy_companions(companions, folder)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Config classes of the Hybrids: a family's own config plus the pattern and one dict for each layer kind."""
+"""Config classes of the Hybrids: a family's own config plus the pattern and a dict of options for each layer type."""
 
 from __future__ import annotations
 
@@ -27,41 +27,41 @@ OPTION_KEYS = tuple(key for kind in LAYER_KINDS.values() for key in (kind.config
 
 @contextmanager
 def building(source: str | Path | None) -> Iterator[None]:
-    """HmfError where no config or model can be made of the values in the config.json of `source`, if it is known."""
+    """Turn an error of transformers in the block into an HmfError that names the config.json of `source`, if known."""
     try:
         yield
     except (HmfError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # of any kind: transformers uses values before it checks them
+    except Exception as error:  # any kind, because transformers uses values before it checks them
         file = Path(source) / "config.json" if source else "config.json"
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise HmfError(f"{file}: no model can be made of it ({type(error).__name__}: {reason})") from error
+        raise HmfError(f"{file}: no model can be built from it ({type(error).__name__}: {reason})") from error
 
 
 class HybridConfigMixin(Mixin):
-    """Put before a family's config class.
+    """The first base class of a Hybrid's config; the second is the family's config class.
 
-    In memory `layer_types` holds transformers' own names ("full_attention", "linear_attention" for every mixer), which
-    caches and serving engines read; on disk it holds the pattern's symbols, as published.
+    In memory `layer_types` has transformers' names ("full_attention", "linear_attention" for every mixer), which caches
+    and serving engines read. On disk it has the pattern's symbols, as published.
     """
 
     family: Family
     hybrid_override_pattern: Any
     layer_types: Any
-    attention_types: list[str]  # what each layer's attention is in the base model, replaced ones included
+    attention_types: list[str]  # the type of each layer's attention in the base model, also for replaced layers
 
     def __post_init__(self, **kwargs: Any) -> None:
         listed = self.layer_types
         self.layer_types = None
         if kwargs.get("per_layer_config") is not None:
-            raise HmfError("config.json: per_layer_config: layers of different shapes do not fit; take it out")
+            raise HmfError("config.json: per_layer_config: layers of different shapes are not supported; remove it")
         super().__post_init__(**kwargs)
         check_rope(vars(self), self.family, "config.json")
         if not getattr(self, "is_causal", True):
-            raise HmfError("config.json: is_causal: false, and mixers see the past alone; only causal bases fit")
+            raise HmfError("config.json: is_causal: false: mixers are causal; give a causal base model")
         self.head_dim = base_head_dim(self)  # published for every family, also where the base leaves it out
         count = self.num_hidden_layers
-        # On disk, and so here, the list may hold the pattern's symbols; in memory it holds transformers' names.
+        # The list may come from a file and have the pattern's symbols, or from memory and have transformers' names.
         has_symbols = any(symbol.rstrip("*") in LAYER_KINDS for symbol in listed or ())
         if self.hybrid_override_pattern is None:
             self.hybrid_override_pattern = "-".join(listed if has_symbols else [ATTENTION] * count)
@@ -69,16 +69,16 @@ class HybridConfigMixin(Mixin):
         if has_symbols and list(listed) != pattern.as_list():
             raise HmfError(
                 f"config.json: layer_types {listed} and hybrid_override_pattern {str(pattern)!r} disagree; "
-                "delete layer_types, it is derived"
+                "delete layer_types, which follows from the pattern"
             )
         if self.state_dtype not in STATE_DTYPES:
-            raise HmfError(f"config.json: state_dtype {self.state_dtype!r} is none of {', '.join(STATE_DTYPES)}")
-        if self.layer_types is None:  # one kind for all layers, as Llama, Ministral 3 and Qwen3-MoE decide it
-            # Llama's attention knows no windows, whatever its config.json holds.
+            raise HmfError(f"config.json: state_dtype {self.state_dtype!r} is not one of {', '.join(STATE_DTYPES)}")
+        if self.layer_types is None:  # Llama, Ministral 3 and Qwen3-MoE have one type for all layers
+            # Llama's attention has no windows, even if its config.json has a sliding_window.
             window = self.sliding_window if hasattr(self.family.config_class(), "sliding_window") else None
             self.layer_types = ["full_attention" if window is None else "sliding_attention"] * count
         if "sliding_attention" in self.layer_types and self.sliding_window < 1:
-            raise HmfError(f"config.json: sliding_window: {self.sliding_window} hides every token; give 1 or more")
+            raise HmfError(f"config.json: sliding_window: {self.sliding_window} masks every token; give 1 or more")
         self.attention_types = self.layer_types
         self.layer_types = [
             kind if symbol == ATTENTION else "linear_attention"
@@ -89,7 +89,7 @@ class HybridConfigMixin(Mixin):
 
     @contextmanager
     def as_base(self) -> Iterator[None]:
-        """While the block runs, `layer_types` is the base model's, from which its attentions read their window."""
+        """During the block `layer_types` is the base model's list, from which its attentions read their window."""
         mixed, self.layer_types = self.layer_types, self.attention_types
         try:
             yield
@@ -98,7 +98,7 @@ class HybridConfigMixin(Mixin):
 
     @property
     def attention_windows(self) -> list[int | None]:
-        """How many positions each layer's attention sees in the base model; None: all before it."""
+        """The window of each layer's attention in the base model, in positions; None is full attention."""
         return [self.sliding_window if kind == "sliding_attention" else None for kind in self.attention_types]
 
     @property
@@ -141,7 +141,7 @@ def hybrid_config_class(family: Family) -> type:
 
 
 def __getattr__(name: str) -> type:
-    """`Hybrid<Family>Config` by name: what imports and pickles ask this module for."""
+    """`Hybrid<Family>Config` as an attribute of this module, for imports and pickle."""
     for family in FAMILIES.values():
         if name == f"{family.hybrid_prefix}Config":
             return hybrid_config_class(family)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a base model to a fused one (teacher and student), and from that to a plain Hybrid.
+"""Conversion of a base model to a fused model (teacher and student), and of a fused model to a plain Hybrid.
 
-Tensors are shared, not copied.
+The new model shares the tensors of the old one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .modeling import hybrid_classes
 
 
 def hybrid_config(base: Any, pattern: Pattern, options: Mapping[str, Mapping[str, Any]] | None = None) -> Any:
-    """The Hybrid's config from a base or hybrid config; `options` by config key (`gdn_config`) overrides defaults."""
+    """A Hybrid's config from a base or hybrid config; `options`, by config key (`gdn_config`), override defaults."""
     family = family_of(base.model_type)
     classes = hybrid_classes(family)
     fields = base.to_dict()
@@ -50,8 +50,8 @@ def hybrid_config(base: Any, pattern: Pattern, options: Mapping[str, Mapping[str
     kinds = getattr(base, "attention_types", None) or getattr(base, "layer_types", None)
     if kinds and list(kinds) != config.attention_types:
         raise HmfError(
-            f"config.json: layer_types {list(kinds)} is not what the config's other keys give "
-            f"({config.attention_types}), and a Hybrid has no place to keep it; only windows by rule are supported"
+            f"config.json: layer_types {list(kinds)} differs from {config.attention_types}, which follows from the "
+            "other keys, and a Hybrid's config cannot store it; use a base whose windows follow from its other keys"
         )
     return config
 
@@ -59,19 +59,19 @@ def hybrid_config(base: Any, pattern: Pattern, options: Mapping[str, Mapping[str
 def hybridise(
     base: PreTrainedModel, pattern: Pattern, options: Mapping[str, Mapping[str, Any]] | None = None
 ) -> PreTrainedModel:
-    """A fused model on the tensors of `base`. Its mixers are not filled yet: `hmf.priming.stage0` does that."""
+    """A fused model on the tensors of `base`. `hmf.priming.stage0` initialises its mixers."""
     config = hybrid_config(base.config, pattern.with_fused(True), options)
     model, missing = _rebuild(config, base)
     names = {name for _, name in mixer_names(model)}
-    if left := sorted(name for name in missing if not names & set(name.split("."))):
-        raise HmfError(f"{type(base).__name__}: the base lacks {', '.join(left)}")
+    if lacking := sorted(name for name in missing if not names & set(name.split("."))):
+        raise HmfError(f"{type(base).__name__}: the base has no tensor {', '.join(lacking)}")
     for name, mixer in mixers(model):
         _take_dtypes(mixer, model.get_submodule(name.rpartition(".")[0]).self_attn)
     return model
 
 
 def _take_dtypes(mixer: nn.Module, attention: nn.Module) -> None:
-    """The base's tensors may have dtypes of their own: a mixer has its attention's, so that copies keep all digits."""
+    """Give a mixer the dtypes of its attention, which may differ by tensor, so that copying loses no precision."""
     given = dict(attention.named_parameters())
     mixer.to(functools.reduce(torch.promote_types, (x.dtype for x in given.values() if x.dim() > 1)))
     for name, x in mixer.named_parameters():
@@ -85,7 +85,7 @@ def drop_teacher(fused: PreTrainedModel) -> PreTrainedModel:
     prefixes = tuple(f"model.layers.{i}.self_attn." for i in fused.config.pattern.replaced)
     model, missing = _rebuild(config, fused, dropped=prefixes)
     if missing:
-        raise HmfError(f"{type(fused).__name__}: lacks {', '.join(sorted(missing))}")
+        raise HmfError(f"{type(fused).__name__}: the model has no tensor {', '.join(sorted(missing))}")
     return model
 
 
@@ -101,14 +101,17 @@ def mixers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 
 
 def _rebuild(config: Any, source: PreTrainedModel, dropped: tuple[str, ...] = ()) -> tuple[PreTrainedModel, set[str]]:
-    """A model of `config` on the tensors of `source`, and the names it still lacks; no tensor of source is lost."""
+    """A model of `config` on the tensors of `source`, and the names of tensors that `source` does not have.
+
+    HmfError for a tensor of `source` that the model does not have.
+    """
     state = {name: x for name, x in source.state_dict().items() if not (dropped and name.startswith(dropped))}
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=source.dtype)
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     if unexpected:
         raise HmfError(
-            f"{type(source).__name__}: tensors without a place in the Hybrid: {', '.join(sorted(unexpected))}"
+            f"{type(source).__name__}: the Hybrid has no parameter for the tensors {', '.join(sorted(unexpected))}"
         )
     model.tie_weights()
     model.config.dtype = source.config.dtype or model.dtype
@@ -117,7 +120,7 @@ def _rebuild(config: Any, source: PreTrainedModel, dropped: tuple[str, ...] = ()
 
 
 def footprint(model: PreTrainedModel) -> dict[str, int]:
-    """parameters, and of one sequence kv_bytes_per_token (in the model's dtype) and state_bytes (as computed)."""
+    """parameters; for one sequence kv_bytes_per_token, in the model's dtype, and state_bytes, as in computation."""
     config = model.config
     pattern = getattr(config, "pattern", None)
     attention_layers = config.num_hidden_layers - (len(pattern.replaced) if pattern else 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base families: one row each. A family is a Hugging Face decoder whose layers call their mixer `self_attn`."""
+"""The supported base families, one row each: Hugging Face decoders whose layers call their token mixer `self_attn`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 
 from hmf.errors import HmfError
 
-# Base, for type checkers, of a class that is put before one of transformers' and calls what comes after it.
+# The base class of mixins for transformers' classes. As Any, it lets type checkers accept their calls of super().
 Mixin: Any = object
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where transformers keeps a family, and what its Hybrid is called.
+    """The names of a family in transformers, and of its Hybrid.
 
-    `module` is the package under `transformers.models`; `prefix` opens its class names (`Qwen3` -> `Qwen3Config`,
-    `Qwen3Model`, `Qwen3DecoderLayer`, `Qwen3ForCausalLM`).
+    `model_type` is also the name of the package under `transformers.models`. `prefix` begins the names of its classes
+    (`Qwen3` -> `Qwen3Config`, `Qwen3Model`, `Qwen3DecoderLayer`, `Qwen3ForCausalLM`).
     """
 
     model_type: str
@@ -42,14 +42,14 @@ class Family:
         return getattr(self._module("modeling"), f"{self.prefix}{suffix}")
 
     def output_class(self) -> type:
-        """What the family's decoder returns; a mixture of experts adds router logits."""
+        """The class of the decoder's result; that of a mixture of experts has router logits too."""
         from transformers import modeling_outputs
 
         is_moe = hasattr(self._module("modeling"), "load_balancing_loss_func")
         return modeling_outputs.MoeModelOutputWithPast if is_moe else modeling_outputs.BaseModelOutputWithPast
 
     def query_growth(self) -> Callable[..., Any] | None:
-        """What a family whose queries grow with their position (Ministral 3) multiplies them with, or None.
+        """The function for the position-dependent factor of queries (Ministral 3), or None.
 
         (position_ids [B, T], beta, original length) -> [B, 1, T, 1]
         """
@@ -72,7 +72,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(model_type: str, source: str = "config.json") -> Family:
-    """The family of a base or hybrid `model_type`; HmfError, with how to add one, for any other."""
+    """The family of a base or hybrid `model_type`; HmfError for an unsupported one."""
     try:
         return FAMILIES[model_type.removeprefix("hybrid_")]
     except KeyError:

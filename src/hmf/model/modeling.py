@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any family's decoder with mixers in place of some attentions, and the teacher beside them until export.
+"""A family's decoder with mixers in place of some attentions; until export it keeps these attentions as the teacher.
 
-The families' own modules do the work; what is ours is one forward for all of them and a decoder layer that hands its
-mixer to the family's layer where that expects `self_attn`.
+The modules are the family's own. This file adds one forward for all families, and a decoder layer that runs the
+family's layer code with a mixer as `self_attn`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ STUDENT, TEACHER = "student", "teacher"
 
 
 class _WithMixer:
-    """A decoder layer seen with a mixer as its `self_attn`; everything else is the layer's own."""
+    """A view of a decoder layer whose `self_attn` is a mixer; all other attributes are the layer's."""
 
     def __init__(self, layer: nn.Module, mixer: nn.Module):
         self._layer, self.self_attn = layer, mixer
@@ -46,7 +46,7 @@ class _WithMixer:
 
 @functools.cache
 def hybrid_layer_class(stock: type[nn.Module]) -> type[nn.Module]:
-    """A family's decoder layer with a mixer, named as published; a fused one keeps `self_attn` for the teacher."""
+    """A family's decoder layer with a mixer under its published name. In a fused model it also keeps `self_attn`."""
 
     def __init__(self, config: Any, layer_idx: int):
         with config.as_base():
@@ -71,16 +71,16 @@ def hybrid_layer_class(stock: type[nn.Module]) -> type[nn.Module]:
 
 @dataclass
 class LayerInputs:
-    """What the layers of one forward pass share."""
+    """Inputs that the layers of one forward pass share."""
 
     hidden_states: torch.Tensor  # [B, T, D], the embeddings
     masks: dict[str, torch.Tensor | None]  # by entry of config.attention_types
     layout: Any
-    shared: dict[str, Any]  # position_ids, position_embeddings, past_key_values, use_cache and the caller's own
+    shared: dict[str, Any]  # position_ids, position_embeddings, past_key_values, use_cache and further keywords
 
 
 class AsItsFamily(Mixin):
-    """How experts are computed. transformers reads the source of a class's module for that: here, the family's."""
+    """The implementation of experts. transformers decides by the source of the class's module; here the family's."""
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -88,14 +88,14 @@ class AsItsFamily(Mixin):
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         if self.config.dtype == torch.float64 and requested_experts in (None, "grouped_mm"):
-            requested_experts = "eager"  # the grouped product knows no float64
+            requested_experts = "eager"  # grouped_mm does not support float64
         return super().get_correct_experts_implementation(requested_experts)
 
 
 class HybridModelMixin(AsItsFamily, StrictLoading):
-    """Put before a family's decoder (`Qwen3Model`, ...)."""
+    """The first base class of a Hybrid's decoder; the second is the family's decoder (`Qwen3Model`, ...)."""
 
-    _other_tensors = ("lm_head.",)  # of the causal language model, whose checkpoints are read too
+    _other_tensors = ("lm_head.",)  # checkpoints of the causal language model can be loaded too
 
     def __init__(self, config: Any):
         with config.as_base():
@@ -117,7 +117,7 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
     ) -> LayerInputs:
         """Embeddings, positions, masks and cache, from the arguments of a Hugging Face decoder's forward."""
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
@@ -127,10 +127,10 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
             adopt(past_key_values, self.config, batch)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if attention_mask is not None and getattr(attention_mask, "shape", None) != (batch, past + tokens):
-            given = list(attention_mask.shape) if hasattr(attention_mask, "shape") else type(attention_mask).__name__
+            got = list(attention_mask.shape) if hasattr(attention_mask, "shape") else type(attention_mask).__name__
             raise HmfError(
-                f"attention_mask: recurrent layers need [batch, cached + new tokens], here {[batch, past + tokens]}; "
-                f"got {given}"
+                f"attention_mask: recurrent layers need shape [batch, cached + new tokens], {[batch, past + tokens]}, "
+                f"not {got}"
             )
         if attention_mask is not None and tokens > 1 and bool(attention_mask.all()):
             attention_mask = None
@@ -141,17 +141,19 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
                 first = torch.repeat_interleave(cu_seqlens[:-1], lengths)
                 position_ids = (torch.arange(tokens, device=inputs_embeds.device) - first)[None]
             elif attention_mask is not None:
-                # real tokens count from 0 in every row: behind a short conv, rotary positions are no longer relative
+                # Real tokens start at position 0 in every row: after a short convolution the result depends on absolute
+                # rotary positions, not only on differences.
                 position_ids = (attention_mask.long().cumsum(1) - 1).clamp_min(0)[:, -tokens:]
             else:
                 position_ids = (torch.arange(tokens, device=inputs_embeds.device) + past)[None]
         elif cu_seqlens is not None and bool(position_ids[0, cu_seqlens[:-1][cu_seqlens.diff() > 0].long()].any()):
-            raise HmfError("position_ids: must restart at 0 where cu_seq_lens_q starts a document")
+            raise HmfError("position_ids: must restart at 0 at each document start in cu_seq_lens_q")
         shards = kwargs.get("shards")
-        if shards is not None:  # parts of rows whose rest other processes hold (hmf.parallel); attention asks it too
+        if shards is not None:  # sequence parallelism: parts of rows (hmf.parallel); attention receives `shards` too
             if attention_mask is not None or past_key_values is not None:
                 raise HmfError(
-                    "shards: rows in parts take neither padding nor a cache; pass whole rows and use_cache=False"
+                    "shards: sequence parallelism supports neither padding nor a cache; pass rows without padding and "
+                    "use_cache=False"
                 )
             layout = shards.layout
         else:
@@ -180,8 +182,8 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
     def run_layers(
         self, hidden_states: torch.Tensor, inputs: LayerInputs, layers: range, path: str = STUDENT
     ) -> torch.Tensor:
-        """hidden_states [B, T, D] through the given layers, replaced ones by their mixer or, on the teacher's path,
-        by their kept attention."""
+        """Run hidden_states [B, T, D] through `layers`. Replaced layers use their mixer, or on the teacher's path their
+        original attention."""
         symbols, types = self.config.pattern.symbols, self.config.attention_types
         for index in layers:
             if symbols[index] == ATTENTION:
@@ -217,9 +219,9 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
 
 
 class HybridCausalLMMixin(AsItsFamily, StrictLoading):
-    """Put before a family's causal language model (`Qwen3ForCausalLM`, ...)."""
+    """The first base class of a Hybrid's causal language model; the second is `Qwen3ForCausalLM` or the like."""
 
-    # A state that has moved on cannot go back: transformers then refuses assisted generation.
+    # Recurrent states cannot be rolled back. With this flag transformers refuses assisted generation.
     _is_stateful = True
     _can_compile_fullgraph = False
 
@@ -240,16 +242,16 @@ class HybridCausalLMMixin(AsItsFamily, StrictLoading):
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any):
         raise HmfError(
-            "generate_batch: continuous batching of transformers is not supported with recurrent layers; "
+            "generate_batch: transformers' continuous batching is not supported with recurrent layers; "
             "use generate, or `hmf serve`"
         )
 
 
 def _causal_lm_forward(stock: Any) -> Any:
-    """`stock`, the family's forward, with the family's own signature, which transformers and its users read.
+    """The family's forward `stock` with its signature, which transformers and its users inspect.
 
-    Training adds the keyword `objective` (hmf.priming.objectives, hmf.training.losses): what it makes of the batch is
-    returned instead. It goes through here so that wrappers for several processes see every forward pass.
+    Training passes the keyword `objective` (hmf.priming.objectives, hmf.training.losses); its result is then returned
+    instead. Going through `forward` lets wrappers for several processes (DDP, FSDP2) see every forward pass.
     """
     names = list(inspect.signature(stock).parameters)[1:]
 
@@ -258,7 +260,7 @@ def _causal_lm_forward(stock: Any) -> Any:
         if objective is not None:
             return objective(self, *args, **kwargs)
         if self.config.pattern.fused and (dict(zip(names, args, strict=False)) | kwargs).get("labels") is not None:
-            raise HmfError("labels: a fused checkpoint is trained by distillation; `hmf export` it to train on labels")
+            raise HmfError("labels: a fused model is trained by distillation; run `hmf export` to train on labels")
         return stock(self, *args, **kwargs)
 
     return forward
@@ -303,7 +305,7 @@ def hybrid_classes(family: Family) -> HybridClasses:
 
 
 def __getattr__(name: str) -> type:
-    """`Hybrid<Family>Model`, `...ForCausalLM` and `...DecoderLayer` by name: what imports and pickles ask for."""
+    """`Hybrid<Family>Model`, `...ForCausalLM` and `...DecoderLayer` as attributes, for imports and pickle."""
     for family in FAMILIES.values():
         if name == f"{family.hybrid_prefix}DecoderLayer":
             return hybrid_layer_class(family.class_named("DecoderLayer"))

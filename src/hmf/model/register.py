@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the Auto classes know every Hybrid."""
+"""Registers every Hybrid with transformers' Auto classes."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from .modeling import hybrid_classes
 
 
 def register() -> None:
-    """Register config, models and tokenizer of every family; doing it again changes nothing."""
+    """Register config, models and tokenizer of every family. A second call changes nothing."""
     for family in FAMILIES.values():
         classes = hybrid_classes(family)
         AutoConfig.register(family.hybrid_model_type, classes.config, exist_ok=True)
         AutoModel.register(classes.config, classes.model, exist_ok=True)
         AutoModelForCausalLM.register(classes.config, classes.causal_lm, exist_ok=True)
-        # Where a family's modules hold tensors in another form than its files, such as stacked experts.
+        # Some families' modules have other tensors than their files, such as stacked experts.
         if conversions := get_checkpoint_conversion_mapping(family.model_type):
             register_checkpoint_conversion_mapping(family.hybrid_model_type, conversions, overwrite=True)
         _register_tokenizer(family, classes.config)
 
 
 def _register_tokenizer(family: Family, config_class: type) -> None:
-    """Read a Hybrid's tokenizer files with the class that reads its base's: they are the same files.
+    """Make AutoTokenizer read a Hybrid's tokenizer files with the same class as the base's, whose files they are.
 
-    transformers chooses by the files and by tables of model types. It overrules the files for Qwen2, for instance,
-    whose checkpoints often name a class that splits text in another way.
+    transformers chooses the class by the files and by tables of model types. For Qwen2, for example, a table overrides
+    the files, because checkpoints often name a class that splits text in another way.
     """
     classes = tokenization_auto.TOKENIZER_MAPPING_NAMES
     overruled: set[str] = getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", set())
@@ -37,6 +37,6 @@ def _register_tokenizer(family: Family, config_class: type) -> None:
     classes[family.hybrid_model_type] = name
     if family.model_type in overruled:
         overruled.add(family.hybrid_model_type)
-    # The general class is the default; mistral-common's is slow to import, and its files name their class.
+    # The general class is the default. mistral-common's is slow to import, and its tokenizer files name it.
     if name not in ("TokenizersBackend", "MistralCommonBackend"):
         AutoTokenizer.register(config_class, tokenization_auto.tokenizer_class_from_name(name), exist_ok=True)

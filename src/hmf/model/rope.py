@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary positions in a config: which values can be computed, and what a recipe's `rope` makes of them.
+"""Rotary positions in a config: checking its values, and applying a recipe's `rope` section to it.
 
-transformers warns of values that cannot be computed, or fails when the model is built or first called.
+transformers only warns of invalid values, or fails when the model is built or first called.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ TYPES = ("default", *ROPE_INIT_FUNCTIONS)
 ORIGINAL, GROWTH = "original_max_position_embeddings", "llama_4_scaling_beta"
 NEEDED = {kind: keys[0] for kind, keys in ROPE_KEYS.items()}
 NEEDED |= {"dynamic": ("factor",), "longrope": ("short_factor", "long_factor")}
-FROM_ORIGINAL = ("yarn", "llama3", "longrope")  # computed from the length before any scaling
+FROM_ORIGINAL = ("yarn", "llama3", "longrope")  # types that use the length before any scaling
 
 
 class _Table(BaseModel):
-    """`rope_parameters` with everything that is outside it: the values of keys that are known. Others are kept."""
+    """The known keys of `rope_parameters`, and those that a config may have outside it. Unknown keys are allowed."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
     rope_type: str = "default"
@@ -51,11 +51,11 @@ class _Table(BaseModel):
     @model_validator(mode="after")
     def _fit_together(self) -> _Table:
         if self.rope_type not in TYPES:
-            raise ValueError(f"rope_type: {self.rope_type!r} is none of {', '.join(TYPES)}")
+            raise ValueError(f"rope_type: {self.rope_type!r} is not one of {', '.join(TYPES)}")
         if (legacy := (self.model_extra or {}).get("type", self.rope_type)) != self.rope_type:
-            raise ValueError(f"type: {legacy!r} and rope_type {self.rope_type!r} disagree; take one of them out")
+            raise ValueError(f"type: {legacy!r} and rope_type {self.rope_type!r} disagree; remove one of them")
         if missing := [key for key in NEEDED.get(self.rope_type, ()) if key not in self.model_fields_set]:
-            raise ValueError(f"{missing[0]}: is missing, and {self.rope_type} needs it")
+            raise ValueError(f"{missing[0]}: is missing, but {self.rope_type} needs it")
         if self.rope_type == "yarn" and self.beta_slow >= self.beta_fast:
             raise ValueError(f"beta_slow: {self.beta_slow} is not below beta_fast, {self.beta_fast}")
         if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
@@ -66,24 +66,24 @@ class _Table(BaseModel):
 
 
 def check_rope(fields: Mapping[str, Any], family: Family, source: str) -> None:
-    """HmfError for rotary positions, in the fields of a config.json in any spelling, that cannot be computed."""
-    name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"  # as transformers prefers them
+    """HmfError for invalid rotary positions in the fields of a config.json, under their new or their former names."""
+    name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"  # transformers' order of precedence
     table = fields.get(name)
     written_outside = table is None and "rope_theta" in fields
     if name in fields and not isinstance(table, Mapping) and not written_outside:
-        raise HmfError(f"{source}: {name}: {table!r} is no table; give the base model's rope_type and rope_theta")
+        raise HmfError(f"{source}: {name}: {table!r} is not a table; give the base model's rope_type and rope_theta")
     table = dict(table or {})
     if nested := next((key for key, value in table.items() if isinstance(value, Mapping)), None):
         raise HmfError(
-            f"{source}: {name}.{nested}: {family.prefix} has the same positions in every layer; give one table "
-            "without layer types"
+            f"{source}: {name}.{nested}: {family.prefix} has the same positions in every layer; give one table for "
+            "all layers"
         )
     if table and family.query_growth() is not None:
         needed = (GROWTH,) if table.get("rope_type", table.get("type")) in FROM_ORIGINAL else (GROWTH, ORIGINAL)
         if missing := [key for key in needed if key not in table]:
             raise HmfError(
-                f"{source}: {name}.{missing[0]}: is missing, and {family.prefix} scales its queries by it; "
-                f"give it as the base model has it ({GROWTH} 0 leaves queries as they are)"
+                f"{source}: {name}.{missing[0]}: is missing, but {family.prefix} scales its queries by it; "
+                f"give the base model's value ({GROWTH}: 0 turns the scaling off)"
             )
     outside = {key: fields[key] for key in ("rope_theta", "max_position_embeddings", ORIGINAL) if key in fields}
     known = {"rope_type": table["type"]} if "type" in table else {}
@@ -99,7 +99,7 @@ def check_rope(fields: Mapping[str, Any], family: Family, source: str) -> None:
 
 
 def require_rope(config: Any, source: str) -> None:
-    """HmfError where the config of a family's model, whose values are checked, still gives no rotary table."""
+    """HmfError if transformers cannot compute a rotary table from a config whose values passed `check_rope`."""
     rotary_class: Any = family_of(config.model_type).class_named("RotaryEmbedding")
     rope = config.rope_parameters
     try:
@@ -112,21 +112,21 @@ def require_rope(config: Any, source: str) -> None:
     if rotary.inv_freq.shape != whole.shape:
         factor = rope.get("partial_rotary_factor")
         raise HmfError(
-            f"{source}: partial_rotary_factor: {factor} with rope_type {rope['rope_type']}, and the family's attention "
-            "rotates whole heads; take it out"
+            f"{source}: partial_rotary_factor: {factor} with rope_type {rope['rope_type']} is not supported, because "
+            "the family's attention rotates whole heads; remove it"
         )
     if not (rotary.inv_freq.isfinite().all() and math.isfinite(rotary.attention_scaling)):
-        raise HmfError(f"{source}: rope_parameters: {rope} give frequencies that are not finite")
+        raise HmfError(f"{source}: rope_parameters: {rope} gives frequencies that are not finite; correct them")
 
 
 def with_rope(config: Any, rope: RopeSettings) -> Any:
-    """A copy of a (Hybrid's) config with other rotary positions; the model it came from must be built anew from it.
+    """A copy of a config with other rotary positions. The model must be built from the copy.
 
-    Keys that `rope` does not change stay, those that transformers does not know included. A scaling is always relative
-    to the length before any scaling, and one of another type takes the place of the old one's keys.
+    Keys that `rope` does not set are kept, also those that transformers does not know. A scaling is always relative to
+    the length before any scaling. A scaling of another type replaces the keys of the old one.
 
     Raises:
-        HmfError: for what cannot be computed, and where the length before any scaling is not known.
+        HmfError: for invalid values, or if the length before any scaling is not known.
     """
     fields, family = config.to_dict(), family_of(config.model_type)
     fields.pop("transformers_version", None)
@@ -134,18 +134,16 @@ def with_rope(config: Any, rope: RopeSettings) -> Any:
     if rope == RopeSettings():
         return type(config)(**fields)
     if kind not in ROPE_KEYS:
-        raise HmfError(
-            f"rope: the model's positions have rope_type {kind!r}, which a recipe cannot change; leave rope out"
-        )
+        raise HmfError(f"rope: the model has rope_type {kind!r}, which a recipe cannot change; leave rope out")
     fields["max_position_embeddings"] = length = rope.max_position_embeddings or config.max_position_embeddings
     if rope.scaling is not None:
         table = _rescaled(config, family, rope.scaling, rope.max_position_embeddings)
-        if ORIGINAL in fields:  # a copy outside the table, which transformers prefers
+        if ORIGINAL in fields:  # a copy outside the table, which takes precedence in transformers
             if ORIGINAL in table:
                 fields[ORIGINAL] = table[ORIGINAL]
             else:
                 del fields[ORIGINAL]
-    if "max_position_embeddings" in table:  # Ministral 3 repeats it there
+    if "max_position_embeddings" in table:  # Ministral 3 repeats it in the table
         table["max_position_embeddings"] = length
     if rope.theta is not None:
         table["rope_theta"] = rope.theta
@@ -155,8 +153,8 @@ def with_rope(config: Any, rope: RopeSettings) -> Any:
         factor, original = table["factor"], table[ORIGINAL]
         if factor * original + 1 <= length:
             raise HmfError(
-                f"rope.scaling.factor: {factor:g} times the {original} positions before scaling do not reach the "
-                f"model's {length}; give yarn with factor {length / original:g}"
+                f"rope.scaling.factor: {factor:g} times the {original} positions before scaling is less than the "
+                f"model's {length} positions; give yarn a factor of {length / original:g}"
             )
     changed = type(config)(**fields)
     require_rope(changed, "rope")
@@ -164,35 +162,35 @@ def with_rope(config: Any, rope: RopeSettings) -> Any:
 
 
 def _rescaled(config: Any, family: Family, scaling: RopeScaling, length: int | None) -> dict[str, Any]:
-    """The table of a config with another scaling; length: of the recipe, if it gives one."""
+    """The table of a config with another scaling; length: max_position_embeddings of the recipe, or None."""
     old, new = dict(config.rope_parameters), scaling.model_dump(exclude_none=True)
     kind, before = old["rope_type"], config.max_position_embeddings
     original = old.get(ORIGINAL, getattr(config, ORIGINAL, before if kind == "default" else None))
     if scaling.rope_type in FROM_ORIGINAL:
         if new.setdefault(ORIGINAL, original) is None:
             raise HmfError(
-                f"rope.scaling.{ORIGINAL}: the model's positions are scaled ({kind}), and its config does not have the "
-                "length before that; give it"
+                f"rope.scaling.{ORIGINAL}: the model's positions are scaled already ({kind}), and its config does not "
+                "have the length before scaling; give it"
             )
         if new[ORIGINAL] >= (reached := length or before):
             raise HmfError(
-                f"rope.max_position_embeddings: {reached} is not above the {new[ORIGINAL]} positions that are scaled; "
-                "give the longer context"
+                f"rope.max_position_embeddings: {reached} is not above the {new[ORIGINAL]} positions before scaling; "
+                "give the length of the longer context"
             )
     elif scaling.rope_type == "default" and kind != "default" and original not in (None, before) and length is None:
         raise HmfError(
-            f"rope.max_position_embeddings: the model's {before} positions come from the scaling that is taken away "
-            f"({original} before it); give how many it shall have"
+            f"rope.max_position_embeddings: without its scaling the model no longer has {before} positions "
+            f"({original} before scaling); give the new number of positions"
         )
     needed, optional = ROPE_KEYS[scaling.rope_type]
     stays = {*needed, *optional}
     if family.query_growth() is not None:
-        stays.add(ORIGINAL)  # queries grow from there, however positions are scaled
+        stays.add(ORIGINAL)  # the query scaling needs it with any rope_type
     replaced = ROPE_SCALING_KEYS - stays
-    # YaRN's own attention factor, written out: another factor has another.
-    given, its_own = old.get("attention_factor", 0.0), 0.1 * math.log(old.get("factor", 1.0)) + 1
-    if math.isclose(given, its_own, rel_tol=1e-3):
+    # An attention factor that equals YaRN's default for the old factor is not kept: it depends on the factor.
+    old_value, yarn_default = old.get("attention_factor", 0.0), 0.1 * math.log(old.get("factor", 1.0)) + 1
+    if math.isclose(old_value, yarn_default, rel_tol=1e-3):
         replaced |= {"attention_factor"}
-    if "type" in old:  # the former name of the key, beside it
+    if "type" in old:  # the former name of rope_type
         new["type"] = scaling.rope_type
     return {key: value for key, value in old.items() if key not in replaced} | new

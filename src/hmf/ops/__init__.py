@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors in, tensors out: the recurrences and the short convolution, each with a sequential float32 definition."""
+"""Functions of tensors: the recurrences and the short convolution, each defined by a sequential float32 reference."""
 
-from . import samples  # noqa: F401  it checks backward kernels for dispatch
+from . import samples  # noqa: F401  registers the gradient check that dispatch calls
 from .conv import short_conv
 from .gdn import gated_delta_rule
 from .gka import gated_kalmanet

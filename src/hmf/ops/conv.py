@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short causal depthwise convolution with its state, over rows or packed documents.
+"""Short causal depthwise convolution with a state, over rows or packed documents.
 
 Legend: B batch, T tokens, S sequences (rows or documents), C channels, W conv_size.
 """
@@ -34,7 +34,7 @@ def short_conv(
 
 @dispatch.implementation("conv", "reference")
 def reference(x, weight, bias=None, initial_state=None, cu_seqlens=None) -> Result:
-    """Token by token: the definition."""
+    """The definition: one token after the other."""
     batch, tokens, channels = x.shape
     rows, outputs, states, first = x.flatten(0, 1), [], [], 0
     for s, length in enumerate(sequence_lengths(batch, tokens, cu_seqlens)):
@@ -52,7 +52,7 @@ def reference(x, weight, bias=None, initial_state=None, cu_seqlens=None) -> Resu
 
 @dispatch.implementation("conv", "chunked")
 def chunked(x, weight, bias=None, initial_state=None, cu_seqlens=None) -> Result:
-    """One convolution for all sequences, each behind its history."""
+    """One convolution call for all sequences; each sequence is preceded by its history."""
     batch, tokens, channels = x.shape
     reach = weight.shape[-1] - 1
     if cu_seqlens is None:
@@ -61,27 +61,27 @@ def chunked(x, weight, bias=None, initial_state=None, cu_seqlens=None) -> Result
         extended = torch.cat([initial_state.to(x.dtype), x.transpose(1, 2)], dim=-1)  # [B, C, W-1+T]
         y = F.silu(F.conv1d(extended, weight.to(x.dtype), _as(bias, x), groups=channels)).transpose(1, 2)
         return y, extended[..., tokens:]
-    # Documents in one row: W-1 slots of history before each, so that one convolution serves all and none sees another.
+    # Packed documents: W-1 slots of history stand before each, so that one convolution does not mix documents.
     lengths = torch.tensor(sequence_lengths(batch, tokens, cu_seqlens), device=x.device)
     sequences = torch.arange(len(lengths), device=x.device)
-    place = torch.arange(tokens, device=x.device) + (torch.repeat_interleave(sequences, lengths) + 1) * reach
+    position = torch.arange(tokens, device=x.device) + (torch.repeat_interleave(sequences, lengths) + 1) * reach
     taps = torch.arange(reach, device=x.device)
     starts = torch.cumsum(lengths, 0) - lengths + sequences * reach
     if initial_state is None:
         initial_state = x.new_zeros(len(lengths), channels, reach)
     extended = x.new_zeros(tokens + len(lengths) * reach, channels)
-    extended = extended.index_copy(0, place, x[0])
+    extended = extended.index_copy(0, position, x[0])
     history = initial_state.to(x.dtype).transpose(1, 2).reshape(-1, channels)
     extended = extended.index_copy(0, (starts[:, None] + taps).flatten(), history)
     y = F.silu(F.conv1d(extended.T[None], weight.to(x.dtype), _as(bias, x), groups=channels))
-    y = y[0].T.index_select(0, place - reach)[None]
+    y = y[0].T.index_select(0, position - reach)[None]
     last = (starts + lengths)[:, None] + taps
     return y, extended[last].transpose(1, 2)
 
 
 @dispatch.implementation("conv", "fast", requires="triton")
 def fast(x, weight, bias=None, initial_state=None, cu_seqlens=None) -> Result:
-    """Our Triton kernels (CUDA); for one token a row they gain nothing."""
+    """The Triton kernels of `conv_triton` (CUDA). For one token per row they are not faster than `chunked`."""
     if x.shape[1] == 1 and cu_seqlens is None:
         return chunked(x, weight, bias, initial_state)
     from .conv_triton import Conv
@@ -97,8 +97,8 @@ def fast(x, weight, bias=None, initial_state=None, cu_seqlens=None) -> Result:
     y = Conv.apply(rows, weight[:, 0].to(x.dtype), _as(bias, x), state, bounds)
     if state is None:
         state = x.new_zeros(len(lengths), channels, reach)
-    # The last inputs of each sequence, in which its state's end counts.
-    at = lengths[:, None] + torch.arange(-reach, 0, device=device)  # [S, W-1], within a sequence; < 0: in its state
+    # The final state is the last W-1 inputs; in a shorter sequence it begins with the end of the initial state.
+    at = lengths[:, None] + torch.arange(-reach, 0, device=device)  # [S, W-1] in the sequence; < 0: in its state
     own = (at + (ends - lengths)[:, None]).clamp(0, max(0, batch * tokens - 1))
     fresh = rows[own].transpose(1, 2) if len(rows) else torch.zeros_like(state)
     kept = state.gather(2, (at + reach).clamp(max=max(0, reach - 1))[:, None].expand_as(state))

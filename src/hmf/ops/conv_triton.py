@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The short convolution with its SiLU and its gradient (Triton): tokens stay in their order, and nothing is padded.
+"""Triton kernels of the short convolution with SiLU, forward and backward. Tokens are neither reordered nor padded.
 
 Legend: B batch, T tokens, N = B T, S sequences (rows or documents), C channels, W conv_size.
 """
@@ -16,7 +16,7 @@ BLOCK_T, BLOCK_C = 32, 128
 
 @triton.jit
 def _tap(x, state, t, c, inside, first, sequence, channels, back: tl.constexpr, W: tl.constexpr, STATE: tl.constexpr):
-    """What came `back` tokens before tokens t [BLOCK_T] in their sequence, or is in its state [BLOCK_T, BLOCK_C]."""
+    """The inputs [BLOCK_T, BLOCK_C] that are `back` tokens before tokens t, from their sequence or from its state."""
     at = t - back
     own = (at >= first)[:, None]
     value = tl.load(x + at[:, None] * channels + c[None, :], mask=inside & own, other=0.0).to(tl.float32)
@@ -28,10 +28,23 @@ def _tap(x, state, t, c, inside, first, sequence, channels, back: tl.constexpr, 
 
 @triton.jit
 def _filtered(
-    x, weight, bias, state, t, c, inside, first, sequence, channels,
-    W: tl.constexpr, BIAS: tl.constexpr, STATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """The filters' sums of a block, which SiLU takes, in float32."""
+    x,
+    weight,
+    bias,
+    state,
+    t,
+    c,
+    inside,
+    first,
+    sequence,
+    channels,
+    W: tl.constexpr,
+    BIAS: tl.constexpr,
+    STATE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The convolution's output of a block before SiLU, in float32."""
     before = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     for w in tl.static_range(W):
         taps = tl.load(weight + c * W + w, mask=c < channels, other=0.0).to(tl.float32)
@@ -43,33 +56,61 @@ def _filtered(
 
 @triton.jit
 def _forward(
-    x, weight, bias, state, starts, sequences, y, total, channels,
-    W: tl.constexpr, BIAS: tl.constexpr, STATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    bias,
+    state,
+    starts,
+    sequences,
+    y,
+    total,
+    channels,
+    W: tl.constexpr,
+    BIAS: tl.constexpr,
+    STATE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (t < total)[:, None] & (c < channels)[None, :]
     first = tl.load(starts + t, mask=t < total, other=0)
     sequence = tl.load(sequences + t, mask=t < total, other=0)
-    before = _filtered(x, weight, bias, state, t, c, inside, first, sequence, channels,
-                       W, BIAS, STATE, BLOCK_T, BLOCK_C)  # fmt: skip
+    before = _filtered(
+        x, weight, bias, state, t, c, inside, first, sequence, channels, W, BIAS, STATE, BLOCK_T, BLOCK_C
+    )
     after = before / (1 + tl.exp(-before))
     tl.store(y + t[:, None] * channels + c[None, :], after.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _before_silu(
-    x, weight, bias, state, starts, sequences, grad_y, grad, sums, total, channels,
-    W: tl.constexpr, BIAS: tl.constexpr, STATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """The gradient of what SiLU takes, and a block's sums for those of weights and bias [blocks, W + 1, C]."""
+    x,
+    weight,
+    bias,
+    state,
+    starts,
+    sequences,
+    grad_y,
+    grad,
+    sums,
+    total,
+    channels,
+    W: tl.constexpr,
+    BIAS: tl.constexpr,
+    STATE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The gradient before SiLU, and a block's partial sums of the gradients of weight and bias [blocks, W + 1, C]."""
     block = tl.program_id(0).to(tl.int64)
     t, c = block * BLOCK_T + tl.arange(0, BLOCK_T), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (t < total)[:, None] & (c < channels)[None, :]
     first = tl.load(starts + t, mask=t < total, other=0)
     sequence = tl.load(sequences + t, mask=t < total, other=0)
-    before = _filtered(x, weight, bias, state, t, c, inside, first, sequence, channels,
-                       W, BIAS, STATE, BLOCK_T, BLOCK_C)  # fmt: skip
+    before = _filtered(
+        x, weight, bias, state, t, c, inside, first, sequence, channels, W, BIAS, STATE, BLOCK_T, BLOCK_C
+    )
     share = 1 / (1 + tl.exp(-before))
     upper = tl.load(grad_y + t[:, None] * channels + c[None, :], mask=inside, other=0.0).to(tl.float32)
     upper *= share * (1 + before * (1 - share))
@@ -98,8 +139,11 @@ def _input_grad(
 
 
 class Conv(torch.autograd.Function):
-    """y [N, C] of x [N, C], weight [C, W], bias [C] or None and state [S, C, W-1] or None; bounds: for each token the
-    first of its sequence, the one behind its last, and the sequence's number, [3, N] int64."""
+    """y [N, C] from x [N, C], weight [C, W], bias [C] or None and state [S, C, W-1] or None.
+
+    bounds [3, N] int64: for each token the index of its sequence's first token, the index after its last token, and
+    the number of the sequence.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, state, bounds):
@@ -130,7 +174,7 @@ class Conv(torch.autograd.Function):
         of_state = None
         if ctx.needs_input_grad[3]:
             of_state = torch.zeros_like(state, dtype=torch.float32)
-            for token in range(size - 1):  # the first ones of each sequence, which its state reaches
+            for token in range(size - 1):  # only the first W-1 tokens of a sequence read its state
                 at = torch.nonzero(torch.arange(total, device=x.device) == starts + token)[:, 0]
                 at = at[ends[at] > at]
                 for tap in range(size - 1 - token):
@@ -145,6 +189,12 @@ def _grid(x: torch.Tensor) -> tuple[int, int]:
 
 def _launch(x, weight, bias, state) -> dict[str, int | bool]:
     return {
-        "total": x.shape[0], "channels": x.shape[1], "W": weight.shape[1], "BIAS": bias is not None,
-        "STATE": state is not None, "BLOCK_T": BLOCK_T, "BLOCK_C": BLOCK_C, "num_warps": 8,
-    }  # fmt: skip
+        "total": x.shape[0],
+        "channels": x.shape[1],
+        "W": weight.shape[1],
+        "BIAS": bias is not None,
+        "STATE": state is not None,
+        "BLOCK_T": BLOCK_T,
+        "BLOCK_C": BLOCK_C,
+        "num_warps": 8,
+    }

@@ -2,9 +2,9 @@
 """The one place that chooses which implementation of an op runs.
 
 Every op has a `reference` (the definition), a `chunked` version in plain PyTorch and, on CUDA, a `fast` one. The
-environment variable HMF_OPS names one of the three for all ops, for debugging and for `hmf doctor`.
+environment variable HMF_OPS selects one of the three for all ops, for debugging and for `hmf doctor`.
 
-What is around an op, such as the other processes that hold parts of its sequence, is put there with `put_around`.
+Sequence parallelism wraps ops with `set_wrappers`.
 """
 
 from __future__ import annotations
@@ -45,24 +45,25 @@ def implementation(op: str, version: str, requires: str | None = None):
     return register
 
 
-# A kernel that was miscompiled once is not trusted unseen: (op, dtype, device) -> why not, or None. `samples` has it.
+# (op, dtype, device) -> the reason why the fast backward must not be used, or None. Some Triton releases miscompile it,
+# so it is checked before it is used. `hmf.ops.samples` registers the check.
 _GRADIENT_CHECK: list[Callable[[str, torch.dtype, str], str | None]] = []
 
 
 def gradient_check(function: Callable[[str, torch.dtype, str], str | None]):
-    """Register the decorated function as what compares a fast backward with the plain one before it is used."""
+    """Register the decorated function, which compares a fast backward with the chunked one before it is used."""
     _GRADIENT_CHECK.append(function)
     return function
 
 
-_NOTHING: Mapping[str, Callable] = MappingProxyType({})
-_AROUND: ContextVar[Mapping[str, Callable]] = ContextVar("around", default=_NOTHING)
+_NO_WRAPPERS: Mapping[str, Callable] = MappingProxyType({})
+_WRAPPERS: ContextVar[Mapping[str, Callable]] = ContextVar("wrappers", default=_NO_WRAPPERS)
 
 
 def entry(op: str, recurrence: bool = False):
-    """Mark the decorated function as the way into `op`: what has been put around `op` is called with it instead.
+    """Mark the decorated function as the entry of `op`. If a wrapper of `op` is set, it is called with the entry.
 
-    recurrence: its products are those of states, float32 by definition; autocast is off in it and chooses no other.
+    recurrence: the op computes states, which are float32 by definition, so autocast is disabled inside it.
     """
 
     def mark(function: Callable) -> Callable:
@@ -71,25 +72,25 @@ def entry(op: str, recurrence: bool = False):
             if recurrence and torch.is_autocast_enabled(device := args[0].device.type):
                 with torch.autocast(device, enabled=False):
                     return call(*args, **kwargs)
-            surroundings = _AROUND.get()
-            if not surroundings:
+            wrappers = _WRAPPERS.get()
+            if not wrappers:
                 return function(*args, **kwargs)
-            if op not in surroundings:
+            if op not in wrappers:
                 raise HmfError(f"{op}: sequence parallelism does not know this op; add it to hmf/parallel/mixing.py")
-            put_around({})  # an op that calls another one means the plain one
+            set_wrappers({})  # a wrapped op calls other ops without their wrappers
             try:
-                return surroundings[op](function, *args, **kwargs)
+                return wrappers[op](function, *args, **kwargs)
             finally:
-                put_around(surroundings)
+                set_wrappers(wrappers)
 
         return call
 
     return mark
 
 
-def put_around(functions: Mapping[str, Callable]) -> None:
-    """From now on, in this thread, a call of an `op`'s entry is `functions[op](entry, ...)`; {} ends that."""
-    _AROUND.set(functions)
+def set_wrappers(wrappers: Mapping[str, Callable]) -> None:
+    """In this context, a call of the entry of `op` becomes `wrappers[op](entry, ...)`. {} removes all wrappers."""
+    _WRAPPERS.set(wrappers)
 
 
 def implementations(op: str) -> dict[str, Implementation]:
@@ -101,22 +102,22 @@ def ops() -> list[str]:
 
 
 def choose(op: str, device_type: str, requires_grad: bool, dtype: torch.dtype) -> tuple[Implementation, str]:
-    """The implementation that runs for such tensors, and why, in one line."""
+    """The implementation that runs for tensors of this device and dtype, and the reason in one line."""
     versions = _IMPLEMENTATIONS[op]
     if forced := os.environ.get("HMF_OPS"):
         if forced not in VERSIONS:
             raise HmfError(f"HMF_OPS: {unknown_name('version', forced, VERSIONS)}")
         if forced not in versions:
             raise HmfError(
-                f"HMF_OPS={forced}: op {op!r} has only {', '.join(versions)}; unset HMF_OPS or name one of them"
+                f"HMF_OPS={forced}: op {op!r} has only {', '.join(versions)}; unset HMF_OPS or select one of them"
             )
-        return versions[forced], "named by HMF_OPS"
+        return versions[forced], "selected by HMF_OPS"
     reason = not_fast(op, device_type, requires_grad, dtype)
     return (versions["fast"], "CUDA tensors") if reason is None else (versions["chunked"], reason)
 
 
 def not_fast(op: str, device_type: str, requires_grad: bool, dtype: torch.dtype) -> str | None:
-    """Why such tensors do not get the fast version of `op`, in one line; None: they do. HMF_OPS is not asked."""
+    """The reason why `op` has no fast version for such tensors, in one line, or None. HMF_OPS is ignored."""
     fast = _IMPLEMENTATIONS[op].get("fast")
     if fast is None:
         return "the op has no GPU kernel"
@@ -130,9 +131,9 @@ def not_fast(op: str, device_type: str, requires_grad: bool, dtype: torch.dtype)
 
 
 def resolve(op: str, *tensors: torch.Tensor) -> Callable:
-    """The function to call for `op` on these tensors (device and dtype of the first, gradients of any).
+    """The function to call for `op` on these tensors. The first gives device and dtype; any may require gradients.
 
-    A slow fallback on a GPU warns once.
+    Falling back to the chunked version on a GPU warns once.
     """
     sample = tensors[0]
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
@@ -144,9 +145,9 @@ def resolve(op: str, *tensors: torch.Tensor) -> Callable:
 
 
 def known_bad_backward(op: str, dtype: torch.dtype) -> str | None:
-    """Why the fast backward of `op` in `dtype` cannot run on this machine; None if it can.
+    """The reason why the fast backward of `op` in `dtype` cannot be used on this machine, or None.
 
-    Where Triton miscompiles the one of fla's, `hmf.ops.fla_backend` takes its place, if fla is one that asks.
+    Where Triton miscompiles fla's kernel, `hmf.ops.fla_backend` replaces it. This needs an fla that has backends.
     """
     if op not in ("gdn", "ssd") or not (wrong := miscompiled()):
         return None
@@ -158,8 +159,11 @@ def known_bad_backward(op: str, dtype: torch.dtype) -> str | None:
 
 
 def miscompiled() -> str | None:
-    """What is wrong with fla's backward kernel here: on Hopper, Triton 3.4 to 3.7.0 miscompiles the gradient of q, k
-    and the decay (fla-org/flash-linear-attention#640). None: nothing."""
+    """The reason why fla's own backward kernel is wrong on this machine, or None.
+
+    On Hopper, Triton 3.4 to 3.7.0 miscompiles the gradient of q, k and the decay
+    (fla-org/flash-linear-attention#640).
+    """
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         return None
     import triton
@@ -171,7 +175,7 @@ def miscompiled() -> str | None:
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """States and sums are float32, or float64 for float64 inputs."""
+    """The dtype of states and sums: float32, or float64 for float64 inputs."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One kernel of flash-linear-attention's backwards, for GPUs on which Triton miscompiles fla's own.
+"""A replacement for one backward kernel of flash-linear-attention, for GPUs on which Triton miscompiles fla's own.
 
-On Hopper, Triton 3.4 to 3.7.0 gets a product wrong whose factor is the transpose of another product's result
-(fla-org/flash-linear-attention#640). Here the transposed scores are a product of their own, so none is transposed. fla
-0.6 takes kernels of others by a registry, which `install` puts ours into.
+On Hopper, Triton 3.4 to 3.7.0 miscompiles a product if one factor is the transpose of another product's result
+(fla-org/flash-linear-attention#640). This kernel computes the transposed scores by a product of their own. fla 0.6 has
+a registry of kernels, in which `install` registers this one.
 
-Per chunk and head, of o = scale (exp(g) q h + (q k^T * M) v) and the state after it, exp(g_last) h + (exp(g_last - g)
-k)^T v, where M[t, s] = exp(g_t - g_s) for s <= t, with g the log decay since the chunk's start; v = u - w h.
+The kernel computes, per chunk and head, the gradients of o = scale (exp(g) q h + (q k^T * M) v) and of the state after
+the chunk, exp(g_last) h + (exp(g_last - g) k)^T v. Here M[t, s] = exp(g_t - g_s) for s <= t, g is the log decay since
+the chunk's start, h is the state before the chunk, and v = u - w h.
 
 Legend: B batch, T tokens, S sequences, N chunks, C chunk_size, H heads, K/V key/value head dims.
 """
@@ -21,16 +22,38 @@ import triton.language as tl
 
 from . import dispatch
 
-BLOCK = 64  # of K and V
+BLOCK = 64  # block size along K and V
 
 
 @triton.jit
 def _chunk_grads(
-    q, k, v, g, h, grad_o, grad_h, grad_v, grad_q, grad_k, grad_w, grad_g, cu_seqlens, chunks, scale, tokens, total,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    PACKED: tl.constexpr, DELTA: tl.constexpr,
-):  # fmt: skip
-    """One block of keys' channels, of one chunk and head; grad_g gets a part from each block."""
+    q,
+    k,
+    v,
+    g,
+    h,
+    grad_o,
+    grad_h,
+    grad_v,
+    grad_q,
+    grad_k,
+    grad_w,
+    grad_g,
+    cu_seqlens,
+    chunks,
+    scale,
+    tokens,
+    total,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    PACKED: tl.constexpr,
+    DELTA: tl.constexpr,
+):
+    """One block of key channels of one chunk and head; each block writes its own partial sum of grad_g."""
     block, chunk, head = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     if PACKED:
         sequence, number = tl.load(chunks + 2 * chunk).to(tl.int64), tl.load(chunks + 2 * chunk + 1).to(tl.int64)
@@ -108,11 +131,12 @@ def chunk_grads(
     g_gamma: None = None,
     state_v_first: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Gradients of q, k, w (None without w) and g, float32, by fla's names: those of `fla.ops.common.chunk_o`.
+    """Gradients of q, k, w (None without w) and g (float32). The parameters have the names of fla's kernel.
 
-    q, k, w [B, T, H, K]; v, do (of o), dv (of v) [B, T, H, V]; g [B, T, H] log decays to the base 2 since a chunk's
-    start, whose gradient is to the base e; h the states before chunks and dh the gradients of those after [B, N, H, K,
-    V]; chunk_indices [N, 2]: sequence and number in it of each chunk, where cu_seqlens [S+1] packs sequences.
+    q, k, w [B, T, H, K]; v, do (gradient of o), dv (gradient of v) [B, T, H, V]; g [B, T, H] log decays to the base 2
+    since the chunk's start, whose gradient is to the base e; h [B, N, H, K, V] the states before each chunk, and dh the
+    gradients of the states after it; chunk_indices [N, 2]: for each chunk the number of its sequence and its number in
+    that sequence, where cu_seqlens [S+1] packs sequences.
     """
     (batch, tokens, heads, key_dim), value_dim = k.shape, v.shape[-1]
     chunks = None if cu_seqlens is None else chunk_indices
@@ -129,17 +153,40 @@ def chunk_grads(
     dw = None if w is None else torch.empty_like(w, memory_format=torch.contiguous_format)
     if count:
         _chunk_grads[blocks, count, heads](
-            q, k, v, g, h, do, dh, v if dv is None else dv.contiguous(), dq, dk, dq if dw is None else dw, dg,
-            cu_seqlens, chunks, scale, tokens, g.numel(),
-            H=heads, K=key_dim, V=value_dim, C=chunk_size, BK=widths[0], BV=widths[1],
-            PACKED=chunks is not None, DELTA=dw is not None, num_warps=4, num_stages=2,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            g,
+            h,
+            do,
+            dh,
+            v if dv is None else dv.contiguous(),
+            dq,
+            dk,
+            dq if dw is None else dw,
+            dg,
+            cu_seqlens,
+            chunks,
+            scale,
+            tokens,
+            g.numel(),
+            H=heads,
+            K=key_dim,
+            V=value_dim,
+            C=chunk_size,
+            BK=widths[0],
+            BV=widths[1],
+            PACKED=chunks is not None,
+            DELTA=dw is not None,
+            num_warps=4,
+            num_stages=2,
+        )
     return dq, dk, dw, dg.sum(0)
 
 
 @functools.cache
 def install() -> None:
-    """Have fla take `chunk_grads` on this machine, where its own kernel is wrong; nothing elsewhere."""
+    """Register `chunk_grads` with fla if its own kernel is wrong on this machine."""
     if not dispatch.miscompiled():
         return
     from fla.backends import BaseBackend, register
@@ -155,6 +202,6 @@ def install() -> None:
         def chunk_bwd_dqkwg_verifier(
             self, q, k, v, do, h, dh, w=None, g=None, g_gamma=None, dv=None, scale=None, state_v_first=False, **kwargs
         ) -> tuple[bool, str | None]:
-            """The calls that `hmf.ops` makes; others go on to fla's next."""
+            """Accept the calls that `hmf.ops` makes; fla passes other calls to its next backend."""
             ours = g is not None and g_gamma is None and not state_v_first and q.shape[2] == v.shape[2]
             return ours, None if ours else "not a call of hmf's"

@@ -33,12 +33,12 @@ def gated_delta_rule(
     initial_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> Result:
-    """The gated delta rule by the best implementation for the tensors' device (see the module's head)."""
+    """The gated delta rule, by the implementation that `dispatch` chooses; arguments as in the module docstring."""
     return dispatch.resolve("gdn", q, k, v, g, beta)(q, k, v, g, beta, initial_state, cu_seqlens)
 
 
 def step(q, k, v, g, beta, state) -> Result:
-    """One token a sequence: q, k [S, H, K], v [S, H, V], g, beta [S, H], state [S, H, K, V] -> (o [S, H, V], state)."""
+    """A token per sequence: q, k [S, H, K], v [S, H, V], g, beta [S, H], state [S, H, K, V] -> (o [S, H, V], state)."""
     state = state * g.exp()[..., None, None]
     error = v - torch.einsum("shkv,shk->shv", state, k)
     state = state + torch.einsum("shk,shv->shkv", k, error * beta[..., None])
@@ -47,7 +47,7 @@ def step(q, k, v, g, beta, state) -> Result:
 
 @dispatch.implementation("gdn", "reference")
 def reference(q, k, v, g, beta, initial_state=None, cu_seqlens=None) -> Result:
-    """Token by token: the definition."""
+    """The definition: one token after the other."""
     batch, tokens, heads, _ = q.shape
     out_dtype, compute = v.dtype, dispatch.compute_dtype(v)
     q, k, v, g, beta = (x.to(compute).flatten(0, 1) for x in (q, k, v, g, beta))
@@ -70,7 +70,7 @@ def reference(q, k, v, g, beta, initial_state=None, cu_seqlens=None) -> Result:
 
 @dispatch.implementation("gdn", "chunked")
 def chunked(q, k, v, g, beta, initial_state=None, cu_seqlens=None, chunk_size: int = 64) -> Result:
-    """Matrix products inside chunks, a scan over chunks: the WY form of the paper's section 3.3."""
+    """Matrix products inside chunks and a scan over chunks: the WY form of section 3.3 of the paper."""
     out_dtype, compute = v.dtype, dispatch.compute_dtype(v)
     batch, tokens, heads, key_dim = q.shape
     if tokens == 1 and cu_seqlens is None:
@@ -87,11 +87,11 @@ def chunked(q, k, v, g, beta, initial_state=None, cu_seqlens=None, chunk_size: i
 
 class _Chunks(torch.autograd.Function):
     """o [N, C, H, V] and the final states [S, H, K, V] from q, k [N, C, H, K], v [N, C, H, V], g, beta [N, H, C] and
-    the initial states, a few chunks at a time as in `ssd`.
+    the initial states. As in `ssd`, a few chunks are computed at a time.
 
-    In a chunk the corrected values are u = (1 + A)^-1 beta (v - exp(g_in) k S), S being the state before it, g_in the
-    log decay since then and A[t, s] = beta_t (k_t . k_s) exp(g_in_t - g_in_s) for s < t. They, the inverses and the
-    states before chunks are kept for the backward.
+    The corrected values of a chunk are u = (1 + A)^-1 beta (v - exp(g_in) k S), where S is the state before the chunk,
+    g_in the log decay since its start, and A[t, s] = beta_t (k_t . k_s) exp(g_in_t - g_in_s) for s < t. The backward
+    uses stored u, inverses and states before chunks.
     """
 
     @staticmethod
@@ -127,7 +127,7 @@ class _Chunks(torch.autograd.Function):
     def backward(ctx, grad_o, grad_final):
         q, k, v, g, beta, starts, inverses, values, order = ctx.saved_tensors
         scale = q.shape[-1] ** -0.5
-        grad_state = grad_final[order]  # of the states after a chunk, from the last one to the first
+        grad_state = grad_final[order]  # gradient of the state after a chunk, from the last chunk to the first
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
         grad_g, grad_beta = torch.empty_like(g), torch.empty_like(beta)
         for at, sequences in reversed(chunk_groups(ctx.layout, g)):
@@ -145,12 +145,13 @@ class _Chunks(torch.autograd.Function):
                 end.copy_(now)
                 grad_t.baddbmm_(k_t, now)
                 torch.addcmul(update, decayed, now, out=now).baddbmm_(w, grad_t, alpha=-1)
-            grad_rhs = inverses[at].mT @ grad_u  # of beta (v - exp(g_in) k S)
+            grad_rhs = inverses[at].mT @ grad_u  # gradient of beta (v - exp(g_in) k S)
             grad_scores = (grad_n @ u.mT).mul_(decay)
             grad_q = (grad_n @ start.mT).mul_(from_start).add_(grad_scores @ k_n)
-            grad_system = (grad_rhs @ u.mT).mul_(decay).tril_(-1).neg_()  # of A / (beta exp(g_in_t - g_in_s))
-            # A token's key where it corrects its own value, a factor of exp(g_in), then where later ones meet it, of
-            # exp(-g_in).
+            # Gradient of A / (beta exp(g_in_t - g_in_s)).
+            grad_system = (grad_rhs @ u.mT).mul_(decay).tril_(-1).neg_()
+            # A key occurs twice: grad_own is its gradient where it corrects the value of its own token, with a factor
+            # exp(g_in); grad_met where it occurs in the terms of later tokens, with a factor exp(-g_in).
             grad_own = (grad_rhs @ start.mT).mul_(from_start).neg_().add_(grad_system @ k_n)
             grad_beta[at] = (grad_rhs * v_n).sum(-1) + (grad_own * k_n).sum(-1)
             grad_own *= beta_n
@@ -166,14 +167,14 @@ class _Chunks(torch.autograd.Function):
 
 
 def _inverse(below: torch.Tensor) -> torch.Tensor:
-    """(1 + A)^-1 for A [..., C, C], of which only what is below the diagonal is read."""
+    """(1 + A)^-1 for A [..., C, C]; only the entries below the diagonal of A are read."""
     eye = torch.eye(below.shape[-1], dtype=below.dtype, device=below.device).expand_as(below)
     return torch.linalg.solve_triangular(below, eye, upper=False, unitriangular=True)
 
 
 @dispatch.implementation("gdn", "fast", requires="fla")
 def fast(q, k, v, g, beta, initial_state=None, cu_seqlens=None) -> Result:
-    """flash-linear-attention's Triton kernels (CUDA)."""
+    """The Triton kernels of flash-linear-attention (CUDA)."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
     from .fla_backend import install

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One token of Gated DeltaNet for many sequences, in place in a pool of states: the decode step of a server (Triton).
+"""Triton kernel of a server's decode step for Gated DeltaNet: one token of many sequences, in place in a state pool.
 
-It reads and writes each state once, which is what bounds the step, and nothing else of that size: heads of keys and
-values are shared by address instead of being expanded, q and k are normalised on the way, slots are followed inside.
+The step is bound by memory bandwidth. The kernel reads and writes each state once, and nothing else of that size: it
+shares key and value heads without expanding them, normalises q and k, and addresses the states by slot.
 `hmf.ops.gdn.step` is the definition.
 """
 
@@ -15,18 +15,36 @@ import triton.language as tl
 
 @triton.jit
 def _decode(
-    q, k, v, g, beta, pool, slots, o,
-    q_row, k_row, v_row, pool_slot, null_slot, scale, eps,
-    H: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    g,
+    beta,
+    pool,
+    slots,
+    o,
+    q_row,
+    k_row,
+    v_row,
+    pool_slot,
+    null_slot,
+    scale,
+    eps,
+    H: tl.constexpr,
+    KEY_GROUP: tl.constexpr,
+    VALUE_GROUP: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     sequence, head = tl.program_id(1).to(tl.int64), tl.program_id(2)
     key_at = tl.arange(0, BLOCK_K)
     value_at = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_key, in_value = key_at < K, value_at < V
     out = o + (sequence * H + head) * V + value_at
     slot = tl.load(slots + sequence).to(tl.int64)
-    if slot == null_slot:  # a row of padding
+    if slot == null_slot:  # padding
         tl.store(out, tl.zeros([BLOCK_V], o.dtype.element_ty), mask=in_value)
         return
     query = tl.load(q + sequence * q_row + head * K + key_at, mask=in_key, other=0).to(tl.float32)
@@ -34,7 +52,7 @@ def _decode(
     value = tl.load(v + sequence * v_row + head // VALUE_GROUP * V + value_at, mask=in_value, other=0).to(tl.float32)
     query *= tl.rsqrt(tl.sum(query * query) + eps)
     key *= tl.rsqrt(tl.sum(key * key) + eps)
-    # The definition rounds the normalised vectors to the model's dtype.
+    # As in the layer, the normalised vectors are rounded to the model's dtype.
     query, key = query.to(q.dtype.element_ty).to(tl.float32), key.to(k.dtype.element_ty).to(tl.float32)
     decay = tl.exp(tl.load(g + sequence * H + head).to(tl.float32))
     strength = tl.load(beta + sequence * H + head).to(tl.float32)
@@ -61,22 +79,42 @@ def decode(
 ) -> torch.Tensor:
     """Advance the states of S sequences by one token; returns o [S, H, V] in v.dtype.
 
-    q [S, Hq, K], k [S, Hk, K], v [S, Hv, V], not normalised, where Hq = H and Hk and Hv divide H, each row's heads side
-    by side in memory; g (log decay), beta [S, H]; pool [slots, H, V, K] (vLLM's layout) of any float dtype, changed in
-    place; slots [S] integers, all different but for `null_slot`, whose rows give zeros and change nothing.
+    q [S, Hq, K], k [S, Hk, K], v [S, Hv, V], not normalised. Hq = H, Hk and Hv divide H, and the last two dimensions
+    are contiguous. g (log decay), beta [S, H]. pool [slots, H, V, K] (vLLM's layout) of any float dtype, changed in
+    place. slots [S] integers, all different except for `null_slot`, which marks padding: its output is zero and no
+    state changes. Raises ValueError for other layouts.
     """
     sequences, value_dim, key_dim, heads = v.shape[0], v.shape[-1], k.shape[-1], pool.shape[1]
     if q.shape[1] != heads or any(x.stride()[1:] != (x.shape[-1], 1) for x in (q, k, v)):
-        raise ValueError(f"q must have the pool's {heads} heads, and the heads of a row must be side by side in memory")
+        raise ValueError(f"q must have the pool's {heads} heads; the last two dimensions of q, k, v must be contiguous")
     if pool.stride()[1:] != (key_dim * value_dim, key_dim, 1):
         raise ValueError("the states of a slot must be contiguous")
     o = v.new_empty(sequences, heads, value_dim)
     block_v = min(32, triton.next_power_of_2(value_dim))
     grid = (triton.cdiv(value_dim, block_v), sequences, heads)
     _decode[grid](
-        q, k, v, g.contiguous(), beta.contiguous(), pool, slots, o,
-        q.stride(0), k.stride(0), v.stride(0), pool.stride(0), null_slot, key_dim**-0.5, eps,
-        H=heads, KEY_GROUP=heads // k.shape[1], VALUE_GROUP=heads // v.shape[1], K=key_dim, V=value_dim,
-        BLOCK_K=triton.next_power_of_2(key_dim), BLOCK_V=block_v, num_warps=4,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        g.contiguous(),
+        beta.contiguous(),
+        pool,
+        slots,
+        o,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        pool.stride(0),
+        null_slot,
+        key_dim**-0.5,
+        eps,
+        H=heads,
+        KEY_GROUP=heads // k.shape[1],
+        VALUE_GROUP=heads // v.shape[1],
+        K=key_dim,
+        V=value_dim,
+        BLOCK_K=triton.next_power_of_2(key_dim),
+        BLOCK_V=block_v,
+        num_warps=4,
+    )
     return o

@@ -6,9 +6,9 @@ Per head, with a key covariance C [K, K] and a value state U [K, V], both decaye
     U <- exp(g_t) U + k_t v_t^T;    o_t = U^T (q_t + alpha_t (x_t - q_t))      (over sqrt(K) with `rescale`)
 
 x_t is `num_iter` steps of Chebyshev's iteration for the spectrum [lambda, lambda + ||C||_F]; 0 leaves x = q. Because
-lambda is a fixed share of F = ||C||_F, so are the step 2 / (2 lambda + F) = c / F and rho = F / (2 lambda + F): with
-c = 2 / (1 + 2 ridge_strength) the iteration runs on c C / F with the same numbers for every token, and x = (c / F) z.
-Where C is zero, x is zero.
+lambda is ridge_strength times F = ||C||_F, the step is 2 / (2 lambda + F) = c / F with c = 2 / (1 + 2 ridge_strength),
+and rho = F / (2 lambda + F) is a constant. The iteration therefore runs on c C / F with the same coefficients for every
+token, and x = (c / F) z. Where C is zero, x is zero.
 
 All versions take q, k [B, T, H, K], v [B, T, H, V] with heads expanded, normalised and gated by the layer; g, gk (log
 decays) and alpha (None: 1) [B, T, H]; initial_state a pair (C [S, H, K, K], U [S, H, K, V]) or None; cu_seqlens [S+1]
@@ -48,9 +48,10 @@ def gated_kalmanet(
     bp_lambda: bool = True,
     rescale: bool = True,
 ) -> Result:
-    """Gated KalmaNet by the best implementation for the tensors' device (see the module's head).
+    """Gated KalmaNet, by the implementation that `dispatch` chooses; arguments as in the module docstring.
 
-    `bp_lambda` False lets no gradient through lambda (and the spectrum's bound, which is proportional to it).
+    With `bp_lambda` False no gradient flows through lambda, nor through the bound of the spectrum, which is
+    proportional to it.
     """
     options = {"num_iter": num_iter, "ridge_strength": ridge_strength, "bp_lambda": bp_lambda, "rescale": rescale}
     return dispatch.resolve("gka", q)(q, k, v, g, gk, alpha, initial_state, cu_seqlens, **options)
@@ -59,7 +60,7 @@ def gated_kalmanet(
 def step(
     q, k, v, g, gk, alpha, state: State, *, num_iter, ridge_strength, bp_lambda, rescale, solve=solve_chebyshev
 ) -> Result:
-    """One token a sequence: q, k [S, H, K], v [S, H, V], g, gk, alpha [S, H] -> (o [S, H, V], state)."""
+    """One token per sequence: q, k [S, H, K], v [S, H, V], g, gk, alpha [S, H] -> (o [S, H, V], state)."""
     C = state[0] * gk.exp()[..., None, None] + k[..., :, None] * k[..., None, :]
     if num_iter:
         q = mix(q, solve(C, q, num_iter, ridge_strength, bp_lambda), alpha)
@@ -88,7 +89,7 @@ def reference(
     rescale=True,
     solve=solve_chebyshev,
 ) -> Result:
-    """Token by token: the definition; `solve` is the Chebyshev iteration or `solve_exact`."""
+    """The definition: one token after the other. `solve` is `solve_chebyshev` or `solve_exact`."""
     batch, tokens, heads, key_dim = q.shape
     out_dtype, compute = v.dtype, dispatch.compute_dtype(v)
     q, k, v, g, gk = (x.to(compute).flatten(0, 1) for x in (q, k, v, g, gk))
@@ -131,13 +132,15 @@ def chunked(
     chunk_size: int = 32,
     solver=None,
 ) -> Result:
-    """All tokens of many chunks are solved at once, from the covariances at the chunks' starts.
+    """Solves all tokens of many chunks at once, from the covariances at the chunks' starts.
 
-    No token's covariance is ever formed: with C_0 at the chunk's start, d_t the decay since then and M_ts that from
-    token s to t, C_t p = d_t C_0 p + sum_{s <= t} M_ts k_s (k_s . p), so a step for a whole chunk is three matrix
-    products; ||C_t||_F comes from the chunk's Gram matrix. `exact_backward` differentiates the exact solution instead
-    of the iterations: half the cost, and as far from the true gradient as the iterations are from the solution.
-    `solver` (None: `ChunkSolve`) is what runs the iterations of all chunks.
+    The covariance of a single token is never formed. With C_0 at the chunk's start, d_t the decay since then and M_ts
+    the decay from token s to t, C_t p = d_t C_0 p + sum_{s <= t} M_ts k_s (k_s . p), so an iteration for a whole chunk
+    is three matrix products. ||C_t||_F comes from the chunk's Gram matrix.
+
+    exact_backward: differentiate the exact solution instead of the iterations. This halves the cost; its error is of
+    the size of the iterations' distance from the exact solution.
+    solver: runs the iterations of all chunks; None is `ChunkSolve`.
     """
     batch, tokens, heads, key_dim = q.shape
     out_dtype, compute = v.dtype, dispatch.compute_dtype(v)
@@ -169,7 +172,8 @@ def chunked(
         q = mix(q, layout.merge(x.transpose(1, 2)), None if alpha is None else alpha.to(compute))
     if rescale:
         q = q * key_dim**-0.5
-    # In float32, by no kernel: where C is small x is large and its products nearly cancel, so their rounding counts.
+    # In float32 and without a kernel: where C is small, x is large and its products nearly cancel, so that rounding
+    # them to bfloat16 would be a large relative error.
     o, U = linear_attention(q, k, v, g, U, cu_seqlens)
     return o.to(out_dtype), (C, U)
 
@@ -190,8 +194,11 @@ def fast(
     bp_lambda=True,
     rescale=True,
 ) -> Result:
-    """Our Triton kernels (CUDA): all of it for single tokens and in bfloat16, both without gradients; otherwise the
-    iterations, with the rest as in `chunked`."""
+    """The Triton kernels of this package (CUDA).
+
+    Without gradients, kernels compute the whole op for single tokens and for bfloat16 inputs. Otherwise a kernel
+    computes the iterations, and the rest is as in `chunked`.
+    """
     from . import gka_chunk_triton, gka_decode
     from . import gka_triton as kernels
 
@@ -204,10 +211,10 @@ def fast(
         o, state = gka_decode.step(q, k, v, g, gk, None if alpha is None else alpha[:, 0], initial_state, **options)
         return o[:, None], state
     elif not torch.is_grad_enabled() and not gka_chunk_triton.unsupported(q, k, v):
-        sequence_lengths(q.shape[0], q.shape[1], cu_seqlens)  # refuses wrong ones
+        sequence_lengths(q.shape[0], q.shape[1], cu_seqlens)  # raises for invalid cu_seqlens
         return gka_chunk_triton.rows(q, k, v, g, gk, alpha, initial_state, cu_seqlens, **options)
     else:
-        # Keys that are numbers of bfloat16 spare some of the kernels' products.
+        # For bfloat16 keys the kernels need fewer products.
         solver = functools.partial(kernels.Solve.apply, k.dtype == torch.bfloat16)
     options |= {"bp_lambda": bp_lambda, "chunk_size": kernels.CHUNK_SIZE, "solver": solver}
     return chunked(q, k, v, g, gk, alpha, initial_state, cu_seqlens, **options)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gated KalmaNet's prefill in three Triton kernels, for tokens in bfloat16 and without gradients.
+"""Three Triton kernels for Gated KalmaNet's prefill, for bfloat16 inputs and without gradients.
 
-`_prepare` normalises keys and sums up decays, `_states` carries both states of a sequence and head over its chunks and
-writes what they are where each chunk starts, `_outputs` takes one chunk of one head: norms, all Chebyshev iterations
-and the output, nothing of which leaves the chip in between. Heads of queries, keys and values are shared by address,
-and beta is the weight beta^2 of a key's terms in both states. `gka.reference` is the definition.
+`_prepare` normalises the keys and sums the decays. `_states` advances both states of a sequence and head over its
+chunks and writes their values at each chunk's start. `_outputs` computes one chunk of one head: norms, all Chebyshev
+iterations and the output, without intermediate results in global memory. Query, key and value heads are shared without
+expanding them. beta enters as the weight beta^2 of a key's terms in both states. `gka.reference` is the definition.
 
-Where products are rounded: the iterations' run in float16, with 11 bits where bfloat16 has 8. The covariance at the
-chunk's start, the keys (scaled by powers of two, so exact) and their weighted products are one number each. The iterate
-is two, because its rounding counts where keys are few: there it is long and the output's terms nearly cancel. The
-states and what follows the solve are products of bfloat16 numbers and pairs of them, to 2^-16.
+Precision: the products of the iterations use float16, whose significand has 11 bits (bfloat16 has 8). The covariance at
+the chunk's start, the keys (scaled by powers of two, which is exact) and their weighted products are each one float16
+number. The iterate is the sum of two float16 numbers, because with few keys it is large and the terms of the output
+nearly cancel. The states and the output are products of bfloat16 numbers and of pairs of them, precise to 2^-16.
 
 Legend: N tokens, S sequences, G chunks, C chunk_size, H heads, K/V key/value head dims, D the power of two >= K.
 """
@@ -27,36 +27,57 @@ CHUNK_SIZE = 64
 # Tiles of narrower heads are padded to this width. With tiles of 16, Triton 3.6 compiled `_outputs` for Hopper to reads
 # outside of shared memory (compute-sanitizer, head_dim 16).
 NARROWEST = 64
-COLUMNS = 32  # of a state that one program of `_states` carries
+COLUMNS = 32  # columns of a state that one program of `_states` computes
 
 
 @triton.jit
 def _normalised(x, eps, dtype: tl.constexpr):
-    """Rows of x [C, D] over their norm, rounded as the layer rounds them."""
+    """Rows of x [C, D] divided by their norm, rounded as in the layer."""
     return (x / (tl.sqrt(tl.sum(x * x, axis=1)) + eps)[:, None]).to(dtype).to(tl.float32)
 
 
 @triton.jit
 def _power(x):
-    """The power of two in a float32 x >= 0, 1 for zero."""
+    """The largest power of two that is not above the float32 x >= 0; 1 for x = 0."""
     power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.where(power > 0, power, 1.0)
 
 
 @triton.jit
 def _halves(x):
-    """Two float16 tensors whose sum is x to 2^-22, where x is at most 65504."""
+    """Two float16 tensors whose sum is x with a relative error of 2^-22, for |x| up to 65504."""
     high = x.to(tl.float16)
     return high, (x - high.to(tl.float32)).to(tl.float16)
 
 
 @triton.jit
 def _prepare(
-    k, g, gk, beta, unit, weight, total, bounds, chunks, sequence_of, k_row, unit_row, tokens, most, sequences, eps,
-    NORMALISE: tl.constexpr, BETA: tl.constexpr, H: tl.constexpr, KEY_GROUP: tl.constexpr, K: tl.constexpr,
-    SIZE: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """Of one chunk and head: its tokens' weights in both states at its end, the states' decays over it, its keys."""
+    k,
+    g,
+    gk,
+    beta,
+    unit,
+    weight,
+    total,
+    bounds,
+    chunks,
+    sequence_of,
+    k_row,
+    unit_row,
+    tokens,
+    most,
+    sequences,
+    eps,
+    NORMALISE: tl.constexpr,
+    BETA: tl.constexpr,
+    H: tl.constexpr,
+    KEY_GROUP: tl.constexpr,
+    K: tl.constexpr,
+    SIZE: tl.constexpr,
+    D: tl.constexpr,
+):
+    """For one chunk and head: the weight of each token in both states at the chunk's end, the decay of both states over
+    the chunk, and the normalised keys."""
     chunk, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     sequence = tl.load(sequence_of + chunk)
     if sequence >= sequences:  # there are at most so many chunks as programs
@@ -74,7 +95,7 @@ def _prepare(
         share = tl.exp(whole - tl.cumsum(log_decay, axis=0)) * strength
         tl.store(weight + (state * tokens + token) * H + head, share, mask=real)
         tl.store(total + (state * most + chunk) * H + head, tl.exp(whole))
-    if NORMALISE:  # by the first of the heads that share a key
+    if NORMALISE:  # only the first of the heads that share a key head writes
         inside = (token < tl.where(head % KEY_GROUP == 0, stop, 0))[:, None] & (d < K)[None, :]
         column = (head // KEY_GROUP) * K + d[None, :]
         key = load(k + token[:, None] * k_row, column, inside).to(tl.float32)
@@ -84,14 +105,38 @@ def _prepare(
 
 @triton.jit
 def _states(
-    k, v, weight, total, C, U, C_starts, scales, squares, U_starts, C_out, U_out, bounds, chunks, k_row, v_row,
-    tokens, most, STATE: tl.constexpr, H: tl.constexpr, KEY_GROUP: tl.constexpr,
-    VALUE_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
-    """Some columns of a state of one sequence and head: the first programs those of the covariance, then the values'.
+    k,
+    v,
+    weight,
+    total,
+    C,
+    U,
+    C_starts,
+    scales,
+    squares,
+    U_starts,
+    C_out,
+    U_out,
+    bounds,
+    chunks,
+    k_row,
+    v_row,
+    tokens,
+    most,
+    STATE: tl.constexpr,
+    H: tl.constexpr,
+    KEY_GROUP: tl.constexpr,
+    VALUE_GROUP: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    SIZE: tl.constexpr,
+    D: tl.constexpr,
+    B: tl.constexpr,
+):
+    """Some columns of one state of one sequence and head: the first programs take the covariance, the others U.
 
-    At every chunk's start the covariance is written in float16 over a power of two of these columns, with its sum of
-    squares; the values' state as two bfloat16 numbers.
+    At every chunk's start the covariance is written in float16, divided by a power of two for these columns, together
+    with the columns' sum of squares. U is written as two bfloat16 numbers.
     """
     part, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     covariance_parts: tl.constexpr = (K + B - 1) // B
@@ -139,13 +184,47 @@ def _states(
 
 @triton.jit
 def _outputs(
-    q, k, v, g, gk, alpha, beta, C_starts, scales, squares, U_starts, o, bounds, chunks, sequence_of, weights,
-    q_row, k_row, v_row, sequences, eps, c, keep, scale, num_iter,
-    SOLVE: tl.constexpr, NORMALISE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, H: tl.constexpr,
-    QUERY_GROUP: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    SIZE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
-    """o of one chunk and head; keys k are normalised."""
+    q,
+    k,
+    v,
+    g,
+    gk,
+    alpha,
+    beta,
+    C_starts,
+    scales,
+    squares,
+    U_starts,
+    o,
+    bounds,
+    chunks,
+    sequence_of,
+    weights,
+    q_row,
+    k_row,
+    v_row,
+    sequences,
+    eps,
+    c,
+    keep,
+    scale,
+    num_iter,
+    SOLVE: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
+    H: tl.constexpr,
+    QUERY_GROUP: tl.constexpr,
+    KEY_GROUP: tl.constexpr,
+    VALUE_GROUP: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    SIZE: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    B: tl.constexpr,
+):
+    """o of one chunk and head. The keys k are normalised already."""
     chunk, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     sequence = tl.load(sequence_of + chunk)
     if sequence >= sequences:  # there are at most so many chunks as programs
@@ -165,7 +244,7 @@ def _outputs(
         strength *= strength
 
     if SOLVE:
-        # Keys and covariance with largest entries in [1, 2), by powers of two that go into their weights.
+        # Scale keys and covariance by powers of two to a largest entry in [1, 2); the weights take up the scales.
         power = _power(tl.max(tl.abs(keys.to(tl.float32)), axis=1))
         unit = (keys.to(tl.float32) / power[:, None]).to(tl.float16)
         part: tl.constexpr = (K + B - 1) // B
@@ -179,7 +258,7 @@ def _outputs(
         log_decay = tl.cumsum(load(gk, gate, real), axis=0)
         weight = tl.where(causal, tl.exp(log_decay[:, None] - log_decay[None, :]), 0.0)
         weight *= (strength * power * power)[None, :]
-        # ||C_t||_F^2: sums of non-negative terms, so nothing cancels.
+        # ||C_t||_F^2 is a sum of non-negative terms, so there is no cancellation.
         gram = tl.dot(unit, tl.trans(unit))
         gram = (gram * gram * (16 / (D * D))).to(tl.float16)  # at most 256
         top = _power(tl.max(weight, axis=1))
@@ -192,7 +271,7 @@ def _outputs(
         factor = tl.where(square > 0, c / tl.sqrt(tl.maximum(square, 1.2e-38)), 0.0)
         row *= size * factor
         weight = (weight * factor[:, None]).to(tl.float16)
-    # Only now, as the registers hold no more.
+    # Loaded only here, because of register pressure.
     query = load(q + (head // QUERY_GROUP) * K + token[:, None] * q_row, d[None, :], inside).to(tl.float32)
     if NORMALISE:
         query = _normalised(query, eps, q.dtype.element_ty)
@@ -237,7 +316,7 @@ def _outputs(
 
 
 def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Why the kernels cannot run for q, k [..., K] and v [..., V], or None. It is no fault: others do then."""
+    """The reason why these kernels cannot run for q, k [..., K] and v [..., V], or None. `gka.fast` has others."""
     if any(x.dtype != torch.bfloat16 for x in (q, k, v)):
         return "tokens are not bfloat16"
     if max(q.shape[-1], v.shape[-1]) > 128:
@@ -266,17 +345,17 @@ def chunked(
 ) -> Result:
     """Gated KalmaNet over S sequences packed in N tokens: o [N, H, V] in v.dtype and the final states in float32.
 
-    q [N, Hq, K], k [N, Hk, K], v [N, Hv, V] bfloat16, whose heads of a token are side by side in memory and in number
-    divide H; g, gk (log decays), alpha and beta (or None) [N, H]; state: a pair [S, H, K, K|V] or None; cu_seqlens
-    [S+1] integers, on the device. With beta the key and the value of a head are multiplied by it; with eps q and k are
-    normalised, x / (||x|| + eps), and rounded to bfloat16.
+    q [N, Hq, K], k [N, Hk, K], v [N, Hv, V] bfloat16, whose last two dimensions are contiguous; Hq, Hk and Hv divide H.
+    g, gk (log decays), alpha and beta (or None) [N, H]; state: a pair [S, H, K, K|V] or None; cu_seqlens [S+1]
+    integers, on the device. With beta, the key and the value of a head are multiplied by it. With eps, q and k are
+    normalised, x / (||x|| + eps), and rounded to bfloat16. Raises ValueError for another memory layout.
     """
     if any(x.stride()[1:] != (x.shape[-1], 1) for x in (q, k, v)):
-        raise ValueError("the heads of a token must be side by side in memory")
+        raise ValueError("the last two dimensions of q, k and v must be contiguous")
     tokens, heads, key_dim, value_dim = len(q), g.shape[-1], k.shape[-1], v.shape[-1]
     sequences = len(cu_seqlens) - 1
     g, gk, alpha, beta = (None if x is None else x.float().contiguous() for x in (g, gk, alpha, beta))
-    # Nothing is asked of the device: there are at most so many chunks.
+    # An upper bound of the number of chunks, which needs no synchronisation with the device.
     most = tokens // CHUNK_SIZE + min(sequences, tokens)
     bounds = cu_seqlens.int()
     chunks = torch.zeros_like(bounds)
@@ -308,27 +387,93 @@ def chunked(
     with torch.cuda.device_of(q):
         if most:
             _prepare[most * heads,](
-                k, g, gk, strength, unit, weight, total, bounds, chunks, sequence_of, k.stride(0), unit.stride(0),
-                tokens, most, sequences, eps, **gates, **common, num_warps=4,
-            )  # fmt: skip
+                k,
+                g,
+                gk,
+                strength,
+                unit,
+                weight,
+                total,
+                bounds,
+                chunks,
+                sequence_of,
+                k.stride(0),
+                unit.stride(0),
+                tokens,
+                most,
+                sequences,
+                eps,
+                **gates,
+                **common,
+                num_warps=4,
+            )
         _states[parts + triton.cdiv(value_dim, columns), heads, sequences](
-            unit, v, weight, total, C, U, C_starts, scales, squares, U_starts, C_out, U_out, bounds, chunks,
-            unit.stride(0), v.stride(0), tokens, most, STATE=state is not None, **common, **values,
-            num_warps=4, num_stages=3,
-        )  # fmt: skip
+            unit,
+            v,
+            weight,
+            total,
+            C,
+            U,
+            C_starts,
+            scales,
+            squares,
+            U_starts,
+            C_out,
+            U_out,
+            bounds,
+            chunks,
+            unit.stride(0),
+            v.stride(0),
+            tokens,
+            most,
+            STATE=state is not None,
+            **common,
+            **values,
+            num_warps=4,
+            num_stages=3,
+        )
         if most:
             _outputs[most * heads,](
-                q, unit, v, g, gk, share, strength, C_starts, scales, squares, U_starts, o, bounds, chunks, sequence_of,
-                weights, q.stride(0), unit.stride(0), v.stride(0), sequences, eps, c, keep,
-                key_dim**-0.5 if rescale else 1.0, num_iter, SOLVE=num_iter > 0,
-                ALPHA=alpha is not None, QUERY_GROUP=heads // q.shape[1],
-                DV=value_width, **gates, **common, **values, num_warps=4, num_stages=1,
-            )  # fmt: skip
+                q,
+                unit,
+                v,
+                g,
+                gk,
+                share,
+                strength,
+                C_starts,
+                scales,
+                squares,
+                U_starts,
+                o,
+                bounds,
+                chunks,
+                sequence_of,
+                weights,
+                q.stride(0),
+                unit.stride(0),
+                v.stride(0),
+                sequences,
+                eps,
+                c,
+                keep,
+                key_dim**-0.5 if rescale else 1.0,
+                num_iter,
+                SOLVE=num_iter > 0,
+                ALPHA=alpha is not None,
+                QUERY_GROUP=heads // q.shape[1],
+                DV=value_width,
+                **gates,
+                **common,
+                **values,
+                num_warps=4,
+                num_stages=1,
+            )
     return o, (C_out, U_out)
 
 
 def rows(q, k, v, g, gk, alpha, state: State | None, cu_seqlens: torch.Tensor | None, **options) -> Result:
-    """`chunked` for rows [B, T, ...], or for one of packed documents, as `gka.reference` takes them."""
+    """`chunked` for rows [B, T, ...] or one row of packed documents, with the arguments of `gka.reference`."""
     batch, tokens = q.shape[:2]
     if cu_seqlens is None:
         cu_seqlens = torch.arange(batch + 1, device=q.device) * tokens

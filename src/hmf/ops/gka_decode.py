@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One token of Gated KalmaNet for many sequences, also in place in a pool: the decode step of a server (Triton).
+"""Triton kernel of a decode step of Gated KalmaNet: one token of many sequences, for servers in place in a state pool.
 
-It computes what `hmf.ops.gka.step` does.
+`hmf.ops.gka.step` is the definition.
 
 Legend: S sequences, H heads, K/V key/value head dims, D the power of two >= K.
 """
@@ -18,15 +18,49 @@ from .gka_triton_common import load, step_weights, tile_width
 
 @triton.jit
 def _step(
-    q, k, v, g, gk, alpha, beta, C, U, o, C_out, U_out, slots, weights,
-    q_row, k_row, v_row, C_slot, U_slot, null_slot, eps, c, keep, scale, num_iter,
-    NORMALISE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, STATE: tl.constexpr, POOL: tl.constexpr,
-    H: tl.constexpr, QUERY_GROUP: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, INNER: tl.constexpr,
-):  # fmt: skip
-    """One token of one sequence and head: the covariance stays in registers for all steps.
+    q,
+    k,
+    v,
+    g,
+    gk,
+    alpha,
+    beta,
+    C,
+    U,
+    o,
+    C_out,
+    U_out,
+    slots,
+    weights,
+    q_row,
+    k_row,
+    v_row,
+    C_slot,
+    U_slot,
+    null_slot,
+    eps,
+    c,
+    keep,
+    scale,
+    num_iter,
+    NORMALISE: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
+    STATE: tl.constexpr,
+    POOL: tl.constexpr,
+    H: tl.constexpr,
+    QUERY_GROUP: tl.constexpr,
+    KEY_GROUP: tl.constexpr,
+    VALUE_GROUP: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """One token of one sequence and head. The covariance stays in registers during all iterations.
 
-    Its columns are two axes of the tile, [rows, D / INNER, INNER]: so the sum over them stays within a few threads.
+    The tile splits the columns into two axes, [rows, D / INNER, INNER], so that a sum over columns needs few threads.
     """
     at = tl.program_id(0).to(tl.int64)
     sequence, head = at // H, at % H
@@ -34,7 +68,7 @@ def _step(
     C_at, U_at = at * K * K, at * K * V
     if POOL:
         slot = tl.load(slots + sequence).to(tl.int64)
-        if slot == null_slot:  # a row of padding
+        if slot == null_slot:  # padding
             tl.store(o + at * V + u, tl.zeros([DV], o.dtype.element_ty), mask=u < V)
             return
         C_at, U_at = slot * C_slot + head * K * K, slot * U_slot + head * K * V
@@ -45,7 +79,7 @@ def _step(
         old = load(C + C_at, row * K + column, inside).to(tl.float32)
     key = load(k + sequence * k_row + (head // KEY_GROUP) * K, i, i < K).to(tl.float32)
     rhs = load(q + sequence * q_row + (head // QUERY_GROUP) * K, i, i < K).to(tl.float32)
-    if NORMALISE:  # rounded as the layer rounds them
+    if NORMALISE:  # rounded as in the layer
         key = (key / (tl.sqrt(tl.sum(key * key)) + eps)).to(k.dtype.element_ty).to(tl.float32)
         rhs = (rhs / (tl.sqrt(tl.sum(rhs * rhs)) + eps)).to(q.dtype.element_ty).to(tl.float32)
     if BETA:
@@ -101,11 +135,11 @@ def step(
     """`gka.step` without gradients: q [S, Hq, K], k [S, Hk, K], v [S, Hv, V], g, gk and alpha (or None) [S, H], of any
     dtypes.
 
-    Heads of a row are side by side in memory, and Hq, Hk and Hv divide H. With beta [S, H] the key and the value of a
-    head are multiplied by it; with eps q and k are normalised, x / (||x|| + eps), and rounded to their dtype.
-    With slots [S], integers, `state` is a pool of states [slots, H, K, K|V] of any float dtypes, in whose rows the
-    sequences' states stand and are changed in place: as a server keeps them, read and written once. All slots differ
-    but for `null_slot`, whose rows give zeros and change nothing.
+    Hq, Hk and Hv divide H. With beta [S, H], the key and the value of a head are multiplied by it. With eps, q and k
+    are normalised, x / (||x|| + eps), and rounded to their dtype.
+    With slots [S], integers, `state` is a server's pool of states [slots, H, K, K|V] of any float dtype, which is
+    changed in place. All slots differ except for `null_slot`, which marks padding: its output is zero and no state
+    changes. Raises ValueError for slots without a pool, or a pool whose states are not contiguous.
     """
     sequences, heads, key_dim, value_dim = len(q), g.shape[-1], k.shape[-1], v.shape[-1]
     q, k, v = (x if x.stride()[1:] == (x.shape[-1], 1) else x.contiguous() for x in (q, k, v))
@@ -117,18 +151,52 @@ def step(
         U_out = torch.empty(sequences, heads, key_dim, value_dim, dtype=torch.float32, device=q.device)
     else:
         if state is None or any(not x[0].is_contiguous() for x in state):
-            raise ValueError("slots need a pool whose states are contiguous, each by itself")
+            raise ValueError("slots need a pool of states, and the state of each slot must be contiguous")
         C, U = C_out, U_out = state
     c, _, _ = coefficients(num_iter, ridge_strength)
     keep, weights = step_weights(num_iter, ridge_strength, q.device)
     with torch.cuda.device_of(q):
         _step[sequences * heads,](
-            q, k, v, g, gk, g if alpha is None else alpha, g if beta is None else beta, C, U, o, C_out, U_out,
-            g if slots is None else slots, weights, q.stride(0), k.stride(0), v.stride(0), C_out.stride(0),
-            U_out.stride(0), null_slot, eps or 0.0, c, keep, key_dim**-0.5 if rescale else 1.0, num_iter,
-            NORMALISE=eps is not None, ALPHA=alpha is not None, BETA=beta is not None, STATE=state is not None,
-            POOL=slots is not None, H=heads, QUERY_GROUP=heads // q.shape[1], KEY_GROUP=heads // k.shape[1],
-            VALUE_GROUP=heads // v.shape[1], K=key_dim, V=value_dim, D=tile_width(key_dim), DV=tile_width(value_dim),
-            INNER=min(32, tile_width(key_dim)), num_warps=8, maxnreg=128,  # two programs at a time on a multiprocessor
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            g,
+            gk,
+            g if alpha is None else alpha,
+            g if beta is None else beta,
+            C,
+            U,
+            o,
+            C_out,
+            U_out,
+            g if slots is None else slots,
+            weights,
+            q.stride(0),
+            k.stride(0),
+            v.stride(0),
+            C_out.stride(0),
+            U_out.stride(0),
+            null_slot,
+            eps or 0.0,
+            c,
+            keep,
+            key_dim**-0.5 if rescale else 1.0,
+            num_iter,
+            NORMALISE=eps is not None,
+            ALPHA=alpha is not None,
+            BETA=beta is not None,
+            STATE=state is not None,
+            POOL=slots is not None,
+            H=heads,
+            QUERY_GROUP=heads // q.shape[1],
+            KEY_GROUP=heads // k.shape[1],
+            VALUE_GROUP=heads // v.shape[1],
+            K=key_dim,
+            V=value_dim,
+            D=tile_width(key_dim),
+            DV=tile_width(value_dim),
+            INNER=min(32, tile_width(key_dim)),
+            num_warps=8,
+            maxnreg=128,  # so that two programs fit on one multiprocessor
+        )
     return o, (C_out, U_out)

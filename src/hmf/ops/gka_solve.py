@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gated KalmaNet's solve x ~ (C + lambda I)^-1 q in plain PyTorch, for single tokens and for whole chunks.
 
-The equations stand in `hmf.ops.gka`, whose versions and kernels share what is here.
+The equations are in `hmf.ops.gka`. Its versions and kernels share these functions.
 
 Legend: C chunk_size (or the covariance), K key head dim, N chunks, H heads, G chunks of one head.
 """
@@ -19,7 +19,7 @@ Result = tuple[torch.Tensor, State]
 
 
 def coefficients(num_iter: int, ridge_strength: float) -> tuple[float, float, list[float]]:
-    """c, the share of z that a step keeps (1 - c ridge_strength), and the weights w of the steps."""
+    """c, the factor of z in an iteration (1 - c ridge_strength), and the weight w of each iteration."""
     c, rho = 2 / (1 + 2 * ridge_strength), 1 / (1 + 2 * ridge_strength)
     weights, w = [], 2.0
     for _ in range(num_iter):
@@ -29,7 +29,7 @@ def coefficients(num_iter: int, ridge_strength: float) -> tuple[float, float, li
 
 
 def inverse_norm(square: torch.Tensor, bp_lambda: bool) -> torch.Tensor:
-    """1 / sqrt(square), zero (with a zero gradient) where the square is zero."""
+    """1 / sqrt(square); where square is zero, the result and its gradient are zero."""
     inverse = torch.where(square > 0, square.clamp_min(torch.finfo(square.dtype).tiny).rsqrt(), 0)
     return inverse if bp_lambda else inverse.detach()
 
@@ -55,7 +55,7 @@ def solve_exact(C, q, num_iter, ridge_strength, bp_lambda=True) -> torch.Tensor:
 
 
 def squared_norms(k, starts, from_start, decay) -> torch.Tensor:
-    """||C_t||_F^2 [N, H, C] of every token: sums of non-negative terms, so nothing cancels."""
+    """||C_t||_F^2 [N, H, C] of every token, a sum of non-negative terms, so without cancellation."""
     fresh = ((decay @ (k @ k.mT).square()) * decay).sum(-1)
     mixed = decay @ ((k @ starts.mT) * k).sum(-1, keepdim=True)
     old = starts.square().sum((-2, -1))[..., None]
@@ -63,11 +63,11 @@ def squared_norms(k, starts, from_start, decay) -> torch.Tensor:
 
 
 class ChunkSolve(torch.autograd.Function):
-    """z of a chunk's tokens: steps of z <- w (keep z - A_t z + q) + (1 - w) z_before from z = q, where
+    """z of a chunk's tokens: iterations z <- w (keep z - A_t z + q) + (1 - w) z_before from z = q, where
     A_t p = row_t C_0 p + sum_{s <= t} mask_ts k_s (k_s . p).
 
-    q, k [G, C, K]; start [G, K, K]; row [G, C]; mask [G, C, C]. Nothing of the iterations outlives a call: the backward
-    runs them again, for as many G at a time as a fixed amount of memory holds.
+    q, k [G, C, K]; start [G, K, K]; row [G, C]; mask [G, C, C]. The iterates are not stored for the backward. It
+    computes them again, for as many chunks at a time as a fixed amount of memory holds.
     """
 
     @staticmethod
@@ -101,7 +101,7 @@ class ChunkSolve(torch.autograd.Function):
 
 
 def _groups(q: torch.Tensor, stored: int) -> list[slice]:
-    """Slices over G such that `stored` tensors like q stay small: in cache on a CPU, well filled launches on a GPU."""
+    """Slices of G for which `stored` tensors of q's shape fit into a CPU's cache, or are a large launch on a GPU."""
     budget = 2**28 if q.is_cuda else 2**22
     size = max(1, budget // (stored * q[0].numel())) if len(q) else 1
     return [slice(first, first + size) for first in range(0, len(q), size)]
@@ -129,8 +129,8 @@ def _last(iterates: Iterator[torch.Tensor]) -> torch.Tensor:
 
 
 def _adjoint(q, grad_z, system, keep, weights):
-    """Reverse of `_iterates`: the gradient of q [G, C, K], and for each product A z_n its argument z_n and its incoming
-    gradient [G, steps, C, K]."""
+    """The backward of `_iterates`: the gradient of q [G, C, K], and for each product A z_n the argument z_n and the
+    incoming gradient [G, steps, C, K]."""
     k, start, row, mask = system
     z = torch.stack(list(_iterates(q, system, keep, weights))[:-1], dim=1)
     grad_product = torch.empty_like(z)
@@ -139,7 +139,7 @@ def _adjoint(q, grad_z, system, keep, weights):
         w = weights[n]
         torch.mul(grad, -w, out=grad_product[:, n])
         grad_q.add_(grad, alpha=w)
-        # transposed: A_t is symmetric only if the state that came in was
+        # Transposed, because A_t is symmetric only if the initial state is.
         earlier = _product(grad, k, start.mT, row, mask).mul_(-w).add_(grad, alpha=w * keep)
         if later is not None:
             earlier.add_(later)

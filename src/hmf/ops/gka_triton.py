@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gated KalmaNet's Triton kernels for training: the Chebyshev iterations of whole chunks, with their gradient.
+"""Triton kernels of Gated KalmaNet for training: the Chebyshev iterations of whole chunks, forward and backward.
 
-They compute what `gka_solve.ChunkSolve` does. A program takes one chunk of one head: keys, the covariance at the
-chunk's start and the iterate stay on the chip for all steps. No autotuning, and the steps are a loop at run time, so
-a kernel compiles in seconds.
+They compute the same as `gka_solve.ChunkSolve`. A program takes one chunk of one head: keys, the covariance at the
+chunk's start and the iterate stay on the chip during all iterations. There is no autotuning, and the iterations are a
+loop at run time, so that a kernel compiles in seconds.
 
-Products run on bfloat16 tensor cores and are nearly those of float32: a float32 factor is a sum of two bfloat16 numbers
-to 2^-17, and three products of such parts are a product to the same precision. TF32's 2^-11 would not do: the solve
-multiplies an error by up to the condition number, 1 + 1 / ridge_strength.
+Products run on bfloat16 tensor cores with nearly the precision of float32: a float32 factor is the sum of two bfloat16
+numbers with an error of 2^-17, and three products of such parts have the same precision. TF32's 2^-11 is not enough,
+because the solve amplifies an error by up to the condition number, 1 + 1 / ridge_strength.
 
 Legend: C chunk_size, K key head dim, D the power of two >= K, G chunks of one head.
 """
@@ -23,12 +23,12 @@ from .gka_triton_common import load, shared_memory, split, step_weights, tile_wi
 
 CHUNK_SIZE = 64
 MAX_HEAD_DIM = 128  # of keys
-STORED = 2**30  # bytes for iterates and their gradients in the backward, at a time
-AHEAD = 200 * 2**10  # bytes of shared memory for one block, where loads may run ahead
+STORED = 2**30  # bytes for the iterates and their gradients that the backward holds at a time
+AHEAD = 200 * 2**10  # bytes of shared memory per block from which on loads are pipelined (num_stages=2)
 
 
 def unsupported(q: torch.Tensor, k: torch.Tensor) -> str | None:
-    """Why the kernels cannot run for queries and keys [..., K], or None."""
+    """The reason why the kernels cannot run for queries and keys [..., K], or None."""
     if q.dtype == torch.float64:
         return "the kernels compute in float32, not float64"
     if q.shape[-1] > MAX_HEAD_DIM:
@@ -41,7 +41,7 @@ def unsupported(q: torch.Tensor, k: torch.Tensor) -> str | None:
 
 @triton.jit
 def _dot(a, a_low, b, b_low, to, B_EXACT: tl.constexpr = False):
-    """to + (a + a_low) @ (b + b_low), the smallest terms first; B_EXACT: b_low is zero."""
+    """to + (a + a_low) @ (b + b_low), without a_low @ b_low, smallest terms first; B_EXACT: b_low is zero."""
     to = tl.dot(a_low, b, to)
     if not B_EXACT:
         to = tl.dot(a, b_low, to)
@@ -50,10 +50,24 @@ def _dot(a, a_low, b, b_low, to, B_EXACT: tl.constexpr = False):
 
 @triton.jit
 def _solve(
-    q, k, start, row, mask, weights, z, iterates, keep, num_iter,
-    STORE: tl.constexpr, EXACT_KEYS: tl.constexpr, K: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """z of queries q [G, C, K]; with STORE, also the iterates 0 ... num_iter - 1 in parts [G, num_iter, 2, C, K]."""
+    q,
+    k,
+    start,
+    row,
+    mask,
+    weights,
+    z,
+    iterates,
+    keep,
+    num_iter,
+    STORE: tl.constexpr,
+    EXACT_KEYS: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+):
+    """z of queries q [G, C, K]; with STORE also the iterates 0 ... num_iter - 1, each as two bfloat16 numbers
+    [G, num_iter, 2, C, K]."""
     chunk = tl.program_id(0).to(tl.int64)
     t, d, e = tl.arange(0, C), tl.arange(0, D), tl.arange(0, D)
     inside, at = (d < K)[None, :], t[:, None] * K + d[None, :]
@@ -84,10 +98,24 @@ def _solve(
 
 @triton.jit
 def _adjoint(
-    grad_z, k, start, row, mask, weights, iterates, grads, grad_q, grad_row, keep, num_iter,
-    EXACT_KEYS: tl.constexpr, K: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """`_solve` in reverse: from grad_z the gradients of q and row, and of every iterate, in parts like `iterates`."""
+    grad_z,
+    k,
+    start,
+    row,
+    mask,
+    weights,
+    iterates,
+    grads,
+    grad_q,
+    grad_row,
+    keep,
+    num_iter,
+    EXACT_KEYS: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+):
+    """The backward of `_solve`: from grad_z the gradients of q, of row and of every iterate, stored like `iterates`."""
     chunk = tl.program_id(0).to(tl.int64)
     t, d, e = tl.arange(0, C), tl.arange(0, D), tl.arange(0, D)
     inside, at = (d < K)[None, :], t[:, None] * K + d[None, :]
@@ -121,10 +149,20 @@ def _adjoint(
 
 @triton.jit
 def _key_grads(
-    k, mask, weights, iterates, grads, grad_k, grad_mask, num_iter,
-    EXACT_KEYS: tl.constexpr, K: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """Gradients of keys and mask: sums over the steps of products of the iterates and their gradients."""
+    k,
+    mask,
+    weights,
+    iterates,
+    grads,
+    grad_k,
+    grad_mask,
+    num_iter,
+    EXACT_KEYS: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Gradients of keys and mask: sums over the iterations of products of the iterates and their gradients."""
     chunk = tl.program_id(0).to(tl.int64)
     t, d = tl.arange(0, C), tl.arange(0, D)
     inside, at = (d < K)[None, :], t[:, None] * K + d[None, :]
@@ -154,7 +192,7 @@ def _key_grads(
 def _start_grads(
     row, weights, iterates, grads, grad_start, num_iter, K: tl.constexpr, C: tl.constexpr, D: tl.constexpr
 ):
-    """Gradient of the covariance at the chunk's start: the like sum."""
+    """Gradient of the covariance at the chunk's start: a sum over the iterations as in `_key_grads`."""
     chunk = tl.program_id(0).to(tl.int64)
     t, d, e = tl.arange(0, C), tl.arange(0, D), tl.arange(0, D)
     inside, at = (d < K)[None, :], t[:, None] * K + d[None, :]
@@ -176,8 +214,8 @@ def _start_grads(
 class Solve(torch.autograd.Function):
     """`ChunkSolve` on CUDA: q, k [G, C, K]; start [G, K, K]; row [G, C]; mask [G, C, C], all float32 -> z [G, C, K].
 
-    exact_keys: k holds numbers of bfloat16, which spares a third of their products. The backward runs the iterations
-    again, for as many G at a time as `STORED` bytes hold.
+    exact_keys: the values of k are bfloat16 numbers, which saves a third of the products with k. The backward computes
+    the iterations again, for as many chunks at a time as `STORED` bytes hold.
     """
 
     @staticmethod
@@ -190,9 +228,21 @@ class Solve(torch.autograd.Function):
         if len(q):
             with torch.cuda.device_of(q):
                 _solve[len(q),](
-                    q, k, start, row, mask, weights, z, z, keep, num_iter,
-                    STORE=False, EXACT_KEYS=exact_keys, **_launch(q), num_stages=1,
-                )  # fmt: skip
+                    q,
+                    k,
+                    start,
+                    row,
+                    mask,
+                    weights,
+                    z,
+                    z,
+                    keep,
+                    num_iter,
+                    STORE=False,
+                    EXACT_KEYS=exact_keys,
+                    **_launch(q),
+                    num_stages=1,
+                )
         return z
 
     @staticmethod
@@ -212,13 +262,30 @@ class Solve(torch.autograd.Function):
                 grid, launch = (len(q[at]),), _launch(q)
                 system, sums = (k[at], start[at], row[at], mask[at], weights), (weights, iterates, grads)
                 _solve[grid](
-                    q[at], *system, grad_q[at], iterates, keep, num_iter,  # z once more, to be overwritten
-                    STORE=True, EXACT_KEYS=exact_keys, **launch, num_stages=1,
-                )  # fmt: skip
+                    q[at],
+                    *system,
+                    grad_q[at],
+                    iterates,
+                    keep,
+                    num_iter,  # z once more, to be overwritten
+                    STORE=True,
+                    EXACT_KEYS=exact_keys,
+                    **launch,
+                    num_stages=1,
+                )
                 _adjoint[grid](
-                    grad_z[at], *system, iterates, grads, grad_q[at], grad_row[at], keep, num_iter,
-                    EXACT_KEYS=exact_keys, **launch, num_stages=1,
-                )  # fmt: skip
+                    grad_z[at],
+                    *system,
+                    iterates,
+                    grads,
+                    grad_q[at],
+                    grad_row[at],
+                    keep,
+                    num_iter,
+                    EXACT_KEYS=exact_keys,
+                    **launch,
+                    num_stages=1,
+                )
                 _key_grads[grid](
                     k[at],
                     mask[at],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Gated KalmaNet's Triton kernels share: loads, numbers in parts, widths of tiles, weights of the steps."""
+"""Shared by Gated KalmaNet's Triton kernels: loads, splitting into bfloat16 parts, tile widths, iteration weights."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ def load(x, at, inside):
 
 @triton.jit
 def split(x):
-    """Two bfloat16 tensors whose sum is x to 2^-17, the first of them x rounded (in integers: conversions are slow)."""
+    """Two bfloat16 tensors whose sum is x to 2^-17; the first is x rounded (integers, as conversions are slow)."""
     high = ((x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
     return high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
 
 
 def tile_width(head_dim: int) -> int:
-    """The least tile that holds `head_dim` and that a tensor core takes."""
+    """The smallest tile width that holds `head_dim` and that tensor cores support."""
     return max(16, triton.next_power_of_2(head_dim))
 
 
 @functools.cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes that one block may use, 0 on a CPU."""
+    """Bytes of shared memory that one block may use; 0 on a CPU."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 0
 
 
 @functools.cache
 def step_weights(num_iter: int, ridge_strength: float, device: torch.device) -> tuple[float, torch.Tensor]:
-    """What a step keeps, and the steps' weights [num_iter] (one more, so that there is always a tensor)."""
+    """The factor of z in an iteration, and the iterations' weights [num_iter + 1]; the last one is padding."""
     _, keep, weights = coefficients(num_iter, ridge_strength)
     return keep, torch.tensor([*weights, 0.0], dtype=torch.float32, device=device)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random arguments for every op, one generator an op: for `hmf doctor`, `hmf bench ops` and tests.
+"""Random arguments for every op, used by `hmf doctor`, `hmf bench ops` and tests.
 
-A new op adds one entry to `SAMPLES`. Legend: B batch, T tokens, S sequences, H heads, D head_dim.
+A new op adds one generator to `SAMPLES`. Legend: B batch, T tokens, S sequences, H heads, D head_dim.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .window import KeySet
 
 @dataclass(frozen=True)
 class Shape:
-    """B rows of T tokens, or one row of packed documents of the given `lengths` (then B and T follow from them)."""
+    """B rows of T tokens, or one row of packed documents with the given `lengths`, which then determine B and T."""
 
     batch: int = 1
     tokens: int = 1
@@ -42,9 +42,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Sample:
-    """Differentiable tensors by name, and how an op's implementation is called on them.
+    """Differentiable tensors by name, and a function that calls an implementation of the op with them.
 
-    `tokens` come in the model's dtype; `exact` (gates, states) stay in float32, or float64 beside float64 tokens.
+    `tokens` have the model's dtype. `exact` (gates, states) are float32, or float64 if the tokens are float64.
     """
 
     tokens: dict[str, torch.Tensor]
@@ -59,7 +59,7 @@ class Sample:
 
 
 def sample(op: str, shape: Shape, seed: int = 0) -> Sample:
-    """Arguments of `op`. Tokens are numbers that bfloat16 holds, so that all dtypes compute on the same ones."""
+    """Arguments of `op`. The values of tokens are exact in bfloat16, so that all dtypes compute on the same values."""
     made = SAMPLES[op](shape, _Random(shape, seed))
     return Sample({name: x.bfloat16().double() for name, x in made.tokens.items()}, made.exact, made.call)
 
@@ -70,7 +70,7 @@ def flat(result: Any) -> list[torch.Tensor]:
 
 
 class _Random:
-    """Draws for one shape, in float64 on the CPU: the same on every device."""
+    """Random tensors for one shape, drawn in float64 on the CPU, so that they are the same for every device."""
 
     def __init__(self, shape: Shape, seed: int):
         self.shape, self.generator = shape, torch.Generator().manual_seed(seed)
@@ -88,7 +88,7 @@ class _Random:
         return torch.rand(*self.shape.rows, self.shape.heads, generator=self.generator, dtype=torch.float64)
 
     def log_decay(self) -> torch.Tensor:
-        """[B, T, H]: from heads that keep for hundreds of tokens to heads that forget in a few, as trained ones do."""
+        """[B, T, H]: heads that remember hundreds of tokens to heads that forget within a few, as in trained models."""
         reach = torch.logspace(0.5, 2.5, self.shape.heads, dtype=torch.float64)
         return -2 * self.share() / reach
 
@@ -115,7 +115,7 @@ def _gdn(shape: Shape, draw: _Random) -> Sample:
 
 
 def _conv(shape: Shape, draw: _Random) -> Sample:
-    """All heads' channels at once, with taps and a bias of their own."""
+    """The channels of all heads, with weight and bias."""
     cu_seqlens, channels, size = draw.cu_seqlens(), shape.heads * shape.head_dim, 4
 
     def call(function, x):
@@ -160,7 +160,7 @@ def _gka(shape: Shape, draw: _Random) -> Sample:
 
 
 def _window(shape: Shape, draw: _Random) -> Sample:
-    """B'MOJO-F's two sets, with a key head for two query heads where these are even in number."""
+    """B'MOJO-F's two sets. Two query heads share a key head if the number of query heads is even."""
     cu_seqlens, tokens = draw.cu_seqlens(), shape.rows[1]
     size, kv_heads = min(512, max(4, tokens // 4)), shape.heads // 2 if shape.heads % 2 == 0 else shape.heads
     windows = {"near": (0, size - 1), "far": (size, 2 * size - 1)}
@@ -187,14 +187,18 @@ def _beside(x: torch.Tensor | None, tensors: dict[str, torch.Tensor]) -> torch.T
 
 
 SAMPLES: dict[str, Callable[[Shape, _Random], Sample]] = {
-    "conv": _conv, "gdn": _gdn, "gka": _gka, "ssd": _ssd, "window": _window,
-}  # fmt: skip
+    "conv": _conv,
+    "gdn": _gdn,
+    "gka": _gka,
+    "ssd": _ssd,
+    "window": _window,
+}
 
 
 @dispatch.gradient_check
 @functools.cache
 def gradient_off(op: str, dtype: torch.dtype, device: str) -> str | None:
-    """Why the gradients of `op`'s fast version are not those of the plain one, by a small sample; None: they are.
+    """Compare the gradients of `op`'s fast and chunked versions on a small sample: how they differ, or None.
 
     The check runs once in a process and compiles the kernels of a sample. It runs in a thread of its own: hooks on
     saved tensors belong to a thread, and activation checkpointing counts the tensors that a forward pass saves.
@@ -210,15 +214,15 @@ def _with_index(device: str) -> torch.device:
 
 def _gradient_off(op: str, dtype: torch.dtype, device: torch.device) -> str | None:
     made, gradients = sample(op, Shape(lengths=(70, 33))), {}
-    for version, kept in (("chunked", torch.float32), ("fast", dtype)):
-        tensors = {name: x.requires_grad_() for name, x in made.tensors(kept, device).items()}
+    for version, compute in (("chunked", torch.float32), ("fast", dtype)):
+        tensors = {name: x.requires_grad_() for name, x in made.tensors(compute, device).items()}
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             results = flat(made.call(dispatch.implementations(op)[version].function, tensors))
             gradients[version] = torch.autograd.grad(
                 torch.stack([x.float().square().sum() for x in results]).sum(), list(tensors.values())
             )
-    for name, exact, found in zip(made.tensors(dtype), gradients["chunked"], gradients["fast"], strict=True):
-        off = ((found.float() - exact).norm() / exact.norm()).item()
-        if not off < 0.05:  # what bfloat16 rounds is below
-            return f"the kernel's gradient of {name} is off by {off:.2g} on this GPU; report it"
+    for name, exact, fast in zip(made.tensors(dtype), gradients["chunked"], gradients["fast"], strict=True):
+        error = ((fast.float() - exact).norm() / exact.norm()).item()
+        if not error < 0.05:  # rounding to bfloat16 gives less
+            return f"the kernel's gradient of {name} has a relative error of {error:.2g} on this GPU; please report it"
     return None

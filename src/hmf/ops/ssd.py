@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear attention with one decay a head and token: the state-space dual of Mamba2 (arXiv 2405.21060).
+"""Linear attention with one decay per head and token: the state-space dual of Mamba2 (arXiv 2405.21060).
 
 Per head, with a state S [K, V] that maps keys to values:
     S <- exp(g_t) S + k_t v_t^T;   o_t = S^T q_t
@@ -36,7 +36,7 @@ def state_space_dual(
 ) -> Result:
     """Mamba2's S <- exp(dt_t A) S + dt_t B_t x_t^T; y_t = S^T C_t + D x_t (arXiv 2405.21060, section 7).
 
-    x [B, T, H, V] values; B, C [B, T, H, K] in the place of keys and queries; dt [B, T, H] step sizes after softplus;
+    x [B, T, H, V] are the values, B the keys and C the queries [B, T, H, K]; dt [B, T, H] step sizes after softplus;
     A [H] negative; D [H] or None; initial_state [S, H, K, V]. Returns y [B, T, H, V] in x.dtype and the final state.
     """
     compute = dispatch.compute_dtype(x)
@@ -56,19 +56,19 @@ def linear_attention(
     initial_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> Result:
-    """Decayed linear attention by the best implementation for the tensors' device (see the module's head)."""
+    """Decayed linear attention, by the implementation that `dispatch` chooses; arguments as in the module docstring."""
     return dispatch.resolve("ssd", v, q, k, g)(q, k, v, g, initial_state, cu_seqlens)
 
 
 def step(q, k, v, g, state) -> Result:
-    """One token a sequence: q, k [S, H, K], v [S, H, V], g [S, H], state [S, H, K, V] -> (o [S, H, V], state)."""
+    """One token per sequence: q, k [S, H, K], v [S, H, V], g [S, H], state [S, H, K, V] -> (o [S, H, V], state)."""
     state = state * g.exp()[..., None, None] + k[..., :, None] * v[..., None, :]
     return torch.einsum("shkv,shk->shv", state, q), state
 
 
 @dispatch.implementation("ssd", "reference")
 def reference(q, k, v, g, initial_state=None, cu_seqlens=None) -> Result:
-    """Token by token: the definition."""
+    """The definition: one token after the other."""
     batch, tokens, heads, _ = q.shape
     out_dtype, compute = v.dtype, dispatch.compute_dtype(v)
     q, k, v, g = (x.to(compute).flatten(0, 1) for x in (q, k, v, g))
@@ -89,7 +89,7 @@ def reference(q, k, v, g, initial_state=None, cu_seqlens=None) -> Result:
 
 @dispatch.implementation("ssd", "chunked")
 def chunked(q, k, v, g, initial_state=None, cu_seqlens=None, chunk_size: int = 64) -> Result:
-    """Masked attention inside chunks, one scan over chunk states between them (the paper's section 6)."""
+    """Masked attention inside chunks and a scan over the states between chunks (section 6 of the paper)."""
     out_dtype, compute = v.dtype, dispatch.compute_dtype(v)
     batch, tokens, heads, key_dim = q.shape
     if tokens == 1 and cu_seqlens is None:
@@ -108,8 +108,8 @@ class _Chunks(torch.autograd.Function):
     """o [N, C, H, V] and the final states [S, H, K, V] from q, k [N, C, H, K], v [N, C, H, V], g [N, H, C] and the
     initial states.
 
-    Of what is made in between only the states before each chunk outlive a call: it is made for a few chunks at a time,
-    which stay in cache on a CPU, and once more in the backward.
+    Only the states before each chunk are stored for the backward. All other intermediate tensors are computed for a few
+    chunks at a time, which fit into a CPU's cache, and computed again in the backward.
     """
 
     @staticmethod
@@ -133,7 +133,7 @@ class _Chunks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_o, grad_final):
         q, k, v, g, starts, order = ctx.saved_tensors
-        grad_state = grad_final[order]  # of the states after a chunk, from the last one to the first
+        grad_state = grad_final[order]  # gradient of the state after a chunk, from the last chunk to the first
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
         grad_g = torch.empty_like(g)
         for at, sequences in reversed(chunk_groups(ctx.layout, g)):
@@ -149,7 +149,7 @@ class _Chunks(torch.autograd.Function):
             grad_k = grad_out.add_(grad_scores.mT @ q_n)
             grad_v = (q_n @ k_n.mT).mul_(decay).mT @ grad_n
             grad_v += (k_n * to_end) @ after
-            # Scores have exp(decay_in) of the query as a factor and exp(-decay_in) of the key.
+            # A score has the factor exp(decay_in) of the query's token and exp(-decay_in) of the key's token.
             grad_in = (grad_q * q_n).sum(-1) - (grad_k * k_n).sum(-1)
             grad_g[at] = grad_in.flip(-1).cumsum(-1).flip(-1) + grad_total[..., None]
             for grad, value in zip(grads, (grad_q, grad_k, grad_v), strict=True):
@@ -158,7 +158,7 @@ class _Chunks(torch.autograd.Function):
 
 
 def _scan(steps: Iterable[tuple[torch.Tensor, ...]], state: torch.Tensor) -> None:
-    """state [S H, K, V] <- carry state + update, in place, step by step; `out` takes the states before."""
+    """state [S H, K, V] <- carry state + update, in place, step by step; `out` receives the state before each step."""
     for carry, update, out in steps:
         now = state[: len(out)]
         out.copy_(now)
@@ -167,7 +167,7 @@ def _scan(steps: Iterable[tuple[torch.Tensor, ...]], state: torch.Tensor) -> Non
 
 @dispatch.implementation("ssd", "fast", requires="fla")
 def fast(q, k, v, g, initial_state=None, cu_seqlens=None) -> Result:
-    """flash-linear-attention's Triton kernels (CUDA)."""
+    """The Triton kernels of flash-linear-attention (CUDA)."""
     from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
 
     from .fla_backend import install
@@ -192,8 +192,8 @@ def chunk_decays(g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     """From log decays g [..., C]: the log decay from the chunk's start to each token, that token included [..., C]; the
     decay from token s to token t, zero for s > t [..., C, C]; the log decay over the whole chunk [..., 1]."""
     decay_in = g.cumsum(-1)
-    # Masked before exp too: above the diagonal the difference is positive and may overflow. Not by -inf, of which a CPU
-    # takes exp slowly.
+    # Masked before exp too: above the diagonal the difference is positive and may overflow. The mask is 0 and not -inf,
+    # because exp(-inf) is slow on a CPU.
     decay = (decay_in[..., :, None] - decay_in[..., None, :]).tril_().exp_()
     decay = decay.tril() if decay.requires_grad else decay.tril_()  # the gradient of exp reads its result
     return decay_in, decay, decay_in[..., -1:]

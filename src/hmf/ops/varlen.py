@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents cut into chunks: one layout for equal rows and for packed documents.
+"""Sequences divided into chunks: one layout for rows of equal length and for packed documents.
 
 Legend: B batch, T tokens, S sequences (rows or documents), N chunks, n chunks of a group, C chunk_size, H heads.
 """
@@ -9,27 +9,27 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-GROUP = 4096  # tokens times heads whose chunks are computed together on a CPU, or its cache would not hold them
+GROUP = 4096  # tokens times heads of the chunks that a CPU computes together; more would not fit into its cache
 
 
 def sequence_lengths(batch: int, tokens: int, cu_seqlens: torch.Tensor | None) -> list[int]:
-    """Lengths of the S sequences; with `cu_seqlens` [S+1] the batch must be one row that they cover exactly."""
+    """Lengths of the S sequences. ValueError if `cu_seqlens` [S+1] does not cover one row of `tokens` exactly."""
     if cu_seqlens is None:
         return [tokens] * batch
     bounds = cu_seqlens.tolist()
     if batch != 1:
         raise ValueError(f"cu_seqlens needs a batch of 1 (documents packed in one row), got {batch}")
     if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
-        raise ValueError(f"cu_seqlens must rise from 0 to {tokens}, got {bounds}")
+        raise ValueError(f"cu_seqlens must not decrease and must go from 0 to {tokens}, got {bounds}")
     return [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
 class ChunkLayout:
-    """Where each token lies when every sequence is cut into chunks of C tokens, zero-padded at its end.
+    """Positions of the tokens when every sequence is divided into chunks of C tokens, with zeros at its end.
 
-    Chunks are ordered by their place in the sequence, then by sequence, longest first. So the j-th chunks of all
-    sequences that have one are one slice `steps[j]`, and the sequences still active at step j are the first of `order`:
-    a scan over chunks advances all documents in lockstep, without padding short ones to the longest.
+    Chunks are ordered by their index in the sequence, then by sequence, longest first. The j-th chunks of all sequences
+    are therefore one slice `steps[j]`, and the sequences that are still active at step j are the first of `order`. A
+    scan over chunks advances all documents together, without padding short documents to the longest.
     """
 
     def __init__(self, batch: int, tokens: int, cu_seqlens: torch.Tensor | None, chunk_size: int):
@@ -55,7 +55,7 @@ class ChunkLayout:
         self._rows = torch.tensor(rows, dtype=torch.long).view(-1, chunk_size)  # empty for equal rows
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, T, ...] -> [N, C, ...], zeros where a sequence has ended."""
+        """[B, T, ...] -> [N, C, ...], zeros after the end of a sequence."""
         tokens, size = self.shape[1], self.chunk_size
         if self.equal:
             pad = len(self.steps) * size - tokens
@@ -66,11 +66,11 @@ class ChunkLayout:
         return x.index_select(0, self._rows.flatten().to(x.device)).unflatten(0, self._rows.shape)
 
     def split_heads(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """[B, T, H, ...] -> [N, H, C, ...] in `dtype`, contiguous: a batched product copies operands that are not."""
+        """[B, T, H, ...] -> [N, H, C, ...] in `dtype`, contiguous, because bmm copies operands that are not."""
         return self.split(x).transpose(1, 2).to(dtype).contiguous()
 
     def by_step(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """[N, ...] -> its `steps`. One split: the backward of N slices would fill a whole x with zeros N times."""
+        """[N, ...] -> a tensor for each of `steps`. One split, as the backward of each slice would fill a whole x."""
         return x.split([at.stop - at.start for at in self.steps])
 
     def merge(self, x: torch.Tensor) -> torch.Tensor:
@@ -84,9 +84,9 @@ class ChunkLayout:
 
 
 def chunk_groups(layout: ChunkLayout, g: torch.Tensor) -> list[tuple[slice, list[int]]]:
-    """Runs of the layout's steps: a slice of N, and how many sequences each step has. A GPU takes all at once.
+    """Groups of the layout's steps to compute together: a slice of N, and each step's number of sequences.
 
-    g [N, H, C] has one value for each token and head.
+    g [N, H, C] has one value for each token and head. On a GPU all steps are one group.
     """
     groups: list[tuple[slice, list[int]]] = []
     for step in layout.steps:
@@ -98,13 +98,13 @@ def chunk_groups(layout: ChunkLayout, g: torch.Tensor) -> list[tuple[slice, list
 
 
 def step_views(sequences: list[int], *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-    """Of tensors [n, H, ...] of a group of chunks, each step's views with sequences and heads in one dimension."""
+    """For each step of a group of chunks, views of tensors [n, H, ...] with sequences and heads in one dimension."""
     heads = tensors[0].shape[1]
     sizes = [count * heads for count in sequences]
     return list(zip(*(x.flatten(0, 1).split(sizes) for x in tensors), strict=True))
 
 
 def by_head(at: slice, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Chunks `at` of [N, C, H, ...] as [n, H, C, ...], contiguous: a batched product copies operands that are not.
-    Views if there is one head."""
+    """Chunks `at` of [N, C, H, ...] as [n, H, C, ...], contiguous, because bmm copies operands that are not. With one
+    head the result is a view."""
     return [x[at].transpose(1, 2).contiguous() for x in tensors]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over windows of one or more sets of keys and values, with one softmax over all of them.
 
-Sliding-window attention has one set that reaches from the query back over w tokens; B'MOJO-F (arXiv 2407.06324) has
-two, in-context tokens in the window and fading tokens in the window before it.
+Sliding-window attention has one set: the last w tokens, the query's own included. B'MOJO-F (arXiv 2407.06324) has two
+sets: in-context tokens in the window, and fading tokens in the window before it.
 
 Legend: B batch, T tokens, S sequences (rows or documents), N blocks, C block_size, n sequences that have a block at a
 step, P past slots, L keys of a block, H query heads, Hk key/value heads, K/V head dims.
@@ -26,9 +26,9 @@ from .varlen import ChunkLayout, sequence_lengths
 
 @dataclass(frozen=True)
 class KeySet:
-    """Keys and values of the tokens, those of tokens before them, and which of these a query sees.
+    """Keys and values of the current and of past tokens, and the range of positions that a query attends to.
 
-    k [B, T, Hk, K], v [B, T, Hk, V]; query i sees positions i - high to i - low, with 0 <= low <= high. past_k
+    k [B, T, Hk, K], v [B, T, Hk, V]; query i attends to positions i - high to i - low, with 0 <= low <= high. past_k
     [S, P, Hk, K] and past_v [S, P, Hk, V] hold the P positions before each sequence's first token, oldest first, or
     both are None.
     """
@@ -44,7 +44,7 @@ class KeySet:
         if not 0 <= self.low <= self.high:
             raise HmfError(f"KeySet: low={self.low}, high={self.high}: a window needs 0 <= low <= high")
         if (self.past_k is None) != (self.past_v is None):
-            raise HmfError("KeySet: past_k or past_v alone; give both or neither")
+            raise HmfError("KeySet: only one of past_k and past_v is set; pass both or neither")
 
 
 @dispatch.entry("window")
@@ -57,16 +57,16 @@ def windowed_attention(
 ) -> torch.Tensor:
     """softmax(scale q k^T) v over the union of the sets' windows.
 
-    q [B, T, H, K] with H a multiple of Hk; seen [S] int, how many tokens came before each sequence: of its past slots
-    the last min(seen, P) are real (None: none are); cu_seqlens [S+1] packs S documents in one row (then B = 1).
-    Returns [B, T, H, V] in q.dtype, zeros for a query that sees no key.
+    q [B, T, H, K] with H a multiple of Hk. seen [S] int is the number of tokens before each sequence: the last
+    min(seen, P) of its past slots are used (None: no slots are used). cu_seqlens [S+1] packs S documents in one row
+    (then B = 1). Returns [B, T, H, V] in q.dtype, with zeros for a query that has no key.
     """
     return dispatch.resolve("window", q)(q, sets, scale, seen, cu_seqlens)
 
 
 @dispatch.implementation("window", "reference")
 def reference(q, sets, scale, seen=None, cu_seqlens=None) -> torch.Tensor:
-    """Token by token, each query against the keys that it sees: the definition."""
+    """The definition: one query after the other, with the keys in its window."""
     batch, tokens, heads, _ = q.shape
     compute = dispatch.compute_dtype(q)
     queries, outputs, first = q.to(compute).flatten(0, 1), [], 0
@@ -76,7 +76,7 @@ def reference(q, sets, scale, seen=None, cu_seqlens=None) -> torch.Tensor:
         for t, query in enumerate(queries[own]):
             scores, values = [], []
             for keys, (k, v) in zip(sets, reached, strict=True):
-                at = len(k) - length + t  # the query's place among the positions of k
+                at = len(k) - length + t  # the query's position in k
                 visible = slice(max(at - keys.high, 0), max(at - keys.low + 1, 0))
                 scores.append(torch.einsum("hk,lhk->hl", query, k[visible]) * scale)
                 values.append(v[visible])
@@ -89,7 +89,7 @@ def reference(q, sets, scale, seen=None, cu_seqlens=None) -> torch.Tensor:
 def _with_past(
     keys: KeySet, s: int, own: slice, seen: torch.Tensor | None, heads: int, dtype: torch.dtype
 ) -> list[torch.Tensor]:
-    """k, v [real past slots + own tokens, H, K|V] of sequence s, with heads repeated; `own` among all rows' tokens."""
+    """k, v [used past slots + own tokens, H, K|V] of sequence s, heads repeated; `own`: its tokens in all rows."""
     k, v = keys.k.flatten(0, 1)[own], keys.v.flatten(0, 1)[own]
     if keys.past_k is not None and keys.past_v is not None and seen is not None:
         unused = max(keys.past_k.shape[1] - int(seen[s]), 0)
@@ -99,10 +99,10 @@ def _with_past(
 
 @dispatch.implementation("window", "chunked")
 def blockwise(q, sets, scale, seen=None, cu_seqlens=None, block_size: int | None = None) -> torch.Tensor:
-    """Blocks of queries against the blocks of keys that any of them sees: memory O(T window).
+    """Attention of each block of queries to the blocks of keys in its windows: memory O(T window).
 
-    One product a block, for all sequences at once. Larger blocks copy fewer keys and hide more of them; a GPU is left
-    idle by small ones.
+    Each block is one product for all sequences. Larger blocks copy fewer keys, but mask more of them. Small blocks do
+    not fill a GPU.
     """
     batch, tokens, heads, _ = q.shape
     if block_size is None:
@@ -110,7 +110,7 @@ def blockwise(q, sets, scale, seen=None, cu_seqlens=None, block_size: int | None
         block_size = max(window // 4, 512 if q.is_cuda else 64)
     layout = ChunkLayout(batch, tokens, cu_seqlens, min(block_size, tokens))
     kv_heads = sets[0].k.shape[2]
-    # Heads that share keys go along the query axis, so keys are never repeated.
+    # Query heads that share a key head are stacked along the query axis, so that keys are not repeated.
     queries = layout.split(q).transpose(1, 2).unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [N, Hk, H/Hk C, K]
     reaches = [_Reach(keys, layout, heads // kv_heads, seen) for keys in sets]
     sees_itself = any(keys.low == 0 for keys in sets)
@@ -121,12 +121,12 @@ def blockwise(q, sets, scale, seen=None, cu_seqlens=None, block_size: int | None
         if any(x is not reach.bias for x, reach in zip(biases, reaches, strict=True)):
             rows = max(map(len, biases))
             bias = torch.cat([x.expand(rows, -1, -1) for x in biases], -1)[:, None]  # [n or 1, 1, H/Hk C, L]
-        else:  # far from the start: one for all, also of what is kept for the backward
+        else:  # away from the start all steps share one bias, also in what is stored for the backward
             bias = inner = torch.cat(biases, -1)[:, None] if inner is None else inner
         attend = partial(F.scaled_dot_product_attention, query, k, v, scale=scale)
         if sees_itself:
             outputs.append(attend(attn_mask=bias))
-        else:  # a query without keys would give NaN
+        else:  # softmax of a query without keys is NaN
             empty = (bias == -math.inf).all(-1, keepdim=True)
             outputs.append(attend(attn_mask=bias.masked_fill(empty, 0)).masked_fill(empty, 0))
     o = torch.cat([o.unflatten(2, (-1, layout.chunk_size)).permute(0, 3, 1, 2, 4) for o in outputs])
@@ -134,10 +134,10 @@ def blockwise(q, sets, scale, seen=None, cu_seqlens=None, block_size: int | None
 
 
 class _Reach:
-    """What the queries of a `ChunkLayout`'s steps see of a set: the last of its past slots, then whole chunks.
+    """The keys and values of one set that the queries of a step attend to: the last past slots, then whole chunks.
 
-    Positions in reach are one stretch that moves with the step, and the bias of scores, 0 or -inf, depends on distances
-    alone: one for all steps, of which those near the start take the end.
+    These positions are one range that moves with the step. The bias of the scores, 0 or -inf, depends on distances
+    only, so all steps share it; steps near the start use its end.
     """
 
     def __init__(self, keys: KeySet, layout: ChunkLayout, group: int, seen: torch.Tensor | None):
@@ -151,7 +151,7 @@ class _Reach:
             self.past = [x[order].to(keys.k.dtype) for x in (keys.past_k, keys.past_v)]  # [S, P, Hk, K|V]
             self.seen = seen.to(keys.k.device)[order, None, None]
         self.slots = self.past[0].shape[1]
-        # In chunks: how far the newest key of a block is, and the oldest one, no further than there can be any.
+        # Distance in chunks of a block's newest and oldest key; the oldest is limited to keys that can exist.
         self.near, self.far = keys.low // size, -(-keys.high // size)
         self.far = max(min(self.far, len(layout.steps) - 1 - (-self.slots // size)), self.near - 1)
         query = torch.arange(size, device=keys.k.device)[:, None]
@@ -180,10 +180,10 @@ class _Reach:
 def latest(
     x: torch.Tensor, size: int, past: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """What to keep of x [B, T, ...] as the past of the next call: the last positions of each sequence, at most `size`.
+    """The last positions of each sequence of x [B, T, ...], at most `size`, which are the past of the next call.
 
-    past [S, P, ...] is what the call before kept (None: nothing). Returns [S, min(size, P + longest), ...], oldest
-    first, zeros in slots of positions before the sequence.
+    past [S, P, ...] is the result of the previous call, or None. Returns [S, min(size, P + longest), ...], oldest
+    first, with zeros in slots of positions before the sequence.
     """
     longest = max(sequence_lengths(x.shape[0], x.shape[1], cu_seqlens))
     slots = 0 if past is None else past.shape[1]
@@ -201,7 +201,7 @@ def latest(
 
 
 def _lengths(batch: int, tokens: int, cu_seqlens: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """`sequence_lengths` on the device; those of equal rows are made there, as a CUDA graph of a decode step needs."""
+    """`sequence_lengths` as a tensor; for equal rows without a copy to the device, which CUDA graphs do not allow."""
     if cu_seqlens is None:
         return torch.full((batch,), tokens, device=device)
     return torch.tensor(sequence_lengths(batch, tokens, cu_seqlens), device=device)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One token of B'MOJO-F's two windows for many sequences, in place in a pool: the decode step of a server (Triton).
+"""Triton kernels of a server's decode step for B'MOJO-F's windows: one token of many sequences, in place in a pool.
 
-A window's keys and values stand in a ring: position p at index p modulo the ring's size. The rings are read once,
-which is what bounds the step; programs share a window by stretches of positions, and a second kernel merges their
-softmaxes with the token's own key and puts that in its place. `hmf.ops.window.reference` is the definition.
+The keys and values of a window are in a ring buffer: position p has index p modulo the ring's size. The step is bound
+by reading the rings, which are read once. `_stretch` computes a partial softmax over a stretch of a window's positions.
+`_merge` combines the partial results with the token's own key, and writes its keys and values into the rings.
+`hmf.ops.window.reference` is the definition.
 
 Legend: S sequences, H query heads, Hk key/value heads, K head_dim, W window size.
 """
@@ -14,19 +15,42 @@ import torch
 import triton
 import triton.language as tl
 
-PROGRAMS = 512  # that keep a GPU busy
-STRETCHES = (1024, 512, 256, 128, 64)  # positions of one program
-LOWEST = tl.constexpr(-1e30)  # below any score, and finite
+PROGRAMS = 512  # enough to occupy a GPU
+STRETCHES = (1024, 512, 256, 128, 64)  # candidates for the positions of one program
+LOWEST = tl.constexpr(-1e30)  # finite, and below any score
 
 
 @triton.jit
 def _stretch(
-    q, fading_q, near_k, near_v, fading_k, fading_v, positions, slots, maxima, sums, outputs,
-    q_row, fading_q_row, near_slot, fading_slot, slots_step, null_slot, scale,
-    WINDOW: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, STRETCH: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """A stretch of one window's positions before the token: the first half of the stretches are the fading window's."""
+    q,
+    fading_q,
+    near_k,
+    near_v,
+    fading_k,
+    fading_v,
+    positions,
+    slots,
+    maxima,
+    sums,
+    outputs,
+    q_row,
+    fading_q_row,
+    near_slot,
+    fading_slot,
+    slots_step,
+    null_slot,
+    scale,
+    WINDOW: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    K: tl.constexpr,
+    STRETCH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Partial softmax over a stretch of the positions before the token. The first half of all stretches belong to the
+    fading window, the others to the near one."""
     stretch, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     stretches = tl.num_programs(0)
     fading = stretch < stretches // 2
@@ -45,7 +69,7 @@ def _stretch(
     size = tl.where(fading, 2 * WINDOW - 1, WINDOW - 1)
     count = tl.where(fading, WINDOW, WINDOW - 1)
     lowest = position - size
-    end = tl.where(slot == null_slot, 0, count)  # none in a row of padding
+    end = tl.where(slot == null_slot, 0, count)  # padding has no positions
 
     highest = tl.full([BLOCK_G], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
@@ -75,19 +99,47 @@ def _stretch(
 
 @triton.jit
 def _merge(
-    q, k, v, fading_new_k, fading_new_v, near_k, near_v, fading_k, fading_v, positions, slots, maxima, sums, outputs, o,
-    q_row, k_row, v_row, fading_k_row, fading_v_row, near_slot, fading_slot, slots_step, null_slot, scale,
-    WINDOW: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, STRETCHES: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One query head: the stretches and the token's own key under one softmax; its key and value into the rings."""
+    q,
+    k,
+    v,
+    fading_new_k,
+    fading_new_v,
+    near_k,
+    near_v,
+    fading_k,
+    fading_v,
+    positions,
+    slots,
+    maxima,
+    sums,
+    outputs,
+    o,
+    q_row,
+    k_row,
+    v_row,
+    fading_k_row,
+    fading_v_row,
+    near_slot,
+    fading_slot,
+    slots_step,
+    null_slot,
+    scale,
+    WINDOW: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    K: tl.constexpr,
+    STRETCHES: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """For one query head, combine the stretches and the token's own key; write its key and value into the rings."""
     head, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
     shared = head // GROUP
     of_key, of_stretch = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_S)
     inside = of_key < K
     slot = tl.load(slots + sequence * slots_step).to(tl.int64)
     out = o + (sequence * HEADS * GROUP + head) * K + of_key
-    if slot == null_slot:  # a row of padding
+    if slot == null_slot:  # padding
         tl.store(out, tl.zeros([BLOCK_K], o.dtype.element_ty), mask=inside)
         return
     position = tl.load(positions + sequence).to(tl.int32)
@@ -128,22 +180,22 @@ def decode(
     window: int,
     scale: float,
 ) -> torch.Tensor:
-    """Attend from one token of each of S sequences, and put its keys and values into the rings; o [S, H, K].
+    """Attention of one token of each of S sequences, whose keys and values are written into the rings; o [S, H, K].
 
-    queries: [S, H, K] for the near and for the fading window, which may be one tensor; new: k, v, fading k, fading v of
-    the tokens, each [S, Hk, K], Hk divides H; a row's heads stand side by side in memory. pools: rings of these four,
-    [slots, max(1, W - 1), Hk, K] the near and [slots, 2 W - 1, Hk, K] the fading ones, contiguous in each slot, changed
-    in place. positions [S] integers; slots [S] integers, all different but for `null_slot`, whose rows give zeros and
-    change nothing.
+    queries: [S, H, K] for the near and for the fading window; both may be one tensor. new: k, v, fading k, fading v of
+    the tokens, each [S, Hk, K], Hk divides H; the last two dimensions are contiguous. pools: rings of these four,
+    [slots, max(1, W - 1), Hk, K] for the near and [slots, 2 W - 1, Hk, K] for the fading window, contiguous in each
+    slot, changed in place. positions [S] integers; slots [S] integers, all different except for `null_slot`, which
+    marks padding: its output is zero and no ring changes. Raises ValueError for other layouts.
     """
     (q, fading_q), (near_k, near_v, fading_k, fading_v) = queries, pools
     sequences, heads, head_dim = q.shape
     kv_heads = near_k.shape[2]
     if any(x.stride()[1:] != (head_dim, 1) for x in (*queries, *new)):
-        raise ValueError("the heads of a row must be side by side in memory")
+        raise ValueError("the last two dimensions of queries, keys and values must be contiguous")
     for k, v, size in ((near_k, near_v, max(1, window - 1)), (fading_k, fading_v, 2 * window - 1)):
         if k.shape[1] != size or k.stride() != v.stride() or not k[0].is_contiguous():
-            raise ValueError(f"a ring of {size} positions must be contiguous, and alike for keys and values")
+            raise ValueError(f"a ring needs {size} contiguous positions, with the same strides for keys and values")
     parts = [2 * triton.cdiv(window, stretch) for stretch in STRETCHES]
     enough = (n for n, count in enumerate(parts) if sequences * kv_heads * count >= PROGRAMS)
     chosen = next(enough, len(parts) - 1)
@@ -159,16 +211,48 @@ def decode(
         "BLOCK_K": max(16, triton.next_power_of_2(head_dim)),
     }
     _stretch[stretches, kv_heads, sequences](
-        q, fading_q, *pools, positions, slots, maxima, sums, outputs,
-        q.stride(0), fading_q.stride(0), near_k.stride(0), fading_k.stride(0), slots.stride(0), null_slot, scale,
-        STRETCH=STRETCHES[chosen], BLOCK_N=64 if head_dim * q.element_size() <= 256 else 32,
-        BLOCK_G=max(16, triton.next_power_of_2(group)), **shared,
-        num_warps=4, num_stages=3,
-    )  # fmt: skip
-    _merge[heads, sequences](
-        q, *new, *pools, positions, slots, maxima, sums, outputs, o,
-        q.stride(0), *(x.stride(0) for x in new), near_k.stride(0), fading_k.stride(0), slots.stride(0), null_slot,
+        q,
+        fading_q,
+        *pools,
+        positions,
+        slots,
+        maxima,
+        sums,
+        outputs,
+        q.stride(0),
+        fading_q.stride(0),
+        near_k.stride(0),
+        fading_k.stride(0),
+        slots.stride(0),
+        null_slot,
         scale,
-        STRETCHES=stretches, BLOCK_S=triton.next_power_of_2(stretches), **shared, num_warps=4,
-    )  # fmt: skip
+        STRETCH=STRETCHES[chosen],
+        BLOCK_N=64 if head_dim * q.element_size() <= 256 else 32,
+        BLOCK_G=max(16, triton.next_power_of_2(group)),
+        **shared,
+        num_warps=4,
+        num_stages=3,
+    )
+    _merge[heads, sequences](
+        q,
+        *new,
+        *pools,
+        positions,
+        slots,
+        maxima,
+        sums,
+        outputs,
+        o,
+        q.stride(0),
+        *(x.stride(0) for x in new),
+        near_k.stride(0),
+        fading_k.stride(0),
+        slots.stride(0),
+        null_slot,
+        scale,
+        STRETCHES=stretches,
+        BLOCK_S=triton.next_power_of_2(stretches),
+        **shared,
+        num_warps=4,
+    )
     return o

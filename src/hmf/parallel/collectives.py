@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two ways tensors travel between the processes of a group, with their gradients, and how many bytes did.
+"""The two collectives of sequence parallelism, all-gather and all-to-all, with gradients and byte counts.
 
-Every process must call them in the same order. Their backwards then run in one order too, because autograd goes back
-strictly by when a result was made.
+All processes must call them in the same order. Their backwards then run in the same order too, because autograd runs
+backward in the reverse order of creation.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Their names until torch 2.12.
+# The second names are those of torch up to 2.12.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -22,24 +22,24 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 class Group:
     """The processes that hold parts of the same rows.
 
-    `received` counts the bytes that this process got from the others, by the `label` that was set when a forward pass
-    asked for them; what its backward sends back is under the same label.
+    `received` counts the bytes that this process received from the others, by the `label` at the time of the forward
+    call. The bytes of its backward have the same label.
     """
 
     def __init__(self, group: Any = None):
-        """group: of torch.distributed; None for all processes."""
+        """group: a group of torch.distributed; None for all processes."""
         self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
         self.received: Counter[str] = Counter()
         self.label = ""
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """x [...], of one shape everywhere -> [R, ...] by rank. Its gradient is the sum of all ranks' gradients."""
+        """x [...], of the same shape on all ranks -> [R, ...] by rank. Its gradient is the sum over all ranks."""
         return _Gather.apply(x, self)
 
     def exchange(self, x: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
-        """The first send[0] entries of x [N, ...] to rank 0, the next to rank 1 and so on; returns what came, by rank.
+        """Send the first send[0] entries of x [N, ...] to rank 0, the next send[1] to rank 1, and so on.
 
-        receive[r]: how many entries come from rank r.
+        receive[r]: the number of entries that rank r sends to this one. Returns the received entries, by rank.
         """
         return _Exchange.apply(x, self, send, receive)
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is put around each op, and in the place of attention, where rows are cut among processes.
+"""Wrappers of the ops, and an attention function, for rows that are divided over processes.
 
-Recurrences: what a chunk does to the state that enters it is an affine map of fixed size. Every rank gets the maps of
-all chunks, composes them, and starts its own chunks from the right states. Convolutions and windows get the positions
-before a chunk, attention all keys and values of the row. Final states are nobody's business here: they are None.
+Recurrences: a chunk maps the state at its start to the state at its end by an affine map of fixed size. Every rank
+receives the maps of all chunks, composes them, and so computes the initial states of its own chunks. Convolutions and
+windows receive the positions before a chunk. Attention receives all keys and values of the row. Final states are not
+needed in training, so they are None.
 
 Legend: as in shards.py; N = 2cB tokens of this rank, H heads, K/V key/value head dims.
 """
@@ -27,11 +28,11 @@ from hmf.ops.dispatch import compute_dtype
 
 from .shards import Shards
 
-ATTENTION = "sequence_parallel"  # the name of `attention` in transformers' table
+ATTENTION = "sequence_parallel"  # the name of `attention` in transformers' registry
 
 
-def around(shards: Shards) -> dict[str, Callable]:
-    """What surrounds each op, by its name, for tokens cut as `shards` says."""
+def op_wrappers(shards: Shards) -> dict[str, Callable]:
+    """For each op, by name, the function that runs it on the rows that `shards` divides."""
 
     functions: dict[str, Callable] = {
         "conv": conv,
@@ -60,8 +61,11 @@ def gated_kalmanet(shards, op, q, k, v, g, gk, alpha=None, initial_state=None, c
 
 
 def gated_delta_rule(shards, op, q, k, v, g, beta, initial_state=None, cu_seqlens=None):
-    """One run from zero, with the identity beside the state, gives outputs, each query as the entering state meets it,
-    and the chunk's map; what the entering state adds to the outputs is one product."""
+    """Run the op from a zero state that is extended by the identity matrix.
+
+    This gives the outputs without an initial state, for each query the vector that multiplies the initial state, and
+    the chunk's affine map. One product then adds the initial state's share to the outputs.
+    """
     key_dim, value_dim, heads = k.shape[-1], v.shape[-1], k.shape[-2]
     compute = compute_dtype(v)
     zero = torch.zeros(len(shards.lengths), heads, key_dim, value_dim, dtype=compute, device=v.device)
@@ -76,16 +80,16 @@ def gated_delta_rule(shards, op, q, k, v, g, beta, initial_state=None, cu_seqlen
 
 
 def entering(shards: Shards, *decayed: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
-    """The states [M, H, K, V] that enter this rank's chunks, of S <- exp(g_t) S + k_t v_t^T for each (k, v, g)."""
+    """The states [M, H, K, V] at the start of this rank's chunks, of S <- exp(g_t) S + k_t v_t^T for each (k, v, g)."""
     updates, decays = [], []
     for k, v, g in decayed:
         compute = compute_dtype(v)
         k, v, g = (x[0].unflatten(0, (-1, shards.chunk)).to(compute) for x in (k, v, g))  # [M, c, H, ...]
-        since = g.flip(1).cumsum(1).flip(1)  # from before each token to the chunk's end
+        since = g.flip(1).cumsum(1).flip(1)  # log decay from before each token to the chunk's end
         weight = (since - g).exp() * shards.in_last[..., None]
         updates.append(torch.einsum("mchk,mchv->mhkv", k * weight[..., None], v))
         decays.append(since[:, 0].exp())
-    # One message for all.
+    # One all-gather for everything.
     message = torch.cat([*(x.flatten(1) for x in updates), *decays], -1)
     parts = shards.gather_chunks(message).split([x[0].numel() for x in (*updates, *decays)], -1)
     return [
@@ -95,26 +99,26 @@ def entering(shards: Shards, *decayed: tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 def _compose(shards: Shards, update: torch.Tensor, carry: torch.Tensor, product: Callable) -> torch.Tensor:
-    """States [M, ...] that enter this rank's chunks, where chunk n turns S into product(carry[n], S) + update[n].
+    """States [M, ...] at the start of this rank's chunks, where chunk n maps S to product(carry[n], S) + update[n].
 
-    update and carry [2R, B, ...]. Only in a chunk without the start of a document is something left of S.
+    update and carry [2R, B, ...]. A chunk in which a document starts does not pass S on.
     """
     shape = (-1, shards.batch, *[1] * (update.dim() - 2))
     whole, continues = (x.T.to(update).view(shape) for x in (shards.whole, shards.continues))
-    state, found = torch.zeros_like(update[0]), []
+    state, initial = torch.zeros_like(update[0]), []
     for chunk, added in enumerate(update):
-        found.append(continues[chunk] * state)
+        initial.append(continues[chunk] * state)
         state = added + whole[chunk] * product(carry[chunk], state)
-    return shards.own_chunks_of(torch.stack(found))
+    return shards.own_chunks_of(torch.stack(initial))
 
 
 def _initial(shards: Shards, entering: torch.Tensor) -> torch.Tensor:
-    """Initial states of all segments [S, ...] from those that enter chunks [M, ...]; others start from zero."""
+    """Initial states of all segments [S, ...]: those of first segments from `entering` [M, ...], zeros for others."""
     return entering.new_zeros(len(shards.lengths), *entering.shape[1:]).index_copy(0, shards.first, entering)
 
 
 def window(shards, op, q, sets, scale, seen=None, cu_seqlens=None):
-    """First segments see what came before their chunk. The others are whole documents, or begin in this chunk."""
+    """The first segment of a chunk needs the positions before the chunk. Other segments begin in the chunk."""
     in_first = shards.in_first.flatten()
     token, rest = in_first.nonzero()[:, 0], (~in_first).nonzero()[:, 0]
     is_first = torch.zeros(len(shards.lengths), dtype=torch.bool, device=q.device).index_fill(0, shards.first, True)
@@ -149,7 +153,7 @@ def attention(
     shards: Shards | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """In transformers' table of attentions: query [B, H, 2c, K], key and value [B, Hk, 2c, K] -> [B, 2c, H, K].
+    """Attention with transformers' interface: query [B, H, 2c, K], key and value [B, Hk, 2c, K] -> [B, 2c, H, K].
 
     Without `shards` it is transformers' own "sdpa".
     """
@@ -165,7 +169,7 @@ def attention(
         return o[0].unflatten(0, (shards.batch, -1)), None
     row = shards.gather_tokens(torch.cat([key, value], -1), 2)
     row_k, row_v = row.split([key.shape[-1], value.shape[-1]], -1)
-    # Each segment against its document's tokens so far: without masks, and no scores between documents.
+    # Each segment attends to its document's tokens up to its own: no mask, and no scores between documents.
     outputs, lengths = [], iter(shards.lengths.tolist())
     for number, documents in enumerate(shards.documents):
         sizes = [next(lengths) for _ in documents]
@@ -175,11 +179,14 @@ def attention(
                 k, v = row_k[number, :, seen], row_v[number, :, seen]
             outputs.append(_causal(q[None], k[None], v[None], scale, dropout)[0])
     o = torch.cat(outputs, 1).unflatten(1, (shards.batch, -1)).permute(1, 2, 0, 3)
-    return _Tied.apply(o, row), None
+    return _DependsOn.apply(o, row), None
 
 
-class _Tied(torch.autograd.Function):
-    """`o`, with `row` in its graph whether it was used or not: a backward of all ranks must not wait for one."""
+class _DependsOn(torch.autograd.Function):
+    """`o` as it is, with a dependence on `row` in the graph.
+
+    On ranks that did not use `row`, its backward would not run, and the other ranks would wait for its collective.
+    """
 
     @staticmethod
     def forward(ctx: Any, o: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
@@ -193,7 +200,7 @@ class _Tied(torch.autograd.Function):
 
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dropout: float) -> torch.Tensor:
-    """The last queries of a sequence against all of its keys."""
+    """Causal attention of the last queries of a sequence to all of its keys."""
     options: dict[str, Any] = {"scale": scale, "dropout_p": dropout, "enable_gqa": q.shape[1] != k.shape[1]}
     queries, keys = q.shape[2], k.shape[2]
     if queries == keys:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of a served model, from its config alone: weights, what each layer keeps of a sequence, and vLLM's blocks.
+"""Memory of a served model, from its config alone: weights, the cache of each layer, and vLLM's blocks.
 
-vLLM keeps all caches in one pool of blocks. A block holds the same number of bytes for every kind of layer: some
-tokens of a *group* of attention layers, or the state that a group of recurrent layers has at one position. Groups
-have equally many layers; each takes blocks of its own for every sequence.
+vLLM keeps all caches in one pool of blocks. A block has the same number of bytes for every type of layer: it holds some
+tokens of a *group* of attention layers, or the state of a group of recurrent layers at one position. All groups have
+the same number of layers, and each takes its own blocks for every sequence.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hmf.model.configuration import building
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of all tensors, of the experts among them, and how many of how many experts a token reads."""
+    """Bytes of all tensors, and of the experts among them; a token uses `active` of `count` experts."""
 
     total: int
     experts: int = 0
@@ -37,13 +37,13 @@ class Weights:
     count: int = 1
 
     def read(self, sequences: float) -> float:
-        """Bytes that a decode step of `sequences` tokens reads: each expert that any of them is sent to (at random)."""
-        touched = 1 - (1 - self.active / self.count) ** sequences
-        return self.total - self.experts + self.experts * touched
+        """Expected bytes that a decode step of `sequences` tokens reads, if each token is routed at random."""
+        used_share = 1 - (1 - self.active / self.count) ** sequences
+        return self.total - self.experts + self.experts * used_share
 
 
 def weights(config: Any, dtype: torch.dtype) -> Weights:
-    """Counted on the model itself, built without memory."""
+    """The weights of a model of this config in `dtype`, counted on the meta device."""
     with building(config.name_or_path), torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
@@ -56,8 +56,11 @@ def weights(config: Any, dtype: torch.dtype) -> Weights:
 
 @dataclass(frozen=True)
 class LayerCache:
-    """What a layer keeps of one sequence on one GPU: `token_bytes` for each token, or for the last `window` ones, or
-    `state_bytes` whatever the length, for which a decode step moves `moved_bytes`. Equal ones share blocks."""
+    """The cache of a layer for one sequence on one GPU.
+
+    It has `token_bytes` for each token, or for each of the last `window` tokens; or `state_bytes` at any length, of
+    which a decode step reads and writes `moved_bytes`. Layers with equal caches form groups.
+    """
 
     kind: str
     token_bytes: int = 0
@@ -71,13 +74,13 @@ class LayerCache:
 
 
 def layer_caches(config: Any, dtype: torch.dtype, ranks: int = 1) -> list[LayerCache]:
-    """Every layer's cache under a hybrid `config` on one of `ranks` tensor-parallel GPUs, keys and values in `dtype`.
+    """The cache of each layer of a hybrid `config` on one of `ranks` tensor-parallel GPUs, keys and values in `dtype`.
 
-    A layer with a recurrence keeps all its states together, windows included; one with windows alone is attention.
+    A recurrent layer keeps all its states together, windows included. A layer with only windows counts as attention.
     """
     state_dtype = getattr(torch, config.state_dtype)
     token_bytes = 2 * split_heads(config.num_key_value_heads, ranks) * base_head_dim(config) * dtype.itemsize
-    found = []
+    caches = []
     for symbol, kind, window in zip(
         config.pattern.symbols, config.attention_types, config.attention_windows, strict=True
     ):
@@ -85,18 +88,18 @@ def layer_caches(config: Any, dtype: torch.dtype, ranks: int = 1) -> list[LayerC
         if any(shape.kind == "recurrent" for shape in shapes):
             sizes = [shape.bytes(dtype, state_dtype, state_dtype) for shape in shapes]
             moved = sum(_moved(shape, size) for shape, size in zip(shapes, sizes, strict=True))
-            found.append(LayerCache(symbol, state_bytes=sum(sizes), moved_bytes=moved))
+            caches.append(LayerCache(symbol, state_bytes=sum(sizes), moved_bytes=moved))
         elif shapes:
             reach = next(shape.shape[0] for shape in shapes if shape.kind == "window")
-            found.append(LayerCache("sliding_attention", token_bytes, reach + 1))
+            caches.append(LayerCache("sliding_attention", token_bytes, reach + 1))
         else:
-            found.append(LayerCache(kind, token_bytes, window))
-    return found
+            caches.append(LayerCache(kind, token_bytes, window))
+    return caches
 
 
 def _moved(state: StateShape, size: int) -> int:
-    """Bytes that a decode step reads and writes of a state of `size` bytes: all of it twice, but of a window the
-    positions in reach once."""
+    """Bytes that a decode step reads and writes of a state of `size` bytes: twice its size, except for windows, of
+    which it reads the positions in reach once."""
     if state.kind != "window":
         return 2 * size
     return size if state.reach is None else size * state.reach // state.shape[0]
@@ -104,7 +107,7 @@ def _moved(state: StateShape, size: int) -> int:
 
 @dataclass(frozen=True)
 class Blocks:
-    """vLLM's blocks: `tokens` and `bytes` of one, and how many groups of each kind of cache take them."""
+    """vLLM's blocks: `tokens` and `bytes` of one block, and the number of groups of each kind of cache."""
 
     tokens: int
     bytes: int
@@ -112,7 +115,7 @@ class Blocks:
 
     @classmethod
     def of(cls, caches: list[LayerCache], step: int) -> Blocks:
-        """As vLLM 0.32 does: a block has as many tokens, a multiple of `step`, as make room for the largest state."""
+        """As in vLLM 0.32: the tokens of a block are the least multiple of `step` that holds the largest state."""
         state, token = max(c.state_bytes for c in caches), max(c.token_bytes for c in caches)
         tokens = step * max(1, math.ceil(state / (step * token))) if token else step
         layers = Counter(caches)
@@ -126,9 +129,9 @@ class Blocks:
         return any(cache.state_bytes for cache in self.groups)
 
     def of_sequence(self, context: int, prefix_caching: bool = True, in_flight: int = 0) -> int:
-        """Blocks that a sequence of `context` tokens holds; `in_flight` of them may be computed but not yet settled.
+        """Blocks that a sequence of `context` tokens holds, of which `in_flight` are scheduled but not yet finished.
 
-        With prefix caching a recurrent group holds two: the state at the last block boundary, and the current one.
+        With prefix caching a recurrent group has two: the state at the last block boundary, and the current one.
         """
         total = 0
         for cache, count in self.groups.items():
@@ -142,10 +145,10 @@ class Blocks:
 
 
 def working_bytes(config: Any, dtype: torch.dtype, ranks: int, batched_tokens: int, max_num_seqs: int) -> int:
-    """About what vLLM needs on each GPU beside weights and caches.
+    """An estimate of the bytes that vLLM needs on each GPU in addition to weights and caches.
 
-    Activations of the largest prefill step, logits of every sequence in float32, and 1 GiB for the CUDA context,
-    kernels and captured graphs.
+    These are the activations of the largest prefill step, the logits of every sequence in float32, and 1 GiB for the
+    CUDA context, kernels and captured graphs.
     """
     inner = config.intermediate_size
     if getattr(config, "num_experts_per_tok", None):
@@ -155,8 +158,8 @@ def working_bytes(config: Any, dtype: torch.dtype, ranks: int, batched_tokens: i
 
 
 def require_unquantised(config: Any) -> None:
-    """HmfError for a config of quantised weights: their size is not in the config."""
+    """HmfError for a config with quantised weights, whose size does not follow from the config."""
     if getattr(config, "quantization_config", None):
         raise HmfError(
-            "config.json: quantization_config: plans are for unquantised weights; plan the model it came from"
+            "config.json: quantization_config: plans need unquantised weights; plan the original, unquantised model"
         )

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model will need and do on given GPUs, from its config alone: memory, sequences, blocks, decode throughput.
+"""A plan of serving a model on given GPUs, from its config alone: memory, sequences, blocks, decode throughput.
 
-A decode step reads the weights, the caches of all sequences, and reads and writes their states; beside that a layer
-takes time in which little is moved, as its small kernels come one after another:
+A decode step reads the weights and the caches of all sequences, and reads and writes their states. In addition, each
+layer takes a constant time for its small kernels:
 
     seconds of a step = (weights + sum over n sequences of (keys and values + 2 * states + windows)) / bandwidth
                         + layers * layer_overhead
 
-Tensor parallelism divides the bytes; what it costs in messages between GPUs is not in the figure.
+Tensor parallelism divides the bytes. The communication between GPUs is not included.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ from hmf.model.convert import hybrid_config
 
 from .memory import Blocks, LayerCache, Weights, layer_caches, require_unquantised, weights, working_bytes
 
-# Seconds; so vLLM 0.32 decoded Qwen3-8B and its GDN Hybrid on an H100, at 16K and 32K, within 3% (docs/planning.md).
+# Seconds, fitted to vLLM 0.32 with Qwen3-8B and its GDN Hybrid on an H100 at 16K and 32K tokens, to 3%
+# (docs/planning.md).
 LAYER_OVERHEAD = 85e-6
 UTILISATION = 0.9
-# vLLM's default ceiling of captured batch sizes, and the sizes below it.
+# vLLM's default for the largest captured batch size, and the sizes up to it.
 LARGEST_CAPTURE = 512
 CAPTURE_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, LARGEST_CAPTURE + 1, 16))
 
 
 @dataclass(frozen=True)
 class ServingSettings:
-    """utilisation: share of GPU memory that vLLM may take; layer_overhead: seconds of a decode step in each layer that
-    move nothing; batched_tokens and max_num_seqs (None: the device's default): vLLM's options, which bound one step."""
+    """utilisation: the share of GPU memory that vLLM may use; layer_overhead: the constant seconds of each layer in a
+    decode step; batched_tokens and max_num_seqs (None: the device's default): vLLM's options that limit one step."""
 
     utilisation: float = UTILISATION
     layer_overhead: float = LAYER_OVERHEAD
@@ -54,13 +55,13 @@ class ServingSettings:
 
 @dataclass(frozen=True)
 class Plan:
-    """One model on `ranks` GPUs. All bytes are of one GPU, except in `weights`."""
+    """The plan of one model on `ranks` GPUs. All bytes are those of one GPU, except for `weights`."""
 
     pattern: Pattern
     weights: Weights
     caches: tuple[LayerCache, ...]
     blocks: Blocks
-    cache_bytes: int  # for all caches of all sequences
+    cache_bytes: int  # available for the caches of all sequences
     device: Device
     ranks: int
     settings: ServingSettings
@@ -74,17 +75,17 @@ class Plan:
         return self.settings.max_num_seqs or self.device.max_num_seqs
 
     def capacity(self, context: int) -> int:
-        """Tokens, as vLLM reports its KV cache size when sequences have at most `context` tokens."""
+        """The size of the KV cache in tokens, as vLLM reports it for sequences of at most `context` tokens."""
         in_flight = self.device.steps * self.settings.batched_tokens
         needed = self.blocks.of_sequence(context, self.settings.prefix_caching, in_flight)
         return int(self.num_blocks / needed * context)
 
     def sequences(self, context: int) -> int:
-        """How many sequences of `context` tokens can decode at once; one block is vLLM's own."""
+        """The number of sequences of `context` tokens that can decode at once; vLLM reserves one block."""
         return max(0, self.num_blocks - 1) // self.blocks.of_sequence(context, self.settings.prefix_caching)
 
     def longest(self, limit: int) -> int:
-        """Tokens of the longest sequence that fits, up to `limit`."""
+        """The number of tokens of the longest sequence that fits, up to `limit`."""
         low, high = 0, limit
         while low < high:
             middle = (low + high + 1) // 2
@@ -93,17 +94,17 @@ class Plan:
 
     @property
     def smallest_prefix(self) -> int | None:
-        """Tokens of the shortest prefix that can be found again in the cache."""
+        """The number of tokens of the shortest prefix that the cache can reuse; None without prefix caching."""
         return self.blocks.tokens if self.settings.prefix_caching else None
 
     @property
     def most_requests(self) -> int:
-        """Requests, however short, that can run at once: `max_num_seqs`, or as many as get blocks."""
+        """The number of shortest requests that can run at once, limited by `max_num_seqs` and by the blocks."""
         return min(self.max_num_seqs, self.sequences(1))
 
     @property
     def capture_size(self) -> int:
-        """The largest batch to capture a CUDA graph for: a captured batch needs a state slot for each of its rows."""
+        """The largest batch size for a CUDA graph: a captured batch needs a slot of state for each row."""
         limit = min(2 * self.most_requests, max(1, self.num_blocks - 1), self.settings.batched_tokens)
         return max((size for size in CAPTURE_SIZES if size <= limit), default=1)
 
@@ -113,13 +114,13 @@ class Plan:
         return sum(cache.bytes(context) for cache in self.caches) - states, states
 
     def step_bytes(self, sequences: float, context: int) -> float:
-        """What one GPU reads and writes in a decode step of `sequences` at `context` tokens each."""
+        """Bytes that one GPU reads and writes in a decode step of `sequences` with `context` tokens each."""
         kv, _ = self.sequence_bytes(context)
         moved = sum(cache.moved_bytes for cache in self.caches)
         return self.weights.read(sequences) / self.ranks + sequences * (kv + moved)
 
     def decode_rate(self, sequences: float, context: int) -> float:
-        """Tokens per second of `sequences` at `context` tokens each."""
+        """Decoded tokens per second of `sequences` with `context` tokens each."""
         moving = self.step_bytes(sequences, context) / (self.device.bandwidth * COPY_SHARE)
         return sequences / (moving + len(self.pattern) * self.settings.layer_overhead)
 
@@ -134,8 +135,9 @@ def make_plan(
 ) -> Plan:
     """A plan for a Hybrid or base `config`.
 
-    dtype: of weights, keys and values; None is the config's own, or bfloat16 for float32. room: bytes for caches on
-    each device; None is what utilisation, weights and working memory leave. Raises HmfError when that is nothing.
+    dtype: the dtype of weights, keys and values; None is the config's own, or bfloat16 for float32. room: bytes for
+    caches on each GPU; None is the remainder after utilisation, weights and working memory. HmfError if that is too
+    small for a cache, or if the heads do not split over the GPUs.
     """
     settings = settings or ServingSettings()
     require_unquantised(config)
@@ -156,36 +158,36 @@ def make_plan(
     if room < 2 * blocks.bytes:
         raise HmfError(
             f"--gpu: the weights, {size.total / ranks / GIB:.1f} GiB on each of {ranks} {device.name}, leave no room "
-            f"for a cache; use more, as {device.name}x{2 * ranks}, or larger ones"
+            f"for a cache; use more GPUs, for example {device.name}x{2 * ranks}, or larger ones"
         )
     return Plan(config.pattern, size, tuple(caches), blocks, room, device, ranks, settings)
 
 
 def serving_dtype(config: Any) -> torch.dtype:
-    """The dtype that vLLM serves a config in on a GPU when it is asked for none."""
+    """The dtype in which vLLM serves a config on a GPU by default."""
     dtype = getattr(config, "dtype", None)
     return dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
 
 
 def as_hybrid(config: Any) -> Any:
-    """A base config as the Hybrid without replaced layers, which is the same model; a Hybrid's as it is."""
+    """A base config as a Hybrid without replaced layers, which is the same model; a Hybrid's config unchanged."""
     return config if hasattr(config, "hybrid_override_pattern") else base_of(config)
 
 
 def base_of(config: Any) -> Any:
-    """The config of the Transformer that a Hybrid was made from, as a Hybrid without replaced layers."""
+    """The config of a Hybrid's base Transformer, as a Hybrid without replaced layers."""
     return hybrid_config(config, Pattern((ATTENTION,) * config.num_hidden_layers))
 
 
 def plans(config: Any, gpus: str, settings: ServingSettings | None = None) -> list[Plan]:
-    """Plans for the model and, if it is a Hybrid, for its base Transformer, on `gpus` ("h200x8")."""
+    """Plans for the model and, if it is a Hybrid, for its base Transformer, on `gpus`, such as "h200x8"."""
     device, ranks = parse_gpus(gpus)
     config = as_hybrid(config)
     kinds = [config, base_of(config)] if config.pattern.replaced else [config]
     return [make_plan(kind, device, ranks, settings=settings) for kind in kinds]
 
 
-# ---- for people
+# ---- output
 
 
 def title(plan: Plan) -> str:
@@ -196,7 +198,7 @@ def title(plan: Plan) -> str:
 
 
 def rows(plan: Plan, context: int) -> dict[str, str]:
-    """What `hmf plan` prints of one plan, by the row's name; bytes are those of all GPUs together."""
+    """The column that `hmf plan` prints for one plan, by row name; bytes are summed over all GPUs."""
     kv, states = plan.sequence_bytes(context)
     fit = plan.sequences(context)
 
@@ -225,32 +227,32 @@ def size_of(size: float) -> str:
     return f"{size:,.0f} bytes" if size else "none"
 
 
-def print_plans(found: Sequence[Plan], context: int) -> None:
+def print_plans(plans: Sequence[Plan], context: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    first = found[0]
+    first = plans[0]
     table = Table(
         title=f"{devices(first)}, sequences of {context:,} tokens",
         title_justify="left",
-        caption=f"vLLM takes {first.settings.utilisation:g} of the memory. A decode step moves\n"
-        f"its bytes at {COPY_SHARE:.2f} of {first.device.bandwidth * first.ranks / 1e12:g} TB/s, and a layer takes "
-        f"{first.settings.layer_overhead * 1e6:g} µs\nbeside that.",
+        caption=f"vLLM uses {first.settings.utilisation:g} of the memory. A decode step moves\n"
+        f"its bytes at {COPY_SHARE:.2f} of {first.device.bandwidth * first.ranks / 1e12:g} TB/s, and each layer takes "
+        f"{first.settings.layer_overhead * 1e6:g} µs\nin addition.",
         caption_justify="left",
     )
     table.add_column("")
-    for plan in found:
+    for plan in plans:
         table.add_column(title(plan), justify="right")
-    columns = [rows(plan, context) for plan in found]
+    columns = [rows(plan, context) for plan in plans]
     for name in columns[0]:
         table.add_row(name, *(row[name] for row in columns))
     Console(width=max(80, Console().width)).print(table)
 
 
-def plot(found: Sequence[Plan], context: int, path: Path, model: str) -> None:
-    """Sequences that fit and decode throughput at context lengths from 1K to `context`, as a picture at `path`.
+def plot(plans: Sequence[Plan], context: int, path: Path, model: str) -> None:
+    """Plot the sequences that fit and the decode throughput, at context lengths from 1K to `context`, to `path`.
 
-    model: its name, for the title. A Hybrid's points say how many times its Transformer's they are.
+    model: its name, for the title. The points of a Hybrid are annotated with the ratio to its Transformer.
     """
     from matplotlib.figure import Figure
 
@@ -258,8 +260,8 @@ def plot(found: Sequence[Plan], context: int, path: Path, model: str) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = figure.subplots(1, 2)
     drawn = []
-    for plan, colour in zip(found, ("tab:blue", "tab:gray"), strict=False):
-        # 0 stands for what does not fit and has no place on a logarithmic axis
+    for plan, colour in zip(plans, ("tab:blue", "tab:gray"), strict=False):
+        # 0 means that nothing fits, and cannot be drawn on a logarithmic axis
         fit = [min(plan.sequences(length), plan.max_num_seqs) or math.nan for length in lengths]
         rates = [plan.decode_rate(n, length) for n, length in zip(fit, lengths, strict=True)]
         for panel, values in zip(panels, (fit, rates), strict=True):
@@ -269,9 +271,13 @@ def plot(found: Sequence[Plan], context: int, path: Path, model: str) -> None:
         for length, hybrid, base in zip(lengths, *sides, strict=True) if len(sides) == 2 else ():
             if not math.isnan(hybrid / base):
                 panel.annotate(
-                    f"{hybrid / base:.2f}×", (length, hybrid), (2, 4), textcoords="offset points", color="tab:blue",
+                    f"{hybrid / base:.2f}×",
+                    (length, hybrid),
+                    (2, 4),
+                    textcoords="offset points",
+                    color="tab:blue",
                     fontsize=7,
-                )  # fmt: skip
+                )
     for panel, name in zip(panels, ("sequences at once", "decoded tokens/s"), strict=True):
         panel.set(xscale="log", yscale="log", xlabel="tokens of context", title=name)
         panel.set_xticks(lengths, [short(length) for length in lengths])
@@ -279,13 +285,13 @@ def plot(found: Sequence[Plan], context: int, path: Path, model: str) -> None:
         panel.margins(x=0.11, y=0.1)
         panel.grid(alpha=0.3)
     panels[1].legend(frameon=False)
-    ratios = "; ratios: Hybrid to Transformer" if len(found) > 1 else ""
-    limit = f"at most {found[0].max_num_seqs} sequences"
-    figure.suptitle(f"{model} on {devices(found[0])}, {limit}, planned{ratios}", fontsize=10)
+    ratios = "; ratios: Hybrid to Transformer" if len(plans) > 1 else ""
+    limit = f"at most {plans[0].max_num_seqs} sequences"
+    figure.suptitle(f"{model} on {devices(plans[0])}, {limit}, planned{ratios}", fontsize=10)
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise HmfError(f"--plot: {path}: {error}; name a .png or .svg file in a directory that exists") from None
+        raise HmfError(f"--plot: {path}: {error}; give a .png or .svg file in an existing directory") from None
 
 
 def short(tokens: int) -> str:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training recipe will take, from the recipe and a config alone: memory of each GPU, tokens, steps, GPU-hours.
+"""A plan of a training recipe, from the recipe and a config alone: memory of each GPU, tokens, steps, GPU-hours.
 
-The model is built without memory and every tensor counted as the trainers hold it: weights in float32, gradients and
-AdamW's two moments in float32 for those that are trained. Activations are estimated. Nothing here needs a GPU.
+The model is built on the meta device, and its tensors are counted as in training: weights in float32, and for trained
+weights gradients and AdamW's two moments in float32. Activations are estimated. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ from hmf.training.groups import adapter_targets, choose
 
 from .serving import size_of
 
-MFU = 0.35  # share of the GPUs' peak that the model's own arithmetic is assumed to reach; a guess, not a measurement
-USABLE = 0.92  # of a GPU's memory: the rest is lost between allocations
+MFU = 0.35  # assumed model FLOPs utilisation; a guess, not a measurement
+USABLE = 0.92  # usable share of a GPU's memory; the rest is lost to fragmentation
 WIDE = 4  # bytes of a master weight, of a gradient, of a moment
-# A layer keeps about so many times the inputs and outputs of its linear layers for the backward pass: norms, rotary
-# positions, gates and casts make tensors of the same widths.
+# Activations that a layer stores for the backward pass, in multiples of the inputs and outputs of its linear layers:
+# norms, rotary positions, gates and casts create further tensors of the same widths.
 COPIES = 2.0
-LOGITS = 4 * WIDE * LOGITS_AT_ONCE  # four tensors of the logits that exist at once
-FRAMEWORK = 3 * GIB  # CUDA context, kernels' workspaces, buffers of the communication library
+LOGITS = 4 * WIDE * LOGITS_AT_ONCE  # four tensors of the size of a chunk of logits
+FRAMEWORK = 3 * GIB  # CUDA context, kernel workspaces, buffers of the communication library
 
 
 @dataclass(frozen=True)
 class Job:
-    """One stage of training, as a recipe says it."""
+    """One stage of training of a recipe."""
 
     title: str
     recipe: DistillSettings | FinetuneRecipe
-    model: PreTrainedModel  # without memory; what is trained requires a gradient
+    model: PreTrainedModel  # on the meta device; trained parameters require a gradient
     sequence_length: int
-    adapters: int = 0  # parameters that low-rank adapters add
-    section: str = "training"  # of the recipe's file, where `training` stands
+    adapters: int = 0  # number of parameters that low-rank adapters add
+    section: str = "training"  # key path of the `training` section in the recipe
 
     @property
     def training(self) -> ParallelSettings:
@@ -72,7 +72,7 @@ class Job:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """A job on `ranks` GPUs. All bytes are of one GPU."""
+    """The plan of a job on `ranks` GPUs. All bytes are those of one GPU."""
 
     job: Job
     device: Device
@@ -81,8 +81,8 @@ class TrainingPlan:
     mfu: float = MFU
 
     @property
-    def shards(self) -> tuple[int, int]:
-        """Over how many GPUs weights are divided, and gradients and moments."""
+    def divisors(self) -> tuple[int, int]:
+        """The number of GPUs over which the strategy divides weights, and gradients and moments."""
         return {"ddp": (1, 1), "deepspeed": (1, self.ranks), "fsdp2": (self.ranks, self.ranks)}[self.training.strategy]
 
     @property
@@ -100,14 +100,14 @@ class TrainingPlan:
 
     @property
     def trained(self) -> int:
-        """Parameters."""
+        """The number of trained parameters."""
         return self.job.adapters + sum(x.numel() for x in self.job.model.parameters() if x.requires_grad)
 
     @cached_property
     def memory(self) -> dict[str, float]:
-        """Bytes of one GPU by what takes them; the first three are exact, the others estimates."""
+        """Bytes of one GPU by use. The first three are exact, the others are estimates."""
         total = self.job.adapters + sum(x.numel() for x in self.job.model.parameters())
-        weights, rest = self.shards
+        weights, rest = self.divisors
         return {
             "weights": WIDE * total / weights,
             "gradients": WIDE * self.trained / rest,
@@ -124,15 +124,15 @@ class TrainingPlan:
 
     @property
     def _width(self) -> int:
-        """Bytes of a number in the layers' arithmetic."""
+        """Bytes of an activation."""
         return 2 if self.training.precision == "bfloat16" else 4
 
     def _copies(self) -> float:
-        """Buckets that gradients are sent in and the cached casts of trained weights; of divided weights, what is
-        gathered: the parts outside the layers, two layers and a layer's gradients."""
+        """Buckets of gradients and cached casts of weights. If the weights are divided, the gathered ones: those
+        outside the layers, two layers, and the gradients of a layer."""
         layers = [sum(x.numel() for x in layer.parameters()) for layer in self.job.model.model.layers]
         outside = sum(x.numel() for x in self.job.model.parameters()) - sum(layers)
-        if self.shards[0] > 1:
+        if self.divisors[0] > 1:
             return WIDE * (outside + 3 * max(layers)) + (2 * (outside + max(layers)) if self._width == 2 else 0)
         buckets = WIDE * self.trained if self.ranks > 1 else 0
         casts = 2 * (self.trained + max(layers) + outside) if self._width == 2 else 0
@@ -140,13 +140,13 @@ class TrainingPlan:
 
     @property
     def _backward_layers(self) -> list[nn.Module]:
-        """Those that keep something for the backward pass."""
+        """The layers that store activations for the backward pass."""
         layers = list(self.job.model.model.layers)
         return layers[self.job.model.config.pattern.replaced[0] :] if self.job.distils else layers
 
     def _activations(self) -> float:
         tokens = self.training.per_device_train_batch_size * self.job.sequence_length / self.training.sequence_parallel
-        stream = WIDE * self.job.model.config.hidden_size  # the residual stream is as wide as the weights
+        stream = WIDE * self.job.model.config.hidden_size  # the residual stream is in float32
         inside = [COPIES * self._width * linear_widths(layer, self.job.model.config) for layer in self._backward_layers]
         if self.training.gradient_checkpointing:
             kept = len(inside) * stream + max(inside)
@@ -163,8 +163,8 @@ class TrainingPlan:
 
     @cached_property
     def flops_per_token(self) -> float | None:
-        """The model's own arithmetic with attention's scores, but without what is computed twice and without what
-        recurrences do beside their projections; None for mixtures of experts."""
+        """FLOPs of the model per token, with attention scores, without recomputation and without the recurrences
+        (their projections are included). None for mixtures of experts."""
         model, length = self.job.model, self.job.sequence_length
         config, replaced = model.config, model.config.pattern.replaced
         if isinstance(self.job.recipe, DistillSettings):
@@ -192,7 +192,7 @@ class TrainingPlan:
         return self.tokens * self.flops_per_token / (self.device.peak * self.mfu) / 3600
 
     def advice(self) -> str:
-        """The mildest change to the recipe that makes it fit, as options of the commands that read it."""
+        """The smallest change to the recipe with which it fits, as options of the commands that read it."""
         for change in _changes(self.training, self.ranks):
             plan = replace(self, training=self.training.model_copy(update=change))
             if plan.fits and self._valid(change):
@@ -200,7 +200,7 @@ class TrainingPlan:
         return "more GPUs or larger ones, by --gpu"
 
     def _valid(self, change: dict[str, Any]) -> bool:
-        """Whether the recipe may have this in its section `training`."""
+        """Whether the recipe is valid with this change of its `training` section."""
         recipe = self.job.recipe
         content = recipe.model_dump(exclude_unset=True)
         content["training"] |= change
@@ -210,7 +210,7 @@ class TrainingPlan:
 
 
 def _changes(training: ParallelSettings, ranks: int) -> Iterator[dict[str, Any]]:
-    """Ways to need less memory, mildest first; the batch stays what it is."""
+    """Changes that need less memory, the smallest first; the total batch does not change."""
     change: dict[str, Any] = {}
     if training.precision == "float32":
         change["precision"] = "bfloat16"
@@ -237,13 +237,13 @@ def _changes(training: ParallelSettings, ranks: int) -> Iterator[dict[str, Any]]
 
 
 def has_kl(recipe: DistillSettings) -> bool:
-    """Whether Stage 1 ever computes logits."""
+    """Whether Stage 1 computes logits at any step."""
     return any(recipe.objective.kl.values())
 
 
 def linear_widths(layer: nn.Module, config: Any) -> float:
-    """Inputs and outputs of a layer's linear parts for one token, the teacher's attention aside; of experts, those
-    that a token is sent to."""
+    """The summed widths of inputs and outputs of a layer's linear layers for one token, without the teacher's
+    attention. Of experts, only those of one token count."""
     total = sum(
         x.in_features + x.out_features
         for name, x in layer.named_modules()
@@ -258,24 +258,24 @@ def linear_widths(layer: nn.Module, config: Any) -> float:
 
 
 def find_recipes(places: Iterable[Path]) -> list[Path]:
-    """Recipe files, those of a folder in the order of their names."""
-    found = []
+    """The recipe files among `places`; those of a folder are sorted by name."""
+    paths = []
     for place in places:
         if place.is_dir():
             files = sorted(place.glob("*.yaml"))
             if not files:
-                raise HmfError(f"{place}: holds no recipe (*.yaml)")
-            found += files
+                raise HmfError(f"{place}: has no recipes (*.yaml); give a recipe or a folder of recipes")
+            paths += files
         else:
-            found.append(place)
-    return found
+            paths.append(place)
+    return paths
 
 
 def read_any(path: Path, overrides: Sequence[str] = ()) -> Settings | None:
-    """A recipe of any kind, by its keys; None for one of `hmf pretrain`."""
+    """A recipe of any kind, recognised by its keys; None for one of `hmf pretrain`."""
     content: Any = {}
     if path.is_file():
-        with suppress(ValueError, OSError):  # load_recipe says it, with the place
+        with suppress(ValueError, OSError):  # load_recipe raises it, with the line
             content = parse_yaml(path.read_text(encoding="utf-8"))
     keys: set[str] = set(content) if isinstance(content, dict) else set()
     if "start_from" in keys or {"tokenizer", "model"} <= keys:
@@ -286,9 +286,9 @@ def read_any(path: Path, overrides: Sequence[str] = ()) -> Settings | None:
 
 
 class Recipes:
-    """Recipes, and those in and beside their folders: what one will write, another may build on before it is there.
+    """Recipes, and further ones in and beside their folders, whose outputs the first ones may use before they exist.
 
-    resolve_base: a base checkpoint's directory by the name that recipes give it.
+    resolve_base: returns the directory of a base checkpoint for its name in a recipe.
     """
 
     def __init__(self, paths: Iterable[Path], resolve_base: Callable[[str], Path], overrides: Sequence[str] = ()):
@@ -296,30 +296,32 @@ class Recipes:
         self.read = {path: read_any(path, overrides) for path in paths}
 
     def all(self) -> Iterator[tuple[Path, Settings | None]]:
-        """Every recipe there is: those asked for, then those beside them, read as far as somebody looks."""
+        """The given recipes, then those beside them, which are read lazily."""
         yield from list(self.read.items())
         for folder in dict.fromkeys(path.parent for path in self.read):
             for path in [*sorted(folder.glob("*.yaml")), *sorted(folder.parent.glob("*/*.yaml"))]:
                 if path not in self.read:
-                    with suppress(HmfError):  # nobody asked for this one
+                    with suppress(HmfError):  # this recipe was not asked for
                         self.read[path] = read_any(path)
                         yield path, self.read[path]
 
     def plan(self, path: Path, gpus: str | None = None, mfu: float = MFU) -> TrainingPlan | None:
-        """The plan of one of the recipes; None where it trains no Hybrid."""
+        """The plan of one of the recipes; None if it does not train a Hybrid."""
         if not 0 < mfu <= 1:
             raise HmfError(f"--mfu: {mfu} is not in (0, 1]")
         if (job := self.job(path)) is None:
             return None
         if (named := gpus or job.training.gpus) is None:
-            raise HmfError(f"{path}: names no GPUs; give --gpu, for example h200x8, or set training.gpus")
+            raise HmfError(f"{path}: training.gpus: is not set; set it, or give --gpu, for example h200x8")
         device, ranks = parse_gpus(named)
         if ranks % (degree := job.training.sequence_parallel):
-            raise HmfError(f"{path}: training.sequence_parallel: {degree} does not divide {ranks} GPUs")
+            raise HmfError(
+                f"{path}: training.sequence_parallel: {degree} does not divide {ranks} GPUs; choose a divisor"
+            )
         return TrainingPlan(job, device, ranks, job.training, mfu)
 
     def job(self, path: Path) -> Job | None:
-        """The training that a recipe asks for; None where it asks for none, as `hmf data prepare`'s."""
+        """The training of a recipe; None for a recipe without any, such as one of `hmf data prepare`."""
         recipe = self.read[path]
         try:
             if isinstance(recipe, PrimeRecipe):
@@ -352,16 +354,18 @@ class Recipes:
         return Job(title, recipe, model, length, adapters)
 
     def _row(self, data: DataSettings) -> int:
-        """Tokens of a row; of rows that are not prepared yet, as the recipe that prepares them says."""
+        """Tokens of a row. For rows that are not prepared yet, from the recipe that prepares them."""
         if data.prepared is None or data.prepared.is_dir():
             return row_length(data)
         for _, recipe in self.all():
             if isinstance(recipe, DataRecipe) and recipe.output == data.prepared:
                 return recipe.sequence_length
-        raise HmfError(f"data.prepared: {data.prepared} is not there, and no recipe beside this one makes it")
+        raise HmfError(
+            f"data.prepared: {data.prepared} does not exist, and no recipe in or beside this folder makes it"
+        )
 
     def _config(self, model: Path) -> Any:
-        """A checkpoint's config; of one that is not there yet, as the recipe that makes it will write it."""
+        """A checkpoint's config. For a checkpoint that does not exist yet, from the recipe that makes it."""
         if model.is_dir():
             return load_config(model, weights=False)
         for path, recipe in self.all():
@@ -375,7 +379,7 @@ class Recipes:
         try:
             return load_config(self.resolve_base(str(model)), weights=False)
         except HmfError as error:
-            raise HmfError(f"model: {error}; and no recipe beside this one makes it") from None
+            raise HmfError(f"model: {error}; and no recipe in or beside this folder makes it") from None
 
     def _prime_config(self, path: Path, recipe: PrimeRecipe) -> Any:
         planned = recipe.base_config is not None and not Path(recipe.base).is_dir()
@@ -392,21 +396,21 @@ def plans(
     mfu: float = MFU,
     overrides: Sequence[str] = (),
 ) -> list[TrainingPlan]:
-    """A plan for each training recipe in files and folders; `gpus` ("h200x8") in place of what a recipe names.
+    """A plan for each training recipe in files and folders; `gpus`, such as "h200x8", overrides the recipe's.
 
     Raises:
-        HmfError: for a recipe that is wrong, with its file, or that names no GPUs.
+        HmfError: a recipe is invalid, or has no GPUs; no recipe trains a Hybrid.
     """
     paths = find_recipes(places)
     recipes = Recipes(paths, resolve_base, overrides)
-    found = [plan for path in paths if (plan := recipes.plan(path, gpus, mfu)) is not None]
-    if not found:
-        raise HmfError(f"{', '.join(map(str, paths))}: no recipe that trains a Hybrid")
-    return found
+    made = [plan for path in paths if (plan := recipes.plan(path, gpus, mfu)) is not None]
+    if not made:
+        raise HmfError(f"{', '.join(map(str, paths))}: no recipe here trains a Hybrid; give one that does")
+    return made
 
 
 def rows(plan: TrainingPlan) -> dict[str, str]:
-    """What `hmf plan-training` prints of one plan, by the row's name."""
+    """The column that `hmf plan-training` prints for one plan, by row name."""
     job, training = plan.job, plan.training
     total = sum(x.numel() for x in job.model.parameters()) + job.adapters
     memory = {name: size_of(size) for name, size in plan.memory.items()}
@@ -434,7 +438,7 @@ def billions(number: float) -> str:
     return f"{number / 1e9:,.2f} B" if number >= 1e9 else f"{number / 1e6:,.2f} M"
 
 
-def print_plans(found: Sequence[TrainingPlan]) -> None:
+def print_plans(plans: Sequence[TrainingPlan]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -442,18 +446,18 @@ def print_plans(found: Sequence[TrainingPlan]) -> None:
         title="Planned, not measured",
         title_justify="left",
         caption_justify="left",
-        caption=f"GPU-hours if {found[0].mfu:.0%} of the GPUs' peak goes into the model's own arithmetic. Weights,\n"
+        caption=f"GPU-hours assume a model FLOPs utilisation (MFU) of {plans[0].mfu:.0%}. Weights,\n"
         "gradients and moments are counted exactly, all in float32; the rest of the memory is estimated.",
     )
     table.add_column("")
-    for plan in found:
+    for plan in plans:
         table.add_column(plan.job.title, justify="right")
-    columns = [rows(plan) for plan in found]
+    columns = [rows(plan) for plan in plans]
     for name in columns[0]:
         table.add_row(name, *(row[name] for row in columns))
-    console = Console(width=max(80 + 16 * len(found), Console().width))
+    console = Console(width=max(80 + 16 * len(plans), Console().width))
     console.print(table)
-    for plan in found:
+    for plan in plans:
         if not plan.fits:
             console.print(f"{plan.job.title} does not fit; it needs {plan.advice()}", soft_wrap=True)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is worth knowing of a fused model beside its loss: how far each layer is off, and what a token costs."""
+"""Measures of a fused model besides its loss: the error of each layer, and the FLOPs of a token."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hmf.model.modeling import STUDENT, TEACHER
 
 @torch.no_grad()
 def layer_errors(model: PreTrainedModel, **batch: Any) -> dict[int, torch.Tensor]:
-    """Squared distance of the student's hidden states to the teacher's, relative to the teacher's, after each layer.
+    """Squared distance of the student's hidden states to the teacher's after each layer, relative to the teacher's.
 
-    By layer index, from the first replaced layer on (before it both are the same); scalars. batch: input_ids [B, T],
-    optional attention_mask and position_ids. Errors of earlier layers are carried on, as they are in use.
+    Scalars by layer index, from the first replaced layer on; before it, both paths are the same. batch: input_ids
+    [B, T], optional attention_mask and position_ids. The student's errors accumulate over the layers, as in inference.
     """
     decoder, mask = model.model, batch.get("attention_mask")
     inputs = decoder.prepare(**batch, use_cache=False)
@@ -26,20 +26,21 @@ def layer_errors(model: PreTrainedModel, **batch: Any) -> dict[int, torch.Tensor
     for index in range(first, len(decoder.layers)):
         teacher = decoder.run_layers(teacher, inputs, range(index, index + 1), TEACHER)
         student = decoder.run_layers(student, inputs, range(index, index + 1), STUDENT)
-        off, size = (student.float() - teacher.float()).square().sum(-1), teacher.float().square().sum(-1)
+        error, size = (student.float() - teacher.float()).square().sum(-1), teacher.float().square().sum(-1)
         if mask is not None:
-            off, size = off * mask, size * mask
-        errors[index] = off.sum() / size.sum()
+            error, size = error * mask, size * mask
+        errors[index] = error.sum() / size.sum()
     return errors
 
 
 def stage1_flops_per_token(model: PreTrainedModel, head: bool = False) -> float | None:
-    """Floating-point operations that Stage 1 needs for a token, from parameter counts (2 for each forward pass).
+    """Floating-point operations of Stage 1 per token, from parameter counts.
 
-    Layers before the first trained one run once; later ones run on both paths, the student's also backward to its
-    activations (2 more) and its mixers to their weights (2 more). `head`: whether both paths' logits are computed. What
-    grows with the sequence (attention's scores, states) and what is computed twice to save memory do not count. None
-    for mixtures of experts, whose tokens use part of the parameters only.
+    A forward pass counts 2 per parameter, the backward to activations 2, and the backward to weights 2. Layers before
+    the first trained one run forward once. Later layers run forward on both paths; the student's path also runs
+    backward to activations, and its mixers to their weights. `head`: whether the logits of both paths are computed.
+    Not counted are operations that grow with the sequence (attention scores, states), and recomputation. None for
+    mixtures of experts, whose tokens use only part of the parameters.
     """
     if getattr(model.config, "num_experts", None) or getattr(model.config, "num_local_experts", None):
         return None

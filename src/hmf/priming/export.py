@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Export: a fused checkpoint without its teacher, as a plain Hybrid that stands alone."""
+"""Export of a fused checkpoint as a plain Hybrid, without its teacher."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def export(
     dtype: torch.dtype | None = None,
     save: Callable[..., Any] = save_checkpoint,
 ) -> PreTrainedModel:
-    """`hmf export`: drop the teacher's attention of the checkpoint `fused` and save the Hybrid at `out`.
+    """`hmf export`: remove the teacher's attention from the checkpoint `fused` and save the Hybrid at `out`.
 
-    `dtype` casts the weights (decay parameters stay float32); None keeps the stored one. The tokenizer's files come
-    out byte-identical. `save` writes the result: `hmf.model.native.save_native` as a stock Qwen3.5. Returns the Hybrid;
-    HmfError when `fused` holds no teacher or `out` is in use.
+    dtype: the dtype to cast the weights to (decay parameters stay float32); None keeps the stored dtypes.
+    save: writes the result; `hmf.model.native.save_native` writes it as a stock Qwen3.5.
+
+    The tokenizer's files are copied byte for byte. Returns the Hybrid. HmfError if `fused` has no teacher or `out` is
+    in use.
     """
     require_unused(out)
     model = load_model(fused, dtype=STORED)
     if not is_fused(model.config):
-        raise HmfError(
-            f"{fused}: holds no teacher, there is nothing to drop; export takes the result of init or distill"
-        )
+        raise HmfError(f"{fused}: has no teacher to remove; export takes the result of hmf init or hmf distill")
     hybrid = drop_teacher(model)
     require_finite(Path(fused))
     if dtype is not None:

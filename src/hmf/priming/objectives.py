@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 1: how far the student's path is from the teacher's, in one module.
+"""The objectives of Stage 1: distances between the student's and the teacher's path of one fused model.
 
-Both paths share embeddings, MLPs, norms and every layer before the first replaced one, which therefore runs once. The
-teacher's path keeps no activations for a backward pass.
+Both paths share embeddings, MLPs, norms and all layers before the first replaced one, which therefore run once. The
+teacher's path runs without gradients.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from hmf.errors import HmfError
 from hmf.model.convert import mixer_names
 from hmf.model.modeling import STUDENT, TEACHER
 
-LOGITS_AT_ONCE = 2**26  # numbers: 256 MiB in float32; some seven tensors of this size live at a time
+LOGITS_AT_ONCE = 2**26  # elements: 256 MiB in float32; about seven tensors of this size exist at a time
 Part = Literal["mixer", "mlp", "decoder"]
-# Which outputs of a layer each target compares; the mean over all layers of each part is added up.
+# The outputs of a layer that each target compares. The loss is the sum over parts of the mean over all layers.
 PARTS: dict[str, tuple[Part, ...]] = {
     "none": (),
     "mixer": ("mixer",),
@@ -42,15 +42,15 @@ assert set(PARTS) == set(get_args(LayerTarget))
 class Stage1Objective:
     """MSE of the hidden states before the head, MSE of layer outputs by `layers` (a key of PARTS), KL of the logits.
 
-    `pre_lm_head`, `layers_weight` and `kl` weigh them; 0 leaves one out. The KL term is in nats a token: KL(teacher ||
-    student) forward, KL(student || teacher) reverse; see `logit_divergence` for `kl_top_k`, `kl_temperature` and
-    `kl_chunk_size`. `kl_tokens` "supervised" counts only positions whose next token has a label, so that answers are
-    not lost among the tokens of their prompts.
+    `pre_lm_head`, `layers_weight` and `kl` are their weights; 0 leaves a term out. The KL term is in nats per token:
+    KL(teacher || student) forward, KL(student || teacher) reverse; see `logit_divergence` for `kl_top_k`,
+    `kl_temperature` and `kl_chunk_size`. With `kl_tokens` "supervised" the KL term is a mean over positions whose next
+    token has a label, so that the tokens of long prompts do not dominate it.
 
-    Call it with a fused model and a batch (input_ids [B, T], optional labels, attention_mask and position_ids); it
-    returns scalar losses by name, "loss" being their sum. Padded positions do not count. Each loss is a sum over the
-    batch's tokens divided by `counts`, which are the batch's own (`token_counts`) or those of everything that the
-    optimiser step sees: then the losses of all its batches, in all processes, add up to the loss of one large batch.
+    Call it with a fused model and a batch (input_ids [B, T], optional labels, attention_mask and position_ids). It
+    returns scalar losses by name; "loss" is their sum. Padding does not count. Each loss is a sum over the batch's
+    tokens divided by `counts`: the batch's own (`token_counts`), or those of the whole optimiser step. With the latter,
+    the losses of all its batches, in all processes, add up to the loss of one large batch.
     """
 
     layers: str = "none"
@@ -69,7 +69,7 @@ class Stage1Objective:
         require_fused(model.config, "distillation")
         config, parts = model.config, PARTS[self.layers] if self.layers_weight else ()
         if not (self.pre_lm_head or parts or self.kl):
-            raise HmfError("objective: nothing to compare; set pre_lm_head: true, kl or a layer target")
+            raise HmfError("objective: has no term; set pre_lm_head, kl or layers")
         if counts is None:
             counts = token_counts(**batch)
         tokens, supervised = counts.clamp_min(1)
@@ -79,10 +79,10 @@ class Stage1Objective:
         first, count = config.pattern.replaced[0], config.num_hidden_layers
         with torch.no_grad():
             shared = decoder.run_layers(inputs.hidden_states, inputs, range(first))
-            with _recorded(model, TEACHER, parts, first) as wanted:
+            with _recorded(model, TEACHER, parts, first) as teacher_outputs:
                 teacher = decoder.run_layers(shared, inputs, range(first, count), TEACHER)
             target = decoder.norm(teacher)
-        with _recorded(model, STUDENT, parts, first) as found:
+        with _recorded(model, STUDENT, parts, first) as student_outputs:
             student = decoder.run_layers(shared, inputs, range(first, count), STUDENT)
 
         def distance(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
@@ -94,7 +94,7 @@ class Stage1Objective:
             if self.kl_tokens == "all":
                 chosen, number = mask, tokens
             elif labeled is None:
-                raise HmfError("objective: kl_tokens: supervised needs labels in the batch")
+                raise HmfError("objective.kl_tokens: supervised needs labels in the batch; use all without labels")
             else:
                 chosen, number = labeled, supervised
             ours, theirs = (x.flatten(0, 1) if chosen is None else x[chosen.bool()] for x in (final, target))
@@ -102,7 +102,7 @@ class Stage1Objective:
             divergence = logit_divergence(ours, theirs, model.get_output_embeddings(), *options)
             losses["kl"] = self.kl * divergence.sum() / number
         for part in parts:
-            pairs = zip(found[part], wanted[part], strict=True)
+            pairs = zip(student_outputs[part], teacher_outputs[part], strict=True)
             total = torch.stack([distance(ours, theirs) for ours, theirs in pairs]).sum()
             losses[part] = self.layers_weight * total / count
         return {"loss": torch.stack(list(losses.values())).sum(), **{k: v.detach() for k, v in losses.items()}}
@@ -110,13 +110,13 @@ class Stage1Objective:
 
 @dataclass(frozen=True)
 class LayerwiseObjective:
-    """Every mixer alone: the teacher's own input in, the teacher's attention output wanted.
+    """Each mixer by itself: its input is the teacher's attention input, its target the teacher's attention output.
 
-    The squared error of each layer is relative to `sizes`, the mean square of what is wanted (`attention_sizes`; left
-    out: this batch's); the loss is the mean over replaced layers. Layers do not see each other's errors and nothing
-    runs backward through MLPs, so a step costs less than half of one with `Stage1Objective` and a start from attention
-    becomes usable in a fraction of the tokens (attention transfer in LoLCATs, arXiv 2410.10254). Called as
-    `Stage1Objective` is; the part is named "layerwise".
+    The squared error of each layer is divided by `sizes`, the mean square of its target (`attention_sizes`; None: that
+    of this batch). The loss is the mean over replaced layers. Errors do not propagate between layers and there is no
+    backward pass through MLPs. A step therefore costs less than half of one with `Stage1Objective`, and mixers that
+    start from attention become usable with a fraction of the tokens (attention transfer in LoLCATs, arXiv 2410.10254).
+    Called like `Stage1Objective`; the part is named "layerwise".
     """
 
     sizes: tuple[float, ...] | None = None
@@ -130,15 +130,15 @@ class LayerwiseObjective:
         batch.pop("labels", None)
         mask, tokens = batch.get("attention_mask"), counts[0].clamp_min(1)
         inputs = model.model.prepare(**batch, use_cache=False)
-        seen = _attentions(model, inputs)
+        attentions = _attentions(model, inputs)
         positions = {name: inputs.shared[name] for name in ("position_ids", "position_embeddings")}
         losses = []
         for place, (index, name) in enumerate(mixer_names(model)):
-            given, wanted = seen.pop(index)
+            hidden_states, target = attentions.pop(index)
             mixer = model.model.layers[index].get_submodule(name)
-            found, _ = mixer(given, layout=inputs.layout, **positions)
-            size = self.sizes[place] if self.sizes else _mean_square(wanted, mask)
-            losses.append(_total(_squared(found, wanted), mask) / (tokens * size))
+            output, _ = mixer(hidden_states, layout=inputs.layout, **positions)
+            size = self.sizes[place] if self.sizes else _mean_square(target, mask)
+            losses.append(_total(_squared(output, target), mask) / (tokens * size))
         loss = torch.stack(losses).mean()
         return {"loss": loss, "layerwise": loss.detach()}
 
@@ -147,7 +147,7 @@ Objective = Stage1Objective | LayerwiseObjective
 
 
 def objective_at(settings: ObjectiveSettings, step: int, sizes: tuple[float, ...] | None = None) -> Objective:
-    """What a recipe compares at an optimiser step."""
+    """The objective of a recipe at an optimiser step."""
     if step < settings.layerwise_steps:
         return LayerwiseObjective(sizes)
     weights = settings.weights_at(step)
@@ -167,7 +167,7 @@ def token_counts(
     shift_labels: torch.Tensor | None = None,
     **batch: Any,
 ) -> torch.Tensor:
-    """int64 [2]: real tokens of a batch, and those whose successor has a label: what losses are divided by."""
+    """int64 [2]: the real tokens of a batch, and the tokens whose next token has a label; the divisors of losses."""
     ones = input_ids.new_tensor(input_ids.numel())
     tokens = ones if attention_mask is None else attention_mask.sum()
     labeled = _predicts_a_label(labels, shift_labels)
@@ -177,11 +177,11 @@ def token_counts(
 
 @torch.no_grad()
 def attention_sizes(model: PreTrainedModel, **batch: Any) -> tuple[float, ...]:
-    """Mean square of the output of each replaced attention, the teacher's, on a batch."""
+    """The mean square of each replaced attention's output (the teacher's) on a batch."""
     require_fused(model.config, "distillation")
     batch.pop("labels", None)
-    seen = _attentions(model, model.model.prepare(**batch, use_cache=False))
-    return tuple(_mean_square(wanted, batch.get("attention_mask")).item() for _, wanted in seen.values())
+    attentions = _attentions(model, model.model.prepare(**batch, use_cache=False))
+    return tuple(_mean_square(output, batch.get("attention_mask")).item() for _, output in attentions.values())
 
 
 def logit_divergence(
@@ -195,24 +195,24 @@ def logit_divergence(
 ) -> torch.Tensor:
     """Divergence of next-token distributions, [N] in nats, from final hidden states [N, D] of both paths.
 
-    Logits exist for `chunk_size` tokens at a time only (left out: as many as fit LOGITS_AT_ONCE numbers), and once: the
-    gradient is taken together with the value and waits, in the hidden states' shape, for the backward pass.
+    Logits are computed for `chunk_size` tokens at a time (None: as many as fit LOGITS_AT_ONCE elements) and only once:
+    the forward pass computes the gradient too, and stores it in the hidden states' shape for the backward pass.
 
-    With `top_k` the teacher's k likeliest tokens are told apart and all others are one outcome. That is a divergence
-    of true distributions, at most the full one and 0 only where they agree; leaving the rest out and normalising what
-    remains would let the student put any mass there.
+    With `top_k`, the distributions are over the teacher's k most likely tokens and one outcome for all others. The
+    result is a true divergence, at most the full one. Normalising over the k tokens alone would not penalise
+    probability that the student assigns to other tokens.
 
-    `temperature` divides the logits; the result is multiplied by its square, which keeps gradients of one size
-    (Hinton et al., arXiv 1503.02531, section 2).
+    `temperature` divides the logits. The result is multiplied by its square, which keeps the size of the gradients
+    (Hinton et al., arXiv 1503.02531, section 2). HmfError if the head is trainable or top_k is too large.
     """
     if torch.is_grad_enabled() and any(x.requires_grad for x in head.parameters()):
-        raise HmfError("the head is to stay frozen in distillation; call train_only_mixers(model) first")
+        raise HmfError("lm_head: the head must be frozen in distillation; call train_only_mixers(model) first")
     weight, vocabulary = whole(head.weight), head.weight.shape[0]
     if top_k is not None and top_k >= vocabulary:
-        raise HmfError(f"objective.kl_top_k: {top_k} is not below the vocabulary's {vocabulary}; leave it out")
+        raise HmfError(f"objective.kl_top_k: {top_k} is not below the vocabulary size, {vocabulary}; leave it out")
 
     def logits(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # Not head(x): a sharded module's hooks would take the gradient that is asked for here for the step's.
+        # Not head(x): the hooks of a sharded module would mistake this gradient for that of the step.
         ours, theirs = (_wide(F.linear(x, weight, head.bias)) for x in (ours, theirs))
         if temperature != 1:
             ours, theirs = ours / temperature, theirs / temperature
@@ -226,22 +226,22 @@ def logit_divergence(
 
 
 class _ByRow(torch.autograd.Function):
-    """`divergence` of what `logits` gives for rows [n, D] of two tensors, `chunk_size` rows at a time: [n]."""
+    """`divergence` of the logits of two tensors [n, D], `chunk_size` rows at a time: [n]."""
 
     @staticmethod
     def forward(
         ctx: Any, ours: torch.Tensor, theirs: torch.Tensor, logits: Any, direction: str, chunk_size: int
     ) -> torch.Tensor:
-        values, gradients, wanted = [], [], ctx.needs_input_grad[0]
+        values, gradients, needs_grad = [], [], ctx.needs_input_grad[0]
         for mine, other in zip(ours.split(chunk_size), theirs.split(chunk_size), strict=True):
-            with torch.set_grad_enabled(wanted):
-                mine = mine.detach().requires_grad_(wanted)
+            with torch.set_grad_enabled(needs_grad):
+                mine = mine.detach().requires_grad_(needs_grad)
                 our_logits, their_logits = logits(mine, other)
                 value, gradient = divergence(our_logits.detach(), their_logits, direction)
-                if wanted:
+                if needs_grad:
                     gradients += torch.autograd.grad(our_logits, mine, gradient)
             values.append(value)
-        if wanted:
+        if needs_grad:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(values)
 
@@ -252,9 +252,9 @@ class _ByRow(torch.autograd.Function):
 
 
 def divergence(ours: torch.Tensor, theirs: torch.Tensor, direction: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divergence of two softmaxes, [n], and its gradient for `ours`, from logits [n, V] of both.
+    """Divergence of two softmax distributions, [n], and its gradient with respect to `ours`, from logits [n, V].
 
-    By hand because such tensors are large: in place and in half of the passes that autograd takes.
+    Computed in place, with half of the passes over these large tensors that autograd would need.
     """
     log_q, log_p = ours.log_softmax(-1), theirs.log_softmax(-1)
     if direction == "forward":
@@ -268,18 +268,18 @@ def divergence(ours: torch.Tensor, theirs: torch.Tensor, direction: str) -> tupl
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
-    """A frozen parameter to compute with, also where FSDP has left this process a part of it."""
+    """A frozen parameter as a whole tensor, also if FSDP has sharded it."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def _with_rest(logits: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Logits [n, V] -> [n, k + 1]: those of the tokens `kept` [n, k], and one of all others together."""
+    """Logits [n, V] -> [n, k + 1]: those of the tokens `kept` [n, k], and one for all other tokens."""
     rest = logits.scatter(-1, kept, -torch.inf).logsumexp(-1, keepdim=True)
     return torch.cat([logits.gather(-1, kept), rest], -1)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    """In float32, or float64 as it is."""
+    """In float32; float64 stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -298,19 +298,22 @@ def _mean_square(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def _predicts_a_label(labels: torch.Tensor | None, shift_labels: torch.Tensor | None = None) -> torch.Tensor | None:
-    """bool [B, T]: position t predicts token t + 1, whose label `shift_labels` has at t; None without labels."""
+    """bool [B, T]: whether token t + 1, which position t predicts, has a label. None without labels.
+
+    `shift_labels` [B, T] has the label of token t + 1 at position t.
+    """
     if shift_labels is not None:
         return shift_labels != IGNORED
     return None if labels is None else F.pad(labels[:, 1:] != IGNORED, (0, 1))
 
 
 def _attentions(model: PreTrainedModel, inputs: Any) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Input and output [B, T, D] of every replaced attention on the teacher's path, by layer."""
-    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    """Input and output [B, T, D] of every replaced attention on the teacher's path, by layer index."""
+    recorded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def keep(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            seen[index] = (kwargs["hidden_states"], output[0])
+            recorded[index] = (kwargs["hidden_states"], output[0])
 
         return hook
 
@@ -323,14 +326,14 @@ def _attentions(model: PreTrainedModel, inputs: Any) -> dict[int, tuple[torch.Te
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return recorded
 
 
 @contextmanager
 def _recorded(
     model: PreTrainedModel, path: str, parts: tuple[Part, ...], first: int
 ) -> Iterator[dict[str, list[torch.Tensor]]]:
-    """Collect the outputs of each layer from `first` on, by part, while the block runs one path."""
+    """During the block, record the outputs of each layer from `first` on, by part. The block must run `path`."""
     outputs: dict[str, list[torch.Tensor]] = {part: [] for part in parts}
     names = dict(mixer_names(model)) if path == STUDENT else {}
 
@@ -354,7 +357,7 @@ def _recorded(
 
 
 def train_only_mixers(model: PreTrainedModel) -> list[str]:
-    """Freeze everything but the mixers; returns the names of the trainable parameters."""
+    """Freeze all parameters except those of the mixers; returns the names of the trainable parameters."""
     names = tuple(f"model.layers.{index}.{name}." for index, name in mixer_names(model))
     trainable = []
     for name, parameter in model.named_parameters():

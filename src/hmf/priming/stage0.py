@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 0: fill every mixer of a fused model from the attention that it is to replace."""
+"""Stage 0: initialise every mixer of a fused model from the attention that it replaces."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from hmf.model.files import COMPUTED, require_finite, stored_tensors
 
 @dataclass(frozen=True)
 class Stage0Report:
-    """Tensors of the new model by where they came from."""
+    """The tensors of the new model by their origin."""
 
     pattern: Pattern
-    kept: int  # tensors of the base's files, all of them
-    starts: dict[str, Start]  # by mixer
+    kept: int  # number of tensors in the base's files, all of which are kept
+    starts: dict[str, Start]  # by the mixer's name
 
     def counts(self) -> dict[str, int]:
         starts = self.starts.values()
@@ -49,12 +49,12 @@ class Stage0Report:
 
 
 def initialise(model: PreTrainedModel, seed: int = 0, conv_start: str = "random") -> dict[str, Start]:
-    """Fill all mixers of a fused `model`; a layer's random tensors depend on `seed` and its index only.
+    """Initialise all mixers of a fused `model`. A layer's random tensors depend only on `seed` and the layer's index.
 
-    `conv_start` "random" is the published start; "identity" lets every short convolution begin by passing its current
-    token through, so that the projections copied from attention keep their meaning from the first step.
+    `conv_start` "random" is the published initialisation. With "identity" every short convolution initially returns
+    its current token, so that the projections copied from attention have their effect from the first step.
 
-    Returns each mixer's report; HmfError when a tensor on either side is not accounted for.
+    Returns each mixer's report. HmfError if the report does not cover all tensors of the mixer and of the attention.
     """
     starts = {}
     for name, mixer in mixers(model):
@@ -86,9 +86,9 @@ def make_stage0(
     seed: int = 0,
     conv_start: str = "random",
 ) -> Stage0Report:
-    """`hmf init`: load `base`, hybridise, fill the mixers, save the fused checkpoint at `out` with base's tokenizer."""
+    """`hmf init`: load `base`, make it a fused Hybrid, initialise the mixers, save it at `out` with its tokenizer."""
     require_unused(out)
-    base_layers(base)  # refuses what cannot become a Hybrid before the weights are read
+    base_layers(base)  # raises for an unsupported base before the weights are read
     require_finite(Path(base))
     check_tokenizer(base)
     base_model = load_model(base, dtype=STORED)
@@ -100,14 +100,14 @@ def make_stage0(
 
 
 def base_layers(base: str | Path) -> int:
-    """Number of layers of a supported base checkpoint; HmfError for another architecture or a Hybrid."""
+    """The number of layers of a base checkpoint; HmfError for an unsupported architecture or a Hybrid."""
     config = load_config(base)
     if (text := getattr(config, "text_config", None)) is not None and text.model_type in FAMILIES:
         raise HmfError(
-            f"{base}/config.json: {config.model_type!r} reads images too; take out its language model "
-            f"({text.model_type}) as docs/families.md shows and start from that"
+            f"{base}/config.json: {config.model_type!r} is a multimodal model; extract its language model "
+            f"({text.model_type}) as docs/families.md shows, and use that"
         )
     family_of(config.model_type, source=f"{base}/config.json")
     if config.model_type.startswith("hybrid_"):
-        raise HmfError(f"{base}: is a Hybrid already ({config.hybrid_override_pattern}); start from its Transformer")
+        raise HmfError(f"{base}: is already a Hybrid ({config.hybrid_override_pattern}); give the base Transformer")
     return config.num_hidden_layers

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serving Hybrids: the vLLM plugin."""
+"""Serving Hybrids: chat, the server and the vLLM plugin."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A conversation in the terminal, with a checkpoint or with a running server: answers stream, thinking is dimmed."""
+"""`hmf chat`: a conversation in the terminal with a checkpoint or a server. Answers stream; thoughts are dimmed."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ Part = tuple[str, bool]  # a piece of an answer, and whether it is a thought
 
 
 class Chat(Protocol):
-    """Messages so far and the model that answers.
+    """A conversation with a model.
 
-    cut_off: whether the last answer reached the most tokens that one may have, before the model had ended it.
+    cut_off: whether the last answer reached the maximum number of new tokens before the model ended it.
     """
 
     cut_off: bool
 
     def answer(self, text: str) -> Iterator[Part]:
-        """Send `text`; yields the answer as it comes and remembers both turns.
+        """Send `text`; yields the answer while it is generated, and adds both turns to the conversation.
 
-        A KeyboardInterrupt stops the answer: what has come of it is remembered, and the exception goes on.
+        A KeyboardInterrupt stops the answer. The part generated so far is kept, and the exception is raised again.
         """
         ...
 
 
 class LocalChat:
-    """By Hugging Face's `generate`. Raises HmfError for a checkpoint without a chat template."""
+    """Chat with Hugging Face's `generate`. Raises HmfError for a checkpoint without a chat template."""
 
     def __init__(self, source: str | Path, thinking: bool = True, max_new_tokens: int = 512, temperature: float = 0.0):
         self.tokenizer = load_tokenizer(source)
         if not self.tokenizer.chat_template:
-            raise HmfError(f"{source}: the tokenizer has no chat template; chat needs an instruction-tuned checkpoint")
+            raise HmfError(f"{source}: the tokenizer has no chat template; give an instruction-tuned checkpoint")
         self.model = load_model(source, generates=True).eval().to("cuda" if torch.cuda.is_available() else "cpu")
         self.thinking, self.max_new_tokens, self.temperature = thinking, max_new_tokens, temperature
         self.messages: list[dict[str, str]] = []
@@ -62,7 +62,7 @@ class LocalChat:
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
         configured = self.model.generation_config.eos_token_id
-        ends = {self.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+        eos_ids = {self.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
         arguments = {**inputs, **sampling, "streamer": streamer, "max_new_tokens": self.max_new_tokens}
         failure: list[BaseException] = []
         stopped = threading.Event()
@@ -76,7 +76,7 @@ class LocalChat:
                         stopping_criteria=StoppingCriteriaList([lambda *_, **__: stopped.is_set()]),
                         pad_token_id=self.tokenizer.pad_token_id,
                     )[0, inputs["input_ids"].shape[1] :]
-                self.cut_off = len(tokens) == self.max_new_tokens and tokens[-1].item() not in ends
+                self.cut_off = len(tokens) == self.max_new_tokens and tokens[-1].item() not in eos_ids
             except BaseException as error:
                 failure.append(error)
                 streamer.end()
@@ -88,7 +88,7 @@ class LocalChat:
             for piece in streamer:
                 pieces.append(piece)
                 yield from markers.parts(piece)
-        finally:  # also where the caller stops, or Ctrl-C does
+        finally:  # also if the caller stops early, or on Ctrl-C
             stopped.set()
             worker.join()
             self.messages.append({"role": "assistant", "content": "".join(pieces)})
@@ -97,9 +97,9 @@ class LocalChat:
 
 
 class ServerChat:
-    """With an OpenAI-compatible server at `url`, such as `hmf serve` starts. Raises HmfError when none answers.
+    """Chat with an OpenAI-compatible server at `url`, such as `hmf serve`. Raises HmfError if it does not answer.
 
-    source: the checkpoint's directory; the server may also have it under another name if it serves nothing else.
+    source: the checkpoint's directory; the server may have another name for the model if it serves only one.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class ServerChat:
         try:
             served = [model.id for model in self.client.models.list()]
         except openai.OpenAIError as error:
-            raise self._said(error) from None
+            raise self._server_error(error) from None
         if str(source) not in served and len(served) != 1:
             raise HmfError(f"--url: {url} does not serve {source}; it serves {', '.join(served) or 'nothing'}")
         self.arguments: dict[str, Any] = {
@@ -130,34 +130,34 @@ class ServerChat:
 
     def answer(self, text: str) -> Iterator[Part]:
         self.messages.append({"role": "user", "content": text})
-        pieces, markers = [], Markers()  # a server without a reasoning parser leaves the markers in
+        pieces, markers = [], Markers()  # a server without a reasoning parser does not remove the markers
         self.cut_off = False
         try:
             stream = self.client.chat.completions.create(messages=self.messages, stream=True, **self.arguments)
             for chunk in stream:
                 for choice in chunk.choices:
                     delta, self.cut_off = choice.delta, choice.finish_reason == "length"
-                    # vLLM's own field, under its present or its former name
+                    # vLLM's field, under its current or its former name
                     if thought := getattr(delta, "reasoning", None) or getattr(delta, "reasoning_content", None):
                         yield thought, True
                     if delta.content:
                         pieces.append(delta.content)
                         yield from markers.parts(delta.content)
         except self.failure as error:
-            raise self._said(error) from None
-        finally:  # also where the caller stops, or Ctrl-C does
+            raise self._server_error(error) from None
+        finally:  # also if the caller stops early, or on Ctrl-C
             self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
-    def _said(self, error: Exception) -> HmfError:
-        what = " ".join(str(error).split()).rstrip(".")
-        return HmfError(f"--url: {self.url}: {what}; is the server up? `hmf serve DIR` starts one")
+    def _server_error(self, error: Exception) -> HmfError:
+        reason = " ".join(str(error).split()).rstrip(".")
+        return HmfError(f"--url: {self.url}: {reason}; check that the server is running (`hmf serve DIR` starts one)")
 
 
 def run(chat: Chat, name: str | Path, read: Callable[[], str] | None = None, console: Console | None = None) -> None:
-    """`hmf chat`: read a message, stream the answer, until an empty message, Ctrl-D, or Ctrl-C at the prompt.
+    """Read messages and stream the answers until an empty message, Ctrl-D, or Ctrl-C at the prompt.
 
-    Ctrl-C during an answer stops the answer. read: gives the next message; left out: from the terminal, or the next
-    line of the standard input where it is no terminal.
+    Ctrl-C during an answer stops the answer. read: returns the next message; None reads from the terminal, or a line
+    of the standard input if it is not a terminal.
     """
     console, read = console or Console(highlight=False), read or _reader()
     console.print(f"{name}: an empty message ends the conversation; {KEYS}", style="dim", soft_wrap=True)
@@ -190,19 +190,19 @@ def _reader() -> Callable[[], str]:
 
     keys = KeyBindings()
     keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
-    # Pasted text may have several lines: they are one message.
+    # Pasted text of several lines is one message.
     session: PromptSession[str] = PromptSession("> ", key_bindings=keys, enable_open_in_editor=True)
     return session.prompt
 
 
 class Markers:
-    """Tells thoughts from the answer in a stream, by the markers around them; each is a token, so no piece cuts one."""
+    """Separates thoughts from the answer in a stream, by their markers. A marker is one token, so it is never split."""
 
     def __init__(self) -> None:
         self.inside = False
 
     def parts(self, piece: str) -> Iterator[Part]:
-        """The piece without its markers."""
+        """The parts of a piece of text, without the markers."""
         for part in re.split(f"({THINK_START}|{THINK_END})", piece):
             if part in (THINK_START, THINK_END):
                 self.inside = part == THINK_START

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hmf serve`: vLLM with the right options for a checkpoint and this machine, as one line that can be copied."""
+"""`hmf serve`: runs vLLM with options for the checkpoint and this machine, as a command line that can be copied."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from hmf.model.files import DTYPES, require_checkpoint, require_finite, stored_t
 from hmf.planning.serving import UTILISATION, Plan, ServingSettings, as_hybrid, make_plan
 from hmf.serving.vllm.support import REASON_FILE, STILL_FUSED, split_problem
 
-CPU_SEQUENCES = 128  # at once, by vLLM's default
-CPU_SPACE = "VLLM_CPU_KVCACHE_SPACE"  # GiB
-API_KEY = "VLLM_API_KEY"  # read by vLLM itself
+CPU_SEQUENCES = 128  # vLLM's default of concurrent sequences on a CPU
+CPU_SPACE = "VLLM_CPU_KVCACHE_SPACE"  # in GiB
+API_KEY = "VLLM_API_KEY"  # vLLM reads it
 GRACE = 6.0  # seconds that vLLM has to stop before it is killed
 LOOPBACK, PORT = "127.0.0.1", 8000
 UTILISED, RANKS = "--gpu-memory-utilization", "--tensor-parallel-size"
@@ -43,7 +43,7 @@ UTILISED, RANKS = "--gpu-memory-utilization", "--tensor-parallel-size"
 
 @dataclass(frozen=True)
 class Launch:
-    """A command `vllm serve ...`, what it needs in the environment, and who can reach the server."""
+    """A command `vllm serve ...`, its environment variables, and a line about who can access the server."""
 
     arguments: tuple[str, ...]
     environment: dict[str, str] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Launch:
 
     @property
     def line(self) -> str:
-        """For a shell, without the secrets."""
+        """The command line for a shell, without the secrets."""
         settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         return " ".join([*settings, shlex.join(["vllm", "serve", *map(self._shown, self.arguments)])])
 
@@ -62,9 +62,9 @@ class Launch:
 
 
 def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
-    """The command for the checkpoint at `source` on this machine; vLLM's options in `extra` go before ours.
+    """The command for the checkpoint at `source` on this machine; vLLM's options in `extra` override the chosen ones.
 
-    Raises HmfError for what is no plain checkpoint, or does not fit.
+    Raises HmfError for an invalid or fused checkpoint, and if it does not fit into memory.
     """
     config = load_config(source, weights=False)
     quantised = bool(getattr(config, "quantization_config", None))
@@ -88,7 +88,7 @@ def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
         longest = plan.longest(config.max_position_embeddings)
         if not longest:
             raise HmfError(
-                f"{source}: {plan.num_blocks} cache blocks hold no sequence; give more memory, or "
+                f"{source}: the {plan.num_blocks} cache blocks are too few for a sequence; give more memory, or "
                 "--no-enable-prefix-caching"
             )
         options["--max-model-len"] = str(longest)
@@ -96,9 +96,9 @@ def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
         options["--host"] = LOOPBACK
     options |= parsers(source)
     if not quantised:
-        _tell_narrowed(folder, config, given.get("dtype") or options.get("--dtype") or "auto")
+        _notice_narrowed(folder, config, given.get("dtype") or options.get("--dtype") or "auto")
     require_finite(folder)
-    ours = [
+    chosen = [
         text
         for name, value in options.items()
         if name.removeprefix("--").replace("-", "_") not in given
@@ -106,12 +106,14 @@ def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
         if text is not None
     ]
     keys = frozenset(key for key in given.get("api_key") or () if key)
-    return Launch((str(source), *ours, *extra), environment, keys, access(given))
+    return Launch((str(source), *chosen, *extra), environment, keys, access(given))
 
 
 def given_options(source: str | Path, extra: Sequence[str]) -> dict[str, Any]:
-    """The values of the options that the command line `extra` gives, in any of the spellings that vLLM accepts, by the
-    names of vLLM's settings. Raises HmfError where vLLM's parser refuses them."""
+    """The options in the command line `extra`, by the names of vLLM's settings, as vLLM's own parser reads them.
+
+    Raises HmfError if the parser rejects them.
+    """
     if not extra:
         return {}
     require_vllm()
@@ -126,7 +128,7 @@ def given_options(source: str | Path, extra: Sequence[str]) -> dict[str, Any]:
 
 
 class ArgumentProblem(Exception):
-    """What vLLM's parser has to say of a command line."""
+    """An error of vLLM's parser."""
 
 
 @functools.cache
@@ -142,7 +144,7 @@ def _parser() -> ArgumentParser:
 
 
 def access(given: dict[str, Any]) -> str:
-    """One line: where a server with these options listens, and who can use it."""
+    """One line that says where a server with these options listens, and who can use it."""
     if (path := given.get("uds")) is not None:
         return f"The server listens on the socket {path}."
     host, port = given.get("host") or ("" if "host" in given else LOOPBACK), given.get("port", PORT)
@@ -152,7 +154,7 @@ def access(given: dict[str, Any]) -> str:
     if _is_loopback(host):
         return f"{line}, for this machine only; `-- --host 0.0.0.0` opens it to others, with a key in {API_KEY}."
     if given.get("api_key") or os.environ.get(API_KEY):
-        return f"{line}, for whoever has the API key."
+        return f"{line}, for clients with the API key."
     return f"{line}: everyone who reaches this machine can use it; set {API_KEY} in the environment to require a key."
 
 
@@ -163,14 +165,14 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _tell_narrowed(folder: Path, config: Any, option: str) -> None:
-    """A notice where vLLM, with this --dtype, computes in less than what tensors are stored in."""
+def _notice_narrowed(folder: Path, config: Any, option: str) -> None:
+    """Print a notice if vLLM, with this --dtype, casts tensors to a dtype that cannot hold their values."""
     name = {"half": "float16", "float": "float32"}.get(option, option)
     dtype = getattr(torch, name, None) if name != "auto" else config.dtype
     if name == "auto" and dtype in (None, torch.float32):
-        dtype = torch.bfloat16  # its choice
+        dtype = torch.bfloat16  # vLLM's choice
     if not isinstance(dtype, torch.dtype):
-        return  # vLLM refuses it
+        return  # vLLM rejects it
     kept = {parameter for mixer in MIXERS.values() for parameter in mixer.float32_parameters}
     names = [
         name
@@ -178,14 +180,14 @@ def _tell_narrowed(folder: Path, config: Any, option: str) -> None:
         if name.rpartition(".")[2] not in kept and torch.promote_types(DTYPES.get(x.dtype, dtype), dtype) != dtype
     ]
     if names:
-        fix = "" if dtype == torch.float32 else f"; to keep their digits, hmf serve {folder} -- --dtype float32"
-        notice(f"{folder}: vLLM narrows {len(names)} tensors to {str(dtype)[6:]}, first {names[0]}{fix}")
+        fix = "" if dtype == torch.float32 else f"; to keep their precision, hmf serve {folder} -- --dtype float32"
+        notice(f"{folder}: vLLM casts {len(names)} tensors to {str(dtype)[6:]}, such as {names[0]}{fix}")
 
 
 def servable(config: Any, source: str | Path) -> Any:
-    """`config` as the Hybrid that is planned and served; HmfError where it still holds the teacher."""
+    """`config` as a Hybrid's config for planning and serving; HmfError for a fused checkpoint."""
     if getattr(config, "quantization_config", None):
-        config.quantization_config = None  # planned as it was before: quantised weights take less than that
+        config.quantization_config = None  # planned with unquantised weights, which is an upper bound
     config = as_hybrid(config)
     if is_fused(config):
         raise HmfError(f"{source}: {STILL_FUSED}")
@@ -195,9 +197,9 @@ def servable(config: Any, source: str | Path) -> Any:
 def for_machine(
     config: Any, settings: ServingSettings, ranks: int | None = None
 ) -> tuple[Plan, dict[str, str | None], dict[str, str]]:
-    """vLLM's options for a Hybrid `config` on this machine, with the plan they follow, and what the environment needs.
+    """(plan, vLLM's options, environment variables) for a Hybrid `config` on this machine.
 
-    ranks: of tensor parallelism; None is as few GPUs as hold a sequence of full length.
+    ranks: of tensor parallelism; None chooses the fewest GPUs that hold a sequence of full length.
     """
     options: dict[str, str | None] = {}
     environment = {}
@@ -210,7 +212,7 @@ def for_machine(
         if CPU_SPACE not in os.environ:
             environment[CPU_SPACE] = str(plan.cache_bytes // GIB)
         if config.dtype == torch.float32:
-            options["--dtype"] = "float32"  # vLLM's own choice would narrow the weights
+            options["--dtype"] = "float32"  # vLLM's default is a narrower dtype
     options["--max-num-seqs"] = str(plan.most_requests)
     if plan.blocks.has_states:
         options |= state_options(config, settings.prefix_caching)
@@ -218,18 +220,18 @@ def for_machine(
 
 
 def state_options(config: Any, prefix_caching: bool = True) -> dict[str, str | None]:
-    """vLLM's options for recurrent states, on any machine."""
+    """vLLM's options for recurrent states."""
     caching = {"--enable-prefix-caching": None, "--mamba-cache-mode": "align"} if prefix_caching else {}
     return caching | dict.fromkeys(("--mamba-cache-dtype", "--mamba-ssm-cache-dtype"), config.state_dtype)
 
 
 def parsers(source: str | Path) -> dict[str, str | None]:
-    """Parsers of tool calls and of reasoning, where the chat template has their markers."""
+    """vLLM's options for parsers of tool calls and reasoning, if the chat template has their markers."""
     template = load_tokenizer(source).chat_template or ""
-    if isinstance(template, list | dict):  # several by name
+    if isinstance(template, list | dict):  # several named templates
         template = str(template)
     options: dict[str, str | None] = {}
-    if "<tool_call>" in template and "<function=" not in template:  # JSON inside, not tags
+    if "<tool_call>" in template and "<function=" not in template:  # calls are JSON, not XML
         options |= {"--enable-auto-tool-choice": None, "--tool-call-parser": "hermes"}
     if "</think>" in template:
         options["--reasoning-parser"] = "qwen3"
@@ -237,24 +239,24 @@ def parsers(source: str | Path) -> dict[str, str | None]:
 
 
 def _plan_gpus(config: Any, settings: ServingSettings, ranks: int | None) -> Plan:
-    """On as few of this machine's GPUs as hold a sequence of full length, or on `ranks`."""
-    seen, count = torch.cuda.get_device_properties(0), torch.cuda.device_count()
-    device = Device(seen.name, seen.total_memory, bandwidth=0.0)
+    """A plan on the fewest GPUs of this machine that hold a sequence of full length, or on `ranks` GPUs."""
+    properties, count = torch.cuda.get_device_properties(0), torch.cuda.device_count()
+    device = Device(properties.name, properties.total_memory, bandwidth=0.0)
     if ranks is not None:
         if problem := split_problem(config, ranks):
             raise HmfError(f"{RANKS}: {problem}")
         return make_plan(config, device, ranks, settings=settings)
-    tried = [number for number in (1, 2, 4, 8) if number <= count and not split_problem(config, number)]
-    for number in tried:
+    candidates = [number for number in (1, 2, 4, 8) if number <= count and not split_problem(config, number)]
+    for number in candidates:
         with suppress(HmfError):
             plan = make_plan(config, device, number, settings=settings)
             if plan.sequences(config.max_position_embeddings):
                 return plan
-    return make_plan(config, device, tried[-1], settings=settings)
+    return make_plan(config, device, candidates[-1], settings=settings)
 
 
 def _plan_cpu(config: Any, settings: ServingSettings) -> Plan:
-    """With a cache of the size that the user set, or of half of what is free, and no more than all sequences need."""
+    """A plan with the cache size that the user set; by default half of the free memory, at most what sequences need."""
     import psutil  # comes with accelerate
 
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
@@ -263,54 +265,54 @@ def _plan_cpu(config: Any, settings: ServingSettings) -> Plan:
     plan = make_plan(config, device, dtype=dtype, settings=settings, room=device.memory)
     if given := os.environ.get(CPU_SPACE):
         return replace(plan, cache_bytes=_gibibytes(given))
-    wanted = (1 + plan.max_num_seqs * plan.blocks.of_sequence(config.max_position_embeddings)) * plan.blocks.bytes
+    blocks = 1 + plan.max_num_seqs * plan.blocks.of_sequence(config.max_position_embeddings)
     half = (device.memory - plan.weights.total) // 2
-    return replace(plan, cache_bytes=max(1, min(math.ceil(wanted / GIB), half // GIB)) * GIB)
+    return replace(plan, cache_bytes=max(1, min(math.ceil(blocks * plan.blocks.bytes / GIB), half // GIB)) * GIB)
 
 
 def _gibibytes(text: str) -> int:
     try:
         return int(text) * GIB
     except ValueError:
-        raise HmfError(f"{CPU_SPACE}: {text!r} is not a whole number of GiB; change it or unset it") from None
+        raise HmfError(f"{CPU_SPACE}: {text!r} is not a whole number of GiB; correct it or unset it") from None
 
 
 def require_vllm() -> None:
-    """HmfError where vLLM is not installed."""
+    """HmfError if vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
         raise HmfError(
             "vLLM is not installed: `make setup-test` installs its CPU build, pip install 'hybrid-model-factory[vllm]' "
-            "the one for GPUs; `hmf chat` needs neither"
+            "the build for GPUs; `hmf chat` works without vLLM"
         )
 
 
 def run(launch: Launch) -> None:
     """Run the server until Ctrl-C, SIGTERM or SIGHUP stops it, which takes at most about 10 seconds.
 
-    Nothing that it started is left behind, also when this process is killed. Raises HmfError when the server ended by
-    itself, with the reason if one of its processes gave one.
+    None of its processes is left behind, even if this process is killed. Raises HmfError if the server ends by itself,
+    with the reason if one of its processes reported one.
     """
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *launch.arguments]
-    asked: list[float] = []
-    with tempfile.TemporaryDirectory(prefix="hmf-serve-") as folder, _handled(lambda: asked.append(time.monotonic())):
+    stops: list[float] = []  # times of the signals
+    with tempfile.TemporaryDirectory(prefix="hmf-serve-") as folder, _handled(lambda: stops.append(time.monotonic())):
         reason = Path(folder) / "reason"
         environment = os.environ | launch.environment | {REASON_FILE: str(reason)}
-        # In a process group of its own: a Ctrl-C reaches this process alone, and what the server starts can be found.
+        # In its own process group, so that Ctrl-C reaches only this process, and all of the server's can be ended.
         server = subprocess.Popen(command, env=environment, process_group=0)
         with _ended_with_us(server.pid):
             try:
                 signalled = False
                 while (code := _wait(server, 0.2)) is None:
-                    if asked and not signalled:
+                    if stops and not signalled:
                         server.send_signal(signal.SIGTERM)
                         signalled = True
-                    if len(asked) > 1 or (asked and time.monotonic() - asked[0] > GRACE):
+                    if len(stops) > 1 or (stops and time.monotonic() - stops[0] > GRACE):
                         break
             finally:
                 end_group(server)
-        if not asked:
+        if not stops:
             why = reason.read_text(encoding="utf-8").strip() if reason.is_file() else ""
-            raise HmfError(why or f"the server ended by itself ({_ending(code)}); its last messages above say why")
+            raise HmfError(why or f"the server ended by itself ({_ending(code)}); read its last messages above")
 
 
 def _ending(code: int | None) -> str:
@@ -323,8 +325,8 @@ def _ending(code: int | None) -> str:
 def _handled(stop: Callable[[], object]) -> Iterator[None]:
     """Call `stop` on Ctrl-C, SIGTERM and SIGHUP.
 
-    Handlers are there before the server starts: a signal that a script ignores for its background jobs would stay
-    ignored in the server, and one that is handled is not.
+    The handlers are installed before the server starts. Otherwise the server would inherit ignored signals, as shells
+    set them for background jobs in scripts.
     """
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, lambda *_: stop()) for number in signals}
@@ -335,13 +337,13 @@ def _handled(stop: Callable[[], object]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-# Waits until the pipe's other end is closed, which the end of a process does however it comes.
+# Waits until the other end of the pipe is closed, which also happens when that process is killed.
 _WATCH = 'read line || { kill -TERM "-$1"; sleep 3; kill -KILL "-$1"; } 2>/dev/null'
 
 
 @contextmanager
 def _ended_with_us(group: int) -> Iterator[None]:
-    """End the process group when this process ends inside the block, `kill -9` included."""
+    """End the process group if this process ends during the block, also by `kill -9`."""
     watch = subprocess.Popen(
         ["/bin/sh", "-c", _WATCH, "sh", str(group)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, process_group=0
     )
@@ -359,8 +361,8 @@ def _wait(server: subprocess.Popen, seconds: float) -> int | None:
 
 
 def end_group(server: subprocess.Popen) -> None:
-    """Let what is left of the process group that `server` leads end in three seconds, then end it by force."""
-    with suppress(ProcessLookupError):  # nobody is left
+    """Stop the process group that `server` leads; kill the processes that are left after three seconds."""
+    with suppress(ProcessLookupError):  # no process is left
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGTERM)
         for _ in range(30):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training checkpoints that are whole or do not count.
+"""Training checkpoints, which are complete or ignored.
 
 The Trainer writes into a folder of another name. When every process has written its part, one of them lists all files
-with sizes and hashes in a manifest and renames the folder to checkpoint-<step>. Whatever is cut off before that leaves
-nothing that a later start would take for a checkpoint.
+with sizes and hashes in a manifest and renames the folder to checkpoint-<step>. A run that is interrupted before that
+leaves nothing that a later start would take for a checkpoint.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from hmf.model.files import follow_umask
 
 MANIFEST = "manifest.json"
 UNPUBLISHED = "unpublished"
-PROCESS_TIMEOUT = timedelta(hours=1)  # how long processes wait for one that works alone, and for each other in training
-SLACK = 1 << 20  # bytes of a checkpoint beside weights and optimiser
+PROCESS_TIMEOUT = timedelta(hours=1)  # how long processes wait for one that works alone, and in collectives
+SLACK = 1 << 20  # bytes of a checkpoint in addition to weights and optimiser
 _NAME = re.compile(r"checkpoint-(\d+)")
 
-# Where several processes train on CPUs the Trainer loads to "cpu:<n>", a place torch.load does not know by itself.
+# If several processes train on CPUs, the Trainer loads to the device "cpu:<n>", which torch.load does not support.
 torch.serialization.register_package(
-    100, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None
+    100, lambda storage: None, lambda storage, device: storage if device.startswith("cpu:") else None
 )
 
 
@@ -50,25 +50,25 @@ def say(line: str) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a small file so that at any moment either its old or its new content is there."""
+    """Write a small file atomically: readers see either its old or its new content."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 
 def require_room(folder: Path, needed: int) -> None:
-    """HmfError when the disk that holds `folder` has less than `needed` bytes free."""
+    """HmfError if the disk of `folder` has less than `needed` bytes free."""
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise HmfError(
-            f"{folder}: needs about {needed / 1e9:.3g} GB of disk, {free / 1e9:.3g} GB are free; "
-            "make room, or choose another output"
+            f"{folder}: needs about {needed / 1e9:.3g} GB of disk space, and {free / 1e9:.3g} GB are free; "
+            "free some space, or choose another output"
         )
 
 
 def publish(staged: Path, target: Path, processes: int) -> None:
-    """Give the finished folder `staged` its manifest and, last of all, the name `target`."""
+    """Write the manifest of the finished folder `staged`, then rename the folder to `target`."""
     files = sorted(path for path in staged.rglob("*") if path.is_file())
     names = [path.relative_to(staged).as_posix() for path in files]
     with ThreadPoolExecutor(max_workers=4) as pool:
@@ -77,17 +77,17 @@ def publish(staged: Path, target: Path, processes: int) -> None:
     follow_umask(staged)
     for path in (*files, staged / MANIFEST, staged):
         _sync(path)
-    if target.exists():  # one that was found damaged, or this run would not have come here again
+    if target.exists():  # a damaged one, otherwise this run would have resumed from it
         shutil.rmtree(target)
     staged.rename(target)
-    _sync(target.parent)  # a new name is on the disk when its folder is
+    _sync(target.parent)  # a rename is durable once the parent folder is
 
 
 def problem(checkpoint: Path, processes: int | None = None) -> str | None:
-    """Why `checkpoint` does not count, in a few words; None if every byte is as it was written.
+    """Why `checkpoint` cannot be used, in a few words; None if all files have the hashes of the manifest.
 
     Raises:
-        HmfError: it is whole but was written by another number of `processes`.
+        HmfError: the checkpoint is complete, but was written by another number of `processes`.
     """
     try:
         text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
@@ -112,31 +112,31 @@ def problem(checkpoint: Path, processes: int | None = None) -> str | None:
     if processes is not None and stated["processes"] != processes:
         raise HmfError(
             f"{checkpoint}: was written by {stated['processes']} processes and this run has {processes}; "
-            f"start {stated['processes']}, or choose another output"
+            f"start {stated['processes']} processes, or choose another output"
         )
     return None
 
 
-def newest_valid(folder: Path, processes: int | None = None, tell: Callable[[str], None] = say) -> Path | None:
-    """The last checkpoint under `folder` that counts; each damaged one after it is named in one line."""
+def newest_valid(folder: Path, processes: int | None = None, report: Callable[[str], None] = say) -> Path | None:
+    """The last checkpoint under `folder` without a `problem`. `report` gets a line for each damaged one after it."""
     for path in reversed(published(folder)):
         why = problem(path, processes)
         if why is None:
             return path
-        tell(f"{path}: {why}; skipped")
+        report(f"{path}: {why}; skipped")
     return None
 
 
 def published(folder: Path) -> list[Path]:
-    """Folders named checkpoint-<step>, by step."""
+    """The folders named checkpoint-<step>, in the order of their steps."""
     steps = {int(match[1]): path for path in folder.glob("*") if (match := _NAME.fullmatch(path.name))}
     return [steps[step] for step in sorted(steps)]
 
 
 def rotate(folder: Path, newest: Path, limit: int) -> None:
-    """Keep `newest`, just published, and the `limit` - 1 before it.
+    """Keep `newest`, which was just published, and the `limit` - 1 checkpoints before it; remove all others.
 
-    Later ones can only be damaged ones that were skipped when the run was started.
+    Checkpoints of later steps are damaged ones that were skipped when the run was resumed.
     """
     others = published(folder)
     place = others.index(newest)
@@ -147,8 +147,8 @@ def rotate(folder: Path, newest: Path, limit: int) -> None:
 
 
 def checkpoint_bytes(model: nn.Module, optimiser: torch.optim.Optimizer | None) -> int:
-    """Bytes of a checkpoint: the weights, and two moments for each trained one where no optimiser state exists yet."""
-    # Not from state_dict(): under FSDP2 that frees gathered parameters, and here one process asks without the others.
+    """Bytes of a checkpoint: weights and optimiser state; before the first step, two moments per trained weight."""
+    # Without state_dict(), which under FSDP2 frees gathered parameters; only one process calls this function.
     weights = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
     states = optimiser.state.values() if optimiser else ()
     moments = sum(x.numel() * x.element_size() for state in states for x in state.values() if torch.is_tensor(x))
@@ -158,7 +158,7 @@ def checkpoint_bytes(model: nn.Module, optimiser: torch.optim.Optimizer | None) 
 
 @contextmanager
 def shared_errors(prefix: str = "") -> Iterator[None]:
-    """A failure to write in one process is raised in all, in one line: the others would wait for it without end."""
+    """Raise an error of one process in all processes, in one line; otherwise the others would wait for it forever."""
     error: Exception | None = None
     try:
         yield
@@ -169,7 +169,7 @@ def shared_errors(prefix: str = "") -> Iterator[None]:
 
 
 def on_main_process(work: Callable[[], object]) -> bool:
-    """Do `work` in one process of several; all go on when it is done, or raise its error. True in that process."""
+    """Run `work` in the main process while the others wait; all raise its error. True in the main process."""
     first = PartialState(cpu=not torch.accelerator.is_available(), timeout=PROCESS_TIMEOUT).is_main_process
     with shared_errors():
         if first:
@@ -182,27 +182,30 @@ def _line(error: Exception | None) -> str:
 
 
 class PublishedCheckpoints:
-    """Those of a Trainer, whose `output_dir` holds nothing else; all processes must see the same folder.
+    """The checkpoints of a Trainer in its `output_dir`, which holds nothing else. All processes must share this folder.
 
-    A Trainer that is started from `start_from` ends bit for bit like a run that was never cut off, given the same
+    A Trainer that resumes from `start_from` ends with the same bits as a run that was never interrupted, given the same
     number of processes.
     """
 
     def __init__(self, args: TrainingArguments):
         self.args, self.folder = args, Path(args.output_dir)
-        self.first_step = 0  # steps that an earlier process has done
-        self.staging: str | None = None  # where the Trainer is to write a checkpoint, while it does
+        self.first_step = 0  # steps before the resume
+        self.staging: str | None = None  # folder into which the Trainer writes a checkpoint, while it does
 
     def start_from(self, model: nn.Module, optimiser: torch.optim.Optimizer | None) -> str | None:
-        """Remove what a cut-off run left, and choose the checkpoint to go on from; the same in all processes."""
+        """Remove the unfinished files of an interrupted run, and choose the checkpoint to resume from, or None.
+
+        The result is the same in all processes.
+        """
         chosen = [""]
         with shared_errors():
             if self.args.process_index == 0:
                 shutil.rmtree(self.folder / UNPUBLISHED, ignore_errors=True)
                 if newest := newest_valid(self.folder, self.args.world_size):
-                    say(f"{newest}: going on from here")
+                    say(f"{newest}: resuming from this checkpoint")
                     chosen[0] = str(newest)
-                else:  # one more than the limit exists while the newest is written
+                else:  # while the newest is written, there is one more than the limit
                     kept = 1 + min(self.args.save_total_limit or 1, -(-self.args.max_steps // self.args.save_steps))
                     require_room(self.folder, kept * checkpoint_bytes(model, optimiser))
         broadcast_object_list(chosen)
@@ -211,7 +214,7 @@ class PublishedCheckpoints:
 
     @contextmanager
     def written(self, step: int, model: nn.Module, optimiser: torch.optim.Optimizer | None) -> Iterator[None]:
-        """In the block the Trainer writes its checkpoint into `staging`; after it the checkpoint is published."""
+        """During the block the Trainer writes its checkpoint into `staging`; afterwards the checkpoint is published."""
         first, target = self.args.process_index == 0, self.folder / f"checkpoint-{step}"
         staged = self.folder / UNPUBLISHED / target.name
         self.staging = str(staged.parent)
@@ -232,14 +235,14 @@ class PublishedCheckpoints:
     def _publish(self, staged: Path, target: Path) -> None:
         wrote, processes = len(list(staged.glob("rng_state*"))), self.args.world_size
         if wrote != processes:
-            raise HmfError(f"{wrote} of {processes} processes wrote here; choose an output that all of them see")
+            raise HmfError(f"{wrote} of {processes} processes wrote here; choose an output that all processes share")
         publish(staged, target, processes)
         if self.args.save_total_limit:
             rotate(target.parent, target, self.args.save_total_limit)
 
     def summary(self, logs: dict[str, float], state: TrainerState) -> dict[str, float]:
-        """What a Trainer's summary `logs` should say: it takes the time and the losses since a resume for those of the
-        whole run."""
+        """Corrected entries of a Trainer's final summary `logs`. After a resume, the Trainer relates the time and the
+        losses since then to the whole run."""
         entries = [entry for entry in state.log_history if "loss" in entry]
         steps = [entry["step"] for entry in entries]
         pairs = zip(entries, [0, *steps], steps, strict=False)
@@ -253,8 +256,10 @@ class PublishedCheckpoints:
 
 @contextmanager
 def without_config(checkpoint: str) -> Iterator[str]:
-    """A view of the checkpoint without its config.json, which the Trainer would read, only to compare versions, as a
-    class that refuses a Hybrid's layer types."""
+    """A folder of links to the checkpoint's files without config.json.
+
+    To compare versions, the Trainer reads config.json with a class that rejects a Hybrid's layer types.
+    """
     with tempfile.TemporaryDirectory() as view:
         for item in Path(checkpoint).resolve().iterdir():
             if item.name != "config.json":
@@ -263,7 +268,7 @@ def without_config(checkpoint: str) -> Iterator[str]:
 
 
 def _manifest(processes: int, files: dict[str, dict[str, Any]]) -> str:
-    """The manifest's text; it ends with its own hash, and no other text has the same content."""
+    """The manifest's text, with the hash of its content. The text is a function of the content."""
     content = {"processes": processes, "files": files}
     own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return json.dumps(content | {"sha256": own}, indent=1, sort_keys=True) + "\n"
@@ -277,7 +282,7 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 def _sync(path: Path) -> None:
-    """Return when `path`, a file or a folder, is on the disk."""
+    """Flush `path`, a file or a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

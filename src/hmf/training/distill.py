@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 1 on transformers' Trainer: a fused checkpoint's mixers learn from its own attention."""
+"""Stage 1 on transformers' Trainer: the mixers of a fused checkpoint learn from its original attention."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def distill(
 ) -> Path:
     """`hmf distill`: train the mixers of the fused checkpoint `model` and save the result at `output`/stage1.
 
-    A run that was cut off goes on from its last whole checkpoint under `output`/checkpoints. Its log is `output`/
-    stage1.log.json; `draw` gets that path whenever it has been written. Returns the saved folder.
+    An interrupted run resumes from its last complete checkpoint under `output`/checkpoints. Its log is
+    `output`/stage1.log.json; `draw` is called with that path whenever the log was written. Returns the saved folder.
 
     Raises:
-        HmfError: also for a loss that is not finite or runs away (its batch is kept) and a disk that is full.
+        HmfError: also for a loss that is not finite or diverges (its batch is saved), and for a full disk.
     """
     output = Path(output)
     target, checkpoints = output / "stage1", output / "checkpoints"
@@ -70,14 +70,18 @@ def distill(
 def _trainer(
     model: Any, tokenizer: PreTrainedTokenizerBase, settings: DistillSettings, checkpoints: Path, seed: int
 ) -> tuple[HybridTrainer, Any]:
-    """The Trainer, and its data set."""
+    """The Trainer and its data set."""
     training, on_policy = settings.training, settings.on_policy
     loss = Stage1Loss(settings.objective)
     if on_policy is None:
         args = arguments(
-            training, checkpoints, seed, TrainingArguments,
-            use_cache=model.config.use_cache, **strategy_arguments(training, model),
-        )  # fmt: skip
+            training,
+            checkpoints,
+            seed,
+            TrainingArguments,
+            use_cache=model.config.use_cache,
+            **strategy_arguments(training, model),
+        )
         ranks = training.sequence_parallel
         rows = mixture(settings.data, tokenizer, training.max_steps * rows_per_step(args, ranks), seed)
         trainer = HybridTrainer(
@@ -102,7 +106,7 @@ def _trainer(
         use_cache=model.config.use_cache,
         **generation_arguments(on_policy),
     )
-    # A prompt and what the student writes after it are one row.
+    # A row is a prompt and the student's continuation.
     data = settings.data.model_copy(
         update={"sequence_length": settings.data.sequence_length - on_policy.max_new_tokens}
     )

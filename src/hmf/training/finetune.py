@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 2 on transformers' Trainer: a plain Hybrid goes on learning, from text, conversations or preferences."""
+"""Stage 2 on transformers' Trainer: fine-tuning of a plain Hybrid on text, conversations or preferences."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from .run import arguments, rows_per_step, train
 from .strategy import strategy_arguments, whole_weights
 from .trainer import HybridTrainer
 
-SHOWN = 8  # rows whose masks are looked at before training
+CHECKED_ROWS = 8  # rows whose labels are checked before training
 
 
 def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = None) -> Path:
     """`hmf finetune`: train the plain Hybrid `recipe.model` and save the result at `recipe.output`/model.
 
-    A run that was cut off goes on from its last whole checkpoint under `output`/checkpoints. Its log is `output`/
-    stage2.log.json; `draw` gets that path whenever it has been written. Returns the saved folder.
+    An interrupted run resumes from its last complete checkpoint under `output`/checkpoints. Its log is
+    `output`/stage2.log.json; `draw` is called with that path whenever the log was written. Returns the saved folder.
 
     Raises:
-        HmfError: also for a loss that is not finite or runs away (its batch is kept) and a disk that is full.
+        HmfError: also for a loss that is not finite or diverges (its batch is saved), and for a full disk.
     """
     training, output = recipe.training, recipe.output
     target = output / "model"
@@ -58,9 +58,13 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
         adapters, added = add_adapters(model, groups, recipe.lora)
         groups.append(added)
     args = arguments(
-        training, output / "checkpoints", recipe.seed, TrainingArguments,
-        use_cache=config.use_cache, **strategy_arguments(training, model),
-    )  # fmt: skip
+        training,
+        output / "checkpoints",
+        recipe.seed,
+        TrainingArguments,
+        use_cache=config.use_cache,
+        **strategy_arguments(training, model),
+    )
     if args.process_index == 0:
         say(table(groups))
     step_rows = rows_per_step(args, training.sequence_parallel)
@@ -93,7 +97,7 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
 
 
 def check(recipe: FinetuneRecipe) -> Any:
-    """The config of the recipe's model; HmfError for what can be known to be wrong before a run is started."""
+    """The config of the recipe's model; HmfError for errors that can be found before a run starts."""
     require_reporters(recipe.training.report_to)
     config = load_config(recipe.model)
     check_model(recipe, config, sequence_length(recipe))
@@ -102,46 +106,51 @@ def check(recipe: FinetuneRecipe) -> Any:
 
 
 def check_model(recipe: FinetuneRecipe, config: Any, sequence_length: int) -> None:
-    """HmfError when the recipe cannot train a model of this config on rows of so many tokens."""
+    """HmfError if the recipe cannot train a model of this config on rows of `sequence_length` tokens."""
     pattern = getattr(config, "pattern", None)
     if pattern is None:
-        raise HmfError(f"{recipe.model}: is no Hybrid; `hmf prime` makes one of it")
+        raise HmfError(f"{recipe.model}: is not a Hybrid; make one with `hmf prime`")
     if pattern.fused:
-        raise HmfError(f"{recipe.model}: still holds its teacher; `hmf export` it and give the result")
+        raise HmfError(f"{recipe.model}: still has its teacher; run `hmf export` and give the result")
     if sequence_length > (positions := with_rope(config, recipe.rope).max_position_embeddings):
         raise HmfError(
-            f"rows of {sequence_length} tokens are longer than the model's {positions} positions; "
+            f"sequence_length: rows of {sequence_length} tokens are longer than the model's {positions} positions; "
             "set rope.max_position_embeddings"
         )
 
 
 def sequence_length(recipe: FinetuneRecipe) -> int:
-    """Tokens of a row."""
+    """The number of tokens in a row."""
     if recipe.data is not None:
         return row_length(recipe.data)
-    assert recipe.pairs is not None  # the recipe's validator saw to it
+    assert recipe.pairs is not None  # the recipe's validator ensures this
     return recipe.pairs.sequence_length
 
 
 def rows_for(recipe: FinetuneRecipe, tokenizer: PreTrainedTokenizerBase, rows: int) -> Any:
-    """The recipe's data set, as many rows as the run reads; HmfError for masks that cannot be meant."""
+    """The recipe's data set with `rows` rows; HmfError if none of the first tokens is supervised, or all are in sft."""
     if (pairs := recipe.pairs) is not None:
         return pair_dataset(pairs, tokenizer, rows, recipe.seed)
-    assert recipe.data is not None  # the recipe's validator saw to it
+    assert recipe.data is not None  # the recipe's validator ensures this
     dataset = mixture(recipe.data, tokenizer, rows, recipe.seed)
-    shown = [dataset[index] for index in range(min(SHOWN, rows))]
-    # a document's first token has no context and is never supervised
-    learned = torch.cat([row["labels"][row["position_ids"] > 0] != IGNORED for row in shown])
-    if not learned.any():
-        raise HmfError(f"data: no token of the first {len(shown)} rows is supervised: there is nothing to learn")
-    if recipe.method == "sft" and learned.all():
-        raise HmfError("data: every token is supervised, prompts too; method sft is for conversations, cpt for text")
+    checked = [dataset[index] for index in range(min(CHECKED_ROWS, rows))]
+    # A document's first token has no context and is never supervised.
+    supervised = torch.cat([row["labels"][row["position_ids"] > 0] != IGNORED for row in checked])
+    if not supervised.any():
+        raise HmfError(f"data: no token of the first {len(checked)} rows is supervised; give data with labels")
+    if recipe.method == "sft" and supervised.all():
+        raise HmfError(
+            "data: every token is supervised, also in prompts; use method cpt for text, sft for conversations"
+        )
     return dataset
 
 
 def flops_per_token(model: PreTrainedModel) -> float | None:
-    """Floating-point operations that a token needs, from parameter counts: 2 forward, 2 back to activations, 2 to
-    trained weights. Everything is run backward: embeddings come first. None for mixtures of experts."""
+    """Floating-point operations of a token, from parameter counts; None for mixtures of experts.
+
+    Per parameter: 2 in the forward pass, 2 in the backward to activations, 2 in the backward to trained weights. The
+    backward runs through all layers.
+    """
     if getattr(model.config, "num_experts", None) or getattr(model.config, "num_local_experts", None):
         return None
     embeddings = model.get_input_embeddings().weight
@@ -152,7 +161,7 @@ def flops_per_token(model: PreTrainedModel) -> float | None:
 
 
 class _References(TrainerCallback):
-    """Before the first step: what the model says of every answer as it starts, kept in a file for the resumes."""
+    """Measures the initial model's log-likelihood of every answer before the first step; a resumed run reads them."""
 
     def __init__(self, trainer: HybridTrainer, objective: Preference, rows: PairDataset, path: Path):
         self.trainer, self.objective, self.rows, self.path = trainer, objective, rows, path
@@ -164,14 +173,13 @@ class _References(TrainerCallback):
             self.read()
 
     def read(self) -> None:
-        """What was measured when the run began."""
+        """Read the log-likelihoods that were measured when the run began."""
         if not self.path.is_file():
-            raise HmfError(f"{self.path}: is gone, and the model it was made with has moved on; choose another output")
+            raise HmfError(f"{self.path}: is missing, and a resumed run cannot measure it again; choose another output")
         with safe_open(self.path, "pt") as stored:
             if stored.metadata().get("pairs") != self.rows.digest():
                 raise HmfError(
-                    f"{self.path}: was measured on other pairs; give the run its pairs back as they were, or another "
-                    "output"
+                    f"{self.path}: was measured on other pairs; restore the run's pairs, or choose another output"
                 )
             self.rows.references.copy_(stored.get_tensor("references"))
 
@@ -183,7 +191,7 @@ class _References(TrainerCallback):
         model, accelerator = trainer.model_wrapped, trainer.accelerator
         model.eval()
         count, step = len(references), accelerator.num_processes
-        # All processes take equally many turns: a wrapped model may need them together.
+        # All processes make the same number of calls, because a wrapped model may need collectives.
         for first in tqdm(range(0, count, step), desc="reference", unit="row", disable=None):
             number = min(first + accelerator.process_index, count - 1)
             batch = trainer._prepare_inputs({name: x[None] for name, x in self.rows.row(number).items()})

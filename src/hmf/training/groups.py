@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parameters Stage 2 trains, at what rate, and low-rank adapters on the rest."""
+"""Groups of parameters in Stage 2, their learning rates, and low-rank adapters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALL, LORA = "all", "lora"
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share a learning rate; None: they are frozen."""
+    """Parameters with one learning rate; None if they are frozen."""
 
     name: str
     parameters: dict[str, nn.Parameter]
@@ -32,11 +32,10 @@ class ParameterGroup:
 
 
 def parts(model: PreTrainedModel) -> dict[str, dict[str, nn.Parameter]]:
-    """Every parameter of a plain Hybrid, in exactly one of its parts.
+    """The parameters of a plain Hybrid, each in exactly one part.
 
-    mixers: the replaced layers' own; attention: that of the layers that kept it, with its norms of queries and keys;
-    mlp: experts and their router too; norms: those around mixers, attention and MLPs, and the last; embeddings: the
-    tokens', and the head's.
+    mixers: the mixers of replaced layers; attention: the attention of other layers, with its query and key norms; mlp:
+    also experts and their router; norms: the norms of layers and the final norm; embeddings: also the head.
     """
     mixers = tuple(f"model.layers.{index}.{name}." for index, name in mixer_names(model))
     by_part: dict[str, dict[str, nn.Parameter]] = {
@@ -55,7 +54,7 @@ def parts(model: PreTrainedModel) -> dict[str, dict[str, nn.Parameter]]:
         elif path[-2].endswith("norm"):
             part = "norms"
         else:
-            raise HmfError(f"{type(model).__name__}: {name} is in none of the groups {', '.join(by_part)}")
+            raise HmfError(f"{type(model).__name__}: {name} belongs to none of the groups {', '.join(by_part)}")
         by_part[part][name] = parameter
     return by_part
 
@@ -63,9 +62,9 @@ def parts(model: PreTrainedModel) -> dict[str, dict[str, nn.Parameter]]:
 def choose(
     model: PreTrainedModel, rates: Mapping[Any, float], lora: LoraSettings | None = None
 ) -> list[ParameterGroup]:
-    """The groups of `model`, with `rates` by group name; "all" is the rate of those that are not named.
+    """The groups of `model`, with learning rates by group name; "all" is the rate of groups without one of their own.
 
-    What is in no group with a rate is frozen. HmfError for a group without parameters.
+    Groups without a rate are frozen. HmfError if a named group has no parameters.
     """
     groups = []
     for name, parameters in parts(model).items():
@@ -81,16 +80,17 @@ def choose(
 
 
 def adapter_targets(model: PreTrainedModel, groups: Iterable[ParameterGroup], settings: LoraSettings) -> list[str]:
-    """Names of the linear layers that get an adapter; HmfError where a group's weights are of another kind."""
+    """Names of the linear layers that get an adapter; HmfError if a group has matrices that are no linear layers."""
     chosen: dict[str, nn.Parameter] = {}
     for group in groups:
         if group.name in settings.groups:
             chosen |= group.parameters
     targets = [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and f"{n}.weight" in chosen]
-    for name, parameter in chosen.items():  # convolutions stay as they are; experts would be most of their group
+    # Convolutions get no adapter. Experts are an error, because they would be most of their group.
+    for name, parameter in chosen.items():
         owner, _, _ = name.rpartition(".")
         if parameter.dim() > 1 and owner not in targets and not isinstance(model.get_submodule(owner), nn.Conv1d):
-            raise HmfError(f"lora.groups: {name} is no linear layer and takes no adapter; leave its group out")
+            raise HmfError(f"lora.groups: {name} is not a linear layer and cannot have an adapter; leave its group out")
     if not targets:
         raise HmfError(f"lora.groups: {', '.join(settings.groups)}: no linear layer to adapt; name attention or mlp")
     return targets
@@ -99,9 +99,9 @@ def adapter_targets(model: PreTrainedModel, groups: Iterable[ParameterGroup], se
 def add_adapters(
     model: PreTrainedModel, groups: Iterable[ParameterGroup], settings: LoraSettings
 ) -> tuple[Any, ParameterGroup]:
-    """Adapters on every linear layer of the groups that `settings` names, inside `model`; (peft's handle, their group).
+    """Put adapters on every linear layer of the groups in `settings`, inside `model`. Returns (peft model, group).
 
-    The handle's `merge_and_unload()` adds them to the weights and restores the model's own layers.
+    The peft model's `merge_and_unload()` adds the adapters to the weights and restores the original layers.
     """
     if importlib.util.find_spec("peft") is None:
         raise HmfError("lora: peft is not installed; `pip install peft`, or leave lora out")
@@ -130,9 +130,9 @@ def add_adapters(
 
 
 def optimiser_groups(model: nn.Module, groups: Iterable[ParameterGroup], weight_decay: float) -> list[dict[str, Any]]:
-    """What an optimiser takes: each group in two parts, because norms, biases and decays (vectors) do not decay.
+    """The optimiser's parameter groups. Vectors (norms, biases, decays) get no weight decay, so each group becomes two.
 
-    Parameters are those that `model` has by now under the groups' names: sharding it puts others in their place.
+    The parameters are looked up in `model` by name, because sharding replaces parameters.
     """
     optimised, current = [], dict(model.named_parameters())
     for group in groups:
@@ -141,15 +141,19 @@ def optimiser_groups(model: nn.Module, groups: Iterable[ParameterGroup], weight_
         for decays in (True, False):
             parameters = [current[name] for name, x in group.parameters.items() if (x.dim() > 1) == decays]
             if parameters:
-                optimised.append({
-                    "params": parameters, "lr": group.learning_rate, "group": group.name,
-                    "weight_decay": weight_decay if decays else 0.0,
-                })  # fmt: skip
+                optimised.append(
+                    {
+                        "params": parameters,
+                        "lr": group.learning_rate,
+                        "group": group.name,
+                        "weight_decay": weight_decay if decays else 0.0,
+                    }
+                )
     return optimised
 
 
 def table(groups: Iterable[ParameterGroup]) -> str:
-    """The groups for people: parameters and learning rate of each."""
+    """The groups as a text table: parameters and learning rate of each."""
     rows = [(g.name, f"{g.size:,}", "frozen" if g.learning_rate is None else f"{g.learning_rate:g}") for g in groups]
     rows = [("group", "parameters", "learning rate"), *rows]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]

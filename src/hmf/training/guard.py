@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that goes wrong stops before it spoils its weights, and leaves the batch that did it."""
+"""Stops a run whose loss, gradient or weights are not finite or whose loss diverges, and saves the batch."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from transformers import TrainerState, TrainingArguments
 from hmf.errors import HmfError
 from hmf.model.files import follow_umask
 
-MEMORY = 100  # losses that the median is taken over
-LEAST = 20  # losses before which nothing counts as divergence
-ABOVE = 5  # batches in a row that must be above the bound
+MEMORY = 100  # number of recent losses whose median is used
+LEAST = 20  # number of losses before divergence is checked
+ABOVE = 5  # number of consecutive batches that must be above the bound
 
 
 class LossWatch:
-    """Judges losses one by one; `state` is all it knows, made of plain numbers."""
+    """Checks losses one by one. `state` holds everything that it remembers, as plain numbers."""
 
     def __init__(self, factor: float, state: dict[str, Any] | None = None):
-        """factor: how many times the median of recent losses is too much; 0 for any finite loss is fine."""
+        """factor: a loss above this multiple of the median of recent losses is too large; 0 turns the check off."""
         self.factor = factor
         self.state: dict[str, Any] = {"recent": [], "above": 0} if state is None else state
 
     def judge(self, loss: float) -> str | None:
-        """What is wrong with this loss, given the ones before; None if nothing is."""
+        """What is wrong with this loss, given the losses before it, or None."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         recent = self.state["recent"]
@@ -40,9 +40,9 @@ class LossWatch:
         if self.factor and 0 < self.factor * usual < loss:
             self.state["above"] += 1
             if self.state["above"] >= ABOVE:
-                usually = f"{self.factor:g} times its usual {usual:.4g}"
-                return f"the loss is {loss:.4g}, above {usually} for {ABOVE} batches"
-            return None  # a loss that may be wrong is no part of what is usual
+                bound = f"{self.factor:g} times its median {usual:.4g}"
+                return f"the loss is {loss:.4g}, above {bound} for {ABOVE} batches"
+            return None  # a suspect loss does not enter the median
         self.state["above"] = 0
         recent.append(loss)
         del recent[:-MEMORY]
@@ -50,16 +50,17 @@ class LossWatch:
 
 
 class LossGuard:
-    """HmfError on a loss or gradient that is not finite, and on a loss that runs away.
+    """HmfError for a loss or gradient that is not finite, and for a loss that diverges.
 
-    Nor are weights saved that are not finite, or, after the last step, that make the loss of its batch so.
+    Weights that are not finite are never saved. After the last step, weights with which the loss of its batch is not
+    finite are not saved either.
 
-    The step is not taken. The batch, or each one of the step when only its gradient is wrong, goes to
-    bad_batch.safetensors beside the checkpoints' folder, from the process that had it; names are <number>.<tensor>. Of
-    a loss that runs away it is the batch where that began.
+    A bad step is not applied. Its batch is saved to bad_batch.safetensors beside the checkpoints' folder, by its own
+    process, with names <number>.<tensor>. If only the gradient is wrong, all batches of the step are saved; if the
+    loss diverges, the batch with which that began.
 
-    What is known of earlier losses is kept in the Trainer's state, and so in every checkpoint. All processes must call
-    the checks together.
+    Earlier losses are stored in the Trainer's state, and therefore in every checkpoint. All processes must call the
+    checks together.
     """
 
     def __init__(self, args: TrainingArguments, accelerator: Accelerator, divergence_factor: float):
@@ -69,18 +70,18 @@ class LossGuard:
         self._last: dict[str, Any] | None = None
 
     def remember(self, batch: Mapping[str, Any]) -> None:
-        """The next batch of this step, before its loss is computed."""
+        """Remember a batch of this step before its loss is computed."""
         self._last = dict(batch)
         self._step_batches.append(self._last)
 
     def forget_losses(self, state: TrainerState) -> None:
-        """What was usual no longer is: the loss is another function from here on."""
+        """Forget earlier losses, because the loss is another function from here on."""
         _history(state)["recent"].clear()
 
     def check_loss(self, state: TrainerState, loss: torch.Tensor) -> None:
-        """`loss`: of the batch that was remembered last, as the Trainer logs it."""
+        """`loss`: the loss of the batch that was remembered last, as the Trainer logs it."""
         own, history = loss.item(), _history(state)
-        # The mean over processes, so that all of them come to the same end.
+        # The mean over processes, so that all of them decide alike.
         mean = self.accelerator.reduce(loss.detach().clone(), "mean").item() if self.args.world_size > 1 else own
         wrong = LossWatch(self.divergence_factor, history).judge(mean)
         if history["above"] < 2:
@@ -91,14 +92,17 @@ class LossGuard:
             self._stop(state, wrong, [] if math.isfinite(own) else self._step_batches[-1:])
 
     def check_gradient(self, state: TrainerState, norm: Any) -> None:
-        """`norm`: of the whole step's gradient, before the optimiser uses it."""
+        """`norm`: the norm of the step's gradient, before the optimiser's step."""
         if norm is not None and not math.isfinite(norm):
             self._stop(state, f"the gradient's norm is {float(norm)}", self._step_batches)
         self._step_batches = []
 
     def check_weights(self, state: TrainerState, model: nn.Module, loss_of: Callable[[dict[str, Any]], float]) -> None:
-        """Before weights are saved. What a step made of them shows in the next one's loss; nothing comes after the
-        last, so `loss_of` computes that of its batch once more."""
+        """Check the weights before they are saved.
+
+        The weights after a step are checked by the loss of the next step. The last step has none, so `loss_of` computes
+        the loss of its batch again.
+        """
         named = ((name, x) for name, x in model.named_parameters() if x.requires_grad)
         local = [(name, x.to_local() if hasattr(x, "to_local") else x) for name, x in named]
         wrong = next((f"{name} is not finite" for name, x in local if not x.detach().isfinite().all()), None)
@@ -110,8 +114,8 @@ class LossGuard:
             count = self.accelerator.reduce(count, "sum")
         if count.item():
             raise HmfError(
-                f"step {state.global_step}: after it {wrong or 'weights of another process are not finite'}; nothing "
-                "is saved, the checkpoint before it stays; lower the learning rate, with a new output"
+                f"step {state.global_step}: after this step {wrong or 'weights of another process are not finite'}; "
+                "nothing is saved, the last checkpoint is kept; lower training.learning_rate, with a new output"
             )
 
     def _stop(self, state: TrainerState, wrong: str, batches: list[dict[str, Any]]) -> None:
@@ -129,11 +133,11 @@ class LossGuard:
             follow_umask(run / name)
         self.accelerator.wait_for_everyone()
         raise HmfError(
-            f"step {step}: {wrong}; the batch is in {run / ('bad_batch.safetensors' if alone else 'bad_batch.*')}, the "
-            "checkpoint before it stays; lower training.learning_rate, or fix the data, with a new output"
+            f"step {step}: {wrong}; the batch is in {run / ('bad_batch.safetensors' if alone else 'bad_batch.*')}, and "
+            "the last checkpoint is kept; lower training.learning_rate, or fix the data, with a new output"
         )
 
 
 def _history(state: TrainerState) -> dict[str, Any]:
-    """A LossWatch's state, in the Trainer's."""
+    """The state of a LossWatch, stored in the Trainer's state."""
     return state.stateful_callbacks.setdefault("LossWatch", LossWatch(0).state)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a loss has to offer to the Trainer, and the losses of Stage 2 on packed rows. Full logits never exist.
+"""The interface of losses for the Trainer, and the losses of Stage 2 on packed rows. Logits are computed in chunks.
 
 Cross entropy and preferences between two answers are called as `model(**batch, objective=loss)`, with input_ids [B, T],
-labels [B, T] (-100 where nothing is to be learned; or shift_labels, each position's next one) and position_ids [B, T]
-that restart at 0 with each document. They return scalars by name, "loss" the one to minimise. Each is a sum divided by
-`counts`: that of the batch, or of everything that an optimiser step sees, in all processes; then the losses of its
-batches add up to that of a large one.
+labels [B, T] (-100: no loss; or shift_labels, the label of each position's next token) and position_ids [B, T], which
+restart at 0 with each document. They return scalars by name, of which "loss" is minimised. Each is a sum divided by
+`counts`: the batch's own, or those of the whole optimiser step in all processes. With the latter, the losses of all
+batches of the step add up to the loss of one large batch.
 """
 
 from __future__ import annotations
@@ -24,40 +24,40 @@ from transformers import PreTrainedModel
 from hmf.data.encoding import IGNORED
 from hmf.priming.objectives import LOGITS_AT_ONCE
 
-# measure(objective, rows): what an objective that returns numbers comes to on the run's first so many rows.
+# measure(objective, count): the numbers that an objective returns for the first `count` rows of the run.
 Measure = Callable[[Callable[..., tuple[float, ...]], int], tuple[float, ...]]
 
 
 class TrainingLoss(ABC):
-    """What a HybridTrainer minimises."""
+    """The loss that a HybridTrainer minimises."""
 
-    log_prefix = ""  # of the parts of the loss, by which they are logged
+    log_prefix = ""  # prefix of the names under which the parts of the loss are logged
 
     @abstractmethod
     def count(self, *args: Any, **batch: Any) -> torch.Tensor:
-        """What a batch adds to the counts that the losses of an optimiser step are divided by."""
+        """The counts of a batch. Their sum over the optimiser step divides the step's losses."""
 
     def at(self, step: int, measure: Measure) -> Any:
-        """The objective of an optimiser step; this loss itself, where that is the same at every step.
+        """The objective of an optimiser step; by default this loss itself.
 
         `model(**batch, objective=..., counts=...)` returns scalars by name: "loss" is minimised, others are its parts.
-        With the counts of the whole step, the losses of all its batches, in all processes, add up to that of one large
-        batch.
+        With the counts of the whole step, the losses of all its batches, in all processes, add up to the loss of one
+        large batch.
         """
         return self
 
     def figures(self, model: Any, batch: dict[str, Any]) -> dict[str, float]:
-        """What else is to be logged, by name, measured on a batch of the latest step. All processes call it."""
+        """Further values to log, by name, measured on a batch of the latest step. All processes call it."""
         return {}
 
 
 def token_losses(
     hidden_states: torch.Tensor, labels: torch.Tensor, head: nn.Module, chunk_size: int | None = None
 ) -> torch.Tensor:
-    """Negative log-likelihood of each label [N] after the hidden states [N, D]: [N] in nats, float32 or wider.
+    """Negative log-likelihood of each label [N] given final hidden states [N, D]: [N] in nats, float32 or wider.
 
-    Logits exist for `chunk_size` tokens at a time (left out: as many as fit LOGITS_AT_ONCE numbers), in the backward
-    pass too, where they are computed again.
+    Logits are computed for `chunk_size` tokens at a time (None: as many as fit LOGITS_AT_ONCE elements), and again in
+    the backward pass.
     """
 
     def of_chunk(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -70,7 +70,7 @@ def token_losses(
 
 
 def _next_labels(labels: torch.Tensor | None, shift_labels: torch.Tensor | None) -> torch.Tensor:
-    """[B, T]: the label of each position's next token; `shift_labels` are that already."""
+    """[B, T]: the label of each position's next token. `shift_labels`, if given, are already shifted."""
     if shift_labels is not None:
         return shift_labels
     assert labels is not None
@@ -78,7 +78,7 @@ def _next_labels(labels: torch.Tensor | None, shift_labels: torch.Tensor | None)
 
 
 def _label_losses(model: PreTrainedModel, next_labels: torch.Tensor, chunk_size: int | None, **batch: Any):
-    """Where the next token has a label, bool [B, T], and the loss of each of those, [N], in reading order."""
+    """bool [B, T], whether the next token has a label, and the loss [N] of each such position, in reading order."""
     supervised = next_labels != IGNORED
     final = model.model(**batch, use_cache=False).last_hidden_state[supervised]
     return supervised, token_losses(final, next_labels[supervised], model.get_output_embeddings(), chunk_size)
@@ -110,12 +110,12 @@ class CrossEntropy(TrainingLoss):
 
 @dataclass(frozen=True)
 class Preference(TrainingLoss):
-    """Direct preference optimisation, equation 7 of arXiv 2305.18290: -log sigmoid of the margin of rewards, by pair.
+    """Direct preference optimisation, equation 7 of arXiv 2305.18290: -log sigmoid of the margin of rewards, per pair.
 
-    The reward of an answer is `beta` times how much likelier it has become, in nats, than the model that training
-    started from made it. The rows' documents are pairs, chosen before rejected; documents without a label, at the end
-    of a row, do not count. `reference` [B, P, 2] holds the start's log-likelihoods of chosen and rejected; NaN where a
-    row has fewer than P pairs. Also returns mean margin, in nats of reward, and accuracy: how often chosen wins.
+    The reward of an answer is `beta` times its log-likelihood minus that of the initial model. The documents of a row
+    are pairs, the chosen answer before the rejected one; documents without labels at the end of a row do not count.
+    `reference` [B, P, 2] holds the initial model's log-likelihoods of chosen and rejected answers, and NaN if a row has
+    fewer than P pairs. Also returns the mean margin and the accuracy, the share of pairs with a positive margin.
     """
 
     beta: float = 0.1
@@ -130,8 +130,8 @@ class Preference(TrainingLoss):
     ) -> dict[str, torch.Tensor]:
         number = (self.count(reference) if counts is None else counts).clamp_min(1)
         has_pair = ~reference[..., 0].isnan()
-        gained = (self.likelihoods(model, reference.shape[1], **batch) - reference)[has_pair]
-        margin = self.beta * (gained[:, 0] - gained[:, 1])
+        log_ratios = (self.likelihoods(model, reference.shape[1], **batch) - reference)[has_pair]
+        margin = self.beta * (log_ratios[:, 0] - log_ratios[:, 1])
         return {
             "loss": -F.logsigmoid(margin).sum() / number,
             "margin": margin.detach().sum() / number,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a small Qwen3 and its tokenizer from scratch on library source and generated tasks (recipes/teacher)."""
+"""`hmf pretrain`: trains a small Qwen3 and its tokenizer from scratch on text and generated tasks (recipes/teacher)."""
 
 import json
 import os
@@ -85,33 +85,33 @@ class PretrainRecipe(Settings):
         if any(fresh) if self.start_from else not all(fresh):
             raise ValueError("give either start_from, or both tokenizer and model")
         if self.data.prepared is not None:
-            raise ValueError("data.prepared: rows of another tokenizer are of no use here; give text and tasks")
+            raise ValueError("data.prepared: hmf pretrain cannot use rows of another tokenizer; give text and tasks")
         return self
 
 
 def main(recipe_path: str) -> None:
     """Runs a recipe: tokenizer, model, training, and the result in bfloat16 in the recipe's output folder.
 
-    A run that was cut off continues from its last checkpoint. The folder then holds weights, config, tokenizer and
-    `training.json`: what was trained, on what, for how long.
+    An interrupted run resumes from its last checkpoint. At the end the folder holds weights, config, tokenizer and
+    `training.json`, a record of the model, data, time and versions.
     """
     recipe = load_recipe(recipe_path, PretrainRecipe)
     set_seed(recipe.seed)
-    # Data workers are processes already; threads inside each of them only get in the way.
+    # Data workers are processes already; threads inside each of them would only compete.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     started = time.perf_counter()
     checkpoints = recipe.output / "checkpoints"
     source = recipe.output if published(checkpoints) else recipe.start_from
     if source is not None and not (source / "tokenizer.json").is_file():
-        raise HmfError(f"{recipe_path}: start_from: {source} holds no tokenizer.json; give a model folder")
+        raise HmfError(f"{recipe_path}: start_from: {source} has no tokenizer.json; give a model folder")
     tokenizer = _tokenizer(recipe, Path(recipe_path).parent) if source is None else load_tokenizer(source)
-    for how_it_was_loaded in ("is_local", "local_files_only"):  # else they would be saved with it
-        tokenizer.init_kwargs.pop(how_it_was_loaded, None)
+    for option in ("is_local", "local_files_only"):  # loading options, which would be saved with the tokenizer
+        tokenizer.init_kwargs.pop(option, None)
     tokenizer.save_pretrained(recipe.output)
     args = _arguments(recipe, checkpoints)
     dataset: Any = mixture(recipe.data, tokenizer, recipe.training.max_steps * rows_per_step(args), recipe.seed)
     model = _model(recipe, tokenizer)
-    model.config.use_cache = False  # rows hold several documents, which a cache would take for one
+    model.config.use_cache = False  # a cache treats the several documents of a row as one
     trainer = HybridTrainer(
         model=model,
         args=args,
@@ -141,14 +141,14 @@ def main(recipe_path: str) -> None:
 
 
 def _tokenizer(recipe: PretrainRecipe, folder: Path) -> PreTrainedTokenizerBase:
-    assert recipe.tokenizer is not None and recipe.model is not None  # the recipe's validator saw to it
+    assert recipe.tokenizer is not None and recipe.model is not None  # the recipe's validator ensures this
     path = folder / recipe.tokenizer.chat_template
     if not path.is_file():
         raise HmfError(f"{path}: no such file; tokenizer.chat_template is relative to the recipe")
     template = read_text(path)
     size, context = recipe.tokenizer.vocab_size, recipe.model.max_position_embeddings
     documents = [document.text for document in text.documents(recipe.data.text, "train")]
-    # Conversations need a tokenizer to be rendered and measured: a first one, of text alone, serves for that.
+    # A first tokenizer, trained on text only, renders and measures the conversations.
     first = train_tokenizer(documents, size, template, context)
     conversations = [
         tasks.sample(task, seed, first, recipe.data.sequence_length).text(first)
@@ -161,7 +161,7 @@ def _tokenizer(recipe: PretrainRecipe, folder: Path) -> PreTrainedTokenizerBase:
 def _model(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase) -> Any:
     if recipe.start_from is not None:
         return AutoModelForCausalLM.from_pretrained(recipe.start_from, dtype=torch.float32)
-    assert recipe.model is not None  # the recipe's validator saw to it
+    assert recipe.model is not None  # the recipe's validator ensures this
     settings = recipe.model.model_dump()
     rope = {"rope_type": "default", "rope_theta": settings.pop("rope_theta")}
     config = Qwen3Config(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person sees while a Trainer runs: one moving line on a terminal, a plain one now and then elsewhere."""
+"""Progress of a Trainer: a progress bar on a terminal, plain lines elsewhere, and the log file of a run."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from hmf.gpus import peak_flops
 
 from .checkpoints import replace_text, say
 
-PLAIN_INTERVAL = 15.0  # seconds between lines where there is no terminal
+PLAIN_INTERVAL = 15.0  # seconds between plain lines
 
 
 def require_reporters(names: Iterable[str]) -> None:
-    """HmfError for a `report_to` whose package is not there."""
+    """HmfError for an entry of `report_to` whose package is not installed."""
     for name in names:
         if not any(importlib.util.find_spec(package) for package in _PACKAGES.get(name, (name,))):
             raise HmfError(f"training.report_to: {name} is not installed; `pip install {name}`, or leave it out")
@@ -33,17 +33,16 @@ _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
 
 
 class ProgressLine(TrainerCallback):
-    """Step, loss, learning rate, gradient norm, tokens/s, peak memory (on CUDA) and the time left.
+    """Shows step, loss, learning rate, gradient norm, tokens/s, peak memory (on CUDA) and the remaining time.
 
-    Rates count this process's own steps: they are right after a resume.
+    Rates are computed from the steps of this process, so that they are correct after a resume.
 
-    flops_per_token: of the model's own arithmetic; with it, GPUs of known peak show their utilisation (MFU), the share
-    of that peak that went into it.
+    flops_per_token: FLOPs of the model per token. With it, GPUs of known peak show the model FLOPs utilisation (MFU).
     """
 
     def __init__(self, title: str, tokens_per_step: int, flops_per_token: float | None = None):
         self.title, self.tokens_per_step, self.flops_per_token = title, tokens_per_step, flops_per_token
-        self.logged: dict[str, float] = {}  # the last log of the Trainer
+        self.logged: dict[str, float] = {}  # the Trainer's last log entry with a loss
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -96,7 +95,7 @@ class ProgressLine(TrainerCallback):
         return " ".join(parts)
 
     def utilisation(self, tokens_per_second: float, args: Any) -> float | None:
-        """Model FLOPs utilisation of all GPUs together; None on a CPU and on a GPU of unknown peak."""
+        """Model FLOPs utilisation over all GPUs; None on a CPU and on a GPU of unknown peak."""
         if self.flops_per_token is None or args.device.type != "cuda":
             return None
         peak = peak_flops(torch.cuda.get_device_name(args.device))
@@ -104,10 +103,10 @@ class ProgressLine(TrainerCallback):
 
 
 class RunLog(TrainerCallback):
-    """Keeps the log of the whole run, a JSON list with an entry at each log step, in a file beside the checkpoints.
+    """Writes the log of the whole run, a JSON list with an entry for each log step, to a file beside the checkpoints.
 
-    Every checkpoint falls on a log step, so no mean in the log reaches over a resume. `draw` gets the file's path
-    whenever it has been written.
+    Every checkpoint is also a log step, so that no mean in the log spans a resume. `draw` is called with the file's
+    path whenever it was written.
     """
 
     def __init__(self, path: Path, draw: Callable[[Path], object] | None = None):
@@ -125,5 +124,5 @@ class RunLog(TrainerCallback):
             if self.draw is not None:
                 try:
                     self.draw(self.path)
-                except Exception as error:  # a picture is not worth a run
-                    say(f"{self.path}: no picture of it was drawn ({' '.join(str(error).split())})")
+                except Exception as error:  # a failed plot must not stop the run
+                    say(f"{self.path}: the plot of this log failed ({' '.join(str(error).split())})")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every kind of training here does in the same way: the Trainer's arguments, and a run that can be cut off."""
+"""Shared by all kinds of training: the Trainer's arguments, and a run that can be interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -25,12 +25,15 @@ Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 @contextmanager
 def run_folder(output: Path, recipe: str, start: Callable[[], object] = lambda: None) -> Iterator[bool]:
-    """Hold `output` for the recipe text `recipe` during the block, and call `start` in it first: both in one process of
-    several, for which the others wait. Yields whether this is that process. See `hmf.folders.claimed`."""
-    with ExitStack() as held:
+    """Claim `output` for the recipe text `recipe` during the block, and call `start` first.
+
+    The main process does both while the others wait. Yields whether this is the main process. See
+    `hmf.folders.claimed`.
+    """
+    with ExitStack() as stack:
 
         def begin() -> None:
-            held.enter_context(claimed(output, recipe))
+            stack.enter_context(claimed(output, recipe))
             start()
 
         yield on_main_process(begin)
@@ -39,7 +42,7 @@ def run_folder(output: Path, recipe: str, start: Callable[[], object] = lambda: 
 def arguments(
     training: OptimiserSettings, checkpoints: Path, seed: int, kind: type[Arguments], **others: Any
 ) -> Arguments:
-    """A recipe's `training` section as the Trainer's arguments of class `kind`; `others` are passed on and win."""
+    """A recipe's `training` section as the Trainer's arguments of class `kind`; `others` override them."""
     schedule = (
         {"min_lr_rate": training.final_learning_rate_ratio}
         if training.lr_scheduler_type == "cosine_with_min_lr"
@@ -58,35 +61,35 @@ def arguments(
             "weight_decay": training.weight_decay,
             "adam_beta2": training.adam_beta2,
             "max_grad_norm": training.max_grad_norm,
-            "use_cpu": not torch.accelerator.is_available(),  # else processes on CPUs would not find each other
+            "use_cpu": not torch.accelerator.is_available(),  # needed for the process group of CPU processes
             "bf16": training.precision == "bfloat16",
             "gradient_checkpointing": training.gradient_checkpointing,
             "remove_unused_columns": False,
             "save_steps": training.save_steps,
             "save_total_limit": training.save_total_limit,
             "logging_steps": training.logging_steps,
-            "logging_nan_inf_filter": False,  # our own guard stops there
+            "logging_nan_inf_filter": False,  # LossGuard stops the run instead
             "report_to": list(training.report_to),
             "run_name": training.run_name,
             "seed": seed,
-            # Rows are independent draws already, and their order is part of the recipe.
+            # Rows are drawn independently already, and their order is part of the recipe.
             "train_sampling_strategy": "sequential",
             "dataloader_pin_memory": torch.cuda.is_available(),
             "disable_tqdm": True,
-            "ddp_find_unused_parameters": False,  # there are none, and looking for them takes time
+            "ddp_find_unused_parameters": False,  # there are none, and the search takes time
             **others,
         }
     )
 
 
 def rows_per_step(args: TrainingArguments, sequence_parallel: int = 1) -> int:
-    """Rows of an optimiser step, of all processes, of which `sequence_parallel` share each row."""
+    """Rows of an optimiser step over all processes; `sequence_parallel` processes share each row."""
     readers = args.world_size // sequence_parallel
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * readers
 
 
 class SameData(TrainerCallback):
-    """Keeps the digest of a run's data in the Trainer's state; HmfError at a resume with other data."""
+    """Stores the digest of a run's data in the Trainer's state; HmfError if a run is resumed with other data."""
 
     def __init__(self, digest: str):
         self.digest = digest
@@ -94,8 +97,8 @@ class SameData(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.stateful_callbacks.setdefault("data", {"digest": self.digest})["digest"] != self.digest:
             raise HmfError(
-                f"{args.output_dir}: the run began with other data than there is now (texts, rows, pairs or the chat "
-                "template have changed); bring them back as they were, or choose another output"
+                f"{args.output_dir}: the data changed since the run began (texts, rows, pairs or the chat template); "
+                "restore it, or choose another output"
             )
 
 
@@ -108,10 +111,10 @@ def train(
     flops_per_token: float | None = None,
     draw: Callable[[Path], object] | None = None,
 ) -> None:
-    """Run a Trainer to its end, from its last whole checkpoint if any.
+    """Run a Trainer to its end, from its last complete checkpoint if there is one.
 
-    `draw` gets the path of the log whenever it has been written. Every checkpoint states the digest of `rows`, its data
-    set, and a run goes on with the same one alone.
+    rows: the data set; every checkpoint stores its digest, and a run cannot be resumed with other data. draw: called
+    with the path of the log whenever it was written.
     """
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(SameData(rows.digest()))
@@ -124,6 +127,6 @@ def train(
         last = newest_valid(checkpoints := Path(trainer.args.output_dir))
         start = f"step {last.name.rpartition('-')[2]}, its last checkpoint in {checkpoints}" if last else "the start"
         done = f"at step {trainer.state.global_step} of {trainer.state.max_steps}"
-        raise KeyboardInterrupt(f"{done}; the same command goes on from {start}") from None
+        raise KeyboardInterrupt(f"{done}; the same command resumes from {start}") from None
     finally:
         log.write(trainer.state)

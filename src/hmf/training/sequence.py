@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sequence parallelism in a Trainer: neighbouring processes read the same rows and each keeps its part of them."""
+"""Sequence parallelism in a Trainer: neighbouring processes read the same rows, and each keeps its part of them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from hmf.parallel.sequence import STARTS, attach, cut, sequence_group, with_shards
+from hmf.parallel.sequence import STARTS, attach, sequence_group, split_batch, with_shards
 
 from .checkpoints import say
 
 
 class SharedRows(Dataset):
-    """Rows in such an order that a Trainer, which deals batches out to processes in turn, gives the same ones to each
-    of the `ranks` processes that share rows, and next ones to the next."""
+    """Repeats each batch of rows `ranks` times.
+
+    A Trainer gives consecutive batches to consecutive processes, so the `ranks` processes of a group get the same rows.
+    """
 
     def __init__(self, rows: Any, batch_size: int, ranks: int):
         self.rows, self.batch_size, self.ranks = rows, batch_size, ranks
@@ -32,20 +34,20 @@ class SharedRows(Dataset):
 
 
 class OwnPart:
-    """A collator after another: what one process keeps of a batch of whole rows."""
+    """A collator that applies another one to whole rows and returns this process's part."""
 
     def __init__(self, collate: Callable[[list[Any]], dict[str, torch.Tensor]], rank: int, ranks: int):
         self.collate, self.rank, self.ranks = collate, rank, ranks
 
     def __call__(self, rows: list[Any]) -> dict[str, torch.Tensor]:
-        return cut(self.collate(rows), self.rank, self.ranks)
+        return split_batch(self.collate(rows), self.rank, self.ranks)
 
 
 class SequenceParallel:
-    """`ranks` neighbouring processes share rows. Attaches itself to the model.
+    """Lets `ranks` neighbouring processes share rows, and prepares the model for it.
 
-    Batches then have `shards` and `shift_labels`; a loss must be a sum over the process's own tokens that is divided by
-    what all processes count. After the first step one line says how many bytes each layer received from the others.
+    Batches then have `shards` and `shift_labels`. A loss must be a sum over the process's own tokens, divided by the
+    count of all processes. After the first batch, one line reports the bytes that each layer received.
     """
 
     def __init__(self, model: PreTrainedModel, ranks: int):
@@ -54,19 +56,19 @@ class SequenceParallel:
         self._reported = False
 
     def shared(self, rows: Any, batch_size: int) -> SharedRows:
-        """The data set of a Trainer whose processes share `rows`."""
+        """The data set for a Trainer whose processes share `rows`."""
         return SharedRows(rows, batch_size, self.group.size)
 
     def own_part_of(self, collate: Callable[[list[Any]], dict[str, torch.Tensor]]) -> OwnPart:
-        """The collator that keeps this process's part of what `collate` makes of whole rows."""
+        """A collator that returns this process's part of the batch that `collate` makes."""
         return OwnPart(collate, self.group.rank, self.group.size)
 
     def with_shards(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A batch from `own_part_of` as the model takes it; others as they are."""
+        """A batch from `own_part_of` in the form that the model accepts; other batches unchanged."""
         return with_shards(self.group, inputs) if STARTS in inputs else inputs
 
     def report(self, main_process: bool) -> None:
-        """After a batch: its traffic is printed, the first time."""
+        """Call after each batch; prints the traffic of the first one."""
         if self.group.received:
             if main_process and not self._reported:
                 say(traffic(self.group.received))
@@ -75,8 +77,8 @@ class SequenceParallel:
 
 
 def traffic(received: Counter[str]) -> str:
-    """One line of what a `Group` counted: megabytes by layer."""
+    """One line with the megabytes that a `Group` counted, by layer."""
     layers = sorted(received.items(), key=lambda item: int(item[0].split()[0]))
     parts = ", ".join(f"{label} {size / 1e6:.3g}" for label, size in layers)
     total = sum(received.values()) / 1e6
-    return f"sequence parallel: a batch brings a process {total:.3g} MB from the others; by layer, in MB: {parts}"
+    return f"sequence parallel: a process receives {total:.3g} MB for a batch; by layer, in MB: {parts}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 1's loss: what a recipe's `objective` section compares at each step."""
+"""The loss of Stage 1: a recipe's `objective` section as a function of the step."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from hmf.priming.objectives import Objective, attention_sizes, objective_at, tok
 
 from .losses import Measure, TrainingLoss
 
-SIZED_ROWS = 4  # rows that the sizes of attention outputs are measured on
+SIZED_ROWS = 4  # number of rows on which the mean squares of attention outputs are measured
 
 
 class Stage1Loss(TrainingLoss):
-    """Of a fused model. After each layer the student's distance from the teacher, on one row of the latest batch, is
-    logged as `error_layer_<index>`."""
+    """The loss of a fused model.
+
+    The error of each layer (`layer_errors`), on one row of the latest batch, is logged as `error_layer_<index>`.
+    """
 
     log_prefix = "loss_"
 
@@ -27,7 +29,7 @@ class Stage1Loss(TrainingLoss):
         self._attention_sizes: tuple[float, ...] | None = None
 
     def count(self, **batch: Any) -> torch.Tensor:
-        """Real tokens, and those whose successor has a label: `token_counts`."""
+        """Real tokens, and tokens whose next token has a label (`token_counts`)."""
         return token_counts(**batch)
 
     def at(self, step: int, measure: Measure) -> Objective:
@@ -38,8 +40,8 @@ class Stage1Loss(TrainingLoss):
         return objective_at(self.settings, step, self._attention_sizes)
 
     def figures(self, model: Any, batch: dict[str, Any]) -> dict[str, float]:
-        # With sequence parallelism all rows: parts of one alone would have other shards.
+        # With sequence parallelism all rows, because `shards` describes the whole batch.
         row = {name: x if "shards" in batch else x[:1] for name, x in batch.items() if "labels" not in name}
-        with torch.no_grad():  # else DDP would wait for a backward pass
+        with torch.no_grad():  # otherwise DDP waits for a backward pass
             errors = model(**row, objective=layer_errors)
         return {f"error_layer_{index}": value.item() for index, value in errors.items()}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`training.strategy`: how a Trainer spreads a model over processes, by accelerate."""
+"""`training.strategy`: how a Trainer distributes a model over processes, by accelerate."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from hmf.layers.base import Mixer
 
 
 def strategy_arguments(training: ParallelSettings, model: PreTrainedModel) -> dict[str, Any]:
-    """The Trainer's arguments for a recipe's strategy; HmfError where what it needs is not there."""
+    """The Trainer's arguments for a recipe's strategy; HmfError if it needs more processes or another package."""
     if training.strategy == "fsdp2":
         if int(os.environ.get("WORLD_SIZE", 1)) < 2:
-            raise HmfError("training.strategy: fsdp2 shares parameters among processes; start 2 or more with torchrun")
-        # A decoder layer is a unit, and so is its mixer, which may be trained on its own.
+            raise HmfError("training.strategy: fsdp2 needs several processes; start 2 or more with torchrun")
+        # FSDP units are the decoder layers and, because they may be trained on their own, the mixers in them.
         units = {type(layer).__name__ for layer in model.model.layers}
         units |= {type(module).__name__ for module in model.modules() if isinstance(module, Mixer)}
         sharding = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
@@ -39,7 +39,7 @@ def strategy_arguments(training: ParallelSettings, model: PreTrainedModel) -> di
 
 
 def deepspeed_config(training: ParallelSettings) -> dict[str, Any]:
-    """ZeRO 2 with the Trainer's own optimiser. In bfloat16 products are autocast, parameters stay float32."""
+    """ZeRO 2 with the Trainer's own optimiser. With bfloat16, products use autocast and parameters stay in float32."""
     return {
         "zero_optimization": {"stage": 2},
         "zero_allow_untested_optimizer": True,
@@ -51,23 +51,25 @@ def deepspeed_config(training: ParallelSettings) -> dict[str, Any]:
 
 
 def keep_parameter_dtypes(args: TrainingArguments) -> None:
-    """Before a Trainer makes its accelerator: FSDP2 is to keep parameters as they are.
+    """Make FSDP2 keep the dtypes of parameters. Call it before the Trainer creates its accelerator.
 
-    accelerate's own mixed precision would cast them all, and decays must stay float32: products are autocast instead
-    (`autocast`), as they are without FSDP.
+    accelerate's mixed precision would cast all parameters, and decays must stay in float32. Products use autocast
+    instead (`autocast`), as without FSDP.
     """
     if args.fsdp:
         args.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy()
 
 
 def complete_accelerator(args: TrainingArguments, state: AcceleratorState) -> bool:
-    """After it: FSDP also where the processes are CPUs, for which accelerate knows none. Whether FSDP is in use.
+    """Enable FSDP on CPUs, which accelerate does not. Call it after the Trainer created its accelerator.
+
+    Returns whether FSDP is in use.
 
     Raises:
         HmfError: deepspeed on CPUs.
     """
     if args.deepspeed and getattr(state, "deepspeed_plugin", None) is None:
-        raise HmfError("training.strategy: accelerate knows no deepspeed on CPUs; choose ddp or fsdp2")
+        raise HmfError("training.strategy: accelerate does not support deepspeed on CPUs; choose ddp or fsdp2")
     if args.fsdp and getattr(state, "fsdp_plugin", None) is None:
         state.fsdp_plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
         state.distributed_type = DistributedType.FSDP
@@ -75,7 +77,7 @@ def complete_accelerator(args: TrainingArguments, state: AcceleratorState) -> bo
 
 
 def reach_inner_mixers(model: nn.Module) -> None:
-    """Let FSDP2 gather the parameters of a mixer inside another one, which calls its `mix` and not its `forward`."""
+    """Make FSDP2 gather the parameters of a mixer inside another mixer, which calls its `mix`, not its `forward`."""
     for module in model.modules():
         if isinstance(module, Mixer):
             for inner in module.children():
@@ -84,12 +86,12 @@ def reach_inner_mixers(model: nn.Module) -> None:
 
 
 def autocast(args: TrainingArguments) -> torch.autocast | None:
-    """What products are computed in under FSDP2; without it accelerate sees to that."""
+    """The autocast context under FSDP2; otherwise None, because accelerate provides it."""
     return torch.autocast(args.device.type, torch.bfloat16) if args.fsdp and args.bf16 else None
 
 
 def whole_weights(model: nn.Module) -> dict[str, Any] | None:
-    """All tensors of a model that is sharded, in the first process, on the CPU; None if each process holds it whole.
+    """All tensors of a sharded model, on the CPU of the main process; None if the model is not sharded.
 
     All processes must call it.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one subclass of transformers' Trainer: it owns every hook, and plain objects do the work."""
+"""The subclass of transformers' Trainer. It overrides all hooks; plain objects do the work."""
 
 from __future__ import annotations
 
@@ -21,35 +21,36 @@ from .strategy import autocast, complete_accelerator, keep_parameter_dtypes, rea
 
 
 class HybridTrainer(Trainer):
-    """A Trainer for all stages. Its `output_dir` holds nothing but its checkpoints, which all processes must see.
+    """A Trainer for all stages. Its `output_dir` holds only its checkpoints, and all processes must share it.
 
-    The objects, none of which knows another:
+    The objects, which do not depend on each other:
 
-    - `loss`: what is minimised; None: the model's own loss.
-    - `groups`: parameters with learning rates of their own; None: one rate for all that are trained.
-    - `sequence`: several processes share each row; None with `sequence_parallel` 1.
-    - `guard`: stops the run before a bad loss spoils the weights.
-    - `checkpoints`: each is whole or does not count.
+    - `loss`: the loss to minimise; None is the model's own.
+    - `groups`: groups of parameters with their learning rates; None is one rate for all trained parameters.
+    - `sequence`: sequence parallelism; None with `sequence_parallel` 1.
+    - `guard`: stops the run before a bad loss damages the weights.
+    - `checkpoints`: publishes complete checkpoints.
 
-    The Trainer's hooks that are overridden, by when a run reaches them; "base" is the Trainer's own:
+    The overridden hooks in the order in which a run calls them; "base" is the Trainer's own hook:
 
-    1. `create_accelerator_and_postprocess`: dtypes are kept under FSDP2; base; what accelerate lacks on CPUs.
+    1. `create_accelerator_and_postprocess`: FSDP2 keeps dtypes; base; FSDP on CPUs.
     2. `_load_from_checkpoint`: base, on a view of the checkpoint without its config.
-    3. `_prepare_for_training`: base, which makes the optimiser (4) and wraps the model; FSDP2 learns of mixers inside
-       mixers.
+    3. `_prepare_for_training`: base, which creates the optimiser (4) and wraps the model; then FSDP2 is set up for
+       mixers inside mixers.
     4. `create_optimizer`: from `groups`.
-    5. `get_batch_samples`: base; what the batches of the step count by `loss`, in all processes together.
-    6. `training_step`, for each batch: `guard` remembers it, and forgets earlier losses where the objective changes;
-       base, which calls 7 to 9 and goes backward; `sequence` reports its traffic; `guard` checks the loss.
-    7. `_prepare_inputs`: base; `sequence` adds the shards.
-    8. `compute_loss_context_manager`: the autocast of FSDP2.
-    9. `compute_loss`: the batch's share in the step's loss; its parts are added up for the log.
+    5. `get_batch_samples`: base; the counts of `loss` for the step's batches, summed over all processes.
+    6. `training_step`, for each batch: `guard` remembers it, and forgets earlier losses if the objective changes; base,
+       which calls 7 to 9 and runs the backward pass; `sequence` reports its traffic; `guard` checks the loss.
+    7. `_prepare_inputs`: base; `sequence` adds `shards`.
+    8. `compute_loss_context_manager`: autocast under FSDP2.
+    9. `compute_loss`: the batch's share of the step's loss; its parts are summed for the log.
     10. `_get_grad_norm`: base; `guard` checks the norm. The optimiser's step follows.
-    11. `log`: the summary of a resumed run covers all of it; figures and parts of `loss` are added; base.
-    12. `_save_checkpoint`: `checkpoints` looks for room; `guard` checks the weights; base; `checkpoints` publishes.
-    13. `_get_output_dir`: where base writes a checkpoint, by `checkpoints`.
+    11. `log`: the summary of a resumed run is corrected; figures and parts of `loss` are added; base.
+    12. `_save_checkpoint`: `checkpoints` checks the free space; `guard` checks the weights; base; `checkpoints`
+        publishes.
+    13. `_get_output_dir`: the folder into which base writes a checkpoint, from `checkpoints`.
 
-    A subclass that joins this with a trainer of another library names this one first: base is then the other's hook.
+    A class that combines this one with a trainer of another library lists this one first; "base" is then the other's.
     """
 
     optimizer: Any
@@ -66,7 +67,7 @@ class HybridTrainer(Trainer):
         **kwargs: Any,
     ):
         if loss is not None:
-            self.loss_is_scaled_for_ga = True  # transformers 5.19 on; before that, model_accepts_loss_kwargs says so
+            self.loss_is_scaled_for_ga = True  # since transformers 5.19; before it, model_accepts_loss_kwargs (below)
         super().__init__(*args, **kwargs)
         self.loss, self.groups = loss, groups
         self.checkpoints = PublishedCheckpoints(self.args)
@@ -78,13 +79,14 @@ class HybridTrainer(Trainer):
             self.train_dataset = self.sequence.shared(self.train_dataset, self.args.per_device_train_batch_size)
             self.data_collator = self.sequence.own_part_of(self.data_collator)
         if loss is not None:
-            self.model_accepts_loss_kwargs = True  # losses of a step add up: the Trainer is not to average them again
-        self._part_sums: dict[str, torch.Tensor] = {}  # of the loss, since the last log, which was after this step:
+            self.model_accepts_loss_kwargs = True  # losses of a step add up, so the Trainer must not average them
+        # Sums of the parts of the loss since the last log entry, and the step of that entry.
+        self._part_sums: dict[str, torch.Tensor] = {}
         self._logged_step: int | None = None
         self._latest_batch: dict[str, Any] = {}
 
     def start_from(self) -> str | None:
-        """Remove what a cut-off run left, and choose the checkpoint to go on from; the same in all processes."""
+        """Remove unfinished files of an interrupted run; the checkpoint to resume from, the same in all processes."""
         return self.checkpoints.start_from(self.model, self.optimizer)
 
     # Preparation
@@ -151,7 +153,7 @@ class HybridTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
-        """`num_items_in_batch`: what the whole step counts; None: the loss of this batch alone."""
+        """`num_items_in_batch`: the counts of the whole step; None gives the loss of this batch alone."""
         if self.loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         losses = model(**inputs, objective=self.objective_at(self.state.global_step), counts=num_items_in_batch)
@@ -160,7 +162,7 @@ class HybridTrainer(Trainer):
             for name, value in losses.items():
                 if name != "loss":
                     self._part_sums[name] = self._part_sums.get(name, 0) + value.detach()
-        # Gradients are averaged over processes, and these losses are to be added.
+        # Gradients are averaged over processes, but these losses must be summed.
         loss = losses["loss"] * (1 if num_items_in_batch is None else self.accelerator.num_processes)
         return (loss, None) if return_outputs else loss
 
@@ -188,33 +190,33 @@ class HybridTrainer(Trainer):
     def _get_output_dir(self, trial: Any = None) -> str:
         return self.checkpoints.staging or super()._get_output_dir(trial)
 
-    # What the hooks use
+    # Helpers of the hooks
 
     def objective_at(self, step: int) -> Callable[..., dict[str, torch.Tensor]]:
-        """What the model is called with at an optimiser step."""
+        """The objective that the model is called with at an optimiser step."""
         assert self.loss is not None
         return self.loss.at(step, self._measured)
 
     def _measured(self, objective: Callable[..., tuple[float, ...]], count: int) -> tuple[float, ...]:
-        """What `objective` comes to on the run's first `count` rows: the same after a resume, and for any number of
+        """The values of `objective` on the run's first `count` rows. They do not depend on resumes or on the number of
         processes."""
         rows = [self._rows[index] for index in range(min(count, len(self._rows)))]
         with torch.no_grad():
             values = self.model_wrapped(**self._prepare_inputs(self.data_collator(rows)), objective=objective)
-        # Of processes that share rows each has seen its part of all of them.
+        # Processes that share rows have each measured their own part.
         means = self.accelerator.reduce(torch.tensor(values, device=self.args.device), "mean")
         return tuple(means.tolist())
 
     def _loss_now(self, batch: dict[str, Any]) -> float:
-        """The loss of a batch, by the weights as they are now."""
-        self.model_wrapped.eval()  # dropout would use up random numbers
+        """The loss of a batch with the current weights."""
+        self.model_wrapped.eval()  # dropout would advance the random number generator
         with torch.no_grad():
             loss = self.compute_loss(self.model_wrapped, self._prepare_inputs(batch)).item()
         self.model_wrapped.train()
         return loss
 
     def _part_means(self) -> dict[str, float]:
-        """Each part of the loss, a mean over the steps since the last log; nothing where the loss has one part only."""
+        """The mean of each part of the loss over the steps since the last log; empty if there is only one part."""
         assert self.loss is not None
         steps, sums = self.state.global_step - (self._logged_step or 0), self._part_sums
         self._part_sums, self._logged_step = {}, self.state.global_step

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's state backends for recurrent layers: one for each layer type.
 
-A backend of its own lets layer types with different states share a model. vLLM names backends by their path and sends
-the names between its processes, so each needs a path: `hmf.serving.vllm.backends.GDN` and so on.
+With a backend per type, layer types with different states can be in one model. vLLM identifies backends by their
+import path and sends it between its processes, so each has one: `hmf.serving.vllm.backends.GDN` and so on.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from vllm.v1.attention.backends.utils import compute_causal_conv1d_metadata
 
 from .support import SERVED_BY, mixer_module
 
-HAS_KERNELS = current_platform.is_cuda()  # vLLM's own, of convolutions, GDN and Mamba2
-SSD_CHUNK = 256  # tokens that vLLM's kernels of Mamba2 take at a time, as in the published Mamba2 models
+HAS_KERNELS = current_platform.is_cuda()  # whether vLLM's kernels of convolutions, GDN and Mamba2 are available
+SSD_CHUNK = 256  # chunk size of vLLM's Mamba2 kernels, as in the published Mamba2 models
 
 
 class RecurrentMetadata(BaseMambaAttentionMetadata):
@@ -34,7 +34,7 @@ class RecurrentMetadataBuilder(BaseMambaAttentionMetadataBuilder[RecurrentMetada
 
 @dataclass
 class SSDMetadata(RecurrentMetadata):
-    """With the chunks that vLLM's kernels of Mamba2 go by."""
+    """Metadata with the chunks for vLLM's Mamba2 kernels."""
 
     seq_idx_p: torch.Tensor | None = None  # the request of each chunk
 
@@ -52,14 +52,14 @@ class SSDMetadataBuilder(RecurrentMetadataBuilder):
 
 @dataclass
 class WindowMetadata(SSDMetadata):
-    """With the lengths of the prefills, so that layers need not ask the GPU, and what they make of these in a step."""
+    """Metadata with the lengths of the prefills on the CPU, which avoids synchronisation with the GPU."""
 
     tokens_p: tuple[int, ...] = ()
     computed_p: tuple[int, ...] = ()  # tokens before them
-    made: dict[Any, Any] = field(default_factory=dict)
+    made: dict[Any, Any] = field(default_factory=dict)  # layouts that the layers of a step share
 
 
-class WindowMetadataBuilder(SSDMetadataBuilder):  # a layer with windows may hold a Mamba2
+class WindowMetadataBuilder(SSDMetadataBuilder):  # a layer with windows may contain a Mamba2
     metadata_cls = WindowMetadata
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **kwargs: Any) -> Any:
@@ -73,7 +73,7 @@ class WindowMetadataBuilder(SSDMetadataBuilder):  # a layer with windows may hol
 
 
 def fresh_requests(tokens: int, count: int, device: torch.device) -> WindowMetadata:
-    """The metadata of `count` fresh requests of `tokens` tokens in all, in slots 1 ... count, for any layer type."""
+    """The metadata of `count` new requests with `tokens` tokens in total, in slots 1 ... count, for any layer type."""
     bounds = (torch.arange(count + 1) * tokens // count).int()
     nums, batch, offsets = compute_causal_conv1d_metadata(bounds, device=device)
     before = torch.zeros(count, dtype=torch.int32)
@@ -122,7 +122,7 @@ for _symbol in SERVED_BY:
 
 
 def state_backend(symbol: str) -> MambaAttentionBackendEnum:
-    """The member of vLLM's table of state backends that stands for a layer symbol, made on first use."""
+    """The member of vLLM's enum of state backends for a layer symbol; it is registered on first use."""
     name = f"HMF_{symbol}"
     if name not in MambaAttentionBackendEnum.__members__:
         register_backend(name, f"{__name__}.{symbol}", is_mamba=True)

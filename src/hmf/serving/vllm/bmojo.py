@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""B'MOJO-F inside vLLM: its recurrent layer as vLLM serves that type, and two windows of keys and values in the pool.
+"""B'MOJO-F inside vLLM: its recurrent layer as served for that type, and two windows of keys and values in the pool.
 
 States of a request: those of the recurrent layer, then near keys and values [W - 1, Hk, K] and fading ones
-[2 W - 1, Hk, K] as rings: position p stands at index p modulo the ring's size, so that a step writes one row. On a GPU,
-in bfloat16 or float16, prefill is one flash attention a window, merged by their log-sum-exps, and a decode step reads
-the rings where they are.
+[2 W - 1, Hk, K] as ring buffers: position p has index p modulo the ring's size, so that a step writes one row. On a
+GPU, in bfloat16 or float16, prefill runs flash attention for each window and merges the two by their log-sum-exps. A
+decode step reads the rings in place.
 
 Legend: N tokens of the batch, S sequences, T tokens a sequence, D model dim, H query heads, Hk key/value heads,
 K head_dim, W window size, R size of a ring.
@@ -42,18 +42,18 @@ BUILDER = WindowMetadataBuilder
 
 
 def states(symbol: str, config: Any, ranks: int) -> dict[str, StateShape]:
-    """The states of one request on one of `ranks` ranks; a ring has a row at least, which vLLM asks for."""
+    """The states of one request on one of `ranks` ranks. vLLM requires at least one row of a ring."""
     inner = layer_options(config, symbol).inner_symbol
-    found = {INNER + name: state for name, state in mixer_module(inner).states(inner, config, ranks).items()}
+    states = {INNER + name: state for name, state in mixer_module(inner).states(inner, config, ranks).items()}
     shapes = mixer_class(symbol).state_shapes(config, ranks)
     for name in WINDOWS:
         positions, *rest = shapes[name].shape
-        found[name] = shapes[name]._replace(shape=(max(1, positions), *rest))
-    return found
+        states[name] = shapes[name]._replace(shape=(max(1, positions), *rest))
+    return states
 
 
 def build(symbol: str, config: Any, quant_config: Any, prefix: str, attention: Any) -> nn.Module:
-    """The mixer for the place of `attention`, with that one's rotary positions."""
+    """The mixer that replaces `attention`, with its rotary positions."""
     return BMojoMixer(symbol, config, prefix, attention)
 
 
@@ -64,14 +64,15 @@ class BMojoMixer(HostedMixer):
     def __init__(self, symbol: str, config: Any, prefix: str, attention: Any):
         super().__init__(symbol, config, prefix)
         self.options, self.inner_name = self.mixer.options, self.mixer.inner_name
-        delattr(self.mixer, self.inner_name)  # vLLM's takes its place
+        delattr(self.mixer, self.inner_name)  # replaced by vLLM's
         inner = self.options.inner_symbol
         layer = mixer_module(inner).build(inner, config, None, f"{prefix}.{self.inner_name}", attention)
         layer.kept_by = prefix
         self.add_module(self.inner_name, layer)
         self.rotary = attention.rotary_emb
         self.reaches = (self.options.window_size - 1, 2 * self.options.window_size - 1)
-        # The input is projected by the first four (three, if tied) in one product, fading tokens by the last two.
+        # One product projects the input by the first four (three, if tied). Another one projects fading tokens by the
+        # last two.
         windows = ("",) if self.mixer.bmojo_attn.tied else ("", "_")
         self.projections = [f"{name}_proj{end}" for end in windows for name in "qkv"]
         linears = [getattr(self.mixer.bmojo_attn, name) for name in self.projections]
@@ -79,7 +80,7 @@ class BMojoMixer(HostedMixer):
         self.register_buffer("weight", joined([linear.weight for linear in linears]), False)
         biased = linears[0].bias is not None
         self.register_buffer("bias", joined([linear.bias for linear in linears]) if biased else None, False)
-        self.flash = None  # version of flash attention
+        self.flash = None  # version of flash attention, if it can be used
         if HAS_KERNELS and self.options.head_dim % 8 == 0 and self.options.head_dim <= 256:
             self.flash = get_flash_attn_version()
 
@@ -108,7 +109,7 @@ class BMojoMixer(HostedMixer):
         return (positions, k, v, fading_k, fading_v, *queries), None
 
     def _projected(self, x: torch.Tensor, part: slice) -> list[torch.Tensor]:
-        """x [N, D] by a part of `projections`, each [N, heads, K] with its norm."""
+        """x [N, D] projected by some of `projections`; each result [N, heads, K] is normalised."""
         numbers = range(len(self.projections))[part]
         rows = slice(self.ends[numbers[0]], self.ends[numbers[-1] + 1])
         y = F.linear(x, self.weight[rows], None if self.bias is None else self.bias[rows])
@@ -116,9 +117,9 @@ class BMojoMixer(HostedMixer):
         return [self.mixer.bmojo_attn.heads(self.projections[n], y) for n, y in zip(numbers, parts, strict=True)]
 
     def _rotated(self, positions: torch.Tensor, first: torch.Tensor, second: torch.Tensor | None = None) -> Tensors:
-        given = [x for x in (first, second) if x is not None]
-        found = self.rotary(positions, first.flatten(1), None if second is None else second.flatten(1))
-        return tuple(y.view_as(x) for x, y in zip(given, found, strict=False))
+        inputs = [x for x in (first, second) if x is not None]
+        rotated = self.rotary(positions, first.flatten(1), None if second is None else second.flatten(1))
+        return tuple(y.view_as(x) for x, y in zip(inputs, rotated, strict=False))
 
     def finish(self, mixed: torch.Tensor, rest: None) -> torch.Tensor:
         return self.mixer.bmojo_attn.o_proj(mixed.flatten(1))
@@ -156,7 +157,7 @@ class BMojoMixer(HostedMixer):
         from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
         _, k, v, fading_k, fading_v, *queries = inputs
-        slots, window, found = metadata.state_indices_tensor_p.long(), self.options.window_size, []
+        slots, window, outputs = metadata.state_indices_tensor_p.long(), self.options.window_size, []
         pairs = ((k, v), (fading_k, fading_v))
         for number, (new, rings, query) in enumerate(
             zip(pairs, (pools[:2], pools[2:]), (queries[0], queries[-1]), strict=True)
@@ -164,10 +165,10 @@ class BMojoMixer(HostedMixer):
             layout = self._layout(metadata, self.reaches[number], number * window, query.device)
             if layout.total:
                 keys, values = (layout.gather(x, ring, slots) for x, ring in zip(new, rings, strict=True))
-                found.append(self._attend(query, keys, values, layout, metadata))
+                outputs.append(self._attend(query, keys, values, layout, metadata))
             for x, ring in zip(new, rings, strict=True):
                 layout.keep(x, ring, slots)
-        (o, weight), *rest = found
+        (o, weight), *rest = outputs
         if not rest:
             return o
         mixed = torch.empty_like(o)
@@ -177,7 +178,7 @@ class BMojoMixer(HostedMixer):
     def _attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: WindowLayout, metadata: WindowMetadata
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The output of one window [N, H, K] and the log of its softmax's sum [H, N]."""
+        """The output of one window [N, H, K] and the log-sum-exp of its scores [H, N]."""
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
         return flash_attn_varlen_func(
@@ -197,7 +198,7 @@ class BMojoMixer(HostedMixer):
 
     @staticmethod
     def _layout(metadata: WindowMetadata, reach: int, lag: int, device: torch.device) -> WindowLayout:
-        """One for all layers of a step."""
+        """The layout of a window, computed once per step for all layers."""
         if (reach, lag) not in metadata.made:
             metadata.made[reach, lag] = WindowLayout.of(metadata.tokens_p, metadata.computed_p, reach, lag, device)
         return metadata.made[reach, lag]
@@ -213,18 +214,19 @@ class BMojoMixer(HostedMixer):
 
 @dataclass(frozen=True)
 class WindowLayout:
-    """Where the keys of one window stand, for prefills side by side: of each sequence those of its ring that a query
-    can see, then its own, without the last `lag`, which no query sees. So the window that a query sees ends at its own
-    place, counted from the end, as flash attention's sliding window does.
+    """The keys of one window for a batch of prefills.
 
-    bounds: of the sequences' keys, [S + 1]; own, past: (from, to) and (sequence, from, to) as indices; kept: (token,
-    sequence, to) of what goes into the rings.
+    The keys of a sequence are those of its ring that a query can attend to, then its own without the last `lag`, which
+    no query attends to. The window of a query then ends at its own index counted from the end, as in flash attention.
+
+    bounds: bounds of the sequences' keys, [S + 1]; own, past: indices (from, to) and (sequence, from, to) of the copied
+    keys; kept: indices (token, sequence, to) of the keys that are written into the rings.
     """
 
     bounds: torch.Tensor
     longest: int
     total: int
-    alone: bool  # all keys are the first tokens, in order
+    alone: bool  # the keys are the first tokens of one sequence, in order
     own: Tensors
     past: Tensors
     kept: Tensors
@@ -233,7 +235,7 @@ class WindowLayout:
     def of(
         cls, tokens: Sequence[int], computed: Sequence[int], reach: int, lag: int, device: torch.device
     ) -> WindowLayout:
-        """Of sequences with so many tokens, and so many before them, in rings of `reach` positions."""
+        """The layout for sequences with `tokens` new and `computed` earlier tokens, and rings of `reach` positions."""
         parts: list[list[np.ndarray]] = [[] for _ in range(8)]
         bounds, first = [0], 0
         for sequence, (count, before) in enumerate(zip(tokens, computed, strict=True)):
@@ -242,7 +244,7 @@ class WindowLayout:
             past, own = np.arange(start, min(stop, before)), np.arange(before, max(before, stop))
             kept = np.arange(max(before, end - reach), end)
             at = bounds[-1]
-            for part, found in zip(
+            for part, indices in zip(
                 parts,
                 (
                     own - before + first,
@@ -256,31 +258,32 @@ class WindowLayout:
                 ),
                 strict=True,
             ):
-                part.append(found)
+                part.append(indices)
             bounds.append(at + stop - start)
             first += count
         joined = [np.concatenate(part) for part in parts]
         flat = torch.from_numpy(np.concatenate([*joined, np.array(bounds)]).astype(np.int64))
         if device.type == "cuda":
             flat = flat.pin_memory().to(device, non_blocking=True)
-        *found, ends = flat.split([*map(len, joined), len(bounds)])
+        *indices, ends = flat.split([*map(len, joined), len(bounds)])
         longest, alone = int(np.diff(bounds).max()), len(tokens) == 1 and not len(joined[2])
-        return cls(ends.int(), longest, bounds[-1], alone, tuple(found[:2]), tuple(found[2:5]), tuple(found[5:]))
+        own, past, kept = tuple(indices[:2]), tuple(indices[2:5]), tuple(indices[5:])
+        return cls(ends.int(), longest, bounds[-1], alone, own, past, kept)
 
     def gather(self, x: torch.Tensor, ring: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """Keys or values [total, Hk, K] of tokens x [N, Hk, K] and of those before them in `ring` [slots, R, ...]."""
+        """Keys or values [total, Hk, K] of tokens x [N, Hk, K] and of earlier tokens in `ring` [slots, R, ...]."""
         if self.alone:
             return x[: self.total]
-        found = x.new_empty(self.total, *x.shape[1:])
+        gathered = x.new_empty(self.total, *x.shape[1:])
         source, target = self.own
-        found[target] = x[source]
+        gathered[target] = x[source]
         if len(self.past[0]):
             sequence, source, target = self.past
-            found[target] = ring[slots[sequence], source]
-        return found
+            gathered[target] = ring[slots[sequence], source]
+        return gathered
 
     def keep(self, x: torch.Tensor, ring: torch.Tensor, slots: torch.Tensor) -> None:
-        """Put what later tokens may see of x into `ring`."""
+        """Write the part of x that later tokens may attend to into `ring`."""
         token, sequence, target = self.kept
         if len(token):
             ring[slots[sequence], target] = x[token]
@@ -293,7 +296,7 @@ def unrolled(ring: torch.Tensor, size: int, seen: torch.Tensor) -> torch.Tensor:
 
 
 def rolled(kept: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """What `unrolled` undoes: rings of `kept` [S, size, ...], the positions before seen [S]."""
+    """The inverse of `unrolled`: rings of `kept` [S, size, ...], the positions before seen [S]."""
     size = kept.shape[1]
     at = (torch.arange(size, device=kept.device) - seen[:, None]) % size
     return kept[torch.arange(len(kept), device=kept.device)[:, None], at]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's configuration hook: refusals, and defaults that the checkpoint knows better than the user."""
+"""vLLM's configuration hook: refuses unsupported settings, and sets defaults from the checkpoint."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ OPERATOR = "hmf::recurrent_mix"
 class HybridConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Runs once at start, in the front end, before anything is loaded. Raises HmfError."""
+        """Runs once at the start, in the front end, before weights are loaded. Raises HmfError."""
         support.check(vllm_config)
         _set_state_dtypes(vllm_config)
         config = vllm_config.model_config.hf_config
         if not any(support.keeps_states(symbol, config) for symbol in set(config.pattern.symbols)):
-            # Sliding windows only: nothing for vLLM to keep but keys and values, so no hybrid in its sense.
+            # With sliding windows only, the caches are keys and values, so the model is not a hybrid for vLLM.
             config.layer_types = ["full_attention"] * config.num_hidden_layers
-        # A rank must see all experts to account for them; the filter would keep the others from it.
+        # A rank must read all experts to account for every tensor; the filter would skip those of other ranks.
         vllm_config.parallel_config.enable_ep_weight_filter = False
-        # The operator is a seam between CUDA graphs for Hybrids only: other models keep vLLM's list.
+        # CUDA graphs are split at the operator, for Hybrids only: other models keep vLLM's list.
         compilation = vllm_config.compilation_config
         object.__setattr__(compilation, "_attention_ops", [*CompilationConfig._attention_ops, OPERATOR])
 
 
-# By `hmf bench states runs/quickstart/model`: 4 x 1,024 tokens of held-out text.
+# Measured by `hmf bench states runs/quickstart/model`: 4 x 1,024 tokens of held-out text.
 DRIFT = "in bfloat16, log-probabilities of the quickstart's Hybrid moved by 0.003 nats on average and by 0.04 at most"
 
 
 def _set_state_dtypes(vllm_config: Any) -> None:
-    """States are kept in the checkpoint's `state_dtype` (float32 if it names none) unless the user asks otherwise."""
+    """Store states in the checkpoint's `state_dtype` (default float32), unless the user gives another dtype."""
     cache = vllm_config.cache_config
-    wanted = getattr(vllm_config.model_config.hf_config, "state_dtype", None) or "float32"
+    default = getattr(vllm_config.model_config.hf_config, "state_dtype", None) or "float32"
     narrow = []
     for option in ("mamba_cache_dtype", "mamba_ssm_cache_dtype"):
         given = getattr(cache, option)
         if given == "auto":
-            setattr(cache, option, wanted)
-        elif getattr(torch, given).itemsize < getattr(torch, wanted).itemsize:
+            setattr(cache, option, default)
+        elif getattr(torch, given).itemsize < getattr(torch, default).itemsize:
             narrow.append(f"--{option.replace('_', '-')} {given}")
     if narrow:
         logger.warning_once(
-            "%s: recurrent states are stored less precisely than the checkpoint asks (%s), and outputs drift: %s. "
-            "`hmf bench states MODEL` measures another model.",
+            "%s: recurrent states are stored less precisely than the checkpoint's state_dtype, %s, and outputs drift: "
+            "%s. `hmf bench states MODEL` measures another model.",
             " and ".join(narrow),
-            wanted,
+            default,
             DRIFT,
         )

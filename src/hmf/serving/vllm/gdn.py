@@ -2,8 +2,8 @@
 """Gated DeltaNet inside vLLM (arXiv 2412.06464; equations in `hmf.ops.gdn`).
 
 States of a request: the last conv_size - 1 inputs of the short convolutions of q, k and v [conv_size - 1, channels],
-and the recurrent state, in the layout of vLLM's kernels [H, V, K]. Heads are split over tensor-parallel ranks; where
-there are fewer key/value heads than ranks, each rank holds the one that its heads read.
+and the recurrent state, in the layout of vLLM's kernels [H, V, K]. Heads are split over tensor-parallel ranks. With
+fewer key/value heads than ranks, each rank holds the one that its heads use.
 
 Legend: N tokens of the batch, S sequences, T tokens a sequence, H expanded heads (of this rank), D head_dim.
 """
@@ -38,31 +38,31 @@ from .recurrent import RecurrentMixer, Tensors, started
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handler prints it
 
-MANY_HEADS = 512  # more than a GPU has multiprocessors, several times
+MANY_HEADS = 512  # several times the number of multiprocessors of a GPU
 BUILDER = RecurrentMetadataBuilder
 
 
 def states(symbol: str, config: Any, ranks: int) -> dict[str, StateShape]:
     """The states of one request on one of `ranks` ranks, in the order and layout that vLLM's kernels use."""
     options: GDNOptions = layer_options(config, symbol)
-    found = {}
+    conv = {}
     if options.use_short_conv:
         streams = (options.num_q_heads, options.num_k_heads, options.num_v_heads)
         channels = sum(split_heads(heads, ranks) for heads in streams) * options.head_dim
-        found["conv"] = StateShape((options.conv_size - 1, channels), "conv")
+        conv["conv"] = StateShape((options.conv_size - 1, channels), "conv")
     shape = (split_heads(options.num_heads, ranks), options.head_dim, options.head_dim)
-    return {**found, "recurrent": StateShape(shape, "recurrent")}
+    return {**conv, "recurrent": StateShape(shape, "recurrent")}
 
 
 def build(symbol: str, config: Any, quant_config: Any, prefix: str, attention: nn.Module) -> nn.Module:
-    """The mixer for the place of `attention`."""
+    """The mixer that replaces `attention`."""
     return GatedDeltaNet(symbol, config, quant_config, prefix)
 
 
 def _has_flashinfer() -> bool:
     try:
         import flashinfer.gdn_prefill  # noqa: F401
-    except ImportError:  # also where nvidia-cutlass-dsl, in which the kernels are written, is missing or not whole
+    except ImportError:  # also if nvidia-cutlass-dsl, which its kernels need, is missing or incomplete
         return False
     return True
 
@@ -99,7 +99,7 @@ class GatedDeltaNet(RecurrentMixer):
         if options.use_short_conv:
             streams = {"q": options.num_q_heads, "k": options.num_k_heads, "v": options.num_v_heads}
             self.conv1d = ShortConvWeights(streams, head_dim, options.conv_size, options.conv_bias)
-        # The decay is computed in float32 whatever the model's dtype, and so are its parameters kept.
+        # The decay is computed in float32 for any dtype of the model, and its parameters are float32.
         self.A_log = nn.Parameter(torch.empty(self.heads, dtype=torch.float32), requires_grad=False)
         self.dt_bias = nn.Parameter(torch.empty(self.heads, dtype=torch.float32), requires_grad=False)
         for parameter in (self.A_log, self.dt_bias):
@@ -141,34 +141,34 @@ class GatedDeltaNet(RecurrentMixer):
         return o, (*convs, after.mT)
 
     def _init_kernels(self) -> None:
-        """vLLM's prefill: FlashInfer's kernel where it has one, which shares heads of keys and values, or Triton's, for
-        which they are repeated. Neither takes float32."""
+        """Choose vLLM's prefill kernel: FlashInfer's if available, which shares key and value heads, otherwise
+        Triton's, for which they are repeated. Neither supports float32."""
         self.chunks: Callable | None = None  # vLLM's op for prefills
         self.shares_heads = False
         if not HAS_KERNELS:
             return
         vllm_config = get_current_vllm_config()
-        asked = (vllm_config.additional_config or {}).get("gdn_prefill_backend")
+        option = (vllm_config.additional_config or {}).get("gdn_prefill_backend")
         name = None
         if vllm_config.model_config.dtype != torch.float32:
             from vllm.third_party.flash_linear_attention.ops import chunk_gated_delta_rule
 
             self.chunks, name = chunk_gated_delta_rule, "triton"
-            wanted = asked in (None, "auto", "flashinfer")
-            if wanted and self.options.head_dim == 128 and _has_flashinfer():
+            try_flashinfer = option in (None, "auto", "flashinfer")
+            if try_flashinfer and self.options.head_dim == 128 and _has_flashinfer():
                 from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import ChunkGatedDeltaRule
 
                 chosen = ChunkGatedDeltaRule()
                 if chosen.gdn_prefill_backend == "flashinfer":
                     self.chunks, self.shares_heads, name = chosen, True, "flashinfer"
-                    # It compiles one kernel for few heads of all requests together and another one for many.
+                    # It compiles one kernel for a small and one for a large number of heads summed over requests.
                     self.rehearsals = (1, -(-MANY_HEADS // self.heads))
             logger.info_once("Prefill of GDN layers by %s.", name)
-        if asked not in (None, "auto", name):
+        if option not in (None, "auto", name):
             logger.warning_once(
-                "--gdn-prefill-backend %s is not used: it can be triton, or flashinfer on Hopper with head_dim 128 and "
-                "nvidia-cutlass-dsl, both in bfloat16 or float16.",
-                asked,
+                "--gdn-prefill-backend %s is not used: the choices are triton, and flashinfer on Hopper with head_dim "
+                "128 and nvidia-cutlass-dsl, both in bfloat16 or float16.",
+                option,
             )
 
     def prefill(self, inputs: Tensors, pools: Tensors, metadata: RecurrentMetadata) -> torch.Tensor:
@@ -215,7 +215,7 @@ class GatedDeltaNet(RecurrentMixer):
     def decode(self, inputs: Tensors, slots: torch.Tensor) -> torch.Tensor:
         if slots.device.type == "cpu":
             return super().decode(inputs, slots)
-        # In place, and heads of keys and values are not expanded: see `hmf.ops.gdn_decode`.
+        # In place, without expanding key and value heads: see `hmf.ops.gdn_decode`.
         from hmf.ops.gdn_decode import decode
 
         qkv, decay, beta = inputs

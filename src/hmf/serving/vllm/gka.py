@@ -31,7 +31,15 @@ from .hosted import HostedMixer
 from .parts import joined, rms_norm
 from .recurrent import Tensors, started
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "g_proj", "a_proj", "b_proj", "alpha_proj")  # those that there are
+PROJECTIONS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "g_proj",
+    "a_proj",
+    "b_proj",
+    "alpha_proj",
+)  # in this order, some are optional
 BUILDER = RecurrentMetadataBuilder
 
 
@@ -46,7 +54,7 @@ def states(symbol: str, config: Any, ranks: int) -> dict[str, StateShape]:
 
 
 def build(symbol: str, config: Any, quant_config: Any, prefix: str, attention: nn.Module) -> nn.Module:
-    """The mixer for the place of `attention`."""
+    """The mixer that replaces `attention`."""
     return GKAMixer(symbol, config, prefix)
 
 
@@ -75,7 +83,7 @@ class GKAMixer(HostedMixer):
             if name in of:
                 of[name] = of[name] + getattr(self.mixer, name).bias
         gates = self.mixer.gates(of["a_proj"], of.get("b_proj"), of.get("alpha_proj"))
-        qkv = projected[:, : sum(self.widths[:3])]  # a view: kernels take rows that are apart
+        qkv = projected[:, : sum(self.widths[:3])]  # a view: the kernels accept rows with a stride
         return (qkv, *(gate for gate in gates if gate is not None)), of.get("g_proj")
 
     def recur(self, inputs: Tensors, states: Tensors, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor, Tensors]:
@@ -168,17 +176,17 @@ class GKAMixer(HostedMixer):
         return self.mixer.o_proj(out.flatten(1).to(mixed.dtype))
 
     def _gates(self, inputs: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """g, gk, beta, alpha: the inputs behind q, k and v, None where the options have no such gate."""
+        """g, gk, beta, alpha: the inputs after q, k and v; None for gates that the options turn off."""
         gates, options = list(inputs[1:]), self.mixer.options
         g, gk = gates.pop(0), gates.pop(0)
         return g, gk, gates.pop(0) if options.use_beta_gate else None, gates.pop() if gates else None
 
     def _streams(self, qkv: torch.Tensor) -> list[torch.Tensor]:
-        """[..., channels] -> q, k, v by heads, as views."""
+        """[..., channels] -> q, k, v split into heads, as views."""
         return [x.unflatten(-1, (-1, self.mixer.options.head_dim)) for x in qkv.split(self.widths[:3], dim=-1)]
 
     def _expanded(self, x: torch.Tensor, rest: torch.Tensor) -> list[torch.Tensor]:
-        """q, k, v from convolved channels x and the others: with their own heads, unless these get low-rank terms."""
+        """q, k, v from convolved channels x and the rest; heads are expanded only for low-rank terms."""
         q, k, v = self._streams(torch.cat([x, rest], dim=-1) if rest.shape[-1] else x)
         if self.mixer.options.kv_proj_rank:
             k, v = (self.mixer.expand(name, y[None])[0].contiguous() for name, y in (("k", k), ("v", v)))

@@ -37,13 +37,13 @@ def states(symbol: str, config: Any, ranks: int) -> dict[str, StateShape]:
 
     A state that is one number has an axis here: vLLM takes a pool of one axis for a single state when it copies blocks.
     """
-    found = mixer_class(symbol).state_shapes(config, ranks)
-    found = {name: state._replace(shape=state.shape or (1,)) for name, state in found.items()}
-    return dict(sorted(found.items(), key=lambda item: item[1].kind != "count"))
+    shapes = mixer_class(symbol).state_shapes(config, ranks)
+    shapes = {name: state._replace(shape=state.shape or (1,)) for name, state in shapes.items()}
+    return dict(sorted(shapes.items(), key=lambda item: item[1].kind != "count"))
 
 
 def build(symbol: str, config: Any, quant_config: Any, prefix: str, attention: nn.Module) -> nn.Module:
-    """The mixer for the place of `attention`."""
+    """The mixer that replaces `attention`."""
     return HostedMixer(symbol, config, prefix)
 
 
@@ -104,7 +104,7 @@ class HostedMixer(RecurrentMixer):
     def load(self, name: str, tensor: torch.Tensor) -> str | None:
         """Copy this rank's share of a published tensor, named within the mixer.
 
-        Returns the parameter's name within this module; None, with nothing done, for one that vLLM loads.
+        Returns the parameter's name within this module, or None for a tensor that vLLM loads itself.
         """
         parameter = self.mixer.get_parameter(name)
         sections = self._whole_sections(name), self.mixer.sections(name)
@@ -120,9 +120,9 @@ def share(
     rank: int,
     ranks: int,
 ) -> torch.Tensor:
-    """The part, of `shape`, of a whole tensor that belongs to `rank`: of each section those heads that are the rank's.
+    """The part of a whole tensor that belongs to `rank`, of the given `shape`: the rank's heads of each section.
 
-    wholes, sizes: `Mixer.sections` of the whole tensor and of the part. Ranks share a head where there are more ranks.
+    wholes, sizes: `Mixer.sections` of the whole tensor and of the part. With more ranks than heads, ranks share a head.
     """
     axis = next((axis for axis, size in enumerate(shape) if size != tensor.shape[axis]), None)
     if axis is None:

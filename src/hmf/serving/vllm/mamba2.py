@@ -20,14 +20,14 @@ from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 from hmf.layers.mamba2 import Mamba2
 
 from .backends import HAS_KERNELS, SSD_CHUNK, SSDMetadata, SSDMetadataBuilder
-from .hosted import HostedMixer, states  # noqa: F401 (asked for beside `build`)
+from .hosted import HostedMixer, states  # noqa: F401 (part of this module's interface, like `build`)
 from .recurrent import Tensors, started
 
 BUILDER = SSDMetadataBuilder
 
 
 def build(symbol: str, config: Any, quant_config: Any, prefix: str, attention: nn.Module) -> nn.Module:
-    """The mixer for the place of `attention`."""
+    """The mixer that replaces `attention`."""
     return Mamba2Mixer(symbol, config, prefix)
 
 
@@ -101,13 +101,19 @@ class Mamba2Mixer(HostedMixer):
 
         mixer, (x, dt) = self.mixer, inputs
         x = causal_conv1d_update(
-            x, self.kv_cache[0], mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, "silu",
-            conv_state_indices=slots, null_block_id=NULL_BLOCK_ID, out=x.new_empty(x.shape),
-        )  # fmt: skip
+            x,
+            self.kv_cache[0],
+            mixer.conv1d.weight.squeeze(1),
+            mixer.conv1d.bias,
+            "silu",
+            conv_state_indices=slots,
+            null_block_id=NULL_BLOCK_ID,
+            out=x.new_empty(x.shape),
+        )
         x, B, C = mixer.streams(x)
         return decode(x, B, C, dt, mixer.A_log, mixer.dt_bias, mixer.D, self.kv_cache[1], slots, NULL_BLOCK_ID)
 
 
 def _has_kernels(inputs: Tensors) -> bool:
-    """vLLM's are for CUDA; in float32 they would round products to TF32, where `hmf.ops` keeps to the definition."""
+    """Whether to use vLLM's kernels, which need CUDA. In float32 they round products to TF32, unlike `hmf.ops`."""
     return HAS_KERNELS and inputs[0].dtype != torch.float32

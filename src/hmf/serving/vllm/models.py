@@ -90,7 +90,7 @@ def hybrid_layer(stock: type[nn.Module]) -> type[nn.Module]:
 
 
 def _complete(attention: Any, config: Any, index: int, quant_config: Any, prefix: str) -> None:
-    """Give a stock attention the output bias that transformers' has in Qwen3, and vLLM's leaves out."""
+    """Add the output bias that transformers' attention has in Qwen3 and vLLM's does not."""
     if attention.o_proj.bias is None and "o_proj.bias" in stock_parameters(config, index):
         width = attention.total_num_heads * attention.head_dim
         attention.o_proj = RowParallelLinear(
@@ -99,7 +99,7 @@ def _complete(attention: Any, config: Any, index: int, quant_config: Any, prefix
 
 
 class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
-    """A Hybrid of any family. A subclass names its `stack`."""
+    """A Hybrid of any family. A subclass sets its `stack`."""
 
     stack: ClassVar[Stack]
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -108,7 +108,7 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         orig_to_new_regex={MIXER_TENSOR: r"model.layers.\g<layer>.self_attn.\g<tensor>"},
         orig_to_new_stacked={f".{stream}_conv1d.": (".conv1d.", stream) for stream in "qkv"},
     )
-    # For names in a quantised checkpoint's ignore list: vLLM makes a sliding-window layer's projections as attention's.
+    # For the ignore list of quantised checkpoints: in vLLM the projections of a sliding-window layer are attention's.
     hf_to_vllm_mapper = WeightsMapper(orig_to_new_substr={".swa.": ".self_attn."})
 
     @reported()
@@ -136,7 +136,7 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         return self.model.embed_input_ids(input_ids)
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None):
-        """input_ids, positions [N] -> hidden states [N, D] after the last norm, or what the next stage needs."""
+        """input_ids, positions [N] -> hidden states [N, D] after the last norm, or the inputs of the next stage."""
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
@@ -144,7 +144,7 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
 
     @reported()
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load published tensors; raises HmfError that names every missing, unexpected or misshapen one."""
+        """Load published tensors; HmfError names every missing, unexpected or misshapen tensor."""
         hosted: set[str] = set()
         expected, optional = expected_tensors(self.config)
         if getattr(self.config, "quantization_config", None):
@@ -159,16 +159,16 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
                         continue
                 require_exact_products(name, tensor)
                 linear = self._linear_of(name.removesuffix(".bias")) if name.endswith(".bias") else None
-                if linear is not None and linear.bias is None:  # vLLM's loaders pass over such a tensor
+                if linear is not None and linear.bias is None:  # vLLM's loaders would skip this tensor
                     raise HmfError(f"{name}: vLLM's layer has no bias; {ELSEWHERE}")
                 yield name, tensor
 
         return AutoWeightsLoader(self).load_weights(others(), mapper=self.weights_mapper) | hosted
 
     def _linear_of(self, published: str) -> LinearBase | None:
-        """vLLM's projection that holds a published one; None: no such, or not on this rank."""
-        found = MIXER_TENSOR.fullmatch(published)
-        path = f"model.layers.{found['layer']}.self_attn.{found['tensor']}" if found else published
+        """vLLM's linear layer for a published one, or None if there is none on this rank."""
+        match = MIXER_TENSOR.fullmatch(published)
+        path = f"model.layers.{match['layer']}.self_attn.{match['tensor']}" if match else published
         parent, _, child = path.rpartition(".")
         for name in (child, *(name for name, parts in self.packed_modules_mapping.items() if child in parts)):
             with suppress(AttributeError):  # no such module
@@ -177,12 +177,12 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         return None
 
     def _parameters_of(self, published: str) -> list[str] | None:
-        """Names of its parameters, bias apart, or None."""
+        """The names of its parameters without the bias, or None."""
         if (module := self._linear_of(published)) is None:
             return None
         return [name for name, _ in module.named_parameters(recurse=False) if name != "bias"]
 
-    # ---- vLLM's questions about states; the first two come before the model exists
+    # ---- vLLM's interface for states; it calls the first two before the model exists
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
@@ -193,13 +193,13 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         return state_dtypes(_largest_states(vllm_config), vllm_config)
 
     def get_mamba_state_copy_funcs(self, mamba_types: set) -> dict:
-        """How the states of each type move between blocks: whole, as no speculative token ever shifts them."""
+        """How the states of each type are copied between blocks: as a whole, because speculation is not supported."""
         mixers = [module for module in self.modules() if isinstance(module, RecurrentMixer) and module.has_slots]
         return {mixer.mamba_type: (get_temporal_copy_spec,) * len(mixer.states) for mixer in mixers}
 
 
 def _largest_states(vllm_config: VllmConfig) -> list[StateShape]:
-    """The states of the layer type that needs most bytes: vLLM sizes its blocks by it."""
+    """The states of the layer type that needs the most bytes, from which vLLM computes the size of blocks."""
     config, ranks = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
 
     def bytes_of(states: list[StateShape]) -> int:
@@ -211,15 +211,15 @@ def _largest_states(vllm_config: VllmConfig) -> list[StateShape]:
 
 
 def _suit_stock_layers(config: Any) -> None:
-    """Attributes that vLLM's stock layers read under another name, or in another form, than transformers writes."""
-    # Qwen2's stack takes differing layer types for windows that its layers do not have, unless this says that none has.
-    # The attention of `hybrid_layer` has them.
+    """Set attributes that vLLM's stock layers read under other names or in other forms than transformers'."""
+    # Qwen2's stack rejects differing layer types as windows that its layers do not have, unless this says that no layer
+    # has one. The attention of `hybrid_layer` has them.
     config.max_window_layers = config.num_hidden_layers
     rope = config.rope_parameters
     if config.family.query_growth() is not None:  # Ministral 3
         keys = {"beta": "llama_4_scaling_beta", "original_max_position_embeddings": "original_max_position_embeddings"}
         config.llama_4_scaling = {name: rope[key] for name, key in keys.items()}
-    if rope["rope_type"] == "linear":  # vLLM takes what is no float for a list
+    if rope["rope_type"] == "linear":  # vLLM treats a factor that is not a float as a list
         config.rope_parameters = rope | {"factor": float(rope["factor"])}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small parameter holders that recurrent layers share, with tensor-parallel loading by heads.
+"""Small modules of parameters that recurrent layers share, with tensor-parallel loading by heads.
 
 Legend: H heads, D head_dim, W conv_size.
 """
@@ -58,7 +58,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def joined(parameters: list[nn.Parameter]) -> torch.Tensor:
-    """The parameters side by side in one tensor, which they become views of."""
+    """One tensor with the concatenated parameters, which become views of it."""
     whole = torch.cat([parameter.data for parameter in parameters])
     for parameter, part in zip(parameters, whole.split([len(parameter) for parameter in parameters]), strict=True):
         parameter.data = part

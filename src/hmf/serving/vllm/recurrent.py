@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every recurrent layer shares inside vLLM: state slots, batches of mixed requests, and one opaque operator.
+"""The base class of recurrent layers inside vLLM: state slots, batches of mixed requests, and one opaque operator.
 
 vLLM keeps the states of all requests in pools of slots, one row a slot. A forward pass gets a flat batch of tokens:
 first the requests that decode (one token each), then those that prefill (any number, perhaps continuing an earlier
@@ -37,26 +37,26 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 def state_dtypes(states: Iterable[StateShape], vllm_config: Any) -> tuple[torch.dtype, ...]:
-    """Recurrent and convolution states by the cache options, which `HybridConfig` has filled in from the checkpoint."""
+    """The dtypes of states from vLLM's cache options, whose defaults `HybridConfig` sets from the checkpoint."""
     cache = vllm_config.cache_config
     recurrent, conv = (STR_DTYPE_TO_TORCH_DTYPE[x] for x in (cache.mamba_ssm_cache_dtype, cache.mamba_cache_dtype))
     return tuple(state.dtype(vllm_config.model_config.dtype, recurrent, conv) for state in states)
 
 
 class RecurrentMixer(MambaBase, nn.Module):
-    """A recurrent token mixer at the place of a decoder layer's attention.
+    """A recurrent token mixer that replaces a decoder layer's attention.
 
     symbol: the layer type's; states: those of one request on this rank, by name, in the order that `recur` takes them.
     A subclass gives `output_shape`, `project`, `recur` and `finish`.
     """
 
-    rehearsals: tuple[int, ...] = (1,)  # numbers of requests in the prefills that are run before memory is measured
+    rehearsals: tuple[int, ...] = (1,)  # numbers of requests of the warm-up prefills, before vLLM measures memory
 
     def __init__(self, symbol: str, states: dict[str, StateShape], prefix: str):
         super().__init__()
         vllm_config = get_current_vllm_config()
         self.symbol, self.states, self.prefix = symbol, states, prefix
-        self.kept_by = prefix  # name of the layer whose slots hold the states: this one, unless it is part of another
+        self.kept_by = prefix  # name of the layer whose slots hold the states: this layer, or the one that contains it
         self._state_dtypes = state_dtypes(states.values(), vllm_config)
         self.kv_cache = tuple(torch.tensor([]) for _ in states)
         layers = vllm_config.compilation_config.static_forward_context
@@ -64,11 +64,11 @@ class RecurrentMixer(MambaBase, nn.Module):
             raise ValueError(f"duplicate layer name {prefix}")
         layers[prefix] = self
 
-    # ---- what a layer type defines
+    # ---- methods of a layer type
 
     @abstractmethod
     def project(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> tuple[Tensors, Any]:
-        """positions [N], hidden_states [N, D] -> (the recurrence's inputs, each [N, ...]; what else `finish` needs)."""
+        """positions [N], hidden_states [N, D] -> (inputs of the recurrence, each [N, ...]; rest for `finish`)."""
 
     @abstractmethod
     def recur(self, inputs: Tensors, states: Tensors, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor, Tensors]:
@@ -86,7 +86,7 @@ class RecurrentMixer(MambaBase, nn.Module):
     @abstractmethod
     def output_shape(self) -> tuple[int, ...]: ...
 
-    # ---- vLLM's questions
+    # ---- vLLM's interface
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
         return tuple(state.shape for state in self.states.values())
@@ -124,13 +124,13 @@ class RecurrentMixer(MambaBase, nn.Module):
 
     def mix(self, inputs: Tensors, output: torch.Tensor, metadata: RecurrentMetadata | None) -> None:
         """Write the recurrence's output of a whole batch, and advance the states of its requests."""
-        if metadata is None:  # a trial run without requests
+        if metadata is None:  # a profiling run without requests
             output.zero_()
             if output.device.type != "cpu" and get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.NONE:
                 self._rehearse(inputs)
             return
         decodes, tokens = metadata.num_decodes, metadata.num_decode_tokens + metadata.num_prefill_tokens
-        output[tokens:].zero_()  # rows of padding
+        output[tokens:].zero_()  # padding
         if decodes:
             output[:decodes] = self.decode(
                 tuple(x[:decodes] for x in inputs), metadata.state_indices_tensor_d[:decodes, 0]
@@ -140,8 +140,8 @@ class RecurrentMixer(MambaBase, nn.Module):
             output[at] = self.prefill(tuple(x[at] for x in inputs), self.kv_cache, metadata)
 
     def _rehearse(self, inputs: Tensors) -> None:
-        """Fresh requests of so many tokens in all, in states that are thrown away: they compile and tune the real
-        kernels and claim the memory that a first long prompt will need."""
+        """Run new requests with all tokens of the inputs on temporary states. This compiles and tunes the kernels, and
+        allocates the memory that the first long prompt will need."""
         tokens, device = inputs[0].shape[0], inputs[0].device
         for requests in dict.fromkeys(min(count, tokens) for count in self.rehearsals):
             pools = tuple(
@@ -151,7 +151,7 @@ class RecurrentMixer(MambaBase, nn.Module):
             self.prefill(inputs, pools, fresh_requests(tokens, requests, device))
 
     def prefill(self, inputs: Tensors, pools: Tensors, metadata: RecurrentMetadata) -> torch.Tensor:
-        """The metadata's prefills, side by side in inputs [N, ...]: returns [N, *output_shape], changes the pools."""
+        """The prefills of the metadata, packed in inputs [N, ...]: returns [N, *output_shape], updates the pools."""
         slots, known = metadata.state_indices_tensor_p.long(), metadata.has_initial_states_p
         before = tuple(started(pool[slots], known) for pool in pools)
         mixed, after = self.recur(tuple(x[None] for x in inputs), before, metadata.query_start_loc_p)
@@ -159,11 +159,11 @@ class RecurrentMixer(MambaBase, nn.Module):
         return mixed[0]
 
     def decode(self, inputs: Tensors, slots: torch.Tensor) -> torch.Tensor:
-        """One token of each of S requests, whose states stand in `slots` [S]: inputs [S, ...] -> [S, *output_shape]."""
+        """One token of each of S requests, whose states are in `slots` [S]: inputs [S, ...] -> [S, *output_shape]."""
         return self.step(inputs, self.kv_cache, slots.long())
 
     def step(self, inputs: Tensors, pools: Tensors, slots: torch.Tensor) -> torch.Tensor:
-        """`decode` by `recur`, on copies of the states."""
+        """`decode` with `recur`, on copies of the states."""
         mixed, after = self.recur(tuple(x[:, None] for x in inputs), tuple(pool[slots] for pool in pools), None)
         store(pools, slots, after)
         return mixed[:, 0]
@@ -172,14 +172,14 @@ class RecurrentMixer(MambaBase, nn.Module):
 def store(pools: Tensors, slots: torch.Tensor, states: Tensors) -> None:
     for pool, state in zip(pools, states, strict=True):
         state = state.to(pool.dtype)
-        if pool.device.type != "cpu":  # rows of padding in a CUDA graph point to the null slot: leave it as it is
+        if pool.device.type != "cpu":  # the padding of a CUDA graph has the null slot, which must not change
             padding = (slots == NULL_BLOCK_ID).view(-1, *[1] * (state.dim() - 1))
             state = torch.where(padding, pool[slots], state)
         pool[slots] = state
 
 
 def started(state: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """`state`, changed to zeros for a fresh request: its slot holds what the last owner left, NaN included."""
+    """`state` with zeros for new requests, in place: their slots hold values of earlier requests, which may be NaN."""
     return state.masked_fill_(~known.view(-1, *[1] * (state.dim() - 1)), 0)
 
 
@@ -189,7 +189,7 @@ def _recurrent_mix(inputs: list[torch.Tensor], output: torch.Tensor, layer_name:
     layer = context.no_compile_layers[layer_name]
     metadata = context.attn_metadata
     if metadata is not None:
-        metadata = metadata.get(layer.kept_by)  # a trial run may have metadata for attention alone
+        metadata = metadata.get(layer.kept_by)  # a profiling run may have metadata only for attention
     layer.mix(tuple(inputs), output, metadata)
 
 
@@ -198,7 +198,7 @@ def _recurrent_mix_shape(inputs: list[torch.Tensor], output: torch.Tensor, layer
 
 
 _LIBRARY = Library("hmf", "FRAGMENT")
-# Opaque to torch.compile and a seam between CUDA graphs: inside, the work depends on the requests of the batch.
+# Opaque to torch.compile, and CUDA graphs are split here, because its work depends on the requests of the batch.
 direct_register_custom_op(
     "recurrent_mix", _recurrent_mix, mutates_args=["output"], fake_impl=_recurrent_mix_shape, target_lib=_LIBRARY
 )

@@ -32,17 +32,17 @@ SERVED_BY = {
     "SWA": "hmf.serving.vllm.window",
 }
 
-# Names a file for the reason why a process of the server cannot go on: `hmf serve` prints it last.
+# Environment variable: a file to which a process of the server writes why it cannot continue. `hmf serve` prints it.
 REASON_FILE = "HMF_SERVE_REASON_FILE"
 
 Problem = Callable[[Any], str | None]
-STILL_FUSED = "still holds the teacher (Stage 0 or 1); run `hmf export` on it and serve the result"
+STILL_FUSED = "still has the teacher (Stage 0 or 1); run `hmf export` on it and serve the result"
 ELSEWHERE = "generate with Hugging Face instead"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. `problem` says why a vLLM configuration falls under a refusal, or None."""
+    """One row of the table. `problem` returns why a vLLM configuration is refused, or None."""
 
     feature: str
     supported: bool
@@ -55,7 +55,7 @@ def _when(condition: Callable[[Any], bool], line: str) -> Problem:
 
 
 def mixer_module(symbol: str) -> Any:
-    """The module that serves a layer symbol. It imports vLLM's layers: only for processes that run the model."""
+    """The module that serves a layer symbol. It imports vLLM's layers, so only processes that run the model call it."""
     return importlib.import_module(SERVED_BY[symbol])
 
 
@@ -67,11 +67,11 @@ def _unknown_layers(config: Any) -> str | None:
     symbols = set(config.model_config.hf_config.pattern.symbols) - {ATTENTION, *SERVED_BY}
     if not symbols:
         return None
-    return f"layers of type {', '.join(sorted(symbols))} have no vLLM layer yet; {ELSEWHERE}"
+    return f"layers of type {', '.join(sorted(symbols))} have no row in SERVED_BY; {ELSEWHERE}"
 
 
 def split_problem(config: Any, ranks: int) -> str | None:
-    """Why the Hybrid of a Hugging Face `config` does not split over `ranks` tensor-parallel ranks, or None."""
+    """The reason why a Hybrid does not split over `ranks` tensor-parallel ranks, or None."""
     if ranks == 1:
         return None
     if not heads_fit(config, ranks):
@@ -91,7 +91,7 @@ def _split(config: Any) -> str | None:
 
 
 def keeps_states(symbol: str, config: Any) -> bool:
-    """Whether a layer of a Hugging Face `config` has a recurrent state, and is not attention, in windows or not."""
+    """Whether a layer type has a recurrent state under a Hugging Face `config`; attention and windows have none."""
     if symbol == ATTENTION:
         return False
     return any(state.kind == "recurrent" for state in mixer_class(symbol).state_shapes(config).values())
@@ -111,7 +111,7 @@ def _stages(config: Any) -> str | None:
         return None
     return (
         f"pipeline stage {without[0] + 1} of {stages} has no recurrent layer, and vLLM cannot cache prefixes there; "
-        "use --no-enable-prefix-caching, fewer stages, or VLLM_PP_LAYER_PARTITION to cut elsewhere"
+        "use --no-enable-prefix-caching, fewer stages, or VLLM_PP_LAYER_PARTITION for another split"
     )
 
 
@@ -125,8 +125,8 @@ def _head_dim(config: Any) -> str | None:
     sizes, head_dim = CPUAttentionBackend.get_supported_head_sizes(), config.model_config.get_head_size()
     if head_dim in sizes:
         return None
-    known = ", ".join(map(str, sizes))
-    return f"vLLM's attention on a CPU has no kernel for head_dim {head_dim} (only {known}); use a GPU"
+    supported = ", ".join(map(str, sizes))
+    return f"vLLM's attention on a CPU has no kernel for head_dim {head_dim} (only {supported}); use a GPU"
 
 
 def _on_cpu(condition: Callable[[Any], bool], line: str) -> Problem:
@@ -150,15 +150,15 @@ def _quantised(config: Any) -> str | None:
     if method not in QUANTISED:
         return f"--quantization {method} is not supported; use {', '.join(QUANTISED)}, or the unquantised checkpoint"
     if method in ("fp8", "fp8_per_tensor") and current_platform.is_cpu():
-        return f"vLLM's CPU build cannot quantise to {method}; use fp8_per_channel, a compressed-tensors one, or a GPU"
+        return f"vLLM's CPU build cannot quantise to {method}; use fp8_per_channel, compressed-tensors, or a GPU"
     if getattr(hf_config, "num_experts", 0):
         return "quantised experts are not supported; serve the unquantised checkpoint without --quantization"
     if getattr(hf_config, "quantization_config", None) and config.parallel_config.pipeline_parallel_size > 1:
-        return "a quantised checkpoint is served in one stage; drop --pipeline-parallel-size"
+        return "pipeline parallelism does not support quantised checkpoints; drop --pipeline-parallel-size"
     return None
 
 
-# Keys that vLLM's stock layers read and transformers' do not: with them, the two would compute different models.
+# Keys that vLLM's stock layers read and transformers' do not. With them the two would compute different functions.
 READ_BY_VLLM = {
     "llama": ("bias", "qkv_bias", "target_layer_count"),
     "ministral3": (
@@ -180,17 +180,17 @@ READ_BY_VLLM_ALWAYS = ("mrope_section", "rotary_emb_base", "rotary_emb_fraction"
 def _unlike_transformers(config: Any) -> str | None:
     hf_config = config.model_config.hf_config
     names = (*READ_BY_VLLM.get(hf_config.family.model_type, ()), *READ_BY_VLLM_ALWAYS)
-    found = [name for name in names if getattr(hf_config, name, None)]
-    if "qkv_bias" in names and hasattr(hf_config, "qkv_bias"):  # false, it takes `attention_bias` back
-        found.append("qkv_bias")
-    if not found:
+    unsupported = [name for name in names if getattr(hf_config, name, None)]
+    if "qkv_bias" in names and hasattr(hf_config, "qkv_bias"):  # also false, because it overrides `attention_bias`
+        unsupported.append("qkv_bias")
+    if not unsupported:
         return None
-    return f"{found[0]} in config.json: vLLM's layers read it and transformers' do not; take it out"
+    return f"{unsupported[0]} in config.json: vLLM's layers read it and transformers' do not; remove it"
 
 
 def _activation(config: Any) -> str | None:
     activation = config.model_config.hf_config.hidden_act
-    return None if activation == "silu" else f"hidden_act {activation!r}: vLLM's MLPs have silu alone; {ELSEWHERE}"
+    return None if activation == "silu" else f"hidden_act {activation!r}: vLLM's MLPs support only silu; {ELSEWHERE}"
 
 
 def _whole_width(config: Any) -> str | None:
@@ -199,12 +199,12 @@ def _whole_width(config: Any) -> str | None:
     if hf_config.family.model_type != "qwen2" or width == hf_config.hidden_size:
         return None
     return (
-        f"head_dim {hf_config.head_dim}: vLLM's Qwen2 takes it to be hidden_size / num_attention_heads, "
+        f"head_dim {hf_config.head_dim}: vLLM's Qwen2 assumes hidden_size / num_attention_heads, "
         f"{hf_config.hidden_size // hf_config.num_attention_heads}; {ELSEWHERE}"
     )
 
 
-# Of `rope_parameters`, what vLLM's tables and transformers' are computed from alike.
+# Keys of `rope_parameters` that vLLM and transformers use in the same way.
 ROPE = ROPE_SCALING_KEYS | {"rope_type", "type", "rope_theta", "llama_4_scaling_beta", "max_position_embeddings"}
 
 
@@ -212,12 +212,12 @@ def _positions(config: Any) -> str | None:
     model, rope = config.model_config, config.model_config.hf_config.rope_parameters
     kind, length = rope["rope_type"], model.hf_config.max_position_embeddings
     if kind not in ROPE_KEYS:
-        return f"rope_type {kind!r}: vLLM's positions are not transformers'; {ELSEWHERE}"
+        return f"rope_type {kind!r}: vLLM computes other positions than transformers; {ELSEWHERE}"
     if rope.get("partial_rotary_factor", 1) != 1:
-        return "partial_rotary_factor: transformers rotates whole heads in this family; take it out"
+        return "partial_rotary_factor: transformers rotates whole heads in this family; remove it"
     if unknown := sorted(rope.keys() - ROPE - {"partial_rotary_factor"}):
-        return f"rope_parameters.{unknown[0]}: transformers does not read it, and vLLM may; take it out"
-    # vLLM computes its tables once, for so many positions, and reads beyond their end without noticing.
+        return f"rope_parameters.{unknown[0]}: transformers does not read it, and vLLM may; remove it"
+    # vLLM computes a table of `length` positions, and does not check for positions beyond its end.
     if kind == "yarn":
         length = rope["original_max_position_embeddings"] * rope["factor"]
     elif kind == "linear":
@@ -238,9 +238,11 @@ TABLE: tuple[Row, ...] = (
     Row("Tensor parallelism", True, "all layer types, without `kv_proj_rank`"),
     Row("Pipeline, data and expert parallelism", True, "vLLM's own"),
     Row(
-        "Quantised weights", True,
+        "Quantised weights",
+        True,
         "compressed-tensors and fp8 checkpoints, `--quantization fp8_per_tensor` or `fp8_per_channel`: attention, MLPs "
-        "and GDN's q, k, v, g and o; a checkpoint must have all else in its `ignore` list", _quantised,
+        "and GDN's q, k, v, g and o; a checkpoint must list all other modules in `ignore`",
+        _quantised,
     ),
     Row("Sliding windows of attention layers, all or some", True, "as the config of the base has them"),
     Row("Rotary positions: `default`, `linear`, `yarn`, `llama3`", True, "and Ministral 3's queries"),
@@ -252,66 +254,104 @@ TABLE: tuple[Row, ...] = (
     Row("Activations other than SiLU", False, "generate with Hugging Face", _activation),
     Row("Qwen2 with a `head_dim` that is not hidden size / heads", False, "generate with Hugging Face", _whole_width),
     Row(
-        "Config keys that vLLM reads and transformers does not", False,
+        "Config keys that vLLM reads and transformers does not",
+        False,
         ", ".join(f"`{key}`" for key in sorted({*READ_BY_VLLM_ALWAYS, *sum(READ_BY_VLLM.values(), ())})),
         _unlike_transformers,
     ),
     Row("Head dimensions without an attention kernel on a CPU", False, "use a GPU", _head_dim),
     Row(
-        "Expert parallelism on a CPU", False, "use tensor parallelism alone",
-        _on_cpu(lambda c: c.parallel_config.enable_expert_parallel,
-                "vLLM's experts on a CPU do not heed which rank holds which; drop --enable-expert-parallel"),
+        "Expert parallelism on a CPU",
+        False,
+        "use tensor parallelism alone",
+        _on_cpu(
+            lambda c: c.parallel_config.enable_expert_parallel,
+            "vLLM does not support expert parallelism on a CPU; drop --enable-expert-parallel",
+        ),
     ),
     Row(
-        "Pipeline parallelism on a CPU", False, "use tensor parallelism",
-        _on_cpu(lambda c: c.parallel_config.pipeline_parallel_size > 1,
-                "vLLM's later stages do not start on a CPU; use --tensor-parallel-size instead of pipeline stages"),
+        "Pipeline parallelism on a CPU",
+        False,
+        "use tensor parallelism",
+        _on_cpu(
+            lambda c: c.parallel_config.pipeline_parallel_size > 1,
+            "vLLM does not support pipeline parallelism on a CPU; use --tensor-parallel-size instead",
+        ),
     ),
     Row(
-        "Speculative decoding", False, "drop `--speculative-config`: recurrent states cannot be rolled back",
-        _when(lambda c: c.speculative_config is not None,
-              "speculative decoding cannot roll a recurrent state back; drop --speculative-config"),
+        "Speculative decoding",
+        False,
+        "drop `--speculative-config`: recurrent states cannot be rolled back",
+        _when(
+            lambda c: c.speculative_config is not None,
+            "speculative decoding cannot roll a recurrent state back; drop --speculative-config",
+        ),
     ),
     Row(
-        "LoRA adapters", False, "merge the adapter into the checkpoint",
-        _when(lambda c: c.lora_config is not None,
-              "LoRA is not supported on Hybrids; merge the adapter into the checkpoint and drop --enable-lora"),
+        "LoRA adapters",
+        False,
+        "merge the adapter into the checkpoint",
+        _when(
+            lambda c: c.lora_config is not None,
+            "LoRA is not supported on Hybrids; merge the adapter into the checkpoint and drop --enable-lora",
+        ),
     ),
     Row(
-        "`--mamba-cache-mode all`", False, "use `align`",
-        _when(lambda c: c.cache_config.mamba_cache_mode not in ("none", "align"),
-              "--mamba-cache-mode keeps a state per block only as `align`; use --mamba-cache-mode align"),
+        "`--mamba-cache-mode all`",
+        False,
+        "use `align`",
+        _when(
+            lambda c: c.cache_config.mamba_cache_mode not in ("none", "align"),
+            "--mamba-cache-mode: only `none` and `align` are supported; use --mamba-cache-mode align",
+        ),
     ),
     Row(
-        "KV transfer between engines", False, "drop `--kv-transfer-config`: states are not moved",
-        _when(lambda c: c.kv_transfer_config is not None,
-              "KV transfer does not move recurrent states; drop --kv-transfer-config"),
+        "KV transfer between engines",
+        False,
+        "drop `--kv-transfer-config`: states are not moved",
+        _when(
+            lambda c: c.kv_transfer_config is not None,
+            "KV transfer does not move recurrent states; drop --kv-transfer-config",
+        ),
     ),
     Row(
-        "ReplaySSM", False, "drop `--use-replayssm`",
-        _when(lambda c: c.cache_config.use_replayssm, "ReplaySSM does not know these layers; drop --use-replayssm"),
+        "ReplaySSM",
+        False,
+        "drop `--use-replayssm`",
+        _when(lambda c: c.cache_config.use_replayssm, "ReplaySSM does not support Hybrids; drop --use-replayssm"),
     ),
     Row(
-        "Stochastic rounding of states", False, "drop `--enable-mamba-cache-stochastic-rounding`",
-        _when(lambda c: c.mamba_config.enable_stochastic_rounding,
-              "states are rounded to nearest alone; drop --enable-mamba-cache-stochastic-rounding"),
+        "Stochastic rounding of states",
+        False,
+        "drop `--enable-mamba-cache-stochastic-rounding`",
+        _when(
+            lambda c: c.mamba_config.enable_stochastic_rounding,
+            "stochastic rounding of states is not supported; drop --enable-mamba-cache-stochastic-rounding",
+        ),
     ),
     Row(
-        "Context parallelism", False, "use tensor parallelism",
-        _when(lambda c: max(c.parallel_config.decode_context_parallel_size,
-                            c.parallel_config.prefill_context_parallel_size) > 1,
-              "context parallelism does not split recurrent states; use --tensor-parallel-size"),
+        "Context parallelism",
+        False,
+        "use tensor parallelism",
+        _when(
+            lambda c: (
+                max(c.parallel_config.decode_context_parallel_size, c.parallel_config.prefill_context_parallel_size) > 1
+            ),
+            "context parallelism does not split recurrent states; use --tensor-parallel-size",
+        ),
     ),
     Row(
-        "Expert load balancing", False, "drop `--enable-eplb`",
+        "Expert load balancing",
+        False,
+        "drop `--enable-eplb`",
         _when(lambda c: c.parallel_config.enable_eplb, "expert load balancing is not supported; drop --enable-eplb"),
     ),
-)  # fmt: skip
+)
 
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Leave an HmfError of the block for `hmf serve`; vLLM prints it too, but other messages follow."""
+    """Write an HmfError of the block to `REASON_FILE`, because vLLM prints other messages after it."""
     try:
         yield
     except HmfError as error:
@@ -322,7 +362,7 @@ def reported() -> Iterator[None]:
 
 @reported()
 def check(vllm_config: Any) -> None:
-    """Raise HmfError, one line, for the first row of the table that refuses this configuration."""
+    """Raise HmfError for the first row of the table that refuses this configuration."""
     for row in TABLE:
         if row.problem is not None and (problem := row.problem(vllm_config)):
             raise HmfError(f"{vllm_config.model_config.model}: {problem}")
@@ -330,7 +370,7 @@ def check(vllm_config: Any) -> None:
 
 @reported()
 def check_version() -> None:
-    """Raise HmfError when the installed vLLM is outside the tested range."""
+    """Raise HmfError if the installed vLLM is outside the tested range."""
     import vllm
 
     if not TESTED_VLLM.contains(vllm.__version__, prereleases=True):

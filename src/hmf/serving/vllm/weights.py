@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two-way accounting of a checkpoint's tensors: none missing, none unknown, none of a wrong shape."""
+"""Accounting of a checkpoint's tensors: HmfError for missing, unknown and misshapen tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hmf.model.families import family_of
 from hmf.model.files import COMPUTED, not_finite, same_values
 from hmf.model.modeling import hybrid_classes
 
-# What stands beside, or in the place of, the weight of a quantised projection.
+# Tensors beside or in place of the weight of a quantised linear layer.
 QUANTISED = re.compile(
     r"(?P<module>.*)\.(?:weight_(?:scale|scale_inv|zero_point|packed|shape)|input_(?:scale|zero_point))$"
 )
@@ -31,8 +31,8 @@ def expected_tensors(config: Any) -> tuple[dict[str, torch.Size], dict[str, str]
     The second value names those that may be absent because they are tied to others, and these.
     """
     config = copy.copy(config)
-    config._attn_implementation = config._experts_implementation = None  # a config may name code on the hub
-    # Not through AutoModel: a worker process gets a copy of the config's class, which the Auto classes do not know.
+    config._attn_implementation = config._experts_implementation = None  # a config may name code on the Hub
+    # Not with AutoModel: a worker process has a copy of the config's class, which is not registered.
     with torch.device("meta"):
         model = hybrid_classes(family_of(config.model_type)).causal_lm(config)
     tied = dict(getattr(model, "_tied_weights_keys", None) or {}) if config.tie_word_embeddings else {}
@@ -56,20 +56,20 @@ def quantised_tensors(
 
 
 def require_exact_products(name: str, tensor: torch.Tensor) -> None:
-    """HmfError for int8 weights whose products this processor gets wrong, or has no kernel for.
+    """HmfError for int8 weights whose products overflow on this processor, or have no kernel.
 
     Without VNNI, x86 adds pairs of products of a weight with 0..255 in 16 bits: beyond 64 they may saturate. With AMX,
     vLLM takes a kernel whose inputs are bfloat16 or float16; while it loads, torch's default dtype is the model's.
     """
     if tensor.dtype == torch.int8 and torch.get_default_dtype() == torch.float32 and _narrow_inputs_only(tensor):
         raise HmfError(
-            f"{name}: int8 products take no float32 inputs on this processor, which has AMX; "
+            f"{name}: int8 products do not support float32 inputs on this processor, which has AMX; "
             "add --dtype bfloat16, or serve the unquantised checkpoint"
         )
     if tensor.dtype == torch.int8 and not _adds_in_32_bits() and (largest := int(tensor.int().abs().max())) > 64:
         raise HmfError(
-            f"{name}: int8 weights up to {largest} overflow on this processor, which has no VNNI; quantise to at most "
-            "64, or serve the unquantised checkpoint"
+            f"{name}: int8 weights up to {largest} overflow on this processor, which has no VNNI; quantise to values "
+            "of at most 64, or serve the unquantised checkpoint"
         )
 
 
@@ -94,7 +94,7 @@ def account(
     expected: Mapping[str, torch.Size | None],
     optional: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass `weights` on; at their end raise HmfError, one line, if they are not exactly the `expected` tensors.
+    """Yield `weights`; at the end raise HmfError if they are not exactly the `expected` tensors.
 
     Those of `optional` may be absent, or equal to the tensors that they name. No number may be NaN or infinite.
     """

@@ -14,7 +14,7 @@ from hmf.layers.base import StateShape
 
 
 def states(symbol: str, config: Any, ranks: int) -> dict[str, StateShape]:
-    """None: vLLM's paged cache holds the window."""
+    """No states: vLLM's paged cache holds the window."""
     return {}
 
 
@@ -24,7 +24,7 @@ def build(symbol: str, config: Any, quant_config: Any, prefix: str, attention: A
 
 
 def windowed(attention: Any, window: int | None, quant_config: Any, prefix: str) -> nn.Module:
-    """`attention` with its inner attention, which fixes the window when it is made, made anew."""
+    """`attention` with a new inner attention, whose window is set when it is created."""
     attention.attn = Attention(
         attention.num_heads,
         attention.head_dim,
