@@ -400,8 +400,7 @@ def damaged(change: str, tensors: dict[str, torch.Tensor]) -> str:
     if change == "renumbered":  # four experts still, in another order
         for name in whole:
             tensors[name.replace("experts.2", "experts.9")] = tensors.pop(name)
-        other = whole[2].replace("experts.2", "experts.9")
-        return f"has no tensor {whole[2]}, but has {other}; check whether it was renamed"
+        return f"has no tensor {whole[2]}, but has {whole[2].replace('experts.2', 'experts.9')}; check whether"
     if change == "extra":
         tensors |= {name.replace("experts.2", "experts.4"): tensors[name].clone() for name in whole}
         return f"tensors not of this model: {whole[2].replace('experts.2', 'experts.4')}"

@@ -206,8 +206,7 @@ def test_the_command_and_its_errors(tmp_path, monkeypatch):
     for change, said in (
         (
             {},
-            "sft.yaml: model: runs/quickstart-cpt/model: no such directory; .*; and no recipe in or beside this folder "
-            "makes it",
+            "sft.yaml: model: runs/quickstart-cpt/model: no such directory; .*; and no recipe in or beside this folder",
         ),
         ({"modl": 1}, "sft.yaml: unknown key 'modl'; did you mean 'model'"),
     ):

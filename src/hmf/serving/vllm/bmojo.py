@@ -71,8 +71,7 @@ class BMojoMixer(HostedMixer):
         self.add_module(self.inner_name, layer)
         self.rotary = attention.rotary_emb
         self.reaches = (self.options.window_size - 1, 2 * self.options.window_size - 1)
-        # One product projects the input by the first four (three, if tied). Another one projects fading tokens by the
-        # last two.
+        # One product for the projections of the input (four, or three if tied), another for the two of fading tokens.
         windows = ("",) if self.mixer.bmojo_attn.tied else ("", "_")
         self.projections = [f"{name}_proj{end}" for end in windows for name in "qkv"]
         linears = [getattr(self.mixer.bmojo_attn, name) for name in self.projections]
