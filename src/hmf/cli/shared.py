@@ -47,7 +47,7 @@ def tokens(help: str, least: int = 1) -> Any:
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
         if number < least:
-            raise typer.BadParameter(f"{number} is less than the minimum {least}")
+            raise typer.BadParameter(f"{number} is less than {least}")
         return number
 
     return typer.Option(parser=parse, metavar="TOKENS", help=help)
