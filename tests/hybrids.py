@@ -95,10 +95,19 @@ def tiny_config(case: Case, pattern: str = "X-*-X", family: str = "qwen3", **fie
     pattern = pattern.replace("X", case.symbol)
     symbols = pattern.split("-")
     dimensions = {
-        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": len(symbols),
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256,
-        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "hybrid_override_pattern": pattern,
-    }  # fmt: skip
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "num_hidden_layers": len(symbols),
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hybrid_override_pattern": pattern,
+    }
     options = SMALL | {case.symbol: SMALL.get(case.symbol, {}) | case.options}
     dicts = {LAYER_KINDS[symbol].config_key: given for symbol, given in options.items() if symbol in symbols}
     return hybrid_classes(family_of(family)).config(**(dimensions | case.base | dicts | fields))

@@ -32,16 +32,22 @@ from tests.training.cutting import finetune_recipe, make_tiny_stage0
 LINK = re.compile(r"\[([^\]]+)\]\(([^)#][^)]*)\)")
 TEACHER = {
     "text": {"perplexity": 12.345, "tokens": 4321},
-    "tasks": {"recall": {"accuracy": 0.75, "n": 40, "truncated": 0.05}}, "length": 128,
-}  # fmt: skip
+    "tasks": {"recall": {"accuracy": 0.75, "n": 40, "truncated": 0.05}},
+    "length": 128,
+}
 PRIMED = {
     "text": {"perplexity": 13.5, "tokens": 4321},
     "tasks": {"recall": {"accuracy": 0.5, "n": 40, "truncated": 0.0}, "needle": {"accuracy": 1.0, "n": 10}},
 }
 ROW = {
-    "context": 64, "sequences": 3, "filled": False, "decode_tokens_per_second": 1234.0, "mean_ttft": 0.25,
-    "decode_ratio": 1.0, "ttft_ratio": 1.0,
-}  # fmt: skip
+    "context": 64,
+    "sequences": 3,
+    "filled": False,
+    "decode_tokens_per_second": 1234.0,
+    "mean_ttft": 0.25,
+    "decode_ratio": 1.0,
+    "ttft_ratio": 1.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +65,12 @@ def run(tiny, tmp_path):
     for file in (tiny / "hybrid").iterdir():
         (folder / "model" / file.name).write_bytes(file.read_bytes())
     recipe = {
-        "base": str(tiny / "base"), "output": str(folder), "hybrid": {"pattern": "*-GDN"},
+        "base": str(tiny / "base"),
+        "output": str(folder),
+        "hybrid": {"pattern": "*-GDN"},
         "distill": {"training": {"max_steps": 7, "per_device_train_batch_size": 3}, "data": {"sequence_length": 96}},
         "evaluate": {"tasks": ["recall", "needle"]},
-    }  # fmt: skip
+    }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (folder / "scores.teacher.json").write_text(seal_json(TEACHER))
     (folder / "scores.primed.json").write_text(seal_json(PRIMED))
@@ -128,9 +136,12 @@ def test_a_licence_file_is_linked_and_no_licence_is_not_stated(run):
 def test_a_base_of_the_hub_is_named_and_a_path_is_not(run):
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     for base, name in (
-        ("Some-Org/Model@main", "Some-Org/Model"), ("hf://Some-Org/Model", "Some-Org/Model"),
-        ("/cache/models--Some-Org--Model/snapshots/abc", "Some-Org/Model"), ("models/Model", None), ("/a/Model", None),
-    ):  # fmt: skip
+        ("Some-Org/Model@main", "Some-Org/Model"),
+        ("hf://Some-Org/Model", "Some-Org/Model"),
+        ("/cache/models--Some-Org--Model/snapshots/abc", "Some-Org/Model"),
+        ("models/Model", None),
+        ("/a/Model", None),
+    ):
         (run / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"base": base}))
         card = ModelCard.load(write_card(run))
         assert card.data.base_model == name
@@ -154,15 +165,18 @@ def test_measured_serving_is_shown_with_the_hardware_that_the_file_names(run):
     assert "2× Some GPU (TP=2)" in text and "2,468 (2.00×)" in text and "[serving.json](../serving.json)" in text
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("scores.primed.json", seal_json(PRIMED).replace("13.5", "1.5"), "not as it was written"),
-    ("scores.primed.json", "{", "holds no scores"),
-    ("scores.other.json", '{"tasks": {"recall": {"accuracy": 97, "n": 4}}}', "tasks.recall.accuracy"),
-    ("scores.other.json", '{"tasks": {"recall": {"accuracy": 0.5}}}', "tasks.recall.n"),
-    ("scores.other.json", '{"model": {}}', "tasks"),
-    ("serving.json", '{"rows": [], "hardware": {}, "options": []}', "rows"),
-    ("recipe.yaml", "base: [", "not valid YAML"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("scores.primed.json", seal_json(PRIMED).replace("13.5", "1.5"), "not as it was written"),
+        ("scores.primed.json", "{", "holds no scores"),
+        ("scores.other.json", '{"tasks": {"recall": {"accuracy": 97, "n": 4}}}', "tasks.recall.accuracy"),
+        ("scores.other.json", '{"tasks": {"recall": {"accuracy": 0.5}}}', "tasks.recall.n"),
+        ("scores.other.json", '{"model": {}}', "tasks"),
+        ("serving.json", '{"rows": [], "hardware": {}, "options": []}', "rows"),
+        ("recipe.yaml", "base: [", "not valid YAML"),
+    ],
+)
 def test_a_damaged_file_is_refused_by_name_and_no_card_is_written(run, name, content, message):
     (run / name).write_text(content)
     with pytest.raises(HmfError, match=re.escape(name)) as error:
@@ -289,8 +303,11 @@ def test_push_sends_files_and_card_in_one_commit(run):
     done = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, check=False)
     denied = subprocess.run(
         [sys.executable, "-m", "hmf.cli", "push", run, "--repo", "theirs/it"],
-        env=given, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env=given,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     server.shutdown()
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{address}/me/it"

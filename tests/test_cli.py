@@ -83,24 +83,52 @@ def test_json_is_a_flag_wherever_it_is_an_option(command):
 
 
 WRONG = [
-    *(f"{name} nowhere{rest}" for name, rest in (
-        ("init", " --ratio 0.5 --out new"), ("export", " --out new"), ("evaluate teacher", ""), ("chat", ""),
-        ("convert", " --to qwen3_5 --out new"),
-        ("serve", " --dry-run"), ("plan", " --gpu h100"), ("card", ""),
-        ("push", " --repo me/it"), ("plan teacher --gpu h100 --plot", "/plan.png"),
-        ("bench distill", ""), ("bench states", ""), ("bench serving teacher", " --context 16:1"),
-        ("bench serving teacher --context 16:1 --json-file", "/rows.json"), ("bench solver --plot", "/solver.png"),
-    )),
-    *(f"{name} nowhere.yaml" for name in (
-        "distill", "finetune", "prime", "pretrain", "plan-training", "data prepare", "data show",
-    )),
-    "distill distill --set model=nowhere", "finetune quickstart/sft --set model=nowhere",
-    "prime quickstart --set base=nowhere", "data prepare data --set tokenizer=nowhere",
-    "data show data --set tokenizer=nowhere", "prime quickstart --set distill.data.text=nowhere",
-    "data prepare in.yaml", "data show in.yaml",
-    "finetune in-pairs.yaml", "plan teacher --gpu nowhere", "plan-training quickstart --gpu nowhere",
-    "evaluate nobody/nowhere", "init teacher --ratio 0.5 --out used-nowhere",
-]  # fmt: skip
+    *(
+        f"{name} nowhere{rest}"
+        for name, rest in (
+            ("init", " --ratio 0.5 --out new"),
+            ("export", " --out new"),
+            ("evaluate teacher", ""),
+            ("chat", ""),
+            ("convert", " --to qwen3_5 --out new"),
+            ("serve", " --dry-run"),
+            ("plan", " --gpu h100"),
+            ("card", ""),
+            ("push", " --repo me/it"),
+            ("plan teacher --gpu h100 --plot", "/plan.png"),
+            ("bench distill", ""),
+            ("bench states", ""),
+            ("bench serving teacher", " --context 16:1"),
+            ("bench serving teacher --context 16:1 --json-file", "/rows.json"),
+            ("bench solver --plot", "/solver.png"),
+        )
+    ),
+    *(
+        f"{name} nowhere.yaml"
+        for name in (
+            "distill",
+            "finetune",
+            "prime",
+            "pretrain",
+            "plan-training",
+            "data prepare",
+            "data show",
+        )
+    ),
+    "distill distill --set model=nowhere",
+    "finetune quickstart/sft --set model=nowhere",
+    "prime quickstart --set base=nowhere",
+    "data prepare data --set tokenizer=nowhere",
+    "data show data --set tokenizer=nowhere",
+    "prime quickstart --set distill.data.text=nowhere",
+    "data prepare in.yaml",
+    "data show in.yaml",
+    "finetune in-pairs.yaml",
+    "plan teacher --gpu nowhere",
+    "plan-training quickstart --gpu nowhere",
+    "evaluate nobody/nowhere",
+    "init teacher --ratio 0.5 --out used-nowhere",
+]
 
 
 def test_a_wrong_path_or_gpu_is_told_before_torch_is_imported(tmp_path):
@@ -151,9 +179,7 @@ def test_other_texts_are_no_number_of_tokens(text):
 
 def test_lengths_are_taken_with_a_unit_wherever_they_are_asked_for(tmp_path, monkeypatch, capsys):
     for line in ("plan teacher --gpu h100 --context {}", "plan teacher --gpu h100 --batched-tokens {}"):
-        outputs = {
-            run(monkeypatch, capsys, *line.format(text).split())[1] for text in ("2K", "2048", "2k")
-        }  # fmt: skip
+        outputs = {run(monkeypatch, capsys, *line.format(text).split())[1] for text in ("2K", "2048", "2k")}
         assert len(outputs) == 1 and outputs != {""}
     counts = [
         (command, parameter.opts[0])
@@ -217,7 +243,7 @@ ONE_STEP = {"max_steps": 1, "per_device_train_batch_size": 1}
         ({"seed": -1}, "seed: "),
         ({"evaluate": {"tasks": ["recal"]}}, "evaluate.tasks: unknown task 'recal'; did you mean 'recall'?"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_recipe_names_key_and_mend_and_writes_nothing(change, said, tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**PRIME, "output": str(tmp_path / "run"), **change}))
@@ -257,7 +283,7 @@ def test_a_run_that_cannot_start_claims_no_folder(tmp_path, monkeypatch, capsys)
         (["bench", "serving", "x", "--context", "1:1", "--format", "cards"], "'cards' is not one of 'table', 'card'"),
         (["evaluate", "two\nhmf: lines"], "two\\nhmf: lines: no such directory"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_command_line_is_one_line(arguments, line, monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, *arguments)
     assert (code, err.count("\n")) == (2, 1) and line in err and err.startswith("hmf: ")

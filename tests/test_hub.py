@@ -31,9 +31,12 @@ def served(tmp_path_factory):
     make_tiny_stage0(root)
     model = root / "base"
     for name, content in {
-        "pytorch_model.bin": "pickle", "modeling_own.py": "import os", "README.md": "# card",
-        "onnx/model.safetensors": "another", "consolidated.safetensors": "twice",
-    }.items():  # fmt: skip
+        "pytorch_model.bin": "pickle",
+        "modeling_own.py": "import os",
+        "README.md": "# card",
+        "onnx/model.safetensors": "another",
+        "consolidated.safetensors": "twice",
+    }.items():
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text(content)
     data = root / "texts"
@@ -111,9 +114,12 @@ assert "torch" not in sys.modules
 """
     (cache.parent / "empty").mkdir(exist_ok=True)
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=cache.parent / "empty", env=os.environ | given | environment,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        cwd=cache.parent / "empty",
+        env=os.environ | given | environment,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()
 

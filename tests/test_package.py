@@ -61,10 +61,16 @@ def test_recipes_have_names_outside_the_clone(wheel, tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     recipes = wheel / "hmf/assets/recipes"
-    assert run.stdout.split() == [str(path) for path in (
-        wheel / "hmf/__init__.py", recipes / "quickstart/recipe.yaml", recipes / "quickstart/sft.yaml",
-        recipes / "qwen3-8b", wheel / "hmf/assets/teacher",
-    )]  # fmt: skip
+    assert run.stdout.split() == [
+        str(path)
+        for path in (
+            wheel / "hmf/__init__.py",
+            recipes / "quickstart/recipe.yaml",
+            recipes / "quickstart/sft.yaml",
+            recipes / "qwen3-8b",
+            wheel / "hmf/assets/teacher",
+        )
+    ]
 
 
 def test_extras_that_messages_and_docs_name_exist():

@@ -60,8 +60,15 @@ def test_the_data_of_the_billion_tokens_is_read(tmp_path, monkeypatch):
     parquet(tmp_path / "data/fineweb-edu/sample/10BT/000.parquet", [text] * 3)
     parquet(tmp_path / "data/smoltalk/data/all/train-0.parquet", [{"messages": turns, "source": "s"}] * 3)
     other = [turns[0], {"role": "assistant", "content": "A dog."}]
-    pair = {"prompt": turns[0]["content"], "prompt_id": "1", "chosen": turns, "rejected": other, "messages": turns,
-            "score_chosen": 9.0, "score_rejected": 2.0}  # fmt: skip
+    pair = {
+        "prompt": turns[0]["content"],
+        "prompt_id": "1",
+        "chosen": turns,
+        "rejected": other,
+        "messages": turns,
+        "score_chosen": 9.0,
+        "score_rejected": 2.0,
+    }
     parquet(tmp_path / "data/ultrafeedback/data/train_prefs-0.parquet", [pair])
     for name, documents in (("data-text", 3), ("data-chat", 3)):
         arguments = ["data", "show", str(BILLION / f"{name}.yaml"), "--set", "tokenizer=teacher", "--samples", "1"]

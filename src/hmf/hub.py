@@ -118,10 +118,15 @@ def _snapshot(name: str, revision: str | None, kind: str, patterns: list[str] | 
     try:
         return Path(
             snapshot_download(
-                name, repo_type=kind, revision=revision, allow_patterns=patterns,
-                local_files_only=constants.HF_HUB_OFFLINE, tqdm_class=Bar, library_name="hmf",
+                name,
+                repo_type=kind,
+                revision=revision,
+                allow_patterns=patterns,
+                local_files_only=constants.HF_HUB_OFFLINE,
+                tqdm_class=Bar,
+                library_name="hmf",
             )
-        )  # fmt: skip
+        )
     except errors.RevisionNotFoundError:
         raise HmfError(
             f"{at}: the {kind} has no revision {revision or 'main'!r}; name a branch, tag or commit"

@@ -30,9 +30,13 @@ from tests.serving import engines
 def configs(tmp_path):
     """Directories of a base and of its Hybrid, with a config.json alone."""
     base = Qwen3Config(
-        **engines.DIMENSIONS, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCABULARY,
+        **engines.DIMENSIONS,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
         architectures=["Qwen3ForCausalLM"],
-    )  # fmt: skip
+    )
     base.save_pretrained(tmp_path / "base")
     hybrid_config(base, Pattern(("*", "GDN"))).save_pretrained(tmp_path / "hybrid")
     return tmp_path / "base", tmp_path / "hybrid"
@@ -258,9 +262,13 @@ def test_card(configs, bench):
     hybrid = [row for row in rows if row["model"] != base]
     cells = [f"{row['decode_tokens_per_second']:,.0f} ({row['decode_ratio']:.2f}×)" for row in hybrid]
     assert tables == [
-        *head, f"| {base} with gka | {cells[0]} | {cells[1]} |", f"| {base} | {decode[1024]} | {decode[2048]} |",
-        *head, f"| {base} with gka | 3,000 ms (2.00×) | 3,000 ms (2.00×) |", f"| {base} | 1,500 ms | 1,500 ms |",
-    ]  # fmt: skip
+        *head,
+        f"| {base} with gka | {cells[0]} | {cells[1]} |",
+        f"| {base} | {decode[1024]} | {decode[2048]} |",
+        *head,
+        f"| {base} with gka | 3,000 ms (2.00×) | 3,000 ms (2.00×) |",
+        f"| {base} | 1,500 ms | 1,500 ms |",
+    ]
     assert "with a saturated KV cache" in result.output and "at the Transformer's saturated batch size" in result.output
     fixed, _, _ = bench(base, "--context", "64:4", "--format", "card")
     assert "| Model | 64 × 4 |" in fixed.output and "saturated" not in fixed.output
@@ -331,9 +339,11 @@ def test_command(configs, tmp_path, monkeypatch):
         assert row["prefill_tokens_per_second"] == pytest.approx(prompts / row["prefill_seconds"][0])
         assert row["decode_tokens_per_second"] == pytest.approx(5 * row["sequences"] / row["decode_seconds"][0])
         for part, figure in (
-            ("prefill", "prefill_tokens_per_second"), ("decode", "decode_tokens_per_second"), ("ttft", "mean_ttft"),
+            ("prefill", "prefill_tokens_per_second"),
+            ("decode", "decode_tokens_per_second"),
+            ("ttft", "mean_ttft"),
             ("capacity", "capacity_tokens"),
-        ):  # fmt: skip
+        ):
             assert row[figure] > 0 and row[f"{part}_ratio"] == pytest.approx(row[figure] / base[figure])
         assert ("HMF_GDN" in row["backends"]) == ("Hybrid, 1 + 1" in row["kind"]) and "random" in row["kind"]
     assert (

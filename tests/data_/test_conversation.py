@@ -142,9 +142,13 @@ def test_a_developer_is_the_system_where_there_is_no_such_role(templated):
 
 def test_a_result_that_is_no_text_is_its_json(templated):
     for content, written in (
-        ({"t": 21, "sky": "è"}, '{"t": 21, "sky": "è"}'), ([1, "a"], '[1, "a"]'), (21.5, "21.5"), (True, "true"),
-        ([{"type": "text", "text": "21 C"}], "21 C"), ("plain", "plain"),
-    ):  # fmt: skip
+        ({"t": 21, "sky": "è"}, '{"t": 21, "sky": "è"}'),
+        ([1, "a"], '[1, "a"]'),
+        (21.5, "21.5"),
+        (True, "true"),
+        ([{"type": "text", "text": "21 C"}], "21 C"),
+        ("plain", "plain"),
+    ):
         talk = [HI, answer("", tool_calls=[call()]), result(content), answer("Yes.")]
         for template in (None, "qwen2_5", "qwen3"):
             assert f"<tool_response>\n{written}\n</tool_response>" in text_of(templated(template), talk, TOOLS)
@@ -202,8 +206,10 @@ REFUSED = {
     "training flag": ([HI, answer("x", train=False)], r"messages\[1\].train: unknown key"),
     "half a weight": ([HI, answer("x", weight=0.5)], r"messages\[1\].weight: is 0.5"),
     "weight of a user": ([user("x", weight=1), HELLO], r"messages\[0\].weight: is 1 of role 'user'"),
-    "image": ([user([{"type": "image_url", "image_url": {"url": "x"}}]), HELLO],
-      r"messages\[0\].content\[0\]: .*image_url"),
+    "image": (
+        [user([{"type": "image_url", "image_url": {"url": "x"}}]), HELLO],
+        r"messages\[0\].content\[0\]: .*image_url",
+    ),
     "cached part": ([user([{"type": "text", "text": "x", "cache_control": {"type": "e"}}]), HELLO], "cache_control"),
     "tool_use": ([HI, answer([{"type": "tool_use", "name": "f", "input": {}}])], r"\[1\].content\[0\]: .*'tool_use'"),
     "thinking": ([HI, answer([{"type": "thinking", "thinking": "x"}])], r"\[1\].content\[0\]: .*'thinking'"),
@@ -212,35 +218,49 @@ REFUSED = {
     "strings": ([user(["x", "y"]), HELLO], r"messages\[0\].content: a list is not text"),
     "nothing": ([user(None), HELLO], r"messages\[0\].content: .*without content"),
     "no result": ([HI, CALLS, result([], "a"), HELLO], r"messages\[2\].content: an empty list"),
-    "no object": ([HI, answer("", tool_calls=[call(arguments="[1]")])],
-      r"function.arguments: an object is expected, not a l"),
-    "no JSON": ([HI, answer("", tool_calls=[call(arguments="{'a': 1}")])],
-      r"tool_calls\[0\].function.arguments: .*not valid"),
+    "no object": (
+        [HI, answer("", tool_calls=[call(arguments="[1]")])],
+        r"function.arguments: an object is expected, not a l",
+    ),
+    "no JSON": (
+        [HI, answer("", tool_calls=[call(arguments="{'a': 1}")])],
+        r"tool_calls\[0\].function.arguments: .*not valid",
+    ),
     "twice": ([HI, answer("", tool_calls=[call(arguments='{"a": 1, "a": 2}')])], "the key .a. is there twice"),
     "deep": ([HI, answer("", tool_calls=[call(arguments='{"a": ' * 900 + "1" + "}" * 900)])], "nested too deeply"),
     "not finite": ([HI, answer("", tool_calls=[call(arguments='{"a": NaN}')])], "nan is no number that JSON has"),
-    "custom call": ([HI, answer("", tool_calls=[{"type": "custom", "custom": {}}])],
-      r"tool_calls\[0\].type: is 'custom'"),
+    "custom call": (
+        [HI, answer("", tool_calls=[{"type": "custom", "custom": {}}])],
+        r"tool_calls\[0\].type: is 'custom'",
+    ),
     "no name": ([HI, answer("", tool_calls=[{"function": {"arguments": {}}}])], r"function.name: the call names no"),
     "a user calls": ([user("x", tool_calls=[call()]), HELLO], r"messages\[0\].tool_calls: only the assistant"),
     "a user thinks": ([user("x", reasoning="y"), HELLO], r"messages\[0\].reasoning: only the assistant"),
-    "other thoughts": ([HI, answer("x", reasoning="a", thinking="b")],
-      r"messages\[1\].thinking: differs from reasoning"),
+    "other thoughts": (
+        [HI, answer("x", reasoning="a", thinking="b")],
+        r"messages\[1\].thinking: differs from reasoning",
+    ),
     "two thoughts": ([HI, answer("<think>a</think>x", reasoning="b")], r"messages\[1\].content: starts with thinking"),
     "no call": ([HI, CALLS, result("x", "c"), HELLO], r"messages\[2\].tool_call_id: 'c' is the id of no call"),
     "no calls": ([HI, HELLO, result("x", "c"), HELLO], r"messages\[2\].tool_call_id: 'c' is the id of no call"),
     "only the second": ([HI, CALLS, result("x", "b"), HELLO], r"messages\[1\].tool_calls\[0\]: has no result"),
     "two results": ([HI, CALLS, result("x", "a"), result("y", "a"), HELLO], r"tool_calls\[0\]: has two results"),
     "too many": ([HI, CALLS, result("x"), result("y"), result("z"), HELLO], r"messages\[4\]: a result more"),
-    "another's": ([HI, CALLS, result("x", "a", name="time"), HELLO],
-      r"messages\[2\].name: is 'time', but .* 'weather'"),
+    "another's": (
+        [HI, CALLS, result("x", "a", name="time"), HELLO],
+        r"messages\[2\].name: is 'time', but .* 'weather'",
+    ),
     "a user's id": ([user("x", tool_call_id="a"), HELLO], r"messages\[0\].tool_call_id: belongs to a tool's result"),
-    "role": ([{"role": "User", "content": "x"}, HELLO],
-      r"messages\[0\].role: unknown role 'User'; did you mean 'user'"),
+    "role": (
+        [{"role": "User", "content": "x"}, HELLO],
+        r"messages\[0\].role: unknown role 'User'; did you mean 'user'",
+    ),
     "half a pair": ([user("x \ud83d"), HELLO], r"messages\[0\].content: a lone surrogate \(\\ud83d\)"),
-    "half in arguments": ([HI, answer("", tool_calls=[call(arguments='{"a": "\\udc00"}')])],
-      r"messages\[1\].tool_calls\[0\].function.arguments.a: a lone surrogate"),
-}  # fmt: skip
+    "half in arguments": (
+        [HI, answer("", tool_calls=[call(arguments='{"a": "\\udc00"}')])],
+        r"messages\[1\].tool_calls\[0\].function.arguments.a: a lone surrogate",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -252,8 +272,11 @@ def test_what_has_no_meaning_here_is_refused(templated, name):
 
 
 LOST = {
-    "human": (None, [{"role": "human", "content": "a"}, HELLO],
-      r"messages\[0\]: .*content out .*'human'.*such as system"),
+    "human": (
+        None,
+        [{"role": "human", "content": "a"}, HELLO],
+        r"messages\[0\]: .*content out .*'human'.*such as system",
+    ),
     "ipython": (None, [HI, CALLS, {"role": "ipython", "content": "e"}, HELLO], r"messages\[2\]: .*'ipython'"),
     "name": (None, [user("x", name="e"), HELLO], r"messages\[0\]: .*its name out.*ignore_keys"),
     "of a result": (None, [HI, answer("f()"), result("x", name="f()"), HELLO], r"messages\[2\]: .*its name out"),
@@ -263,7 +286,7 @@ LOST = {
     "twice": (TWICE, [HI, HELLO], r"messages\[1\].content: the chat template writes it more than once"),
     "order": (REVERSED, [HI, HELLO, user("So?"), answer("So.")], r"the chat template writes it after|told from its pr"),
     "alternate": ("gemma", [HI, HI, HELLO], "the chat template fails: Conversation roles must alternate"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LOST)
@@ -301,12 +324,16 @@ def conversations(draw):
 
     def content(kind):
         return {
-            "text": lambda: word(), "none": lambda: None, "number": lambda: 7, "object": lambda: {"a": word()},
-            "text part": lambda: [{"type": "text", "text": word()}], "strings": lambda: [word()],
+            "text": lambda: word(),
+            "none": lambda: None,
+            "number": lambda: 7,
+            "object": lambda: {"a": word()},
+            "text part": lambda: [{"type": "text", "text": word()}],
+            "strings": lambda: [word()],
             "two parts": lambda: [{"type": "text", "text": word()}, {"type": "text", "text": word()}],
             "image": lambda: [{"type": "image", "image": word()}],
             "block": lambda: [{"type": "thinking", "thinking": word()}],
-        }[kind]()  # fmt: skip
+        }[kind]()
 
     for _ in range(draw(st.integers(1, 4))):
         role = draw(st.sampled_from(["user", "user", "system", "developer", "tool", "human", "function", "ipython"]))
@@ -344,8 +371,13 @@ def test_a_conversation_is_in_the_text_in_full_or_refused(templated):
             return
         text = tokenizer.decode(document.ids)
         assert not [word for word in words if word not in text]
-        order = [text.index(word) for message in messages if message["role"] not in ("system", "developer")
-                 for word in words if word in str(message["content"])]  # fmt: skip
+        order = [
+            text.index(word)
+            for message in messages
+            if message["role"] not in ("system", "developer")
+            for word in words
+            if word in str(message["content"])
+        ]
         assert order == sorted(order)
         assert messages == before  # the caller's are left as they are
         accepted.add((template, *(message["role"] for message in messages)))

@@ -101,7 +101,7 @@ BAD = {
     "none.parquet": (b"", "none.parquet: row 0: not readable Parquet"),
     "a.parquet.gz": (b"", "nothing to read .a.parquet.gz"),
     "a.csv": (b"text\na", "nothing to read .a.csv"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -182,10 +182,14 @@ TALK = [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]
 ALPACA = {"instruction": "Add.", "input": "1+1", "output": "2", "system": "Be brief.", "history": [["Hi", "Hello"]]}
 SHAPED = {
     "sharegpt": ({"id": 7, "conversations": TALK}, said(("user", "1+1?"), ("assistant", "2"))),
-    "alpaca": (ALPACA, said(("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"),
-                            ("user", "Add.\n1+1"), ("assistant", "2"))),
+    "alpaca": (
+        ALPACA,
+        said(
+            ("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Add.\n1+1"), ("assistant", "2")
+        ),
+    ),
     "prompt_completion": ({"prompt": "1+1?", "completion": "2"}, said(("user", "1+1?"), ("assistant", "2"))),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("shape", SHAPED)
@@ -215,13 +219,16 @@ def test_sharegpt_has_tools_and_calls(tmp_path):
 REFUSED = {
     "speaker": ({"conversations": [{"from": "humman", "value": "a"}]}, "sharegpt", "did you mean 'human'"),
     "turn key": ({"conversations": [TALK[0] | {"weight": 0}]}, "sharegpt", r"conversations\[0\]: unknown key 'weight'"),
-    "two systems": ({"conversations": [{"from": "system", "value": "a"}], "system": "b"}, "sharegpt",
-                    "have a system turn"),
+    "two systems": (
+        {"conversations": [{"from": "system", "value": "a"}], "system": "b"},
+        "sharegpt",
+        "have a system turn",
+    ),
     "field": ({"conversations": TALK, "functions": [{"name": "f"}]}, "sharegpt", "'functions' .*ignore_fields"),
     "history": ({"instruction": "a", "output": "b", "history": ["c"]}, "alpaca", r"history\[0\]: a question and its"),
     "surrogate": ({"instruction": "a", "output": "\ud83d"}, "alpaca", r"messages\[1\].content: a lone surrogate"),
     "empty": ({"prompt": "", "completion": "a"}, "prompt_completion", "prompt: is empty"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -243,12 +250,15 @@ ASKED = said(("user", "1+1?"))
 PAIRS = {
     None: {"prompt": "1+1?", "chosen": "2", "rejected": [{"role": "assistant", "content": "3"}]},
     "ultrafeedback": {
-        "prompt": "1+1?", "score_chosen": 9.0, "messages": ASKED + said(("assistant", "2")),
-        "chosen": ASKED + said(("assistant", "2")), "rejected": ASKED + said(("assistant", "3")),
+        "prompt": "1+1?",
+        "score_chosen": 9.0,
+        "messages": ASKED + said(("assistant", "2")),
+        "chosen": ASKED + said(("assistant", "2")),
+        "rejected": ASKED + said(("assistant", "3")),
     },
     "sharegpt": {"conversations": TALK[:1], "chosen": TALK[1], "rejected": {"from": "gpt", "value": "3"}},
     "alpaca": {"instruction": "1+1?", "chosen": "2", "rejected": "3"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("shape", PAIRS)

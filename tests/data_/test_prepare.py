@@ -275,7 +275,7 @@ BAD = {
     "half a character": (TEXT, '{"text": "\\ud83d"}', r"bad: bad.jsonl:3: .*a lone surrogate \(\\ud83d\) is no text"),
     "half in a message": (CHAT, '{"messages": [{"role": "user", "content": "\\ud83d"}]}', r"jsonl:3: .*lone surrogate"),
     "bad tools": (CHAT, '{"messages": [{"role": "user"}], "tools": "{"}', r"jsonl:3: field 'tools' is text but"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -34,10 +34,14 @@ WRITES = (*TRAINS, "init", "export", "data prepare")
 def examples(count: int) -> settings:
     """Hypothesis's settings for a test of `count` examples, times SIZE."""
     return settings(
-        max_examples=count * SIZE, derandomize=SIZE == 1, database=None, deadline=None, print_blob=True,
+        max_examples=count * SIZE,
+        derandomize=SIZE == 1,
+        database=None,
+        deadline=None,
+        print_blob=True,
         suppress_health_check=list(HealthCheck),
         phases=[Phase.generate],  # what fails is named, and small already
-    )  # fmt: skip
+    )
 
 
 def digest(*places: Path) -> dict[str, str]:
@@ -86,8 +90,10 @@ def call(*arguments: object, seconds: float = SECONDS) -> Outcome:
     with (
         mock.patch.object(sys, "argv", ["hmf", *map(str, arguments)]),
         mock.patch.object(sys, "stdin", io.StringIO("one\n\n")),
-        contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), limited(seconds),
-    ):  # fmt: skip
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        limited(seconds),
+    ):
         try:
             main()
         except SystemExit as stop:

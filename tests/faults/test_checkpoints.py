@@ -48,11 +48,18 @@ COMMANDS = {
         "chat": lambda home, out: ("chat", home / "hybrid", "--max-new-tokens", "4"),
         "finetune": lambda home, out: (
             "finetune",
-            recipe(home, method="cpt", model=str(home / "hybrid"), output=str(out), trainable={"all": 1e-3},
-                   training=TRAINING, data=text(home)),
+            recipe(
+                home,
+                method="cpt",
+                model=str(home / "hybrid"),
+                output=str(out),
+                trainable={"all": 1e-3},
+                training=TRAINING,
+                data=text(home),
+            ),
         ),
     },
-}  # fmt: skip
+}
 COMMANDS["sharded"] = COMMANDS["base"]
 EVALUATE = ("--tasks", "", "--text-bytes", "300", "--length", "96")
 

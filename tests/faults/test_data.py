@@ -32,8 +32,15 @@ RECORDS = {
     "chat": ({"messages_field": "messages"}, {"messages": TALK}),
     "tools": (
         {"messages_field": "messages"},
-        {"messages": [TALK[0], {"role": "assistant", "content": "", "tool_calls": [CALL]},
-                      {"role": "tool", "content": "3"}, TALK[1]], "tools": TOOLS},
+        {
+            "messages": [
+                TALK[0],
+                {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                {"role": "tool", "content": "3"},
+                TALK[1],
+            ],
+            "tools": TOOLS,
+        },
     ),
     "sharegpt": (
         {"shape": "sharegpt"},
@@ -41,7 +48,7 @@ RECORDS = {
     ),
     "alpaca": ({"shape": "alpaca"}, {"instruction": "one", "input": "1", "output": "two", "history": [["a", "b"]]}),
     "completion": ({"shape": "prompt_completion"}, {"prompt": "one 1", "completion": "two 2"}),
-}  # fmt: skip
+}
 ODD = [
     "\ud800",
     "\u202e\u0000",
@@ -55,9 +62,12 @@ ODD = [
     " \n",
 ]
 PACK = {
-    "": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
     ".zst": zstandard.ZstdCompressor().compress,
-}  # fmt: skip
+}
 
 
 def as_parquet(records: list) -> bytes | None:
@@ -113,10 +123,17 @@ def test_damaged_records(kind, models, campaign):
             home.mkdir()
             output.parent.mkdir()
             file, done = write_damaged(data, home, record)
-            (home / "recipe.yaml").write_text(yaml.safe_dump({
-                "output": str(output), "tokenizer": str(models / "base"), "sequence_length": 64,
-                "max_truncated_share": 1.0, "sources": [fields | {"path": str(file)}],
-            }))  # fmt: skip
+            (home / "recipe.yaml").write_text(
+                yaml.safe_dump(
+                    {
+                        "output": str(output),
+                        "tokenizer": str(models / "base"),
+                        "sequence_length": 64,
+                        "max_truncated_share": 1.0,
+                        "sources": [fields | {"path": str(file)}],
+                    }
+                )
+            )
             if data.draw(st.booleans()):
                 arguments = ("data", "prepare", home / "recipe.yaml", "--workers", "1")
             else:
@@ -130,10 +147,16 @@ def test_damaged_records(kind, models, campaign):
 def prepared(models, tmp_path_factory):
     """Rows of the corpus."""
     home = tmp_path_factory.mktemp("prepared")
-    (home / "recipe.yaml").write_text(yaml.safe_dump({
-        "output": str(home / "rows"), "tokenizer": str(models / "base"), "sequence_length": 32,
-        "sources": [{"path": str(models / "corpus")}],
-    }))  # fmt: skip
+    (home / "recipe.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "output": str(home / "rows"),
+                "tokenizer": str(models / "base"),
+                "sequence_length": 32,
+                "sources": [{"path": str(models / "corpus")}],
+            }
+        )
+    )
     assert call("data", "prepare", home / "recipe.yaml", "--workers", "1").code == 0
     return home / "rows"
 
@@ -160,10 +183,18 @@ def test_damaged_rows(models, prepared, campaign):
                 done = f"{file.name}: bytes"
             else:
                 done = damage_folder(data.draw, data.draw(st.sampled_from([rows, rows / "rows"])))
-            (home / "recipe.yaml").write_text(yaml.safe_dump({
-                "method": "cpt", "model": str(models / "hybrid"), "output": str(output), "trainable": {"all": 1e-3},
-                "data": {"prepared": str(rows)}, "training": {"max_steps": 1, "per_device_train_batch_size": 1},
-            }))  # fmt: skip
+            (home / "recipe.yaml").write_text(
+                yaml.safe_dump(
+                    {
+                        "method": "cpt",
+                        "model": str(models / "hybrid"),
+                        "output": str(output),
+                        "trainable": {"all": 1e-3},
+                        "data": {"prepared": str(rows)},
+                        "training": {"max_steps": 1, "per_device_train_batch_size": 1},
+                    }
+                )
+            )
             arguments = data.draw(st.sampled_from([("data", "show", rows), ("finetune", home / "recipe.yaml")]))
             campaign.run(*arguments, inputs=home, output=output, damage=done)
 

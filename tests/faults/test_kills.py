@@ -58,19 +58,28 @@ def inputs(folder: Path, models: Path) -> None:
     text = {"text": str(models / "corpus"), "sequence_length": 32}
     recipes = {
         "prime": {
-            "base": str(models / "base"), "output": "run", "hybrid": {"pattern": "*-GDN"},
+            "base": str(models / "base"),
+            "output": "run",
+            "hybrid": {"pattern": "*-GDN"},
             "distill": {"data": text, "training": LONG, "objective": {"layerwise_steps": 6, "kl": 0.5}},
             "evaluate": {"tasks": [], "length": 96, "text_bytes": 1000},
         },
         "finetune": {
-            "method": "cpt", "model": str(models / "hybrid"), "output": "run", "data": text, "training": LONG,
+            "method": "cpt",
+            "model": str(models / "hybrid"),
+            "output": "run",
+            "data": text,
+            "training": LONG,
             "trainable": {"all": 1e-3},
         },
         "data": {
-            "output": "run", "tokenizer": str(models / "base"), "sequence_length": 32, "shard_documents": 20,
+            "output": "run",
+            "tokenizer": str(models / "base"),
+            "sequence_length": 32,
+            "shard_documents": 20,
             "sources": [{"path": "texts.jsonl"}],
         },
-    }  # fmt: skip
+    }
     folder.mkdir(parents=True)
     for name, content in recipes.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))

@@ -63,8 +63,11 @@ def test_worst(name, models, campaign, tmp_path):
     change(folder)
     done = subprocess.run(
         [sys.executable, "-m", "hmf.cli", command, str(folder), *OPTIONS.get(command, ())],
-        capture_output=True, text=True, input="one\n\n", preexec_fn=limit,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        input="one\n\n",
+        preexec_fn=limit,
+    )
     require_promised(Outcome(done.returncode, done.stdout, done.stderr))
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     campaign.count("processes with limits: refusals")

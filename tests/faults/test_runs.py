@@ -21,12 +21,20 @@ pytestmark = pytest.mark.faults
 def primed(models, tmp_path_factory):
     """A folder with the recipe of `hmf prime`, whose output is the folder beside it, and that output."""
     home = tmp_path_factory.mktemp("primed")
-    (home / "recipe.yaml").write_text(yaml.safe_dump({
-        "base": str(models / "base"), "output": "run", "hybrid": {"pattern": "*-GDN"},
-        "distill": {"data": {"text": str(models / "corpus"), "sequence_length": 32},
-                    "training": {"max_steps": 2, "per_device_train_batch_size": 1, "save_steps": 1}},
-        "evaluate": {"tasks": [], "length": 96, "text_bytes": 300},
-    }))  # fmt: skip
+    (home / "recipe.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "base": str(models / "base"),
+                "output": "run",
+                "hybrid": {"pattern": "*-GDN"},
+                "distill": {
+                    "data": {"text": str(models / "corpus"), "sequence_length": 32},
+                    "training": {"max_steps": 2, "per_device_train_batch_size": 1, "save_steps": 1},
+                },
+                "evaluate": {"tasks": [], "length": 96, "text_bytes": 300},
+            }
+        )
+    )
     with contextlib.chdir(home):
         assert call("prime", "recipe.yaml").code == 0
     return home

@@ -19,9 +19,12 @@ from tests.serving.scripted import save_scripted
 
 schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis, which `make test-faults` installs")
 pytestmark = [
-    pytest.mark.faults, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(3600),
+    pytest.mark.faults,
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(SIZE == 1, reason="minutes long: part of `make test-faults`"),
-]  # fmt: skip
+]
 HI = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
 
 
@@ -36,9 +39,11 @@ def server(tmp_path_factory):
     command = [sys.executable, "-m", "hmf.cli", "serve", str(model), "--", "--port", str(port), "--enforce-eager"]
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*command, *engines.SMALL], stdout=output, stderr=subprocess.STDOUT,
+            [*command, *engines.SMALL],
+            stdout=output,
+            stderr=subprocess.STDOUT,
             env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
-        )  # fmt: skip
+        )
     address, until = f"http://127.0.0.1:{port}", time.monotonic() + 600
     try:
         while not _answers(address):

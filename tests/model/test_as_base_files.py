@@ -162,10 +162,19 @@ def trained(model, folder, rows, batch_size, **given):
     from transformers import Trainer, TrainingArguments
 
     arguments = TrainingArguments(
-        str(folder), max_steps=2, per_device_train_batch_size=batch_size, gradient_accumulation_steps=8 // batch_size,
-        learning_rate=0.1, optim="sgd", max_grad_norm=0, report_to=[], use_cpu=True, disable_tqdm=True,
-        save_strategy="no", **given,
-    )  # fmt: skip
+        str(folder),
+        max_steps=2,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=8 // batch_size,
+        learning_rate=0.1,
+        optim="sgd",
+        max_grad_norm=0,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        **given,
+    )
     trainer = Trainer(model, arguments, train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(rows))
     return trainer.train().training_loss, trainer.evaluate()["eval_loss"]
 

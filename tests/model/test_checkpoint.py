@@ -245,14 +245,29 @@ def test_directory_under_a_file(tmp_path):
 def test_companions_are_byte_identical(checkpoint, tmp_path, capsys):
     source, target = tmp_path / "source", tmp_path / "target"
     travels = (
-        "tokenizer.json", "vocab.json", "tekken.json", "chat_template.jinja", "generation_config.json", "LICENSE",
-        "preprocessor_config.json", "a name of tomorrow.xyz", "chat_templates/rag.jinja",
+        "tokenizer.json",
+        "vocab.json",
+        "tekken.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "LICENSE",
+        "preprocessor_config.json",
+        "a name of tomorrow.xyz",
+        "chat_templates/rag.jinja",
         "additional_chat_templates/tools/deep.jinja",
-    )  # fmt: skip
+    )
     stays = (
-        "pytorch_model.bin", "pytorch_model.bin.index.json", "model.gguf", "optimizer.pt", "consolidated.safetensors",
-        "params.json", "README.md", "modeling_own.py", "original/params.json", ".gitattributes",
-    )  # fmt: skip
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "model.gguf",
+        "optimizer.pt",
+        "consolidated.safetensors",
+        "params.json",
+        "README.md",
+        "modeling_own.py",
+        "original/params.json",
+        ".gitattributes",
+    )
     for number, name in enumerate((*travels, *stays)):
         (source / name).parent.mkdir(exist_ok=True, parents=True)
         (source / name).write_bytes(b'{ "a":\t%d }\r\n' % number)  # not as any writer of ours would print it

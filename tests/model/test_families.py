@@ -29,9 +29,17 @@ from tests.numerics import assert_golden, assert_same, widened
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {
-    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "norm_topk_prob": True}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -42,9 +50,16 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 YARN = {
-    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 1.0,
-    "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "llama_4_scaling_beta": 0.1,
-}  # fmt: skip
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5}
 # family -> variant -> config fields. The first of each goes through the whole job.
 BASES: dict[str, dict[str, dict[str, Any]]] = {
@@ -83,9 +98,12 @@ every_family = pytest.mark.parametrize(
 PATTERN = Pattern.parse("*-GDN-*-GDN")
 # Stage 1's loss at the first and the sixth step of `test_the_whole_job`.
 GOLDEN_LOSSES = {
-    "llama": (3.769546, 1.642005), "ministral3": (3.986702, 2.194591), "qwen2": (3.041615, 1.438540),
-    "qwen3": (3.206824, 1.382357), "qwen3_moe": (3.721280, 1.544717),
-}  # fmt: skip
+    "llama": (3.769546, 1.642005),
+    "ministral3": (3.986702, 2.194591),
+    "qwen2": (3.041615, 1.438540),
+    "qwen3": (3.206824, 1.382357),
+    "qwen3_moe": (3.721280, 1.544717),
+}
 
 
 def stock_model(family: str, variant: str) -> Any:
@@ -136,11 +154,20 @@ def expected_tensors(base: dict[str, torch.Tensor], config: Any) -> dict[str, li
     size, heads, kv_heads, width = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, 4
     inner, kv = heads * config.head_dim, kv_heads * config.head_dim
     mixer = {
-        "q_proj.weight": [inner, size], "k_proj.weight": [kv, size], "v_proj.weight": [kv, size],
-        "o_proj.weight": [size, inner], "g_proj.weight": [inner, size], "o_norm.weight": [config.head_dim],
-        "q_conv1d.weight": [inner, 1, width], "k_conv1d.weight": [kv, 1, width], "v_conv1d.weight": [kv, 1, width],
-        "b_proj.weight": [heads, size], "gk_proj.weight": [heads, size], "A_log": [heads], "dt_bias": [heads],
-    }  # fmt: skip
+        "q_proj.weight": [inner, size],
+        "k_proj.weight": [kv, size],
+        "v_proj.weight": [kv, size],
+        "o_proj.weight": [size, inner],
+        "g_proj.weight": [inner, size],
+        "o_norm.weight": [config.head_dim],
+        "q_conv1d.weight": [inner, 1, width],
+        "k_conv1d.weight": [kv, 1, width],
+        "v_conv1d.weight": [kv, 1, width],
+        "b_proj.weight": [heads, size],
+        "gk_proj.weight": [heads, size],
+        "A_log": [heads],
+        "dt_bias": [heads],
+    }
     replaced = tuple(f"model.layers.{i}.self_attn." for i in PATTERN.replaced)
     kept = {name: list(x.shape) for name, x in base.items() if not name.startswith(replaced)}
     return kept | {f"model.layers.{i}.gdn.{name}": shape for i in PATTERN.replaced for name, shape in mixer.items()}

@@ -203,8 +203,10 @@ def test_norms_are_float32_where_rounding_would_change_them(tmp_path, capsys):
     assert tensors["model.layers.1.linear_attn.A_log"].dtype == torch.float32
     assert tensors["model.layers.0.self_attn.q_proj.weight"].dtype == torch.bfloat16
     assert "stored in float32" in capsys.readouterr().err
-    wide = [load(tmp_path / name, dtype=torch.float32).eval() for load, name in (
-        (load_model, "small"), (AutoModelForCausalLM.from_pretrained, "stock"))]  # fmt: skip
+    wide = [
+        load(tmp_path / name, dtype=torch.float32).eval()
+        for load, name in ((load_model, "small"), (AutoModelForCausalLM.from_pretrained, "stock"))
+    ]
     require_same(*wide)
 
 

@@ -167,13 +167,31 @@ def test_scalings_that_no_recipe_makes_are_kept():
 
 
 IMPOSSIBLE = [
-    ("rope_theta", 0), ("rope_theta", -1.0), ("rope_theta", math.nan), ("rope_theta", math.inf), ("rope_theta", None),
-    ("rope_theta", "1e6"), ("rope_theta", True), ("factor", 0.5), ("factor", None), ("factor", "4"),
-    ("factor", math.nan), ("beta_fast", 0.5), ("beta_slow", 32), ("attention_factor", 0.0), ("mscale", None),
-    ("original_max_position_embeddings", 0), ("original_max_position_embeddings", None),
-    ("original_max_position_embeddings", 2.5), ("rope_type", "su"), ("rope_type", None), ("type", "llama3"),
-    ("truncate", "no"), ("full_attention", {"rope_theta": 1e4}), ("partial_rotary_factor", 0.5),
-]  # fmt: skip
+    ("rope_theta", 0),
+    ("rope_theta", -1.0),
+    ("rope_theta", math.nan),
+    ("rope_theta", math.inf),
+    ("rope_theta", None),
+    ("rope_theta", "1e6"),
+    ("rope_theta", True),
+    ("factor", 0.5),
+    ("factor", None),
+    ("factor", "4"),
+    ("factor", math.nan),
+    ("beta_fast", 0.5),
+    ("beta_slow", 32),
+    ("attention_factor", 0.0),
+    ("mscale", None),
+    ("original_max_position_embeddings", 0),
+    ("original_max_position_embeddings", None),
+    ("original_max_position_embeddings", 2.5),
+    ("rope_type", "su"),
+    ("rope_type", None),
+    ("type", "llama3"),
+    ("truncate", "no"),
+    ("full_attention", {"rope_theta": 1e4}),
+    ("partial_rotary_factor", 0.5),
+]
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "hybrid_qwen3"])

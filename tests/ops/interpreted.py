@@ -73,22 +73,58 @@ def nudged(made):
 
 TWO = {"num_iter": 2}
 CASES = [  # name, shape, options, changes, dtype, with gradients
-    ("packed", Shape(lengths=(0, 17, 1), heads=1, head_dim=12, with_state=True),
-     TWO, {"value_dim": 5, "symmetric": False}, torch.float32, True),
-    ("rows", Shape(tokens=9, heads=1, head_dim=16),
-     TWO | {"rescale": False, "bp_lambda": False}, {"alpha": False}, torch.bfloat16, True),
-    ("packed, no gradients", Shape(lengths=(0, 37, 1), heads=2, head_dim=20, with_state=True),
-     TWO, {"value_dim": 5, "symmetric": False}, torch.bfloat16, False),
-    ("rows, no gradients", Shape(batch=2, tokens=19, heads=1, head_dim=16),
-     {"num_iter": 3, "rescale": False}, {"alpha": False}, torch.bfloat16, False),
+    (
+        "packed",
+        Shape(lengths=(0, 17, 1), heads=1, head_dim=12, with_state=True),
+        TWO,
+        {"value_dim": 5, "symmetric": False},
+        torch.float32,
+        True,
+    ),
+    (
+        "rows",
+        Shape(tokens=9, heads=1, head_dim=16),
+        TWO | {"rescale": False, "bp_lambda": False},
+        {"alpha": False},
+        torch.bfloat16,
+        True,
+    ),
+    (
+        "packed, no gradients",
+        Shape(lengths=(0, 37, 1), heads=2, head_dim=20, with_state=True),
+        TWO,
+        {"value_dim": 5, "symmetric": False},
+        torch.bfloat16,
+        False,
+    ),
+    (
+        "rows, no gradients",
+        Shape(batch=2, tokens=19, heads=1, head_dim=16),
+        {"num_iter": 3, "rescale": False},
+        {"alpha": False},
+        torch.bfloat16,
+        False,
+    ),
     ("no steps, no gradients", Shape(tokens=3, heads=1, head_dim=16), {"num_iter": 0}, {}, torch.bfloat16, False),
     ("no steps", Shape(tokens=3, heads=1, head_dim=16), {"num_iter": 0}, {}, torch.float32, True),
-    ("a token", Shape(batch=2, tokens=1, heads=1, head_dim=12, with_state=True),
-     TWO, {"value_dim": 5, "symmetric": False}, torch.bfloat16, False),
-    ("a first token", Shape(tokens=1, heads=1, head_dim=16),
-     TWO | {"rescale": False}, {"alpha": False}, torch.float32, False),
+    (
+        "a token",
+        Shape(batch=2, tokens=1, heads=1, head_dim=12, with_state=True),
+        TWO,
+        {"value_dim": 5, "symmetric": False},
+        torch.bfloat16,
+        False,
+    ),
+    (
+        "a first token",
+        Shape(tokens=1, heads=1, head_dim=16),
+        TWO | {"rescale": False},
+        {"alpha": False},
+        torch.float32,
+        False,
+    ),
     ("a token without steps", Shape(tokens=1, heads=1, head_dim=16), {"num_iter": 0}, {}, torch.float32, False),
-]  # fmt: skip
+]
 
 
 def check_pool(device: str, dtype: torch.dtype, pool_dtype: torch.dtype) -> None:

@@ -87,9 +87,11 @@ def check_kernels():
         exact, plain, found = (
             doctor.evaluate(version, made, dtype, "cpu", True)
             for version, dtype in (
-                (versions.reference, torch.float64), (versions.chunked, torch.float32), (versions.fast, torch.float32),
+                (versions.reference, torch.float64),
+                (versions.chunked, torch.float32),
+                (versions.fast, torch.float32),
             )
-        )  # fmt: skip
+        )
         for name, value in found.items():
             numerics.assert_near(value, exact[name], plain[name], what=f"{case_shape}: {name}")
 

@@ -61,8 +61,10 @@ def check(device: str, dtype: torch.dtype, tolerance: float) -> None:
         g = torch.cat([-torch.rand(b - a, heads, generator=generator).cumsum(0) for a, b in spans]).double()
         truth = expected(q, k, v, w, g, h, do, dh, dv, spans, 0.3)
         rows = (1, first) if packed else lengths
-        x = {name: y.unflatten(0, rows).to(device, dtype) for name, y in
-             {"q": q, "k": k, "v": v, "w": w, "do": do, "dv": dv}.items()}  # fmt: skip
+        x = {
+            name: y.unflatten(0, rows).to(device, dtype)
+            for name, y in {"q": q, "k": k, "v": v, "w": w, "do": do, "dv": dv}.items()
+        }
         x |= {name: y.to(device, dtype)[None] for name, y in {"h": h, "dh": dh}.items()}
         x["g"] = (g / torch.log(torch.tensor(2.0))).float().unflatten(0, rows).to(device)
         if not delta:

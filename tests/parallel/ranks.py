@@ -168,9 +168,14 @@ def train_stage2(rank: int, ranks: int, port: int, given: dict[str, Any]) -> Non
 
 def as_torchrun(rank: int, ranks: int, port: int, use_cpu: bool = True) -> None:
     os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": str(use_cpu),
-    }  # fmt: skip
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": str(use_cpu),
+    }
     torch.set_num_threads(1)
 
 

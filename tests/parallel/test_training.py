@@ -95,11 +95,16 @@ def test_rows_and_parameters_shared_in_bfloat16_with_checkpointing(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
-@pytest.mark.parametrize("shared", [
-    {"per_device_train_batch_size": 1}, {"per_device_train_batch_size": 1, "strategy": "fsdp2"},
-    {"sequence_parallel": 2},
-    {"sequence_parallel": 2, "strategy": "fsdp2"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "shared",
+    [
+        {"per_device_train_batch_size": 1},
+        {"per_device_train_batch_size": 1, "strategy": "fsdp2"},
+        {"sequence_parallel": 2},
+        {"sequence_parallel": 2, "strategy": "fsdp2"},
+    ],
+    ids=str,
+)
 def test_two_gpus_over_nccl_and_a_resume(stage0, tmp_path, shared):
     """Losses as on one GPU, and a resume bit for bit."""
     given = recipe(stage0, **shared)
@@ -142,9 +147,13 @@ def test_deepspeed(stage0, alone, tmp_path, monkeypatch):
 def test_deepspeed_gets_what_the_recipe_says(stage0, monkeypatch):
     monkeypatch.setattr(strategy.importlib.util, "find_spec", lambda name: object())
     settings = ParallelSettings(
-        max_steps=1, per_device_train_batch_size=3, gradient_accumulation_steps=2, max_grad_norm=0.5,
-        precision="bfloat16", strategy="deepspeed",
-    )  # fmt: skip
+        max_steps=1,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.5,
+        precision="bfloat16",
+        strategy="deepspeed",
+    )
     assert strategy_arguments(settings, None)["bf16"] is False
     config = deepspeed_config(settings)
     assert config["zero_optimization"] == {"stage": 2} and config["gradient_clipping"] == 0.5

@@ -21,9 +21,16 @@ from tests.hybrids import Case, tiny_config
 from tests.serving import engines
 
 QWEN3_8B = {
-    "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-    "intermediate_size": 12288, "vocab_size": 151936, "max_position_embeddings": 40960, "dtype": "bfloat16",
-}  # fmt: skip
+    "hidden_size": 4096,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 12288,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "dtype": "bfloat16",
+}
 CONTEXT = QWEN3_8B["max_position_embeddings"]
 
 

@@ -192,18 +192,26 @@ def test_losses_and_gradients_of_parts_add_up_to_those_of_the_whole(fused, name)
     train_only_mixers(model)
     lengths = (18, 7, 12)
     documents = [torch.randint(3, 128, (1, n)) for n in lengths]
-    labels = [torch.cat([torch.full((1, n - k), -100), x[:, n - k :]], 1) for n, k, x in
-              zip(lengths, (3, 5, 0), documents, strict=True)]  # fmt: skip
+    labels = [
+        torch.cat([torch.full((1, n - k), -100), x[:, n - k :]], 1)
+        for n, k, x in zip(lengths, (3, 5, 0), documents, strict=True)
+    ]
     alone = [{"input_ids": x, "labels": y} for x, y in zip(documents, labels, strict=True)]
-    packed = {"input_ids": torch.cat(documents, 1), "labels": torch.cat(labels, 1),
-              "position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}  # fmt: skip
+    packed = {
+        "input_ids": torch.cat(documents, 1),
+        "labels": torch.cat(labels, 1),
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+    }
     padded = {
         "input_ids": torch.cat([torch.nn.functional.pad(x, (18 - x.shape[1], 0)) for x in documents]),
         "labels": torch.cat([torch.nn.functional.pad(x, (18 - x.shape[1], 0), value=-100) for x in labels]),
         "attention_mask": torch.cat([(torch.arange(18) >= 18 - n).long()[None] for n in lengths]),
     }
-    objective = LayerwiseObjective(attention_sizes(model, **packed)) if name == "layerwise" else (
-        Stage1Objective(**SPLITS[name]))  # fmt: skip
+    objective = (
+        LayerwiseObjective(attention_sizes(model, **packed))
+        if name == "layerwise"
+        else (Stage1Objective(**SPLITS[name]))
+    )
 
     def run(*batches):
         model.zero_grad()

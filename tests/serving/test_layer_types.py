@@ -257,9 +257,16 @@ def test_four_ranks_add_up(symbol, kv_heads):
 WINDOWS = {"use_sliding_window": True, "sliding_window": 16}
 # Queries grow past `original_max_position_embeddings`.
 MINISTRAL = {
-    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 16.0, "original_max_position_embeddings": 64,
-    "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.2, "mscale_all_dim": 0.7, "llama_4_scaling_beta": 0.1,
-}  # fmt: skip
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.2,
+    "mscale_all_dim": 0.7,
+    "llama_4_scaling_beta": 0.1,
+}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,

@@ -226,8 +226,16 @@ class TestRefusals:
             ("qwen3", {"rope_parameters": ROPE | {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
             (
                 "llama",
-                {"rope_parameters": ROPE | {"rope_type": "longrope", "short_factor": [1.0] * 16, "factor": 2.0,
-                                            "long_factor": [2.0] * 16, "original_max_position_embeddings": 64}},
+                {
+                    "rope_parameters": ROPE
+                    | {
+                        "rope_type": "longrope",
+                        "short_factor": [1.0] * 16,
+                        "factor": 2.0,
+                        "long_factor": [2.0] * 16,
+                        "original_max_position_embeddings": 64,
+                    }
+                },
                 "rope_type 'longrope'",
             ),
             ("qwen3", {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
@@ -238,7 +246,7 @@ class TestRefusals:
                 "(yarn) ends at 1024, before the 4096 of the longest sequence; use --max-model-len 1024",
             ),
         ],
-    )  # fmt: skip
+    )
     def test_what_vllm_computes_otherwise(self, tmp_path, family, fields, line):
         from hmf.model.families import FAMILIES
 

@@ -49,10 +49,17 @@ def make_tiny_stage0(folder: Path, template: str = "{{ messages[0].content }}", 
         (folder / "corpus" / f"{number}.txt").write_text(text)
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=128, initializer_range=0.3,
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=128,
+        initializer_range=0.3,
         tie_word_embeddings=tied,
-    )  # fmt: skip
+    )
     Qwen3ForCausalLM(config).save_pretrained(folder / "base")
     train_tokenizer(TEXTS, 300, template, 128).save_pretrained(folder / "base")
     make_stage0(folder / "base", Pattern.parse("*-GDN"), folder / "stage0")
@@ -60,12 +67,14 @@ def make_tiny_stage0(folder: Path, template: str = "{{ messages[0].content }}", 
 
 
 def settings(stage0: Path, **training: Any) -> DistillSettings:
-    return DistillSettings.model_validate({
-        "data": {"text": str(stage0.parent / "corpus"), "sequence_length": 32},
-        "objective": {"layers": "mixer"},
-        "training": {"max_steps": 3, "per_device_train_batch_size": 2,
-                     "learning_rate": 3e-3, "save_steps": 1} | training,
-    })  # fmt: skip
+    return DistillSettings.model_validate(
+        {
+            "data": {"text": str(stage0.parent / "corpus"), "sequence_length": 32},
+            "objective": {"layers": "mixer"},
+            "training": {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 3e-3, "save_steps": 1}
+            | training,
+        }
+    )
 
 
 def make_tiny_hybrid(folder: Path, template: str = CHAT_TEMPLATE) -> Path:
@@ -76,12 +85,17 @@ def make_tiny_hybrid(folder: Path, template: str = CHAT_TEMPLATE) -> Path:
 
 def finetune_recipe(hybrid: Path, run: Path, **changes: Any) -> FinetuneRecipe:
     """Three steps of continued pretraining of mixers and norms."""
-    return FinetuneRecipe.model_validate({
-        "method": "cpt", "model": str(hybrid), "output": str(run),
-        "data": {"text": str(hybrid.parent / "corpus"), "sequence_length": 32},
-        "trainable": {"mixers": 3e-3, "norms": 1e-3},
-        "training": {"max_steps": 3, "per_device_train_batch_size": 2, "save_steps": 1},
-    } | changes)  # fmt: skip
+    return FinetuneRecipe.model_validate(
+        {
+            "method": "cpt",
+            "model": str(hybrid),
+            "output": str(run),
+            "data": {"text": str(hybrid.parent / "corpus"), "sequence_length": 32},
+            "trainable": {"mixers": 3e-3, "norms": 1e-3},
+            "training": {"max_steps": 3, "per_device_train_batch_size": 2, "save_steps": 1},
+        }
+        | changes
+    )
 
 
 def result(
@@ -213,9 +227,13 @@ def in_processes(
     processes = []
     for rank in range(count):
         environment = {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        }  # fmt: skip
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         processes.append(start(target, *args, *(extra or {}).get(rank, ()), environment))
     while any(process.is_alive() for process in processes):
         for process in processes:

@@ -74,8 +74,10 @@ def test_rates_reach_the_optimiser_and_the_rest_is_frozen():
     groups = choose(model, {"mixers": 1e-3, "norms": 1e-4})
     rows = optimiser_groups(model, groups, weight_decay=0.1)
     assert {(row["group"], row["lr"], row["weight_decay"]) for row in rows} == {
-        ("mixers", 1e-3, 0.1), ("mixers", 1e-3, 0.0), ("norms", 1e-4, 0.0),
-    }  # fmt: skip
+        ("mixers", 1e-3, 0.1),
+        ("mixers", 1e-3, 0.0),
+        ("norms", 1e-4, 0.0),
+    }
     trained = {id(x) for row in rows for x in row["params"]}
     assert trained == {id(x) for x in model.parameters() if x.requires_grad}
     decaying = {id(x) for row in rows if row["weight_decay"] for x in row["params"]}
@@ -83,8 +85,12 @@ def test_rates_reach_the_optimiser_and_the_rest_is_frozen():
     assert {"A_log", "dt_bias"} <= kept
     everything = choose(model, {"all": 1e-5, "mlp": 1e-6})
     assert {group.name: group.learning_rate for group in everything} == {
-        "mixers": 1e-5, "norms": 1e-5, "attention": 1e-5, "mlp": 1e-6, "embeddings": 1e-5,
-    }  # fmt: skip
+        "mixers": 1e-5,
+        "norms": 1e-5,
+        "attention": 1e-5,
+        "mlp": 1e-6,
+        "embeddings": 1e-5,
+    }
 
 
 def test_a_group_without_parameters_is_an_error():
@@ -254,8 +260,10 @@ ONE_STEP = {"max_steps": 1, "per_device_train_batch_size": 1}
         ({"method": "dpo"}, "method dpo needs pairs and no data"),
         ({"method": "rlhf"}, "method: Input should be 'cpt', 'sft' or 'dpo'"),
         ({"lora": {"groups": ["mixers"], "learning_rate": 1e-4}}, "lora.groups: mixers is trained as a whole"),
-        ({"lora": {"groups": ["mlp"], "learning_rate": 1e-4}, "training": ONE_STEP | {"strategy": "fsdp2"}},
-         "lora needs training.strategy ddp or deepspeed"),
+        (
+            {"lora": {"groups": ["mlp"], "learning_rate": 1e-4}, "training": ONE_STEP | {"strategy": "fsdp2"}},
+            "lora needs training.strategy ddp or deepspeed",
+        ),
         ({"training": ONE_STEP | {"sequence_parallel": 3}}, "a multiple of 6, twice training.seq"),
         ({"rope": {"theta": -1}}, "rope.theta: Input should be greater than 0"),
         ({"rope": {"tehta": 1}}, "rope: unknown key 'tehta'; did you mean 'theta'"),
@@ -263,7 +271,7 @@ ONE_STEP = {"max_steps": 1, "per_device_train_batch_size": 1}
         ({"rope": {"scaling": {"rope_type": "linear", "factor": 2, "beta_fast": 3}}}, "linear has no beta_fast"),
         ({"rope": {"scaling": {"rope_type": "dynamic", "factor": 2}}}, "'default', 'linear', 'yarn' or 'llama3'"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_recipe_is_one_line(hybrid, tmp_path, change, said):
     content = cutting.finetune_recipe(hybrid, tmp_path / "run").model_dump(mode="json", exclude_unset=True)
     file = tmp_path / "recipe.yaml"
@@ -304,9 +312,17 @@ def test_longer_positions_are_written_and_used(recipe):
 def test_a_longer_model_is_made_longer_again(recipe, hybrid, tmp_path):
     """Ministral 3, whose queries grow with their position: every key stays that the recipes do not name."""
     rope = {
-        "rope_type": "yarn", "type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64,
-        "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
-    }  # fmt: skip
+        "rope_type": "yarn",
+        "type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 2.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    }
     base = tmp_path / "base"
     shutil.copytree(hybrid.parent / "base", base)
     fields = json.loads((base / "config.json").read_text())

@@ -175,7 +175,7 @@ def test_pairs_stay_whole_and_all_come_before_any_comes_again(hybrid, pairs):
         ({"prompt": [{"role": "user", "content": "a", "mood": 1}], "chosen": "b", "rejected": "c"}, r"\].mood: unk"),
         ({"prompt": "a " * 300, "chosen": "b", "rejected": "c"}, "pair has .* tokens and a row 96; raise pairs.seq"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_line_is_named(hybrid, tmp_path, line, said):
     good = {"prompt": "a", "chosen": "b", "rejected": "c"}
     settings = PairSettings(path=str(write(tmp_path / "pairs.jsonl", [good, line])), sequence_length=96)
@@ -185,10 +185,12 @@ def test_a_bad_line_is_named(hybrid, tmp_path, line, said):
 
 def test_preferences_raise_the_margin_and_a_resume_keeps_the_start(hybrid, pairs, tmp_path, monkeypatch):
     changes = {
-        "method": "dpo", "data": None, "trainable": {"mixers": 5e-3, "norms": 5e-3},
+        "method": "dpo",
+        "data": None,
+        "trainable": {"mixers": 5e-3, "norms": 5e-3},
         "pairs": {"path": str(pairs), "sequence_length": 96},
         "training": {"max_steps": 12, "per_device_train_batch_size": 1, "save_steps": 4},
-    }  # fmt: skip
+    }
     whole, cut = (cutting.finetune_recipe(hybrid, tmp_path / name, **changes) for name in ("whole", "cut"))
     finetune(whole)
     log = [entry for entry in json.loads((whole.output / "stage2.log.json").read_text()) if "loss" in entry]
@@ -225,10 +227,12 @@ def test_preferences_raise_the_margin_and_a_resume_keeps_the_start(hybrid, pairs
 
 def test_what_the_last_step_made_of_the_weights_is_looked_at(hybrid, pairs, tmp_path):
     changes = {
-        "method": "dpo", "data": None, "trainable": {"mixers": 1e38, "norms": 1e38},
+        "method": "dpo",
+        "data": None,
+        "trainable": {"mixers": 1e38, "norms": 1e38},
         "pairs": {"path": str(pairs), "sequence_length": 96},
         "training": {"max_steps": 1, "per_device_train_batch_size": 1, "save_steps": 1},
-    }  # fmt: skip
+    }
     with pytest.raises(HmfError, match="step 1: after it .*nothing is saved") as caught:
         finetune(cutting.finetune_recipe(hybrid, tmp_path / "run", **changes))
     assert "\n" not in str(caught.value) and not (tmp_path / "run/model").exists()

@@ -19,13 +19,15 @@ pytest.importorskip("trl", reason="on-policy distillation needs trl")
 
 
 def settings(stage0, **training):
-    return DistillSettings.model_validate({
-        "data": {"text": str(stage0.parent / "corpus"), "sequence_length": 32},
-        "objective": {"pre_lm_head": 0, "kl": 1, "kl_direction": "reverse", "kl_tokens": "supervised"},
-        "on_policy": {"max_new_tokens": 8},
-        "training": {"max_steps": 40, "per_device_train_batch_size": 4,
-                     "learning_rate": 1e-2, "save_steps": 15} | training,
-    })  # fmt: skip
+    return DistillSettings.model_validate(
+        {
+            "data": {"text": str(stage0.parent / "corpus"), "sequence_length": 32},
+            "objective": {"pre_lm_head": 0, "kl": 1, "kl_direction": "reverse", "kl_tokens": "supervised"},
+            "on_policy": {"max_new_tokens": 8},
+            "training": {"max_steps": 40, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_steps": 15}
+            | training,
+        }
+    )
 
 
 @pytest.fixture(scope="module")

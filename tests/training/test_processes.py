@@ -85,8 +85,12 @@ def dense(stage0):
     teacher = AutoModelForCausalLM.from_pretrained(stage0.parent / "base", dtype=torch.float64)
     wanted, found = (model.model(input_ids=ids).last_hidden_state for model in (teacher, student))
     wanted = wanted.detach()
-    log_p, log_q = ((x @ teacher.lm_head.weight.T).log_softmax(-1).detach() if x is wanted else
-                    (x @ teacher.lm_head.weight.detach().T).log_softmax(-1) for x in (wanted, found))  # fmt: skip
+    log_p, log_q = (
+        (x @ teacher.lm_head.weight.T).log_softmax(-1).detach()
+        if x is wanted
+        else (x @ teacher.lm_head.weight.detach().T).log_softmax(-1)
+        for x in (wanted, found)
+    )
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)[:, :-1][labels[:, 1:] != -100]
     (2.0 * F.mse_loss(found, wanted) + 0.5 * kl.mean()).backward()
     return [layerwise, {name: student.get_parameter(name).grad for name in trained}]
@@ -110,10 +114,15 @@ def test_gradients_are_the_dense_ones_for_any_accumulation_and_number_of_process
 def prime_tiny(stage0, run, rows, environment=None):
     os.environ.update(environment or {})
     distill = cutting.settings(stage0, per_device_train_batch_size=rows).model_dump(mode="json")
-    recipe = PrimeRecipe.model_validate({
-        "base": str(stage0.parent / "base"), "output": str(run), "hybrid": {"pattern": "*-GDN"}, "distill": distill,
-        "evaluate": {"text_bytes": 500, "length": 96},
-    })  # fmt: skip
+    recipe = PrimeRecipe.model_validate(
+        {
+            "base": str(stage0.parent / "base"),
+            "output": str(run),
+            "hybrid": {"pattern": "*-GDN"},
+            "distill": distill,
+            "evaluate": {"text_bytes": 500, "length": 96},
+        }
+    )
     scores = prime(recipe, "the recipe", say=lambda line: None)
     (run / f"seen-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(sorted(scores)))
 

@@ -180,9 +180,14 @@ def print_rows(table_rows: list[dict[str, Any]], title: str) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for row in table_rows:
         table.add_row(
-            row["way"], f"{row['tokens_per_second']:,.0f}", f"{row['speedup']:.2f}x",
-            f"{row['peak_bytes'] / 2**30:.2f}", f"{row['memory_ratio']:.2f}x", f"{row['loss']:.4f}", str(row["steps"]),
-        )  # fmt: skip
+            row["way"],
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['speedup']:.2f}x",
+            f"{row['peak_bytes'] / 2**30:.2f}",
+            f"{row['memory_ratio']:.2f}x",
+            f"{row['loss']:.4f}",
+            str(row["steps"]),
+        )
     Console(width=max(110, Console().width)).print(table)
 
 

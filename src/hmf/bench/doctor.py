@@ -297,9 +297,13 @@ def print_report(report: Report) -> None:
     for check in report.checks:
         errors = (check.errors.get(_name(dtype)) for dtype in TOLERANCES["cpu"])
         table.add_row(
-            check.op, check.device, check.use, check.version or "nothing",
-            *("" if error is None else f"{error:.0e}" for error in errors), "wrong" if check.problem else "ok",
-        )  # fmt: skip
+            check.op,
+            check.device,
+            check.use,
+            check.version or "nothing",
+            *("" if error is None else f"{error:.0e}" for error in errors),
+            "wrong" if check.problem else "ok",
+        )
     console = Console(width=max(100, Console().width))
     console.print(table)
     failures = [check for check in report.checks if check.problem]

@@ -146,12 +146,20 @@ def rows(timings: Sequence[Timing]) -> list[dict]:
     for timing in timings:
         baseline = first.setdefault(timing.op, timing) if timing.forward else first.get(timing.op, timing)
         forward, backward, both = timing.speedup(baseline)
-        result.append({
-            "op": timing.op, "version": timing.version, "repeats": len(timing.forward),
-            "forward_ms": _milliseconds(timing.forward), "backward_ms": _milliseconds(timing.backward),
-            "baseline": baseline.version, "forward_speedup": forward, "backward_speedup": backward, "speedup": both,
-            "reason": timing.reason,
-        })  # fmt: skip
+        result.append(
+            {
+                "op": timing.op,
+                "version": timing.version,
+                "repeats": len(timing.forward),
+                "forward_ms": _milliseconds(timing.forward),
+                "backward_ms": _milliseconds(timing.backward),
+                "baseline": baseline.version,
+                "forward_speedup": forward,
+                "backward_speedup": backward,
+                "speedup": both,
+                "reason": timing.reason,
+            }
+        )
     return result
 
 
@@ -172,10 +180,11 @@ def print_rows(table_rows: list[dict], title: str) -> None:
         ratios = [row[key] for key in ("forward_speedup", "backward_speedup", "speedup")]
         first = row["version"] == row["baseline"]
         table.add_row(
-            row["op"], row["version"],
+            row["op"],
+            row["version"],
             *("-" if time is None else "{min:,.1f} / {median:,.1f}".format(**time) for time in times),
             *("-" if ratio is None else "1" if first else f"{ratio:.1f}x" for ratio in ratios),
             str(row["repeats"]),
             end_section=after is None or after["op"] != row["op"],
-        )  # fmt: skip
+        )
     Console(width=max(125, Console().width)).print(table)

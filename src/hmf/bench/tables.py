@@ -16,9 +16,11 @@ from hmf.planning import serving as planner
 from .throughput import Measured, Run, Subject
 
 PARTS = {
-    "prefill": "prefill_tokens_per_second", "ttft": "mean_ttft", "decode": "decode_tokens_per_second",
+    "prefill": "prefill_tokens_per_second",
+    "ttft": "mean_ttft",
+    "decode": "decode_tokens_per_second",
     "capacity": "capacity_tokens",
-}  # fmt: skip
+}
 
 
 def rows(subjects: Sequence[Subject], measured: Sequence[Measured | None], run: Run) -> list[dict[str, Any]]:
@@ -41,15 +43,26 @@ def rows(subjects: Sequence[Subject], measured: Sequence[Measured | None], run: 
                 read = one.plan.step_bytes(load.sequences, load.tokens + run.output // 2)
                 share = decode / load.sequences * read / found.copy_rate
             row: dict[str, Any] = {
-                "model": one.name, "kind": one.kind, "context": load.tokens, "sequences": load.sequences,
-                "filled": not asked.sequences, "prefilled_sequences": prefilled, "output": run.output,
-                "prefill_seconds": found.prefill[index], "decode_seconds": found.decode[index],
+                "model": one.name,
+                "kind": one.kind,
+                "context": load.tokens,
+                "sequences": load.sequences,
+                "filled": not asked.sequences,
+                "prefilled_sequences": prefilled,
+                "output": run.output,
+                "prefill_seconds": found.prefill[index],
+                "decode_seconds": found.decode[index],
                 "ttft_seconds": found.ttft[index],
                 "prefill_tokens_per_second": load.tokens * prefilled / min(found.prefill[index]),
-                "mean_ttft": min(found.ttft[index]), "decode_tokens_per_second": decode, "bound_share": share,
-                "capacity_tokens": found.capacity, "copy_bytes_per_second": found.copy_rate,
-                "start_seconds": found.start, "cuda_graphs": found.cuda_graphs, "backends": found.backends,
-            }  # fmt: skip
+                "mean_ttft": min(found.ttft[index]),
+                "decode_tokens_per_second": decode,
+                "bound_share": share,
+                "capacity_tokens": found.capacity,
+                "copy_bytes_per_second": found.copy_rate,
+                "start_seconds": found.start,
+                "cuda_graphs": found.cuda_graphs,
+                "backends": found.backends,
+            }
             if one is subjects[0]:
                 first = row
             row |= {f"{part}_ratio": first and row[figure] / first[figure] for part, figure in PARTS.items()}
@@ -60,8 +73,11 @@ def rows(subjects: Sequence[Subject], measured: Sequence[Measured | None], run: 
 def print_rows(table_rows: list[dict[str, Any]], title: str, base: str) -> None:
     """base: the model of which the ratios are 1."""
     models = {row["model"]: row for row in table_rows}
-    notes = [f"{escape(name)}: {row['kind']}; CUDA graphs {row['cuda_graphs']}; {row['backends']}; started in "
-             f"{row['start_seconds']:.0f} s" for name, row in models.items()]  # fmt: skip
+    notes = [
+        f"{escape(name)}: {row['kind']}; CUDA graphs {row['cuda_graphs']}; {row['backends']}; started in "
+        f"{row['start_seconds']:.0f} s"
+        for name, row in models.items()
+    ]
     if any(row["prefilled_sequences"] != row["sequences"] for row in table_rows):
         notes.append(f"prefill and time to first token (TTFT): as many sequences as {escape(base)} holds")
     if rate := table_rows[0]["copy_bytes_per_second"]:
@@ -71,21 +87,36 @@ def print_rows(table_rows: list[dict[str, Any]], title: str, base: str) -> None:
     table.add_column("context")
     table.add_column("model")
     for name in (
-        "prefill tok/s", "ratio", "mean TTFT ms", "ratio", "decode tok/s", "ratio", "step ms", "of the bound",
-        "KV tokens", "ratio",
-    ):  # fmt: skip
+        "prefill tok/s",
+        "ratio",
+        "mean TTFT ms",
+        "ratio",
+        "decode tok/s",
+        "ratio",
+        "step ms",
+        "of the bound",
+        "KV tokens",
+        "ratio",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     for row, after in zip(table_rows, [*table_rows[1:], None], strict=True):
         share = row["bound_share"]
         ratios = iter([_ratio(row, part, base) for part in PARTS])
         table.add_row(
-            f"{planner.short(row['context'])} x {row['sequences']}", escape(row["model"]),
-            f"{row['prefill_tokens_per_second']:,.0f}", next(ratios), f"{row['mean_ttft'] * 1e3:,.0f}", next(ratios),
-            f"{row['decode_tokens_per_second']:,.1f}", next(ratios),
-            f"{min(row['decode_seconds']) / row['output'] * 1e3:.2f}", f"{share:.0%}" if share else "-",
-            f"{row['capacity_tokens']:,}", next(ratios),
+            f"{planner.short(row['context'])} x {row['sequences']}",
+            escape(row["model"]),
+            f"{row['prefill_tokens_per_second']:,.0f}",
+            next(ratios),
+            f"{row['mean_ttft'] * 1e3:,.0f}",
+            next(ratios),
+            f"{row['decode_tokens_per_second']:,.1f}",
+            next(ratios),
+            f"{min(row['decode_seconds']) / row['output'] * 1e3:.2f}",
+            f"{share:.0%}" if share else "-",
+            f"{row['capacity_tokens']:,}",
+            next(ratios),
             end_section=after is None or _load(after) != _load(row),
-        )  # fmt: skip
+        )
     Console(width=max(160, Console().width)).print(table)
 
 
@@ -111,13 +142,18 @@ def card(table_rows: list[dict[str, Any]], base: str, ranks: int, hardware: Mapp
     filled = all(row["filled"] for row in table_rows)
     cache = "with a saturated KV cache" if filled else "of the numbers of sequences that the columns name"
     sizes = "at the Transformer's saturated batch size" if filled else "of the same sequences"
-    return "\n".join([
-        f"Sustained decode throughput (tokens/s) on {where}, measured during pure decode {cache}. "
-        "Benchmarked with random data (no prefix-caching benefits).", "",
-        *_by_context(table_rows, base, "decode_tokens_per_second", "decode", "{:,.0f}", 1), "",
-        f"Mean TTFT {sizes}:", "",
-        *_by_context(table_rows, base, "mean_ttft", "ttft", "{:,.0f} ms", 1e3),
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"Sustained decode throughput (tokens/s) on {where}, measured during pure decode {cache}. "
+            "Benchmarked with random data (no prefix-caching benefits).",
+            "",
+            *_by_context(table_rows, base, "decode_tokens_per_second", "decode", "{:,.0f}", 1),
+            "",
+            f"Mean TTFT {sizes}:",
+            "",
+            *_by_context(table_rows, base, "mean_ttft", "ttft", "{:,.0f} ms", 1e3),
+        ]
+    )
 
 
 def _by_context(

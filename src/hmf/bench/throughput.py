@@ -93,8 +93,10 @@ class Run:
         if self.dtype not in DTYPES:
             raise HmfError(f"--dtype: {unknown_name('dtype', self.dtype, DTYPES)}")
         if self.batched_tokens <= (most := max(load.sequences for load in self.loads)):
-            raise HmfError(f"--batched-tokens: {self.batched_tokens} leaves none for prompts beside {most} "
-                           "sequences that decode; give more")  # fmt: skip
+            raise HmfError(
+                f"--batched-tokens: {self.batched_tokens} leaves none for prompts beside {most} "
+                "sequences that decode; give more"
+            )
 
     def length(self, load: Load) -> int:
         """Tokens of the longest sequence of a load, prompt and answer."""
@@ -166,12 +168,17 @@ def subject(
     settings = replace(_settings(run), max_num_seqs=most)
     _, options, environment = for_machine(config, settings, run.ranks)
     options |= {
-        "--model": str(folder), "--load-format": "dummy" if random else "auto", "--dtype": run.dtype,
-        "--max-model-len": str(longest), "--max-num-batched-tokens": str(run.batched_tokens),
-        "--gpu-memory-utilization": str(run.utilisation), "--no-enable-prefix-caching": None,
-        "--skip-tokenizer-init": None, "--disable-log-stats": None,
+        "--model": str(folder),
+        "--load-format": "dummy" if random else "auto",
+        "--dtype": run.dtype,
+        "--max-model-len": str(longest),
+        "--max-num-batched-tokens": str(run.batched_tokens),
+        "--gpu-memory-utilization": str(run.utilisation),
+        "--no-enable-prefix-caching": None,
+        "--skip-tokenizer-init": None,
+        "--disable-log-stats": None,
         "--worker-extension-cls": f"hmf.bench.throughput.{Inspection.__name__}",
-    }  # fmt: skip
+    }
     if run.enforce_eager:
         options["--enforce-eager"] = None
     if overrides:
@@ -251,9 +258,12 @@ def _generate(engine: Any, prompts: list[list[int]], tokens: int, lead: int) -> 
     from vllm.sampling_params import RequestOutputKind
 
     params = SamplingParams(
-        temperature=0, max_tokens=1 + lead + tokens if tokens else 1, ignore_eos=True, detokenize=False,
+        temperature=0,
+        max_tokens=1 + lead + tokens if tokens else 1,
+        ignore_eos=True,
+        detokenize=False,
         output_kind=RequestOutputKind.DELTA,
-    )  # fmt: skip
+    )
     begun = time.perf_counter()
     had = {f"{begun}-{index}": 0 for index in range(len(prompts))}
     for name, prompt in zip(had, prompts, strict=True):
@@ -341,9 +351,13 @@ def _run_one(one: Subject, run: Run, environment: dict[str, str], bar: Any) -> M
         events.touch()
         with log.open("wb") as output, events.open(encoding="utf-8") as lines:
             process = subprocess.Popen(
-                [sys.executable, "-m", "hmf.bench.throughput", name], stdin=subprocess.DEVNULL, stdout=output,
-                stderr=subprocess.STDOUT, env=os.environ | one.environment | environment, process_group=0,
-            )  # fmt: skip
+                [sys.executable, "-m", "hmf.bench.throughput", name],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | one.environment | environment,
+                process_group=0,
+            )
             last: dict[str, Any] = {}
             try:
                 while process.poll() is None:

@@ -28,10 +28,12 @@ from hmf.folders import require_parent, resolve_base
 app = group("Measure here.")
 
 
-@app.command(epilog=epilog(
-    "hmf bench ops",
-    "hmf bench ops --ops gdn,ssd --tokens 8192 --heads 32 --head-dim 128 --dtype bfloat16 --versions chunked,fast",
-))  # fmt: skip
+@app.command(
+    epilog=epilog(
+        "hmf bench ops",
+        "hmf bench ops --ops gdn,ssd --tokens 8192 --heads 32 --head-dim 128 --dtype bfloat16 --versions chunked,fast",
+    )
+)
 def ops(
     tokens: Annotated[int, tokens("Of one sequence.")] = 2048,
     heads: Annotated[int, typer.Option(min=1, help="Heads.")] = 8,
@@ -96,11 +98,13 @@ def solver(
         typer.echo(f"saved {plot}")
 
 
-@app.command(epilog=epilog(
-    "hmf bench distill",
-    "hmf bench distill recipes/configs/qwen3-0.6b --tokens 4096 --rows 2 --dtype bfloat16",
-    "hmf bench distill --set num_hidden_layers=12 --set hidden_size=768 --set vocab_size=32000",
-))  # fmt: skip
+@app.command(
+    epilog=epilog(
+        "hmf bench distill",
+        "hmf bench distill recipes/configs/qwen3-0.6b --tokens 4096 --rows 2 --dtype bfloat16",
+        "hmf bench distill --set num_hidden_layers=12 --set hidden_size=768 --set vocab_size=32000",
+    )
+)
 def distill(
     model: Annotated[str, typer.Argument(help=f"{CONFIG} The weights are random.")] = "teacher",
     overrides: Annotated[
@@ -150,9 +154,12 @@ def distill(
         steps.print_rows(table, f"{layers}\n{shape}; {rows} rows of {tokens:,} tokens, kl {kl:g}, {dtype}, {device}")
 
 
-@app.command(epilog=epilog(
-    "hmf bench states runs/quickstart/model", "hmf bench states MODEL --dtype float16 --tokens 4096 --device cuda",
-))  # fmt: skip
+@app.command(
+    epilog=epilog(
+        "hmf bench states runs/quickstart/model",
+        "hmf bench states MODEL --dtype float16 --tokens 4096 --device cuda",
+    )
+)
 def states(
     model: Annotated[str, typer.Argument(help=f"Hybrid. {MODEL}")],
     dtype: Annotated[Literal["bfloat16", "float16"], typer.Option(help="Of the states.")] = "bfloat16",
@@ -182,12 +189,14 @@ def states(
         states.print_drift(found, title)
 
 
-@app.command(epilog=epilog(
-    "hmf bench serving ./Qwen3-8B runs/prime/model --context 16K:20,16K:max",
-    "hmf bench serving recipes/configs/qwen3-8b --mixer gdn --ratio 0.5 --context 16K:20 --json-file serving.json",
-    "hmf bench serving recipes/configs/qwen3-8b --ratio 0.5 --mixer gdn,gka --context 16K:max --format card",
-    """hmf bench serving runs/prime/model --context 16K:20 --variant '{"gka_overrides": {"num_iter": 10}}'""",
-))  # fmt: skip
+@app.command(
+    epilog=epilog(
+        "hmf bench serving ./Qwen3-8B runs/prime/model --context 16K:20,16K:max",
+        "hmf bench serving recipes/configs/qwen3-8b --mixer gdn --ratio 0.5 --context 16K:20 --json-file serving.json",
+        "hmf bench serving recipes/configs/qwen3-8b --ratio 0.5 --mixer gdn,gka --context 16K:max --format card",
+        """hmf bench serving runs/prime/model --context 16K:20 --variant '{"gka_overrides": {"num_iter": 10}}'""",
+    )
+)
 def serving(
     models: Annotated[
         list[str],
@@ -260,9 +269,15 @@ def serving(
 
     dtype = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
     run = throughput.Run(
-        throughput.parse_loads(context), output, repeats, dtype, gpu_memory_utilization, batched_tokens,
-        tensor_parallel_size, enforce_eager,
-    )  # fmt: skip
+        throughput.parse_loads(context),
+        output,
+        repeats,
+        dtype,
+        gpu_memory_utilization,
+        batched_tokens,
+        tensor_parallel_size,
+        enforce_eager,
+    )
     with tempfile.TemporaryDirectory(prefix="hmf-config-") as folder:
         if ratio is not None or pattern is not None:
             if len(models) > 1 or (ratio is not None and pattern is not None):

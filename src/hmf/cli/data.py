@@ -16,10 +16,13 @@ from hmf.folders import find_recipe, resolve_base
 app = group("Prepare training data and look at it.")
 
 
-@app.command(name="prepare", epilog=epilog(
-    "hmf data prepare recipes/data/recipe.yaml",
-    "hmf data prepare recipe.yaml --workers 16 --set sequence_length=32768 --set output=runs/data-32k",
-))  # fmt: skip
+@app.command(
+    name="prepare",
+    epilog=epilog(
+        "hmf data prepare recipes/data/recipe.yaml",
+        "hmf data prepare recipe.yaml --workers 16 --set sequence_length=32768 --set output=runs/data-32k",
+    ),
+)
 def data_prepare(
     recipe: RecipeFile,
     workers: Annotated[

@@ -17,10 +17,12 @@ from hmf.gpus import parse_gpus
 app = group("")
 
 
-@app.command(epilog=epilog(
-    "hmf plan runs/quickstart/model --gpu l4 --context 2048",
-    "hmf plan Qwen/Qwen3-8B --mixer gdn --ratio 0.5 --gpu h200x8 --context 128K --plot plan.png",
-))  # fmt: skip
+@app.command(
+    epilog=epilog(
+        "hmf plan runs/quickstart/model --gpu l4 --context 2048",
+        "hmf plan Qwen/Qwen3-8B --mixer gdn --ratio 0.5 --gpu h200x8 --context 128K --plot plan.png",
+    )
+)
 def plan(
     model: Annotated[str, typer.Argument(help=CONFIG)],
     gpu: Annotated[str, typer.Option(help="What to serve on, for example h100, l40s or h200x8.")],
@@ -68,10 +70,13 @@ def plan(
         typer.echo(f"saved {plot}")
 
 
-@app.command(name="plan-training", epilog=epilog(
-    "hmf plan-training qwen3-8b",
-    "hmf plan-training recipes/qwen3-8b/gdn-1-prime.yaml --gpu h100x8 --set distill.training.strategy=fsdp2",
-))  # fmt: skip
+@app.command(
+    name="plan-training",
+    epilog=epilog(
+        "hmf plan-training qwen3-8b",
+        "hmf plan-training recipes/qwen3-8b/gdn-1-prime.yaml --gpu h100x8 --set distill.training.strategy=fsdp2",
+    ),
+)
 def plan_training(
     recipes: Annotated[
         list[Path],

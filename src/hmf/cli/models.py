@@ -17,10 +17,12 @@ from hmf.gpus import parse_gpus
 app = group("")
 
 
-@app.command(epilog=epilog(
-    "hmf evaluate runs/quickstart/model teacher",
-    "hmf evaluate teacher --tasks recall,arithmetic --samples 100 --length 512 --json",
-))  # fmt: skip
+@app.command(
+    epilog=epilog(
+        "hmf evaluate runs/quickstart/model teacher",
+        "hmf evaluate teacher --tasks recall,arithmetic --samples 100 --length 512 --json",
+    )
+)
 def evaluate(
     models: Annotated[list[str], typer.Argument(help=f"Models side by side. {MODEL}", metavar="MODEL...")],
     tasks: Annotated[str, typer.Option(help="Generated tasks, joined by commas; empty for none.")] = "recall,needle",
@@ -54,10 +56,17 @@ def evaluate(
     for task in chosen:
         if task not in TASKS:
             raise HmfError(f"--tasks: {unknown_name('task', task, TASKS)}")
-    settings = EvaluateSettings.model_validate({
-        "tasks": chosen, "samples": samples, "length": length, "text_bytes": text_bytes, "thinking": thinking,
-        "max_new_tokens": max_new_tokens, "batch_size": batch_size,
-    })  # fmt: skip
+    settings = EvaluateSettings.model_validate(
+        {
+            "tasks": chosen,
+            "samples": samples,
+            "length": length,
+            "text_bytes": text_bytes,
+            "thinking": thinking,
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+        }
+    )
     scores = {
         model: evaluate_checkpoint(folder, settings, device, dtype, baselines, name=model)
         for model, folder in folders.items()
@@ -68,11 +77,13 @@ def evaluate(
         print_scores(scores)
 
 
-@app.command(epilog=epilog(
-    "hmf chat runs/quickstart/model",
-    "hmf chat teacher --no-thinking",
-    "hmf chat runs/quickstart/model --url http://localhost:8000",
-))  # fmt: skip
+@app.command(
+    epilog=epilog(
+        "hmf chat runs/quickstart/model",
+        "hmf chat teacher --no-thinking",
+        "hmf chat runs/quickstart/model --url http://localhost:8000",
+    )
+)
 def chat(
     model: Annotated[str, typer.Argument(help=MODEL)],
     thinking: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = True,
@@ -92,11 +103,13 @@ def chat(
     run(LocalChat(source, **options) if url is None else ServerChat(source, url, **options), source)
 
 
-@app.command(epilog=epilog(
-    "hmf serve runs/quickstart/model",
-    "hmf serve runs/quickstart/model -- --port 9000 --max-model-len 4096",
-    "VLLM_API_KEY=a-long-secret hmf serve runs/quickstart/model -- --host 0.0.0.0",
-))  # fmt: skip
+@app.command(
+    epilog=epilog(
+        "hmf serve runs/quickstart/model",
+        "hmf serve runs/quickstart/model -- --port 9000 --max-model-len 4096",
+        "VLLM_API_KEY=a-long-secret hmf serve runs/quickstart/model -- --host 0.0.0.0",
+    )
+)
 def serve(
     model: Annotated[str, typer.Argument(help=MODEL)],
     extra: Annotated[list[str] | None, typer.Argument(help="After --: options of vLLM's own, before ours.")] = None,
@@ -163,10 +176,12 @@ def card(
     typer.echo(f"saved {write_card(run, gpu=gpu, force=force)}")
 
 
-@app.command(epilog=epilog(
-    "hmf push runs/quickstart --repo my-name/my-hybrid --dry-run",
-    "HF_TOKEN=hf_... hmf push runs/quickstart --repo my-name/my-hybrid --private",
-))  # fmt: skip
+@app.command(
+    epilog=epilog(
+        "hmf push runs/quickstart --repo my-name/my-hybrid --dry-run",
+        "HF_TOKEN=hf_... hmf push runs/quickstart --repo my-name/my-hybrid --private",
+    )
+)
 def push(
     run: Run,
     repo: Annotated[str, typer.Option(metavar="OWNER/NAME", help="Model repository of the Hub; made if missing.")],

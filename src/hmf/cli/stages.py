@@ -14,11 +14,13 @@ from hmf.folders import require_unused, resolve_base
 app = group("")
 
 
-@app.command(epilog=epilog(
-    "hmf init teacher --mixer gdn --ratio 0.5 --out runs/stage0",
-    "hmf init ./Qwen3-8B --mixer gdn --layers 1,3,5-9 --out runs/stage0",
-    'hmf init ./Qwen3-8B --pattern "*-GDN-*-GDN" --out runs/stage0',
-))  # fmt: skip
+@app.command(
+    epilog=epilog(
+        "hmf init teacher --mixer gdn --ratio 0.5 --out runs/stage0",
+        "hmf init ./Qwen3-8B --mixer gdn --layers 1,3,5-9 --out runs/stage0",
+        'hmf init ./Qwen3-8B --pattern "*-GDN-*-GDN" --out runs/stage0',
+    )
+)
 def init(
     base: Annotated[str, typer.Argument(help=f"Transformer. {MODEL}")],
     out: Out,
@@ -76,10 +78,12 @@ def distill(recipe: RecipeFile, overrides: Overrides = None) -> None:
         typer.echo(f"saved {saved}; next: hmf export {saved} --out {settings.output}/model")
 
 
-@app.command(epilog=epilog(
-    "hmf export runs/distill/stage1 --out runs/distill/model --dtype bfloat16",
-    "hmf export runs/distill/stage1 --out runs/distill/native --format qwen3_5",
-))  # fmt: skip
+@app.command(
+    epilog=epilog(
+        "hmf export runs/distill/stage1 --out runs/distill/model --dtype bfloat16",
+        "hmf export runs/distill/stage1 --out runs/distill/native --format qwen3_5",
+    )
+)
 def export(
     fused: Annotated[str, typer.Argument(help=f"Fused: the result of init or distill. {MODEL}")],
     out: Out,
@@ -103,10 +107,12 @@ def export(
     typer.echo(f"saved {out}; load it with AutoModelForCausalLM{'' if format else ' after `import hmf`'}")
 
 
-@app.command(epilog=epilog(
-    "hmf finetune recipes/quickstart/cpt.yaml",
-    "hmf finetune recipes/quickstart/sft.yaml --set training.max_steps=20 --set output=runs/try",
-))  # fmt: skip
+@app.command(
+    epilog=epilog(
+        "hmf finetune recipes/quickstart/cpt.yaml",
+        "hmf finetune recipes/quickstart/sft.yaml --set training.max_steps=20 --set output=runs/try",
+    )
+)
 def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Stage 2: train a plain Hybrid on.
 
@@ -129,10 +135,12 @@ def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
         typer.echo(f"saved {saved}; next: hmf evaluate {saved}, hmf chat {saved}")
 
 
-@app.command(epilog=epilog(
-    "hmf prime quickstart",
-    "hmf prime recipes/quickstart/recipe.yaml --set hybrid.mixer=gka --set output=runs/gka",
-))  # fmt: skip
+@app.command(
+    epilog=epilog(
+        "hmf prime quickstart",
+        "hmf prime recipes/quickstart/recipe.yaml --set hybrid.mixer=gka --set output=runs/gka",
+    )
+)
 def prime(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """The whole job: init, distil, export, evaluate.
 

@@ -124,9 +124,14 @@ def encode_chat(
 
 
 def encode_answers(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[Message], answers: list[Message], tools: list[Any] | None = None,
-    *, ignore_keys: Iterable[str] = (), split_special_tokens: bool = False,
-) -> list[Encoded]:  # fmt: skip
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[Message],
+    answers: list[Message],
+    tools: list[Any] | None = None,
+    *,
+    ignore_keys: Iterable[str] = (),
+    split_special_tokens: bool = False,
+) -> list[Encoded]:
     """Several answers to one prompt, each supervised after the same tokens: thinking is enabled for all if one thinks.
 
     Raises:
@@ -135,11 +140,16 @@ def encode_answers(
     thinking = any(thinking_of(answer) for answer in answers)
     encoded = [
         encode_chat(
-            tokenizer, [*prompt, answer], tools, turns="last", ignore_keys=ignore_keys,
-            split_special_tokens=split_special_tokens, enable_thinking=thinking,
+            tokenizer,
+            [*prompt, answer],
+            tools,
+            turns="last",
+            ignore_keys=ignore_keys,
+            split_special_tokens=split_special_tokens,
+            enable_thinking=thinking,
         )[0]
         for answer in answers
-    ]  # fmt: skip
+    ]
     if any(item.prompt != encoded[0].prompt for item in encoded):
         raise HmfError(
             "the chat template gives the answers different prompts, so they cannot be compared; give all of them "

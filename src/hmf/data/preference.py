@@ -97,9 +97,13 @@ def pair_dataset(settings: PairSettings, tokenizer: PreTrainedTokenizerBase, row
 def encode_pair(tokenizer: PreTrainedTokenizerBase, pair: Conversations, settings: PairSettings) -> Pair:
     """Both conversations, their last turns supervised; HmfError says what is wrong with them."""
     chosen, rejected = encode_answers(
-        tokenizer, pair.prompt, [pair.chosen, pair.rejected], pair.tools,
-        ignore_keys=settings.ignore_keys, split_special_tokens=settings.split_special_tokens,
-    )  # fmt: skip
+        tokenizer,
+        pair.prompt,
+        [pair.chosen, pair.rejected],
+        pair.tools,
+        ignore_keys=settings.ignore_keys,
+        split_special_tokens=settings.split_special_tokens,
+    )
     if chosen.ids == rejected.ids:
         raise HmfError("chosen and rejected are the same; leave the pair out")
     return chosen, rejected

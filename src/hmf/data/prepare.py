@@ -52,10 +52,14 @@ INDEX, ROWS, TOKENISED = "index.json", "rows", "tokenised"
 MOST_PASSES = 1000  # over a source; more are a slip, and their order would fill the memory
 FILE_TOKENS = 1 << 24  # of a file of rows
 EXAMPLES = 3
-_ROW_SCHEMA = pa.schema({
-    "input_ids": pa.list_(pa.int32()), "supervised": pa.list_(pa.bool_()),
-    "lengths": pa.list_(pa.int32()), "where": pa.list_(pa.string()),
-})  # fmt: skip
+_ROW_SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "supervised": pa.list_(pa.bool_()),
+        "lengths": pa.list_(pa.int32()),
+        "where": pa.list_(pa.string()),
+    }
+)
 
 
 def prepare(recipe: DataRecipe, tokenizer: str | Path, workers: int = 1) -> dict[str, Any]:

@@ -76,9 +76,13 @@ def _start() -> tuple[subprocess.Popen[bytes], Connection]:
         # A group of its own: Ctrl-C is for the process that asks. -P: this folder holds no modules of that process.
         command = [sys.executable, "-P", __file__, str(theirs.fileno())]
         process = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], process_group=0,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            command,
+            pass_fds=[theirs.fileno()],
+            process_group=0,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
     _running = process, Connection(ours.detach())
     return _running
 

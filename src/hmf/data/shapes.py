@@ -16,16 +16,42 @@ Message = dict[str, Any]
 Row = dict[str, Any]
 # Who speaks, by ShareGPT's `from`.
 SPEAKERS = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "tool": "tool",
-    "observation": "tool", "function_response": "tool", "function_call": "assistant",
-}  # fmt: skip
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "function_call": "assistant",
+}
 # Fields beside the messages by which formats in use say more of a conversation. Where a shape does not read them they
 # are refused; other fields (id, source, score ...) say something about the row.
 MEANT = (
-    "system", "system_prompt", "instruction", "input", "history", "messages", "tools", "functions", "function_call",
-    "tool_choice", "parallel_tool_calls", "documents", "images", "image", "videos", "video", "audios", "audio",
-    "reasoning", "reasoning_content", "thinking", "chat_template_kwargs",
-)  # fmt: skip
+    "system",
+    "system_prompt",
+    "instruction",
+    "input",
+    "history",
+    "messages",
+    "tools",
+    "functions",
+    "function_call",
+    "tool_choice",
+    "parallel_tool_calls",
+    "documents",
+    "images",
+    "image",
+    "videos",
+    "video",
+    "audios",
+    "audio",
+    "reasoning",
+    "reasoning_content",
+    "thinking",
+    "chat_template_kwargs",
+)
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,13 @@ FORMAT = 2  # of these files; a change makes all of them anew
 HASH_BYTES = 32
 SHARD_BYTES = 8 << 20  # of a source's records; a shard ends here or at the recipe's number of documents
 PLAIN_INTERVAL = 15.0  # seconds between lines where there is no terminal
-_SCHEMA = pa.schema({
-    "input_ids": pa.list_(pa.int32()), "supervised": pa.list_(pa.bool_()), "where": pa.string(),
-})  # fmt: skip
+_SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "supervised": pa.list_(pa.bool_()),
+        "where": pa.string(),
+    }
+)
 
 
 @dataclass
@@ -136,12 +140,18 @@ def folder_of(source: Source, encoder: Encoder, tokenizer: PreTrainedTokenizerBa
     """Name of the folder of a source's shards, by all that decides their content."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     decisive = [
-        FORMAT, recipe.shard_documents, source.fingerprint,
+        FORMAT,
+        recipe.shard_documents,
+        source.fingerprint,
         encoder.source.model_dump(mode="json", exclude={"name", "weight", "filters"}),
-        encoder.filters.model_dump(mode="json"), encoder.thinking, encoder.turns,
-        vocabulary(tokenizer), backend and hashlib.sha256(backend.to_str().encode()).hexdigest(),
-        tokenizer.chat_template, versions(),
-    ]  # fmt: skip
+        encoder.filters.model_dump(mode="json"),
+        encoder.thinking,
+        encoder.turns,
+        vocabulary(tokenizer),
+        backend and hashlib.sha256(backend.to_str().encode()).hexdigest(),
+        tokenizer.chat_template,
+        versions(),
+    ]
     key = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
     return f"{encoder.source.title}-{key[:16]}"
 
@@ -156,8 +166,15 @@ def write_file(path: Path, write: Callable[[Any], None]) -> None:
     os.replace(part, path)
 
 
-def tokenise(source: Source, encoder: Encoder, folder: Path, recipe: DataRecipe, tokenizer_name: str, workers: int,
-             tokenizer: PreTrainedTokenizerBase) -> int:  # fmt: skip
+def tokenise(
+    source: Source,
+    encoder: Encoder,
+    folder: Path,
+    recipe: DataRecipe,
+    tokenizer_name: str,
+    workers: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> int:
     """Write the shards of a source that `folder` has not yet, and return their number.
 
     Raises:

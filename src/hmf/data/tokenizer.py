@@ -160,9 +160,12 @@ def encode_texts(
     try:
         # verbose=False: texts longer than the model's context are cut into rows later, no reason to warn.
         return tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, verbose=False,
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,
             split_special_tokens=split_special_tokens,
-        )["input_ids"]  # fmt: skip
+        )["input_ids"]
     except TypeError:
         require_text(texts, "texts")  # what the tokenizer's own error does not name
         raise

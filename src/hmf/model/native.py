@@ -175,20 +175,25 @@ def native_config(config: Any, source: str = "config.json") -> Qwen3_5TextConfig
         notice(f"{source}: not in {FORMAT}'s config, and left out: {listed(dropped, 8)}")
     # Not the sections of positions by image axes: in text all axes have the same position.
     rope = {key: value for key, value in config.rope_parameters.items() if not key.startswith("mrope")}
-    return Qwen3_5TextConfig(**kept | {
-        "architectures": [Qwen3_5ForCausalLM.__name__],
-        "layer_types": ["full_attention" if symbol == ATTENTION else "linear_attention" for symbol in pattern.symbols],
-        "rope_parameters": {**rope, "partial_rotary_factor": 1.0},
-        "partial_rotary_factor": 1.0,  # the class would write its own default beside the table
-        "linear_conv_kernel_dim": max(2, options.conv_size) if options.use_short_conv else 2,
-        "linear_key_head_dim": options.head_dim,
-        "linear_value_head_dim": options.head_dim,
-        "linear_num_key_heads": options.num_heads,
-        "linear_num_value_heads": options.num_heads,
-        "mamba_ssm_dtype": config.state_dtype,  # vLLM's name for it
-        # Read where tokenizer_config.json names no class: Qwen3.5's own would split text in another way.
-        "tokenizer_class": tokenization_auto.TOKENIZER_MAPPING_NAMES[config.family.model_type],
-    })  # fmt: skip
+    return Qwen3_5TextConfig(
+        **kept
+        | {
+            "architectures": [Qwen3_5ForCausalLM.__name__],
+            "layer_types": [
+                "full_attention" if symbol == ATTENTION else "linear_attention" for symbol in pattern.symbols
+            ],
+            "rope_parameters": {**rope, "partial_rotary_factor": 1.0},
+            "partial_rotary_factor": 1.0,  # the class would write its own default beside the table
+            "linear_conv_kernel_dim": max(2, options.conv_size) if options.use_short_conv else 2,
+            "linear_key_head_dim": options.head_dim,
+            "linear_value_head_dim": options.head_dim,
+            "linear_num_key_heads": options.num_heads,
+            "linear_num_value_heads": options.num_heads,
+            "mamba_ssm_dtype": config.state_dtype,  # vLLM's name for it
+            # Read where tokenizer_config.json names no class: Qwen3.5's own would split text in another way.
+            "tokenizer_class": tokenization_auto.TOKENIZER_MAPPING_NAMES[config.family.model_type],
+        }
+    )
 
 
 @torch.no_grad()

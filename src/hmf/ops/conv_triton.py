@@ -28,9 +28,22 @@ def _tap(x, state, t, c, inside, first, sequence, channels, back: tl.constexpr, 
 
 @triton.jit
 def _filtered(
-    x, weight, bias, state, t, c, inside, first, sequence, channels,
-    W: tl.constexpr, BIAS: tl.constexpr, STATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    bias,
+    state,
+    t,
+    c,
+    inside,
+    first,
+    sequence,
+    channels,
+    W: tl.constexpr,
+    BIAS: tl.constexpr,
+    STATE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """The filters' sums of a block, which SiLU takes, in float32."""
     before = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     for w in tl.static_range(W):
@@ -43,33 +56,61 @@ def _filtered(
 
 @triton.jit
 def _forward(
-    x, weight, bias, state, starts, sequences, y, total, channels,
-    W: tl.constexpr, BIAS: tl.constexpr, STATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    bias,
+    state,
+    starts,
+    sequences,
+    y,
+    total,
+    channels,
+    W: tl.constexpr,
+    BIAS: tl.constexpr,
+    STATE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (t < total)[:, None] & (c < channels)[None, :]
     first = tl.load(starts + t, mask=t < total, other=0)
     sequence = tl.load(sequences + t, mask=t < total, other=0)
-    before = _filtered(x, weight, bias, state, t, c, inside, first, sequence, channels,
-                       W, BIAS, STATE, BLOCK_T, BLOCK_C)  # fmt: skip
+    before = _filtered(
+        x, weight, bias, state, t, c, inside, first, sequence, channels, W, BIAS, STATE, BLOCK_T, BLOCK_C
+    )
     after = before / (1 + tl.exp(-before))
     tl.store(y + t[:, None] * channels + c[None, :], after.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _before_silu(
-    x, weight, bias, state, starts, sequences, grad_y, grad, sums, total, channels,
-    W: tl.constexpr, BIAS: tl.constexpr, STATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    bias,
+    state,
+    starts,
+    sequences,
+    grad_y,
+    grad,
+    sums,
+    total,
+    channels,
+    W: tl.constexpr,
+    BIAS: tl.constexpr,
+    STATE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """The gradient of what SiLU takes, and a block's sums for those of weights and bias [blocks, W + 1, C]."""
     block = tl.program_id(0).to(tl.int64)
     t, c = block * BLOCK_T + tl.arange(0, BLOCK_T), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (t < total)[:, None] & (c < channels)[None, :]
     first = tl.load(starts + t, mask=t < total, other=0)
     sequence = tl.load(sequences + t, mask=t < total, other=0)
-    before = _filtered(x, weight, bias, state, t, c, inside, first, sequence, channels,
-                       W, BIAS, STATE, BLOCK_T, BLOCK_C)  # fmt: skip
+    before = _filtered(
+        x, weight, bias, state, t, c, inside, first, sequence, channels, W, BIAS, STATE, BLOCK_T, BLOCK_C
+    )
     share = 1 / (1 + tl.exp(-before))
     upper = tl.load(grad_y + t[:, None] * channels + c[None, :], mask=inside, other=0.0).to(tl.float32)
     upper *= share * (1 + before * (1 - share))
@@ -145,6 +186,12 @@ def _grid(x: torch.Tensor) -> tuple[int, int]:
 
 def _launch(x, weight, bias, state) -> dict[str, int | bool]:
     return {
-        "total": x.shape[0], "channels": x.shape[1], "W": weight.shape[1], "BIAS": bias is not None,
-        "STATE": state is not None, "BLOCK_T": BLOCK_T, "BLOCK_C": BLOCK_C, "num_warps": 8,
-    }  # fmt: skip
+        "total": x.shape[0],
+        "channels": x.shape[1],
+        "W": weight.shape[1],
+        "BIAS": bias is not None,
+        "STATE": state is not None,
+        "BLOCK_T": BLOCK_T,
+        "BLOCK_C": BLOCK_C,
+        "num_warps": 8,
+    }

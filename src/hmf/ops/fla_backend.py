@@ -26,10 +26,32 @@ BLOCK = 64  # of K and V
 
 @triton.jit
 def _chunk_grads(
-    q, k, v, g, h, grad_o, grad_h, grad_v, grad_q, grad_k, grad_w, grad_g, cu_seqlens, chunks, scale, tokens, total,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    PACKED: tl.constexpr, DELTA: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    g,
+    h,
+    grad_o,
+    grad_h,
+    grad_v,
+    grad_q,
+    grad_k,
+    grad_w,
+    grad_g,
+    cu_seqlens,
+    chunks,
+    scale,
+    tokens,
+    total,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    PACKED: tl.constexpr,
+    DELTA: tl.constexpr,
+):
     """One block of keys' channels, of one chunk and head; grad_g gets a part from each block."""
     block, chunk, head = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     if PACKED:
@@ -129,11 +151,34 @@ def chunk_grads(
     dw = None if w is None else torch.empty_like(w, memory_format=torch.contiguous_format)
     if count:
         _chunk_grads[blocks, count, heads](
-            q, k, v, g, h, do, dh, v if dv is None else dv.contiguous(), dq, dk, dq if dw is None else dw, dg,
-            cu_seqlens, chunks, scale, tokens, g.numel(),
-            H=heads, K=key_dim, V=value_dim, C=chunk_size, BK=widths[0], BV=widths[1],
-            PACKED=chunks is not None, DELTA=dw is not None, num_warps=4, num_stages=2,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            g,
+            h,
+            do,
+            dh,
+            v if dv is None else dv.contiguous(),
+            dq,
+            dk,
+            dq if dw is None else dw,
+            dg,
+            cu_seqlens,
+            chunks,
+            scale,
+            tokens,
+            g.numel(),
+            H=heads,
+            K=key_dim,
+            V=value_dim,
+            C=chunk_size,
+            BK=widths[0],
+            BV=widths[1],
+            PACKED=chunks is not None,
+            DELTA=dw is not None,
+            num_warps=4,
+            num_stages=2,
+        )
     return dq, dk, dw, dg.sum(0)
 
 

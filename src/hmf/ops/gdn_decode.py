@@ -15,11 +15,29 @@ import triton.language as tl
 
 @triton.jit
 def _decode(
-    q, k, v, g, beta, pool, slots, o,
-    q_row, k_row, v_row, pool_slot, null_slot, scale, eps,
-    H: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    g,
+    beta,
+    pool,
+    slots,
+    o,
+    q_row,
+    k_row,
+    v_row,
+    pool_slot,
+    null_slot,
+    scale,
+    eps,
+    H: tl.constexpr,
+    KEY_GROUP: tl.constexpr,
+    VALUE_GROUP: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     sequence, head = tl.program_id(1).to(tl.int64), tl.program_id(2)
     key_at = tl.arange(0, BLOCK_K)
     value_at = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -74,9 +92,28 @@ def decode(
     block_v = min(32, triton.next_power_of_2(value_dim))
     grid = (triton.cdiv(value_dim, block_v), sequences, heads)
     _decode[grid](
-        q, k, v, g.contiguous(), beta.contiguous(), pool, slots, o,
-        q.stride(0), k.stride(0), v.stride(0), pool.stride(0), null_slot, key_dim**-0.5, eps,
-        H=heads, KEY_GROUP=heads // k.shape[1], VALUE_GROUP=heads // v.shape[1], K=key_dim, V=value_dim,
-        BLOCK_K=triton.next_power_of_2(key_dim), BLOCK_V=block_v, num_warps=4,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        g.contiguous(),
+        beta.contiguous(),
+        pool,
+        slots,
+        o,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        pool.stride(0),
+        null_slot,
+        key_dim**-0.5,
+        eps,
+        H=heads,
+        KEY_GROUP=heads // k.shape[1],
+        VALUE_GROUP=heads // v.shape[1],
+        K=key_dim,
+        V=value_dim,
+        BLOCK_K=triton.next_power_of_2(key_dim),
+        BLOCK_V=block_v,
+        num_warps=4,
+    )
     return o

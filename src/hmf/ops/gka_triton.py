@@ -50,9 +50,22 @@ def _dot(a, a_low, b, b_low, to, B_EXACT: tl.constexpr = False):
 
 @triton.jit
 def _solve(
-    q, k, start, row, mask, weights, z, iterates, keep, num_iter,
-    STORE: tl.constexpr, EXACT_KEYS: tl.constexpr, K: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    start,
+    row,
+    mask,
+    weights,
+    z,
+    iterates,
+    keep,
+    num_iter,
+    STORE: tl.constexpr,
+    EXACT_KEYS: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+):
     """z of queries q [G, C, K]; with STORE, also the iterates 0 ... num_iter - 1 in parts [G, num_iter, 2, C, K]."""
     chunk = tl.program_id(0).to(tl.int64)
     t, d, e = tl.arange(0, C), tl.arange(0, D), tl.arange(0, D)
@@ -84,9 +97,23 @@ def _solve(
 
 @triton.jit
 def _adjoint(
-    grad_z, k, start, row, mask, weights, iterates, grads, grad_q, grad_row, keep, num_iter,
-    EXACT_KEYS: tl.constexpr, K: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
+    grad_z,
+    k,
+    start,
+    row,
+    mask,
+    weights,
+    iterates,
+    grads,
+    grad_q,
+    grad_row,
+    keep,
+    num_iter,
+    EXACT_KEYS: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+):
     """`_solve` in reverse: from grad_z the gradients of q and row, and of every iterate, in parts like `iterates`."""
     chunk = tl.program_id(0).to(tl.int64)
     t, d, e = tl.arange(0, C), tl.arange(0, D), tl.arange(0, D)
@@ -121,9 +148,19 @@ def _adjoint(
 
 @triton.jit
 def _key_grads(
-    k, mask, weights, iterates, grads, grad_k, grad_mask, num_iter,
-    EXACT_KEYS: tl.constexpr, K: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
+    k,
+    mask,
+    weights,
+    iterates,
+    grads,
+    grad_k,
+    grad_mask,
+    num_iter,
+    EXACT_KEYS: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+):
     """Gradients of keys and mask: sums over the steps of products of the iterates and their gradients."""
     chunk = tl.program_id(0).to(tl.int64)
     t, d = tl.arange(0, C), tl.arange(0, D)
@@ -190,9 +227,21 @@ class Solve(torch.autograd.Function):
         if len(q):
             with torch.cuda.device_of(q):
                 _solve[len(q),](
-                    q, k, start, row, mask, weights, z, z, keep, num_iter,
-                    STORE=False, EXACT_KEYS=exact_keys, **_launch(q), num_stages=1,
-                )  # fmt: skip
+                    q,
+                    k,
+                    start,
+                    row,
+                    mask,
+                    weights,
+                    z,
+                    z,
+                    keep,
+                    num_iter,
+                    STORE=False,
+                    EXACT_KEYS=exact_keys,
+                    **_launch(q),
+                    num_stages=1,
+                )
         return z
 
     @staticmethod
@@ -212,13 +261,30 @@ class Solve(torch.autograd.Function):
                 grid, launch = (len(q[at]),), _launch(q)
                 system, sums = (k[at], start[at], row[at], mask[at], weights), (weights, iterates, grads)
                 _solve[grid](
-                    q[at], *system, grad_q[at], iterates, keep, num_iter,  # z once more, to be overwritten
-                    STORE=True, EXACT_KEYS=exact_keys, **launch, num_stages=1,
-                )  # fmt: skip
+                    q[at],
+                    *system,
+                    grad_q[at],
+                    iterates,
+                    keep,
+                    num_iter,  # z once more, to be overwritten
+                    STORE=True,
+                    EXACT_KEYS=exact_keys,
+                    **launch,
+                    num_stages=1,
+                )
                 _adjoint[grid](
-                    grad_z[at], *system, iterates, grads, grad_q[at], grad_row[at], keep, num_iter,
-                    EXACT_KEYS=exact_keys, **launch, num_stages=1,
-                )  # fmt: skip
+                    grad_z[at],
+                    *system,
+                    iterates,
+                    grads,
+                    grad_q[at],
+                    grad_row[at],
+                    keep,
+                    num_iter,
+                    EXACT_KEYS=exact_keys,
+                    **launch,
+                    num_stages=1,
+                )
                 _key_grads[grid](
                     k[at],
                     mask[at],

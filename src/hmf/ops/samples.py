@@ -185,8 +185,12 @@ def _beside(x: torch.Tensor | None, tensors: dict[str, torch.Tensor]) -> torch.T
 
 
 SAMPLES: dict[str, Callable[[Shape, _Random], Sample]] = {
-    "conv": _conv, "gdn": _gdn, "gka": _gka, "ssd": _ssd, "window": _window,
-}  # fmt: skip
+    "conv": _conv,
+    "gdn": _gdn,
+    "gka": _gka,
+    "ssd": _ssd,
+    "window": _window,
+}
 
 
 @dispatch.gradient_check

@@ -14,10 +14,31 @@ import triton.language as tl
 
 @triton.jit
 def _decode(
-    x, B, C, dt, A_log, dt_bias, D, pool, slots, y, x_row, B_row, C_row, dt_row, pool_slot, slots_step, null_slot,
-    H: tl.constexpr, VALUE_GROUP: tl.constexpr, KEY_GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
+    x,
+    B,
+    C,
+    dt,
+    A_log,
+    dt_bias,
+    D,
+    pool,
+    slots,
+    y,
+    x_row,
+    B_row,
+    C_row,
+    dt_row,
+    pool_slot,
+    slots_step,
+    null_slot,
+    H: tl.constexpr,
+    VALUE_GROUP: tl.constexpr,
+    KEY_GROUP: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     sequence, head = tl.program_id(1).to(tl.int64), tl.program_id(2)
     key_at = tl.arange(0, BLOCK_K)
     value_at = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -72,9 +93,30 @@ def decode(
     y = x.new_empty(sequences, heads, value_dim)
     block_v = min(32, triton.next_power_of_2(value_dim))
     _decode[triton.cdiv(value_dim, block_v), sequences, heads](
-        x, B, C, dt, A_log, dt_bias, D, pool, slots, y, x.stride(0), B.stride(0), C.stride(0), dt.stride(0),
-        pool.stride(0), slots.stride(0), null_slot,
-        H=heads, VALUE_GROUP=heads // x.shape[1], KEY_GROUP=heads // B.shape[1], K=key_dim, V=value_dim,
-        BLOCK_K=triton.next_power_of_2(key_dim), BLOCK_V=block_v, num_warps=4,
-    )  # fmt: skip
+        x,
+        B,
+        C,
+        dt,
+        A_log,
+        dt_bias,
+        D,
+        pool,
+        slots,
+        y,
+        x.stride(0),
+        B.stride(0),
+        C.stride(0),
+        dt.stride(0),
+        pool.stride(0),
+        slots.stride(0),
+        null_slot,
+        H=heads,
+        VALUE_GROUP=heads // x.shape[1],
+        KEY_GROUP=heads // B.shape[1],
+        K=key_dim,
+        V=value_dim,
+        BLOCK_K=triton.next_power_of_2(key_dim),
+        BLOCK_V=block_v,
+        num_warps=4,
+    )
     return y

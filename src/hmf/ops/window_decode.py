@@ -21,11 +21,33 @@ LOWEST = tl.constexpr(-1e30)  # below any score, and finite
 
 @triton.jit
 def _stretch(
-    q, fading_q, near_k, near_v, fading_k, fading_v, positions, slots, maxima, sums, outputs,
-    q_row, fading_q_row, near_slot, fading_slot, slots_step, null_slot, scale,
-    WINDOW: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, STRETCH: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    q,
+    fading_q,
+    near_k,
+    near_v,
+    fading_k,
+    fading_v,
+    positions,
+    slots,
+    maxima,
+    sums,
+    outputs,
+    q_row,
+    fading_q_row,
+    near_slot,
+    fading_slot,
+    slots_step,
+    null_slot,
+    scale,
+    WINDOW: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    K: tl.constexpr,
+    STRETCH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """A stretch of one window's positions before the token: the first half of the stretches are the fading window's."""
     stretch, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     stretches = tl.num_programs(0)
@@ -75,11 +97,39 @@ def _stretch(
 
 @triton.jit
 def _merge(
-    q, k, v, fading_new_k, fading_new_v, near_k, near_v, fading_k, fading_v, positions, slots, maxima, sums, outputs, o,
-    q_row, k_row, v_row, fading_k_row, fading_v_row, near_slot, fading_slot, slots_step, null_slot, scale,
-    WINDOW: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, STRETCHES: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    fading_new_k,
+    fading_new_v,
+    near_k,
+    near_v,
+    fading_k,
+    fading_v,
+    positions,
+    slots,
+    maxima,
+    sums,
+    outputs,
+    o,
+    q_row,
+    k_row,
+    v_row,
+    fading_k_row,
+    fading_v_row,
+    near_slot,
+    fading_slot,
+    slots_step,
+    null_slot,
+    scale,
+    WINDOW: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    K: tl.constexpr,
+    STRETCHES: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """One query head: the stretches and the token's own key under one softmax; its key and value into the rings."""
     head, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
     shared = head // GROUP
@@ -159,16 +209,48 @@ def decode(
         "BLOCK_K": max(16, triton.next_power_of_2(head_dim)),
     }
     _stretch[stretches, kv_heads, sequences](
-        q, fading_q, *pools, positions, slots, maxima, sums, outputs,
-        q.stride(0), fading_q.stride(0), near_k.stride(0), fading_k.stride(0), slots.stride(0), null_slot, scale,
-        STRETCH=STRETCHES[chosen], BLOCK_N=64 if head_dim * q.element_size() <= 256 else 32,
-        BLOCK_G=max(16, triton.next_power_of_2(group)), **shared,
-        num_warps=4, num_stages=3,
-    )  # fmt: skip
-    _merge[heads, sequences](
-        q, *new, *pools, positions, slots, maxima, sums, outputs, o,
-        q.stride(0), *(x.stride(0) for x in new), near_k.stride(0), fading_k.stride(0), slots.stride(0), null_slot,
+        q,
+        fading_q,
+        *pools,
+        positions,
+        slots,
+        maxima,
+        sums,
+        outputs,
+        q.stride(0),
+        fading_q.stride(0),
+        near_k.stride(0),
+        fading_k.stride(0),
+        slots.stride(0),
+        null_slot,
         scale,
-        STRETCHES=stretches, BLOCK_S=triton.next_power_of_2(stretches), **shared, num_warps=4,
-    )  # fmt: skip
+        STRETCH=STRETCHES[chosen],
+        BLOCK_N=64 if head_dim * q.element_size() <= 256 else 32,
+        BLOCK_G=max(16, triton.next_power_of_2(group)),
+        **shared,
+        num_warps=4,
+        num_stages=3,
+    )
+    _merge[heads, sequences](
+        q,
+        *new,
+        *pools,
+        positions,
+        slots,
+        maxima,
+        sums,
+        outputs,
+        o,
+        q.stride(0),
+        *(x.stride(0) for x in new),
+        near_k.stride(0),
+        fading_k.stride(0),
+        slots.stride(0),
+        null_slot,
+        scale,
+        STRETCHES=stretches,
+        BLOCK_S=triton.next_power_of_2(stretches),
+        **shared,
+        num_warps=4,
+    )
     return o

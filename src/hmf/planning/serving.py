@@ -269,9 +269,13 @@ def plot(found: Sequence[Plan], context: int, path: Path, model: str) -> None:
         for length, hybrid, base in zip(lengths, *sides, strict=True) if len(sides) == 2 else ():
             if not math.isnan(hybrid / base):
                 panel.annotate(
-                    f"{hybrid / base:.2f}×", (length, hybrid), (2, 4), textcoords="offset points", color="tab:blue",
+                    f"{hybrid / base:.2f}×",
+                    (length, hybrid),
+                    (2, 4),
+                    textcoords="offset points",
+                    color="tab:blue",
                     fontsize=7,
-                )  # fmt: skip
+                )
     for panel, name in zip(panels, ("sequences at once", "decoded tokens/s"), strict=True):
         panel.set(xscale="log", yscale="log", xlabel="tokens of context", title=name)
         panel.set_xticks(lengths, [short(length) for length in lengths])

@@ -174,16 +174,18 @@ class Card:
 
     def facts(self) -> str:
         pattern = self.config.pattern
-        return "\n".join((
-            "- Type: causal language model (Hybrid)",
-            f"- Base model: {self.evidence.base_name}",
-            f"- Hybrid layer types: {', '.join(reference(kind)[0] for kind in self.kinds)}",
-            f"- Hybrid ratio: {len(pattern.replaced) / len(pattern):.0%} ({self.layers})",
-            f"- Parameters: {self.parameters:,}",
-            f"- Context length: {self.config.max_position_embeddings:,} tokens",
-            f"- Precision: {str(self.config.dtype or NOT_STATED).removeprefix('torch.')}",
-            f"- License: {self.licence[0].get('license', NOT_STATED)}",
-        ))  # fmt: skip
+        return "\n".join(
+            (
+                "- Type: causal language model (Hybrid)",
+                f"- Base model: {self.evidence.base_name}",
+                f"- Hybrid layer types: {', '.join(reference(kind)[0] for kind in self.kinds)}",
+                f"- Hybrid ratio: {len(pattern.replaced) / len(pattern):.0%} ({self.layers})",
+                f"- Parameters: {self.parameters:,}",
+                f"- Context length: {self.config.max_position_embeddings:,} tokens",
+                f"- Precision: {str(self.config.dtype or NOT_STATED).removeprefix('torch.')}",
+                f"- License: {self.licence[0].get('license', NOT_STATED)}",
+            )
+        )
 
     def benchmarks(self) -> str:
         scores = self.evidence.scores
@@ -208,12 +210,14 @@ class Card:
             return "\n".join([*lines, f"No results file is in the run folder: {NOT_MEASURED}."])
         lengths = sorted({found.length for found in scores.values() if found.length})
         window = f", to prompts of at most {' or '.join(f'{n:,}' for n in lengths)} tokens" if lengths else ""
-        return "\n".join([
-            *lines,
-            f"Tasks: greedy answers that match exactly, in percent{window}. In parentheses: n prompts, the 95% Wilson "
-            "score interval of the share, and how many answers were cut off at the longest answer allowed; these count "
-            "as wrong. Perplexity: of held-out text; lower is better. Every number links to its results file.",
-        ])  # fmt: skip
+        return "\n".join(
+            [
+                *lines,
+                f"Tasks: greedy answers that match exactly, in percent{window}. In parentheses: n prompts, the 95% Wilson "
+                "score interval of the share, and how many answers were cut off at the longest answer allowed; these count "
+                "as wrong. Perplexity: of held-out text; lower is better. Every number links to its results file.",
+            ]
+        )
 
     def _task(self, scores: Scores | None, name: str, model: str) -> str:
         found = scores.tasks.get(name) if scores else None
@@ -242,12 +246,15 @@ class Card:
         if active := getattr(config, "num_experts_per_tok", None):
             experts = f"{config.num_experts} of {config.moe_intermediate_size:,}, {active} active for each token"
             rows.append(["Experts", experts])
-        return _table(["Component", "Details"], [
-            *rows,
-            ["Vocabulary Size", f"{config.vocab_size:,}"],
-            ["Context Length", f"{config.max_position_embeddings:,} tokens"],
-            ["Position Encoding", f"RoPE ({_rope(config)})"],
-        ])  # fmt: skip
+        return _table(
+            ["Component", "Details"],
+            [
+                *rows,
+                ["Vocabulary Size", f"{config.vocab_size:,}"],
+                ["Context Length", f"{config.max_position_embeddings:,} tokens"],
+                ["Position Encoding", f"RoPE ({_rope(config)})"],
+            ],
+        )
 
     def layout(self) -> str:
         chosen = next((stage.hybrid for stage in self.evidence.stages if isinstance(stage, PrimeRecipe)), None)

@@ -72,8 +72,11 @@ def draw_curves(log_file: Path) -> Path:
     right = "right" if layers or preferences else "loss"
     panels: Any = figure.subplot_mosaic([["loss", right], ["rate", "norm"]], height_ratios=(2, 1))
     for name, curve in losses.items():
-        panels["loss"].plot(*_broken(curve, changes), label="total" if name == "loss" else name.removeprefix("loss_"),
-                            marker=_marker(curve))  # fmt: skip
+        panels["loss"].plot(
+            *_broken(curve, changes),
+            label="total" if name == "loss" else name.removeprefix("loss_"),
+            marker=_marker(curve),
+        )
     panels["loss"].set(title="loss", yscale="log")
     if losses:
         panels["loss"].legend()
@@ -100,9 +103,15 @@ def draw_curves(log_file: Path) -> Path:
             axes.axvline(step, color="black", linestyle="--", linewidth=1)
     for step, terms in changes.items():
         panels["loss"].annotate(
-            f"new objective:\n{terms}", (step, 0.03), xycoords=("data", "axes fraction"), xytext=(4, 0),
-            textcoords="offset points", va="bottom", fontsize=8, bbox={"color": "white", "alpha": 0.7, "pad": 1},
-        )  # fmt: skip
+            f"new objective:\n{terms}",
+            (step, 0.03),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="bottom",
+            fontsize=8,
+            bbox={"color": "white", "alpha": 0.7, "pad": 1},
+        )
     picture = log_file.with_name("curves.png")
     part = picture.with_name("curves.png.part")
     FigureCanvasAgg(figure).print_png(part)

@@ -24,12 +24,15 @@ def citation(kinds: Sequence[LayerKind]) -> str:
     entries = {"software": {"hybrid_model_factory": {"title": "Hybrid Model Factory", "version": hmf.__version__}}}
     entries["misc"] = {
         kind.name: {
-            "title": PAPERS[paper], "eprint": paper, "archivePrefix": "arXiv", "url": f"https://arxiv.org/abs/{paper}",
+            "title": PAPERS[paper],
+            "eprint": paper,
+            "archivePrefix": "arXiv",
+            "url": f"https://arxiv.org/abs/{paper}",
         }
         for kind in kinds
         for _, paper in [reference(kind)]
         if paper
-    }  # fmt: skip
+    }
     shown = [
         f"@{sort}{{{key},\n" + "".join(f"  {name} = {{{value}}},\n" for name, value in fields.items()) + "}"
         for sort, found in entries.items()

@@ -53,9 +53,11 @@ def _caption(score: dict[str, Any]) -> str:
 
 def next_commands(run: Path) -> str:
     """What people do after priming."""
-    return "\n".join((
-        "Next:",
-        f"  .venv/bin/hmf chat {run}/model        # talk to the Hybrid",
-        f"  .venv/bin/hmf evaluate {run}/model --tasks recall,arithmetic,tool_call",
-        f"  make serve MODEL={run}/model          # install vLLM once, then serve an OpenAI-compatible API",
-    ))  # fmt: skip
+    return "\n".join(
+        (
+            "Next:",
+            f"  .venv/bin/hmf chat {run}/model        # talk to the Hybrid",
+            f"  .venv/bin/hmf evaluate {run}/model --tasks recall,arithmetic,tool_call",
+            f"  make serve MODEL={run}/model          # install vLLM once, then serve an OpenAI-compatible API",
+        )
+    )

@@ -75,9 +75,13 @@ def _trainer(
     loss = Stage1Loss(settings.objective)
     if on_policy is None:
         args = arguments(
-            training, checkpoints, seed, TrainingArguments,
-            use_cache=model.config.use_cache, **strategy_arguments(training, model),
-        )  # fmt: skip
+            training,
+            checkpoints,
+            seed,
+            TrainingArguments,
+            use_cache=model.config.use_cache,
+            **strategy_arguments(training, model),
+        )
         ranks = training.sequence_parallel
         rows = mixture(settings.data, tokenizer, training.max_steps * rows_per_step(args, ranks), seed)
         trainer = HybridTrainer(

@@ -58,9 +58,13 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
         adapters, added = add_adapters(model, groups, recipe.lora)
         groups.append(added)
     args = arguments(
-        training, output / "checkpoints", recipe.seed, TrainingArguments,
-        use_cache=config.use_cache, **strategy_arguments(training, model),
-    )  # fmt: skip
+        training,
+        output / "checkpoints",
+        recipe.seed,
+        TrainingArguments,
+        use_cache=config.use_cache,
+        **strategy_arguments(training, model),
+    )
     if args.process_index == 0:
         say(table(groups))
     step_rows = rows_per_step(args, training.sequence_parallel)

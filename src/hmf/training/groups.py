@@ -141,10 +141,14 @@ def optimiser_groups(model: nn.Module, groups: Iterable[ParameterGroup], weight_
         for decays in (True, False):
             parameters = [current[name] for name, x in group.parameters.items() if (x.dim() > 1) == decays]
             if parameters:
-                optimised.append({
-                    "params": parameters, "lr": group.learning_rate, "group": group.name,
-                    "weight_decay": weight_decay if decays else 0.0,
-                })  # fmt: skip
+                optimised.append(
+                    {
+                        "params": parameters,
+                        "lr": group.learning_rate,
+                        "group": group.name,
+                        "weight_decay": weight_decay if decays else 0.0,
+                    }
+                )
     return optimised
 
 

@@ -32,8 +32,10 @@ class OnPolicyTrainer(HybridTrainer, OnPolicyLoop):
     """
 
     def __init__(self, model: Any, processing_class: PreTrainedTokenizerBase, **kwargs: Any):
-        self._given_ids = [(config, {name: getattr(config, name, None) for name in SPECIAL_IDS})
-                           for config in (model.config, model.generation_config)]  # fmt: skip
+        self._given_ids = [
+            (config, {name: getattr(config, name, None) for name in SPECIAL_IDS})
+            for config in (model.config, model.generation_config)
+        ]
         super().__init__(model=model, processing_class=processing_class, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -101,9 +101,15 @@ class Mamba2Mixer(HostedMixer):
 
         mixer, (x, dt) = self.mixer, inputs
         x = causal_conv1d_update(
-            x, self.kv_cache[0], mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, "silu",
-            conv_state_indices=slots, null_block_id=NULL_BLOCK_ID, out=x.new_empty(x.shape),
-        )  # fmt: skip
+            x,
+            self.kv_cache[0],
+            mixer.conv1d.weight.squeeze(1),
+            mixer.conv1d.bias,
+            "silu",
+            conv_state_indices=slots,
+            null_block_id=NULL_BLOCK_ID,
+            out=x.new_empty(x.shape),
+        )
         x, B, C = mixer.streams(x)
         return decode(x, B, C, dt, mixer.A_log, mixer.dt_bias, mixer.D, self.kv_cache[1], slots, NULL_BLOCK_ID)
 

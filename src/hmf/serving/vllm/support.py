@@ -238,9 +238,11 @@ TABLE: tuple[Row, ...] = (
     Row("Tensor parallelism", True, "all layer types, without `kv_proj_rank`"),
     Row("Pipeline, data and expert parallelism", True, "vLLM's own"),
     Row(
-        "Quantised weights", True,
+        "Quantised weights",
+        True,
         "compressed-tensors and fp8 checkpoints, `--quantization fp8_per_tensor` or `fp8_per_channel`: attention, MLPs "
-        "and GDN's q, k, v, g and o; a checkpoint must have all else in its `ignore` list", _quantised,
+        "and GDN's q, k, v, g and o; a checkpoint must have all else in its `ignore` list",
+        _quantised,
     ),
     Row("Sliding windows of attention layers, all or some", True, "as the config of the base has them"),
     Row("Rotary positions: `default`, `linear`, `yarn`, `llama3`", True, "and Ministral 3's queries"),
@@ -252,61 +254,99 @@ TABLE: tuple[Row, ...] = (
     Row("Activations other than SiLU", False, "generate with Hugging Face", _activation),
     Row("Qwen2 with a `head_dim` that is not hidden size / heads", False, "generate with Hugging Face", _whole_width),
     Row(
-        "Config keys that vLLM reads and transformers does not", False,
+        "Config keys that vLLM reads and transformers does not",
+        False,
         ", ".join(f"`{key}`" for key in sorted({*READ_BY_VLLM_ALWAYS, *sum(READ_BY_VLLM.values(), ())})),
         _unlike_transformers,
     ),
     Row("Head dimensions without an attention kernel on a CPU", False, "use a GPU", _head_dim),
     Row(
-        "Expert parallelism on a CPU", False, "use tensor parallelism alone",
-        _on_cpu(lambda c: c.parallel_config.enable_expert_parallel,
-                "vLLM's experts on a CPU do not heed which rank holds which; drop --enable-expert-parallel"),
+        "Expert parallelism on a CPU",
+        False,
+        "use tensor parallelism alone",
+        _on_cpu(
+            lambda c: c.parallel_config.enable_expert_parallel,
+            "vLLM's experts on a CPU do not heed which rank holds which; drop --enable-expert-parallel",
+        ),
     ),
     Row(
-        "Pipeline parallelism on a CPU", False, "use tensor parallelism",
-        _on_cpu(lambda c: c.parallel_config.pipeline_parallel_size > 1,
-                "vLLM's later stages do not start on a CPU; use --tensor-parallel-size instead of pipeline stages"),
+        "Pipeline parallelism on a CPU",
+        False,
+        "use tensor parallelism",
+        _on_cpu(
+            lambda c: c.parallel_config.pipeline_parallel_size > 1,
+            "vLLM's later stages do not start on a CPU; use --tensor-parallel-size instead of pipeline stages",
+        ),
     ),
     Row(
-        "Speculative decoding", False, "drop `--speculative-config`: recurrent states cannot be rolled back",
-        _when(lambda c: c.speculative_config is not None,
-              "speculative decoding cannot roll a recurrent state back; drop --speculative-config"),
+        "Speculative decoding",
+        False,
+        "drop `--speculative-config`: recurrent states cannot be rolled back",
+        _when(
+            lambda c: c.speculative_config is not None,
+            "speculative decoding cannot roll a recurrent state back; drop --speculative-config",
+        ),
     ),
     Row(
-        "LoRA adapters", False, "merge the adapter into the checkpoint",
-        _when(lambda c: c.lora_config is not None,
-              "LoRA is not supported on Hybrids; merge the adapter into the checkpoint and drop --enable-lora"),
+        "LoRA adapters",
+        False,
+        "merge the adapter into the checkpoint",
+        _when(
+            lambda c: c.lora_config is not None,
+            "LoRA is not supported on Hybrids; merge the adapter into the checkpoint and drop --enable-lora",
+        ),
     ),
     Row(
-        "`--mamba-cache-mode all`", False, "use `align`",
-        _when(lambda c: c.cache_config.mamba_cache_mode not in ("none", "align"),
-              "--mamba-cache-mode keeps a state per block only as `align`; use --mamba-cache-mode align"),
+        "`--mamba-cache-mode all`",
+        False,
+        "use `align`",
+        _when(
+            lambda c: c.cache_config.mamba_cache_mode not in ("none", "align"),
+            "--mamba-cache-mode keeps a state per block only as `align`; use --mamba-cache-mode align",
+        ),
     ),
     Row(
-        "KV transfer between engines", False, "drop `--kv-transfer-config`: states are not moved",
-        _when(lambda c: c.kv_transfer_config is not None,
-              "KV transfer does not move recurrent states; drop --kv-transfer-config"),
+        "KV transfer between engines",
+        False,
+        "drop `--kv-transfer-config`: states are not moved",
+        _when(
+            lambda c: c.kv_transfer_config is not None,
+            "KV transfer does not move recurrent states; drop --kv-transfer-config",
+        ),
     ),
     Row(
-        "ReplaySSM", False, "drop `--use-replayssm`",
+        "ReplaySSM",
+        False,
+        "drop `--use-replayssm`",
         _when(lambda c: c.cache_config.use_replayssm, "ReplaySSM does not know these layers; drop --use-replayssm"),
     ),
     Row(
-        "Stochastic rounding of states", False, "drop `--enable-mamba-cache-stochastic-rounding`",
-        _when(lambda c: c.mamba_config.enable_stochastic_rounding,
-              "states are rounded to nearest alone; drop --enable-mamba-cache-stochastic-rounding"),
+        "Stochastic rounding of states",
+        False,
+        "drop `--enable-mamba-cache-stochastic-rounding`",
+        _when(
+            lambda c: c.mamba_config.enable_stochastic_rounding,
+            "states are rounded to nearest alone; drop --enable-mamba-cache-stochastic-rounding",
+        ),
     ),
     Row(
-        "Context parallelism", False, "use tensor parallelism",
-        _when(lambda c: max(c.parallel_config.decode_context_parallel_size,
-                            c.parallel_config.prefill_context_parallel_size) > 1,
-              "context parallelism does not split recurrent states; use --tensor-parallel-size"),
+        "Context parallelism",
+        False,
+        "use tensor parallelism",
+        _when(
+            lambda c: (
+                max(c.parallel_config.decode_context_parallel_size, c.parallel_config.prefill_context_parallel_size) > 1
+            ),
+            "context parallelism does not split recurrent states; use --tensor-parallel-size",
+        ),
     ),
     Row(
-        "Expert load balancing", False, "drop `--enable-eplb`",
+        "Expert load balancing",
+        False,
+        "drop `--enable-eplb`",
         _when(lambda c: c.parallel_config.enable_eplb, "expert load balancing is not supported; drop --enable-eplb"),
     ),
-)  # fmt: skip
+)
 
 
 @contextmanager
