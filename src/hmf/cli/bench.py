@@ -80,6 +80,7 @@ def solver(
     head_dim: Annotated[int, typer.Option(min=1, help="Key and value dimensions of a head.")] = 128,
     ridge_strength: Annotated[float, typer.Option(help="The layer's option; smaller converges slower.")] = 0.02,
     plot: Annotated[Path | None, typer.Option(help="Picture to write (.png, .svg).")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """How near GKA's iteration comes to the exact solution.
 
@@ -87,15 +88,23 @@ def solver(
     """
     require_parent(plot, "--plot")
 
-    from hmf.bench import solver
+    import json
+    from dataclasses import asdict
+
+    from hmf.bench import machine, solver
     from hmf.ops.samples import Shape
 
     found = solver.distances(Shape(tokens=tokens, heads=heads, head_dim=head_dim), ridge_strength)
     title = f"GKA, {tokens:,} tokens, {heads} heads of {head_dim}, ridge_strength {ridge_strength:g}"
-    solver.print_distances(found, f"{title}: relative distance from the exact solution")
+    if as_json:
+        rows = [asdict(distance) for distance in found]
+        report = {"rows": rows, "hardware": machine.hardware(), "versions": machine.versions()}
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        solver.print_distances(found, f"{title}: relative distance from the exact solution")
     if plot is not None:
         solver.plot(found, title, plot)
-        typer.echo(f"saved {plot}")
+        typer.echo(f"saved {plot}", err=as_json)
 
 
 @app.command(

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from hmf import processors
-from hmf.cli.shared import Overrides, RecipeFile, epilog, group, require_data, tokens
+from hmf.cli.shared import Overrides, RecipeFile, command, epilog, group, require_data, tokens
 from hmf.errors import HmfError
 from hmf.folders import find_recipe, resolve_base
 
@@ -45,7 +45,7 @@ def data_prepare(
     from hmf.report.samples import print_counts
 
     print_counts(prepare(settings, tokenizer, workers or processors.count()))
-    typer.echo(f"saved {settings.output}; look at it: hmf data show {settings.output}")
+    typer.echo(f"saved {settings.output}; look at it: {command()} data show {settings.output}")
     typer.echo(f"train on it: data: {{prepared: {settings.output}}} in a recipe")
 
 

@@ -40,6 +40,7 @@ def plan(
     max_num_seqs: Annotated[int | None, typer.Option(min=1, help="vLLM's option; left out: its default.")] = None,
     batched_tokens: BatchedTokens = 8192,
     plot: Annotated[Path | None, typer.Option(help="Picture to write, over context lengths (.png, .svg).")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """What serving takes and gives on some GPUs.
 
@@ -48,6 +49,8 @@ def plan(
     parse_gpus(gpu)  # this and the paths before imports that take seconds
     require_parent(plot, "--plot")
     folder = resolve_base(model, weights=False)
+
+    import json
 
     from hmf.config.runs import HybridSettings
     from hmf.model.checkpoint import load_config
@@ -64,10 +67,13 @@ def plan(
         gpu_memory_utilization, layer_overhead / 1e6, prefix_caching, batched_tokens, max_num_seqs
     )
     found = planner.plans(config, gpu, options)
-    planner.print_plans(found, context)
+    if as_json:
+        typer.echo(json.dumps({"rows": [planner.figures(plan, context) for plan in found]}, indent=2))
+    else:
+        planner.print_plans(found, context)
     if plot is not None:
         planner.plot(found, context, plot, Path(model).name)
-        typer.echo(f"saved {plot}")
+        typer.echo(f"saved {plot}", err=as_json)
 
 
 @app.command(
@@ -87,6 +93,7 @@ def plan_training(
     gpu: Annotated[str | None, typer.Option(help="For example h200x8; left out: what each recipe names.")] = None,
     mfu: Annotated[float, typer.Option(help="Share of the GPUs' peak that training is assumed to reach.")] = 0.35,
     overrides: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
     """Check recipes; plan memory, tokens and GPU-hours.
 
@@ -95,9 +102,15 @@ def plan_training(
     if gpu is not None:
         parse_gpus(gpu)
 
+    import json
+
     from hmf.planning import training
 
-    training.print_plans(training.plans(recipes, partial(resolve_base, weights=False), gpu, mfu, overrides or ()))
+    found = training.plans(recipes, partial(resolve_base, weights=False), gpu, mfu, overrides or ())
+    if as_json:
+        typer.echo(json.dumps({"rows": [training.figures(plan) for plan in found]}, indent=2))
+    else:
+        training.print_plans(found)
 
 
 @app.command(epilog=epilog("hmf doctor", "hmf doctor --json", "HMF_OPS=reference hmf doctor"))

@@ -19,7 +19,7 @@ _LAYER = re.compile(r"error_layer_(\d+)")
 
 def curves(log: list[dict[str, Any]]) -> tuple[dict[str, Curve], dict[int, Curve], dict[str, Curve]]:
     """(losses by name, layer errors by layer index, what preferences come to by name) of a log as the Trainer writes
-    it; a curve is (steps, values)."""
+    it; a curve is (steps, values). Names of an evaluation begin with "eval_"."""
     losses: dict[str, Curve] = {}
     layers: dict[int, Curve] = {}
     preferences: dict[str, Curve] = {}
@@ -27,9 +27,9 @@ def curves(log: list[dict[str, Any]]) -> tuple[dict[str, Curve], dict[int, Curve
         for name, value in entry.items():
             if found := _LAYER.fullmatch(name):
                 steps, values = layers.setdefault(int(found[1]), ([], []))
-            elif name == "loss" or name.startswith("loss_"):
+            elif name == "loss" or name.startswith(("loss_", "eval_loss")):
                 steps, values = losses.setdefault(name, ([], []))
-            elif name in ("margin", "accuracy"):
+            elif name in ("margin", "accuracy", "eval_margin", "eval_accuracy"):
                 steps, values = preferences.setdefault(name, ([], []))
             else:
                 continue
@@ -71,12 +71,18 @@ def draw_curves(log_file: Path) -> Path:
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     right = "right" if layers or preferences else "loss"
     panels: Any = figure.subplot_mosaic([["loss", right], ["rate", "norm"]], height_ratios=(2, 1))
+    colours: dict[str, Any] = {}  # of a training loss, which the evaluation's has too, dashed
     for name, curve in losses.items():
-        panels["loss"].plot(
+        own = name.removeprefix("eval_")
+        label = "total" if own == "loss" else own.removeprefix("loss_")
+        (line,) = panels["loss"].plot(
             *_broken(curve, changes),
-            label="total" if name == "loss" else name.removeprefix("loss_"),
+            label=label if own == name else f"{label}, evaluation",
             marker=_marker(curve),
+            color=colours.get(own),
+            linestyle="-" if own == name else "--",
         )
+        colours.setdefault(own, line.get_color())
     panels["loss"].set(title="loss", yscale="log")
     if losses:
         panels["loss"].legend()

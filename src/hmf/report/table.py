@@ -51,13 +51,13 @@ def _caption(score: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def next_commands(run: Path) -> str:
-    """What people do after priming."""
+def next_commands(run: Path, hmf: str) -> str:
+    """What people do after priming; `hmf`: the command as it is written here."""
     return "\n".join(
         (
             "Next:",
-            f"  .venv/bin/hmf chat {run}/model        # talk to the Hybrid",
-            f"  .venv/bin/hmf evaluate {run}/model --tasks recall,arithmetic,tool_call",
-            f"  make serve MODEL={run}/model          # install vLLM once, then serve an OpenAI-compatible API",
+            f"  {hmf} chat {run}/model    # talk to the Hybrid",
+            f"  {hmf} evaluate {run}/model --tasks recall,arithmetic,tool_call",
+            f"  {hmf} serve {run}/model   # an OpenAI-compatible API by vLLM; in a clone, make serve MODEL={run}/model",
         )
     )
