@@ -396,6 +396,40 @@ def test_prime_does_the_whole_job_once(tmp_path, monkeypatch, capsys):
     assert code == 2 and "another recipe" in err
 
 
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [
+        ("plan teacher --ratio 0.5 --gpu l4 --context 2K --plot plan.svg", "sequences"),
+        ("plan-training quickstart --gpu l4", "gpu_hours"),
+        ("bench solver --tokens 8 --heads 1 --head-dim 4 --plot solver.svg", "bound"),
+    ],
+)
+def test_json_is_all_of_stdout_and_has_numbers(command, key, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(monkeypatch, capsys, *command.split(), "--json")
+    assert code == 0 and all(isinstance(row[key], int | float) for row in json.loads(out)["rows"]), err
+    assert ("saved" in err) == ("--plot" in command)
+
+
+def test_messages_name_the_command_that_can_be_typed(tmp_path, monkeypatch, capsys):
+    script = tmp_path / ".venv" / "bin" / "hmf"
+    script.parent.mkdir(parents=True)
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    (other := tmp_path / "other").mkdir()
+    found = {}
+    for name, path, folder in (("path", script.parent, tmp_path), ("clone", "/bin", tmp_path), ("else", "/bin", other)):
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("PATH", str(path))
+        options = ["--ratio", "0.5", "--out", str(tmp_path / name)]
+        monkeypatch.setattr(sys, "argv", [str(script), "init", "teacher", *options])
+        with pytest.raises(SystemExit):
+            main()
+        found[name] = re.search(r"next: (.*) distill", capsys.readouterr().out)[1]
+    assert found == {"path": "hmf", "clone": ".venv/bin/hmf", "else": str(script)}
+
+
 def test_evaluate_takes_several_models_and_prints_json(tmp_path, monkeypatch, capsys):
     make_tiny_stage0(tmp_path)
     options = ["--tasks", "", "--text-bytes", "2000", "--length", "96"]

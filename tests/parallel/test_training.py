@@ -26,11 +26,19 @@ def stage0(tmp_path_factory):
 
 
 def recipe(stage0, **training):
-    """Three steps of two rows, the first of them layer by layer."""
+    """Three steps of two rows, the first of them layer by layer; after each, three rows of evaluation."""
     return {
         "data": {"text": str(stage0.parent / "corpus"), "sequence_length": 32},
         "objective": {"layers": "mixer", "kl": 0.5, "kl_tokens": "supervised", "layerwise_steps": 1},
-        "training": {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 3e-3, "save_steps": 1}
+        "training": {
+            "max_steps": 3,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 3e-3,
+            "save_steps": 1,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "eval_rows": 3,
+        }
         | training,
     }
 
@@ -54,6 +62,8 @@ def same(output, alone):
     assert weights.keys() == wanted.keys() and len(log) == len(wanted_log)
     numerics.assert_near(weights, wanted, plain)
     names = ("loss", "loss_layerwise", "loss_hidden", "loss_mixer", "loss_kl", "grad_norm")
+    names += ("eval_loss", "eval_loss_hidden", "eval_loss_mixer", "eval_loss_kl")
+    assert sum("eval_loss_kl" in entry for entry in log) == 2
     numerics.assert_near(*([cutting.figures(entry, names) for entry in x] for x in (log, wanted_log, plain_log)))
 
 

@@ -9,7 +9,9 @@ import yaml
 from typer.testing import CliRunner
 
 from hmf.cli import app
+from hmf.config.data import DataRecipe
 from hmf.config.pattern import Pattern
+from hmf.data.prepare import PreparedDataset, prepare
 from hmf.errors import HmfError
 from hmf.folders import resolve_base
 from hmf.model.checkpoint import load_config
@@ -173,6 +175,47 @@ def test_advice_is_what_the_recipe_may_have(recipes):
         options = re.findall(r"--set (\S+)", plan.advice())
         if options:
             assert plan_of("qwen3-8b/gdn-2-long.yaml", "h200x8", *base, *extra, *options).fits
+
+
+def test_epochs_are_planned_as_the_steps_that_they_come_to(tmp_path, monkeypatch):
+    """Of rows that are there, and of rows that another recipe will make."""
+    monkeypatch.chdir(tmp_path)
+    hybrid = cutting.make_tiny_hybrid(tmp_path / "tiny" / "model")
+    data = {
+        "output": "rows",
+        "tokenizer": str(hybrid),
+        "sequence_length": 32,
+        "tokens": 3200,
+        "sources": [{"path": str(hybrid.parent / "corpus"), "weight": 1}],
+    }
+    training = {"num_train_epochs": 2, "per_device_train_batch_size": 2, "eval_strategy": "epoch", "eval_rows": 10}
+    stage2 = {
+        "method": "cpt",
+        "model": str(hybrid),
+        "output": "run",
+        "data": {"prepared": "rows"},
+        "trainable": {"all": 1e-4},
+        "training": training,
+    }
+    for name, content in (("data", data), ("stage2", stage2)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+
+    def plan():
+        return planner.plans([Path("stage2.yaml")], resolve_base, "l4x4")[0]
+
+    assert plan().training.steps == 23  # 2 * (100 - 10) rows, 8 of a step
+    prepare(DataRecipe.model_validate(data), hybrid)
+    rows = len(PreparedDataset("rows"))
+    assert plan().training.steps == -(-2 * (rows - 10) // 8) and plan().tokens == plan().training.steps * 8 * 32
+    (tmp_path / "data.yaml").unlink()
+    (tmp_path / "rows").rename(tmp_path / "elsewhere")
+    with pytest.raises(HmfError, match="is not there, and no recipe beside this one makes it"):
+        plan()
+    pairs = {"data": None, "pairs": {"path": "pairs.jsonl", "sequence_length": 64}, "method": "dpo"}
+    (tmp_path / "stage2.yaml").write_text(yaml.safe_dump(stage2 | pairs))
+    with pytest.raises(HmfError, match="rows of pairs are not known before .* plan with --set training.max_steps=N"):
+        plan()
+    assert planner.plans([Path("stage2.yaml")], resolve_base, "l4", overrides=["training.max_steps=5"])
 
 
 def test_divided_work_takes_less_of_each_gpu():

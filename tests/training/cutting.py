@@ -103,8 +103,8 @@ def result(
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     """Final weights, and the log without what depends on the clock."""
     log = json.loads((run / f"{stage}.log.json").read_text())
-    timed = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
-    log = [{name: value for name, value in entry.items() if name not in timed} for entry in log]
+    timed = ("_runtime", "_samples_per_second", "_steps_per_second")
+    log = [{name: value for name, value in entry.items() if not name.endswith(timed)} for entry in log]
     return load_file(run / saved / "model.safetensors"), log
 
 

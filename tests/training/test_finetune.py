@@ -187,7 +187,9 @@ def test_two_processes_end_like_one(hybrid, tmp_path, shares):
     kind = {"method": "dpo", "data": None, "pairs": pairs} if shares == "preferences" else {}
 
     def given(name, training):
-        changes = {"trainable": {"all": 1e-4}, "training": {"max_steps": 3, "save_steps": 1} | training, **kind}
+        evaluation = {"eval_strategy": "steps", "eval_steps": 1, "eval_rows": 1 if kind else 3}
+        given = {"max_steps": 3, "save_steps": 1} | evaluation | training
+        changes = {"trainable": {"all": 1e-4}, "training": given, **kind}
         return cutting.finetune_recipe(hybrid, tmp_path / name, **changes)
 
     one, two = given("one", {"per_device_train_batch_size": 2}), given("two", SHARED[shares])
@@ -198,8 +200,9 @@ def test_two_processes_end_like_one(hybrid, tmp_path, shares):
     finetune(nudged)
     ranks.run(ranks.train_stage2, 2, 2, ranks.free_port(), two.model_dump(mode="json", exclude_unset=True))
     runs = [cutting.result(run.output, "stage2", "model") for run in (two, one, nudged)]
-    names = ("loss", "margin", "accuracy", "grad_norm")
-    assert_near(*([cutting.figures(entry, names) for entry in log[:3]] for _, log in runs))
+    names = ("loss", "margin", "accuracy", "grad_norm", "eval_loss", "eval_margin", "eval_accuracy")
+    assert_near(*([cutting.figures(entry, names) for entry in log[:6]] for _, log in runs))
+    assert sum("eval_loss" in entry for entry in runs[0][1]) == 3
     assert_near(*(weights for weights, _ in runs))
     start = load_file(hybrid / "model.safetensors")
     for name, value in runs[1][0].items():

@@ -198,13 +198,13 @@ def _check(op: str, device: str, use: str, expected: dict[str, dict], dtype: tor
             check.problem = f"{name}, {case}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             return check
         for tensor, value in results.items():
-            error = relative_error(value, expected[case][tensor])
-            if not error <= check.errors.get(name, -1.0):  # NaN counts as larger
-                check.errors[name], check.worst[name] = error, f"{tensor}, {case}"
+            distance = relative_error(value, expected[case][tensor])
+            if not distance <= check.errors.get(name, -1.0):  # NaN counts as larger
+                check.errors[name], check.worst[name] = distance, f"{tensor}, {case}"
     tolerance = allowed(device, dtype, training)
     if not check.errors[name] <= tolerance:
-        error = check.errors[name]
-        check.problem = f"{name}: {check.worst[name]} has a relative error of {error:.1e} (at most {tolerance:.0e})"
+        worst = f"{check.worst[name]} has a relative error of {check.errors[name]:.1e}"
+        check.problem = f"{name}: {worst} (at most {tolerance:.0e})"
     return check
 
 

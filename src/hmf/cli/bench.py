@@ -81,6 +81,7 @@ def solver(
         float, typer.Option(help="Option of the layer; a smaller value converges more slowly.")
     ] = 0.02,
     plot: Annotated[Path | None, typer.Option(help="Plot to write (.png, .svg).")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure the error of GKA's iterative solver.
 
@@ -88,15 +89,23 @@ def solver(
     """
     require_parent(plot, "--plot")
 
-    from hmf.bench import solver
+    import json
+    from dataclasses import asdict
+
+    from hmf.bench import machine, solver
     from hmf.ops.samples import Shape
 
     distances = solver.distances(Shape(tokens=tokens, heads=heads, head_dim=head_dim), ridge_strength)
     title = f"GKA, {tokens:,} tokens, {heads} heads of {head_dim}, ridge_strength {ridge_strength:g}"
-    solver.print_distances(distances, f"{title}: relative distance from the exact solution")
+    if as_json:
+        rows = [asdict(distance) for distance in distances]
+        report = {"rows": rows, "hardware": machine.hardware(), "versions": machine.versions()}
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        solver.print_distances(distances, f"{title}: relative distance from the exact solution")
     if plot is not None:
         solver.plot(distances, title, plot)
-        typer.echo(f"saved {plot}")
+        typer.echo(f"saved {plot}", err=as_json)
 
 
 @app.command(

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from hmf import processors
-from hmf.cli.shared import Overrides, RecipeFile, epilog, group, require_data, tokens
+from hmf.cli.shared import Overrides, RecipeFile, command, epilog, group, require_data, tokens
 from hmf.errors import HmfError
 from hmf.folders import find_recipe, resolve_base
 
@@ -46,7 +46,7 @@ def data_prepare(
     from hmf.report.samples import print_counts
 
     print_counts(prepare(settings, tokenizer, workers or processors.count()))
-    typer.echo(f"saved {settings.output}; show it: hmf data show {settings.output}")
+    typer.echo(f"saved {settings.output}; show it: {command()} data show {settings.output}")
     typer.echo(f"to train on it, write into a recipe: data: {{prepared: {settings.output}}}")
 
 

@@ -42,6 +42,7 @@ def plan(
     max_num_seqs: Annotated[int | None, typer.Option(min=1, help="vLLM's option. Default: vLLM's default.")] = None,
     batched_tokens: BatchedTokens = 8192,
     plot: Annotated[Path | None, typer.Option(help="Plot over context lengths to write (.png, .svg).")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Plan serving: memory, capacity, decode speed.
 
@@ -50,6 +51,8 @@ def plan(
     parse_gpus(gpu)  # before imports that take seconds, as are the checks of paths
     require_parent(plot, "--plot")
     folder = resolve_base(model, weights=False)
+
+    import json
 
     from hmf.config.runs import HybridSettings
     from hmf.model.checkpoint import load_config
@@ -66,10 +69,13 @@ def plan(
         gpu_memory_utilization, layer_overhead / 1e6, prefix_caching, batched_tokens, max_num_seqs
     )
     plans = planner.plans(config, gpu, options)
-    planner.print_plans(plans, context)
+    if as_json:
+        typer.echo(json.dumps({"rows": [planner.figures(plan, context) for plan in plans]}, indent=2))
+    else:
+        planner.print_plans(plans, context)
     if plot is not None:
         planner.plot(plans, context, plot, Path(model).name)
-        typer.echo(f"saved {plot}")
+        typer.echo(f"saved {plot}", err=as_json)
 
 
 @app.command(
@@ -91,6 +97,7 @@ def plan_training(
     ] = None,
     mfu: Annotated[float, typer.Option(help="Assumed model FLOPs utilisation: share of the GPUs' peak.")] = 0.35,
     overrides: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
     """Check recipes; plan memory, tokens and GPU-hours.
 
@@ -99,9 +106,15 @@ def plan_training(
     if gpu is not None:
         parse_gpus(gpu)
 
+    import json
+
     from hmf.planning import training
 
-    training.print_plans(training.plans(recipes, partial(resolve_base, weights=False), gpu, mfu, overrides or ()))
+    plans = training.plans(recipes, partial(resolve_base, weights=False), gpu, mfu, overrides or ())
+    if as_json:
+        typer.echo(json.dumps({"rows": [training.figures(plan) for plan in plans]}, indent=2))
+    else:
+        training.print_plans(plans)
 
 
 @app.command(epilog=epilog("hmf doctor", "hmf doctor --json", "HMF_OPS=reference hmf doctor"))

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import sys
 from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -68,6 +72,21 @@ def with_checkpoint(settings: Any, key: str) -> Any:
         return settings.model_copy(update={key: type(name)(resolve_base(str(name)))})
     except HmfError as error:
         raise HmfError(f"{key}: {error}") from None
+
+
+def command() -> str:
+    """`hmf` as a user can type it here: by its name where the PATH has this one, else by its path."""
+    script = Path(sys.argv[0])
+    if script.name != "hmf" or not script.is_file():  # started as a module
+        script = Path(sys.executable).with_name("hmf")
+    if not script.is_file():
+        return f"{shlex.quote(sys.executable)} -m hmf.cli"
+    script = Path(os.path.abspath(script))
+    found = shutil.which("hmf")
+    if found is not None and os.path.realpath(found) == os.path.realpath(script):
+        return "hmf"
+    here = Path.cwd()
+    return shlex.quote(str(script.relative_to(here) if script.is_relative_to(here) else script))
 
 
 def group(help: str, **options: Any) -> typer.Typer:

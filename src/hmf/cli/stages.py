@@ -16,6 +16,7 @@ from hmf.cli.shared import (
     Out,
     Overrides,
     RecipeFile,
+    command,
     epilog,
     group,
     with_checkpoint,
@@ -70,7 +71,7 @@ def init(
     report = make_stage0(source, settings.layer_pattern(base_layers(source)), out, seed=seed)
     typer.echo(report.describe())
     typer.echo("*DA: a layer that keeps attention; GDN* and so on: a mixer beside the attention that it learns from")
-    typer.echo(f"saved {out}; next: hmf distill RECIPE.yaml with model: {out}")
+    typer.echo(f"saved {out}; next: {command()} distill RECIPE.yaml with model: {out}")
 
 
 @app.command(epilog=epilog("hmf distill recipes/distill/recipe.yaml"))
@@ -91,7 +92,7 @@ def distill(recipe: RecipeFile, overrides: Overrides = None) -> None:
     with run_folder(settings.output, text) as first:
         saved = run(settings.model, settings.output, settings, settings.seed, draw=draw_curves)
     if first:
-        typer.echo(f"saved {saved}; next: hmf export {saved} --out {settings.output}/model")
+        typer.echo(f"saved {saved}; next: {command()} export {saved} --out {settings.output}/model")
 
 
 @app.command(
@@ -149,7 +150,7 @@ def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
     with run_folder(settings.output, text) as first:
         saved = run(settings, draw=draw_curves)
     if first:
-        typer.echo(f"saved {saved}; next: hmf evaluate {saved}, hmf chat {saved}")
+        typer.echo(f"saved {saved}; next: {command()} evaluate {saved}, {command()} chat {saved}")
 
 
 @app.command(
@@ -174,7 +175,7 @@ def prime(recipe: RecipeFile, overrides: Overrides = None) -> None:
     scores = run(settings, text, say=typer.echo)
     if scores:  # empty in processes that only take part in training
         print_scores(scores)
-        typer.echo(next_commands(settings.output))
+        typer.echo(next_commands(settings.output, command()))
 
 
 @app.command(epilog=epilog("hmf pretrain recipes/teacher/recipe.yaml"))

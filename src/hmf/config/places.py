@@ -76,3 +76,17 @@ class PairSettings(PlaceSettings):
     @property
     def key(self) -> str:
         return "pairs"
+
+
+class EvalPairSettings(PairSettings):
+    """Pairs of an evaluation; `beta` is that of `pairs`."""
+
+    @model_validator(mode="after")
+    def _beta_of_training(self) -> EvalPairSettings:
+        if "beta" in self.model_fields_set:
+            raise ValueError("beta is that of pairs; leave it out")
+        return self
+
+    @property
+    def key(self) -> str:
+        return "eval_pairs"

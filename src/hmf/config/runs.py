@@ -20,9 +20,9 @@ from hmf.errors import HmfError, listed, unknown_name
 
 from .layers import LAYER_KINDS
 from .pattern import Pattern
-from .places import PairSettings
+from .places import EvalPairSettings, PairSettings
 from .strict import Seed, Settings, TokenCount, Tokens, parse_yaml, require_none
-from .training import RENAMED, ParallelSettings
+from .training import ALTERNATIVES, RENAMED, OptimiserSettings, ParallelSettings
 
 TrainableGroup = Literal["mixers", "norms", "attention", "mlp", "embeddings"]
 TrainableName = Literal["mixers", "norms", "attention", "mlp", "embeddings", "all"]
@@ -164,6 +164,7 @@ class DistillSettings(Settings):
     """Stage 1 in `hmf prime`."""
 
     data: DataSettings = Field(default_factory=DataSettings)  # training data
+    eval_data: DataSettings | None = None  # data of training.eval_strategy; left out: rows held out of data
     objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)  # terms of the loss
     training: ParallelSettings  # optimiser, log, checkpoints, processes
     on_policy: OnPolicySettings | None = None  # left out: train on the rows of data
@@ -183,14 +184,37 @@ class DistillSettings(Settings):
                 yield "objective.layerwise_steps must be 0 with on_policy; train layer by layer in an earlier run"
             if self.training.strategy != "ddp" or self.training.sequence_parallel > 1:
                 yield "on_policy needs training.strategy ddp and training.sequence_parallel 1"
+            if self.training.eval_strategy != "no":
+                yield "on_policy needs training.eval_strategy no: its loss is that of texts written at the step"
         yield from indivisible(self.data, self.training)
+        yield from evaluation_conflicts(self.data, self.eval_data, self.training)
 
 
-def indivisible(data: DataSettings, training: ParallelSettings) -> Iterator[str]:
-    """An error when rows cannot be split evenly among the processes of sequence parallelism."""
+def indivisible(data: DataSettings, training: ParallelSettings, key: str = "data") -> Iterator[str]:
+    """The error of rows that do not divide among the processes which share them."""
     chunks = 2 * training.sequence_parallel
     if chunks > 2 and data.prepared is None and data.sequence_length % chunks:
-        yield f"data.sequence_length must be a multiple of {chunks}, twice training.sequence_parallel"
+        yield f"{key}.sequence_length must be a multiple of {chunks}, twice training.sequence_parallel"
+
+
+def evaluation_conflicts(
+    data: DataSettings, eval_data: DataSettings | None, training: OptimiserSettings
+) -> Iterator[str]:
+    """What is wrong with the epochs of `data` and with the rows of an evaluation."""
+    if data.prepared is None:
+        for key, value in (("num_train_epochs", training.num_train_epochs), ("eval_strategy", training.eval_strategy)):
+            if value not in (None, "no", "steps"):
+                yield f"training.{key}: rows of text and tasks are drawn without end and have no epochs; " + (
+                    "give max_steps, or data.prepared" if key == "num_train_epochs" else "give steps, or data.prepared"
+                )
+    if eval_data is None:
+        return
+    if training.eval_strategy == "no":
+        yield "eval_data is read with training.eval_strategy steps or epoch; set that, or leave eval_data out"
+    if data.prepared is not None and eval_data.prepared is not None and data.prepared == eval_data.prepared:
+        yield "eval_data.prepared is what training reads; leave eval_data out, and rows are held out of it"
+    if isinstance(training, ParallelSettings):
+        yield from indivisible(eval_data, training, "eval_data")
 
 
 class DistillRecipe(DistillSettings):
@@ -287,11 +311,13 @@ class FinetuneRecipe(Settings):
     method: Literal["cpt", "sft", "dpo"]  # continued pretraining, supervised fine-tuning, or preferences
     model: Path  # plain Hybrid, from `hmf export`, `prime` or `finetune`
     output: Path  # run folder; the result is its `model`
-    seed: Seed = 0  # seed of all random numbers
-    data: DataSettings | None = None  # training data of cpt and sft
-    pairs: PairSettings | None = None  # preference pairs of dpo
-    rope: RopeSettings = Field(default_factory=RopeSettings)  # changes of rotary positions
-    # learning rate by group of parameters
+    seed: Seed = 0  # of all random numbers
+    data: DataSettings | None = None  # for cpt and sft
+    pairs: PairSettings | None = None  # for dpo
+    eval_data: DataSettings | None = None  # of training.eval_strategy; left out: rows held out of data
+    eval_pairs: EvalPairSettings | None = None  # likewise of dpo; left out: rows held out of pairs
+    rope: RopeSettings = Field(default_factory=RopeSettings)  # changes to rotary positions
+    # learning rate by group
     trainable: dict[TrainableName, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     lora: LoraSettings | None = None  # adapters on frozen groups
     training: ParallelSettings  # optimiser, log, checkpoints, processes
@@ -320,6 +346,13 @@ class FinetuneRecipe(Settings):
             yield "method dpo needs training.sequence_parallel 1, because an answer is scored on one process"
         if self.data is not None:
             yield from indivisible(self.data, self.training)
+            yield from evaluation_conflicts(self.data, self.eval_data, self.training)
+        if self.data is None and self.eval_data is not None:
+            yield "eval_data is for cpt and sft; give eval_pairs"
+        if self.eval_pairs is not None and self.pairs is None:
+            yield "eval_pairs is for dpo; give eval_data"
+        if self.eval_pairs is not None and self.training.eval_strategy == "no":
+            yield "eval_pairs is read with training.eval_strategy steps or epoch; set that, or leave eval_pairs out"
 
 
 class EvaluateSettings(Settings):
@@ -400,10 +433,11 @@ def _override(content: dict[str, Any], override: str) -> None:
         content[key] = parse_yaml(value)
     except ValueError:
         raise HmfError(f"--set {override:.200}: the value is not valid YAML; quote it") from None
-    if sections[-1:] == ["training"]:  # the file may have the value under the key's other name
-        for pair in RENAMED.items():
-            if key in pair:
-                content.pop(pair[key == pair[0]], None)
+    if sections[-1:] == ["training"]:  # a value replaces the file's under its other name too
+        present = RENAMED.get(key, key)
+        for name in list(content):
+            if name != key and RENAMED.get(name, name) in (present, ALTERNATIVES.get(present)):
+                del content[name]
 
 
 def _problems(error: ValidationError, kind: type[BaseModel]) -> str:

@@ -4,27 +4,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from hmf.errors import notice
 
-from .strict import Settings, Steps
+from .strict import Settings, Steps, require_none
 
 # Former names of keys of `training`; they are accepted until the next release.
 RENAMED = {"steps": "max_steps", "rows_per_step": "per_device_train_batch_size", "schedule": "lr_scheduler_type"}
+
+
+# Keys of `training` of which a recipe has one: `--set` of one replaces the other.
+ALTERNATIVES = {"max_steps": "num_train_epochs", "num_train_epochs": "max_steps"}
 
 
 def _as_precision(value: Any) -> Any:
     return "bfloat16" if value == "bf16" else value
 
 
+def _as_strategy(value: Any) -> Any:
+    return "no" if value is False else value  # what YAML makes of a plain no
+
+
 class OptimiserSettings(Settings):
     """AdamW with a warm-up. Keys that transformers' Trainer also has have its names and values."""
 
-    max_steps: Steps  # optimiser steps of the run
+    max_steps: Steps | None = None  # optimiser steps of the run; give this or num_train_epochs
+    # passes over `data.prepared` or `pairs`, in place of max_steps; the last step may reach into the next pass
+    num_train_epochs: float | None = Field(None, gt=0, le=10**6)
     # rows in a batch of one process; see gradient_accumulation_steps
     per_device_train_batch_size: int = Field(ge=1, le=2**16)
     gradient_accumulation_steps: int = Field(1, ge=1, le=2**16)  # batches per optimiser step and process
@@ -44,6 +55,12 @@ class OptimiserSettings(Settings):
     logging_steps: Steps = 10  # steps between log entries; there is one at each checkpoint, too
     save_steps: Steps = 500  # steps between checkpoints
     save_total_limit: int = Field(2, ge=1)  # number of checkpoints that are kept, the newest ones
+    # when the loss of rows that training does not see is computed: at every eval_steps and at the end, or at the end of
+    # every epoch
+    eval_strategy: Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_as_strategy)] = "no"
+    eval_steps: Steps | None = None  # steps between evaluations; left out: logging_steps
+    # rows of an evaluation; left out: all that eval_data.prepared or eval_pairs has, else 64
+    eval_rows: int | None = Field(None, ge=1, le=2**24)
     # bfloat16 (or bf16): autocast to bfloat16; parameters stay float32
     precision: Annotated[Literal["float32", "bfloat16"], BeforeValidator(_as_precision)] = "float32"
     gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
@@ -52,6 +69,7 @@ class OptimiserSettings(Settings):
     # experiment trackers that receive the log
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     run_name: str | None = None  # name of the run in the trackers; left out: chosen by the tracker
+    wandb_project: str | None = Field(None, min_length=1)  # wandb's project; left out: that of WANDB_PROJECT
 
     @model_validator(mode="before")
     @classmethod
@@ -67,15 +85,40 @@ class OptimiserSettings(Settings):
         return {former.get(name, name): value for name, value in given.items()}
 
     @model_validator(mode="after")
-    def _one_warmup(self) -> OptimiserSettings:
-        if self.warmup_ratio is not None and self.warmup_steps:
-            raise ValueError("give warmup_steps or warmup_ratio, not both")
+    def _one_choice(self) -> OptimiserSettings:
+        require_none(self._choices())
         return self
+
+    def _choices(self) -> Iterator[str]:
+        if (self.max_steps is None) == (self.num_train_epochs is None):
+            yield f"give max_steps or num_train_epochs{'' if self.max_steps is None else ', not both'}"
+        if self.warmup_ratio is not None and self.warmup_steps:
+            yield "give warmup_steps or warmup_ratio, not both"
+        if self.eval_steps is not None and self.eval_strategy != "steps":
+            yield "eval_steps is read with eval_strategy steps; set that, or leave eval_steps out"
+        if self.eval_rows is not None and self.eval_strategy == "no":
+            yield "eval_rows is read with eval_strategy steps or epoch; set that, or leave eval_rows out"
+        if self.wandb_project is not None and "wandb" not in self.report_to:
+            yield "wandb_project is read with report_to: [wandb]; set that, or leave wandb_project out"
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the run; with num_train_epochs only of what `with_steps` returns."""
+        assert self.max_steps is not None
+        return self.max_steps
+
+    def with_steps(self, epoch_rows: int | None, rows_per_step: int) -> Self:
+        """These settings with `max_steps` in place of `num_train_epochs`, where an epoch has `epoch_rows` rows."""
+        if self.num_train_epochs is None:
+            return self
+        assert epoch_rows is not None  # the recipe's validator saw to it
+        rows = Fraction(str(self.num_train_epochs)) * epoch_rows
+        return self.model_copy(update={"max_steps": math.ceil(rows / rows_per_step), "num_train_epochs": None})
 
     @property
     def warmup(self) -> int:
         """Number of warm-up steps."""
-        return self.warmup_steps if self.warmup_ratio is None else math.ceil(self.warmup_ratio * self.max_steps)
+        return self.warmup_steps if self.warmup_ratio is None else math.ceil(self.warmup_ratio * self.steps)
 
 
 class ParallelSettings(OptimiserSettings):

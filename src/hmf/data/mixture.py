@@ -53,6 +53,10 @@ class MixtureDataset(Dataset[PackedRow]):
     def __len__(self) -> int:
         return self.rows
 
+    @property
+    def epoch(self) -> None:
+        """Rows of a pass over the data: there are no passes."""
+
     def digest(self) -> str:
         """A hash of all tokens of all texts, and of everything else that a row depends on."""
         sha = hashlib.sha256(repr((type(self).__name__, self.sequence_length, self.text_share, self.seed)).encode())
@@ -120,8 +124,10 @@ def mixture(
     rows: int,
     seed: int,
     kind: type[MixtureDataset] = MixtureDataset,
+    split: text.Split | None = "train",
 ) -> MixtureDataset | PreparedDataset:
-    """The rows of a recipe's section `data`: prepared ones, or `kind`. Row i depends only on `seed` and i."""
+    """The rows that a recipe's `data` section describes, packed or as `kind` has them; row i depends on `seed` and i
+    alone. `split`: of the text, None for all."""
     if data.prepared is not None:
         return PreparedDataset(data.prepared, tokenizer, rows, seed)
     for name in data.tasks:
@@ -129,7 +135,7 @@ def mixture(
             raise HmfError(f"data.tasks: {unknown_name('task', name, tasks.TASKS)}")
     if not data.tasks and data.text_share < 1:
         raise HmfError("data.text_share: is below 1, but data.tasks is empty; name tasks or set it to 1")
-    documents = [document.text for document in text.documents(data.text, "train")]
+    documents = [document.text for document in text.documents(data.text, split)]
     encoded = encode_texts(tokenizer, documents)
     if data.text_share and not any(encoded):
         raise HmfError(

@@ -47,6 +47,15 @@ class PairDataset(Dataset[PackedRow]):
         Random(f"{self.seed}:{turn}").shuffle(order)
         return self.row(order[place])
 
+    @property
+    def epoch(self) -> int:
+        """Rows of a pass over the data."""
+        return len(self.packed)
+
+    def part(self, start: int, stop: int) -> PairDataset:
+        """A data set of one pass over the packed rows `start` to `stop` alone."""
+        return PairDataset(self.packed[start:stop], self.sequence_length, self.filler, stop - start, self.seed)
+
     def digest(self) -> str:
         """A hash of all tokens of all pairs, and of how they are packed."""
         answers = [[(answer.ids, answer.labels) for pair in pairs for answer in pair] for pairs in self.packed]
@@ -60,8 +69,10 @@ class PairDataset(Dataset[PackedRow]):
         return row_tensors(items) | {"reference": self.references[number]}
 
 
-def pair_dataset(settings: PairSettings, tokenizer: PreTrainedTokenizerBase, rows: int, seed: int = 0) -> PairDataset:
-    """The pairs of the section `pairs` of a recipe, packed in their order.
+def pair_dataset(
+    settings: PairSettings, tokenizer: PreTrainedTokenizerBase, rows: int | None = None, seed: int = 0
+) -> PairDataset:
+    """The pairs of the section `pairs` of a recipe, packed in their order; without `rows`, one pass over them.
 
     Raises:
         HmfError: a bad record (with its file and line), a pair that is longer than a row, or no pairs at all.
@@ -70,7 +81,7 @@ def pair_dataset(settings: PairSettings, tokenizer: PreTrainedTokenizerBase, row
     packed: list[list[Pair]] = []
     room = 0
     for record in Source(settings).records():
-        where = f"pairs: {record.where}"
+        where = f"{settings.key}: {record.where}"
         try:
             pair = encode_pair(tokenizer, pair_of(record, settings), settings)
         except HmfError as error:
@@ -78,8 +89,8 @@ def pair_dataset(settings: PairSettings, tokenizer: PreTrainedTokenizerBase, row
         size = len(pair[0]) + len(pair[1])
         if size > sequence_length:
             raise HmfError(
-                f"{where}: the pair has {size} tokens, a row {sequence_length}; raise pairs.sequence_length or remove "
-                "the pair"
+                f"{where}: the pair has {size} tokens, a row {sequence_length}; raise "
+                f"{settings.key}.sequence_length or remove the pair"
             )
         if size > room:
             packed.append([])
@@ -88,10 +99,10 @@ def pair_dataset(settings: PairSettings, tokenizer: PreTrainedTokenizerBase, row
         room -= size
     if not packed:
         raise HmfError(
-            f"pairs: {settings.path or settings.dataset}: there are no pairs; give rows with prompt, chosen and "
-            "rejected"
+            f"{settings.key}: {settings.path or settings.dataset}: there are no pairs; give rows with prompt, "
+            "chosen and rejected"
         )
-    return PairDataset(packed, sequence_length, document_separator(tokenizer), rows, seed)
+    return PairDataset(packed, sequence_length, document_separator(tokenizer), rows or len(packed), seed)
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, pair: AnswerPair, settings: PairSettings) -> Pair:

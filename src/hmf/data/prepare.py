@@ -10,6 +10,7 @@ recipe and the sources.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -412,6 +413,7 @@ class PreparedDataset(Dataset[PackedRow]):
             raise HmfError(f"{folder / INDEX}: is damaged; prepare the set again")
         self.rows = len(self.stored) if rows is None else rows
         self.sequence_length, self.seed = int(self.index["sequence_length"]), seed
+        self._part: list[int] | None = None
         self._order: tuple[int, np.ndarray] = (0, np.arange(len(self.stored)))
 
     def __len__(self) -> int:
@@ -425,9 +427,23 @@ class PreparedDataset(Dataset[PackedRow]):
         labels = torch.where(supervised, ids, IGNORED)
         return {"input_ids": ids, "labels": labels, "position_ids": torch.cat(positions)}
 
+    @property
+    def epoch(self) -> int:
+        """Rows of a pass over the data."""
+        return len(self.stored)
+
+    def part(self, start: int, stop: int) -> PreparedDataset:
+        """A data set of one pass over the stored rows `start` to `stop` alone."""
+        other = copy.copy(self)
+        other.stored = self.stored.select(range(start, stop))
+        other.rows, other._part, other._order = stop - start, [start, stop], (0, np.arange(stop - start))
+        return other
+
     def digest(self) -> str:
         """A hash of all tokens of all rows, and of their order."""
         facts = [self.index["files"], self.sequence_length, self.seed]
+        if self._part is not None:
+            facts.append(self._part)
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def place(self, index: int) -> int:

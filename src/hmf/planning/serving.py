@@ -197,26 +197,50 @@ def title(plan: Plan) -> str:
     return f"Hybrid, {len(plan.pattern) - replaced} + {replaced}"
 
 
-def rows(plan: Plan, context: int) -> dict[str, str]:
-    """The column that `hmf plan` prints for one plan, by row name; bytes are summed over all GPUs."""
+def figures(plan: Plan, context: int) -> dict[str, Any]:
+    """What `hmf plan --json` prints of one plan; bytes are those of all GPUs together, rates tokens/s."""
     kv, states = plan.sequence_bytes(context)
     fit = plan.sequences(context)
+    return {
+        "model": title(plan),
+        "pattern": str(plan.pattern),
+        "gpus": devices(plan),
+        "context": context,
+        "weight_bytes": plan.weights.total,
+        "cache_bytes": plan.cache_bytes * plan.ranks,
+        "kv_bytes_per_sequence": kv * plan.ranks,
+        "state_bytes_per_sequence": states * plan.ranks,
+        "block_tokens": plan.blocks.tokens,
+        "smallest_prefix_tokens": plan.smallest_prefix,  # None: prefixes are not cached
+        "cache_tokens": plan.capacity(context),
+        "sequences": fit,
+        "longest_tokens": plan.longest(context),  # of one sequence, up to `context`
+        "cuda_graph_sequences": plan.capture_size,
+        "decode_rate": plan.decode_rate(fit, context) if fit else None,  # of all that fit
+        "decode_rate_one": plan.decode_rate(1, context) if fit else None,  # of one sequence
+    }
 
-    def rate(sequences: int) -> str:
-        return f"{plan.decode_rate(sequences, context):,.0f} tokens/s"
+
+def rows(plan: Plan, context: int) -> dict[str, str]:
+    """The column that `hmf plan` prints for one plan, by row name; bytes are summed over all GPUs."""
+    found = figures(plan, context)
+    fit, prefix = found["sequences"], found["smallest_prefix_tokens"]
+
+    def rate(value: float | None) -> str:
+        return "none fits" if value is None else f"{value:,.0f} tokens/s"
 
     return {
-        "weights": size_of(plan.weights.total),
-        "room for caches": size_of(plan.cache_bytes * plan.ranks),
-        "keys and values of a sequence": size_of(kv * plan.ranks),
-        "states of a sequence": size_of(states * plan.ranks),
-        "cache block": f"{plan.blocks.tokens} tokens",
-        "smallest cacheable prefix": f"{plan.smallest_prefix} tokens" if plan.smallest_prefix else "not cached",
-        "cache capacity": f"{plan.capacity(context):,} tokens",
-        "sequences that fit": f"{fit:,}" if fit else f"0, longest: {plan.longest(context):,} tokens",
-        "largest safe CUDA graph": f"{plan.capture_size} sequences",
-        "decode, all that fit": rate(fit) if fit else "none fits",
-        "decode, one sequence": rate(1) if fit else "none fits",
+        "weights": size_of(found["weight_bytes"]),
+        "room for caches": size_of(found["cache_bytes"]),
+        "keys and values of a sequence": size_of(found["kv_bytes_per_sequence"]),
+        "states of a sequence": size_of(found["state_bytes_per_sequence"]),
+        "cache block": f"{found['block_tokens']} tokens",
+        "smallest cacheable prefix": f"{prefix} tokens" if prefix else "not cached",
+        "cache capacity": f"{found['cache_tokens']:,} tokens",
+        "sequences that fit": f"{fit:,}" if fit else f"0, longest: {found['longest_tokens']:,} tokens",
+        "largest safe CUDA graph": f"{found['cuda_graph_sequences']} sequences",
+        "decode, all that fit": rate(found["decode_rate"]),
+        "decode, one sequence": rate(found["decode_rate_one"]),
     }
 
 

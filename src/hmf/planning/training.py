@@ -7,6 +7,7 @@ weights gradients and AdamW's two moments in float32. Activations are estimated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from hmf.config.runs import DataSettings, DistillRecipe, DistillSettings, Finetu
 from hmf.config.strict import Settings, parse_yaml
 from hmf.config.training import ParallelSettings
 from hmf.data.mixture import row_length
+from hmf.data.prepare import read_index
 from hmf.errors import HmfError
 from hmf.gpus import GIB, Device, parse_gpus
 from hmf.model.checkpoint import load_config
@@ -35,6 +37,7 @@ from hmf.model.convert import hybrid_config
 from hmf.model.rope import with_rope
 from hmf.priming.distance import stage1_flops_per_token
 from hmf.priming.objectives import LOGITS_AT_ONCE, train_only_mixers
+from hmf.training.evaluation import held_out_from
 from hmf.training.finetune import check_model, flops_per_token
 from hmf.training.groups import adapter_targets, choose
 
@@ -96,7 +99,7 @@ class TrainingPlan:
 
     @property
     def tokens(self) -> int:
-        return self.training.max_steps * self.tokens_per_step
+        return self.training.steps * self.tokens_per_step
 
     @property
     def trained(self) -> int:
@@ -318,7 +321,13 @@ class Recipes:
             raise HmfError(
                 f"{path}: training.sequence_parallel: {degree} does not divide {ranks} GPUs; choose a divisor"
             )
-        return TrainingPlan(job, device, ranks, job.training, mfu)
+        plan = TrainingPlan(job, device, ranks, job.training, mfu)
+        if job.training.num_train_epochs is None:
+            return plan
+        try:
+            return replace(plan, training=job.training.with_steps(self._epoch_rows(job.recipe), plan.rows_per_step))
+        except HmfError as error:
+            raise HmfError(f"{path}: {error}") from None
 
     def job(self, path: Path) -> Job | None:
         """The training of a recipe; None for a recipe without any, such as one of `hmf data prepare`."""
@@ -363,6 +372,25 @@ class Recipes:
         raise HmfError(
             f"data.prepared: {data.prepared} does not exist, and no recipe in or beside this folder makes it"
         )
+
+    def _epoch_rows(self, recipe: DistillSettings | FinetuneRecipe) -> int:
+        """Rows of an epoch: those of the prepared set, or what the recipe that prepares it asks for."""
+        prepared, rows = recipe.data.prepared if recipe.data is not None else None, None
+        if prepared is not None and prepared.is_dir():
+            rows = read_index(prepared)["rows"]
+        elif prepared is not None:
+            for _, other in self.all():
+                if isinstance(other, DataRecipe) and other.output == prepared and other.tokens is not None:
+                    rows = math.ceil(other.tokens / other.sequence_length)
+        if rows is None:
+            data = "pairs" if prepared is None else f"{prepared}, which is not prepared yet,"
+            raise HmfError(
+                f"training.num_train_epochs: the rows of {data} are not known before they are packed; plan with --set "
+                f"{'distill.' if type(recipe) is DistillSettings else ''}training.max_steps=N"
+            )
+        if recipe.training.eval_strategy != "no" and recipe.eval_data is None:
+            rows = held_out_from(rows, recipe.training)
+        return rows
 
     def _config(self, model: Path) -> Any:
         """A checkpoint's config. For a checkpoint that does not exist yet, from the recipe that makes it."""
@@ -409,28 +437,52 @@ def plans(
     return made
 
 
+def figures(plan: TrainingPlan) -> dict[str, Any]:
+    """What `hmf plan-training --json` prints of one plan; bytes are those of one GPU."""
+    job, training, hours = plan.job, plan.training, plan.gpu_hours
+    return {
+        "recipe": job.title,
+        "method": "stage 1" if job.distils else job.recipe.method,  # type: ignore[union-attr]
+        "parameters": sum(x.numel() for x in job.model.parameters()) + job.adapters,
+        "trained": plan.trained,
+        "gpus": f"{plan.ranks} x {plan.device.name}" if plan.ranks > 1 else plan.device.name,
+        "strategy": training.strategy,
+        "sequence_parallel": training.sequence_parallel,
+        "tokens_per_row": job.sequence_length,
+        "tokens_per_step": plan.tokens_per_step,
+        "steps": training.steps,
+        "tokens": plan.tokens,
+        "memory_bytes": plan.memory,
+        "sum_bytes": sum(plan.memory.values()),
+        "usable_bytes": USABLE * plan.device.memory,
+        "fits": plan.fits,
+        "advice": None if plan.fits else plan.advice(),
+        "mfu": plan.mfu,
+        "gpu_hours": hours,  # None: not known
+        "days": None if hours is None else hours / plan.ranks / 24,
+    }
+
+
 def rows(plan: TrainingPlan) -> dict[str, str]:
     """The column that `hmf plan-training` prints for one plan, by row name."""
-    job, training = plan.job, plan.training
-    total = sum(x.numel() for x in job.model.parameters()) + job.adapters
-    memory = {name: size_of(size) for name, size in plan.memory.items()}
-    hours = plan.gpu_hours
+    found = figures(plan)
+    hours = found["gpu_hours"]
     return {
-        "method": "stage 1" if job.distils else job.recipe.method,  # type: ignore[union-attr]
-        "parameters": billions(total),
-        "trained": billions(plan.trained),
-        "GPUs": f"{plan.ranks} x {plan.device.name}" if plan.ranks > 1 else plan.device.name,
-        "strategy": f"{training.strategy}, sequence / {training.sequence_parallel}",
-        "tokens of a row": f"{job.sequence_length:,}",
-        "tokens of a step": f"{plan.tokens_per_step:,}",
-        "steps": f"{training.max_steps:,}",
-        "tokens": billions(plan.tokens),
-        **memory,
-        "sum, of each GPU": size_of(sum(plan.memory.values())),
-        "usable": size_of(USABLE * plan.device.memory),
-        "fits": "yes" if plan.fits else "NO",
+        "method": found["method"],
+        "parameters": billions(found["parameters"]),
+        "trained": billions(found["trained"]),
+        "GPUs": found["gpus"],
+        "strategy": f"{found['strategy']}, sequence / {found['sequence_parallel']}",
+        "tokens of a row": f"{found['tokens_per_row']:,}",
+        "tokens of a step": f"{found['tokens_per_step']:,}",
+        "steps": f"{found['steps']:,}",
+        "tokens": billions(found["tokens"]),
+        **{name: size_of(size) for name, size in found["memory_bytes"].items()},
+        "sum, of each GPU": size_of(found["sum_bytes"]),
+        "usable": size_of(found["usable_bytes"]),
+        "fits": "yes" if found["fits"] else "NO",
         "GPU-hours": "unknown" if hours is None else f"{hours:,.0f}" if hours >= 10 else f"{hours:,.2f}",
-        "days": "unknown" if hours is None else f"{hours / plan.ranks / 24:,.2f}",
+        "days": "unknown" if hours is None else f"{found['days']:,.2f}",
     }
 
 

@@ -359,8 +359,9 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
             how = " The mixers learn the outputs of the base." if not isinstance(stage, FinetuneRecipe) else ""
             if getattr(section, "on_policy", None):
                 how += " The texts are the model's own continuations of prompts from the data."
+            length = f"{steps.max_steps:,}" if steps.max_steps else f"{steps.num_train_epochs:g} epochs in"
             parts.append(
-                f"**{title}**: {steps.max_steps:,} optimiser steps of {rows:,} rows on each process.{how} The data:"
+                f"**{title}**: {length} optimiser steps of {rows:,} rows on each process.{how} The data:"
                 f"\n\n```yaml\n{values}\n```"
             )
         if (self.evidence.run / RECIPE).is_file():

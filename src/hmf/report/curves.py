@@ -20,18 +20,19 @@ def curves(log: list[dict[str, Any]]) -> tuple[dict[str, Curve], dict[int, Curve
     """The curves of a log of the Trainer; a curve is (steps, values).
 
     Returns:
-        (losses by name, layer errors by layer index, metrics of preferences by name)
+        (losses by name, layer errors by layer index, metrics of preferences by name). Names of an evaluation begin
+        with "eval_".
     """
     losses: dict[str, Curve] = {}
     layers: dict[int, Curve] = {}
     preferences: dict[str, Curve] = {}
     for entry in log:
         for name, value in entry.items():
-            if match := _LAYER.fullmatch(name):
-                steps, values = layers.setdefault(int(match[1]), ([], []))
-            elif name == "loss" or name.startswith("loss_"):
+            if found := _LAYER.fullmatch(name):
+                steps, values = layers.setdefault(int(found[1]), ([], []))
+            elif name == "loss" or name.startswith(("loss_", "eval_loss")):
                 steps, values = losses.setdefault(name, ([], []))
-            elif name in ("margin", "accuracy"):
+            elif name in ("margin", "accuracy", "eval_margin", "eval_accuracy"):
                 steps, values = preferences.setdefault(name, ([], []))
             else:
                 continue
@@ -73,12 +74,18 @@ def draw_curves(log_file: Path) -> Path:
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     right = "right" if layers or preferences else "loss"
     panels: Any = figure.subplot_mosaic([["loss", right], ["rate", "norm"]], height_ratios=(2, 1))
+    colours: dict[str, Any] = {}  # of a training loss, which the evaluation's has too, dashed
     for name, curve in losses.items():
-        panels["loss"].plot(
+        own = name.removeprefix("eval_")
+        label = "total" if own == "loss" else own.removeprefix("loss_")
+        (line,) = panels["loss"].plot(
             *_broken(curve, changes),
-            label="total" if name == "loss" else name.removeprefix("loss_"),
+            label=label if own == name else f"{label}, evaluation",
             marker=_marker(curve),
+            color=colours.get(own),
+            linestyle="-" if own == name else "--",
         )
+        colours.setdefault(own, line.get_color())
     panels["loss"].set(title="loss", yscale="log")
     if losses:
         panels["loss"].legend()

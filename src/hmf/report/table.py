@@ -51,11 +51,13 @@ def _caption(score: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def next_commands(run: Path) -> str:
-    """Commands to run after priming."""
-    return (
-        "Next:\n"
-        f"  .venv/bin/hmf chat {run}/model        # chat with the Hybrid\n"
-        f"  .venv/bin/hmf evaluate {run}/model --tasks recall,arithmetic,tool_call\n"
-        f"  make serve MODEL={run}/model          # install vLLM once, then serve an OpenAI-compatible API"
+def next_commands(run: Path, hmf: str) -> str:
+    """Commands to run after priming. hmf: how the command is called here."""
+    return "\n".join(
+        (
+            "Next:",
+            f"  {hmf} chat {run}/model    # chat with the Hybrid",
+            f"  {hmf} evaluate {run}/model --tasks recall,arithmetic,tool_call",
+            f"  {hmf} serve {run}/model   # an OpenAI-compatible API by vLLM; in a clone, make serve MODEL={run}/model",
+        )
     )

@@ -21,8 +21,9 @@ from hmf.model.checkpoint import load_model, save_checkpoint
 from hmf.priming.distance import stage1_flops_per_token
 from hmf.priming.objectives import train_only_mixers
 
+from .evaluation import with_evaluation
 from .progress import require_reporters
-from .run import arguments, rows_per_step, train
+from .run import arguments, known_steps, rows_per_step, train
 from .stage1 import Stage1Loss
 from .strategy import strategy_arguments, whole_weights
 from .trainer import HybridTrainer
@@ -56,10 +57,8 @@ def distill(
     tokenizer = load_tokenizer(model)
     training = settings.training
     trainer, rows = _trainer(fused, tokenizer, settings, checkpoints, seed)
-    step_rows = rows_per_step(trainer.args, training.sequence_parallel)
     flops = stage1_flops_per_token(fused, head=any(settings.objective.kl.values()))
-    tokens, log = step_rows * row_length(settings.data), output / "stage1.log.json"
-    train(trainer, rows, "distil", log, tokens, flops, draw)
+    train(trainer, rows, "distil", output / "stage1.log.json", training, row_length(settings.data), flops, draw)
     weights = whole_weights(fused)
     if trainer.is_world_process_zero():
         save_checkpoint(fused, target, companions=model, weights=weights)
@@ -74,6 +73,10 @@ def _trainer(
     training, on_policy = settings.training, settings.on_policy
     loss = Stage1Loss(settings.objective)
     if on_policy is None:
+        rows, evaluated = with_evaluation(
+            mixture(settings.data, tokenizer, 0, seed), training, settings.data, settings.eval_data, tokenizer, seed
+        )
+        training = known_steps(training, rows)
         args = arguments(
             training,
             checkpoints,
@@ -82,14 +85,13 @@ def _trainer(
             use_cache=model.config.use_cache,
             **strategy_arguments(training, model),
         )
-        ranks = training.sequence_parallel
-        rows = mixture(settings.data, tokenizer, training.max_steps * rows_per_step(args, ranks), seed)
         trainer = HybridTrainer(
             model=model,
             args=args,
             train_dataset=rows,
+            eval_dataset=evaluated,
             loss=loss,
-            sequence_parallel=ranks,
+            sequence_parallel=training.sequence_parallel,
             divergence_factor=training.divergence_factor,
         )
         return trainer, rows
@@ -110,7 +112,7 @@ def _trainer(
     data = settings.data.model_copy(
         update={"sequence_length": settings.data.sequence_length - on_policy.max_new_tokens}
     )
-    prompts = mixture(data, tokenizer, training.max_steps * rows_per_step(args), seed, PromptDataset)
+    prompts = mixture(data, tokenizer, training.steps * rows_per_step(training), seed, PromptDataset)
     student = OnPolicyTrainer(
         model=model,
         processing_class=tokenizer,

@@ -24,10 +24,11 @@ from hmf.model.files import follow_umask, stored_tensors
 from hmf.model.rope import with_rope
 
 from .checkpoints import say
+from .evaluation import evaluation_length, with_evaluation
 from .groups import add_adapters, choose, table
 from .losses import CrossEntropy, Preference
 from .progress import require_reporters
-from .run import arguments, rows_per_step, train
+from .run import arguments, known_steps, train
 from .strategy import strategy_arguments, whole_weights
 from .trainer import HybridTrainer
 
@@ -57,6 +58,8 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
     if recipe.lora is not None:
         adapters, added = add_adapters(model, groups, recipe.lora)
         groups.append(added)
+    rows, evaluated = rows_for(recipe, load_tokenizer(recipe.model))
+    training = known_steps(training, rows)
     args = arguments(
         training,
         output / "checkpoints",
@@ -67,13 +70,12 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
     )
     if args.process_index == 0:
         say(table(groups))
-    step_rows = rows_per_step(args, training.sequence_parallel)
-    rows = rows_for(recipe, load_tokenizer(recipe.model), training.max_steps * step_rows)
     loss = CrossEntropy() if recipe.pairs is None else Preference(recipe.pairs.beta)
     trainer = HybridTrainer(
         model=model,
         args=args,
         train_dataset=rows,
+        eval_dataset=evaluated,
         loss=loss,
         groups=groups,
         sequence_parallel=training.sequence_parallel,
@@ -81,8 +83,10 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
     )
     if isinstance(loss, Preference):
         trainer.add_callback(_References(trainer, loss, rows, output / "reference.safetensors"))
-    tokens, log = step_rows * sequence_length(recipe), output / "stage2.log.json"
-    train(trainer, rows, recipe.method, log, tokens, flops_per_token(model), draw)
+        if evaluated is not None:
+            trainer.add_callback(_References(trainer, loss, evaluated, output / "reference.eval.safetensors"))
+    log, flops = output / "stage2.log.json", flops_per_token(model)
+    train(trainer, rows, recipe.method, log, training, sequence_length(recipe), flops, draw)
     if adapters is not None:
         adapters.merge_and_unload()
     weights = whole_weights(model)
@@ -100,7 +104,8 @@ def check(recipe: FinetuneRecipe) -> Any:
     """The config of the recipe's model; HmfError for errors that can be found before a run starts."""
     require_reporters(recipe.training.report_to)
     config = load_config(recipe.model)
-    check_model(recipe, config, sequence_length(recipe))
+    evaluated = evaluation_length(recipe.training, recipe.eval_data or recipe.eval_pairs)
+    check_model(recipe, config, max(evaluated, sequence_length(recipe)))
     load_tokenizer(recipe.model)
     return config
 
@@ -127,13 +132,18 @@ def sequence_length(recipe: FinetuneRecipe) -> int:
     return recipe.pairs.sequence_length
 
 
-def rows_for(recipe: FinetuneRecipe, tokenizer: PreTrainedTokenizerBase, rows: int) -> Any:
-    """The recipe's data set with `rows` rows; HmfError if none of the first tokens is supervised, or all are in sft."""
+def rows_for(recipe: FinetuneRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Any]:
+    """The recipe's data set and that of its evaluation, if it has one; HmfError for masks that cannot be meant."""
+    training, seed = recipe.training, recipe.seed
     if (pairs := recipe.pairs) is not None:
-        return pair_dataset(pairs, tokenizer, rows, recipe.seed)
+        return with_evaluation(
+            pair_dataset(pairs, tokenizer, seed=seed), training, pairs, recipe.eval_pairs, tokenizer, seed
+        )
     assert recipe.data is not None  # the recipe's validator ensures this
-    dataset = mixture(recipe.data, tokenizer, rows, recipe.seed)
-    checked = [dataset[index] for index in range(min(CHECKED_ROWS, rows))]
+    dataset, evaluated = with_evaluation(
+        mixture(recipe.data, tokenizer, CHECKED_ROWS, seed), training, recipe.data, recipe.eval_data, tokenizer, seed
+    )
+    checked = [dataset[index] for index in range(min(CHECKED_ROWS, len(dataset)))]
     # A document's first token has no context and is never supervised.
     supervised = torch.cat([row["labels"][row["position_ids"] > 0] != IGNORED for row in checked])
     if not supervised.any():
@@ -142,7 +152,7 @@ def rows_for(recipe: FinetuneRecipe, tokenizer: PreTrainedTokenizerBase, rows: i
         raise HmfError(
             "data: every token is supervised, also in prompts; use method cpt for text, sft for conversations"
         )
-    return dataset
+    return dataset, evaluated
 
 
 def flops_per_token(model: PreTrainedModel) -> float | None:

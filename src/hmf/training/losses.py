@@ -77,6 +77,13 @@ def _next_labels(labels: torch.Tensor | None, shift_labels: torch.Tensor | None)
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
+def labels_count(
+    labels: torch.Tensor | None = None, shift_labels: torch.Tensor | None = None, **batch: Any
+) -> torch.Tensor:
+    """Positions of a batch whose next token has a label."""
+    return (_next_labels(labels, shift_labels) != IGNORED).sum()
+
+
 def _label_losses(model: PreTrainedModel, next_labels: torch.Tensor, chunk_size: int | None, **batch: Any):
     """bool [B, T], whether the next token has a label, and the loss [N] of each such position, in reading order."""
     supervised = next_labels != IGNORED
@@ -90,11 +97,9 @@ class CrossEntropy(TrainingLoss):
 
     chunk_size: int | None = None
 
-    def count(
-        self, labels: torch.Tensor | None = None, shift_labels: torch.Tensor | None = None, **batch: Any
-    ) -> torch.Tensor:
+    def count(self, **batch: Any) -> torch.Tensor:
         """Supervised tokens of a batch."""
-        return (_next_labels(labels, shift_labels) != IGNORED).sum()
+        return labels_count(**batch)
 
     def __call__(
         self,

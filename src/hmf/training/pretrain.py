@@ -19,8 +19,8 @@ from transformers import (
     set_seed,
 )
 
-from hmf.config.runs import DataSettings, load_recipe
-from hmf.config.strict import Settings, Steps
+from hmf.config.runs import DataSettings, evaluation_conflicts, load_recipe
+from hmf.config.strict import Settings, Steps, require_none
 from hmf.config.training import OptimiserSettings
 from hmf.data import tasks, text
 from hmf.data.files import read_text
@@ -31,7 +31,9 @@ from hmf.errors import HmfError
 from hmf.model.files import follow_umask
 
 from .checkpoints import published
-from .run import arguments, rows_per_step, train
+from .evaluation import with_evaluation
+from .progress import require_reporters
+from .run import arguments, known_steps, train
 from .trainer import HybridTrainer
 
 
@@ -74,6 +76,7 @@ class PretrainRecipe(Settings):
     output: Path  # run folder
     seed: int = 0
     data: DataSettings  # what it learns from
+    eval_data: DataSettings | None = None  # of training.eval_strategy; left out: rows held out of data
     start_from: Path | None = None  # output of another run to start from
     tokenizer: TokenizerSettings | None = None  # left out with start_from
     model: ModelSettings | None = None  # left out with start_from
@@ -86,6 +89,11 @@ class PretrainRecipe(Settings):
             raise ValueError("give either start_from, or both tokenizer and model")
         if self.data.prepared is not None:
             raise ValueError("data.prepared: hmf pretrain cannot use rows of another tokenizer; give text and tasks")
+        if self.eval_data is not None and self.eval_data.prepared is not None:
+            raise ValueError(
+                "eval_data.prepared: hmf pretrain cannot use rows of another tokenizer; give text and tasks"
+            )
+        require_none(evaluation_conflicts(self.data, self.eval_data, self.training))
         return self
 
 
@@ -96,6 +104,7 @@ def main(recipe_path: str) -> None:
     `training.json`, a record of the model, data, time and versions.
     """
     recipe = load_recipe(recipe_path, PretrainRecipe)
+    require_reporters(recipe.training.report_to)
     set_seed(recipe.seed)
     # Data workers are processes already; threads inside each of them would only compete.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -109,22 +118,24 @@ def main(recipe_path: str) -> None:
         tokenizer.init_kwargs.pop(option, None)
     tokenizer.save_pretrained(recipe.output)
     args = _arguments(recipe, checkpoints)
-    dataset: Any = mixture(recipe.data, tokenizer, recipe.training.max_steps * rows_per_step(args), recipe.seed)
+    dataset: Any = mixture(recipe.data, tokenizer, 0, recipe.seed)
+    training, data = known_steps(recipe.training, dataset), recipe.data
+    dataset, evaluated = with_evaluation(dataset, training, data, recipe.eval_data, tokenizer, recipe.seed)
     model = _model(recipe, tokenizer)
     model.config.use_cache = False  # a cache treats the several documents of a row as one
     trainer = HybridTrainer(
         model=model,
         args=args,
         train_dataset=dataset,
+        eval_dataset=evaluated,
         data_collator=default_data_collator if recipe.training.isolate_documents else _collate_without_positions,
         divergence_factor=recipe.training.divergence_factor,
     )
     prepared = time.perf_counter()
-    tokens, log = rows_per_step(args) * recipe.data.sequence_length, recipe.output / "training.log.json"
-    train(trainer, dataset, "pretrain", log, tokens)
+    train(trainer, dataset, "pretrain", recipe.output / "training.log.json", training, data.sequence_length)
     record = {
         "parameters": model.num_parameters(),
-        "steps": recipe.training.max_steps,
+        "steps": training.steps,
         "tokens": len(dataset) * recipe.data.sequence_length,
         "corpus": {"documents": len(dataset.texts), "tokens": sum(map(len, dataset.texts))},
         "seconds": {

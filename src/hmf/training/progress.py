@@ -33,7 +33,8 @@ _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
 
 
 class ProgressLine(TrainerCallback):
-    """Shows step, loss, learning rate, gradient norm, tokens/s, peak memory (on CUDA) and the remaining time.
+    """Shows step, loss, the last evaluation's loss, learning rate, gradient norm, tokens/s, peak memory (on CUDA) and
+    the remaining time.
 
     Rates are computed from the steps of this process, so that they are correct after a resume.
 
@@ -43,6 +44,7 @@ class ProgressLine(TrainerCallback):
     def __init__(self, title: str, tokens_per_step: int, flops_per_token: float | None = None):
         self.title, self.tokens_per_step, self.flops_per_token = title, tokens_per_step, flops_per_token
         self.logged: dict[str, float] = {}  # the Trainer's last log entry with a loss
+        self.evaluated: float | None = None  # the last evaluation's loss
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -57,6 +59,8 @@ class ProgressLine(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self.logged = logs
+        if logs and "eval_loss" in logs:
+            self.evaluated = logs["eval_loss"]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
@@ -85,6 +89,8 @@ class ProgressLine(TrainerCallback):
     def status(self, args: Any, state: Any) -> str:
         rate = (state.global_step - self.first_step) * self.tokens_per_step / (time.perf_counter() - self.started)
         parts = [f"{name} {value:.4f}" for name, value in self.logged.items() if name.startswith("loss")]
+        if self.evaluated is not None:
+            parts.append(f"eval_loss {self.evaluated:.4f}")
         names = (("lr", "learning_rate"), ("grad norm", "grad_norm"))
         parts += [f"{short} {float(self.logged[name]):.3g}" for short, name in names if name in self.logged]
         parts.append(f"{rate:,.0f} tokens/s")

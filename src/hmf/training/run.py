@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,15 +14,17 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from hmf.config.training import OptimiserSettings
+from hmf.config.training import OptimiserSettings, ParallelSettings
 from hmf.errors import HmfError
 from hmf.folders import claimed
 
 from .checkpoints import newest_valid, on_main_process
+from .evaluation import Epochs
 from .progress import ProgressLine, RunLog
 from .trainer import HybridTrainer
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
+Training = TypeVar("Training", bound=OptimiserSettings)
 
 
 @contextmanager
@@ -43,6 +47,8 @@ def arguments(
     training: OptimiserSettings, checkpoints: Path, seed: int, kind: type[Arguments], **others: Any
 ) -> Arguments:
     """A recipe's `training` section as the Trainer's arguments of class `kind`; `others` override them."""
+    if training.wandb_project is not None:
+        os.environ["WANDB_PROJECT"] = training.wandb_project  # where the Trainer's callback looks
     schedule = (
         {"min_lr_rate": training.final_learning_rate_ratio}
         if training.lr_scheduler_type == "cosine_with_min_lr"
@@ -51,7 +57,7 @@ def arguments(
     return kind(
         **{
             "output_dir": str(checkpoints),
-            "max_steps": training.max_steps,
+            "max_steps": training.steps,
             "per_device_train_batch_size": training.per_device_train_batch_size,
             "gradient_accumulation_steps": training.gradient_accumulation_steps,
             "learning_rate": training.learning_rate,
@@ -67,6 +73,8 @@ def arguments(
             "remove_unused_columns": False,
             "save_steps": training.save_steps,
             "save_total_limit": training.save_total_limit,
+            "eval_strategy": "no" if training.eval_strategy == "epoch" else training.eval_strategy,  # see Epochs
+            "eval_steps": training.eval_steps or training.logging_steps,
             "logging_steps": training.logging_steps,
             "logging_nan_inf_filter": False,  # LossGuard stops the run instead
             "report_to": list(training.report_to),
@@ -82,10 +90,19 @@ def arguments(
     )
 
 
-def rows_per_step(args: TrainingArguments, sequence_parallel: int = 1) -> int:
-    """Rows of an optimiser step over all processes; `sequence_parallel` processes share each row."""
-    readers = args.world_size // sequence_parallel
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * readers
+def rows_per_step(training: OptimiserSettings) -> int:
+    """Rows of an optimiser step, of all processes, which may share rows."""
+    sharing = training.sequence_parallel if isinstance(training, ParallelSettings) else 1
+    readers = int(os.environ.get("WORLD_SIZE", 1)) // sharing  # as torchrun has it
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps * readers
+
+
+def known_steps(training: Training, rows: Any) -> Training:
+    """The settings with the steps that they come to on the data set `rows`, which gets the length that they read."""
+    step_rows = rows_per_step(training)
+    training = training.with_steps(rows.epoch, step_rows)
+    rows.rows = training.steps * step_rows
+    return training
 
 
 class SameData(TrainerCallback):
@@ -107,20 +124,26 @@ def train(
     rows: Any,
     title: str,
     log_file: Path,
-    tokens_per_step: int,
+    training: OptimiserSettings,
+    row_tokens: int,
     flops_per_token: float | None = None,
     draw: Callable[[Path], object] | None = None,
 ) -> None:
     """Run a Trainer to its end, from its last complete checkpoint if there is one.
 
-    rows: the data set; every checkpoint stores its digest, and a run cannot be resumed with other data. draw: called
-    with the path of the log whenever it was written.
+    rows: the data set. Every checkpoint stores its digest and that of the evaluation's rows, and a run cannot be
+    resumed with other data. draw: called with the path of the log whenever it was written.
     """
+    step_rows, digest = rows_per_step(training), rows.digest()
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(SameData(rows.digest()))
+    if trainer.evaluation is not None:
+        digest = hashlib.sha256(f"{digest} {trainer.evaluation.rows.digest()}".encode()).hexdigest()
+    trainer.add_callback(SameData(digest))
+    if rows.epoch is not None:
+        trainer.add_callback(Epochs(rows.epoch, step_rows, training.eval_strategy == "epoch"))
     log = RunLog(log_file, draw)
     trainer.add_callback(log)
-    trainer.add_callback(ProgressLine(title, tokens_per_step, flops_per_token))
+    trainer.add_callback(ProgressLine(title, step_rows * row_tokens, flops_per_token))
     try:
         trainer.train(resume_from_checkpoint=trainer.start_from())
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from hmf.errors import HmfError
 from hmf.model.checkpoint import without_generation_config
 
 from .checkpoints import PublishedCheckpoints, without_config
+from .evaluation import EvaluationLoss, same_random_numbers
 from .groups import ParameterGroup, optimiser_groups
 from .guard import LossGuard
-from .losses import TrainingLoss
+from .losses import TrainingLoss, labels_count
 from .sequence import SequenceParallel
 from .strategy import autocast, complete_accelerator, keep_parameter_dtypes, reach_inner_mixers
 
@@ -30,6 +33,7 @@ class HybridTrainer(Trainer):
     - `sequence`: sequence parallelism; None with `sequence_parallel` 1.
     - `guard`: stops the run before a bad loss damages the weights.
     - `checkpoints`: publishes complete checkpoints.
+    - `evaluation`: sums the loss over `eval_dataset`; None without one.
 
     The overridden hooks in the order in which a run calls them; "base" is the Trainer's own hook:
 
@@ -49,12 +53,16 @@ class HybridTrainer(Trainer):
     12. `_save_checkpoint`: `checkpoints` checks the free space; `guard` checks the weights; base; `checkpoints`
         publishes.
     13. `_get_output_dir`: the folder into which base writes a checkpoint, from `checkpoints`.
+    14. `evaluate`, between 11 and 12 where an evaluation is due: base; the state of random numbers is restored.
+    15. `evaluation_loop`: base, which calls 16; the sums of `evaluation` become the figures that 11 logs.
+    16. `prediction_step`, for each batch: 7 and 8; `evaluation` adds the batch's share of the loss of all rows.
 
     A class that combines this one with a trainer of another library lists this one first; "base" is then the other's.
     """
 
     optimizer: Any
     train_dataset: Any
+    eval_dataset: Any
     data_collator: Any
 
     def __init__(
@@ -73,11 +81,18 @@ class HybridTrainer(Trainer):
         self.checkpoints = PublishedCheckpoints(self.args)
         self.guard = LossGuard(self.args, self.accelerator, divergence_factor)
         self.sequence: SequenceParallel | None = None
-        self._rows = self.train_dataset
+        self._rows, self._collate = self.train_dataset, self.data_collator
+        self.evaluation: EvaluationLoss | None = None
+        if self.eval_dataset is not None:
+            batch = self.args.per_device_train_batch_size
+            self.evaluation = EvaluationLoss(self.eval_dataset, batch, sequence_parallel, self.accelerator)
+            self.args.per_device_eval_batch_size = self.evaluation.batch_size
         if sequence_parallel > 1:
             self.sequence = SequenceParallel(self.model, sequence_parallel)
             self.train_dataset = self.sequence.shared(self.train_dataset, self.args.per_device_train_batch_size)
             self.data_collator = self.sequence.own_part_of(self.data_collator)
+            if self.evaluation is not None:
+                self.eval_dataset = self.sequence.shared(self.eval_dataset, self.evaluation.batch_size)
         if loss is not None:
             self.model_accepts_loss_kwargs = True  # losses of a step add up, so the Trainer must not average them
         # Sums of the parts of the loss since the last log entry, and the step of that entry.
@@ -189,6 +204,41 @@ class HybridTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any = None) -> str:
         return self.checkpoints.staging or super()._get_output_dir(trial)
+
+    # An evaluation
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with same_random_numbers(self.args.device):
+            return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        assert self.evaluation is not None
+        self.evaluation.start()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        figures = self.evaluation.figures(self.loss.log_prefix if self.loss is not None else "")
+        if not math.isfinite(figures["loss"]):
+            raise HmfError(
+                f"step {self.state.global_step}: the loss of the evaluation is {figures['loss']}; the checkpoint "
+                "before it stays; lower the learning rate, or fix the rows of the evaluation, with a new output"
+            )
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        return output
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, None, None]:
+        assert self.evaluation is not None
+        counts = self.evaluation.counts(self.loss.count if self.loss is not None else labels_count, self._collate)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if self.loss is None:
+                loss = self.compute_loss(self.model_wrapped, inputs, num_items_in_batch=counts)
+                losses = {"loss": loss / self.accelerator.num_processes}
+            else:  # by the objective of the last step, which has been taken
+                objective = self.objective_at(max(0, self.state.global_step - 1))
+                losses = self.model_wrapped(**inputs, objective=objective, counts=counts)
+        self.evaluation.add(losses)
+        return None, None, None
 
     # Helpers of the hooks
 

@@ -266,8 +266,8 @@ class WindowLayout:
             flat = flat.pin_memory().to(device, non_blocking=True)
         *indices, ends = flat.split([*map(len, joined), len(bounds)])
         longest, alone = int(np.diff(bounds).max()), len(tokens) == 1 and not len(joined[2])
-        own, past, kept = tuple(indices[:2]), tuple(indices[2:5]), tuple(indices[5:])
-        return cls(ends.int(), longest, bounds[-1], alone, own, past, kept)
+        by_use = tuple(indices[:2]), tuple(indices[2:5]), tuple(indices[5:])
+        return cls(ends.int(), longest, bounds[-1], alone, *by_use)
 
     def gather(self, x: torch.Tensor, ring: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """Keys or values [total, Hk, K] of tokens x [N, Hk, K] and of earlier tokens in `ring` [slots, R, ...]."""
