@@ -270,6 +270,18 @@ class LoraSettings(Settings):
     learning_rate: float = Field(gt=0)  # of the adapters
 
 
+class EvaluateSettings(Settings):
+    """Held-out text and generated tasks."""
+
+    tasks: list[str] = Field(default_factory=list)  # generated tasks
+    samples: int = Field(50, ge=1)  # prompts of each task
+    length: TokenCount = Field(1024, ge=96)  # tokens of the longest prompts and of the text window
+    max_new_tokens: TokenCount = Field(160, ge=1)  # longest answer
+    text_bytes: int = Field(100_000, ge=0)  # held-out text that is scored
+    thinking: bool | None = None  # left out: as the task is defined
+    batch_size: int = Field(16, ge=1)  # prompts that are answered together
+
+
 class FinetuneRecipe(Settings):
     """`hmf finetune`: Stage 2 of a plain Hybrid `model` into `output`/model.
 
@@ -291,6 +303,7 @@ class FinetuneRecipe(Settings):
     lora: LoraSettings | None = None  # adapters on frozen groups
     training: ParallelSettings
     dtype: Literal["float32", "bfloat16"] | None = None  # of the result; left out: as `model` is stored
+    evaluate: EvaluateSettings | None = None  # scores of the result and of `model` at the end; left out: none
 
     @model_validator(mode="after")
     def _fits_together(self) -> FinetuneRecipe:
@@ -314,18 +327,6 @@ class FinetuneRecipe(Settings):
             yield "method dpo needs training.sequence_parallel 1: an answer is scored where all of it is"
         if self.data is not None:
             yield from indivisible(self.data, self.training)
-
-
-class EvaluateSettings(Settings):
-    """Held-out text and generated tasks."""
-
-    tasks: list[str] = Field(default_factory=list)  # generated tasks
-    samples: int = Field(50, ge=1)  # prompts of each task
-    length: TokenCount = Field(1024, ge=96)  # tokens of the longest prompts and of the text window
-    max_new_tokens: TokenCount = Field(160, ge=1)  # longest answer
-    text_bytes: int = Field(100_000, ge=0)  # held-out text that is scored
-    thinking: bool | None = None  # left out: as the task is defined
-    batch_size: int = Field(16, ge=1)  # prompts that are answered together
 
 
 class PrimeRecipe(Settings):
