@@ -20,10 +20,10 @@ from hmf.cli import main
 from hmf.config.layers import LAYER_KINDS
 from hmf.config.strict import seal_json
 from hmf.errors import HmfError
+from hmf.evaluation.results import wilson
 from hmf.model.checkpoint import load_model
 from hmf.priming.export import export
 from hmf.report.card import write_card
-from hmf.report.evidence import wilson
 from hmf.report.push import push_files
 from hmf.report.references import citation, reference
 from tests.conftest import ROOT
@@ -200,6 +200,24 @@ def test_a_finetuned_model_names_the_whole_chain(run, tiny, tmp_path):
     text = write_card(tuned).read_text()
     assert text.index("Stage 1, distillation**: 7") < text.index("Stage 2, cpt**: 3")
     assert "# GDN-primed-base" in text and "not measured" in text
+
+
+def test_a_finetune_recipe_may_ask_for_an_evaluation(tiny, tmp_path, monkeypatch, capsys):
+    recipe = finetune_recipe(tiny / "hybrid", tmp_path / "tuned").model_dump(mode="json", exclude_none=True)
+    recipe["training"] = {"max_steps": 1, "per_device_train_batch_size": 1}
+    recipe["evaluate"] = {"tasks": ["chat"], "samples": 2, "length": 96, "max_new_tokens": 2, "text_bytes": 500}
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(recipe | {"evaluate": {"tasks": ["chatt"]}}))
+    code, _, err = command(monkeypatch, capsys, "finetune", tmp_path / "wrong.yaml")
+    assert code == 2 and "evaluate.tasks: unknown task 'chatt'" in err and not (tmp_path / "tuned").exists()
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    code, out, err = command(monkeypatch, capsys, "finetune", tmp_path / "recipe.yaml")
+    assert code == 0 and "perplexity" in out, err
+    text = write_card(tmp_path / "tuned").read_text()
+    for first, file in (("**", "scores.model.json"), ("The model before Stage 2", "scores.before.json")):
+        cells = row(text, first)
+        assert f"(../{file})" in cells[1] and "n = 2" in cells[2] and f"(../{file})" in cells[2]
+    scores = json.loads((tmp_path / "tuned/scores.model.json").read_text())
+    assert scores["settings"]["samples"] == 2 and "torch" in scores["versions"] and scores["model"]["config_sha256"]
 
 
 @pytest.mark.parametrize("own", ["# Mine\n", "---\nlicense: mit\n---\n", "---\na: [\n---\n", b"\xff\xfe"])

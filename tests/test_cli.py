@@ -187,7 +187,7 @@ def test_lengths_are_taken_with_a_unit_wherever_they_are_asked_for(tmp_path, mon
         for parameter in command_object(command).params
         if re.search("length|tokens$|context|^output", parameter.name) and command != "pretrain"
     ]
-    assert len(counts) == 13
+    assert len(counts) == 14
     for command, option in counts:
         code, _, err = run(monkeypatch, capsys, *command.split(), option, "1.5K")
         assert code == 2 and "write for example 131072, 128K or 1M" in err or option == "--context", (command, err)

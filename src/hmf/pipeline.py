@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hmf.config.runs import EvaluateSettings, PrimeRecipe
+from hmf.config.runs import EvaluateSettings, FinetuneRecipe, PrimeRecipe
 from hmf.config.strict import parse_sealed, seal_json
 from hmf.data import tasks
 from hmf.errors import HmfError, notice, unknown_name
@@ -34,9 +34,7 @@ def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[st
         Scores by model: "teacher", "stage 0" (mixers initialised, not trained) and "primed".
     """
     base, run = resolve_base(recipe.base), recipe.output
-    for task in recipe.evaluate.tasks:
-        if task not in tasks.TASKS:
-            raise HmfError(f"evaluate.tasks: {unknown_name('task', task, tasks.TASKS)}")
+    check_tasks(recipe.evaluate)
     pattern = recipe.hybrid.layer_pattern(base_layers(base))
     options = recipe.hybrid.options_by_key()
 
@@ -62,6 +60,24 @@ def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[st
         except HmfError as error:  # the model and its scores are complete without it
             notice(f"the model card was not written: {error}")
         return scores
+
+
+def check_tasks(settings: EvaluateSettings | None) -> None:
+    """HmfError for the name of a task that there is none of."""
+    for task in settings.tasks if settings else ():
+        if task not in tasks.TASKS:
+            raise HmfError(f"evaluate.tasks: {unknown_name('task', task, tasks.TASKS)}")
+
+
+def finetuned_scores(recipe: FinetuneRecipe) -> dict[str, dict[str, Any]]:
+    """Scores of a finished run of `hmf finetune`, of the model before and after, as its recipe asks for them."""
+    if recipe.evaluate is None:
+        return {}
+    models = {"before": recipe.model, "model": recipe.output / "model"}
+    return {
+        name: scored(path, recipe.evaluate, recipe.output / f"scores.{name}.json", name)
+        for name, path in models.items()
+    }
 
 
 def scored(path: Path, settings: EvaluateSettings, result: Path, name: str) -> dict[str, Any]:

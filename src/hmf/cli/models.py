@@ -4,35 +4,58 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from hmf import hub
-from hmf.cli.shared import MODEL, AsJson, Device, Dtype, NativeFormat, Out, epilog, group, tokens
+from hmf.cli.shared import MODEL, AsJson, Device, Dtype, NativeFormat, Out, epilog, group, token_list, tokens
 from hmf.errors import HmfError
 from hmf.folders import require_unused, resolve_base
 from hmf.gpus import parse_gpus
 
 app = group("")
+Endpoint = Literal["completions", "chat"]
+# What only a suite has, and what only the small tasks have.
+OF_SUITES = (
+    "lengths",
+    "seed",
+    "temperature",
+    "top_p",
+    "likelihood",
+    "url",
+    "endpoint",
+    "concurrency",
+    "parity_bound",
+    "restart",
+)
+OF_TASKS = ("length", "text_bytes", "baselines")
 
 
 @app.command(
     epilog=epilog(
         "hmf evaluate runs/quickstart/model teacher",
         "hmf evaluate teacher --tasks recall,arithmetic --samples 100 --length 512 --json",
+        "hmf evaluate runs/quickstart/model teacher --suite retention --lengths 2K,4K",
+        "hmf evaluate runs/sft/model --suite retention --lengths 4K,128K --url http://localhost:8000 --parity",
     )
 )
 def evaluate(
+    context: typer.Context,
     models: Annotated[list[str], typer.Argument(help=f"Models to compare. {MODEL}", metavar="MODEL...")],
-    tasks: Annotated[str, typer.Option(help="Generated tasks, separated by commas; empty for none.")] = "recall,needle",
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Generated tasks, separated by commas; empty for none.", show_default="recall,needle, or all"
+        ),
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Prompts per task.")] = 50,
     length: Annotated[int, tokens("Length of the longest prompts, and of the window for text.", 96)] = 512,
-    text_bytes: Annotated[
-        int, typer.Option(min=0, help="Bytes of held-out text to score, from Python's standard library.")
-    ] = 100_000,
+    text_bytes: Annotated[int, typer.Option(min=0, help="Bytes of held-out text to score.")] = 100_000,
     thinking: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = True,
-    max_new_tokens: Annotated[int, tokens("Most tokens of an answer.")] = 160,
+    max_new_tokens: Annotated[
+        int | None, tokens("Most tokens of an answer. Default: 160; for a suite 1024 more than the expected answer.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 16,
     baselines: Annotated[bool, typer.Option(help="Also score order-3 n-gram models of bytes and of tokens.")] = False,
     device: Device = None,
@@ -40,21 +63,153 @@ def evaluate(
         Dtype | None, typer.Option(help="Dtype of the weights. Default: as stored on a GPU, float32 on a CPU.")
     ] = None,
     as_json: AsJson = False,
+    suite: Annotated[
+        str | None, typer.Option(help="Suite of tasks in place of the four small ones: retention.")
+    ] = None,
+    lengths: Annotated[
+        Any, token_list("Prompt lengths of the suite, for example 4K,128K.", show_default="4K, or the context")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the suite's prompts and of sampling.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature of the suite; 0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus sampling of the suite.")] = 1.0,
+    likelihood: Annotated[bool, typer.Option(help="Also score the expected answers of the suite.")] = True,
+    url: Annotated[str | None, typer.Option(help="OpenAI-compatible server that answers the suite.")] = None,
+    endpoint: Annotated[
+        Endpoint, typer.Option(help="What the server gets: completions, the prompt's tokens; chat, messages.")
+    ] = "completions",
+    concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests to the server.")] = 16,
+    parity: Annotated[bool, typer.Option("--parity", help="Also compare the server with Hugging Face.")] = False,
+    parity_bound: Annotated[
+        float, typer.Option(min=0, help="Largest mean KL divergence per token that passes, in nats.")
+    ] = 0.01,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results.", show_default="for a suite, the model's run folder")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the results: scores.NAME.json.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Remove the suite's answers and start again.")] = False,
 ) -> None:
-    """Score models on held-out text and generated tasks."""
+    """Score models on held-out text and generated tasks.
+
+    With `--suite`: tasks that Hybrids are likely to lose, by prompt length, for local models or for a server. A suite
+    that was stopped continues where it stopped.
+    """
     if len(set(models)) < len(models):
         raise HmfError("MODEL: a model is named twice; name each model once")
-    folders = {model: resolve_base(model) for model in models}  # before imports that take seconds
+    given = {option for option in context.params if _is_given(context, option)}
+    if suite is None and parity:
+        suite, tasks = "retention", tasks or ""
+    for option in OF_TASKS if suite else OF_SUITES:
+        if option in given:
+            named = f"--{option.replace('_', '-')}"
+            raise HmfError(
+                f"{named}: is not for a suite" if suite else f"{named}: is for a suite; add --suite retention"
+            )
+    # before imports that take seconds
+    folders = {model: resolve_base(model, weights=url is None or parity) for model in models}
 
+    if suite is None:
+        _evaluate_tasks(
+            folders,
+            tasks,
+            samples,
+            length,
+            text_bytes,
+            thinking,
+            max_new_tokens,
+            batch_size,
+            baselines,
+            device,
+            dtype,
+            as_json,
+            out,
+            name,
+        )
+        return
+    from hmf.evaluation.command import ALLOWANCE, Options
+    from hmf.evaluation.command import evaluate as run
+
+    options = Options(
+        suite=suite,
+        tasks=tasks,
+        lengths=lengths or (),
+        samples=samples,
+        seed=seed,
+        thinking=thinking,
+        max_new_tokens=max_new_tokens or ALLOWANCE,
+        temperature=temperature,
+        top_p=top_p,
+        batch_size=batch_size,
+        likelihood=likelihood,
+        device=device,
+        dtype=dtype,
+        url=url,
+        endpoint=endpoint,
+        concurrency=concurrency,
+        parity=parity_bound if parity else None,
+        out=out,
+        name=name,
+        restart=restart,
+    )
+    stores = run(folders, options)
+    _show_suites(stores, as_json)
+
+
+def _is_given(context: typer.Context, option: str) -> bool:
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _show_suites(stores: Any, as_json: bool) -> None:
+    import json
+    from dataclasses import asdict
+
+    from hmf.evaluation.command import pairs
+    from hmf.evaluation.results import Scores
+    from hmf.report.suites import print_suites
+
+    compared = pairs(stores)
+    if as_json:
+        first = next(iter(stores))
+        content = {model: store.scores for model, store in stores.items()}
+        for other, found in compared.items():
+            content[other] = {
+                **content[other],
+                "paired": {"with": first, "tasks": {task: pair and asdict(pair) for task, pair in found.items()}},
+            }
+        typer.echo(json.dumps(content, indent=2))
+    else:
+        print_suites({model: Scores.model_validate(store.scores) for model, store in stores.items()}, compared)
+    for store in stores.values():
+        if store.file is not None:
+            typer.echo(f"saved {store.file}, and the answers in {store.home}", err=True)
+
+
+def _evaluate_tasks(
+    folders: dict[str, Path],
+    tasks: str | None,
+    samples: int,
+    length: int,
+    text_bytes: int,
+    thinking: bool,
+    max_new_tokens: int | None,
+    batch_size: int,
+    baselines: bool,
+    device: str | None,
+    dtype: str | None,
+    as_json: bool,
+    out: Path | None,
+    name: str | None,
+) -> None:
     import json
 
     from hmf.config.runs import EvaluateSettings
     from hmf.data.tasks import TASKS
     from hmf.errors import unknown_name
+    from hmf.evaluation.command import save_tasks
     from hmf.evaluation.run import evaluate_checkpoint
     from hmf.report.table import print_scores
 
-    chosen = [task for task in tasks.split(",") if task]
+    chosen = [task for task in ("recall,needle" if tasks is None else tasks).split(",") if task]
     for task in chosen:
         if task not in TASKS:
             raise HmfError(f"--tasks: {unknown_name('task', task, TASKS)}")
@@ -65,7 +220,7 @@ def evaluate(
             "length": length,
             "text_bytes": text_bytes,
             "thinking": thinking,
-            "max_new_tokens": max_new_tokens,
+            "max_new_tokens": max_new_tokens or 160,
             "batch_size": batch_size,
         }
     )
@@ -77,6 +232,8 @@ def evaluate(
         typer.echo(json.dumps(scores, indent=2))
     else:
         print_scores(scores)
+    for file in save_tasks(scores, folders, out, name):
+        typer.echo(f"saved {file}", err=True)
 
 
 @app.command(

@@ -42,19 +42,28 @@ PATTERN = "One symbol per layer, joined by '-': * keeps attention; GDN, GKA, M2,
 
 def tokens(help: str, least: int = 1) -> Any:
     """An option for a number of tokens, which may be written as 128K or 1M, and is at least `least`."""
+    return typer.Option(parser=lambda value: _parsed(value, least), metavar="TOKENS", help=help)
 
-    def parse(value: str | int) -> int:
-        from hmf.config.strict import parse_tokens
 
-        try:
-            number = parse_tokens(value)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-        if number < least:
-            raise typer.BadParameter(f"{number} is less than {least}")
-        return number
+def token_list(help: str, **options: Any) -> Any:
+    """An option for several numbers of tokens, joined by commas; the value is a tuple."""
 
-    return typer.Option(parser=parse, metavar="TOKENS", help=help)
+    def parse(value: str) -> tuple[int, ...]:
+        return tuple(_parsed(part, 1) for part in value.split(","))
+
+    return typer.Option(parser=parse, metavar="TOKENS,...", help=help, **options)
+
+
+def _parsed(value: str | int, least: int) -> int:
+    from hmf.config.strict import parse_tokens
+
+    try:
+        number: int = parse_tokens(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if number < least:
+        raise typer.BadParameter(f"{number} is less than {least}")
+    return number
 
 
 BatchedTokens = Annotated[int, tokens("vLLM's --max-num-batched-tokens.")]

@@ -141,14 +141,22 @@ def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
     settings, text = read_recipe(recipe, FinetuneRecipe, overrides or ())
     settings = with_checkpoint(settings, "model")
 
+    from hmf.pipeline import check_tasks, finetuned_scores
     from hmf.report.curves import draw_curves
+    from hmf.report.table import print_scores
     from hmf.training.finetune import check
     from hmf.training.finetune import finetune as run
     from hmf.training.run import run_folder
 
     check(settings)  # before the output folder is claimed for this recipe
+    check_tasks(settings.evaluate)
+    scores = {}
     with run_folder(settings.output, text) as first:
         saved = run(settings, draw=draw_curves)
+        if first:
+            scores = finetuned_scores(settings)
+    if scores:
+        print_scores(scores)
     if first:
         typer.echo(f"saved {saved}; next: {command()} evaluate {saved}, {command()} chat {saved}")
 

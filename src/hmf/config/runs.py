@@ -300,6 +300,18 @@ class LoraSettings(Settings):
     learning_rate: float = Field(gt=0)  # learning rate of the adapters
 
 
+class EvaluateSettings(Settings):
+    """Evaluation on held-out text and generated tasks."""
+
+    tasks: list[str] = Field(default_factory=list)  # generated tasks
+    samples: int = Field(50, ge=1)  # prompts per task
+    length: TokenCount = Field(1024, ge=96)  # tokens of the longest prompts, and of the window for text
+    max_new_tokens: TokenCount = Field(160, ge=1)  # longest answer
+    text_bytes: int = Field(100_000, ge=0)  # bytes of held-out text that are scored
+    thinking: bool | None = None  # whether prompts enable thinking; left out: true
+    batch_size: int = Field(16, ge=1)  # prompts per batch
+
+
 class FinetuneRecipe(Settings):
     """`hmf finetune`: Stage 2 of the plain Hybrid `model`. The result is written to `output`/model.
 
@@ -322,6 +334,7 @@ class FinetuneRecipe(Settings):
     lora: LoraSettings | None = None  # adapters on frozen groups
     training: ParallelSettings  # optimiser, log, checkpoints, processes
     dtype: Literal["float32", "bfloat16"] | None = None  # dtype of the result; left out: the dtype of `model`
+    evaluate: EvaluateSettings | None = None  # scores of the result and of `model` at the end; left out: none
 
     @model_validator(mode="after")
     def _fits_together(self) -> FinetuneRecipe:
@@ -353,18 +366,6 @@ class FinetuneRecipe(Settings):
             yield "eval_pairs is for dpo; give eval_data"
         if self.eval_pairs is not None and self.training.eval_strategy == "no":
             yield "eval_pairs is read with training.eval_strategy steps or epoch; set that, or leave eval_pairs out"
-
-
-class EvaluateSettings(Settings):
-    """Evaluation on held-out text and generated tasks."""
-
-    tasks: list[str] = Field(default_factory=list)  # generated tasks
-    samples: int = Field(50, ge=1)  # prompts per task
-    length: TokenCount = Field(1024, ge=96)  # tokens of the longest prompts, and of the window for text
-    max_new_tokens: TokenCount = Field(160, ge=1)  # longest answer
-    text_bytes: int = Field(100_000, ge=0)  # bytes of held-out text that are scored
-    thinking: bool | None = None  # whether prompts enable thinking; left out: true
-    batch_size: int = Field(16, ge=1)  # prompts per batch
 
 
 class PrimeRecipe(Settings):

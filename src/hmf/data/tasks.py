@@ -109,7 +109,7 @@ def _pairs(
     values = [phrases.value(rng, numbers) for _ in keys]
     lines = [line.format(key=key, value=value) for key, value in zip(keys, values, strict=True)]
     # A further word costs about 28 tokens: in the question, in the reasoning and in the answer.
-    kept = max(asked, _fitting(tokenizer, lines, length - _OVERHEAD - (asked - 1) * 28))
+    kept = max(asked, fitting(tokenizer, lines, length - _OVERHEAD - (asked - 1) * 28))
     chosen = rng.sample(range(kept), asked)
     lead = rng.choice(phrases.RECALL_LEAD)
     names = ", ".join(keys[i] for i in chosen)
@@ -145,8 +145,8 @@ def _facts(
     statements = [statement.format(name=name, value=value) for name, value in zip(names, values, strict=True)]
     # A statement is about 20 tokens. Those that the question asks for are repeated in reasoning and answer.
     room = length - _OVERHEAD - stated * 20 - (asked - 1) * 48
-    lines = _library_lines(rng, split, characters=4 * length)  # enough: a token is about three characters
-    lines = lines[: max(1, _fitting(tokenizer, lines, room))]
+    lines = library_lines(rng, split, characters=4 * length)  # enough: a token is about three characters
+    lines = lines[: max(1, fitting(tokenizer, lines, room))]
     for text in statements:
         lines.insert(rng.randrange(len(lines) + 1), text)
     user = "\n".join(lines) + "\n\n" + question.format(name=", ".join(names[:asked]))
@@ -154,8 +154,8 @@ def _facts(
     return _answered(task, user, asked_statements, values[0] if asked == 1 else asked_statements, thinking)
 
 
-def _library_lines(rng: Random, split: Split, characters: int) -> list[str]:
-    """Consecutive lines of library source code from a random place on, continued with further files if needed."""
+def library_lines(rng: Random, split: Split, characters: int) -> list[str]:
+    """Consecutive lines of library source, from a random place on, and of further files when the first one ends."""
     library = stdlib_documents(split)
     index = rng.randrange(len(library))
     source = library[index].text
@@ -166,8 +166,8 @@ def _library_lines(rng: Random, split: Split, characters: int) -> list[str]:
     return [line[:100] for line in source[:characters].split("\n")]
 
 
-def _fitting(tokenizer: PreTrainedTokenizerBase, lines: list[str], budget: int) -> int:
-    """Number of the first lines that fit into `budget` tokens, with their newlines."""
+def fitting(tokenizer: PreTrainedTokenizerBase, lines: list[str], budget: int) -> int:
+    """How many of the first lines, each with its newline, fit into `budget` tokens."""
     text = "\n".join(lines) + "\n"
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     if len(offsets) <= budget:

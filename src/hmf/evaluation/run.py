@@ -18,6 +18,7 @@ from hmf.errors import HmfError
 from hmf.evaluation.generation import task_accuracy
 from hmf.evaluation.ngram import bits_per_byte
 from hmf.evaluation.perplexity import perplexity
+from hmf.evaluation.results import describe, versions, wilson
 from hmf.model.checkpoint import load_model
 from hmf.model.convert import footprint
 
@@ -50,7 +51,8 @@ def evaluate_model(
         max_bytes: most bytes of held-out text; None for all, 0 for none.
         name: start of the lines of progress.
     Returns:
-        {"text": {perplexity, bits_per_byte, tokens, bytes}, "tasks": {name: {accuracy, n, truncated}}, "seconds"}
+        {"text": {perplexity, bits_per_byte, tokens, bytes}, "tasks": {name: {accuracy, n, truncated, interval}},
+        "length", "seconds"}
     """
     started = time.perf_counter()
     was_training = model.training
@@ -68,7 +70,8 @@ def evaluate_model(
             for index in range(n)
         ]
         title = f"{name}: {task}"
-        result["tasks"][task] = asdict(task_accuracy(model, tokenizer, samples, batch_size, max_new_tokens, title))
+        score = task_accuracy(model, tokenizer, samples, batch_size, max_new_tokens, title)
+        result["tasks"][task] = {**asdict(score), "interval": wilson(score.accuracy, score.n)}
     model.train(was_training)
     return {**result, "length": length, "seconds": round(time.perf_counter() - started, 1)}
 
@@ -88,6 +91,18 @@ def baselines(
     }
 
 
+def load_for_evaluation(
+    path: str | Path, device: str | None, dtype: str | None, generates: bool = True
+) -> PreTrainedModel:
+    """A model on its device; `device` and `dtype` as in `evaluate_checkpoint`. HmfError for a GPU that is not there."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise HmfError("--device cuda: PyTorch finds no GPU here; leave --device out")
+    dtype = dtype or ("auto" if device == "cuda" else "float32")
+    weights = dtype if dtype == "auto" else getattr(torch, dtype)
+    return load_model(path, dtype=weights, generates=generates).to(device)
+
+
 def evaluate_checkpoint(
     path: str | Path,
     settings: EvaluateSettings,
@@ -102,13 +117,8 @@ def evaluate_checkpoint(
         device: None for "cuda" if a GPU is available, else "cpu".
         dtype: None for the stored dtype on a GPU, and "float32" on a CPU.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise HmfError("--device cuda: PyTorch finds no GPU; omit --device to use the CPU")
-    dtype = dtype or ("auto" if device == "cuda" else "float32")
     tokenizer = load_tokenizer(path)
-    weights = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = load_model(path, dtype=weights, generates=bool(settings.tasks)).to(device)
+    model = load_for_evaluation(path, device, dtype, generates=bool(settings.tasks))
     scores = evaluate_model(
         model,
         tokenizer,
@@ -123,4 +133,6 @@ def evaluate_checkpoint(
     )
     if with_baselines:
         scores["baselines"] = baselines(tokenizer, max_bytes=settings.text_bytes)
-    return {**scores, "footprint": footprint(model)}
+    used = {"seed": 0, "sampling": {"temperature": 0.0}, "dtype": str(model.dtype).removeprefix("torch.")}
+    about = {"settings": {**settings.model_dump(), **used, "device": model.device.type}, "versions": versions()}
+    return {**scores, "footprint": footprint(model), **about, "model": describe(Path(path))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +19,9 @@ import hmf
 from hmf.bench import tables
 from hmf.config.layers import base_head_dim, needed_kinds
 from hmf.config.pattern import is_fused
-from hmf.config.runs import FinetuneRecipe, PrimeRecipe
+from hmf.config.runs import DistillRecipe, FinetuneRecipe, PrimeRecipe
 from hmf.errors import HmfError
+from hmf.evaluation.results import SMALL, who
 from hmf.folders import RECIPE, reason
 from hmf.model.checkpoint import load_config
 from hmf.planning import serving as planner
@@ -28,12 +29,13 @@ from hmf.planning.memory import layer_caches, weights
 from hmf.serving.serve import parsers, state_options
 from hmf.training.checkpoints import replace_text
 
-from .evidence import PRIMED, STAGE0, TEACHER, Evidence, Scores, Stage
+from .evidence import BEFORE, MODEL, PRIMED, STAGE0, TEACHER, Evidence, Scores, Stage
 from .references import citation, reference
+from .suites import MISSING, card_suites, markdown, task_cell
 
 CARD, RESULTS = "README.md", "results"
 MARKER = "generated_by"  # key of the metadata that marks a card as written by hmf
-NOT_MEASURED, NOT_STATED = "not measured", "not stated"
+NOT_MEASURED, NOT_STATED = MISSING, "not stated"
 LICENCE_FILE = re.compile(r"(licen[cs]e|copying)([-_.].*)?", re.IGNORECASE)
 
 
@@ -193,47 +195,54 @@ class Card:
 
     def benchmarks(self) -> str:
         scores = self.evidence.scores
-        base = f"{self.evidence.base_name} (the base Transformer)" if self.evidence.base else "Base Transformer"
-        titles = {
-            TEACHER: base,
-            PRIMED: f"**{self.title}** (this model)",
-        }
-        titles |= {name: name for name in scores if name not in (TEACHER, PRIMED)}
-        if STAGE0 in scores:
-            titles[STAGE0] = "Stage 0 (mixers initialised, not trained)"
-        primes = [stage for stage in self.evidence.stages if isinstance(stage, PrimeRecipe)]
-        recipe_tasks = [task for stage in primes for task in stage.evaluate.tasks]
-        tasks = list(dict.fromkeys([*recipe_tasks, *(task for score in scores.values() for task in score.tasks)]))
+        small = {name: found for name, found in scores.items() if found.suite in (None, SMALL)}
+        evaluations = [stage.evaluate for stage in self.evidence.stages if not isinstance(stage, DistillRecipe)]
+        asked = [task for settings in evaluations if settings for task in settings.tasks]
+        tasks = list(dict.fromkeys([*asked, *(task for found in small.values() for task in found.tasks)]))
         rows = []
-        for name, title in titles.items():
-            score = scores.get(name)
-            cells = [self._task(score, task, name) for task in tasks]
-            rows.append([title, self._text(score, name), *cells])
-        lines = [_table(["Model", "Perplexity", *tasks], rows), ""]
+        for model, title in self._models(small).items():
+            files = {name: found for name, found in small.items() if _model(name, found) == model}
+            rows.append([title, self._text(files), *(self._task(files, task) for task in tasks)])
+        lines = [markdown(["Model", "Perplexity", *tasks], rows), ""]
         if not scores:
             return "\n".join([*lines, f"The run folder has no results file: {NOT_MEASURED}."])
-        lengths = sorted({score.length for score in scores.values() if score.length})
+        lengths = sorted({found.length for found in small.values() if found.length})
         window = f", to prompts of at most {' or '.join(f'{n:,}' for n in lengths)} tokens" if lengths else ""
         legend = (
             f"Tasks: greedy answers that match exactly, in percent{window}. In parentheses: n prompts, the 95% Wilson "
             "score interval of the share, and how many answers were cut off at the longest answer allowed; these count "
-            "as wrong. Perplexity: of held-out text; lower is better. Every number links to its results file."
+            "in n and are not correct. Perplexity: of held-out text; lower is better. Every number links to its results "
+            "file."
         )
-        return "\n".join([*lines, legend])
+        return "\n".join([*lines, legend, *card_suites(self.evidence, self._named, self.link)])
 
-    def _task(self, scores: Scores | None, name: str, model: str) -> str:
-        result = scores.tasks.get(name) if scores else None
-        if result is None:
-            return NOT_MEASURED
-        low, high = result.interval
-        truncated = "" if result.truncated is None else f"; {round(result.truncated * result.n)} cut off"
-        value = self.link(f"{100 * result.accuracy:.1f}", f"scores.{model}.json")
-        return f"{value} (n = {result.n:,}; {100 * low:.1f}–{100 * high:.1f}{truncated})"
+    def _models(self, scores: Mapping[str, Scores]) -> dict[str, str]:
+        """Titles of the base and of this model, and of what else `scores` are about."""
+        base = f"{self.evidence.base_name} (the base Transformer)" if self.evidence.base else "Base Transformer"
+        titles = {TEACHER: base, PRIMED: f"**{self.title}** (this model)"}
+        titles |= {model: model for name, found in scores.items() if (model := _model(name, found)) not in titles}
+        if STAGE0 in titles:
+            titles[STAGE0] = "Stage 0 (mixers initialised, not trained)"
+        if BEFORE in titles:
+            titles[BEFORE] = "The model before Stage 2"
+        return titles
 
-    def _text(self, scores: Scores | None, model: str) -> str:
-        if scores is None or scores.text is None:
+    def _named(self, name: str, found: Scores) -> str:
+        return self._models({name: found})[_model(name, found)]
+
+    def _task(self, files: Mapping[str, Scores], task: str) -> str:
+        name = next((name for name, found in files.items() if task in found.tasks), None)
+        if name is None:
             return NOT_MEASURED
-        return f"{self.link(f'{scores.text.perplexity:.2f}', f'scores.{model}.json')} ({scores.text.tokens:,} tokens)"
+        return task_cell(files[name].tasks[task], name, self.link)
+
+    def _text(self, files: Mapping[str, Scores]) -> str:
+        name = next((name for name, found in files.items() if found.text), None)
+        if name is None:
+            return NOT_MEASURED
+        text = files[name].text
+        assert text is not None
+        return f"{self.link(f'{text.perplexity:.2f}', f'scores.{name}.json')} ({text.tokens:,} tokens)"
 
     def architecture(self) -> str:
         config = self.config
@@ -248,12 +257,15 @@ class Card:
         if active := getattr(config, "num_experts_per_tok", None):
             experts = f"{config.num_experts} of {config.moe_intermediate_size:,}, {active} active for each token"
             rows.append(["Experts", experts])
-        rows += [
-            ["Vocabulary Size", f"{config.vocab_size:,}"],
-            ["Context Length", f"{config.max_position_embeddings:,} tokens"],
-            ["Position Encoding", f"RoPE ({_rope(config)})"],
-        ]
-        return _table(["Component", "Details"], rows)
+        return markdown(
+            ["Component", "Details"],
+            [
+                *rows,
+                ["Vocabulary Size", f"{config.vocab_size:,}"],
+                ["Context Length", f"{config.max_position_embeddings:,} tokens"],
+                ["Position Encoding", f"RoPE ({_rope(config)})"],
+            ],
+        )
 
     def layout(self) -> str:
         chosen = next((stage.hybrid for stage in self.evidence.stages if isinstance(stage, PrimeRecipe)), None)
@@ -292,7 +304,7 @@ class Card:
         head = ["Context", "cache of a sequence", "of the base", "sequences at once", "of the base"]
         command = shlex.join(["hmf", "plan", self.name, "--gpu", self.gpu, "--context", str(longest)])
         return (
-            f"{_table([*head, 'decoded tokens/s', 'of the base'], rows)}\n\n"
+            f"{markdown([*head, 'decoded tokens/s', 'of the base'], rows)}\n\n"
             f"These figures are planned from the config for {planner.devices(hybrid)}, with at most "
             f"{hybrid.max_num_seqs} sequences; nothing was measured. `{command}` has more of them."
         )
@@ -385,6 +397,11 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
         return {}, f"The base's licence is {NOT_STATED}: it has neither a card with one nor a licence file."
 
 
+def _model(name: str, scores: Scores) -> str:
+    model = who(name, scores)
+    return PRIMED if model == MODEL else model
+
+
 def _rope(config: Any) -> str:
     parameters = config.rope_parameters or {}
     if "rope_type" in parameters or "rope_theta" in parameters:
@@ -396,8 +413,3 @@ def _rope(config: Any) -> str:
             texts.append(f"{values['rope_type']}, factor {values.get('factor', NOT_STATED)}")
         shown.append(f"{kind}: " * bool(kind) + "; ".join(texts))
     return "; ".join(shown) or NOT_STATED
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

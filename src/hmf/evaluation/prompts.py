@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts of generated tasks, each of a given number of tokens of a model's own tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from hmf.data.tasks import fitting
+from hmf.data.template import Template
+from hmf.data.tokenizer import encode_texts
+from hmf.errors import HmfError
+from hmf.evaluation.retention import Draw, Problem, Task
+
+THINK_START, THINK_END = "<think>", "</think>"
+PLAIN_END = "\n\n"  # ends an answer to a prompt without a chat template
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote. `truncated`: it reached the longest answer allowed before it had ended."""
+
+    text: str
+    truncated: bool
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem as a model gets it.
+
+    Attributes:
+        ids: tokens of the prompt.
+        direct: the prompt with the template's thinking off, after which the expected answer's likelihood is taken.
+        answer_ids: tokens of the expected answer.
+        limit: most tokens of an answer.
+        messages, thinking: for servers that render the prompt themselves; no messages without a chat template.
+    """
+
+    index: int
+    problem: Problem
+    text: str
+    ids: list[int]
+    direct: str
+    answer_ids: list[int]
+    limit: int
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    thinking: bool
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def direct_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        return self.ids if self.direct == self.text else encode_texts(tokenizer, [self.direct])[0]
+
+    @property
+    def stop(self) -> str | None:
+        """Text that ends an answer, beside the model's own end."""
+        return None if self.messages else PLAIN_END
+
+    def is_correct(self, answer: Answer) -> bool:
+        """By the task's rule; a truncated answer is not correct, nor is one whose reasoning does not end."""
+        if answer.truncated:
+            return False
+        _, _, final = answer.text.rpartition(THINK_END)
+        return THINK_START not in final and self.problem.check(final.strip())
+
+
+@dataclass(frozen=True)
+class Prompter:
+    """Makes prompts by a tokenizer: through its chat template, or plainly where it has none.
+
+    max_new_tokens: of an answer beside the expected answer's own tokens. context: most tokens of prompt and answer;
+    `of` names what limits it.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    seed: int
+    thinking: bool
+    max_new_tokens: int
+    context: int
+    of: str
+
+    def require(self, lengths: list[int]) -> None:
+        """HmfError for a length that the model does not have."""
+        for length in lengths:
+            if length > self.context:
+                raise HmfError(
+                    f"--lengths: {length:,} tokens are beyond the {self.context:,} that {self.of}; give at most these"
+                )
+
+    def prompts(self, task: Task, length: int | None, count: int) -> Iterator[Prompt]:
+        """The first `count` prompts of a task; of `length` tokens with their longest answer where it is given.
+
+        HmfError for a length that leaves no room, and a context that is too short.
+        """
+        for index in range(count):
+            rng = Random(f"{self.seed}:{task.name}:{length}:{index}")
+            problem = task.make(Draw(index, rng, self.tokenizer, (length or 0) - self.max_new_tokens))
+            made = self._fitted(index, problem, length, rng.getrandbits(32), task.name)
+            if len(made.ids) + made.limit > self.context:
+                raise HmfError(
+                    f"{task.name}: a prompt of {len(made.ids):,} tokens and an answer of {made.limit:,} are beyond the "
+                    f"{self.context:,} that {self.of}; lower --max-new-tokens"
+                )
+            yield made
+
+    def _fitted(self, index: int, problem: Problem, length: int | None, places: int, name: str) -> Prompt:
+        answer_ids = encode_texts(self.tokenizer, [problem.answer])[0]
+        limit = len(answer_ids) + self.max_new_tokens
+        thinking = self.thinking if problem.thinking is None else problem.thinking
+        bare = self._prompt(index, problem, problem.text(0, Random(places)), answer_ids, limit, thinking)
+        if length is None:
+            return bare
+        room = length - limit - len(bare.ids)
+        kept = fitting(self.tokenizer, problem.lines, room) if room > 0 else 0
+        while kept > 0:
+            made = self._prompt(index, problem, problem.text(kept, Random(places)), answer_ids, limit, thinking)
+            beyond = len(made.ids) + limit - length
+            if beyond <= 0:
+                return made
+            kept -= max(1, math.ceil(kept * beyond / room))  # facts cut lines apart, which costs a few tokens
+        needed = -(-(length - room) // 64) * 64 + 64
+        raise HmfError(
+            f"--lengths: {length:,} leaves no room for the prompt of {name} beside an answer of {limit:,} tokens; give "
+            f"at least {needed:,}, or lower --max-new-tokens"
+        )
+
+    def _prompt(
+        self, index: int, problem: Problem, user: str, answer_ids: list[int], limit: int, thinking: bool
+    ) -> Prompt:
+        messages = [{"role": "user", "content": user}]
+        if not self.tokenizer.chat_template:
+            text = f"{_with_tools(user, problem.tools)}\n\nAnswer:"
+            ids = self.tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
+            answered = encode_texts(self.tokenizer, [f" {problem.answer}"])[0]
+            return Prompt(index, problem, text, ids, text, answered, limit, [], None, False)
+        tools = problem.tools
+        text = self._rendered(messages, tools, thinking)
+        if tools and not all(tool["function"]["name"] in text for tool in tools):  # a template may leave them out
+            messages, tools = [{"role": "user", "content": _with_tools(user, tools)}], None
+            text = self._rendered(messages, tools, thinking)
+        ids = encode_texts(self.tokenizer, [text])[0]
+        direct = self._rendered(messages, tools, False) if thinking else text
+        return Prompt(index, problem, text, ids, direct, answer_ids, limit, messages, tools, thinking)
+
+    def _rendered(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, thinking: bool) -> str:
+        return Template.of(self.tokenizer).render(messages, tools, add_generation_prompt=True, enable_thinking=thinking)
+
+
+def _with_tools(user: str, tools: list[dict[str, Any]] | None) -> str:
+    """A request with the tools' schemas, for models whose prompt has no other place for them."""
+    if not tools:
+        return user
+    schemas = "\n".join(json.dumps(tool["function"]) for tool in tools)
+    return f'Tools:\n{schemas}\n\n{user}\nAnswer with one call alone, as JSON: {{"name": NAME, "arguments": {{...}}}}'

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers and log-probabilities of an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from hmf.errors import HmfError
+from hmf.evaluation.local import Sampling
+from hmf.evaluation.prompts import THINK_END, THINK_START, Answer, Prompt
+
+Endpoint = Literal["completions", "chat"]
+RETRIES = 5  # of a request that no answer came to, or that the server was too busy for
+SECONDS = 3600.0  # for one answer: a long prompt on a busy server takes its time
+
+
+class NotOffered(HmfError):
+    """The server does not give log-probabilities of prompts."""
+
+
+class Server:
+    """A server at `url` that serves `source`, or one model alone under another name.
+
+    Attributes:
+        name: the model's name on the server. context: its most tokens, where the server states them.
+    Raises:
+        HmfError: no server answers; it serves other models; the openai client is missing.
+    """
+
+    def __init__(self, url: str, source: str | Path, endpoint: Endpoint, sampling: Sampling, concurrency: int):
+        try:
+            import openai
+        except ImportError:
+            raise HmfError("--url: needs the openai client; pip install openai") from None
+        self._openai = openai
+        self.url, self.endpoint, self.sampling, self.concurrency = url, endpoint, sampling, concurrency
+        key = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY", "none")
+        base = url.rstrip("/").removesuffix("/v1") + "/v1"
+        self.client = openai.OpenAI(base_url=base, api_key=key, max_retries=RETRIES, timeout=SECONDS)
+        try:
+            served = list(self.client.with_options(max_retries=0, timeout=30.0).models.list())
+        except openai.OpenAIError as error:
+            raise self._error(error, "is the server up? `hmf serve DIR` starts one") from None
+        names = [model.id for model in served]
+        if str(source) not in names and len(names) != 1:
+            raise HmfError(f"--url: {url} does not serve {source}; it serves {', '.join(names) or 'nothing'}")
+        chosen = next((model for model in served if model.id == str(source)), served[0])
+        self.name: str = chosen.id
+        self.context: int | None = getattr(chosen, "max_model_len", None)
+
+    def version(self) -> str | None:
+        """Of vLLM, where the server is one."""
+        place = self.url.rstrip("/").removesuffix("/v1") + "/version"
+        with suppress(OSError, ValueError), urllib.request.urlopen(place, timeout=10) as answer:
+            found = json.load(answer)
+            return str(found["version"]) if isinstance(found, dict) and "version" in found else None
+        return None
+
+    def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Answer, float | None]]:
+        """Prompts with their answers, as they come; likelihoods are not measured here."""
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            waiting = {pool.submit(self._answer, prompt): prompt for prompt in prompts}
+            try:
+                for done in as_completed(waiting):
+                    yield waiting[done], done.result(), None
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _answer(self, prompt: Prompt) -> Answer:
+        given: dict[str, Any] = {
+            "model": self.name,
+            "temperature": self.sampling.temperature,
+            "top_p": self.sampling.top_p,
+        }
+        extra: dict[str, Any] = {"skip_special_tokens": False}
+        if self.sampling.drawn:
+            given["seed"] = self.sampling.seed + prompt.index
+            extra["top_k"] = 0  # all tokens, whatever the model's generation config holds
+        if prompt.stop:
+            given["stop"] = [prompt.stop]
+        if self.endpoint == "chat":
+            return self._chat_answer(prompt, given)
+        made = self._request(
+            self.client.completions.create, prompt=prompt.ids, max_tokens=prompt.limit, extra_body=extra, **given
+        )
+        choice = self._choice(made)
+        used = made.usage.completion_tokens if made.usage else 0
+        return Answer(choice.text or "", choice.finish_reason == "length", used)
+
+    def _chat_answer(self, prompt: Prompt, given: dict[str, Any]) -> Answer:
+        extra: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": prompt.thinking}}
+        if self.sampling.drawn:
+            extra["top_k"] = 0
+        if prompt.tools:
+            given["tools"] = prompt.tools
+        made = self._request(
+            self.client.chat.completions.create,
+            messages=prompt.messages,
+            max_tokens=prompt.limit,
+            extra_body=extra,
+            **given,
+        )
+        choice = self._choice(made)
+        message = choice.message
+        thought = getattr(message, "reasoning", None) or getattr(message, "reasoning_content", None)
+        parts = [f"{THINK_START}{thought}{THINK_END}"] if thought else []
+        parts += [message.content] if message.content else []
+        for call in message.tool_calls or ():
+            try:
+                arguments = json.loads(call.function.arguments)
+            except (ValueError, RecursionError):
+                arguments = call.function.arguments
+            body = json.dumps({"name": call.function.name, "arguments": arguments})
+            parts.append(f"<tool_call>\n{body}\n</tool_call>")
+        used = made.usage.completion_tokens if made.usage else 0
+        return Answer("\n".join(parts), choice.finish_reason == "length", used)
+
+    def _choice(self, made: Any) -> Any:
+        if not made.choices:
+            raise HmfError(f"--url: {self.url}: the answer holds no choices; is it an OpenAI-compatible server?")
+        return made.choices[0]
+
+    def token_log_probabilities(self, ids: Sequence[int]) -> list[float]:
+        """Of each token but the first, given those before it. NotOffered where the server does not give them."""
+        found = self.scored(ids, top_k=0, generate=1)[0]
+        return [candidates[token] for candidates, token in zip(found, ids[1:], strict=True)]
+
+    def scored(
+        self, ids: Sequence[int], top_k: int, generate: int
+    ) -> tuple[list[dict[int, float]], list[int], list[dict[int, float]]]:
+        """Log-probabilities of the likeliest tokens and the given one after each token of a prompt but the last; then
+        the tokens that the server generates, and the log-probabilities there.
+
+        By vLLM's `prompt_logprobs`; NotOffered where the server does not give them.
+        """
+        made = self._request(
+            self.client.completions.create,
+            model=self.name,
+            prompt=list(ids),
+            max_tokens=generate,
+            temperature=0.0,
+            logprobs=top_k or None,
+            extra_body={"prompt_logprobs": top_k, "return_tokens_as_token_ids": True, "ignore_eos": True},
+        )
+        choice = self._choice(made)
+        prompt = getattr(choice, "prompt_logprobs", None)
+        missing = NotOffered(f"{self.url} gives no log-probabilities of prompts (vLLM's prompt_logprobs)")
+        if not isinstance(prompt, list) or len(prompt) != len(ids):
+            raise missing
+        try:
+            before = [{int(token): float(one["logprob"]) for token, one in each.items()} for each in prompt[1:]]
+            if not top_k:
+                return before, [], []
+            tops = choice.logprobs.top_logprobs
+            generated = [_token(name) for name in choice.logprobs.tokens]
+            after = [{_token(name): float(value) for name, value in each.items()} for each in tops]
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise missing from None
+        return before, generated, after
+
+    def _request(self, call: Any, **arguments: Any) -> Any:
+        try:
+            return call(**arguments)
+        except self._openai.OpenAIError as error:
+            raise self._error(error, "what has been answered is kept: the same command goes on from there") from None
+
+    def _error(self, error: Exception, hint: str) -> HmfError:
+        status = getattr(error, "status_code", None)
+        if status in (401, 403):
+            hint = "set VLLM_API_KEY to the server's key"
+        elif status == 404 and self.endpoint == "completions":
+            hint = "if it has no /v1/completions, give --endpoint chat"
+        what = " ".join(str(error).split()).rstrip(".")
+        return HmfError(f"--url: {self.url}: {what:.300}; {hint}")
+
+
+def _token(name: str) -> int:
+    return int(name.removeprefix("token_id:"))

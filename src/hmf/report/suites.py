@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores of suites: for the terminal, and for the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hmf.evaluation.paired import Pair, compare_all
+from hmf.evaluation.results import SMALL, ParityResult, Scores, TaskResult, who
+from hmf.planning.serving import short
+
+from .evidence import MODEL, PRIMED, Evidence
+
+MISSING = "not measured"
+
+
+def print_suites(scores: Mapping[str, Scores], pairs: Mapping[str, Mapping[str, Pair | None]]) -> None:
+    """One row for each task, length and model; then perplexity by position, the models compared, and parity."""
+    tables = [_tasks(scores), _positions(scores), *(_pairs(first_of(scores), *each) for each in pairs.items())]
+    console = Console(width=max(110, Console().width))
+    for table in filter(None, tables):
+        widest = console.measure(table, options=console.options.update(width=1000)).maximum
+        console.width = max(console.width, widest)
+        console.print(table)
+    for name, found in scores.items():
+        if found.parity:
+            console.print(f"{name}: {parity_line(found.parity)}", soft_wrap=True, highlight=False)
+        for task, why in found.not_measured.items():
+            console.print(f"{name}: {task}: not measured: {why}", soft_wrap=True, highlight=False)
+
+
+def first_of(scores: Iterable[str]) -> str:
+    return next(iter(scores))
+
+
+def _tasks(scores: Mapping[str, Scores]) -> Table | None:
+    keys = dict.fromkeys(key for found in scores.values() for key in found.tasks)
+    if not keys:
+        return None
+    table = Table(caption=_caption(scores), caption_justify="left")
+    for name in ("task", "model"):
+        table.add_column(name, no_wrap=True)
+    for name in ("score (95%)", "n", "correct", "wrong", "cut off", "log p/token"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for key in keys:
+        for model, found in scores.items():
+            if (task := found.tasks.get(key)) is not None:
+                table.add_row(title(key, task), model, *_cells(task))
+    return table
+
+
+def title(key: str, task: TaskResult) -> str:
+    """A task and its length, for people."""
+    return f"{task.task or key} {short(task.length)}" if task.length else key
+
+
+def _cells(task: TaskResult) -> list[str]:
+    low, high = task.interval
+    cut = task.cut_off
+    correct = round(task.accuracy * task.n)
+    score = f"{100 * task.accuracy:.1f}% ({100 * low:.1f}–{100 * high:.1f})"
+    wrong = "" if cut is None else str(task.n - correct - cut)
+    likelihood = "not measured" if task.likelihood is None else f"{task.likelihood:.3f}"
+    return [score, str(task.n), str(correct), wrong, "" if cut is None else str(cut), likelihood]
+
+
+def _caption(scores: Mapping[str, Scores]) -> str:
+    settings = next(iter(scores.values())).settings
+    sampling = settings.get("sampling", {})
+    drawn = "greedy answers"
+    if sampling.get("temperature"):
+        drawn = f"answers drawn at temperature {sampling['temperature']:g}, top-p {sampling.get('top_p', 1):g}"
+    return (
+        f"{drawn}, seed {settings.get('seed')}, thinking {'on' if settings.get('thinking') else 'off'}; cut off: the "
+        "answer reached the longest one allowed before it ended: it is in n, neither correct nor wrong; log p/token: "
+        "of the expected answer given the prompt, without thinking"
+    )
+
+
+def _positions(scores: Mapping[str, Scores]) -> Table | None:
+    if not any(found.positions for found in scores.values()):
+        return None
+    return _side_by_side(
+        "perplexity of library text, by how many tokens are before",
+        {name: {(p.start, p.end): f"{p.perplexity:.3f}" for p in found.positions} for name, found in scores.items()},
+        lambda place: f"{place[0]:,}–{place[1] - 1:,}",
+    )
+
+
+def _side_by_side(caption: str, columns: Mapping[str, Mapping[Any, str]], row: Callable[[Any], str]) -> Table:
+    table = Table(caption=caption, caption_justify="left")
+    table.add_column("tokens before", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for place in dict.fromkeys(place for cells in columns.values() for place in cells):
+        table.add_row(row(place), *(cells.get(place, "not measured") for cells in columns.values()))
+    return table
+
+
+def _pairs(first: str, second: str, found: Mapping[str, Pair | None]) -> Table | None:
+    if not found:
+        return None
+    table = Table(
+        title=f"{first} less {second}, on the same prompts",
+        caption="difference in points of percent, 95% interval by the paired bootstrap; p: McNemar's exact test",
+        caption_justify="left",
+    )
+    table.add_column("task", no_wrap=True)
+    for name in ("difference (95%)", "n", "first only", "second only", "p"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for key, pair in found.items():
+        table.add_row(key, *pair_cells(pair))
+    return table
+
+
+def pair_cells(pair: Pair | None) -> Sequence[str]:
+    if pair is None:
+        return ["not compared: other prompts", "", "", "", ""]
+    low, high = pair.interval
+    difference = f"{100 * pair.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    return [difference, str(pair.n), str(pair.first_only), str(pair.second_only), f"{pair.p:.3g}"]
+
+
+def parity_line(found: ParityResult) -> str:
+    """What the gate found, in a sentence."""
+    verdict = "passed" if found.passed else "NOT passed"
+    return (
+        f"parity of Hugging Face and the server: {verdict}. KL divergence a token: {found.prompt_kl:.2e} over "
+        f"{found.prompt_tokens:,} prompt tokens, {found.generated_kl:.2e} over {found.generated_tokens:,} generated "
+        f"tokens, at most {found.max_kl:.2e}; bound of both means {found.bound:g} nats (the server's "
+        f"{found.top_k} likeliest tokens and the rest)"
+    )
+
+
+# ---- for the card
+
+
+def card_suites(
+    evidence: Evidence, named: Callable[[str, Scores], str], link: Callable[[str, str], str]
+) -> Iterator[str]:
+    """Of each suite: a table of its tasks by model, perplexity by position, this model against the others, parity.
+
+    named: what the card calls the model of a file, by NAME and content. link: a text as a link to a file.
+    """
+    suites = dict.fromkeys(found.suite for found in evidence.scores.values() if found.suite not in (None, SMALL))
+    for suite in suites:
+        files = {name: found for name, found in evidence.scores.items() if found.suite == suite}
+        titles = [_titled(name, found, named) for name, found in files.items()]
+        yield f"\n### Suite: {suite}\n"
+        keys = {key: task for found in files.values() for key, task in found.tasks.items()}
+        if keys:
+            cells = [[task_cell(found.tasks.get(key), name, link) for name, found in files.items()] for key in keys]
+            rows = [[title(key, task), *each] for (key, task), each in zip(keys.items(), cells, strict=True)]
+            yield markdown(["Task", *titles], rows)
+            yield "\n" + " ".join(f"{name}: {_how(found)}." for name, found in zip(titles, files.values(), strict=True))
+        if any(found.positions for found in files.values()):
+            yield "\nPerplexity of library text, by how many tokens are before:\n"
+            yield markdown(["Tokens before", *titles], _position_rows(files, link))
+        yield from _card_pairs(evidence, files, named)
+        for name, found in files.items():
+            if found.parity:
+                yield f"\nIn {link(f'scores.{name}.json', f'scores.{name}.json')}: {parity_line(found.parity)}."
+            for task, why in found.not_measured.items():
+                yield f"\n{_titled(name, found, named)}: {task}: {MISSING}: {why}."
+
+
+def _titled(name: str, found: Scores, named: Callable[[str, Scores], str]) -> str:
+    return named(name, found) + (" by a server" if found.settings.get("url") else "")
+
+
+def _how(found: Scores) -> str:
+    """Settings and versions of a file of scores, as far as it states them."""
+    sampling, settings = found.settings.get("sampling") or {}, found.settings
+    parts = []
+    if "temperature" in sampling:
+        parts.append(f"temperature {sampling['temperature']:g}, top-p {sampling.get('top_p', 1):g}")
+        parts.append(f"answers of at most {sampling.get('max_new_tokens')} tokens beside the expected one's")
+    parts += [f"{key} {settings[key]}" for key in ("seed", "dtype", "device") if settings.get(key) is not None]
+    if "thinking" in settings:
+        parts.append(f"thinking {'on' if settings['thinking'] else 'off'}")
+    parts += [f"{package} {number}" for package, number in found.versions.items()]
+    return ", ".join(parts) or "the file states no settings"
+
+
+def task_cell(task: TaskResult | None, name: str, link: Callable[[str, str], str]) -> str:
+    """Score, n, interval, truncated answers and likelihood, as far as they were measured."""
+    if task is None:
+        return MISSING
+    low, high = task.interval
+    parts = [f"n = {task.n:,}", f"{100 * low:.1f}–{100 * high:.1f}"]
+    parts += [] if task.cut_off is None else [f"{task.cut_off} cut off"]
+    parts += [] if task.likelihood is None else [f"log p {task.likelihood:.3f}"]
+    return f"{link(f'{100 * task.accuracy:.1f}', f'scores.{name}.json')} ({'; '.join(parts)})"
+
+
+def _position_rows(files: Mapping[str, Scores], link: Callable[[str, str], str]) -> list[list[str]]:
+    places = dict.fromkeys((p.start, p.end) for found in files.values() for p in found.positions)
+    cells = {
+        name: {(p.start, p.end): link(f"{p.perplexity:.3f}", f"scores.{name}.json") for p in found.positions}
+        for name, found in files.items()
+    }
+    return [
+        [f"{start:,}–{end - 1:,}", *(each.get((start, end), MISSING) for each in cells.values())]
+        for start, end in places
+    ]
+
+
+def _card_pairs(evidence: Evidence, files: Mapping[str, Scores], named: Callable[[str, Scores], str]) -> Iterator[str]:
+    """This model less each other one, where both have answered the same prompts."""
+    ours = [name for name, found in files.items() if who(name, found) in (PRIMED, MODEL)]
+    rows = []
+    for name, other in ((name, other) for name in ours for other in files if other not in ours):
+        for key, pair in compare_all(evidence.answers[name], evidence.answers[other]).items():
+            if pair is not None:
+                rows.append([key, _titled(other, files[other], named), *pair_cells(pair)])
+    if rows:
+        yield "\nThis model less another one on the same prompts, in points of percent:\n"
+        head = ["Task", "Other model", "Difference (95%)", "n", "this one only", "the other only", "p"]
+        yield markdown(head, rows)
+        yield "\nThe interval is a paired bootstrap's; p is of McNemar's exact test."
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
