@@ -9,7 +9,20 @@ from typing import Annotated, Any
 import typer
 
 from hmf import hub
-from hmf.cli.shared import MODEL, AsJson, Device, Dtype, NativeFormat, Out, epilog, group, tokens
+from hmf.cli.shared import (
+    MODEL,
+    AsJson,
+    Compose,
+    ComposeChunk,
+    Device,
+    Dtype,
+    NativeFormat,
+    Out,
+    composition,
+    epilog,
+    group,
+    tokens,
+)
 from hmf.errors import HmfError
 from hmf.folders import require_unused, resolve_base
 from hmf.gpus import parse_gpus
@@ -21,6 +34,7 @@ app = group("")
     epilog=epilog(
         "hmf evaluate runs/quickstart/model teacher",
         "hmf evaluate teacher --tasks recall,arithmetic --samples 100 --length 512 --json",
+        "hmf evaluate runs/quickstart/model --length 4096 --text-bytes 0 --compose concatenated,fused",
     )
 )
 def evaluate(
@@ -33,6 +47,8 @@ def evaluate(
     max_new_tokens: Annotated[int, tokens("Longest answer.")] = 160,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are answered together.")] = 16,
     baselines: Annotated[bool, typer.Option(help="Also score order-3 models of bytes and of tokens.")] = False,
+    compose: Compose = None,
+    compose_chunk: ComposeChunk = 768,
     device: Device = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of the weights; left out: as stored on a GPU, float32 on a CPU.")
@@ -67,8 +83,9 @@ def evaluate(
             "batch_size": batch_size,
         }
     )
+    how = composition(compose, compose_chunk)
     scores = {
-        model: evaluate_checkpoint(folder, settings, device, dtype, baselines, name=model)
+        model: evaluate_checkpoint(folder, settings, device, dtype, baselines, name=model, compose=how)
         for model, folder in folders.items()
     }
     if as_json:
@@ -82,6 +99,7 @@ def evaluate(
         "hmf chat runs/quickstart/model",
         "hmf chat teacher --no-thinking",
         "hmf chat runs/quickstart/model --url http://localhost:8000",
+        "hmf chat runs/quickstart/model --compose concatenated,fused --compose-chunk 512",
     )
 )
 def chat(
@@ -90,17 +108,24 @@ def chat(
     max_new_tokens: Annotated[int, tokens("Longest answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
     url: Annotated[str | None, typer.Option(help="Of a running server; left out: load the model here.")] = None,
+    compose: Compose = None,
+    compose_chunk: ComposeChunk = 768,
 ) -> None:
     """Talk to a model in the terminal.
 
     It is loaded here, or a server at `--url` has it.
     """
+    if compose is not None and url is not None:
+        raise HmfError("--compose: a server processes prompts as a whole; leave --compose or --url out")
     source = resolve_base(model)
 
     from hmf.serving.chat import LocalChat, ServerChat, run
 
     options: Any = {"thinking": thinking, "max_new_tokens": max_new_tokens, "temperature": temperature}
-    run(LocalChat(source, **options) if url is None else ServerChat(source, url, **options), source)
+    if url is None:
+        run(LocalChat(source, **options, compose=composition(compose, compose_chunk)), source)
+    else:
+        run(ServerChat(source, url, **options), source)
 
 
 @app.command(

@@ -15,6 +15,7 @@ from hmf.data import tasks as generated
 from hmf.data import text
 from hmf.data.tokenizer import encode_texts, load_tokenizer
 from hmf.errors import HmfError
+from hmf.evaluation.chunks import Composition
 from hmf.evaluation.generation import task_accuracy
 from hmf.evaluation.ngram import bits_per_byte
 from hmf.evaluation.perplexity import perplexity
@@ -38,6 +39,7 @@ def evaluate_model(
     max_new_tokens: int = 160,
     seed: int = 0,
     name: str = "evaluate",
+    compose: Composition | None = None,
 ) -> dict[str, Any]:
     """Held-out text and task accuracy of a model, in evaluation mode and in the dtype that it has.
 
@@ -49,8 +51,10 @@ def evaluate_model(
         corpus: "stdlib", or a folder or file; its held-out part is scored.
         max_bytes: held-out text at most; None for all, 0 for none.
         name: what lines of progress begin with.
+        compose: how chunks of long prompts of tasks are combined; None: prompts are processed as a whole.
     Returns:
-        {"text": {perplexity, bits_per_byte, tokens, bytes}, "tasks": {name: {accuracy, n, truncated}}, "seconds"}
+        {"text": {perplexity, bits_per_byte, tokens, bytes}, "tasks": {name: {accuracy, n, truncated}}, "seconds"}, and
+        "compose" where it was given.
     """
     started = time.perf_counter()
     was_training = model.training
@@ -68,8 +72,11 @@ def evaluate_model(
             for index in range(n)
         ]
         title = f"{name}: {task}"
-        result["tasks"][task] = asdict(task_accuracy(model, tokenizer, samples, batch_size, max_new_tokens, title))
+        score = task_accuracy(model, tokenizer, samples, batch_size, max_new_tokens, title, compose)
+        result["tasks"][task] = asdict(score)
     model.train(was_training)
+    if compose is not None:
+        result["compose"] = asdict(compose)
     return {**result, "length": length, "seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -95,6 +102,7 @@ def evaluate_checkpoint(
     dtype: str | None = None,
     with_baselines: bool = False,
     name: str = "evaluate",
+    compose: Composition | None = None,
 ) -> dict[str, Any]:
     """`hmf evaluate`: the scores of `evaluate_model`, and the footprint, of the checkpoint at `path`.
 
@@ -118,6 +126,7 @@ def evaluate_checkpoint(
         max_bytes=settings.text_bytes,
         batch_size=settings.batch_size,
         name=name,
+        compose=compose,
     )
     if with_baselines:
         scores["baselines"] = baselines(tokenizer, max_bytes=settings.text_bytes)
