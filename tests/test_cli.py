@@ -481,3 +481,17 @@ def test_options_of_init_export_and_evaluate_have_their_effect(tmp_path, monkeyp
     for samples in (1, 3):
         code, out, err = run(monkeypatch, capsys, "evaluate", base, *options, "--samples", samples)
         assert code == 0 and json.loads(out)[str(base)]["tasks"]["chat"]["n"] == samples, err
+
+
+def test_composition_on_the_command_line(monkeypatch, capsys):
+    options = ["--tasks", "recall", "--text-bytes", "0", "--length", "200", "--samples", "1", "--max-new-tokens", "1"]
+    compose = ["--compose", "concatenated,averaged", "--compose-chunk", "48"]
+    code, out, err = run(monkeypatch, capsys, "evaluate", "teacher", *options, *compose, "--json")
+    assert code == 0, err
+    chosen = {"keys": "concatenated", "states": "averaged", "chunk": 48, "tail": 128}
+    assert json.loads(out)["teacher"]["compose"] == chosen
+    for command in (["evaluate", "teacher"], ["chat", "teacher"]):
+        code, _, err = run(monkeypatch, capsys, *command, "--compose", "fused")
+        assert code == 2 and "compose: 'fused' is not KEYS,STATES; give one of full" in err
+    code, _, err = run(monkeypatch, capsys, "chat", "teacher", "--url", "http://localhost:1", *compose)
+    assert code == 2 and err.startswith("hmf: --compose: a server processes prompts as a whole")

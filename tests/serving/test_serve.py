@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hmf.errors import HmfError
+from hmf.evaluation.chunks import Composition
 from hmf.gpus import GIB
 from hmf.serving import serve
 from hmf.serving.chat import LocalChat, Markers, ServerChat, run
@@ -236,6 +237,13 @@ class TestChat:
         chat.max_new_tokens = 100
         list(chat.answer("Hi"))
         assert not chat.cut_off
+
+    def test_composed(self, scripted):
+        """The conversation grows beyond one chunk; a script answers to the prompt's last token alone."""
+        chat = LocalChat(scripted, compose=Composition(chunk=16, tail=4))
+        for _ in range(3):
+            assert "".join(text for text, is_thought in chat.answer("Hi word " * 8) if not is_thought).strip()
+        assert [message["content"].strip()[-11:] for message in chat.messages[1::2]] == ["Hello world"] * 3
 
     def test_a_stopped_answer_ends_in_its_thread_and_is_remembered(self, scripted, capsys):
         """Ctrl-C during an answer, here after its first piece; then the conversation goes on."""

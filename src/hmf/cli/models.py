@@ -9,7 +9,21 @@ from typing import Annotated, Any, Literal
 import typer
 
 from hmf import hub
-from hmf.cli.shared import MODEL, AsJson, Device, Dtype, NativeFormat, Out, epilog, group, token_list, tokens
+from hmf.cli.shared import (
+    MODEL,
+    AsJson,
+    Compose,
+    ComposeChunk,
+    Device,
+    Dtype,
+    NativeFormat,
+    Out,
+    composition,
+    epilog,
+    group,
+    token_list,
+    tokens,
+)
 from hmf.errors import HmfError
 from hmf.folders import require_unused, resolve_base
 from hmf.gpus import parse_gpus
@@ -29,7 +43,7 @@ OF_SUITES = (
     "parity_bound",
     "restart",
 )
-OF_TASKS = ("length", "text_bytes", "baselines")
+OF_TASKS = ("length", "text_bytes", "baselines", "compose", "compose_chunk")
 
 
 @app.command(
@@ -38,6 +52,7 @@ OF_TASKS = ("length", "text_bytes", "baselines")
         "hmf evaluate teacher --tasks recall,arithmetic --samples 100 --length 512 --json",
         "hmf evaluate runs/quickstart/model teacher --suite retention --lengths 2K,4K",
         "hmf evaluate runs/sft/model --suite retention --lengths 4K,128K --url http://localhost:8000 --parity",
+        "hmf evaluate runs/quickstart/model --length 4096 --text-bytes 0 --compose concatenated,fused",
     )
 )
 def evaluate(
@@ -58,6 +73,8 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 16,
     baselines: Annotated[bool, typer.Option(help="Also score order-3 n-gram models of bytes and of tokens.")] = False,
+    compose: Compose = None,
+    compose_chunk: ComposeChunk = 768,
     device: Device = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Dtype of the weights. Default: as stored on a GPU, float32 on a CPU.")
@@ -118,6 +135,7 @@ def evaluate(
             max_new_tokens,
             batch_size,
             baselines,
+            composition(compose, compose_chunk),
             device,
             dtype,
             as_json,
@@ -194,6 +212,7 @@ def _evaluate_tasks(
     max_new_tokens: int | None,
     batch_size: int,
     baselines: bool,
+    compose: Any,
     device: str | None,
     dtype: str | None,
     as_json: bool,
@@ -225,7 +244,7 @@ def _evaluate_tasks(
         }
     )
     scores = {
-        model: evaluate_checkpoint(folder, settings, device, dtype, baselines, name=model)
+        model: evaluate_checkpoint(folder, settings, device, dtype, baselines, name=model, compose=compose)
         for model, folder in folders.items()
     }
     if as_json:
@@ -241,6 +260,7 @@ def _evaluate_tasks(
         "hmf chat runs/quickstart/model",
         "hmf chat teacher --no-thinking",
         "hmf chat runs/quickstart/model --url http://localhost:8000",
+        "hmf chat runs/quickstart/model --compose concatenated,fused --compose-chunk 512",
     )
 )
 def chat(
@@ -249,17 +269,24 @@ def chat(
     max_new_tokens: Annotated[int, tokens("Most tokens of an answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="Temperature of sampling; 0 is greedy.")] = 0.0,
     url: Annotated[str | None, typer.Option(help="Server that runs the model. Default: load it here.")] = None,
+    compose: Compose = None,
+    compose_chunk: ComposeChunk = 768,
 ) -> None:
     """Chat with a model in the terminal.
 
     The model is loaded in this process, or runs on a server at `--url`.
     """
+    if compose is not None and url is not None:
+        raise HmfError("--compose: a server processes prompts as a whole; leave --compose or --url out")
     source = resolve_base(model)
 
     from hmf.serving.chat import LocalChat, ServerChat, run
 
     options: Any = {"thinking": thinking, "max_new_tokens": max_new_tokens, "temperature": temperature}
-    run(LocalChat(source, **options) if url is None else ServerChat(source, url, **options), source)
+    if url is None:
+        run(LocalChat(source, **options, compose=composition(compose, compose_chunk)), source)
+    else:
+        run(ServerChat(source, url, **options), source)
 
 
 @app.command(

@@ -67,6 +67,22 @@ def _parsed(value: str | int, least: int) -> int:
 
 
 BatchedTokens = Annotated[int, tokens("vLLM's --max-num-batched-tokens.")]
+Compose = Annotated[
+    str | None,
+    typer.Option(metavar="KEYS,STATES", help='Process chunks of long prompts apart, as in "concatenated,fused".'),
+]
+ComposeChunk = Annotated[
+    int, tokens("Of a chunk, with --compose: prefix, chunk and answer fit the trained length.", 16)
+]
+
+
+def composition(compose: str | None, chunk: int) -> Any:
+    """The `Composition` that the options --compose and --compose-chunk give; None without the first."""
+    if compose is None:
+        return None
+    from hmf.evaluation.chunks import Composition
+
+    return Composition.parse(compose, chunk=chunk)
 
 
 def with_checkpoint(settings: Any, key: str) -> Any:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hmf.data.progress import Progress
 from hmf.data.tasks import Sample
 from hmf.errors import HmfError
+from hmf.evaluation.chunks import Composition, conversation_parts
+from hmf.evaluation.compose import prefill
 from hmf.model.checkpoint import GENERATION
 
 
@@ -31,13 +34,15 @@ def task_accuracy(
     batch_size: int = 16,
     max_new_tokens: int = 160,
     title: str = "answers",
+    compose: Composition | None = None,
 ) -> TaskScore:
     """Generate the last turn of each sample from its prompt, in left-padded batches, and score it.
 
     Args:
         title: start of the lines of progress.
+        compose: how chunks of long prompts are combined; None: prompts are processed as a whole.
     """
-    answers = generate_answers(model, tokenizer, samples, batch_size, max_new_tokens, title)
+    answers = generate_answers(model, tokenizer, samples, batch_size, max_new_tokens, title, compose)
     correct = sum(sample.is_correct(text) for sample, (text, _) in zip(samples, answers, strict=True))
     truncated = sum(not ended for _, ended in answers)
     return TaskScore(correct / len(samples), len(samples), truncated / len(samples))
@@ -60,6 +65,24 @@ def generating(model: PreTrainedModel) -> Iterator[None]:
         ) from error
 
 
+def prompt_inputs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[Sample],
+    compose: Composition | None = None,
+) -> dict[str, Any]:
+    """What `model.generate` gets for the prompts of some samples, padded on the left; with `compose`, a cache too."""
+    if compose is not None:
+        parts = [
+            conversation_parts(tokenizer, sample.messages[:-1], compose, sample.tools, sample.thinking)
+            for sample in samples
+        ]
+        return prefill(model, parts, compose).for_generate()
+    prompts = [sample.prompt(tokenizer) for sample in samples]
+    batch = tokenizer(prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
+    return {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+
+
 @torch.inference_mode()
 def generate_answers(
     model: PreTrainedModel,
@@ -68,6 +91,7 @@ def generate_answers(
     batch_size: int = 16,
     max_new_tokens: int = 160,
     title: str = "answers",
+    compose: Composition | None = None,
 ) -> list[tuple[str, bool]]:
     """Text of each answer, and whether it ended before the token limit."""
     prompts = [sample.prompt(tokenizer) for sample in samples]
@@ -77,22 +101,15 @@ def generate_answers(
     progress = Progress(title, len(prompts), unit=" answers")
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = tokenizer(
-            [prompts[index] for index in chosen],
-            add_special_tokens=False,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        ).to(model.device)
+        inputs = prompt_inputs(model, tokenizer, [samples[index] for index in chosen], compose)
         with generating(model):
             output = model.generate(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
+                **inputs,
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
-            )[:, batch["input_ids"].shape[1] :]
+            )[:, inputs["input_ids"].shape[1] :]
         for index, ids in zip(chosen, output.tolist(), strict=True):
             ended = tokenizer.eos_token_id in ids
             ids = ids[: ids.index(tokenizer.eos_token_id)] if ended else ids

@@ -15,6 +15,7 @@ from hmf.data import tasks as generated
 from hmf.data import text
 from hmf.data.tokenizer import encode_texts, load_tokenizer
 from hmf.errors import HmfError
+from hmf.evaluation.chunks import Composition
 from hmf.evaluation.generation import task_accuracy
 from hmf.evaluation.ngram import bits_per_byte
 from hmf.evaluation.perplexity import perplexity
@@ -39,6 +40,7 @@ def evaluate_model(
     max_new_tokens: int = 160,
     seed: int = 0,
     name: str = "evaluate",
+    compose: Composition | None = None,
 ) -> dict[str, Any]:
     """Score a model on held-out text and generated tasks, in evaluation mode and in its own dtype.
 
@@ -50,9 +52,10 @@ def evaluate_model(
         corpus: "stdlib", a folder or a file; its held-out part is scored.
         max_bytes: most bytes of held-out text; None for all, 0 for none.
         name: start of the lines of progress.
+        compose: how chunks of long prompts are combined; None: prompts are processed as a whole.
     Returns:
         {"text": {perplexity, bits_per_byte, tokens, bytes}, "tasks": {name: {accuracy, n, truncated, interval}},
-        "length", "seconds"}
+        "length", "seconds"}, and "compose" where it was given.
     """
     started = time.perf_counter()
     was_training = model.training
@@ -70,9 +73,11 @@ def evaluate_model(
             for index in range(n)
         ]
         title = f"{name}: {task}"
-        score = task_accuracy(model, tokenizer, samples, batch_size, max_new_tokens, title)
+        score = task_accuracy(model, tokenizer, samples, batch_size, max_new_tokens, title, compose)
         result["tasks"][task] = {**asdict(score), "interval": wilson(score.accuracy, score.n)}
     model.train(was_training)
+    if compose is not None:
+        result["compose"] = asdict(compose)
     return {**result, "length": length, "seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -110,6 +115,7 @@ def evaluate_checkpoint(
     dtype: str | None = None,
     with_baselines: bool = False,
     name: str = "evaluate",
+    compose: Composition | None = None,
 ) -> dict[str, Any]:
     """`hmf evaluate`: scores (as `evaluate_model`) and memory footprint of the checkpoint at `path`.
 
@@ -130,6 +136,7 @@ def evaluate_checkpoint(
         max_bytes=settings.text_bytes,
         batch_size=settings.batch_size,
         name=name,
+        compose=compose,
     )
     if with_baselines:
         scores["baselines"] = baselines(tokenizer, max_bytes=settings.text_bytes)

@@ -69,14 +69,26 @@ def gated_delta_rule(shards, op, q, k, v, g, beta, initial_state=None, cu_seqlen
     key_dim, value_dim, heads = k.shape[-1], v.shape[-1], k.shape[-2]
     compute = compute_dtype(v)
     zero = torch.zeros(len(shards.lengths), heads, key_dim, value_dim, dtype=compute, device=v.device)
-    eye = torch.eye(key_dim, dtype=compute, device=v.device).expand(*zero.shape[:2], -1, -1)
-    o, final = op(q, k, F.pad(v, (0, key_dim)), g, beta, torch.cat([zero, eye], -1), cu_seqlens)
-    o, query = o.split([value_dim, key_dim], -1)
+    o, query, final = with_map(op, q, k, v, g, beta, zero, cu_seqlens)
     update, carry = shards.gather_chunks(final[shards.last]).split([value_dim, key_dim], -1)
     state = _compose(shards, update, carry, torch.matmul)
     query = query.to(compute).unflatten(1, (-1, shards.chunk))[0] * shards.in_first[..., None, None]
     added = torch.einsum("mchk,mhkv->mchv", query, state).flatten(0, 1)[None]
     return (o.to(compute) + added).to(v.dtype), None
+
+
+def with_map(
+    op: Callable, q, k, v, g, beta, initial: torch.Tensor, cu_seqlens: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gated delta rule `op` from `initial` [S, H, K, V] with the identity beside it.
+
+    Returns outputs [B, T, H, V], each query as the initial state meets it [B, T, H, K], and [S, H, K, V + K]: the final
+    states, and the matrices by which they follow the initial ones.
+    """
+    key_dim, value_dim = k.shape[-1], v.shape[-1]
+    eye = torch.eye(key_dim, dtype=initial.dtype, device=v.device).expand(*initial.shape[:2], -1, -1)
+    o, final = op(q, k, F.pad(v, (0, key_dim)), g, beta, torch.cat([initial, eye], -1), cu_seqlens)
+    return *o.split([value_dim, key_dim], -1), final
 
 
 def entering(shards: Shards, *decayed: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:

@@ -211,8 +211,8 @@ class Card:
         legend = (
             f"Tasks: greedy answers that match exactly, in percent{window}. In parentheses: n prompts, the 95% Wilson "
             "score interval of the share, and how many answers were cut off at the longest answer allowed; these count "
-            "in n and are not correct. Perplexity: of held-out text; lower is better. Every number links to its results "
-            "file."
+            "in n and are not correct. Perplexity: of held-out text; lower is better. Every number links to its "
+            "results file."
         )
         return "\n".join([*lines, legend, *card_suites(self.evidence, self._named, self.link)])
 

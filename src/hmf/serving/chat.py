@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,8 @@ from transformers import StoppingCriteriaList, TextIteratorStreamer
 from hmf.data.template import Template
 from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError
+from hmf.evaluation.chunks import Composition, conversation_parts
+from hmf.evaluation.compose import prefill
 from hmf.evaluation.generation import generating
 from hmf.model.checkpoint import load_model
 
@@ -42,23 +44,31 @@ class Chat(Protocol):
 
 
 class LocalChat:
-    """Chat with Hugging Face's `generate`. Raises HmfError for a checkpoint without a chat template."""
+    """Chat with Hugging Face's `generate`. Raises HmfError for a checkpoint without a chat template.
 
-    def __init__(self, source: str | Path, thinking: bool = True, max_new_tokens: int = 512, temperature: float = 0.0):
+    compose: how chunks of a long conversation are combined; None: it is processed as a whole.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        thinking: bool = True,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        compose: Composition | None = None,
+    ):
         self.tokenizer = load_tokenizer(source)
         if not self.tokenizer.chat_template:
             raise HmfError(f"{source}: the tokenizer has no chat template; give an instruction-tuned checkpoint")
         self.model = load_model(source, generates=True).eval().to("cuda" if torch.cuda.is_available() else "cpu")
         self.thinking, self.max_new_tokens, self.temperature = thinking, max_new_tokens, temperature
+        self.compose = compose
         self.messages: list[dict[str, str]] = []
         self.cut_off = False
 
     def answer(self, text: str) -> Iterator[Part]:
         self.messages.append({"role": "user", "content": text})
-        text = Template.of(self.tokenizer).render(
-            self.messages, add_generation_prompt=True, enable_thinking=self.thinking
-        )
-        inputs = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(self.model.device)
+        inputs = self._inputs()
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
         configured = self.model.generation_config.eos_token_id
@@ -94,6 +104,16 @@ class LocalChat:
             self.messages.append({"role": "assistant", "content": "".join(pieces)})
         if failure:
             raise failure[0]
+
+    def _inputs(self) -> Mapping[str, Any]:
+        """What `generate` gets for the conversation so far."""
+        if self.compose is not None:
+            parts = conversation_parts(self.tokenizer, self.messages, self.compose, thinking=self.thinking)
+            return prefill(self.model, [parts], self.compose).for_generate()
+        text = Template.of(self.tokenizer).render(
+            self.messages, add_generation_prompt=True, enable_thinking=self.thinking
+        )
+        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(self.model.device)
 
 
 class ServerChat:

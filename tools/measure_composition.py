@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generated tasks beyond the trained length, with and without state composition, as the table of docs/composition.md.
+
+    .venv/bin/python tools/measure_composition.py runs/quickstart/model [--lengths 2048,4096] [--tasks recall,needle]
+                     [--samples 10] [--seeds 0,1,2] [--chunk 768] [--only concatenated,fused --only ordinary]
+
+One row a way of processing prompts, one column a task and length: right answers of all seeds in percent, their 95%
+Wilson interval, and the right answers of each seed. The prompts are the same in every row.
+"""
+
+import argparse
+import itertools
+from typing import get_args
+
+import torch
+
+from hmf.bench import machine
+from hmf.data import tasks
+from hmf.data.tokenizer import load_tokenizer
+from hmf.evaluation.chunks import Composition, Keys, States
+from hmf.evaluation.generation import generate_answers
+from hmf.folders import resolve_base
+from hmf.model.checkpoint import load_model
+from hmf.report.evidence import wilson
+
+ORDINARY = "ordinary"
+EVERY = [ORDINARY, *(",".join(names) for names in itertools.product(get_args(Keys), get_args(States)))]
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--lengths", type=numbers, default=[2048, 4096])
+    parser.add_argument("--tasks", type=lambda text: text.split(","), default=["recall", "needle"])
+    parser.add_argument("--samples", type=int, default=10, help="of each task, length and seed")
+    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2])
+    parser.add_argument("--chunk", type=int, default=Composition.chunk)
+    parser.add_argument("--batch-size", type=int, default=10)
+    parser.add_argument("--only", action="append", choices=EVERY, help="repeatable; left out: every way")
+    given = parser.parse_args()
+
+    place = resolve_base(given.model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer, model = load_tokenizer(place), load_model(place, generates=True).eval().to(device)
+    if device == "cpu":
+        model = model.float()
+    columns = list(itertools.product(given.tasks, given.lengths))
+    samples = {
+        (task, length): [
+            tasks.sample(task, seed * given.samples + number, tokenizer, length, split="heldout")
+            for seed in given.seeds
+            for number in range(given.samples)
+        ]
+        for task, length in columns
+    }
+    print("| prompts | " + " | ".join(f"{task} {length:,}" for task, length in columns) + " |")
+    print("|---" * (len(columns) + 1) + "|", flush=True)
+    for way in given.only or EVERY:
+        compose = None if way == ORDINARY else Composition.parse(way, chunk=given.chunk)
+        cells = []
+        for column in columns:
+            asked, title = samples[column], f"{way}: {column[0]} {column[1]}"
+            answers = generate_answers(model, tokenizer, asked, given.batch_size, 64, title, compose)
+            right = [sample.is_correct(text) for sample, (text, _) in zip(asked, answers, strict=True)]
+            cells.append(cell(right, given.samples))
+        print(f"| {way} | " + " | ".join(cells) + " |", flush=True)
+    print(f"\n{len(given.seeds)} x {given.samples} prompts a cell, chunks of up to {given.chunk} tokens.")
+    print("\n".join(machine.lines()))
+
+
+def cell(right: list[bool], samples: int) -> str:
+    share = sum(right) / len(right)
+    low, high = wilson(share, len(right))
+    seeds = "/".join(str(sum(right[at : at + samples])) for at in range(0, len(right), samples))
+    return f"{share:.0%} ({low:.0%} to {high:.0%}; {seeds})"
+
+
+if __name__ == "__main__":
+    main()
