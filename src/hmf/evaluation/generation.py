@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Accuracy on generated tasks: greedy answers, compared exactly."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,6 +16,9 @@ from hmf.data.shards import Progress
 from hmf.data.tasks import Sample
 from hmf.errors import HmfError
 from hmf.model.checkpoint import GENERATION
+from hmf.training.checkpoints import replace_text
+
+EXCERPT = 4000  # characters of a prompt that are kept beside its answer
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,14 @@ class TaskScore:
     truncated: float
 
 
+class Answer(NamedTuple):
+    """A generated text, whether it ended by itself, and how many tokens were generated."""
+
+    text: str
+    ended: bool
+    tokens: int
+
+
 def task_accuracy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -31,15 +45,42 @@ def task_accuracy(
     batch_size: int = 16,
     max_new_tokens: int = 160,
     title: str = "answers",
+    answers_file: Path | None = None,
 ) -> TaskScore:
     """Generates the last turn of each sample from its prompt, in left-padded batches.
 
-    title: what lines of progress begin with.
+    title: what lines of progress begin with. answers_file: gets one line of JSON for each sample: index, prompt (the
+    middle of a long one is left out), prompt_sha256, expected, answer, correct, truncated and tokens.
     """
     answers = generate_answers(model, tokenizer, samples, batch_size, max_new_tokens, title)
-    correct = sum(sample.is_correct(text) for sample, (text, _) in zip(samples, answers, strict=True))
-    truncated = sum(not ended for _, ended in answers)
-    return TaskScore(correct / len(samples), len(samples), truncated / len(samples))
+    correct = [sample.is_correct(answer.text) for sample, answer in zip(samples, answers, strict=True)]
+    if answers_file is not None:
+        lines = []
+        for index, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
+            prompt = sample.prompt(tokenizer)
+            lines.append(
+                {
+                    "index": index,
+                    "prompt": _excerpt(prompt),
+                    "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
+                    "expected": sample.answer,
+                    "answer": answer.text,
+                    "correct": correct[index],
+                    "truncated": not answer.ended,
+                    "tokens": answer.tokens,
+                }
+            )
+        answers_file.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(answers_file, "".join(json.dumps(line) + "\n" for line in lines))
+    truncated = sum(not answer.ended for answer in answers)
+    return TaskScore(sum(correct) / len(samples), len(samples), truncated / len(samples))
+
+
+def _excerpt(prompt: str) -> str:
+    if len(prompt) <= EXCERPT:
+        return prompt
+    half = EXCERPT // 2
+    return f"{prompt[:half]}\n[... {len(prompt) - 2 * half:,} characters are left out ...]\n{prompt[-half:]}"
 
 
 @contextmanager
@@ -66,12 +107,12 @@ def generate_answers(
     batch_size: int = 16,
     max_new_tokens: int = 160,
     title: str = "answers",
-) -> list[tuple[str, bool]]:
-    """Text of each answer, and whether it ended by itself."""
+) -> list[Answer]:
+    """The answer to each sample, in their order."""
     prompts = [sample.prompt(tokenizer) for sample in samples]
     # Prompts of like lengths go together, so that little padding is computed.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    answers: list[tuple[str, bool]] = [("", False)] * len(prompts)
+    answers = [Answer("", False, 0)] * len(prompts)
     progress = Progress(title, len(prompts), unit=" answers")
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -94,7 +135,7 @@ def generate_answers(
         for index, ids in zip(chosen, output.tolist(), strict=True):
             ended = tokenizer.eos_token_id in ids
             ids = ids[: ids.index(tokenizer.eos_token_id)] if ended else ids
-            answers[index] = (tokenizer.decode(ids), ended)
+            answers[index] = Answer(tokenizer.decode(ids), ended, len(ids))
         progress.add(len(chosen), output.numel())
     progress.close()
     return answers

@@ -38,6 +38,7 @@ def evaluate_model(
     max_new_tokens: int = 160,
     seed: int = 0,
     name: str = "evaluate",
+    answers: Path | None = None,
 ) -> dict[str, Any]:
     """Held-out text and task accuracy of a model, in evaluation mode and in the dtype that it has.
 
@@ -49,6 +50,7 @@ def evaluate_model(
         corpus: "stdlib", or a folder or file; its held-out part is scored.
         max_bytes: held-out text at most; None for all, 0 for none.
         name: what lines of progress begin with.
+        answers: folder for a file of answers by task, TASK.jsonl; None keeps none.
     Returns:
         {"text": {perplexity, bits_per_byte, tokens, bytes}, "tasks": {name: {accuracy, n, truncated}}, "seconds"}
     """
@@ -68,7 +70,9 @@ def evaluate_model(
             for index in range(n)
         ]
         title = f"{name}: {task}"
-        result["tasks"][task] = asdict(task_accuracy(model, tokenizer, samples, batch_size, max_new_tokens, title))
+        file = answers / f"{task}.jsonl" if answers else None
+        accuracy = task_accuracy(model, tokenizer, samples, batch_size, max_new_tokens, title, file)
+        result["tasks"][task] = asdict(accuracy)
     model.train(was_training)
     return {**result, "length": length, "seconds": round(time.perf_counter() - started, 1)}
 
@@ -95,10 +99,12 @@ def evaluate_checkpoint(
     dtype: str | None = None,
     with_baselines: bool = False,
     name: str = "evaluate",
+    answers: Path | None = None,
 ) -> dict[str, Any]:
     """`hmf evaluate`: the scores of `evaluate_model`, and the footprint, of the checkpoint at `path`.
 
-    device, dtype: None is "cuda" if there is one and the stored dtype, else "cpu" and "float32".
+    device, dtype: None is "cuda" if there is one and the stored dtype, else "cpu" and "float32". answers: as in
+    `evaluate_model`.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -118,6 +124,7 @@ def evaluate_checkpoint(
         max_bytes=settings.text_bytes,
         batch_size=settings.batch_size,
         name=name,
+        answers=answers,
     )
     if with_baselines:
         scores["baselines"] = baselines(tokenizer, max_bytes=settings.text_bytes)
