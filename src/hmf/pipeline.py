@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hmf prime`: init, distil, export, evaluate and model card in one run folder. Finished steps are not repeated."""
+"""`hmf prime`: init, distil, export, evaluate, card and report in one run folder. Finished steps are not repeated."""
 
 from __future__ import annotations
 
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from hmf.priming.export import export
 from hmf.priming.stage0 import base_layers, make_stage0
 from hmf.report.card import write_card
 from hmf.report.curves import draw_curves
+from hmf.report.page import write_report
+from hmf.report.records import ANSWERS, TIMES
 from hmf.training.checkpoints import replace_text, require_room
 from hmf.training.distill import distill
 from hmf.training.run import run_folder
@@ -37,11 +41,13 @@ def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[st
     check_tasks(recipe.evaluate)
     pattern = recipe.hybrid.layer_pattern(base_layers(base))
     options = recipe.hybrid.options_by_key()
+    seconds: dict[str, float] = {}
 
     def start() -> None:
         check_disk(run, base)
         if not (run / "stage0").is_dir():
-            report = make_stage0(base, pattern, run / "stage0", options, recipe.seed, recipe.hybrid.conv_start)
+            with timed(seconds, "stage0"):
+                report = make_stage0(base, pattern, run / "stage0", options, recipe.seed, recipe.hybrid.conv_start)
             say(report.describe())
 
     with run_folder(run, text, start) as first:
@@ -49,7 +55,9 @@ def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[st
         if not first:
             return {}
         if not (run / "model").is_dir():
-            export(run / "stage1", run / "model")
+            with timed(seconds, "export"):
+                export(run / "stage1", run / "model")
+        keep_times(run / TIMES, seconds)
         models = {"teacher": base, "stage 0": run / "stage0", "primed": run / "model"}
         scores = {
             name: scored(path, recipe.evaluate, run / f"scores.{name.replace(' ', '')}.json", name)
@@ -59,6 +67,10 @@ def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[st
             say(f"saved {write_card(run, recipe)}, the model card")
         except HmfError as error:  # the model and its scores are complete without it
             notice(f"the model card was not written: {error}")
+        try:
+            say(f"saved {write_report(run, recipe)}, the report; open it in a browser")
+        except Exception as error:  # a report that cannot be drawn must not fail a finished run
+            notice(f"the report was not written: {error}")
         return scores
 
 
@@ -80,11 +92,28 @@ def finetuned_scores(recipe: FinetuneRecipe) -> dict[str, dict[str, Any]]:
     }
 
 
+@contextmanager
+def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    """Put the seconds that the block takes into `seconds`."""
+    started = time.perf_counter()
+    yield
+    seconds[step] = round(time.perf_counter() - started, 3)
+
+
+def keep_times(file: Path, seconds: dict[str, float]) -> None:
+    """Put the times of steps beside those that the file holds already."""
+    if seconds:
+        with suppress(FileNotFoundError, ValueError):
+            seconds = parse_sealed(file.read_text(encoding="utf-8")) | seconds
+        replace_text(file, seal_json(seconds))
+
+
 def scored(path: Path, settings: EvaluateSettings, result: Path, name: str) -> dict[str, Any]:
     """Scores and footprint of a checkpoint, from the file `result` if it exists and is intact; else it is written."""
     with suppress(FileNotFoundError, ValueError):
         return parse_sealed(result.read_text(encoding="utf-8"))
-    scores = evaluate_checkpoint(path, settings, name=name)
+    answers = result.parent / ANSWERS / result.stem.removeprefix("scores.")
+    scores = evaluate_checkpoint(path, settings, name=name, answers=answers)
     replace_text(result, seal_json(scores))
     return scores
 

@@ -54,7 +54,23 @@ def test_answers_come_back_in_order_whatever_the_batch(teacher):
     together = generate_answers(*teacher, samples, batch_size=5)
     assert together == generate_answers(*teacher, samples, batch_size=2)
     # Cut short, an answer counts as truncated.
-    assert not any(ended for _, ended in generate_answers(*teacher, samples, batch_size=5, max_new_tokens=1))
+    assert not any(one.ended for one in generate_answers(*teacher, samples, batch_size=5, max_new_tokens=1))
+
+
+def test_answers_are_kept_with_their_prompts(teacher, tmp_path):
+    samples = [tasks.sample("recall", seed, teacher[1], 128, split="heldout", thinking=False) for seed in range(3)]
+    file = tmp_path / "evaluation" / "recall.jsonl"
+    score = task_accuracy(*teacher, samples, answers_file=file)
+    kept = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [one["prompt"] for one in kept] == [sample.prompt(teacher[1]) for sample in samples]
+    assert [(one["index"], one["expected"]) for one in kept] == [(n, one.answer) for n, one in enumerate(samples)]
+    assert sum(one["correct"] for one in kept) == round(score.accuracy * 3)
+    assert all(sample.is_correct(one["answer"]) == one["correct"] for sample, one in zip(samples, kept, strict=True))
+    long = tasks.sample("needle", 0, teacher[1], 4000, split="heldout")
+    task_accuracy(*teacher, [long], max_new_tokens=1, answers_file=file)
+    one = json.loads(file.read_text())
+    assert len(one["prompt"]) < 4100 < len(long.prompt(teacher[1])) and "characters are left out" in one["prompt"]
+    assert (one["truncated"], one["tokens"]) == (True, 1)
 
 
 def test_all_scores_in_one_dict(teacher):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that use a model: `hmf evaluate`, `chat`, `serve`, `convert`, `card`, `push`."""
+"""Commands that use a model: `hmf evaluate`, `chat`, `serve`, `convert`, `card`, `report`, `push`."""
 
 from __future__ import annotations
 
@@ -362,6 +362,25 @@ def card(
     from hmf.report.card import write_card
 
     typer.echo(f"saved {write_card(run, gpu=gpu, force=force)}")
+
+
+@app.command(epilog=epilog("hmf report runs/quickstart", "hmf report runs/quickstart --gpu l4"))
+def report(
+    run: Run,
+    gpu: PlannedGpu = "h200",
+    force: Annotated[bool, typer.Option("--force", help="Replace a report.html that hmf did not write.")] = False,
+) -> None:
+    """Write the report of a run, one HTML page.
+
+    RUN/report.html: times, losses, layers, scores, memory and throughput, samples, and the files that each is from. It
+    needs no network. What was not measured is named as such.
+    """
+    parse_gpus(gpu)
+    require_run(run)
+
+    from hmf.report.page import write_report
+
+    typer.echo(f"saved {write_report(run, gpu=gpu, force=force)}")
 
 
 @app.command(

@@ -138,11 +138,11 @@ def _apart(
     count, prefix = len(parts.chunks), len(parts.prefix)
     cache.batch_repeat_interleave(count)
     recorder = _Recorder()
-    dispatch.put_around(recorder.functions() if composition.states == "fused" else {})
+    dispatch.set_wrappers(recorder.functions() if composition.states == "fused" else {})
     try:
         _read(model, parts.chunks, cache)
     finally:
-        dispatch.put_around({})
+        dispatch.set_wrappers({})
     finals = _recurrent(model.config, cache)
     maps: States = {}
     if composition.states == "fused":

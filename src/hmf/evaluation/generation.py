@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Accuracy on generated tasks: greedy answers, compared exactly."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,6 +18,9 @@ from hmf.errors import HmfError
 from hmf.evaluation.chunks import Composition, conversation_parts
 from hmf.evaluation.compose import prefill
 from hmf.model.checkpoint import GENERATION
+from hmf.training.checkpoints import replace_text
+
+EXCERPT = 4000  # characters of a prompt that are kept beside its answer
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,14 @@ class TaskScore:
     truncated: float
 
 
+class Answer(NamedTuple):
+    """A generated text, whether it ended by itself, and how many tokens were generated."""
+
+    text: str
+    ended: bool
+    tokens: int
+
+
 def task_accuracy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -35,17 +48,45 @@ def task_accuracy(
     max_new_tokens: int = 160,
     title: str = "answers",
     compose: Composition | None = None,
+    answers_file: Path | None = None,
 ) -> TaskScore:
     """Generate the last turn of each sample from its prompt, in left-padded batches, and score it.
 
     Args:
         title: start of the lines of progress.
         compose: how chunks of long prompts are combined; None: prompts are processed as a whole.
+        answers_file: gets one line of JSON for each sample: index, prompt (without its middle if it is long),
+            prompt_sha256, expected, answer, correct, truncated and tokens.
     """
     answers = generate_answers(model, tokenizer, samples, batch_size, max_new_tokens, title, compose)
-    correct = sum(sample.is_correct(text) for sample, (text, _) in zip(samples, answers, strict=True))
-    truncated = sum(not ended for _, ended in answers)
-    return TaskScore(correct / len(samples), len(samples), truncated / len(samples))
+    correct = [sample.is_correct(answer.text) for sample, answer in zip(samples, answers, strict=True)]
+    if answers_file is not None:
+        lines = []
+        for index, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
+            prompt = sample.prompt(tokenizer)
+            lines.append(
+                {
+                    "index": index,
+                    "prompt": _excerpt(prompt),
+                    "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
+                    "expected": sample.answer,
+                    "answer": answer.text,
+                    "correct": correct[index],
+                    "truncated": not answer.ended,
+                    "tokens": answer.tokens,
+                }
+            )
+        answers_file.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(answers_file, "".join(json.dumps(line) + "\n" for line in lines))
+    truncated = sum(not answer.ended for answer in answers)
+    return TaskScore(sum(correct) / len(samples), len(samples), truncated / len(samples))
+
+
+def _excerpt(prompt: str) -> str:
+    if len(prompt) <= EXCERPT:
+        return prompt
+    half = EXCERPT // 2
+    return f"{prompt[:half]}\n[... {len(prompt) - 2 * half:,} characters are left out ...]\n{prompt[-half:]}"
 
 
 @contextmanager
@@ -92,12 +133,12 @@ def generate_answers(
     max_new_tokens: int = 160,
     title: str = "answers",
     compose: Composition | None = None,
-) -> list[tuple[str, bool]]:
-    """Text of each answer, and whether it ended before the token limit."""
+) -> list[Answer]:
+    """The answer to each sample, in their order."""
     prompts = [sample.prompt(tokenizer) for sample in samples]
     # Prompts of similar lengths share a batch, which needs little padding.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    answers: list[tuple[str, bool]] = [("", False)] * len(prompts)
+    answers = [Answer("", False, 0)] * len(prompts)
     progress = Progress(title, len(prompts), unit=" answers")
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -113,7 +154,7 @@ def generate_answers(
         for index, ids in zip(chosen, output.tolist(), strict=True):
             ended = tokenizer.eos_token_id in ids
             ids = ids[: ids.index(tokenizer.eos_token_id)] if ended else ids
-            answers[index] = (tokenizer.decode(ids), ended)
+            answers[index] = Answer(tokenizer.decode(ids), ended, len(ids))
         progress.add(len(chosen), output.numel())
     progress.close()
     return answers

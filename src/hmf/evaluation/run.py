@@ -41,6 +41,7 @@ def evaluate_model(
     seed: int = 0,
     name: str = "evaluate",
     compose: Composition | None = None,
+    answers: Path | None = None,
 ) -> dict[str, Any]:
     """Score a model on held-out text and generated tasks, in evaluation mode and in its own dtype.
 
@@ -53,6 +54,7 @@ def evaluate_model(
         max_bytes: most bytes of held-out text; None for all, 0 for none.
         name: start of the lines of progress.
         compose: how chunks of long prompts are combined; None: prompts are processed as a whole.
+        answers: folder for a file of answers by task, TASK.jsonl; None keeps none.
     Returns:
         {"text": {perplexity, bits_per_byte, tokens, bytes}, "tasks": {name: {accuracy, n, truncated, interval}},
         "length", "seconds"}, and "compose" where it was given.
@@ -73,7 +75,8 @@ def evaluate_model(
             for index in range(n)
         ]
         title = f"{name}: {task}"
-        score = task_accuracy(model, tokenizer, samples, batch_size, max_new_tokens, title, compose)
+        file = answers / f"{task}.jsonl" if answers else None
+        score = task_accuracy(model, tokenizer, samples, batch_size, max_new_tokens, title, compose, file)
         result["tasks"][task] = {**asdict(score), "interval": wilson(score.accuracy, score.n)}
     model.train(was_training)
     if compose is not None:
@@ -116,12 +119,14 @@ def evaluate_checkpoint(
     with_baselines: bool = False,
     name: str = "evaluate",
     compose: Composition | None = None,
+    answers: Path | None = None,
 ) -> dict[str, Any]:
     """`hmf evaluate`: scores (as `evaluate_model`) and memory footprint of the checkpoint at `path`.
 
     Args:
         device: None for "cuda" if a GPU is available, else "cpu".
         dtype: None for the stored dtype on a GPU, and "float32" on a CPU.
+        compose, answers: as in `evaluate_model`.
     """
     tokenizer = load_tokenizer(path)
     model = load_for_evaluation(path, device, dtype, generates=bool(settings.tasks))
@@ -137,6 +142,7 @@ def evaluate_checkpoint(
         batch_size=settings.batch_size,
         name=name,
         compose=compose,
+        answers=answers,
     )
     if with_baselines:
         scores["baselines"] = baselines(tokenizer, max_bytes=settings.text_bytes)

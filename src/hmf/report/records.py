@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of a run folder that the report shows beside those of `hmf.report.evidence`: logs, times, the selection of
+layers, and answers to prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hmf.config.strict import parse_json, parse_sealed
+from hmf.errors import HmfError
+from hmf.folders import reason
+
+from .evidence import PRIMED, STAGE0, TEACHER, Scores
+
+ANSWERS, TIMES, SELECTION = "evaluation", "times.json", "selection.json"
+LOGS = {"training.log.json": "Pretraining", "stage1.log.json": "Stage 1, distillation", "stage2.log.json": "Stage 2"}
+SUMMARY = ("train_", "total_flos")  # what the Trainer's last entry sums up
+
+
+def read(file: Path) -> str:
+    """The text of a file; HmfError where it cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = reason(error) if isinstance(error, OSError) else "it is not UTF-8"
+        raise HmfError(f"{file}: cannot be read: {why}") from None
+
+
+def read_json(file: Path) -> Any:
+    """The JSON of a file; HmfError where it is damaged, or is not as it was written."""
+    try:
+        content = parse_json(read(file))
+        return parse_sealed(read(file), required=False) if isinstance(content, dict) else content
+    except ValueError as error:
+        raise HmfError(f"{file}: {error}; remove it and write it again") from None
+
+
+@dataclass(frozen=True)
+class Log:
+    """The log of a training run: entries of named numbers, each with its step."""
+
+    file: Path
+    title: str
+    entries: list[dict[str, Any]]
+
+    @property
+    def steps(self) -> int:
+        return max((entry["step"] for entry in self.entries), default=0)
+
+    @property
+    def seconds(self) -> float | None:
+        """Of the process that ended the training; None where it has not ended."""
+        return next((entry["train_runtime"] for entry in reversed(self.entries) if "train_runtime" in entry), None)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the numbers that are logged over the steps, without those that sum the run up."""
+        found = dict.fromkeys(name for entry in self.entries for name in entry)
+        return [name for name in found if name not in ("step", "epoch") and not name.startswith(SUMMARY)]
+
+    def curve(self, name: str) -> tuple[list[float], list[float]]:
+        chosen = [entry for entry in self.entries if name in entry]
+        return [entry["step"] for entry in chosen], [entry[name] for entry in chosen]
+
+
+def logs(run: Path) -> list[Log]:
+    """The logs in a run folder, the stages in their order; HmfError for a file that is no log."""
+    order = list(LOGS)
+    files = sorted(run.glob("*.log.json"), key=lambda file: (file.name not in order, file.name))
+    return [Log(file, LOGS.get(file.name, file.name), _entries(file)) for file in files]
+
+
+def _entries(file: Path) -> list[dict[str, Any]]:
+    """The entries, with their finite numbers alone: the others have no place in a chart."""
+    content = read_json(file)
+    if not isinstance(content, list) or not all(isinstance(one, dict) and _number(one.get("step")) for one in content):
+        raise HmfError(f"{file}: is no log of a training, a list of entries with a step; remove it")
+    return [{name: value for name, value in one.items() if _number(value)} for one in content]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def times(run: Path) -> dict[str, float]:
+    """Seconds of the steps of `hmf prime` by name; nothing where they were not kept."""
+    file = run / TIMES
+    found = read_json(file) if file.is_file() else {}
+    if not isinstance(found, dict) or not all(_number(value) for value in found.values()):
+        raise HmfError(f"{file}: holds no seconds by step; remove it")
+    return found
+
+
+def selection(run: Path, layers: int) -> dict[str, Any] | None:
+    """What chose the layers; None where there is no such file.
+
+    HmfError where its `scores`, if it has any, are not one number a layer.
+    """
+    file = run / SELECTION
+    if not file.is_file():
+        return None
+    found = read_json(file)
+    scores = found.get("scores") if isinstance(found, dict) else []
+    if scores is not None and not (isinstance(scores, list) and len(scores) == layers and all(map(_number, scores))):
+        raise HmfError(f"{file}: scores: are not one number for each of {layers} layers; remove it")
+    return found
+
+
+def suite_of(scores: Scores) -> str:
+    """The suite of a file of scores; "" for the tasks of `hmf prime`."""
+    return str(getattr(scores, "suite", None) or "")
+
+
+def suites(scores: Mapping[str, Scores]) -> dict[str, dict[str, str]]:
+    """By suite and model, NAME of scores.NAME.json; the teacher comes first, then the primed model."""
+    found: dict[str, dict[str, str]] = {}
+    for name, content in scores.items():
+        suite = suite_of(content)
+        found.setdefault(suite, {})[name.removesuffix(f"-{suite}") if suite else name] = name
+    first = {TEACHER: 0, PRIMED: 1, STAGE0: 3}
+    return {
+        suite: dict(sorted(models.items(), key=lambda pair: (first.get(pair[0], 2), pair[0])))
+        for suite, models in sorted(found.items())
+    }
+
+
+def length_of(key: str, result: Any) -> int | None:
+    """Tokens of a task's prompts, which the result states or its key, as needle@4096."""
+    given = getattr(result, "length", None)
+    after = key.partition("@")[2]
+    return int(given) if given is not None else int(after) if after.isdecimal() else None
+
+
+def answers(run: Path, name: str, key: str) -> dict[int, dict[str, Any]]:
+    """The answers behind a task of scores.`name`.json, by index of the prompt; nothing where they were not kept.
+
+    A last line without its end, of a run that was cut off, is left. HmfError for any other line that is no answer.
+    """
+    file = run / ANSWERS / name / f"{key}.jsonl"
+    if not file.is_file():
+        return {}
+    found = {}
+    for number, line in enumerate(read(file).split("\n")[:-1], 1):
+        try:
+            one = parse_json(line)
+        except ValueError as error:
+            raise HmfError(f"{file}: line {number}: {error}; remove the file") from None
+        if not isinstance(one, dict) or not all(
+            isinstance(one.get(field), kind)
+            for field, kind in (("index", int), ("expected", str), ("answer", str), ("correct", bool))
+        ):
+            raise HmfError(
+                f"{file}: line {number}: is no answer with index, expected, answer, correct; remove the file"
+            )
+        found[one["index"]] = one
+    return found
+
+
+def positions(scores: Scores) -> list[tuple[float, float]] | None:
+    """(tokens before, perplexity) of a file of scores that has the perplexity by position; None where it has none."""
+    rows = getattr(scores, "positions", None) or getattr(scores, "by_position", None)
+    if not isinstance(rows, list) or not rows:
+        return None
+    plain = [row if isinstance(row, dict) else row.model_dump() for row in rows]
+    if not all(_number(row.get("start")) and _number(row.get("perplexity")) for row in plain):
+        return None
+    return [((row["start"] + row.get("end", row["start"])) / 2, row["perplexity"]) for row in plain]
+
+
+def described(run: Path) -> Iterator[dict[str, str]]:
+    """The files in the run folder that the report is from, with size and hash."""
+    patterns = ("recipe.yaml", "*.log.json", "*.json", f"{ANSWERS}/*/*.jsonl", "model/config.json", "model/README.md")
+    for file in sorted({file for pattern in patterns for file in run.glob(pattern) if file.is_file()}):
+        content = file.read_bytes()
+        yield {
+            "name": file.relative_to(run).as_posix(),
+            "bytes": f"{len(content):,}",
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+
+
+def shown_json(value: Any) -> str:
+    """A value of a results file for people to read."""
+    return json.dumps(value, indent=1, ensure_ascii=False, default=str)

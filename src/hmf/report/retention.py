@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a Hybrid kept of its teacher, for the report: by task, by length, by position, and prompt by prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+from urllib.parse import quote
+
+from . import charts, records
+from .blocks import Answer, Block, Cell, Note, Samples, Table, Text
+from .card import NOT_MEASURED
+from .evidence import PRIMED, STAGE0, TEACHER, Evidence, Scores
+
+COLOURS = {TEACHER: 0, PRIMED: 1, STAGE0: 2}
+SHOWN = 2  # samples of a task
+NOT_KEPT = "Answers to single prompts: not measured; the run folder has no files evaluation/NAME/TASK.jsonl."
+
+
+@dataclass(frozen=True)
+class Retention:
+    """title: of the primed model."""
+
+    evidence: Evidence
+    title: str
+
+    @cached_property
+    def suites(self) -> dict[str, dict[str, str]]:
+        """By suite and model, NAME of scores.NAME.json."""
+        return records.suites(self.evidence.scores)
+
+    def scores(self, name: str) -> Scores:
+        return self.evidence.scores[name]
+
+    def called(self, model: str) -> str:
+        """A model for people."""
+        names = {TEACHER: "teacher", PRIMED: "this model", STAGE0: "Stage 0, not trained"}
+        return names.get(model, model)
+
+    def glance(self) -> tuple[list[str], list[list[Cell]]]:
+        """(names of two models, a row of their figures for each measure) of the first suite that has both."""
+        models = next((found for found in self.suites.values() if TEACHER in found and PRIMED in found), None)
+        if models is None:
+            return [], []
+        names = [models[TEACHER], models[PRIMED]]
+        both = [self.scores(name) for name in names]
+        rows: list[list[Cell]] = []
+
+        def add(measure: str, values: list[str | None]) -> None:
+            cells = [
+                Cell(NOT_MEASURED) if value is None else Cell(value, _file(name))
+                for value, name in zip(values, names, strict=True)
+            ]
+            rows.append([Cell(measure), *cells])
+
+        add("Perplexity of held-out text", [f"{one.text.perplexity:.2f}" if one.text else None for one in both])
+        for key in dict.fromkeys(key for one in both for key in one.tasks):
+            found = [one.tasks.get(key) for one in both]
+            shown = [None if task is None else f"{_percent(task.accuracy)} ({_span(task)})" for task in found]
+            add(f"{key}, correct answers", shown)
+        footprints = [getattr(one, "footprint", None) for one in both]
+        for field, measure in (
+            ("parameters", "Parameters"),
+            ("kv_bytes_per_token", "KV cache, bytes per token"),
+            ("state_bytes", "States, bytes per sequence"),
+        ):
+            if all(isinstance(one, dict) and isinstance(one.get(field), int) for one in footprints):
+                add(measure, [f"{one[field]:,}" for one in footprints if one])
+        return ["teacher", "this model"], rows
+
+    def blocks(self) -> Iterator[Block]:
+        if not self.suites:
+            yield Note(f"Scores: {NOT_MEASURED}; no scores.NAME.json is in the run folder.")
+        for suite, models in self.suites.items():
+            yield Text(f"Suite {suite}" if suite else "Evaluation of hmf prime")
+            keys = list(dict.fromkeys(key for name in models.values() for key in self.scores(name).tasks))
+            where = f", suite {suite}" if suite else ""
+            yield from self._text(models, where)
+            if keys:
+                yield from self._charts(suite or "prime", models, keys)
+                yield self._table(models, keys, where)
+                yield from self._pairs(models, keys, where)
+            else:
+                yield Note(f"Tasks: {NOT_MEASURED}.")
+            if TEACHER not in models:
+                yield Note(f"The teacher in this evaluation: {NOT_MEASURED}.")
+
+    def _text(self, models: dict[str, str], where: str) -> Iterator[Block]:
+        rows = []
+        for model, name in models.items():
+            if (text := self.scores(name).text) is not None:
+                bits = getattr(text, "bits_per_byte", None)
+                shown = NOT_MEASURED if bits is None else f"{bits:.3f}"
+                rows.append(
+                    [
+                        Cell(self.called(model)),
+                        Cell(f"{text.perplexity:.2f}", _file(name)),
+                        Cell(shown),
+                        Cell(f"{text.tokens:,}"),
+                    ]
+                )
+        if rows:
+            head = ["model", "perplexity", "bits a byte", "tokens scored"]
+            yield Table(f"Perplexity of held-out text{where}; lower is better", head, rows)
+        series, files = [], []
+        for number, (model, name) in enumerate(models.items()):
+            if found := records.positions(self.scores(name)):
+                x, y = ([pair[side] for pair in found] for side in (0, 1))
+                series.append(
+                    charts.Series(self.called(model), x, y, colour=COLOURS.get(model, 3 + number), dash=number)
+                )
+                files.append(f"scores.{name}.json")
+        if series:
+            yield charts.lines(
+                f"position-{charts.safe('-'.join(models.values()))}",
+                "Perplexity by position",
+                series,
+                "tokens before",
+                "perplexity",
+                source=", ".join(files),
+                x_shown=charts.tokens,
+            )
+
+    def _charts(self, suite: str, models: dict[str, str], keys: list[str]) -> Iterator[Block]:
+        """Tasks of one length together, and each task of several lengths over these."""
+        lengths: dict[str, dict[int, str]] = {}
+        for key in keys:
+            result = next(found.tasks[key] for name in models.values() if key in (found := self.scores(name)).tasks)
+            if (length := records.length_of(key, result)) is not None:
+                lengths.setdefault(self._task(key), {})[length] = key
+        curves = {task: found for task, found in lengths.items() if len(found) > 1}
+        single = [key for key in keys if self._task(key) not in curves]
+        source = ", ".join(f"scores.{name}.json" for name in models.values())
+        notes = ["Points: share of exact answers. Bars: 95% intervals. Answers that were cut off count as wrong."]
+        if single:
+            rows = [
+                [key, self.called(model), _percent(task.accuracy), _span(task)]
+                for key in single
+                for model, name in models.items()
+                if (task := self.scores(name).tasks.get(key)) is not None
+            ]
+            series = [self._series(models, model, single) for model in models]
+            yield charts.intervals(
+                f"tasks-{charts.safe(suite)}",
+                "Correct answers by task",
+                single,
+                series,
+                "correct answers, %",
+                source=source,
+                head=["task", "model", "correct", "95% interval"],
+                rows=rows,
+                notes=notes,
+            )
+        for name, keys_by_length in curves.items():
+            ordered = dict(sorted(keys_by_length.items()))
+            series = []
+            for model in models:
+                one = self._series(models, model, list(ordered.values()))
+                x = [list(ordered)[int(place)] for place in one.x]
+                series.append(charts.Series(one.name, x, one.y, one.low, one.high, one.colour, one.dash))
+            yield charts.lines(
+                f"lengths-{charts.safe(suite)}-{charts.safe(name)}",
+                f"{name} by length",
+                series,
+                "tokens of context",
+                "correct answers, %",
+                source=source,
+                log_x=True,
+                x_ticks=list(ordered),
+                bounds=(-5, 105),
+                notes=notes,
+                x_shown=charts.tokens,
+            )
+
+    def _series(self, models: dict[str, str], model: str, keys: list[str]) -> charts.Series:
+        """A model's percentages; `x` are places in `keys`."""
+        tasks = self.scores(models[model]).tasks
+        there = [place for place, key in enumerate(keys) if key in tasks]
+        found = [tasks[keys[place]] for place in there]
+        number = COLOURS.get(model, 3 + list(models).index(model))
+        low, high = ([100 * one.interval[side] for one in found] for side in (0, 1))
+        values = [100 * one.accuracy for one in found]
+        return charts.Series(self.called(model), there, values, low, high, number, number)
+
+    def _table(self, models: dict[str, str], keys: list[str], where: str) -> Table:
+        rows = []
+        teacher = self.scores(models[TEACHER]).tasks if TEACHER in models else {}
+        for key in keys:
+            for model, name in models.items():
+                found = self.scores(name)
+                task = found.tasks.get(key)
+                if task is None:
+                    rows.append([Cell(key), Cell(self.called(model)), Cell(NOT_MEASURED), *[Cell("")] * 5])
+                    continue
+                length = records.length_of(key, task) or found.length
+                cut = NOT_MEASURED if task.truncated is None else f"{round(task.truncated * task.n):,}"
+                change = 100 * (task.accuracy - teacher[key].accuracy) if key in teacher and model != TEACHER else None
+                rows.append(
+                    [
+                        Cell(key),
+                        Cell(self.called(model)),
+                        Cell(_percent(task.accuracy), _file(name)),
+                        Cell(_span(task)),
+                        Cell("" if change is None else f"{change:+.1f}"),
+                        Cell(f"{task.n:,}"),
+                        Cell(cut),
+                        Cell(f"{length:,}" if length else ""),
+                    ]
+                )
+        head = [
+            "task",
+            "model",
+            "correct",
+            "95% interval",
+            "points above teacher",
+            "prompts",
+            "cut off",
+            "tokens at most",
+        ]
+        return Table(f"Every score, with its interval and its file{where}", head, rows, left=2)
+
+    def _pairs(self, models: dict[str, str], keys: list[str], where: str) -> Iterator[Block]:
+        """Teacher and model on the same prompts."""
+        rows = []
+        for key in keys:
+            if pair := self._paired(models, key):
+                right = [(first["correct"], second["correct"]) for first, second in pair]
+                counts = [right.count(kind) for kind in ((True, True), (True, False), (False, True), (False, False))]
+                rows.append([Cell(key), *(Cell(f"{count:,}") for count in counts)])
+        if rows:
+            head = ["task", "both", "only the teacher", "only this model", "neither"]
+            yield Table(f"The same prompts{where}, answered correctly by", head, rows)
+
+    def _paired(self, models: dict[str, str], key: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """The answers of teacher and primed model to the same prompts."""
+        if TEACHER not in models or PRIMED not in models:
+            return []
+        first, second = (records.answers(self.evidence.run, models[model], key) for model in (TEACHER, PRIMED))
+        same = ("index", "prompt_sha256", "expected")
+        return [
+            (first[index], second[index])
+            for index in sorted(first.keys() & second.keys())
+            if all(first[index].get(field) == second[index].get(field) for field in same)
+        ]
+
+    def samples(self) -> Iterator[Block]:
+        """Of each task the first prompts on which the models differ, or else the first ones."""
+        found = [sample for models in self.suites.values() for sample in self._samples_of(models)]
+        if found:
+            yield Note("Of each task, the first prompts on which teacher and model differ, and else the first prompts.")
+        else:
+            yield Note(NOT_KEPT)
+        yield from found
+
+    def _samples_of(self, models: dict[str, str]) -> Iterator[Samples]:
+        left: dict[str, int] = {}
+        for key in dict.fromkeys(key for name in models.values() for key in self.scores(name).tasks):
+            chosen = [model for model in (TEACHER, PRIMED) if model in models] or list(models)[:1]
+            found = {model: records.answers(self.evidence.run, models[model], key) for model in chosen}
+            found = {model: answers for model, answers in found.items() if answers}
+            if TEACHER in found and PRIMED in found:
+                pairs = self._paired(models, key)
+                pairs.sort(key=lambda pair: pair[0]["correct"] == pair[1]["correct"])
+                indices = [pair[0]["index"] for pair in pairs]
+            else:
+                indices = sorted(next(iter(found.values()), {}))
+            for index in indices[: left.setdefault(self._task(key), SHOWN)]:
+                left[self._task(key)] -= 1
+                yield self._sample(models, key, index, {model: answers[index] for model, answers in found.items()})
+
+    def _sample(self, models: dict[str, str], key: str, index: int, found: dict[str, dict[str, Any]]) -> Samples:
+        first = next(iter(found.values()))
+        prompt = first.get("prompt")
+        return Samples(
+            f"{key}, prompt {index}",
+            prompt if isinstance(prompt, str) else None,
+            first["expected"],
+            [
+                Answer(
+                    self.called(model),
+                    one["answer"],
+                    "correct" if one["correct"] else "cut off, counts as wrong" if one.get("truncated") else "wrong",
+                    quote(f"{records.ANSWERS}/{models[model]}/{key}.jsonl"),
+                )
+                for model, one in found.items()
+            ],
+        )
+
+    def _task(self, key: str) -> str:
+        return key.partition("@")[0]
+
+
+def _file(name: str) -> str:
+    return f"scores.{quote(name)}.json"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def _span(task: Any) -> str:
+    low, high = task.interval
+    return f"{100 * low:.1f}–{100 * high:.1f}%"
