@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from hmf.config.pattern import Pattern
 from hmf.config.runs import EvaluateSettings, PrimeRecipe
 from hmf.config.strict import parse_sealed, seal_json
 from hmf.data import tasks
@@ -17,6 +19,8 @@ from hmf.priming.export import export
 from hmf.priming.stage0 import base_layers, make_stage0
 from hmf.report.card import write_card
 from hmf.report.curves import draw_curves
+from hmf.report.selection import draw_selection
+from hmf.selection.run import SELECTION, select
 from hmf.training.checkpoints import replace_text, require_room
 from hmf.training.distill import distill
 from hmf.training.run import run_folder
@@ -32,13 +36,25 @@ def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[st
     for task in recipe.evaluate.tasks:
         if task not in tasks.TASKS:
             raise HmfError(f"evaluate.tasks: {unknown_name('task', task, tasks.TASKS)}")
-    pattern = recipe.hybrid.layer_pattern(base_layers(base))
+    layers = base_layers(base)
+    pattern = recipe.hybrid.spread_evenly().layer_pattern(layers)
+    automatic = recipe.hybrid.layers == "auto"
+    if automatic and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (run / SELECTION).is_file():
+        raise HmfError(
+            f"{run}: hybrid.layers: auto is chosen by one process; start this recipe without torchrun until it prints "
+            "the pattern, and then again with it"
+        )
     options = recipe.hybrid.options_by_key()
 
     def start() -> None:
         check_disk(run, base)
         if not (run / "stage0").is_dir():
-            report = make_stage0(base, pattern, run / "stage0", options, recipe.seed, recipe.hybrid.conv_start)
+            chosen = pattern
+            if automatic:
+                keep = layers - len(pattern.replaced)
+                selection = select(base, layers, keep, recipe, run, draw_selection, draw_curves)
+                chosen = Pattern.parse(selection["pattern"], layers, source=str(run / SELECTION))
+            report = make_stage0(base, chosen, run / "stage0", options, recipe.seed, recipe.hybrid.conv_start)
             say(report.describe())
 
     with run_folder(run, text, start) as first:

@@ -21,6 +21,7 @@ from hmf.errors import HmfError, listed, unknown_name
 from .layers import LAYER_KINDS
 from .pattern import Pattern
 from .places import PairSettings
+from .selection import SelectSettings
 from .strict import Seed, Settings, TokenCount, Tokens, parse_yaml, require_none
 from .training import RENAMED, ParallelSettings
 
@@ -33,11 +34,15 @@ SHOWN = 20  # errors of a recipe that one message names
 
 
 class HybridSettings(Settings):
-    """Which layers become what: exactly one of `pattern`, `layers` and `ratio`; the last two need `mixer`."""
+    """Which layers become what: exactly one of `pattern`, `layers` and `ratio`; the last two need `mixer`.
+
+    `layers: auto` is chosen by the section `select`, and `ratio` beside it says how many layers are replaced.
+    """
 
     mixer: str = "gdn"  # layer type: gdn, gka, mamba2, bmojo or swa
     ratio: float | None = None  # share of layers to replace, spread evenly
-    layers: list[int] | None = None  # indices of the layers to replace, from 0
+    # indices of the layers to replace, from 0; or auto: by the section select, as many as ratio says
+    layers: list[int] | Literal["auto"] | None = None
     pattern: str | None = None  # one symbol a layer, joined by -, as *-GDN-*-GDN
     # options by layer type; see the end of docs/recipe-keys.md
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -47,7 +52,9 @@ class HybridSettings(Settings):
     @model_validator(mode="after")
     def _one_choice(self) -> HybridSettings:
         given = [name for name in ("ratio", "layers", "pattern") if getattr(self, name) is not None]
-        if len(given) != 1:
+        if self.layers == "auto" and given != ["ratio", "layers"]:
+            raise ValueError("layers: auto needs ratio, the share of layers to replace, and no pattern")
+        if self.layers != "auto" and len(given) != 1:
             raise ValueError(f"give exactly one of ratio, layers and pattern, not {' and '.join(given) or 'none'}")
         return self
 
@@ -58,7 +65,13 @@ class HybridSettings(Settings):
             if not pattern.replaced:
                 raise HmfError("pattern: no layer is replaced; put at least one mixer symbol in")
             return pattern
+        if self.layers == "auto":
+            raise HmfError("layers: auto is chosen when `hmf prime` runs; give ratio alone to spread the layers evenly")
         return Pattern.generate(num_layers, self.mixer, self.ratio, self.layers)
+
+    def spread_evenly(self) -> HybridSettings:
+        """These settings with `ratio` alone where they have `layers: auto`: as many layers are replaced."""
+        return self.model_copy(update={"layers": None}) if self.layers == "auto" else self
 
     def options_by_key(self) -> dict[str, dict[str, Any]]:
         """`options` under the names that config.json uses."""
@@ -336,6 +349,7 @@ class PrimeRecipe(Settings):
     output: Path  # run folder
     seed: Seed = 0  # of all random numbers
     hybrid: HybridSettings  # which layers are replaced, and by what
+    select: SelectSettings = Field(default_factory=SelectSettings)  # how hybrid.layers: auto chooses
     distill: DistillSettings  # Stage 1
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)  # scores at the end
 

@@ -261,7 +261,9 @@ class Card:
         how = "The recipe is not in the run folder, so how the layers were chosen is not stated."
         if chosen is not None:
             how = "The recipe names the replaced layers."
-            if chosen.ratio is not None:
+            if chosen.layers == "auto":
+                how = "`hmf prime` chose the replaced layers; selection.json in the run folder has the scores."
+            elif chosen.ratio is not None:
                 how = f"The recipe spreads the replaced layers evenly (ratio {chosen.ratio:g})."
         where = ", ".join(map(str, self.config.pattern.replaced))
         return f"```\n{self.config.pattern}\n```\n\n`*` is Attention. Replaced are the layers {where}, from 0. {how}"
