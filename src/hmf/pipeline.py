@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from hmf.config.pattern import Pattern
 from hmf.config.runs import EvaluateSettings, FinetuneRecipe, PrimeRecipe
 from hmf.config.strict import parse_sealed, seal_json
 from hmf.data import tasks
@@ -21,6 +23,8 @@ from hmf.report.card import write_card
 from hmf.report.curves import draw_curves
 from hmf.report.page import write_report
 from hmf.report.records import ANSWERS, TIMES
+from hmf.report.selection import draw_selection
+from hmf.selection.run import SELECTION, select
 from hmf.training.checkpoints import replace_text, require_room
 from hmf.training.distill import distill
 from hmf.training.run import run_folder
@@ -39,15 +43,28 @@ def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[st
     """
     base, run = resolve_base(recipe.base), recipe.output
     check_tasks(recipe.evaluate)
-    pattern = recipe.hybrid.layer_pattern(base_layers(base))
+    layers = base_layers(base)
+    pattern = recipe.hybrid.spread_evenly().layer_pattern(layers)
+    automatic = recipe.hybrid.layers == "auto"
+    if automatic and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (run / SELECTION).is_file():
+        raise HmfError(
+            f"{run}: hybrid.layers: auto is chosen by one process; start this recipe without torchrun until it prints "
+            "the pattern, and then again with it"
+        )
     options = recipe.hybrid.options_by_key()
     seconds: dict[str, float] = {}
 
     def start() -> None:
         check_disk(run, base)
         if not (run / "stage0").is_dir():
+            chosen = pattern
+            if automatic:
+                keep = layers - len(pattern.replaced)
+                with timed(seconds, "selection"):
+                    selection = select(base, layers, keep, recipe, run, draw_selection, draw_curves)
+                chosen = Pattern.parse(selection["pattern"], layers, source=str(run / SELECTION))
             with timed(seconds, "stage0"):
-                report = make_stage0(base, pattern, run / "stage0", options, recipe.seed, recipe.hybrid.conv_start)
+                report = make_stage0(base, chosen, run / "stage0", options, recipe.seed, recipe.hybrid.conv_start)
             say(report.describe())
 
     with run_folder(run, text, start) as first:

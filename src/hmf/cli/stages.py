@@ -22,7 +22,7 @@ from hmf.cli.shared import (
     with_checkpoint,
 )
 from hmf.errors import HmfError
-from hmf.folders import require_unused, resolve_base
+from hmf.folders import find_recipe, require_unused, resolve_base
 
 app = group("")
 
@@ -72,6 +72,69 @@ def init(
     typer.echo(report.describe())
     typer.echo("*DA: a layer that keeps attention; GDN* and so on: a mixer beside the attention that it learns from")
     typer.echo(f"saved {out}; next: {command()} distill RECIPE.yaml with model: {out}")
+
+
+@app.command(
+    epilog=epilog(
+        "hmf select teacher --keep 3 --out runs/select",
+        "hmf select teacher --ratio 0.5 --method kl --out runs/select-kl --set select.layerwise_steps=80",
+        "hmf select ./Qwen3-8B --keep 18 --method scores --set select.scores=scores.csv --out runs/by-file",
+    )
+)
+def select(
+    base: Annotated[str, typer.Argument(help=f"Transformer. {MODEL}")],
+    out: Out,
+    keep: Annotated[int | None, typer.Option(min=0, help="Layers that keep attention.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Share of layers to replace, in place of --keep.")] = None,
+    method: Annotated[str | None, typer.Option(help="supernet, greedy, kl, window, uniform or scores.")] = None,
+    mixer: Annotated[str | None, typer.Option(help="Layer type that replaces attention.")] = None,
+    recipe: Annotated[
+        str, typer.Option(metavar="RECIPE.yaml", help="Of hmf prime: its data, Stage 1 and section select are used.")
+    ] = "quickstart",
+    overrides: Overrides = None,
+) -> None:
+    """Choose the layers that keep attention.
+
+    Data, training and method are those of a prime RECIPE. Continues where it stopped. `hybrid.layers: auto` in a recipe
+    does the same inside `hmf prime`.
+    """
+    if (keep is None) == (ratio is None):
+        raise HmfError("give exactly one of --keep and --ratio")
+    source = resolve_base(base)
+
+    from hmf.config.pattern import Pattern
+    from hmf.config.runs import PrimeRecipe, read_recipe
+    from hmf.priming.stage0 import base_layers
+    from hmf.report.curves import draw_curves
+    from hmf.report.selection import draw_selection, print_selection
+    from hmf.selection.run import select as run
+    from hmf.training.run import run_folder
+
+    layers = base_layers(source)
+    if keep is None:
+        keep = layers - len(Pattern.generate(layers, "gdn", ratio).replaced)
+    if keep >= layers:
+        raise HmfError(f"--keep: {keep} is not below {layers}, the model's layers")
+    given = {
+        "base": source,
+        "output": out,
+        "hybrid.pattern": "null",
+        "hybrid.layers": "auto",
+        "hybrid.ratio": (layers - keep) / layers,
+        "hybrid.mixer": mixer,
+        "select.method": method,
+    }
+    changes = [f"{key}={value}" for key, value in given.items() if value is not None]
+    settings, text = read_recipe(find_recipe(recipe), PrimeRecipe, [*changes, *(overrides or ())])
+    settings = with_checkpoint(settings, "base")
+    with run_folder(settings.output, text):
+        selection = run(source, layers, keep, settings, settings.output, draw_selection, draw_curves)
+    print_selection(selection)
+    replaced = ",".join(map(str, selection["replaced"]))
+    typer.echo(
+        f"saved {settings.output}/selection.json; next: hmf init {base} --mixer {selection['mixer']} "
+        f"--layers {replaced} --out runs/stage0"
+    )
 
 
 @app.command(epilog=epilog("hmf distill recipes/distill/recipe.yaml"))

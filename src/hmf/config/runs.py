@@ -21,6 +21,7 @@ from hmf.errors import HmfError, listed, unknown_name
 from .layers import LAYER_KINDS
 from .pattern import Pattern
 from .places import EvalPairSettings, PairSettings
+from .selection import SelectSettings
 from .strict import Seed, Settings, TokenCount, Tokens, parse_yaml, require_none
 from .training import ALTERNATIVES, RENAMED, OptimiserSettings, ParallelSettings
 
@@ -34,11 +35,15 @@ SHOWN = 20  # largest number of errors of a recipe in one message
 
 class HybridSettings(Settings):
     """Which layers are replaced, and by which mixers. Exactly one of `pattern`, `layers` and `ratio` is given; with the
-    last two, `mixer` is the type of the new layers."""
+    last two, `mixer` is the type of the new layers.
+
+    With `layers: auto` the section `select` chooses the layers, and `ratio` says how many are replaced.
+    """
 
     mixer: str = "gdn"  # layer type: gdn, gka, mamba2, bmojo or swa
     ratio: float | None = None  # share of layers to replace, spread evenly
-    layers: list[int] | None = None  # indices of the layers to replace, from 0
+    # indices of the layers to replace, from 0; or auto: as many as ratio says, chosen by the section select
+    layers: list[int] | Literal["auto"] | None = None
     pattern: str | None = None  # one symbol per layer, joined by -, for example *-GDN-*-GDN
     # options by layer type; see the end of docs/recipe-keys.md
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -48,7 +53,9 @@ class HybridSettings(Settings):
     @model_validator(mode="after")
     def _one_choice(self) -> HybridSettings:
         given = [name for name in ("ratio", "layers", "pattern") if getattr(self, name) is not None]
-        if len(given) != 1:
+        if self.layers == "auto" and given != ["ratio", "layers"]:
+            raise ValueError("layers: auto needs ratio, the share of layers to replace, and no pattern")
+        if self.layers != "auto" and len(given) != 1:
             raise ValueError(f"give exactly one of ratio, layers and pattern, not {' and '.join(given) or 'none'}")
         return self
 
@@ -59,7 +66,13 @@ class HybridSettings(Settings):
             if not pattern.replaced:
                 raise HmfError("pattern: no layer is replaced; name at least one mixer")
             return pattern
+        if self.layers == "auto":
+            raise HmfError("layers: auto is chosen when `hmf prime` runs; give ratio alone to spread the layers evenly")
         return Pattern.generate(num_layers, self.mixer, self.ratio, self.layers)
+
+    def spread_evenly(self) -> HybridSettings:
+        """These settings with `ratio` alone where they have `layers: auto`: as many layers are replaced."""
+        return self.model_copy(update={"layers": None}) if self.layers == "auto" else self
 
     def options_by_key(self) -> dict[str, dict[str, Any]]:
         """`options` by the keys of config.json."""
@@ -376,6 +389,7 @@ class PrimeRecipe(Settings):
     output: Path  # run folder
     seed: Seed = 0  # seed of all random numbers
     hybrid: HybridSettings  # which layers are replaced, and by what
+    select: SelectSettings = Field(default_factory=SelectSettings)  # how hybrid.layers: auto chooses
     distill: DistillSettings  # Stage 1
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)  # scores at the end
 

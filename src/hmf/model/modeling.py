@@ -180,15 +180,15 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
         return LayerInputs(inputs_embeds, masks, layout, shared)
 
     def run_layers(
-        self, hidden_states: torch.Tensor, inputs: LayerInputs, layers: range, path: str = STUDENT
+        self, hidden_states: torch.Tensor, inputs: LayerInputs, layers: range, path: str | frozenset[int] = STUDENT
     ) -> torch.Tensor:
         """Run hidden_states [B, T, D] through `layers`. Replaced layers use their mixer, or on the teacher's path their
-        original attention."""
+        original attention. If `path` is a set of layers, these use their mixer and the others their attention."""
         symbols, types = self.config.pattern.symbols, self.config.attention_types
         for index in layers:
             if symbols[index] == ATTENTION:
                 own = {"attention_mask": inputs.masks[types[index]]}
-            elif path == TEACHER:
+            elif path == TEACHER or (isinstance(path, frozenset) and index not in path):
                 own = {"attention_mask": inputs.masks[types[index]], "path": TEACHER}
             else:
                 own = {"attention_mask": None, "layout": inputs.layout}

@@ -29,7 +29,7 @@ from hmf.config.strict import Settings, parse_yaml
 from hmf.config.training import ParallelSettings
 from hmf.data.mixture import row_length
 from hmf.data.prepare import read_index
-from hmf.errors import HmfError
+from hmf.errors import HmfError, notice
 from hmf.gpus import GIB, Device, parse_gpus
 from hmf.model.checkpoint import load_config
 from hmf.model.configuration import building
@@ -413,7 +413,11 @@ class Recipes:
         planned = recipe.base_config is not None and not Path(recipe.base).is_dir()
         base = path.parent / str(recipe.base_config) if planned else self.resolve_base(recipe.base)
         config = load_config(base, weights=False)
-        pattern = recipe.hybrid.layer_pattern(config.num_hidden_layers)
+        if recipe.hybrid.layers == "auto":
+            notice(
+                f"{path}: hybrid.layers: auto is planned as if the layers were spread evenly; `hmf prime` chooses them"
+            )
+        pattern = recipe.hybrid.spread_evenly().layer_pattern(config.num_hidden_layers)
         return hybrid_config(config, pattern.with_fused(True), recipe.hybrid.options_by_key())
 
 

@@ -23,7 +23,7 @@ from hmf.config.runs import LayerTarget, ObjectiveSettings
 from hmf.data.encoding import IGNORED
 from hmf.errors import HmfError
 from hmf.model.convert import mixer_names
-from hmf.model.modeling import STUDENT, TEACHER
+from hmf.model.modeling import TEACHER
 
 LOGITS_AT_ONCE = 2**26  # elements: 256 MiB in float32; about seven tensors of this size exist at a time
 Part = Literal["mixer", "mlp", "decoder"]
@@ -45,7 +45,8 @@ class Stage1Objective:
     `pre_lm_head`, `layers_weight` and `kl` are their weights; 0 leaves a term out. The KL term is in nats per token:
     KL(teacher || student) forward, KL(student || teacher) reverse; see `logit_divergence` for `kl_top_k`,
     `kl_temperature` and `kl_chunk_size`. With `kl_tokens` "supervised" the KL term is a mean over positions whose next
-    token has a label, so that the tokens of long prompts do not dominate it.
+    token has a label, so that the tokens of long prompts do not dominate it. `replaced` names the layers in which the
+    student runs mixers; None stands for all that have one.
 
     Call it with a fused model and a batch (input_ids [B, T], optional labels, attention_mask and position_ids). It
     returns scalar losses by name; "loss" is their sum. Padding does not count. Each loss is a sum over the batch's
@@ -62,6 +63,7 @@ class Stage1Objective:
     kl_top_k: int | None = None
     kl_temperature: float = 1.0
     kl_chunk_size: int | None = None
+    replaced: frozenset[int] | None = None
 
     def __call__(
         self, model: PreTrainedModel, counts: torch.Tensor | None = None, **batch: Any
@@ -76,14 +78,15 @@ class Stage1Objective:
         decoder, mask = model.model, batch.get("attention_mask")
         labeled = _predicts_a_label(batch.pop("labels", None), batch.pop("shift_labels", None))
         inputs = decoder.prepare(**batch, use_cache=False)
-        first, count = config.pattern.replaced[0], config.num_hidden_layers
+        mixed = frozenset(config.pattern.replaced) if self.replaced is None else self.replaced
+        first, count = min(mixed), config.num_hidden_layers
         with torch.no_grad():
-            shared = decoder.run_layers(inputs.hidden_states, inputs, range(first))
-            with _recorded(model, TEACHER, parts, first) as teacher_outputs:
+            shared = decoder.run_layers(inputs.hidden_states, inputs, range(first), TEACHER)
+            with _recorded(model, frozenset(), parts, first) as teacher_outputs:
                 teacher = decoder.run_layers(shared, inputs, range(first, count), TEACHER)
             target = decoder.norm(teacher)
-        with _recorded(model, STUDENT, parts, first) as student_outputs:
-            student = decoder.run_layers(shared, inputs, range(first, count), STUDENT)
+        with _recorded(model, mixed, parts, first) as student_outputs:
+            student = decoder.run_layers(shared, inputs, range(first, count), mixed)
 
         def distance(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
             return _total(_squared(ours, theirs), mask) / tokens
@@ -331,11 +334,11 @@ def _attentions(model: PreTrainedModel, inputs: Any) -> dict[int, tuple[torch.Te
 
 @contextmanager
 def _recorded(
-    model: PreTrainedModel, path: str, parts: tuple[Part, ...], first: int
+    model: PreTrainedModel, mixed: frozenset[int], parts: tuple[Part, ...], first: int
 ) -> Iterator[dict[str, list[torch.Tensor]]]:
-    """During the block, record the outputs of each layer from `first` on, by part. The block must run `path`."""
+    """During the block, record the outputs of each layer from `first` on, by part. The block must run these mixers."""
     outputs: dict[str, list[torch.Tensor]] = {part: [] for part in parts}
-    names = dict(mixer_names(model)) if path == STUDENT else {}
+    names = {index: name for index, name in mixer_names(model) if index in mixed}
 
     def keep(part: Part) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:

@@ -272,7 +272,9 @@ class Card:
         how = "The run folder has no recipe, so it is not stated how the layers were chosen."
         if chosen is not None:
             how = "The recipe names the replaced layers."
-            if chosen.ratio is not None:
+            if chosen.layers == "auto":
+                how = "`hmf prime` chose the replaced layers; selection.json in the run folder has the scores."
+            elif chosen.ratio is not None:
                 how = f"The recipe spreads the replaced layers evenly (ratio {chosen.ratio:g})."
         where = ", ".join(map(str, self.config.pattern.replaced))
         return f"```\n{self.config.pattern}\n```\n\n`*` is Attention. Replaced layers (from 0): {where}. {how}"
