@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report of a run: a page without a network, in which every number is in a file that it names."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -126,7 +127,12 @@ def answers(run, name, key, lines):
     file = run / "evaluation" / name / f"{key}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     fields = ("prompt", "expected", "answer", "correct")
-    rows = [{"index": index, **dict(zip(fields, line, strict=True))} for index, line in enumerate(lines)]
+    rows = [
+        {"index": index, **dict(zip(fields, line, strict=True)), "truncated": False, "tokens": 3}
+        for index, line in enumerate(lines)
+    ]
+    for row in rows:
+        row["prompt_sha256"] = hashlib.sha256(row["prompt"].encode()).hexdigest()
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -338,7 +344,7 @@ def test_prime_ends_with_a_report_and_a_failed_one_costs_nothing(tiny, tmp_path,
         ("times.json", seal_json({"export": 1.0}).replace("1.0", "2.0"), "not as it was written"),
         ("times.json", '{"export": "long"}', "holds no seconds"),
         ("selection.json", '{"scores": [1]}', "one number for each of 2 layers"),
-        ("evaluation/teacher/recall.jsonl", '{"index": 0}\n', "line 1: is no answer"),
+        ("evaluation/teacher/recall.jsonl", '{"index": 0}\n', "line 1: prompt_sha256: Field required"),
         ("recipe.yaml", "base: [", "not valid YAML"),
     ],
 )

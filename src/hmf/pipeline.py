@@ -15,6 +15,7 @@ from hmf.config.runs import EvaluateSettings, FinetuneRecipe, PrimeRecipe
 from hmf.config.strict import parse_sealed, seal_json
 from hmf.data import tasks
 from hmf.errors import HmfError, notice, unknown_name
+from hmf.evaluation.results import ANSWERS
 from hmf.evaluation.run import evaluate_checkpoint
 from hmf.folders import resolve_base
 from hmf.priming.export import export
@@ -22,7 +23,7 @@ from hmf.priming.stage0 import base_layers, make_stage0
 from hmf.report.card import write_card
 from hmf.report.curves import draw_curves
 from hmf.report.page import write_report
-from hmf.report.records import ANSWERS, TIMES
+from hmf.report.records import TIMES
 from hmf.report.selection import draw_selection
 from hmf.selection.run import SELECTION, select
 from hmf.training.checkpoints import replace_text, require_room

@@ -17,10 +17,9 @@ from hmf.data.tasks import Sample
 from hmf.errors import HmfError
 from hmf.evaluation.chunks import Composition, conversation_parts
 from hmf.evaluation.compose import prefill
+from hmf.evaluation.results import Answered, excerpt
 from hmf.model.checkpoint import GENERATION
 from hmf.training.checkpoints import replace_text
-
-EXCERPT = 4000  # characters of a prompt that are kept beside its answer
 
 
 @dataclass(frozen=True)
@@ -64,29 +63,21 @@ def task_accuracy(
         lines = []
         for index, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
             prompt = sample.prompt(tokenizer)
-            lines.append(
-                {
-                    "index": index,
-                    "prompt": _excerpt(prompt),
-                    "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
-                    "expected": sample.answer,
-                    "answer": answer.text,
-                    "correct": correct[index],
-                    "truncated": not answer.ended,
-                    "tokens": answer.tokens,
-                }
+            line = Answered(
+                index=index,
+                prompt_sha256=hashlib.sha256(prompt.encode()).hexdigest(),
+                expected=sample.answer,
+                answer=answer.text,
+                correct=correct[index],
+                truncated=not answer.ended,
+                tokens=answer.tokens,
+                prompt=excerpt(prompt),
             )
+            lines.append(line.model_dump(exclude_none=True))
         answers_file.parent.mkdir(parents=True, exist_ok=True)
         replace_text(answers_file, "".join(json.dumps(line) + "\n" for line in lines))
     truncated = sum(not answer.ended for answer in answers)
     return TaskScore(sum(correct) / len(samples), len(samples), truncated / len(samples))
-
-
-def _excerpt(prompt: str) -> str:
-    if len(prompt) <= EXCERPT:
-        return prompt
-    half = EXCERPT // 2
-    return f"{prompt[:half]}\n[... {len(prompt) - 2 * half:,} characters are left out ...]\n{prompt[-half:]}"
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from hmf.folders import reason
 SMALL = "tasks"  # as a suite: the tasks of hmf.data.tasks
 SERVED = "-server"  # in names, of what a server answered
 ANSWERS = "evaluation"  # folder of the prompts' lines, beside the files of scores
+EXCERPT = 4000  # characters of a prompt that are kept beside its answer
 Z95 = 1.959964  # of a normal distribution, two-sided 95%
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -117,7 +118,16 @@ class Answered(Result):
     correct: bool
     truncated: bool
     tokens: Annotated[int, Field(ge=0)]  # generated
+    prompt: str | None = None  # without its middle if it is long, see `excerpt`
     likelihood: float | None = None  # mean log-probability of a token of the expected answer
+
+
+def excerpt(prompt: str) -> str:
+    """The prompt as results keep it: a long one without its middle."""
+    if len(prompt) <= EXCERPT:
+        return prompt
+    half = EXCERPT // 2
+    return f"{prompt[:half]}\n[... {len(prompt) - 2 * half:,} characters are left out ...]\n{prompt[-half:]}"
 
 
 def read_answers(file: Path) -> list[Answered]:

@@ -17,7 +17,7 @@ from hmf.data.shards import Progress
 from hmf.errors import HmfError, notice
 from hmf.evaluation.positions import PERPLEXITY, WINDOWS, by_position, nats_by_range, window
 from hmf.evaluation.prompts import Answer, Prompt, Prompter
-from hmf.evaluation.results import ANSWERS, Answered, read_answers, summary
+from hmf.evaluation.results import ANSWERS, Answered, excerpt, read_answers, summary
 from hmf.evaluation.retention import TASKS, Task
 from hmf.evaluation.server import NotOffered
 from hmf.folders import locked
@@ -174,6 +174,7 @@ def run(plan: Plan, prompter: Prompter, engine: Engine, store: Store) -> None:
                 truncated=answer.truncated,
                 tokens=answer.tokens,
                 likelihood=likelihood,
+                prompt=excerpt(prompt.text),
             )
             store.add(key, one)
             done[one.index] = one

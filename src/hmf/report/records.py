@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a run folder that the report shows beside those of `hmf.report.evidence`: logs, times, the selection of
-layers, and answers to prompts."""
+"""The files of a run folder that the report shows beside those of `hmf.report.evidence`: logs, times and the
+selection of layers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from typing import Any
 
 from hmf.config.strict import parse_json, parse_sealed
 from hmf.errors import HmfError
+from hmf.evaluation.results import ANSWERS
 from hmf.folders import reason
+from hmf.selection.run import SELECTION
 
 from .evidence import PRIMED, STAGE0, TEACHER, Scores
 
-ANSWERS, TIMES, SELECTION = "evaluation", "times.json", "selection.json"
+TIMES = "times.json"
 LOGS = {"training.log.json": "Pretraining", "stage1.log.json": "Stage 1, distillation", "stage2.log.json": "Stage 2"}
 SUMMARY = ("train_", "total_flos")  # what the Trainer's last entry sums up
 
@@ -135,31 +137,6 @@ def length_of(key: str, result: Any) -> int | None:
     given = getattr(result, "length", None)
     after = key.partition("@")[2]
     return int(given) if given is not None else int(after) if after.isdecimal() else None
-
-
-def answers(run: Path, name: str, key: str) -> dict[int, dict[str, Any]]:
-    """The answers behind a task of scores.`name`.json, by index of the prompt; nothing where they were not kept.
-
-    A last line without its end, of a run that was cut off, is left. HmfError for any other line that is no answer.
-    """
-    file = run / ANSWERS / name / f"{key}.jsonl"
-    if not file.is_file():
-        return {}
-    found = {}
-    for number, line in enumerate(read(file).split("\n")[:-1], 1):
-        try:
-            one = parse_json(line)
-        except ValueError as error:
-            raise HmfError(f"{file}: line {number}: {error}; remove the file") from None
-        if not isinstance(one, dict) or not all(
-            isinstance(one.get(field), kind)
-            for field, kind in (("index", int), ("expected", str), ("answer", str), ("correct", bool))
-        ):
-            raise HmfError(
-                f"{file}: line {number}: is no answer with index, expected, answer, correct; remove the file"
-            )
-        found[one["index"]] = one
-    return found
 
 
 def positions(scores: Scores) -> list[tuple[float, float]] | None:

@@ -9,6 +9,8 @@ from functools import cached_property
 from typing import Any
 from urllib.parse import quote
 
+from hmf.evaluation.results import ANSWERS, Answered
+
 from . import charts, records
 from .blocks import Answer, Block, Cell, Note, Samples, Table, Text
 from .card import NOT_MEASURED
@@ -226,23 +228,27 @@ class Retention:
         rows = []
         for key in keys:
             if pair := self._paired(models, key):
-                right = [(first["correct"], second["correct"]) for first, second in pair]
+                right = [(first.correct, second.correct) for first, second in pair]
                 counts = [right.count(kind) for kind in ((True, True), (True, False), (False, True), (False, False))]
                 rows.append([Cell(key), *(Cell(f"{count:,}") for count in counts)])
         if rows:
             head = ["task", "both", "only the teacher", "only this model", "neither"]
             yield Table(f"The same prompts{where}, answered correctly by", head, rows)
 
-    def _paired(self, models: dict[str, str], key: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    def _answers(self, name: str, key: str) -> dict[int, Answered]:
+        """The answers behind a task of scores.`name`.json, by index of the prompt; nothing where they were not kept."""
+        return {one.index: one for one in self.evidence.answers.get(name, {}).get(key, ())}
+
+    def _paired(self, models: dict[str, str], key: str) -> list[tuple[Answered, Answered]]:
         """The answers of teacher and primed model to the same prompts."""
         if TEACHER not in models or PRIMED not in models:
             return []
-        first, second = (records.answers(self.evidence.run, models[model], key) for model in (TEACHER, PRIMED))
-        same = ("index", "prompt_sha256", "expected")
+        first, second = (self._answers(models[model], key) for model in (TEACHER, PRIMED))
         return [
             (first[index], second[index])
             for index in sorted(first.keys() & second.keys())
-            if all(first[index].get(field) == second[index].get(field) for field in same)
+            if (first[index].prompt_sha256, first[index].expected)
+            == (second[index].prompt_sha256, second[index].expected)
         ]
 
     def samples(self) -> Iterator[Block]:
@@ -258,31 +264,30 @@ class Retention:
         left: dict[str, int] = {}
         for key in dict.fromkeys(key for name in models.values() for key in self.scores(name).tasks):
             chosen = [model for model in (TEACHER, PRIMED) if model in models] or list(models)[:1]
-            found = {model: records.answers(self.evidence.run, models[model], key) for model in chosen}
+            found = {model: self._answers(models[model], key) for model in chosen}
             found = {model: answers for model, answers in found.items() if answers}
             if TEACHER in found and PRIMED in found:
                 pairs = self._paired(models, key)
-                pairs.sort(key=lambda pair: pair[0]["correct"] == pair[1]["correct"])
-                indices = [pair[0]["index"] for pair in pairs]
+                pairs.sort(key=lambda pair: pair[0].correct == pair[1].correct)
+                indices = [pair[0].index for pair in pairs]
             else:
                 indices = sorted(next(iter(found.values()), {}))
             for index in indices[: left.setdefault(self._task(key), SHOWN)]:
                 left[self._task(key)] -= 1
                 yield self._sample(models, key, index, {model: answers[index] for model, answers in found.items()})
 
-    def _sample(self, models: dict[str, str], key: str, index: int, found: dict[str, dict[str, Any]]) -> Samples:
+    def _sample(self, models: dict[str, str], key: str, index: int, found: dict[str, Answered]) -> Samples:
         first = next(iter(found.values()))
-        prompt = first.get("prompt")
         return Samples(
             f"{key}, prompt {index}",
-            prompt if isinstance(prompt, str) else None,
-            first["expected"],
+            first.prompt,
+            first.expected,
             [
                 Answer(
                     self.called(model),
-                    one["answer"],
-                    "correct" if one["correct"] else "cut off, counts as wrong" if one.get("truncated") else "wrong",
-                    quote(f"{records.ANSWERS}/{models[model]}/{key}.jsonl"),
+                    one.answer,
+                    "correct" if one.correct else "cut off, counts as wrong" if one.truncated else "wrong",
+                    quote(f"{ANSWERS}/{models[model]}/{key}.jsonl"),
                 )
                 for model, one in found.items()
             ],
