@@ -20,10 +20,10 @@ from hmf.cli import main
 from hmf.config.layers import LAYER_KINDS
 from hmf.config.strict import seal_json
 from hmf.errors import HmfError
+from hmf.evaluation.results import wilson
 from hmf.model.checkpoint import load_model
 from hmf.priming.export import export
 from hmf.report.card import write_card
-from hmf.report.evidence import wilson
 from hmf.report.push import push_files
 from hmf.report.references import citation, reference
 from tests.conftest import ROOT

@@ -209,13 +209,16 @@ class Card:
         if not scores:
             return "\n".join([*lines, f"No results file is in the run folder: {NOT_MEASURED}."])
         lengths = sorted({found.length for found in scores.values() if found.length})
+        outside = any(self.evidence.source(row) for found in scores.values() for row in found.tasks.values())
         window = f", to prompts of at most {' or '.join(f'{n:,}' for n in lengths)} tokens" if lengths else ""
         return "\n".join(
             [
                 *lines,
                 f"Tasks: greedy answers that match exactly, in percent{window}. In parentheses: n prompts, the 95% Wilson "
                 "score interval of the share, and how many answers were cut off at the longest answer allowed; these count "
-                "as wrong. Perplexity: of held-out text; lower is better. Every number links to its results file.",
+                "as wrong. Perplexity: of held-out text; lower is better. Every number links to its results file."
+                + " One that links to a file of lm-eval or NeMo Evaluator is by that harness; the scores file has the "
+                "metric and the settings." * outside,
             ]
         )
 
@@ -225,7 +228,7 @@ class Card:
             return NOT_MEASURED
         low, high = found.interval
         cut = "" if found.truncated is None else f"; {round(found.truncated * found.n)} cut off"
-        value = self.link(f"{100 * found.accuracy:.1f}", f"scores.{model}.json")
+        value = self.link(f"{100 * found.accuracy:.1f}", self.evidence.source(found) or f"scores.{model}.json")
         return f"{value} (n = {found.n:,}; {100 * low:.1f}–{100 * high:.1f}{cut})"
 
     def _text(self, scores: Scores | None, model: str) -> str:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,47 +11,18 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from huggingface_hub import try_to_load_from_cache
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from hmf import hub
 from hmf.config.runs import DistillRecipe, FinetuneRecipe, PrimeRecipe, read_recipe
 from hmf.config.strict import parse_sealed, parse_yaml
 from hmf.errors import HmfError
+from hmf.evaluation.results import Answered, Result, Scores, TaskResult, answers_of
 from hmf.folders import ASSETS, EMBEDDED_TEACHER, RECIPE, is_place, reason
 
 MODEL = "model"
 TEACHER, PRIMED, STAGE0 = "teacher", "primed", "stage0"  # as in scores.NAME.json
-Z95 = 1.959964  # of a normal distribution, two-sided 95%
 Stage = PrimeRecipe | DistillRecipe | FinetuneRecipe
-
-
-class Result(BaseModel):
-    """A section of a results file. Keys that only other readers need may stand beside these."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
-
-
-class TaskResult(Result):
-    accuracy: Annotated[float, Field(ge=0, le=1)]
-    n: Annotated[int, Field(ge=1)]
-    truncated: Annotated[float, Field(ge=0, le=1)] | None = None  # share of answers that were cut off
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return wilson(self.accuracy, self.n)
-
-
-class TextResult(Result):
-    perplexity: Annotated[float, Field(gt=0)]
-    tokens: Annotated[int, Field(ge=1)]
-
-
-class Scores(Result):
-    """A file scores.NAME.json, as `hmf prime` writes it."""
-
-    tasks: dict[str, TaskResult]
-    text: TextResult | None = None
-    length: int | None = None
 
 
 class ServingRow(Result):
@@ -86,13 +56,6 @@ class Serving(Result):
 Content = TypeVar("Content", Scores, Serving)
 
 
-def wilson(share: float, n: int, z: float = Z95) -> tuple[float, float]:
-    """The score interval of a binomial share out of `n` (Wilson 1927, JASA 22:209-212), 95% by default."""
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 @dataclass(frozen=True)
 class Evidence:
     """A run folder `run`, or the folder of a model in one, with the checkpoint `model`.
@@ -120,6 +83,11 @@ class Evidence:
         """By NAME of scores.NAME.json; HmfError for a file that holds none, or was changed after it was written."""
         files = sorted(self.run.glob("scores.*.json"))
         return {file.name.removeprefix("scores.").removesuffix(".json"): _read(file, Scores) for file in files}
+
+    @cached_property
+    def answers(self) -> dict[str, dict[str, list[Answered]]]:
+        """By NAME of scores.NAME.json and by task, the answers to the prompts, where their files are there."""
+        return {name: answers_of(self.run, name) for name in self.scores}
 
     @cached_property
     def serving(self) -> dict[str, Serving]:
@@ -173,10 +141,18 @@ class Evidence:
         """Of the base, for people."""
         return self.hub_name or (Path(self.base).name if self.base else "a Transformer that no recipe here names")
 
+    def source(self, row: TaskResult) -> str | None:
+        """Name of the harness's results file, in the run folder, that a score is from; None where there is none."""
+        name = (row.model_extra or {}).get("source")
+        known = isinstance(name, str) and name == Path(name).name and (self.run / name).is_file()
+        return name if known else None
+
     @property
     def files(self) -> list[Path]:
         """The results and the recipe, as the card links to them."""
-        results = [*self.run.glob("scores.*.json"), *self.run.glob("serving*.json"), self.run / RECIPE]
+        results = {*self.run.glob("scores.*.json"), *self.run.glob("serving*.json"), self.run / RECIPE}
+        rows = [row for scores in self.scores.values() for row in scores.tasks.values()]
+        results |= {self.run / name for row in rows if (name := self.source(row))}
         return sorted(file for file in results if file.is_file())
 
 
