@@ -28,6 +28,7 @@ SOURCES = Path(__file__).resolve().parent.parent / "src" / "hmf"
 DOCUMENTED = {
     "accelerate": ("accelerate", "accelerate.utils"),
     "fla": ("fla.ops.gated_delta_rule", "fla.ops.simple_gla"),
+    "lm_eval": ("lm_eval", "lm_eval.tasks"),
     "peft": ("peft",),
     "torch": ("torch.",),
     "transformers": ("transformers", "transformers.utils"),

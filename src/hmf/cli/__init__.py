@@ -16,7 +16,7 @@ from typer.exceptions import TyperException
 
 import hmf
 from hmf import processors
-from hmf.cli import bench, data, machine, models, stages
+from hmf.cli import bench, data, harness, machine, models, stages
 from hmf.cli.shared import group
 from hmf.errors import HmfError, one_line
 
@@ -45,6 +45,7 @@ for commands in (stages, models, machine):
     app.add_typer(commands.app)
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")
+app.add_typer(harness.app, name="harness")
 
 
 def _print_version(asked: bool) -> None:

@@ -214,6 +214,11 @@ class Card:
             "in n and are not correct. Perplexity: of held-out text; lower is better. Every number links to its "
             "results file."
         )
+        if any(self.evidence.source(row) for found in scores.values() for row in found.tasks.values()):
+            legend += (
+                " A number that links to a file of lm-eval or NeMo Evaluator was measured by that harness; the scores "
+                "file has the metric and the settings."
+            )
         return "\n".join([*lines, legend, *card_suites(self.evidence, self._named, self.link)])
 
     def _models(self, scores: Mapping[str, Scores]) -> dict[str, str]:
@@ -234,7 +239,7 @@ class Card:
         name = next((name for name, found in files.items() if task in found.tasks), None)
         if name is None:
             return NOT_MEASURED
-        return task_cell(files[name].tasks[task], name, self.link)
+        return task_cell(files[name].tasks[task], name, self.link, self.evidence)
 
     def _text(self, files: Mapping[str, Scores]) -> str:
         name = next((name for name, found in files.items() if found.text), None)

@@ -17,7 +17,7 @@ from hmf import hub
 from hmf.config.runs import DistillRecipe, FinetuneRecipe, PrimeRecipe, read_recipe
 from hmf.config.strict import parse_sealed, parse_yaml
 from hmf.errors import HmfError
-from hmf.evaluation.results import Answered, Result, Scores, answers_of
+from hmf.evaluation.results import Answered, Result, Scores, TaskResult, answers_of
 from hmf.folders import ASSETS, EMBEDDED_TEACHER, RECIPE, is_place, reason
 
 MODEL = "model"
@@ -142,10 +142,18 @@ class Evidence:
         """Name of the base in the card's text."""
         return self.hub_name or (Path(self.base).name if self.base else "a Transformer that is not stated")
 
+    def source(self, row: TaskResult) -> str | None:
+        """Name of the harness's results file, in the run folder, that a score is from; None where there is none."""
+        name = (row.model_extra or {}).get("source")
+        known = isinstance(name, str) and name == Path(name).name and (self.run / name).is_file()
+        return name if known else None
+
     @property
     def files(self) -> list[Path]:
         """The files that the card links to: results and recipe."""
-        results = [*self.run.glob("scores.*.json"), *self.run.glob("serving*.json"), self.run / RECIPE]
+        results = {*self.run.glob("scores.*.json"), *self.run.glob("serving*.json"), self.run / RECIPE}
+        rows = [row for scores in self.scores.values() for row in scores.tasks.values()]
+        results |= {self.run / name for row in rows if (name := self.source(row))}
         return sorted(file for file in results if file.is_file())
 
 

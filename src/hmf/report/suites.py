@@ -153,7 +153,9 @@ def card_suites(
         yield f"\n### Suite: {suite}\n"
         keys = {key: task for found in files.values() for key, task in found.tasks.items()}
         if keys:
-            cells = [[task_cell(found.tasks.get(key), name, link) for name, found in files.items()] for key in keys]
+            cells = [
+                [task_cell(found.tasks.get(key), name, link, evidence) for name, found in files.items()] for key in keys
+            ]
             rows = [[title(key, task), *each] for (key, task), each in zip(keys.items(), cells, strict=True)]
             yield markdown(["Task", *titles], rows)
             yield "\n" + " ".join(f"{name}: {_how(found)}." for name, found in zip(titles, files.values(), strict=True))
@@ -186,15 +188,18 @@ def _how(found: Scores) -> str:
     return ", ".join(parts) or "the file states no settings"
 
 
-def task_cell(task: TaskResult | None, name: str, link: Callable[[str, str], str]) -> str:
-    """Score, n, interval, truncated answers and likelihood, as far as they were measured."""
+def task_cell(task: TaskResult | None, name: str, link: Callable[[str, str], str], evidence: Evidence) -> str:
+    """Score, n, interval, truncated answers and likelihood, as far as they were measured.
+
+    The score links to the file of the harness that it is from, or else to scores.`name`.json.
+    """
     if task is None:
         return MISSING
     low, high = task.interval
     parts = [f"n = {task.n:,}", f"{100 * low:.1f}–{100 * high:.1f}"]
     parts += [] if task.cut_off is None else [f"{task.cut_off} cut off"]
     parts += [] if task.likelihood is None else [f"log p {task.likelihood:.3f}"]
-    return f"{link(f'{100 * task.accuracy:.1f}', f'scores.{name}.json')} ({'; '.join(parts)})"
+    return f"{link(f'{100 * task.accuracy:.1f}', evidence.source(task) or f'scores.{name}.json')} ({'; '.join(parts)})"
 
 
 def _position_rows(files: Mapping[str, Scores], link: Callable[[str, str], str]) -> list[list[str]]:

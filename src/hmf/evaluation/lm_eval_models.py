@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""lm-eval's classes of models, made to count truncated answers and to refuse prompts that they would shorten."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
+
+from hmf.data.tokenizer import load_tokenizer
+from hmf.errors import HmfError, listed
+from hmf.evaluation.generation import generating
+from hmf.evaluation.lm_eval_suites import Options
+from hmf.model.checkpoint import load_config, load_model
+
+THINK_END = "</think>"
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names that tasks use
+DEFAULT_LIMIT = 256  # lm-eval's, of tasks that name none
+SECONDS = 3600  # for one answer of a server: a long one of a busy server takes its time
+
+
+def here(source: Path, chat: bool, options: Options) -> LocalModel:
+    """The checkpoint at `source`, loaded as `hmf evaluate` does."""
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise HmfError("--device cuda: PyTorch finds no GPU here; leave --device out")
+    dtype = options.dtype or ("auto" if device == "cuda" else "float32")
+    tokenizer = load_tokenizer(source)
+    if chat and not tokenizer.chat_template:
+        raise HmfError(f"{source}: the tokenizer has no chat template; --no-chat-template asks without one")
+    weights = dtype if dtype == "auto" else getattr(torch, dtype)
+    model = load_model(source, dtype=weights, generates=True).eval().to(device)
+    return LocalModel(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=options.batch_size,
+        chat_template_args={"enable_thinking": options.thinking} if chat else None,
+        think_end_token=THINK_END if chat and options.thinking else None,
+    )
+
+
+def served(source: Path, url: str, chat: bool, options: Options) -> ServedModel:
+    """The model of the server at `url`, with the tokenizer and the context length of the checkpoint at `source`."""
+    base = url.rstrip("/").removesuffix("/v1") + "/v1"
+    key = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY")
+    header = {"Authorization": f"Bearer {key}"} if key else {}
+    name, context = _served_name(source, url, base, header)
+    tokenizer = load_tokenizer(source)
+    given: dict[str, Any] = {
+        "model": name,
+        "num_concurrent": options.concurrency,
+        "seed": options.seed,
+        "timeout": SECONDS,
+        "header": header | {"Content-Type": "application/json"},
+        "eos_string": tokenizer.eos_token,
+        "max_length": context or load_config(source).max_position_embeddings,
+    }
+    if chat:
+        end = THINK_END if options.thinking else None
+        return ChatServer(options.thinking, base_url=f"{base}/chat/completions", think_end_token=end, **given)
+    return CompletionsServer(
+        base_url=f"{base}/completions",
+        tokenizer=str(source),
+        tokenizer_backend="huggingface",
+        batch_size=options.batch_size,
+        **given,
+    )
+
+
+def _served_name(source: Path, url: str, base: str, header: dict[str, str]) -> tuple[str, int | None]:
+    """The model's name on the server, and its most tokens where the server states them."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(f"{base}/models", headers=header), timeout=30) as answer:
+            models = {str(model["id"]): model.get("max_model_len") for model in json.load(answer)["data"]}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        why = " ".join(str(error).split())
+        raise HmfError(f"--url: {url}: {why}; is the server up? `hmf serve DIR` starts one") from None
+    if str(source) not in models and len(models) != 1:
+        raise HmfError(f"--url: {url} does not serve {source}; it serves {', '.join(models) or 'nothing'}")
+    return (str(source), models[str(source)]) if str(source) in models else next(iter(models.items()))
+
+
+class _Counted:
+    """Answers of each task: how many were asked for, and how many were cut off at the most tokens allowed."""
+
+    asked: Counter[str]
+    cut: Counter[str]
+
+    def __init__(self, **given: Any):
+        super().__init__(**given)
+        self.asked, self.cut, self._task = Counter(), Counter(), ""
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """One task after the other, so that what is counted is known to be of that task."""
+        answers = [""] * len(requests)
+        for task in dict.fromkeys(request.task_name for request in requests):
+            places = [index for index, request in enumerate(requests) if request.task_name == task]
+            self._task = task
+            self.asked[task] += len(places)
+            self.cut[task] += 0
+            for index in places:
+                self._require_room(requests[index])
+            made = super().generate_until([requests[index] for index in places], disable_tqdm)  # type: ignore[misc]
+            for index, answer in zip(places, made, strict=True):
+                answers[index] = answer
+        return answers
+
+    def loglikelihood(self, requests: Sequence[Any], **given: Any) -> Any:
+        self._task = listed(dict.fromkeys(request.task_name for request in requests))
+        return super().loglikelihood(requests, **given)  # type: ignore[misc]
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **given: Any) -> Any:
+        for _, context, continuation in requests:
+            if len(context) + len(continuation) > self.max_length + 1:  # type: ignore[attr-defined]
+                self._refuse(len(context), len(continuation))
+        return super()._loglikelihood_tokens(requests, **given)  # type: ignore[misc]
+
+    def _require_room(self, request: Any) -> None:
+        prompt, settings = request.args[:2]
+        limit = next((settings[name] for name in LIMITS if name in settings), DEFAULT_LIMIT)
+        tokens = len(self.tok_encode(prompt))  # type: ignore[attr-defined]
+        if tokens + limit > self.max_length:  # type: ignore[attr-defined]
+            self._refuse(tokens, limit)
+
+    def _refuse(self, prompt: int, answer: int) -> None:
+        raise HmfError(
+            f"--tasks: {self._task}: a prompt of {prompt} tokens and an answer of {answer} do not "
+            f"fit in {self.max_length}, the most of the model; leave the task out, or lower --max-new-tokens or --shots"  # type: ignore[attr-defined]
+        )
+
+
+class LocalModel(_Counted, HFLM):
+    """A model here."""
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **given: Any) -> torch.Tensor:
+        with generating(self.model):
+            tokens: torch.Tensor = super()._model_generate(context, max_length, stop, **given)
+        configured = self.model.generation_config.eos_token_id
+        ends = set(configured if isinstance(configured, list) else [configured])
+        for row in tokens[:, context.shape[1] :].tolist():
+            text = self.tokenizer.decode(row)
+            self.cut[self._task] += ends.isdisjoint(row) and not any(end in text for end in stop)
+        return tokens
+
+
+class _Served(_Counted):
+    def parse_generations(self, outputs: Any, **given: Any) -> list[str | None]:
+        for output in outputs if isinstance(outputs, list) else [outputs]:
+            self.cut[self._task] += sum(choice["finish_reason"] == "length" for choice in output["choices"])
+        texts: list[str | None] = super().parse_generations(outputs=outputs, **given)  # type: ignore[misc]
+        return texts
+
+
+class CompletionsServer(_Served, LocalCompletionsAPI):
+    """A server's completions: prompts are sent as tokens, without a chat template."""
+
+
+class ChatServer(_Served, LocalChatCompletion):
+    """A server's chat completions: the server applies its chat template, and refuses what is too long."""
+
+    def __init__(self, thinking: bool, **given: Any):
+        super().__init__(**given)
+        self.thinking = thinking
+
+    def _require_room(self, request: Any) -> None:
+        """Tokens are counted by the server."""
+
+    def _create_payload(self, *args: Any, **given: Any) -> dict[str, Any]:
+        payload: dict[str, Any] = super()._create_payload(*args, **given)
+        return payload | {"chat_template_kwargs": {"enable_thinking": self.thinking}}
+
+    def loglikelihood(self, requests: Sequence[Any], **given: Any) -> Any:
+        raise HmfError(
+            f"--tasks: {requests[0].task_name}: compares likelihoods, which chat servers do not give; "
+            "--no-chat-template asks for completions"
+        )
+
+
+ServedModel = CompletionsServer | ChatServer

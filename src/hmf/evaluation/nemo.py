@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results of NeMo-Skills, as NeMo Evaluator writes them (results.yml), or as they are (metrics.json), and the command.
+
+Both hold task -> metric -> score -> number; in results.yml "pass@1" is written "pass_at_1". Shares are percentages.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hmf.errors import HmfError
+from hmf.evaluation.results import wilson
+from hmf.folders import ASSETS
+
+CONFIG = "recipes/evaluation/nemo.yaml"
+# The score of each benchmark in the card's table.
+SCORES = {
+    "aime24": "symbolic_correct",
+    "aime25": "symbolic_correct",
+    "gpqa": "symbolic_correct",
+    "livecodebench": "accuracy",
+    "ifbench": "average_score",
+    "scicode": "subtask_accuracy",
+    "bfcl_v3": "accuracy",
+}
+OVERALL = {"bfcl_v3": "overall_accuracy"}  # its own metric, for all others it is that of the answers
+PASS = re.compile(r"pass(?:@|_at_)1(?:[\[_]avg-of-(\d+)\]?)?")  # mean of one answer, or of several
+BFCL4 = "bfcl_v4"
+# The categories of BFCL v4 (Patil et al., 2025) but for web search, which needs a key of a search engine. The one for
+# the format of prompts repeats entries of others and is no part of the benchmark's score.
+CATEGORIES = (
+    "simple_python",
+    "simple_java",
+    "simple_javascript",
+    "parallel",
+    "multiple",
+    "parallel_multiple",
+    "irrelevance",
+    "live_simple",
+    "live_multiple",
+    "live_parallel",
+    "live_parallel_multiple",
+    "live_relevance",
+    "live_irrelevance",
+    "multi_turn_base",
+    "multi_turn_miss_func",
+    "multi_turn_miss_param",
+    "multi_turn_long_context",
+    "memory_kv",
+    "memory_vector",
+    "memory_rec_sum",
+)
+Numbers = dict[str, Any]  # by score
+Row = dict[str, Any]
+
+
+def command(model: str, url: str, output: Path) -> str:
+    """The command line that runs the card's table on the server at `url`, which serves `model`."""
+    endpoint = url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
+    return shlex.join(
+        [
+            "nemo-evaluator-launcher",
+            "run",
+            "--config",
+            str(ASSETS / CONFIG),
+            "-o",
+            f"target.api_endpoint.model_id={model}",
+            "-o",
+            f"target.api_endpoint.url={endpoint}",
+            "-o",
+            f"execution.output_dir={output}",
+        ]
+    )
+
+
+def is_nemo(content: Mapping[str, Any]) -> bool:
+    """Whether a file is NeMo Evaluator's or NeMo-Skills': lm-eval's holds one mapping for each task in results."""
+    if "results" in content:
+        results = content["results"]
+        return isinstance(results, dict) and "n-samples" not in content and bool({"tasks", "groups"} & results.keys())
+    return bool(content) and all(
+        isinstance(metrics, dict) and metrics and all(isinstance(scores, dict) for scores in metrics.values())
+        for metrics in content.values()
+    )
+
+
+def read(file: Path, content: Mapping[str, Any]) -> tuple[dict[str, Row], dict[str, Row], Row, dict[str, str]]:
+    """Rows of tasks, other measures, settings and versions."""
+    if "results" not in content:
+        rows, measures = _rows(file, content)
+        return rows, measures, {}, {}
+    config, target, metadata = (_mapping(file, content, key) for key in ("config", "target", "metadata"))
+    found = dict(_flatten(file, "results", content["results"]))
+    if not found:
+        raise HmfError(f"{file}: results: holds no metric; run the task again")
+    kind = str(config.get("type", ""))
+    # Other harnesses of NeMo Evaluator give shares or percentages, each as it likes.
+    rows, measures = _rows(file, found) if kind.startswith("ns_") else ({}, _measures(found))
+    settings = {"type": kind, **(config.get("params") or {}), **{f"target.{k}": v for k, v in target.items()}}
+    versions = {str(name): str(version) for name, version in (metadata.get("versioning") or {}).items()}
+    return rows, measures, settings, versions
+
+
+def _mapping(file: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = content.get(key, {} if key == "metadata" else None)
+    if not isinstance(value, dict):  # target is the last key that NeMo Evaluator writes: with it, results are whole
+        raise HmfError(f"{file}: {key}: is missing, or no mapping; give a whole results file")
+    return value
+
+
+def _flatten(file: Path, place: str, node: Any) -> Iterator[tuple[str, dict[str, Numbers]]]:
+    """task -> metric -> score -> number, of the nested tasks and groups of results.yml."""
+    if not isinstance(node, dict):
+        raise HmfError(f"{file}: {place}: is no mapping; give a whole results file")
+    for section in ("tasks", "groups"):
+        for name, part in (node.get(section) or {}).items():
+            where = f"{place}.{section}.{name}"
+            yield from _flatten(file, where, part)
+            metrics: dict[str, Numbers] = {}
+            for metric, scored in (part.get("metrics") or {}).items():
+                try:
+                    scores = scored["scores"]
+                    metrics[metric] = {score: entry["value"] for score, entry in scores.items()}
+                    counts = {(entry.get("stats") or {}).get("count") for entry in scores.values()} - {None}
+                except (TypeError, KeyError, AttributeError):
+                    raise HmfError(
+                        f"{file}: {where}.metrics.{metric}: needs scores with a value each; run the task again"
+                    ) from None
+                if len(counts) == 1:
+                    metrics[metric].setdefault("num_entries", counts.pop())
+            if metrics:
+                yield name, metrics
+
+
+def _rows(file: Path, found: Mapping[str, Mapping[str, Numbers]]) -> tuple[dict[str, Row], dict[str, Row]]:
+    rows: dict[str, Row] = {}
+    parts = {name: re.sub(rf"^{BFCL4}[._]", "", name) for name in found if re.match(rf"{BFCL4}[._]", name)}
+    if parts or BFCL4 in found:
+        rows[BFCL4] = _weighted(file, {part: found[name] for name, part in parts.items()})
+        rows[BFCL4]["others"] = {name: dict(found[name]) for name in (BFCL4, *parts) if name in found}
+    for task, score in SCORES.items():
+        if task in found:
+            metric, repeats = (OVERALL[task], 1) if task in OVERALL else _pass(file, task, found[task])
+            rows[task] = _row(file, task, metric, score, found[task]) | {"repeats": repeats}
+            rows[task]["others"] = dict(found[task])
+    known = {*rows, *parts}
+    return rows, _measures({task: metrics for task, metrics in found.items() if task not in known})
+
+
+def _measures(found: Mapping[str, Mapping[str, Numbers]]) -> dict[str, Row]:
+    return {task: {"harness": "nemo", "metrics": dict(metrics)} for task, metrics in found.items()}
+
+
+def _pass(file: Path, task: str, metrics: Mapping[str, Numbers]) -> tuple[str, int]:
+    """The metric of single answers, of the most answers for each prompt, and how many these are."""
+    known = [(int(match[1] or 1), name) for name in metrics if (match := PASS.fullmatch(name))]
+    if not known:
+        raise HmfError(f"{file}: {task}: has no metric pass@1; it has {', '.join(metrics)}; run the task again")
+    repeats, metric = max(known)
+    return metric, repeats
+
+
+def _number(file: Path, task: str, metric: str, score: str, metrics: Mapping[str, Numbers], fix: str) -> float:
+    scores = metrics.get(metric)
+    value = scores.get(score) if isinstance(scores, dict) else None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
+        what = "is missing" if value is None else f"{value!r} is no number from 0"
+        raise HmfError(f"{file}: {task}.{metric}.{score}: {what}; {fix}")
+    return float(value)
+
+
+def _row(file: Path, task: str, metric: str, score: str, metrics: Mapping[str, Numbers]) -> Row:
+    percent = _number(file, task, metric, score, metrics, "run the task again")
+    if percent > 100:
+        raise HmfError(f"{file}: {task}.{metric}.{score}: {percent} is no percentage; run the task again")
+    counted = "give NeMo-Skills' metrics.json of the same run, which counts them"
+    n = int(_number(file, task, metric, "num_entries", metrics, counted))
+    if n < 1:
+        raise HmfError(f"{file}: {task}.{metric}.num_entries: {n} is less than 1; run the task again")
+    return {
+        "task": task,
+        "accuracy": percent / 100,
+        "n": n,
+        "truncated": None,
+        "interval": wilson(percent / 100, n),
+        "metric": f"{metric}/{score}",
+        "filter": "none",
+        "stderr": None,
+        "harness": "nemo",
+    }
+
+
+def _weighted(file: Path, found: Mapping[str, Mapping[str, Numbers]]) -> Row:
+    """BFCL v4 without web search: each category weighs as much as it has entries. All of them are needed."""
+    if missing := [name for name in CATEGORIES if name not in found]:
+        raise HmfError(
+            f"{file}: {BFCL4}.{missing[0]}: is missing, and {len(missing)} of {len(CATEGORIES)} categories in all; "
+            "run the rest, or give NeMo-Skills' metrics.json, which has each category"
+        )
+    rows, repeats = [], set()
+    for name in CATEGORIES:
+        metric, answers = _pass(file, f"{BFCL4}.{name}", found[name])
+        rows.append(_row(file, f"{BFCL4}.{name}", metric, "accuracy", found[name]))
+        repeats.add(answers)
+    if len(repeats) > 1:
+        counts = " and ".join(map(str, sorted(repeats)))
+        raise HmfError(f"{file}: {BFCL4}: categories have {counts} answers for each entry; run the unfinished ones")
+    n = sum(row["n"] for row in rows)
+    accuracy = sum(row["accuracy"] * row["n"] for row in rows) / n
+    return rows[0] | {
+        "task": BFCL4,
+        "accuracy": accuracy,
+        "n": n,
+        "interval": wilson(accuracy, n),
+        "repeats": repeats.pop(),
+        "metric": "accuracy of all categories but web search, weighted by entries",
+    }
