@@ -65,7 +65,7 @@ def main() -> None:
         for column in columns:
             asked, title = samples[column], f"{way}: {column[0]} {column[1]}"
             answers = generate_answers(model, tokenizer, asked, given.batch_size, 64, title, compose)
-            right = [sample.is_correct(text) for sample, (text, _) in zip(asked, answers, strict=True)]
+            right = [sample.is_correct(answer.text) for sample, answer in zip(asked, answers, strict=True)]
             cells.append(cell(right, given.samples))
         print(f"| {way} | " + " | ".join(cells) + " |", flush=True)
     print(f"\n{len(given.seeds)} x {given.samples} prompts a cell, chunks of up to {given.chunk} tokens.")

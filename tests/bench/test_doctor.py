@@ -181,7 +181,7 @@ def test_a_kernel_that_kills_its_process_is_a_finding(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     report = doctor.examine()
     problems = {check.device: check.problem for check in report.checks}
-    assert problems["cpu"] is None and "has died" in problems["cuda"] and not report.passed
+    assert problems["cpu"] is None and "GPU kernels died" in problems["cuda"] and not report.passed
 
 
 def test_every_op_has_a_sample():

@@ -55,8 +55,8 @@ class TestInput:
         ("arguments", "line"),
         [
             (["--context", "64"], "--context: '64'"),
-            (["--batched-tokens", "4"], "--batched-tokens: 4 leaves none"),
-            (["--context", "5000:1"], "max_position_embeddings 4,096; ask for fewer"),
+            (["--batched-tokens", "4"], "--batched-tokens: 4 leaves no tokens"),
+            (["--context", "5000:1"], "4,096; give fewer"),
             (["--ratio", "0.5", "--pattern", "*-GDN"], "at most one of --ratio and --pattern"),
             (["BASE"], "a model is named twice"),
             (["--json-file", "nowhere/rows.json"], "--json-file: nowhere: no such directory"),

@@ -349,5 +349,5 @@ def test_answers_on_composed_prompts():
     made = (tasks.sample("recall", seed, tokenizer, 216, thinking=False) for seed in itertools.count())
     early = [next(sample for sample in made if sample.answer in sample.messages[0]["content"][:60])]
     for keys, right in (("concatenated", True), ("sliding", False)):
-        (answer, _), *_ = generate_answers(model, tokenizer, early, compose=Composition(keys, chunk=48, tail=32))
-        assert early[0].is_correct(answer) == right
+        answer, *_ = generate_answers(model, tokenizer, early, compose=Composition(keys, chunk=48, tail=32))
+        assert early[0].is_correct(answer.text) == right

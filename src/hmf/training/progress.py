@@ -51,6 +51,8 @@ class ProgressLine(TrainerCallback):
         self.first_step, self.started, self.printed = state.global_step, time.perf_counter(), time.perf_counter()
         if not state.is_world_process_zero:
             return
+        if args.device.type == "cuda":
+            say(f"{self.title}: the first step compiles GPU kernels; on a new machine this takes minutes")
         if sys.stderr.isatty():
             from tqdm.auto import tqdm
 
