@@ -209,7 +209,7 @@ def test_epochs_are_planned_as_the_steps_that_they_come_to(tmp_path, monkeypatch
     assert plan().training.steps == -(-2 * (rows - 10) // 8) and plan().tokens == plan().training.steps * 8 * 32
     (tmp_path / "data.yaml").unlink()
     (tmp_path / "rows").rename(tmp_path / "elsewhere")
-    with pytest.raises(HmfError, match="is not there, and no recipe beside this one makes it"):
+    with pytest.raises(HmfError, match="does not exist, and no recipe in or beside this folder makes it"):
         plan()
     pairs = {"data": None, "pairs": {"path": "pairs.jsonl", "sequence_length": 64}, "method": "dpo"}
     (tmp_path / "stage2.yaml").write_text(yaml.safe_dump(stage2 | pairs))

@@ -184,7 +184,7 @@ def test_a_resumed_run_evaluates_the_same_and_other_rows_are_refused(hybrid, tmp
     weights, log = cutting.result(run, "stage2", "model")
     for folder in ("model", "checkpoints/checkpoint-4"):
         shutil.rmtree(run / folder)
-    with pytest.raises(HmfError, match="the run began with other data than there is now"):
+    with pytest.raises(HmfError, match="the data changed since the run began"):
         tuned(hybrid, run, data, EVAL | {"eval_rows": 2})
     tuned(hybrid, run, data, EVAL)
     again, again_log = cutting.result(run, "stage2", "model")
