@@ -268,7 +268,7 @@ def test_cache_refuses_what_it_cannot_do(case):
     cache = model(ids, use_cache=True).past_key_values
     with pytest.raises(HmfError, match="rolled back"):
         cache.crop(-2)
-    with pytest.raises(HmfError, match="past_key_values: has 2 layers, the model 3"):
+    with pytest.raises(HmfError, match="past_key_values: the cache has 2 layers and the model has 3"):
         tiny_hybrid(case, "X-*-X")(ids, past_key_values=cache)
     with pytest.raises(HmfError, match="another model filled the cache"):
         tiny_hybrid(case, "X-X")(ids, past_key_values=cache)

@@ -32,16 +32,16 @@ def rows(subjects: Sequence[Subject], measured: Sequence[Measured | None], run: 
     result = []
     for index, asked in enumerate(run.loads):
         first: dict[str, Any] | None = None
-        for one, found in zip(subjects, measured, strict=False):
-            if found is None:
+        for one, measurement in zip(subjects, measured, strict=False):
+            if measurement is None:
                 continue
             load = one.loads[index]
             prefilled = load.prefilled or load.sequences
-            decode = run.output * load.sequences / min(found.decode[index])
+            decode = run.output * load.sequences / min(measurement.decode[index])
             share = None
-            if one.plan and found.copy_rate:
+            if one.plan and measurement.copy_rate:
                 read = one.plan.step_bytes(load.sequences, load.tokens + run.output // 2)
-                share = decode / load.sequences * read / found.copy_rate
+                share = decode / load.sequences * read / measurement.copy_rate
             row: dict[str, Any] = {
                 "model": one.name,
                 "kind": one.kind,
@@ -50,18 +50,18 @@ def rows(subjects: Sequence[Subject], measured: Sequence[Measured | None], run: 
                 "filled": not asked.sequences,
                 "prefilled_sequences": prefilled,
                 "output": run.output,
-                "prefill_seconds": found.prefill[index],
-                "decode_seconds": found.decode[index],
-                "ttft_seconds": found.ttft[index],
-                "prefill_tokens_per_second": load.tokens * prefilled / min(found.prefill[index]),
-                "mean_ttft": min(found.ttft[index]),
+                "prefill_seconds": measurement.prefill[index],
+                "decode_seconds": measurement.decode[index],
+                "ttft_seconds": measurement.ttft[index],
+                "prefill_tokens_per_second": load.tokens * prefilled / min(measurement.prefill[index]),
+                "mean_ttft": min(measurement.ttft[index]),
                 "decode_tokens_per_second": decode,
                 "bound_share": share,
-                "capacity_tokens": found.capacity,
-                "copy_bytes_per_second": found.copy_rate,
-                "start_seconds": found.start,
-                "cuda_graphs": found.cuda_graphs,
-                "backends": found.backends,
+                "capacity_tokens": measurement.capacity,
+                "copy_bytes_per_second": measurement.copy_rate,
+                "start_seconds": measurement.start,
+                "cuda_graphs": measurement.cuda_graphs,
+                "backends": measurement.backends,
             }
             if one is subjects[0]:
                 first = row

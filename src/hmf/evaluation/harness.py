@@ -124,8 +124,8 @@ def write_scores(run: Path, name: str, suite: str, files: Sequence[Path]) -> Pat
         reading, data = read_results(file), _bytes(file)
         source = copy_name(reading.harness, name, data, file.suffix)
         copies[source] = data
-        for section, found in (("tasks", reading.tasks), ("measures", reading.measures)):
-            for key, row in found.items():
+        for section, rows in (("tasks", reading.tasks), ("measures", reading.measures)):
+            for key, row in rows.items():
                 if (other := origin.setdefault(f"{section}.{key}", file)) != file:
                     raise HmfError(f"{file}: {key}: is also in {other}; give one of the two")
                 scores[section][key] = row | {"source": source}
@@ -136,7 +136,7 @@ def write_scores(run: Path, name: str, suite: str, files: Sequence[Path]) -> Pat
         if reading.measures:
             notice(f"{file}: kept under measures and not shown in tables: {listed(reading.measures)}")
     used = {row["source"] for section in ("tasks", "measures") for row in scores[section].values()}
-    scores["settings"] = {source: found for source, found in scores["settings"].items() if source in used}
+    scores["settings"] = {source: one for source, one in scores["settings"].items() if source in used}
     from hmf.training.checkpoints import replace_text  # imports torch
 
     try:
@@ -183,11 +183,11 @@ def _existing(target: Path) -> dict[str, Any]:
     return content
 
 
-def _lm_eval(file: Path, found: _LmEval) -> Reading:
+def _lm_eval(file: Path, report: _LmEval) -> Reading:
     reading = Reading("lm-eval")
-    for task, values in found.results.items():
+    for task, values in report.results.items():
         metrics = dict(_metrics(file, task, values))
-        better = found.higher_is_better.get(task, {})
+        better = report.higher_is_better.get(task, {})
         shares = [
             key
             for key, (value, _) in metrics.items()
@@ -198,16 +198,16 @@ def _lm_eval(file: Path, found: _LmEval) -> Reading:
         chosen = lengths or [headline if headline in shares else key for key in shares[:1]]
         common = {
             "harness": "lm-eval",
-            "version": found.versions.get(task),
-            "shots": found.shots.get(task),
-            "truncated": found.truncated.get(task),
+            "version": report.versions.get(task),
+            "shots": report.shots.get(task),
+            "truncated": report.truncated.get(task),
         }
         for metric, filtered in chosen:
             value, stderr = metrics[metric, filtered]
-            n = _prompts(file, found, task, metric)
+            n = _prompts(file, report, task, metric)
             others = {",".join(key): number for key, (number, _) in metrics.items() if key not in chosen}
             row = {"task": task, "accuracy": value, "n": n, "metric": metric, "filter": filtered, "stderr": stderr}
-            row["interval"] = _interval(value, n, stderr if task in found.group_subtasks else None)
+            row["interval"] = _interval(value, n, stderr if task in report.group_subtasks else None)
             if metric.isdecimal():
                 row["length"] = int(metric)
             key = f"{task}@{metric}" if metric.isdecimal() else task
@@ -216,8 +216,8 @@ def _lm_eval(file: Path, found: _LmEval) -> Reading:
             reading.measures[task] = common | {",".join(key): value for key, (value, _) in metrics.items()}
     if not reading.tasks and not reading.measures:
         raise HmfError(f"{file}: results: holds no metric; run the harness again")
-    reading.settings = {key: value for key, value in {**found.config, **found.hmf}.items() if value is not None}
-    stated = {"lm_eval": found.lm_eval_version, "transformers": found.transformers_version}
+    reading.settings = {key: value for key, value in {**report.config, **report.hmf}.items() if value is not None}
+    stated = {"lm_eval": report.lm_eval_version, "transformers": report.transformers_version}
     reading.versions = {package: version for package, version in stated.items() if version}
     return reading
 
@@ -239,18 +239,20 @@ def _metrics(
             yield (metric, filtered), (float(value), error)
 
 
-def _prompts(file: Path, found: _LmEval, task: str, metric: str) -> int:
+def _prompts(file: Path, report: _LmEval, task: str, metric: str) -> int:
     """How many prompts a metric of a task is the mean of; of a group, those of its tasks that have this metric."""
-    if parts := found.group_subtasks.get(task):
-        having = [part for part in parts if any(key.partition(",")[0] == metric for key in found.results.get(part, {}))]
-        return sum(_prompts(file, found, part, metric) for part in having or parts)
-    if task not in found.samples:
+    if parts := report.group_subtasks.get(task):
+        having = [
+            part for part in parts if any(key.partition(",")[0] == metric for key in report.results.get(part, {}))
+        ]
+        return sum(_prompts(file, report, part, metric) for part in having or parts)
+    if task not in report.samples:
         raise HmfError(f"{file}: n-samples.{task}: is missing; give a whole results file of lm-eval")
-    n = found.samples[task].effective
+    n = report.samples[task].effective
     if not metric.isdecimal():
         return n
-    lengths = (found.configs.get(task, {}).get("metadata") or {}).get("max_seq_lengths") or [int(metric)]
-    if len(lengths) > 1 and (found.config.get("limit") is not None or n % len(lengths)):
+    lengths = (report.configs.get(task, {}).get("metadata") or {}).get("max_seq_lengths") or [int(metric)]
+    if len(lengths) > 1 and (report.config.get("limit") is not None or n % len(lengths)):
         raise HmfError(
             f"{file}: config.limit: how many of {n} prompts are of each of {len(lengths)} lengths is not known; "
             f"run {task} without a limit, or one length at a time"

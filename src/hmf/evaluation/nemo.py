@@ -94,12 +94,12 @@ def read(file: Path, content: Mapping[str, Any]) -> tuple[dict[str, Row], dict[s
         rows, measures = _rows(file, content)
         return rows, measures, {}, {}
     config, target, metadata = (_mapping(file, content, key) for key in ("config", "target", "metadata"))
-    found = dict(_flatten(file, "results", content["results"]))
-    if not found:
+    results = dict(_flatten(file, "results", content["results"]))
+    if not results:
         raise HmfError(f"{file}: results: holds no metric; run the task again")
     kind = str(config.get("type", ""))
     # Other harnesses of NeMo Evaluator give shares or percentages, each as it likes.
-    rows, measures = _rows(file, found) if kind.startswith("ns_") else ({}, _measures(found))
+    rows, measures = _rows(file, results) if kind.startswith("ns_") else ({}, _measures(results))
     settings = {"type": kind, **(config.get("params") or {}), **{f"target.{k}": v for k, v in target.items()}}
     versions = {str(name): str(version) for name, version in (metadata.get("versioning") or {}).items()}
     return rows, measures, settings, versions
@@ -136,23 +136,23 @@ def _flatten(file: Path, place: str, node: Any) -> Iterator[tuple[str, dict[str,
                 yield name, metrics
 
 
-def _rows(file: Path, found: Mapping[str, Mapping[str, Numbers]]) -> tuple[dict[str, Row], dict[str, Row]]:
+def _rows(file: Path, results: Mapping[str, Mapping[str, Numbers]]) -> tuple[dict[str, Row], dict[str, Row]]:
     rows: dict[str, Row] = {}
-    parts = {name: re.sub(rf"^{BFCL4}[._]", "", name) for name in found if re.match(rf"{BFCL4}[._]", name)}
-    if parts or BFCL4 in found:
-        rows[BFCL4] = _weighted(file, {part: found[name] for name, part in parts.items()})
-        rows[BFCL4]["others"] = {name: dict(found[name]) for name in (BFCL4, *parts) if name in found}
+    parts = {name: re.sub(rf"^{BFCL4}[._]", "", name) for name in results if re.match(rf"{BFCL4}[._]", name)}
+    if parts or BFCL4 in results:
+        rows[BFCL4] = _weighted(file, {part: results[name] for name, part in parts.items()})
+        rows[BFCL4]["others"] = {name: dict(results[name]) for name in (BFCL4, *parts) if name in results}
     for task, score in SCORES.items():
-        if task in found:
-            metric, repeats = (OVERALL[task], 1) if task in OVERALL else _pass(file, task, found[task])
-            rows[task] = _row(file, task, metric, score, found[task]) | {"repeats": repeats}
-            rows[task]["others"] = dict(found[task])
+        if task in results:
+            metric, repeats = (OVERALL[task], 1) if task in OVERALL else _pass(file, task, results[task])
+            rows[task] = _row(file, task, metric, score, results[task]) | {"repeats": repeats}
+            rows[task]["others"] = dict(results[task])
     known = {*rows, *parts}
-    return rows, _measures({task: metrics for task, metrics in found.items() if task not in known})
+    return rows, _measures({task: metrics for task, metrics in results.items() if task not in known})
 
 
-def _measures(found: Mapping[str, Mapping[str, Numbers]]) -> dict[str, Row]:
-    return {task: {"harness": "nemo", "metrics": dict(metrics)} for task, metrics in found.items()}
+def _measures(results: Mapping[str, Mapping[str, Numbers]]) -> dict[str, Row]:
+    return {task: {"harness": "nemo", "metrics": dict(metrics)} for task, metrics in results.items()}
 
 
 def _pass(file: Path, task: str, metrics: Mapping[str, Numbers]) -> tuple[str, int]:
@@ -194,17 +194,17 @@ def _row(file: Path, task: str, metric: str, score: str, metrics: Mapping[str, N
     }
 
 
-def _weighted(file: Path, found: Mapping[str, Mapping[str, Numbers]]) -> Row:
+def _weighted(file: Path, results: Mapping[str, Mapping[str, Numbers]]) -> Row:
     """BFCL v4 without web search: each category weighs as much as it has entries. All of them are needed."""
-    if missing := [name for name in CATEGORIES if name not in found]:
+    if missing := [name for name in CATEGORIES if name not in results]:
         raise HmfError(
             f"{file}: {BFCL4}.{missing[0]}: is missing, and {len(missing)} of {len(CATEGORIES)} categories in all; "
             "run the rest, or give NeMo-Skills' metrics.json, which has each category"
         )
     rows, repeats = [], set()
     for name in CATEGORIES:
-        metric, answers = _pass(file, f"{BFCL4}.{name}", found[name])
-        rows.append(_row(file, f"{BFCL4}.{name}", metric, "accuracy", found[name]))
+        metric, answers = _pass(file, f"{BFCL4}.{name}", results[name])
+        rows.append(_row(file, f"{BFCL4}.{name}", metric, "accuracy", results[name]))
         repeats.add(answers)
     if len(repeats) > 1:
         counts = " and ".join(map(str, sorted(repeats)))

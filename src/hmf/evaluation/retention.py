@@ -62,10 +62,10 @@ class Draw:
 
     def words(self, count: int) -> list[str]:
         """Different made-up words."""
-        found: dict[str, None] = {}
-        while len(found) < count:
-            found[phrases.word(self.rng)] = None
-        return list(found)
+        words: dict[str, None] = {}
+        while len(words) < count:
+            words[phrases.word(self.rng)] = None
+        return list(words)
 
     def numbers(self, count: int, digits: int = 5) -> list[str]:
         """Different numbers."""
@@ -124,8 +124,8 @@ def all_of(answers: list[str]) -> Check:
 
 def unfenced(text: str) -> str:
     """Without a code fence around all of it, and without blanks at the ends of its lines."""
-    found = re.fullmatch(r"```[^\n]*\n(.*)\n```", text.strip(), re.DOTALL)
-    return "\n".join(line.rstrip() for line in (found[1] if found else text).strip().split("\n"))
+    fenced = re.fullmatch(r"```[^\n]*\n(.*)\n```", text.strip(), re.DOTALL)
+    return "\n".join(line.rstrip() for line in (fenced[1] if fenced else text).strip().split("\n"))
 
 
 # ---- tasks
@@ -245,13 +245,13 @@ def arithmetic(draw: Draw) -> Problem:
 def tool_schema(draw: Draw) -> Problem:
     """Four tools are offered; the request fits one of them and gives a value for each of its parameters."""
     offered = [_tool(draw, name) for name in draw.words(4)]
-    wanted = draw.rng.choice(offered)
-    properties = wanted["parameters"]["properties"]
+    tool = draw.rng.choice(offered)
+    properties = tool["parameters"]["properties"]
     arguments = {name: _value(draw, schema) for name, schema in properties.items()}
     given = "; ".join(f"{name}: {_spoken(value)}" for name, value in arguments.items())
-    call = {"name": wanted["name"], "arguments": arguments}
+    call = {"name": tool["name"], "arguments": arguments}
     return Problem(
-        question=f"{wanted['description']} Use these values. {given}.",
+        question=f"{tool['description']} Use these values. {given}.",
         answer=f"<tool_call>\n{json.dumps(call)}\n</tool_call>",
         check=lambda text: list(map(_typed, _calls(text))) == [_typed(call)],
         tools=[{"type": "function", "function": tool} for tool in offered],

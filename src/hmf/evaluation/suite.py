@@ -115,26 +115,26 @@ class Store:
         if self.home is None or not (file := self.home / f"{key}.jsonl").is_file():
             return []
         wanted = {prompt.index: prompt.sha256 for prompt in prompts}
-        found = read_answers(file)
-        if other := [one.index for one in found if wanted.get(one.index, one.prompt_sha256) != one.prompt_sha256]:
+        answers = read_answers(file)
+        if other := [one.index for one in answers if wanted.get(one.index, one.prompt_sha256) != one.prompt_sha256]:
             raise HmfError(
                 f"{file}: its answer {other[0]} is to another prompt than there is now; --restart begins anew"
             )
         # Without what a command that was stopped left unfinished; later lines are put behind these.
-        lines = "".join(f"{one.model_dump_json()}\n" for one in found)
+        lines = "".join(f"{one.model_dump_json()}\n" for one in answers)
         if lines != file.read_text(encoding="utf-8"):
             replace_text(file, lines)
-        return [one for one in found if one.index in wanted]
+        return [one for one in answers if one.index in wanted]
 
     def add(self, key: str, one: Answered) -> None:
         if self.home is not None:
             with (self.home / f"{key}.jsonl").open("a", encoding="utf-8") as out:
                 out.write(f"{one.model_dump_json()}\n")
 
-    def save(self, **found: Any) -> None:
+    def save(self, **results: Any) -> None:
         """Puts results beside those that the file of scores holds already."""
         merged = {**self.about, "tasks": {}, **self.scores}
-        for key, value in found.items():
+        for key, value in results.items():
             both = isinstance(value, dict) and isinstance(merged.get(key), dict)
             merged[key] = {**merged[key], **value} if both else value
         for key in merged["tasks"].keys() & merged.get("not_measured", {}).keys():
@@ -145,14 +145,14 @@ class Store:
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    found = []
+    changes = []
     for section in (now.keys() | before.keys()) - set(FREE):
         old, new = before.get(section), now.get(section)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _changes(old, new)
+            changes += _changes(old, new)
         elif old != new:
-            found.append(f"{section} was {old}, is now {new}")
-    return sorted(found)
+            changes.append(f"{section} was {old}, is now {new}")
+    return sorted(changes)
 
 
 def run(plan: Plan, prompter: Prompter, engine: Engine, store: Store) -> None:

@@ -223,24 +223,24 @@ def figures(plan: Plan, context: int) -> dict[str, Any]:
 
 def rows(plan: Plan, context: int) -> dict[str, str]:
     """The column that `hmf plan` prints for one plan, by row name; bytes are summed over all GPUs."""
-    found = figures(plan, context)
-    fit, prefix = found["sequences"], found["smallest_prefix_tokens"]
+    numbers = figures(plan, context)
+    fit, prefix = numbers["sequences"], numbers["smallest_prefix_tokens"]
 
     def rate(value: float | None) -> str:
         return "none fits" if value is None else f"{value:,.0f} tokens/s"
 
     return {
-        "weights": size_of(found["weight_bytes"]),
-        "room for caches": size_of(found["cache_bytes"]),
-        "keys and values of a sequence": size_of(found["kv_bytes_per_sequence"]),
-        "states of a sequence": size_of(found["state_bytes_per_sequence"]),
-        "cache block": f"{found['block_tokens']} tokens",
+        "weights": size_of(numbers["weight_bytes"]),
+        "room for caches": size_of(numbers["cache_bytes"]),
+        "keys and values of a sequence": size_of(numbers["kv_bytes_per_sequence"]),
+        "states of a sequence": size_of(numbers["state_bytes_per_sequence"]),
+        "cache block": f"{numbers['block_tokens']} tokens",
         "smallest cacheable prefix": f"{prefix} tokens" if prefix else "not cached",
-        "cache capacity": f"{found['cache_tokens']:,} tokens",
-        "sequences that fit": f"{fit:,}" if fit else f"0, longest: {found['longest_tokens']:,} tokens",
-        "largest safe CUDA graph": f"{found['cuda_graph_sequences']} sequences",
-        "decode, all that fit": rate(found["decode_rate"]),
-        "decode, one sequence": rate(found["decode_rate_one"]),
+        "cache capacity": f"{numbers['cache_tokens']:,} tokens",
+        "sequences that fit": f"{fit:,}" if fit else f"0, longest: {numbers['longest_tokens']:,} tokens",
+        "largest safe CUDA graph": f"{numbers['cuda_graph_sequences']} sequences",
+        "decode, all that fit": rate(numbers["decode_rate"]),
+        "decode, one sequence": rate(numbers["decode_rate_one"]),
     }
 
 

@@ -469,24 +469,24 @@ def figures(plan: TrainingPlan) -> dict[str, Any]:
 
 def rows(plan: TrainingPlan) -> dict[str, str]:
     """The column that `hmf plan-training` prints for one plan, by row name."""
-    found = figures(plan)
-    hours = found["gpu_hours"]
+    numbers = figures(plan)
+    hours = numbers["gpu_hours"]
     return {
-        "method": found["method"],
-        "parameters": billions(found["parameters"]),
-        "trained": billions(found["trained"]),
-        "GPUs": found["gpus"],
-        "strategy": f"{found['strategy']}, sequence / {found['sequence_parallel']}",
-        "tokens of a row": f"{found['tokens_per_row']:,}",
-        "tokens of a step": f"{found['tokens_per_step']:,}",
-        "steps": f"{found['steps']:,}",
-        "tokens": billions(found["tokens"]),
-        **{name: size_of(size) for name, size in found["memory_bytes"].items()},
-        "sum, of each GPU": size_of(found["sum_bytes"]),
-        "usable": size_of(found["usable_bytes"]),
-        "fits": "yes" if found["fits"] else "NO",
+        "method": numbers["method"],
+        "parameters": billions(numbers["parameters"]),
+        "trained": billions(numbers["trained"]),
+        "GPUs": numbers["gpus"],
+        "strategy": f"{numbers['strategy']}, sequence / {numbers['sequence_parallel']}",
+        "tokens of a row": f"{numbers['tokens_per_row']:,}",
+        "tokens of a step": f"{numbers['tokens_per_step']:,}",
+        "steps": f"{numbers['steps']:,}",
+        "tokens": billions(numbers["tokens"]),
+        **{name: size_of(size) for name, size in numbers["memory_bytes"].items()},
+        "sum, of each GPU": size_of(numbers["sum_bytes"]),
+        "usable": size_of(numbers["usable_bytes"]),
+        "fits": "yes" if numbers["fits"] else "NO",
         "GPU-hours": "unknown" if hours is None else f"{hours:,.0f}" if hours >= 10 else f"{hours:,.2f}",
-        "days": "unknown" if hours is None else f"{found['days']:,.2f}",
+        "days": "unknown" if hours is None else f"{numbers['days']:,.2f}",
     }
 
 

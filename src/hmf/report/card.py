@@ -195,18 +195,18 @@ class Card:
 
     def benchmarks(self) -> str:
         scores = self.evidence.scores
-        small = {name: found for name, found in scores.items() if found.suite in (None, SMALL)}
+        small = {name: result for name, result in scores.items() if result.suite in (None, SMALL)}
         evaluations = [stage.evaluate for stage in self.evidence.stages if not isinstance(stage, DistillRecipe)]
         asked = [task for settings in evaluations if settings for task in settings.tasks]
-        tasks = list(dict.fromkeys([*asked, *(task for found in small.values() for task in found.tasks)]))
+        tasks = list(dict.fromkeys([*asked, *(task for result in small.values() for task in result.tasks)]))
         rows = []
         for model, title in self._models(small).items():
-            files = {name: found for name, found in small.items() if _model(name, found) == model}
+            files = {name: result for name, result in small.items() if _model(name, result) == model}
             rows.append([title, self._text(files), *(self._task(files, task) for task in tasks)])
         lines = [markdown(["Model", "Perplexity", *tasks], rows), ""]
         if not scores:
             return "\n".join([*lines, f"The run folder has no results file: {NOT_MEASURED}."])
-        lengths = sorted({found.length for found in small.values() if found.length})
+        lengths = sorted({result.length for result in small.values() if result.length})
         window = f", to prompts of at most {' or '.join(f'{n:,}' for n in lengths)} tokens" if lengths else ""
         legend = (
             f"Tasks: greedy answers that match exactly, in percent{window}. In parentheses: n prompts, the 95% Wilson "
@@ -214,7 +214,7 @@ class Card:
             "in n and are not correct. Perplexity: of held-out text; lower is better. Every number links to its "
             "results file."
         )
-        if any(self.evidence.source(row) for found in scores.values() for row in found.tasks.values()):
+        if any(self.evidence.source(row) for result in scores.values() for row in result.tasks.values()):
             legend += (
                 " A number that links to a file of lm-eval or NeMo Evaluator was measured by that harness; the scores "
                 "file has the metric and the settings."
@@ -225,24 +225,24 @@ class Card:
         """Titles of the base and of this model, and of what else `scores` are about."""
         base = f"{self.evidence.base_name} (the base Transformer)" if self.evidence.base else "Base Transformer"
         titles = {TEACHER: base, PRIMED: f"**{self.title}** (this model)"}
-        titles |= {model: model for name, found in scores.items() if (model := _model(name, found)) not in titles}
+        titles |= {model: model for name, result in scores.items() if (model := _model(name, result)) not in titles}
         if STAGE0 in titles:
             titles[STAGE0] = "Stage 0 (mixers initialised, not trained)"
         if BEFORE in titles:
             titles[BEFORE] = "The model before Stage 2"
         return titles
 
-    def _named(self, name: str, found: Scores) -> str:
-        return self._models({name: found})[_model(name, found)]
+    def _named(self, name: str, result: Scores) -> str:
+        return self._models({name: result})[_model(name, result)]
 
     def _task(self, files: Mapping[str, Scores], task: str) -> str:
-        name = next((name for name, found in files.items() if task in found.tasks), None)
+        name = next((name for name, result in files.items() if task in result.tasks), None)
         if name is None:
             return NOT_MEASURED
         return task_cell(files[name].tasks[task], name, self.link, self.evidence)
 
     def _text(self, files: Mapping[str, Scores]) -> str:
-        name = next((name for name, found in files.items() if found.text), None)
+        name = next((name for name, result in files.items() if result.text), None)
         if name is None:
             return NOT_MEASURED
         text = files[name].text

@@ -24,14 +24,14 @@ def planned(config: Any, evidence: Evidence, gpu: str) -> Iterator[Block]:
     longest = config.max_position_embeddings
     contexts = [longest >> halvings for halvings in range(7, -1, -1) if longest >> halvings >= 128] or [longest]
     try:
-        found = planner.plans(config, gpu)
+        plans = planner.plans(config, gpu)
     except HmfError as error:
         yield Note(f"Not planned for {gpu}: {str(error).removeprefix('--gpu: ')}")
         return
-    where = planner.devices(found[0])
+    where = planner.devices(plans[0])
     yield Text("Computed, not measured")
     yield Note(
-        f"From the config alone, for {where} with at most {found[0].max_num_seqs:,} sequences: "
+        f"From the config alone, for {where} with at most {plans[0].max_num_seqs:,} sequences: "
         f"hmf plan {evidence.model} --gpu {gpu} --context {longest}"
     )
     size, unit = (2**30, "GiB") if longest > 2**14 else (2**20, "MiB")
@@ -42,7 +42,7 @@ def planned(config: Any, evidence: Evidence, gpu: str) -> Iterator[Block]:
     ]
     for key, title, label, value in measures:
         series = []
-        for number, plan in enumerate(reversed(found)):  # the Transformer first, where there are two
+        for number, plan in enumerate(reversed(plans)):  # the Transformer first, where there are two
             fitting = [n for n in contexts if plan.sequences(n)]
             name = "Transformer" if not plan.pattern.replaced else "Hybrid"
             values = [value(plan, n) for n in fitting]
@@ -67,21 +67,21 @@ def measured(evidence: Evidence) -> Iterator[Block]:
     yield Text("Measured")
     if not evidence.serving:
         yield Note(f"Throughput and time to first token: {NOT_MEASURED}. hmf bench serving --json-file writes them.")
-    for name, found in evidence.serving.items():
-        hardware = ", ".join(f"{device}: {text}" for device, text in found.hardware.items()) or NOT_STATED
+    for name, serving in evidence.serving.items():
+        hardware = ", ".join(f"{device}: {text}" for device, text in serving.hardware.items()) or NOT_STATED
         for part, title, unit, scale in (
             ("decode_tokens_per_second", "Decode throughput", "tokens/s", 1.0),
             ("mean_ttft", "Mean time to first token", "ms", 1e3),
         ):
             points: dict[str, dict[int, float]] = {}
-            for row in found.rows:
+            for row in serving.rows:
                 label = row.model if row.filled else f"{row.model}, {row.sequences} sequences"
                 points.setdefault(label, {})[row.context] = getattr(row, part) * scale
             series = [
                 charts.Series(label, sorted(curve), [curve[x] for x in sorted(curve)], colour=number, dash=number)
                 for number, (label, curve) in enumerate(points.items())
             ]
-            ticks = sorted({row.context for row in found.rows})
+            ticks = sorted({row.context for row in serving.rows})
             yield charts.lines(
                 f"{charts.safe(name)}-{part}",
                 f"{title}, measured",
@@ -107,10 +107,10 @@ def measured(evidence: Evidence) -> Iterator[Block]:
                     Cell(f"{row.mean_ttft * 1e3:,.1f}", quote(name)),
                     Cell(_ratio(row.ttft_ratio)),
                 ]
-                for row in found.rows
+                for row in serving.rows
             ],
         )
-        others = found.model_dump(mode="json", exclude={"rows"})
+        others = serving.model_dump(mode="json", exclude={"rows"})
         yield Text(records.shown_json(others), kind="code", title=f"Hardware, options and versions of {name}")
 
 

@@ -63,8 +63,8 @@ class Log:
     @property
     def names(self) -> list[str]:
         """Of the numbers that are logged over the steps, without those that sum the run up."""
-        found = dict.fromkeys(name for entry in self.entries for name in entry)
-        return [name for name in found if name not in ("step", "epoch") and not name.startswith(SUMMARY)]
+        series = dict.fromkeys(name for entry in self.entries for name in entry)
+        return [name for name in series if name not in ("step", "epoch") and not name.startswith(SUMMARY)]
 
     def curve(self, name: str) -> tuple[list[float], list[float]]:
         chosen = [entry for entry in self.entries if name in entry]
@@ -93,10 +93,10 @@ def _number(value: Any) -> bool:
 def times(run: Path) -> dict[str, float]:
     """Seconds of the steps of `hmf prime` by name; nothing where they were not kept."""
     file = run / TIMES
-    found = read_json(file) if file.is_file() else {}
-    if not isinstance(found, dict) or not all(_number(value) for value in found.values()):
+    content = read_json(file) if file.is_file() else {}
+    if not isinstance(content, dict) or not all(_number(value) for value in content.values()):
         raise HmfError(f"{file}: holds no seconds by step; remove it")
-    return found
+    return content
 
 
 def selection(run: Path, layers: int) -> dict[str, Any] | None:
@@ -107,11 +107,11 @@ def selection(run: Path, layers: int) -> dict[str, Any] | None:
     file = run / SELECTION
     if not file.is_file():
         return None
-    found = read_json(file)
-    scores = found.get("scores") if isinstance(found, dict) else []
+    content = read_json(file)
+    scores = content.get("scores") if isinstance(content, dict) else []
     if scores is not None and not (isinstance(scores, list) and len(scores) == layers and all(map(_number, scores))):
         raise HmfError(f"{file}: scores: are not one number for each of {layers} layers; remove it")
-    return found
+    return content
 
 
 def suite_of(scores: Scores) -> str:
@@ -121,14 +121,14 @@ def suite_of(scores: Scores) -> str:
 
 def suites(scores: Mapping[str, Scores]) -> dict[str, dict[str, str]]:
     """By suite and model, NAME of scores.NAME.json; the teacher comes first, then the primed model."""
-    found: dict[str, dict[str, str]] = {}
+    files: dict[str, dict[str, str]] = {}
     for name, content in scores.items():
         suite = suite_of(content)
-        found.setdefault(suite, {})[name.removesuffix(f"-{suite}") if suite else name] = name
+        files.setdefault(suite, {})[name.removesuffix(f"-{suite}") if suite else name] = name
     first = {TEACHER: 0, PRIMED: 1, STAGE0: 3}
     return {
         suite: dict(sorted(models.items(), key=lambda pair: (first.get(pair[0], 2), pair[0])))
-        for suite, models in sorted(found.items())
+        for suite, models in sorted(files.items())
     }
 
 

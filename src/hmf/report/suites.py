@@ -26,10 +26,10 @@ def print_suites(scores: Mapping[str, Scores], pairs: Mapping[str, Mapping[str, 
         widest = console.measure(table, options=console.options.update(width=1000)).maximum
         console.width = max(console.width, widest)
         console.print(table)
-    for name, found in scores.items():
-        if found.parity:
-            console.print(f"{name}: {parity_line(found.parity)}", soft_wrap=True, highlight=False)
-        for task, why in found.not_measured.items():
+    for name, result in scores.items():
+        if result.parity:
+            console.print(f"{name}: {parity_line(result.parity)}", soft_wrap=True, highlight=False)
+        for task, why in result.not_measured.items():
             console.print(f"{name}: {task}: not measured: {why}", soft_wrap=True, highlight=False)
 
 
@@ -38,7 +38,7 @@ def first_of(scores: Iterable[str]) -> str:
 
 
 def _tasks(scores: Mapping[str, Scores]) -> Table | None:
-    keys = dict.fromkeys(key for found in scores.values() for key in found.tasks)
+    keys = dict.fromkeys(key for result in scores.values() for key in result.tasks)
     if not keys:
         return None
     table = Table(caption=_caption(scores), caption_justify="left")
@@ -47,8 +47,8 @@ def _tasks(scores: Mapping[str, Scores]) -> Table | None:
     for name in ("score (95%)", "n", "correct", "wrong", "cut off", "log p/token"):
         table.add_column(name, justify="right", no_wrap=True)
     for key in keys:
-        for model, found in scores.items():
-            if (task := found.tasks.get(key)) is not None:
+        for model, result in scores.items():
+            if (task := result.tasks.get(key)) is not None:
                 table.add_row(title(key, task), model, *_cells(task))
     return table
 
@@ -82,11 +82,11 @@ def _caption(scores: Mapping[str, Scores]) -> str:
 
 
 def _positions(scores: Mapping[str, Scores]) -> Table | None:
-    if not any(found.positions for found in scores.values()):
+    if not any(result.positions for result in scores.values()):
         return None
     return _side_by_side(
         "perplexity of library text, by how many tokens are before",
-        {name: {(p.start, p.end): f"{p.perplexity:.3f}" for p in found.positions} for name, found in scores.items()},
+        {name: {(p.start, p.end): f"{p.perplexity:.3f}" for p in result.positions} for name, result in scores.items()},
         lambda place: f"{place[0]:,}–{place[1] - 1:,}",
     )
 
@@ -101,8 +101,8 @@ def _side_by_side(caption: str, columns: Mapping[str, Mapping[Any, str]], row: C
     return table
 
 
-def _pairs(first: str, second: str, found: Mapping[str, Pair | None]) -> Table | None:
-    if not found:
+def _pairs(first: str, second: str, result: Mapping[str, Pair | None]) -> Table | None:
+    if not result:
         return None
     table = Table(
         title=f"{first} less {second}, on the same prompts",
@@ -112,7 +112,7 @@ def _pairs(first: str, second: str, found: Mapping[str, Pair | None]) -> Table |
     table.add_column("task", no_wrap=True)
     for name in ("difference (95%)", "n", "first only", "second only", "p"):
         table.add_column(name, justify="right", no_wrap=True)
-    for key, pair in found.items():
+    for key, pair in result.items():
         table.add_row(key, *pair_cells(pair))
     return table
 
@@ -125,14 +125,14 @@ def pair_cells(pair: Pair | None) -> Sequence[str]:
     return [difference, str(pair.n), str(pair.first_only), str(pair.second_only), f"{pair.p:.3g}"]
 
 
-def parity_line(found: ParityResult) -> str:
-    """What the gate found, in a sentence."""
-    verdict = "passed" if found.passed else "NOT passed"
+def parity_line(result: ParityResult) -> str:
+    """What the gate result, in a sentence."""
+    verdict = "passed" if result.passed else "NOT passed"
     return (
-        f"parity of Hugging Face and the server: {verdict}. KL divergence a token: {found.prompt_kl:.2e} over "
-        f"{found.prompt_tokens:,} prompt tokens, {found.generated_kl:.2e} over {found.generated_tokens:,} generated "
-        f"tokens, at most {found.max_kl:.2e}; bound of both means {found.bound:g} nats (the server's "
-        f"{found.top_k} likeliest tokens and the rest)"
+        f"parity of Hugging Face and the server: {verdict}. KL divergence a token: {result.prompt_kl:.2e} over "
+        f"{result.prompt_tokens:,} prompt tokens, {result.generated_kl:.2e} over {result.generated_tokens:,} generated "
+        f"tokens, at most {result.max_kl:.2e}; bound of both means {result.bound:g} nats (the server's "
+        f"{result.top_k} likeliest tokens and the rest)"
     )
 
 
@@ -146,37 +146,40 @@ def card_suites(
 
     named: what the card calls the model of a file, by NAME and content. link: a text as a link to a file.
     """
-    suites = dict.fromkeys(found.suite for found in evidence.scores.values() if found.suite not in (None, SMALL))
+    suites = dict.fromkeys(result.suite for result in evidence.scores.values() if result.suite not in (None, SMALL))
     for suite in suites:
-        files = {name: found for name, found in evidence.scores.items() if found.suite == suite}
-        titles = [_titled(name, found, named) for name, found in files.items()]
+        files = {name: result for name, result in evidence.scores.items() if result.suite == suite}
+        titles = [_titled(name, result, named) for name, result in files.items()]
         yield f"\n### Suite: {suite}\n"
-        keys = {key: task for found in files.values() for key, task in found.tasks.items()}
+        keys = {key: task for result in files.values() for key, task in result.tasks.items()}
         if keys:
             cells = [
-                [task_cell(found.tasks.get(key), name, link, evidence) for name, found in files.items()] for key in keys
+                [task_cell(result.tasks.get(key), name, link, evidence) for name, result in files.items()]
+                for key in keys
             ]
             rows = [[title(key, task), *each] for (key, task), each in zip(keys.items(), cells, strict=True)]
             yield markdown(["Task", *titles], rows)
-            yield "\n" + " ".join(f"{name}: {_how(found)}." for name, found in zip(titles, files.values(), strict=True))
-        if any(found.positions for found in files.values()):
+            yield "\n" + " ".join(
+                f"{name}: {_how(result)}." for name, result in zip(titles, files.values(), strict=True)
+            )
+        if any(result.positions for result in files.values()):
             yield "\nPerplexity of library text, by how many tokens are before:\n"
             yield markdown(["Tokens before", *titles], _position_rows(files, link))
         yield from _card_pairs(evidence, files, named)
-        for name, found in files.items():
-            if found.parity:
-                yield f"\nIn {link(f'scores.{name}.json', f'scores.{name}.json')}: {parity_line(found.parity)}."
-            for task, why in found.not_measured.items():
-                yield f"\n{_titled(name, found, named)}: {task}: {MISSING}: {why}."
+        for name, result in files.items():
+            if result.parity:
+                yield f"\nIn {link(f'scores.{name}.json', f'scores.{name}.json')}: {parity_line(result.parity)}."
+            for task, why in result.not_measured.items():
+                yield f"\n{_titled(name, result, named)}: {task}: {MISSING}: {why}."
 
 
-def _titled(name: str, found: Scores, named: Callable[[str, Scores], str]) -> str:
-    return named(name, found) + (" by a server" if found.settings.get("url") else "")
+def _titled(name: str, result: Scores, named: Callable[[str, Scores], str]) -> str:
+    return named(name, result) + (" by a server" if result.settings.get("url") else "")
 
 
-def _how(found: Scores) -> str:
+def _how(result: Scores) -> str:
     """Settings and versions of a file of scores, as far as it states them."""
-    sampling, settings = found.settings.get("sampling") or {}, found.settings
+    sampling, settings = result.settings.get("sampling") or {}, result.settings
     parts = []
     if "temperature" in sampling:
         parts.append(f"temperature {sampling['temperature']:g}, top-p {sampling.get('top_p', 1):g}")
@@ -184,7 +187,7 @@ def _how(found: Scores) -> str:
     parts += [f"{key} {settings[key]}" for key in ("seed", "dtype", "device") if settings.get(key) is not None]
     if "thinking" in settings:
         parts.append(f"thinking {'on' if settings['thinking'] else 'off'}")
-    parts += [f"{package} {number}" for package, number in found.versions.items()]
+    parts += [f"{package} {number}" for package, number in result.versions.items()]
     return ", ".join(parts) or "the file states no settings"
 
 
@@ -203,10 +206,10 @@ def task_cell(task: TaskResult | None, name: str, link: Callable[[str, str], str
 
 
 def _position_rows(files: Mapping[str, Scores], link: Callable[[str, str], str]) -> list[list[str]]:
-    places = dict.fromkeys((p.start, p.end) for found in files.values() for p in found.positions)
+    places = dict.fromkeys((p.start, p.end) for result in files.values() for p in result.positions)
     cells = {
-        name: {(p.start, p.end): link(f"{p.perplexity:.3f}", f"scores.{name}.json") for p in found.positions}
-        for name, found in files.items()
+        name: {(p.start, p.end): link(f"{p.perplexity:.3f}", f"scores.{name}.json") for p in result.positions}
+        for name, result in files.items()
     }
     return [
         [f"{start:,}–{end - 1:,}", *(each.get((start, end), MISSING) for each in cells.values())]
@@ -216,7 +219,7 @@ def _position_rows(files: Mapping[str, Scores], link: Callable[[str, str], str])
 
 def _card_pairs(evidence: Evidence, files: Mapping[str, Scores], named: Callable[[str, Scores], str]) -> Iterator[str]:
     """This model less each other one, where both have answered the same prompts."""
-    ours = [name for name, found in files.items() if who(name, found) in (PRIMED, MODEL)]
+    ours = [name for name, result in files.items() if who(name, result) in (PRIMED, MODEL)]
     rows = []
     for name, other in ((name, other) for name in ours for other in files if other not in ours):
         for key, pair in compare_all(evidence.answers[name], evidence.answers[other]).items():
