@@ -108,7 +108,7 @@ def test_truncated_weights(checkpoint, load, size):
 @either_way
 def test_tensor_of_integers(checkpoint, load):
     edit_tensors(checkpoint, **{A_LOG: torch.zeros(4, dtype=torch.int64)})
-    refused(load, checkpoint, rf"model.safetensors: tensor {A_LOG} is I64")
+    refused(load, checkpoint, rf"model.safetensors: tensor {A_LOG} has dtype I64")
 
 
 def test_no_weights(checkpoint):
@@ -238,7 +238,7 @@ def test_directory_in_use_is_left_alone(tmp_path, used):
 
 def test_directory_under_a_file(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(HmfError, match="cannot be made"), new_directory(tmp_path / "file" / "out"):
+    with pytest.raises(HmfError, match="cannot be created"), new_directory(tmp_path / "file" / "out"):
         pytest.fail("the block must not run")
 
 

@@ -406,7 +406,7 @@ def damaged(change: str, tensors: dict[str, torch.Tensor]) -> str:
         return f"tensors not of this model: {whole[2].replace('experts.2', 'experts.4')}"
     if change == "misshapen":
         tensors[one] = tensors[one][1:].contiguous()
-        return f"tensors of another shape: {one} (found [7, 32], needs [8, 32])"
+        return f"tensors of another shape: {one} (has shape [7, 32], must have [8, 32])"
     raise AssertionError(change)
 
 
