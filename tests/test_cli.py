@@ -127,6 +127,11 @@ WRONG = [
     "plan teacher --gpu nowhere",
     "plan-training quickstart --gpu nowhere",
     "evaluate nobody/nowhere",
+    "select nobody/nowhere --keep 2 --out new",
+    "harness lm-eval nobody/nowhere --tasks short --run .",
+    "harness nemo teacher --url http://localhost:1 --run nowhere",
+    "harness read nowhere.json --suite s --run .",
+    "report nowhere",
     "init teacher --ratio 0.5 --out used-nowhere",
 ]
 
@@ -187,9 +192,10 @@ def test_lengths_are_taken_with_a_unit_wherever_they_are_asked_for(tmp_path, mon
         for parameter in command_object(command).params
         if re.search("length|tokens$|context|^output", parameter.name) and command != "pretrain"
     ]
-    assert len(counts) == 14
+    assert len(counts) == 16
+    needed = {"harness lm-eval": ["teacher", "--tasks", "short", "--run", "."]}
     for command, option in counts:
-        code, _, err = run(monkeypatch, capsys, *command.split(), option, "1.5K")
+        code, _, err = run(monkeypatch, capsys, *command.split(), *needed.get(command, []), option, "1.5K")
         assert code == 2 and "write for example 131072, 128K or 1M" in err or option == "--context", (command, err)
     code, _, err = run(monkeypatch, capsys, "evaluate", "teacher", "--length", "64")
     assert (code, err) == (2, "hmf: Invalid value for '--length': 64 is less than 96\n")
@@ -267,7 +273,7 @@ def test_an_output_in_use_is_left_alone(tmp_path, monkeypatch, capsys):
 def test_a_run_that_cannot_start_claims_no_folder(tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "recipe.yaml"
     content = {"method": "cpt", "output": str(tmp_path / "run"), "data": {}, "trainable": {"all": 1}}
-    for model, said in ((str(tmp_path / "none"), "no such directory"), ("src/hmf/assets/teacher", "is no Hybrid")):
+    for model, said in ((str(tmp_path / "none"), "no such directory"), ("src/hmf/assets/teacher", "is not a Hybrid")):
         recipe.write_text(yaml.safe_dump({**content, "model": str(ROOT / model), "training": ONE_STEP}))
         code, _, err = run(monkeypatch, capsys, "finetune", recipe)
         assert (code, err.count("\n")) == (2, 1) and said in err
@@ -390,7 +396,7 @@ def test_prime_does_the_whole_job_once(tmp_path, monkeypatch, capsys):
         main()
     assert weights.stat().st_mtime_ns == written and card.read_text() == "my own"
     again = capsys.readouterr()
-    assert "hmf chat" in again.out and "is kept" in again.err
+    assert " chat " in again.out and "was not written by hmf" in again.err
     recipe.write_text(yaml.safe_dump({**content, "seed": 1}))
     code, _, err = run(monkeypatch, capsys, "prime", recipe)
     assert code == 2 and "another recipe" in err

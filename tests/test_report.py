@@ -295,7 +295,7 @@ def test_an_unfinished_run_and_a_run_without_results_have_a_report(run, tmp_path
     assert "Scores: not measured" in page.text and "No checkpoint is in the run folder yet" in page.text
     assert page.row("Training")[-1] == "not measured" and "base:" in page.text
     (tmp_path / "other").mkdir()
-    with pytest.raises(HmfError, match="holds no model"):
+    with pytest.raises(HmfError, match="has no model/config.json"):
         write_report(tmp_path / "other")
 
 
@@ -338,10 +338,10 @@ def test_prime_ends_with_a_report_and_a_failed_one_costs_nothing(tiny, tmp_path,
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("scores.primed.json", "{", "holds no scores"),
+        ("scores.primed.json", "{", "has no valid scores"),
         ("stage1.log.json", "[{}]", "is no log"),
         ("stage1.log.json", "[", "line 1"),
-        ("times.json", seal_json({"export": 1.0}).replace("1.0", "2.0"), "not as it was written"),
+        ("times.json", seal_json({"export": 1.0}).replace("1.0", "2.0"), "it was changed after it was written"),
         ("times.json", '{"export": "long"}', "holds no seconds"),
         ("selection.json", '{"scores": [1]}', "one number for each of 2 layers"),
         ("evaluation/teacher/recall.jsonl", '{"index": 0}\n', "line 1: prompt_sha256: Field required"),

@@ -17,7 +17,6 @@ from hmf.evaluation import nemo
 from hmf.evaluation.harness import read_results, write_scores
 from hmf.evaluation.results import Scores, wilson
 from hmf.report.evidence import Evidence
-from tests.conftest import ROOT
 
 LM_EVAL = {  # the keys that are read of a file of lm-eval 0.4.13
     "results": {
@@ -293,7 +292,7 @@ def test_the_command_prints_what_it_read(tmp_path, monkeypatch, capsys):
 def test_the_nemo_configuration_is_that_of_the_card(tmp_path, monkeypatch, capsys):
     _, out, _ = command(monkeypatch, capsys, "nemo", "my/model", "--url", "http://host:8000/v1/", "--run", tmp_path)
     assert "target.api_endpoint.url=http://host:8000/v1/chat/completions" in out and "model_id=my/model" in out
-    content = yaml.safe_load((ROOT / nemo.CONFIG).read_text())
+    content = yaml.safe_load((nemo.ASSETS / nemo.CONFIG).read_text())
     assert f"--config {(nemo.ASSETS / nemo.CONFIG)} " in out
     common = content["evaluation"]["nemo_evaluator_config"]["config"]["params"]
     assert common["max_new_tokens"] == 64 * 1024 and round(common["temperature"], 3) == round(common["top_p"], 3) == 1.0
@@ -317,7 +316,7 @@ def test_the_launcher_takes_the_configuration():
     launcher = pytest.importorskip("nemo_evaluator_launcher.common.config_models", reason="needs the launcher of NeMo")
     from nemo_evaluator.api.api_dataclasses import ConfigParams
 
-    evaluation = launcher.EvaluationModel(**yaml.safe_load((ROOT / nemo.CONFIG).read_text())["evaluation"])
+    evaluation = launcher.EvaluationModel(**yaml.safe_load((nemo.ASSETS / nemo.CONFIG).read_text())["evaluation"])
     for task in evaluation.tasks:
         common = evaluation.nemo_evaluator_config["config"]["params"]
         ConfigParams(**{**common, **task.nemo_evaluator_config["config"]["params"]})

@@ -283,12 +283,12 @@ def test_a_tensor_that_the_index_does_not_list_is_used(base):
 
 def test_two_copies_of_a_parameter(base):
     edit(base, lambda tensors: tensors.update({"norm.weight": torch.ones(64)}))
-    refused(f"tensor norm.weight is there as {NORM} too", base_stage0, base)
+    refused(f"tensor norm.weight is stored as {NORM} too", base_stage0, base)
 
 
 def test_a_file_without_tensors(base):
     save_file({}, base / "model.safetensors", {"format": "pt"})
-    refused("model.safetensors: holds no tensor", base_stage0, base)
+    refused("model.safetensors: has no tensors", base_stage0, base)
 
 
 def test_the_decoder_s_own_names_are_read(base):
@@ -387,7 +387,7 @@ def test_an_implementation_on_the_hub_is_dropped(base, key, capfd):
         edit_json(folder / "config.json", **{key: "org/kernel"})
         config = load_config(folder, weights=False)
         assert "org/kernel" not in (config._attn_implementation, config._experts_implementation)
-        assert f"{key}: 'org/kernel' is dropped" in capfd.readouterr().err
+        assert f"{key}: 'org/kernel' is ignored" in capfd.readouterr().err
     for model in (load_model(base), AutoModelForCausalLM.from_pretrained(hybrid)):
         assert model.config._attn_implementation == "sdpa"
     chosen = type(model).from_pretrained(hybrid, attn_implementation="eager")
@@ -441,7 +441,10 @@ def test_a_tokenizer_larger_than_the_model(worded, capfd):
         (lambda f: (f / "tokenizer_config.json").write_text("[]"), "tokenizer_config.json: is not a JSON object"),
         (lambda f: (f / "tokenizer_config.json").write_text("{"), "tokenizer_config.json: not valid JSON"),
         (lambda f: edit_json(f / "tokenizer_config.json", tokenizer_class="Own"), "transformers has no class 'Own'"),
-        (lambda f: edit_json(f / "tokenizer_config.json", tokenizer_class=3), "tokenizer_class: 3 is none"),
+        (
+            lambda f: edit_json(f / "tokenizer_config.json", tokenizer_class=3),
+            "transformers has no class 3",
+        ),
         (lambda f: edit_json(f / "tokenizer_config.json", eos_token=3), "the tokenizer cannot be loaded"),
         (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff\xfe"), "the tokenizer cannot be loaded"),
     ],
@@ -474,7 +477,7 @@ def test_text_is_not_trained_on_without_a_tokenizer(base, tmp_path):
 @pytest.mark.parametrize(("key", "value"), [("eos_token_id", [2, 128]), ("pad_token_id", 128), ("bos_token_id", -1)])
 def test_special_tokens_have_embeddings(base, key, value):
     edit_json(base / "config.json", **{key: value})
-    refused(rf"config.json: {key}: (128|-1) is not .*128 embeddings", base_stage0, base)
+    refused(rf"config.json: {key}: (128|-1) is not a token id .* 128;", base_stage0, base)
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,10 @@ def test_an_override_of_an_option_counts():
     ("key", "config"),
     [
         ("hybrid_override_pattern: SWA", lambda: tiny_config(Case("GDN", "x", options=EPS), "*-GDN-SWA")),
-        ("hybrid_override_pattern: the teacher", lambda: tiny_config(Case("GDN", "x", options=EPS), "*DA-GDN*")),
+        (
+            "the model still has its teacher",
+            lambda: tiny_config(Case("GDN", "x", options=EPS), "*DA-GDN*"),
+        ),
         ("attention_bias", lambda: tiny_config(Case("GDN", "x", options=EPS), PATTERN, attention_bias=True)),
         ("hidden_act: 'gelu'", lambda: tiny_config(Case("GDN", "x", options=EPS), PATTERN, hidden_act="gelu")),
         (
@@ -143,7 +146,7 @@ def test_an_override_of_an_option_counts():
                 Case("GDN", "x", options=EPS), PATTERN, use_sliding_window=True, sliding_window=8, max_window_layers=1
             ),
         ),
-        ("model_type: 'qwen3' is no Hybrid", lambda: Qwen3Config()),
+        ("model_type: 'qwen3' is not a Hybrid", lambda: Qwen3Config()),
         ("model_type: 'hybrid_qwen2'", lambda: tiny_config(Case("GDN", "x"), PATTERN, "qwen2")),
         ("model_type: 'hybrid_llama'", lambda: tiny_config(Case("GDN", "x"), PATTERN, "llama")),
         ("model_type: 'hybrid_qwen3_moe'", lambda: tiny_config(Case("GDN", "x"), PATTERN, "qwen3_moe", **EXPERTS)),

@@ -135,7 +135,7 @@ def test_the_attention_factor_follows_the_factor_unless_it_is_the_models_own():
 
 def test_a_scaling_is_taken_away():
     base = config_of(rope=YARN)
-    with pytest.raises(HmfError, match=r"rope.max_position_embeddings: .* 256 positions .*\(64 before it\)"):
+    with pytest.raises(HmfError, match=r"rope.max_position_embeddings: .* 256 positions .*\(64 before scaling\)"):
         scaled(base, rope_type="default")
     result = scaled(base, 128, rope_type="default")
     assert (result.rope_parameters, result.max_position_embeddings) == (PLAIN, 128)
@@ -148,9 +148,13 @@ def test_a_scaling_is_taken_away():
         (
             YARN,
             {"max_position_embeddings": 512},
-            "4 times the 64 positions .* is less than .* 512 positions; .* factor 8",
+            "4 times the 64 positions .* is less than .* 512 positions; .* factor of 8",
         ),
-        (PLAIN, {"max_position_embeddings": 2048, "scaling": {"rope_type": "yarn", "factor": 2}}, "give .* factor 8"),
+        (
+            PLAIN,
+            {"max_position_embeddings": 2048, "scaling": {"rope_type": "yarn", "factor": 2}},
+            "a factor of 8",
+        ),
         (YARN, {"max_position_embeddings": 64, "scaling": TO_YARN}, "64 is not above the 64 positions before scaling"),
         (LINEAR, {"max_position_embeddings": 512, "scaling": TO_YARN}, "rope.scaling.original_max_position_embeddings"),
         (DYNAMIC, {"theta": 5e6}, "rope_type 'dynamic', which a recipe cannot change"),
@@ -221,10 +225,10 @@ def test_impossible_values_are_refused_by_file_and_key(model_type, name, key, va
     ("family", "fields", "line"),
     [
         ("qwen3", {"rope_parameters": None, "rope_theta": 0}, "rope_theta: "),
-        ("qwen3", {"rope_parameters": None}, "rope_parameters: None is no table"),
+        ("qwen3", {"rope_parameters": None}, "rope_parameters: None is not a table"),
         ("qwen3", {"rope_parameters": {"rope_theta": math.nan}, "rope_theta": 1e4}, "rope_parameters.rope_theta: "),
         ("qwen3", {"per_layer_config": {"0": {"head_dim": 16}}}, "per_layer_config: "),
-        ("qwen3", {"rope_parameters": "default"}, "rope_parameters: 'default' is no table"),
+        ("qwen3", {"rope_parameters": "default"}, "rope_parameters: 'default' is not a table"),
         ("qwen3", {"max_position_embeddings": 0}, "max_position_embeddings: "),
         ("qwen3", {"rope_parameters": THETA | {"rope_type": "yarn"}}, "rope_parameters.factor: is missing"),
         ("llama", {"rope_parameters": LLAMA3 | {"low_freq_factor": 4}}, "low_freq_factor: 4.0 is not below"),
@@ -232,7 +236,7 @@ def test_impossible_values_are_refused_by_file_and_key(model_type, name, key, va
         ("llama", {"rope_parameters": LONG | {"long_factor": [0.0] * 4}}, "rope_parameters.long_factor.0: "),
         ("ministral3", {"rope_parameters": YARN}, "rope_parameters.llama_4_scaling_beta: is missing"),
         ("ministral3", {"rope_parameters": PLAIN | {"llama_4_scaling_beta": 0.1}}, "original_max_pos.* is missing"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 1}, "sliding_window: 0 hides"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 1}, "sliding_window: 0 masks"),
         ("qwen2", {"is_causal": False}, "is_causal: false"),
     ],
 )

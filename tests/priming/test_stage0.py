@@ -119,7 +119,7 @@ def test_export_keeps_the_student_and_drops_the_teacher(stage0, tmp_path):
     with torch.no_grad():
         assert torch.equal(fused(ids).logits, hybrid(ids).logits)
         assert torch.equal(fused(ids).logits, reloaded(ids).logits)
-    with pytest.raises(HmfError, match="holds no teacher"):
+    with pytest.raises(HmfError, match="has no teacher to remove"):
         export(tmp_path / "hybrid", tmp_path / "again")
 
 

@@ -126,7 +126,7 @@ class TestStates:
         engine_config(hybrid_dir, mamba_cache_dtype="bfloat16", mamba_ssm_cache_dtype="bfloat16")
         (line,) = lines
         assert "--mamba-cache-dtype bfloat16 and --mamba-ssm-cache-dtype bfloat16" in line
-        assert "(float32)" in line and config.DRIFT in line
+        assert "state_dtype, float32" in line and config.DRIFT in line
         assert config.DRIFT in " ".join((ROOT / "docs" / "serving.md").read_text().split())
 
     def test_prefix_caching_without_flags(self, hybrid_dir):

@@ -288,7 +288,7 @@ def test_models_and_data_that_cannot_be_meant(hybrid, recipe, tmp_path):
     short = {"text": str(hybrid.parent / "corpus"), "sequence_length": 256}
     for change, said in (
         ({"model": str(hybrid.parent / "stage0")}, "still has its teacher; run `hmf export`"),
-        ({"model": str(hybrid.parent / "base")}, "is no Hybrid"),
+        ({"model": str(hybrid.parent / "base")}, "is not a Hybrid"),
         ({"data": short}, "rows of 256 tokens are longer than the model's 128 positions; set rope.max_position_emb"),
         ({"method": "sft"}, "every token is supervised, also in prompts"),
         ({"rope": {"scaling": {"rope_type": "yarn", "factor": 4}}}, "128 is not above the 128 positions"),

@@ -17,7 +17,8 @@ def test_hooks_run_in_the_written_order(tmp_path, monkeypatch):
     overridden = {name for name in vars(HybridTrainer) if hasattr(Trainer, name) and not name.startswith("__")}
     assert set(written) == overridden and len(written) == len(overridden)
     stage0, run = cutting.make_tiny_stage0(tmp_path / "tiny"), tmp_path / "run"
-    distill(stage0, run, cutting.settings(stage0))
+    settings = cutting.settings(stage0, eval_strategy="steps", eval_steps=1, eval_rows=2)
+    distill(stage0, run, settings)
     shutil.rmtree(run / "stage1")
     shutil.rmtree(run / "checkpoints/checkpoint-3")
     first_calls = []
@@ -32,5 +33,5 @@ def test_hooks_run_in_the_written_order(tmp_path, monkeypatch):
 
     for name in overridden:
         monkeypatch.setattr(HybridTrainer, name, recorded(name, vars(HybridTrainer)[name]))
-    distill(stage0, run, cutting.settings(stage0))  # a resumed run reaches all of them
+    distill(stage0, run, settings)  # a resumed run reaches all of them
     assert first_calls == written

@@ -104,7 +104,7 @@ def nemo(
     """Print the command that runs NeMo Evaluator.
 
     It evaluates AIME24/25, GPQA, LiveCodeBench v5, BFCL v3/v4, IFBench and SciCode, with an answer of at most 64K
-    tokens, as recipes/evaluation/nemo.yaml states. The launcher needs docker, and is not part of this package.
+    tokens, by the package's configuration nemo.yaml. The launcher needs docker, and is not part of this package.
     """
     _require_run(run)
 
@@ -130,6 +130,9 @@ def read(
     The files are copied into the run folder, and each score names its own. What is no known share is kept beside them.
     """
     _require_run(run)
+    for file in files:  # before imports that take seconds
+        if not file.is_file():
+            raise HmfError(f"{file}: no such file; give a results file of lm-eval, NeMo Evaluator or NeMo-Skills")
 
     from hmf.evaluation.harness import write_scores
 

@@ -16,7 +16,7 @@ from hmf.errors import HmfError
 from hmf.evaluation.results import wilson
 from hmf.folders import ASSETS
 
-CONFIG = "recipes/evaluation/nemo.yaml"
+CONFIG = "evaluation/nemo.yaml"
 # The score of each benchmark in the card's table.
 SCORES = {
     "aime24": "symbolic_correct",

@@ -50,12 +50,12 @@ class HybridTrainer(Trainer):
     9. `compute_loss`: the batch's share of the step's loss; its parts are summed for the log.
     10. `_get_grad_norm`: base; `guard` checks the norm. The optimiser's step follows.
     11. `log`: the summary of a resumed run is corrected; figures and parts of `loss` are added; base.
-    12. `_save_checkpoint`: `checkpoints` checks the free space; `guard` checks the weights; base; `checkpoints`
+    12. `evaluate`, where an evaluation is due: base; the state of random numbers is restored.
+    13. `evaluation_loop`: base, which calls 14; the sums of `evaluation` become the figures that 11 logs.
+    14. `prediction_step`, for each batch: 7 and 8; `evaluation` adds the batch's share of the loss of all rows.
+    15. `_save_checkpoint`: `checkpoints` checks the free space; `guard` checks the weights; base; `checkpoints`
         publishes.
-    13. `_get_output_dir`: the folder into which base writes a checkpoint, from `checkpoints`.
-    14. `evaluate`, between 11 and 12 where an evaluation is due: base; the state of random numbers is restored.
-    15. `evaluation_loop`: base, which calls 16; the sums of `evaluation` become the figures that 11 logs.
-    16. `prediction_step`, for each batch: 7 and 8; `evaluation` adds the batch's share of the loss of all rows.
+    16. `_get_output_dir`: the folder into which base writes a checkpoint, from `checkpoints`.
 
     A class that combines this one with a trainer of another library lists this one first; "base" is then the other's.
     """
