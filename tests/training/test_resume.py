@@ -84,7 +84,7 @@ def test_two_processes_killed_and_started_again_end_the_same(stage0, finished, t
         assert cutting.train_on_two(stage0, run) == [0, 0]
         assert cutting.same(run, whole)
     shutil.rmtree(whole / "stage1")
-    with pytest.raises(HmfError, match="written by 2 processes and this run has 1; start 2, or"):
+    with pytest.raises(HmfError, match="written by 2 processes and this run has 1; start 2 processes, or"):
         distill(stage0, whole, cutting.settings(stage0))
 
 
