@@ -281,7 +281,7 @@ def test_the_command_prints_what_it_read(tmp_path, monkeypatch, capsys):
     for wrong, message in (
         (("read", file, "--suite", "a/b", "--run", tmp_path), "suite: 'a/b' cannot be part of a file name"),
         (("read", file, "--suite", "s", "--run", tmp_path / "no"), "no such folder"),
-        (("read", tmp_path / "no.json", "--suite", "s", "--run", tmp_path), "no.json: cannot be read"),
+        (("read", tmp_path / "no.json", "--suite", "s", "--run", tmp_path), "no.json: no such file"),
         (("lm-eval", "teacher", "--tasks", ",", "--run", tmp_path), "--tasks: names none"),
         (("lm-eval", "teacher", "--tasks", "short", "--lengths", "4X", "--run", tmp_path), "--lengths: '4X'"),
     ):
