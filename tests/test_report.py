@@ -231,6 +231,11 @@ def test_samples_stand_side_by_side_and_those_that_differ_come_first(run):
     assert "question 3" in page.text and "something else" in page.text and "question 4" not in page.text
 
 
+def test_scores_of_a_finetuned_model_are_this_models(run):
+    (run / "scores.primed.json").rename(run / "scores.model.json")
+    assert Page(write_report(run)).row("recall", "this model")[2:6] == ["50.0%", "35.2–64.8%", "-25.0", "40"]
+
+
 def test_answers_to_other_prompts_are_not_paired(run):
     answers(run, "teacher", "recall", [("one", "a", "a", True)])
     answers(run, "primed", "recall", [("two", "b", "b", True)])

@@ -125,23 +125,22 @@ def evaluate(
     folders = {model: resolve_base(model, weights=url is None or parity) for model in models}
 
     if suite is None:
-        _evaluate_tasks(
-            folders,
-            tasks,
-            samples,
-            length,
-            text_bytes,
-            thinking,
-            max_new_tokens,
-            batch_size,
-            baselines,
-            composition(compose, compose_chunk),
-            device,
-            dtype,
-            as_json,
-            out,
-            name,
-        )
+        settings = {
+            "tasks": [task for task in ("recall,needle" if tasks is None else tasks).split(",") if task],
+            "samples": samples,
+            "length": length,
+            "text_bytes": text_bytes,
+            "thinking": thinking,
+            "max_new_tokens": max_new_tokens or 160,
+            "batch_size": batch_size,
+        }
+        how = {
+            "device": device,
+            "dtype": dtype,
+            "with_baselines": baselines,
+            "compose": composition(compose, compose_chunk),
+        }
+        _evaluate_tasks(folders, settings, how, as_json, out, name)
         return
     from hmf.evaluation.command import ALLOWANCE, Options
     from hmf.evaluation.command import evaluate as run
@@ -204,21 +203,13 @@ def _show_suites(stores: Any, as_json: bool) -> None:
 
 def _evaluate_tasks(
     folders: dict[str, Path],
-    tasks: str | None,
-    samples: int,
-    length: int,
-    text_bytes: int,
-    thinking: bool,
-    max_new_tokens: int | None,
-    batch_size: int,
-    baselines: bool,
-    compose: Any,
-    device: str | None,
-    dtype: str | None,
+    given: dict[str, Any],
+    how: dict[str, Any],
     as_json: bool,
     out: Path | None,
     name: str | None,
 ) -> None:
+    """Score models on text and the small tasks. given: `EvaluateSettings`; how: arguments of `evaluate_checkpoint`."""
     import json
 
     from hmf.config.runs import EvaluateSettings
@@ -228,25 +219,11 @@ def _evaluate_tasks(
     from hmf.evaluation.run import evaluate_checkpoint
     from hmf.report.table import print_scores
 
-    chosen = [task for task in ("recall,needle" if tasks is None else tasks).split(",") if task]
-    for task in chosen:
+    for task in given["tasks"]:
         if task not in TASKS:
             raise HmfError(f"--tasks: {unknown_name('task', task, TASKS)}")
-    settings = EvaluateSettings.model_validate(
-        {
-            "tasks": chosen,
-            "samples": samples,
-            "length": length,
-            "text_bytes": text_bytes,
-            "thinking": thinking,
-            "max_new_tokens": max_new_tokens or 160,
-            "batch_size": batch_size,
-        }
-    )
-    scores = {
-        model: evaluate_checkpoint(folder, settings, device, dtype, baselines, name=model, compose=compose)
-        for model, folder in folders.items()
-    }
+    settings = EvaluateSettings.model_validate(given)
+    scores = {model: evaluate_checkpoint(folder, settings, name=model, **how) for model, folder in folders.items()}
     if as_json:
         typer.echo(json.dumps(scores, indent=2))
     else:

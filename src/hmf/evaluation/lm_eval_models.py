@@ -20,7 +20,8 @@ from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError, listed
 from hmf.evaluation.generation import generating
 from hmf.evaluation.lm_eval_suites import Options
-from hmf.model.checkpoint import load_config, load_model
+from hmf.evaluation.run import load_for_evaluation
+from hmf.model.checkpoint import load_config
 
 THINK_END = "</think>"
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names that tasks use
@@ -30,15 +31,10 @@ SECONDS = 3600  # for one answer of a server: a long one of a busy server takes 
 
 def here(source: Path, chat: bool, options: Options) -> LocalModel:
     """The checkpoint at `source`, loaded as `hmf evaluate` does."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise HmfError("--device cuda: PyTorch finds no GPU here; leave --device out")
-    dtype = options.dtype or ("auto" if device == "cuda" else "float32")
     tokenizer = load_tokenizer(source)
     if chat and not tokenizer.chat_template:
         raise HmfError(f"{source}: the tokenizer has no chat template; --no-chat-template asks without one")
-    weights = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = load_model(source, dtype=weights, generates=True).eval().to(device)
+    model = load_for_evaluation(source, options.device, options.dtype).eval()
     return LocalModel(
         pretrained=model,
         tokenizer=tokenizer,

@@ -79,7 +79,7 @@ def draw_curves(log_file: Path) -> Path:
         own = name.removeprefix("eval_")
         label = "total" if own == "loss" else own.removeprefix("loss_")
         (line,) = panels["loss"].plot(
-            *_broken(curve, changes),
+            *broken(curve, changes),
             label=label if own == name else f"{label}, evaluation",
             marker=_marker(curve),
             color=colours.get(own),
@@ -128,7 +128,7 @@ def draw_curves(log_file: Path) -> Path:
     return picture
 
 
-def _broken(curve: Curve, changes: Iterable[int]) -> Curve:
+def broken(curve: Curve, changes: Iterable[int]) -> Curve:
     """The curve with a gap at each change."""
     steps, values = list[float](curve[0]), list(curve[1])
     for change in changes:

@@ -25,7 +25,7 @@ from hmf.training.checkpoints import replace_text
 from . import charts, records
 from .blocks import Block, Cell, Note, Section, Table, Text
 from .card import NOT_MEASURED, NOT_STATED, Card
-from .curves import _broken, curves, objective_changes
+from .curves import broken, curves, objective_changes
 from .efficiency import measured, planned
 from .evidence import MODEL, Evidence, Stage
 from .references import reference
@@ -217,7 +217,7 @@ class Page:
             notes = ["Losses on the two sides of a line cannot be compared."] if changes else []
             marks = {float(step): f"from here on the loss is the sum of {terms}" for step, terms in changes.items()}
             found = [
-                charts.Series(_loss(name), *_broken(curve, changes), colour=1 + number, dash=number)
+                charts.Series(_loss(name), *broken(curve, changes), colour=1 + number, dash=number)
                 for number, (name, curve) in enumerate(losses.items())
             ]
             positive = all(value > 0 for _, values in losses.values() for value in values)

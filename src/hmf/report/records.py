@@ -14,11 +14,11 @@ from typing import Any
 
 from hmf.config.strict import parse_json, parse_sealed
 from hmf.errors import HmfError
-from hmf.evaluation.results import ANSWERS
+from hmf.evaluation.results import ANSWERS, TaskResult
 from hmf.folders import reason
 from hmf.selection.run import SELECTION
 
-from .evidence import PRIMED, STAGE0, TEACHER, Scores
+from .evidence import MODEL, PRIMED, STAGE0, TEACHER, Scores
 
 TIMES = "times.json"
 LOGS = {"training.log.json": "Pretraining", "stage1.log.json": "Stage 1, distillation", "stage2.log.json": "Stage 2"}
@@ -114,17 +114,15 @@ def selection(run: Path, layers: int) -> dict[str, Any] | None:
     return content
 
 
-def suite_of(scores: Scores) -> str:
-    """The suite of a file of scores; "" for the tasks of `hmf prime`."""
-    return str(getattr(scores, "suite", None) or "")
-
-
 def suites(scores: Mapping[str, Scores]) -> dict[str, dict[str, str]]:
-    """By suite and model, NAME of scores.NAME.json; the teacher comes first, then the primed model."""
+    """By suite ("" for the tasks of `hmf prime`) and model, NAME of scores.NAME.json; the teacher comes first.
+
+    The model of a run that is not of `hmf prime` is called as that of one is, `PRIMED`.
+    """
     files: dict[str, dict[str, str]] = {}
     for name, content in scores.items():
-        suite = suite_of(content)
-        files.setdefault(suite, {})[name.removesuffix(f"-{suite}") if suite else name] = name
+        model = name.removesuffix(f"-{content.suite}") if content.suite else name
+        files.setdefault(content.suite or "", {})[PRIMED if model == MODEL else model] = name
     first = {TEACHER: 0, PRIMED: 1, STAGE0: 3}
     return {
         suite: dict(sorted(models.items(), key=lambda pair: (first.get(pair[0], 2), pair[0])))
@@ -132,22 +130,10 @@ def suites(scores: Mapping[str, Scores]) -> dict[str, dict[str, str]]:
     }
 
 
-def length_of(key: str, result: Any) -> int | None:
+def length_of(key: str, result: TaskResult) -> int | None:
     """Tokens of a task's prompts, which the result states or its key, as needle@4096."""
-    given = getattr(result, "length", None)
     after = key.partition("@")[2]
-    return int(given) if given is not None else int(after) if after.isdecimal() else None
-
-
-def positions(scores: Scores) -> list[tuple[float, float]] | None:
-    """(tokens before, perplexity) of a file of scores that has the perplexity by position; None where it has none."""
-    rows = getattr(scores, "positions", None) or getattr(scores, "by_position", None)
-    if not isinstance(rows, list) or not rows:
-        return None
-    plain = [row if isinstance(row, dict) else row.model_dump() for row in rows]
-    if not all(_number(row.get("start")) and _number(row.get("perplexity")) for row in plain):
-        return None
-    return [((row["start"] + row.get("end", row["start"])) / 2, row["perplexity"]) for row in plain]
+    return result.length if result.length is not None else int(after) if after.isdecimal() else None
 
 
 def described(run: Path) -> Iterator[dict[str, str]]:

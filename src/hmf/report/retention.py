@@ -108,8 +108,8 @@ class Retention:
             yield Table(f"Perplexity of held-out text{where}; lower is better", head, rows)
         series, files = [], []
         for number, (model, name) in enumerate(models.items()):
-            if found := records.positions(self.scores(name)):
-                x, y = ([pair[side] for pair in found] for side in (0, 1))
+            if positions := self.scores(name).positions:
+                x, y = [(p.start + p.end) / 2 for p in positions], [p.perplexity for p in positions]
                 series.append(
                     charts.Series(self.called(model), x, y, colour=COLOURS.get(model, 3 + number), dash=number)
                 )
