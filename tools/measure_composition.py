@@ -19,9 +19,9 @@ from hmf.data import tasks
 from hmf.data.tokenizer import load_tokenizer
 from hmf.evaluation.chunks import Composition, Keys, States
 from hmf.evaluation.generation import generate_answers
+from hmf.evaluation.results import wilson
 from hmf.folders import resolve_base
 from hmf.model.checkpoint import load_model
-from hmf.report.evidence import wilson
 
 ORDINARY = "ordinary"
 EVERY = [ORDINARY, *(",".join(names) for names in itertools.product(get_args(Keys), get_args(States)))]
