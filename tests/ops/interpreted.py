@@ -24,9 +24,12 @@ def narrow(x: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
-def mend_bfloat16():
-    """The interpreter keeps bfloat16 as uint16: its products take the bits for numbers, its casts take long; products
-    of float16 it adds up in float16."""
+def interpret_as_compiled():
+    """Correct what Triton's interpreter does differently.
+
+    It keeps bfloat16 as uint16: products treat the bits as numbers and casts are slow. It adds up products of float16
+    in float16. It makes a tensor of an integer argument that is 1; the compiler makes a constant without methods.
+    """
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -44,6 +47,8 @@ def mend_bfloat16():
 
     builder.create_dot = dot
     builder.cast_impl = builder.create_fp_ext = builder.create_fp_trunc = cast
+    argument = interpreter._implicit_cvt
+    interpreter._implicit_cvt = lambda x: x if type(x) is int and x == 1 else argument(x)
 
 
 def changed(made, value_dim=None, alpha=True, symmetric=True):
@@ -195,7 +200,7 @@ POOLS = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)]  # to
 def main() -> None:
     from hmf.ops import gka_chunk_triton, gka_triton
 
-    mend_bfloat16()
+    interpret_as_compiled()
     gka_triton.CHUNK_SIZE = gka_chunk_triton.CHUNK_SIZE = gka_chunk_triton.NARROWEST = 16
     gka_triton.STORED = 2 * 2 * 2 * 16 * 16 * 4  # the backward takes two chunks at a time
     for name, shape, options, changes, dtype, gradients in CASES:

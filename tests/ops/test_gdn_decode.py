@@ -11,7 +11,7 @@ import torch
 from hmf.layers.gdn import l2_normalise
 from hmf.ops import gdn
 from tests.numerics import assert_near
-from tests.ops.interpreted import mend_bfloat16
+from tests.ops.interpreted import interpret_as_compiled
 
 SHAPES = {
     # sequences, (q, k, v heads), key_dim, value_dim
@@ -81,6 +81,6 @@ def test_decode_in_the_interpreter():
 
 
 if __name__ == "__main__":
-    mend_bfloat16()
+    interpret_as_compiled()
     for number, name in enumerate(SHAPES):
         check(name, *CASES[number % len(CASES)], "cpu")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from hmf.ops.ssd import state_space_dual
 from tests.numerics import assert_near
-from tests.ops.interpreted import mend_bfloat16
+from tests.ops.interpreted import interpret_as_compiled
 
 SHAPES = {
     # sequences, (x, B, C heads), K, V
@@ -72,6 +72,6 @@ def test_decode_in_the_interpreter():
 
 
 if __name__ == "__main__":
-    mend_bfloat16()
+    interpret_as_compiled()
     for number, name in enumerate(SHAPES):
         check(name, *CASES[number % len(CASES)], "cpu")

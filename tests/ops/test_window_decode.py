@@ -103,8 +103,8 @@ def test_decode_in_the_interpreter():
 
 
 if __name__ == "__main__":
-    from tests.ops.interpreted import mend_bfloat16
+    from tests.ops.interpreted import interpret_as_compiled
 
-    mend_bfloat16()
+    interpret_as_compiled()
     for number, name in enumerate(SHAPES):
         check(name, (torch.float32, torch.bfloat16)[number % 2], "cpu")

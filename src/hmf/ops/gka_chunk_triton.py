@@ -148,8 +148,8 @@ def _states(
     else:
         x, x_row, state, out = v + (head // VALUE_GROUP) * V, v_row, U, U_out
         first_column, columns = (part - covariance_parts) * B, V
-        weight += tokens.to(tl.int64) * H
-        total += most.to(tl.int64) * H
+        weight += tl.cast(tokens, tl.int64) * H  # Triton makes an argument that is 1 a constant without `.to`
+        total += tl.cast(most, tl.int64) * H
     t, i, j = tl.arange(0, SIZE), tl.arange(0, D), first_column + tl.arange(0, B)
     inside = (i < K)[:, None] & (j < columns)[None, :]
     at = i[:, None] * columns + j[None, :]
