@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which layers to replace: every choice primed, and what each method would have chosen. See README.md.
 
-`run` writes one JSON line for each result as soon as there is one, into OUT/results.jsonl. A run that was stopped goes
-on where it was. `report.py` makes the table and the plot.
+Each run writes its results, one JSON line each, into OUT/results.jsonl when it has ended. A study that was stopped goes
+on with the runs that are missing. `report.py` makes the table and the plot.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from functools import cache
 from itertools import combinations
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -58,44 +61,101 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=48, help="held-out rows for the KL, and for each method's scores")
     parser.add_argument("--methods", default="window,start,aligned,supernet", help="what is run of them; may be empty")
     parser.add_argument("--variants", help=f"all, or some of {', '.join(VARIANTS)}; run in place of the methods")
-    parser.add_argument("--minutes", type=float, help="start nothing after this long")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--minutes", type=float, help="start no run after this long; those under way go on")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="all processes share one GPU")
     options = parser.parse_args()
-    if options.one is not None:
-        Job(options, json.loads(options.one)).run()
-        return
+    set_environment(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
+    options.work = options.work or options.out / "work"
+    options.work.mkdir(parents=True, exist_ok=True)
+    results = options.out / "results.jsonl"
     plan = list(jobs(options))
-    done = finished(options.out / "results.jsonl")
+    done = finished(results)
     left = [job for job in plan if key(job) not in done]
     print(f"{len(left)} of {len(plan)} runs to do, {options.jobs} at a time", flush=True)
-    deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for name, code in pool.map(lambda job: start(job, options, deadline), left):
-            print(
-                f"{name}: {'done' if code == 0 else 'not started' if code is None else f'failed ({code})'}", flush=True
-            )
+    deadline = float("inf") if options.minutes is None else time.time() + 60 * options.minutes
+    failed = False
+    # Processes are spawned, because CUDA cannot be used after a fork. Each does one run after another.
+    with ProcessPoolExecutor(options.jobs, get_context("spawn"), log_to, (options.work,)) as pool:
+        futures = {pool.submit(run, options, job, deadline): key(job) for job in left}
+        for future in as_completed(futures):
+            outcome, lines = outcome_of(future)
+            append(results, lines)
+            failed |= outcome.startswith("failed")
+            print(f"{futures[future]}: {outcome}", flush=True)
+    sys.exit(failed)
+
+
+def set_environment(device: str) -> None:
+    """For this process, before torch is imported, and for the processes that it starts."""
+    os.environ |= {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")}
+    os.environ |= {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        return
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    # Kernels that are compiled and tuned in every process would take longer than these runs.
+    os.environ.setdefault("HMF_OPS", "chunked")
+
+
+def log_to(folder: Path) -> None:
+    """What this process prints goes to a file of its own in `folder`."""
+    with (folder / f"process-{os.getpid()}.log").open("a") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+
+
+def run(options: Any, job: dict[str, Any], deadline: float) -> tuple[str, list[dict[str, Any]]]:
+    """Do one run in this process: how it ended, and its results."""
+    if time.time() > deadline:
+        return "not started", []
+    import gc
+
+    import torch
+
+    try:
+        lines = list(Job(options, job).run())
+    except Exception as error:
+        traceback.print_exc()
+        return f"failed ({type(error).__name__}: {error})", []
+    finally:
+        gc.collect()  # a Trainer and its model refer to each other
+        torch.cuda.empty_cache()
+    return f"done in {lines[-1]['seconds']:.0f} s", lines
+
+
+def outcome_of(future: Future) -> tuple[str, list[dict[str, Any]]]:
+    try:
+        return future.result()
+    except Exception as error:  # the process was killed
+        return f"failed ({type(error).__name__}: {error})", []
 
 
 def jobs(options: Any) -> Any:
-    """What is to be run, the longest first."""
-    seeds = [int(seed) for seed in options.seeds.split(",")]
+    """What is to be run: seed by seed, so that a study that is stopped has all of some seeds; of each the longest runs
+    first."""
     layers = num_layers(options)
     if options.variants is not None:
         names = list(VARIANTS) if options.variants == "all" else options.variants.split(",")
+        names.sort(key=lambda name: "max_steps" not in "".join(VARIANTS[name]))
+        methods = []
     else:
         names = ["recipe"]
-        for seed in seeds:
-            for method in reversed([name for name in options.methods.split(",") if name]):
-                yield {"kind": "method", "method": method, "seed": seed}
+        methods = [name for name in reversed(options.methods.split(",")) if name]
     if options.choices is not None:
         choices = [tuple(int(layer) for layer in choice.split(",")) for choice in options.choices.split(";")]
     else:
         sizes = sorted((int(count) for count in options.replaced.split(",") if count), reverse=True)
         choices = [choice for count in sizes for choice in combinations(range(layers), count)]
-    for seed in seeds:
-        for replaced in choices:
-            for name in names:
+    for seed in map(int, options.seeds.split(",")):
+        for method in methods:
+            yield {"kind": "method", "method": method, "seed": seed}
+        for name in names:
+            for replaced in choices:
                 yield {"kind": "prime", "variant": name, "set": VARIANTS[name], "replaced": replaced, "seed": seed}
 
 
@@ -128,29 +188,34 @@ def read_lines(results: Path) -> list[dict[str, Any]]:
     return found
 
 
-def start(job: dict[str, Any], options: Any, deadline: float | None) -> tuple[str, int | None]:
-    """Run one job in a process of its own, with one thread."""
-    name = key(job)
-    if deadline is not None and time.monotonic() > deadline:
-        return name, None
-    work = (options.work or options.out / "work") / name
-    work.mkdir(parents=True, exist_ok=True)
-    threads = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")}
-    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment = {**os.environ, **threads, **quiet, "CUDA_VISIBLE_DEVICES": ""}
-    with (work.parent / f"{name}.log").open("a") as log:
-        command = [sys.executable, __file__, *sys.argv[1:], "--one", json.dumps(job)]
-        return name, subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
+def append(results: Path, lines: list[dict[str, Any]]) -> None:
+    """Only the first process writes, the lines of a run at once; a line that a kill cut off is ended first."""
+    with results.open("ab+") as file:
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            file.write(b"\n")
+        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+@cache
+def scored_rows(recipe: str, overrides: tuple[str, ...], count: int, seed: int) -> list[Any]:
+    """Held-out rows. They are kept, because the next run of this process reads the same ones."""
+    from hmf.config.runs import PrimeRecipe, read_recipe
+    from hmf.data.mixture import mixture
+    from hmf.data.tokenizer import load_tokenizer
+    from hmf.folders import resolve_base
+
+    settings = read_recipe(recipe, PrimeRecipe, overrides)[0]
+    rows = mixture(settings.distill.data, load_tokenizer(resolve_base(settings.base)), count, seed + HELDOUT)
+    return [rows[index] for index in range(count)]
 
 
 class Job:
-    """One process: a choice that is primed and scored, or a method that scores all choices."""
+    """A choice that is primed and scored, or a method that scores all choices."""
 
     def __init__(self, options: Any, job: dict[str, Any]):
         import torch
 
         from hmf.config.runs import PrimeRecipe, read_recipe
-        from hmf.data.mixture import mixture
         from hmf.data.tokenizer import load_tokenizer
         from hmf.folders import resolve_base
         from hmf.selection.supernet import training_of
@@ -165,27 +230,23 @@ class Job:
         steps = round(options.steps * training.steps / 270)
         layerwise = round(steps * objective.layerwise_steps / training.steps)
         self.stage1 = training_of(self.recipe.distill, layerwise, steps - layerwise)
-        rows = mixture(self.recipe.distill.data, self.tokenizer, options.rows, self.seed + HELDOUT)
-        self.rows = [rows[index] for index in range(options.rows)]
-        self.work = (options.work or options.out / "work") / key(job)
+        # Of the recipe without the job's changes: all variants are scored on the same rows.
+        self.rows = scored_rows(options.recipe, tuple(options.overrides), options.rows, self.seed)
+        self.work = options.work / key(job)
+        self.work.mkdir(parents=True, exist_ok=True)
         self.started = time.perf_counter()
 
-    def run(self) -> None:
-        if self.job["kind"] == "prime":
-            self.prime()
-        else:
-            self.method()
+    def run(self) -> Iterator[dict[str, Any]]:
+        """The results, of which the last one says that the run has ended."""
+        yield from self.prime() if self.job["kind"] == "prime" else self.method()
         shutil.rmtree(self.work, ignore_errors=True)
 
-    def write(self, **result: Any) -> None:
-        """One line, in one write: other processes append to the file too."""
+    def line(self, **result: Any) -> dict[str, Any]:
         given = {name: value for name, value in self.job.items() if name != "set"}
         seconds = round(time.perf_counter() - self.started, 1)
-        line = json.dumps({"key": key(self.job), **given, "steps": self.options.steps, **result, "seconds": seconds})
-        with (self.options.out / "results.jsonl").open("a") as file:
-            file.write(line + "\n")
+        return {"key": key(self.job), **given, "steps": self.options.steps, **result, "seconds": seconds}
 
-    def prime(self) -> None:
+    def prime(self) -> Iterator[dict[str, Any]]:
         import torch
 
         from hmf.config.pattern import Pattern
@@ -202,25 +263,30 @@ class Job:
         if not stage0.is_dir():
             make_stage0(self.base, pattern, stage0, hybrid.options_by_key(), self.seed, hybrid.conv_start)
         model = load_model(distill(stage0, self.work, self.stage1, self.seed), dtype=torch.float32)
+        model.to(self.options.device)
+        trained = round(time.perf_counter() - self.started, 1)
         # Score of the whole student beside its teacher, in the way of the methods.
         kl = means(self.scorer(model)([frozenset(replaced)])[0])
-        self.write(kl=kl)
-        scores = {}
-        for task in TASKS:
-            scored = evaluate_model(
-                model, self.tokenizer, tasks=[task], n=self.options.prompts, length=512, max_bytes=0
-            )
-            scores[task] = scored["tasks"][task]["accuracy"]
-            self.write(kl=kl, scores=scores, prompts=self.options.prompts, finished=len(scores) == len(TASKS))
+        scored = evaluate_model(
+            model,
+            self.tokenizer,
+            tasks=TASKS,
+            n=self.options.prompts,
+            length=512,
+            max_bytes=0,
+            batch_size=16 if self.options.device == "cpu" else 64,
+        )
+        scores = {task: scored["tasks"][task]["accuracy"] for task in TASKS}
+        yield self.line(kl=kl, scores=scores, prompts=self.options.prompts, training_seconds=trained, finished=True)
 
-    def method(self) -> None:
+    def method(self) -> Iterator[dict[str, Any]]:
         from hmf.selection.supernet import align, fused_everywhere, training_of
 
         method, hybrid = self.job["method"], self.recipe.hybrid
         options, mixer = hybrid.options_by_key(), hybrid.mixer
         if method == "window":
             options, mixer = options | {"swa_config": {"window_size": 64}}, "swa"
-        model = fused_everywhere(self.base, mixer, options, self.seed, hybrid.conv_start)
+        model = fused_everywhere(self.base, mixer, options, self.seed, hybrid.conv_start).to(self.options.device)
         layerwise = self.stage1.objective.layerwise_steps
         subsets = {"aligned": 0, "supernet": 2 * (self.stage1.training.steps - layerwise)}
         if method in subsets:
@@ -234,7 +300,7 @@ class Job:
         for choice, sums in zip(choices, scorer(choices), strict=True):
             rows = [[[round(x, 5) for x in pair] for pair in row] for row in sums.tolist()]
             last = choice == choices[-1]
-            self.write(replaced=sorted(choice), rows=rows, training_seconds=trained, finished=last)
+            yield self.line(replaced=sorted(choice), rows=rows, training_seconds=trained, finished=last)
 
     def scorer(self, model: Any) -> Any:
         from hmf.selection.scores import Scorer
