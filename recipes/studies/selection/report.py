@@ -136,6 +136,7 @@ def draw(primed: Any, methods: Any, picture: Path) -> None:
     """Each choice by what a method expects of it and what it came to, a panel for each method."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     names = sorted({name for known in methods.values() for name in known if name != "window"})
     figure = Figure(figsize=(1 + 4 * len(names), 4.2), layout="constrained")
@@ -153,6 +154,7 @@ def draw(primed: Any, methods: Any, picture: Path) -> None:
                 rho = spearman([-x for x in across], up)
                 axes.scatter(across, up, s=14, label=f"{size} replaced, rho {math.nan if rho is None else rho:.2f}")
         axes.set(title=name, xlabel="KL before priming, nats", ylabel="accuracy after priming, %", xscale="log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     FigureCanvasAgg(figure).print_png(picture)
