@@ -6,6 +6,7 @@ cache, against Hugging Face.
 """
 
 import copy
+import sys
 import types
 
 import pytest
@@ -345,3 +346,20 @@ def test_a_layer_that_holds_another_one_asks_for_its_metadata_too():
         backend = getattr(backends, symbol)
         assert backend.get_builder_cls() is mixer_module(symbol).BUILDER
         assert issubclass(backends.BMF.get_builder_cls(), backend.get_builder_cls())
+
+
+@pytest.mark.parametrize("why", [None, "No module named 'missing_cutlass'"])
+def test_flashinfer_that_cannot_be_imported_is_reported(tmp_path, monkeypatch, why):
+    from hmf.serving.vllm import gdn
+
+    package = tmp_path / "flashinfer"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "gdn_prefill.py").write_text("import missing_cutlass" if why else "")
+    for name in [name for name in sys.modules if name.split(".")[0] == "flashinfer"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    warnings = []
+    monkeypatch.setattr(gdn.logger, "warning_once", lambda text, *values: warnings.append(text % values))
+    assert gdn.has_flashinfer() == (why is None)
+    assert [why in text for text in warnings] == ([True] if why else [])

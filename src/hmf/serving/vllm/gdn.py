@@ -10,6 +10,7 @@ Legend: N tokens of the batch, S sequences, T tokens a sequence, H expanded head
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -59,10 +60,19 @@ def build(symbol: str, config: Any, quant_config: Any, prefix: str, attention: n
     return GatedDeltaNet(symbol, config, quant_config, prefix)
 
 
-def _has_flashinfer() -> bool:
+def has_flashinfer() -> bool:
+    """Whether FlashInfer's GDN kernels can be imported. If it is installed without them, a warning has the reason."""
+    if importlib.util.find_spec("flashinfer") is None:
+        return False
     try:
         import flashinfer.gdn_prefill  # noqa: F401
-    except ImportError:  # also if nvidia-cutlass-dsl, which its kernels need, is missing or incomplete
+    except Exception as error:  # its kernels need nvidia-cutlass-dsl, and load libraries when they are imported
+        logger.warning_once(
+            "FlashInfer is installed, but its GDN kernels cannot be imported (%s: %s). Prefill of GDN layers uses "
+            "vLLM's Triton kernels. The kernels of FlashInfer need nvidia-cutlass-dsl.",
+            type(error).__name__,
+            " ".join(str(error).split()),
+        )
         return False
     return True
 
@@ -155,7 +165,7 @@ class GatedDeltaNet(RecurrentMixer):
 
             self.chunks, name = chunk_gated_delta_rule, "triton"
             try_flashinfer = option in (None, "auto", "flashinfer")
-            if try_flashinfer and self.options.head_dim == 128 and _has_flashinfer():
+            if try_flashinfer and self.options.head_dim == 128 and has_flashinfer():
                 from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import ChunkGatedDeltaRule
 
                 chosen = ChunkGatedDeltaRule()
