@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hmf.bench.states import state_drift
+from hmf.bench.states import Stored, state_drift
 from hmf.cli import app
 from hmf.errors import HmfError
 from tests.hybrids import Case, random_ids, tiny_hybrid
@@ -17,7 +17,7 @@ SEVERAL = Case("GDN", "several")
 
 def test_states_as_they_are_drift_nowhere():
     model = tiny_hybrid(SEVERAL, "X-*-GKA-M2-BMF").float()
-    drifts = state_drift(model, random_ids(2, 20), torch.float32, parts=3)
+    drifts = state_drift(model, random_ids(2, 20), Stored(torch.float32), parts=3)
     assert [(drift.first, drift.last) for drift in drifts] == [(0, 5), (6, 11), (12, 18)]
     assert all(drift.mean == drift.worst == drift.loss == drift.changed == 0 for drift in drifts)
 
@@ -25,7 +25,30 @@ def test_states_as_they_are_drift_nowhere():
 @pytest.mark.parametrize("symbol", ["GDN", "GKA", "M2", "BMF"])
 def test_fewer_bits_drift_more(symbol):
     model, ids = tiny_hybrid(Case(symbol, "drift")).float(), random_ids(2, 24)
-    half, narrow = (state_drift(model, ids, dtype, parts=1)[0] for dtype in (torch.float16, torch.bfloat16))
+    half, narrow = (state_drift(model, ids, Stored(dtype), parts=1)[0] for dtype in (torch.float16, torch.bfloat16))
+    assert 0 < half.mean < narrow.mean <= narrow.worst < 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_is_right_on_average(dtype):
+    """Each number becomes one of its two neighbours in the dtype, and the mean of many is the number."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, generator=generator)
+    x[:3] = torch.tensor([0.0, 1.0, -2.5])  # exact in both dtypes
+    many = torch.stack([Stored(dtype, stochastic=True).rounded(x, generator) for _ in range(4000)])
+    assert torch.equal(many, many.to(dtype).float())
+    assert torch.equal(many[:, :3], x[:3].expand(4000, 3))
+    step = torch.finfo(dtype).eps * x.abs()
+    assert ((many - x).abs() <= step * (1 + 1e-6)).all()
+    assert ((many.mean(0) - x).abs() <= 0.05 * step).all()
+    assert ((x.to(dtype).float() - x).abs() > 0.1 * step).any()  # to the nearest is not
+
+
+def test_keys_and_values_in_fewer_bits():
+    model, ids = tiny_hybrid(SEVERAL, "X-*-X-*").float(), random_ids(2, 24)
+    half, narrow = (
+        state_drift(model, ids, Stored(kv_dtype=dtype), parts=1)[0] for dtype in (torch.float16, torch.float8_e4m3fn)
+    )
     assert 0 < half.mean < narrow.mean <= narrow.worst < 1
 
 
@@ -40,6 +63,11 @@ def test_command(tmp_path):
     rows = json.loads(result.stdout)["rows"]
     assert [(row["first"], row["last"]) for row in rows] == [(0, 1), (2, 3), (4, 5), (6, 7)]
     assert "positions" in CliRunner().invoke(app, arguments).output
+    fewer = ["--dtype", "float32", "--kv-cache-dtype", "fp8"]
+    shown = CliRunner().invoke(app, [*arguments, *fewer]).output
+    assert "states in float32, keys and values in fp8" in " ".join(shown.split())
+    shown = CliRunner().invoke(app, [*arguments, "--rounding", "stochastic"]).output
+    assert "states in bfloat16, rounded at random" in " ".join(shown.split())
     caught = CliRunner().invoke(app, [*arguments, "--tokens", "300"]).exception
     assert isinstance(caught, HmfError) and "--tokens: 300 is not between 2 and 256" in str(caught)
     assert CliRunner().invoke(app, [*arguments, "--dtype", "int8"]).exit_code == 2

@@ -286,9 +286,27 @@ class TestOverrides:
         assert [self.arguments(one) for one in found] == [{"max_position_embeddings": 9000}, json.loads(shared)]
         assert self.arguments(variants.subjects(named, Run([Load(64, 1)], dtype="float32"))[1]) is None
 
+    def test_dtypes_of_caches_are_options_of_vllm(self, configs):
+        """A base has no recurrent states, so it is not measured again without a difference."""
+        named, run = [("base", configs[0]), ("hybrid", configs[1])], Run([Load(64, 0)], dtype="float32")
+        both = '{"kv_cache_dtype": "fp8", "mamba_ssm_cache_dtype": "bfloat16"}'
+        found = variants.subjects(named, run, None, ['{"kv_cache_dtype": "fp8"}', both])
+        assert [one.name for one in found][2:] == [
+            "base, kv_cache_dtype=fp8",
+            "hybrid, kv_cache_dtype=fp8",
+            "hybrid, kv_cache_dtype=fp8, mamba_ssm_cache_dtype=bfloat16",
+        ]
+        values = [one.arguments[one.arguments.index("--kv-cache-dtype") + 1] for one in found[2:]]
+        assert values == ["fp8"] * 3 and "--kv-cache-dtype" not in found[0].arguments
+        last = found[-1].arguments
+        assert last[last.index("--mamba-ssm-cache-dtype") + 1] == "bfloat16" and self.arguments(found[-1]) is None
+        steps = [one.plan.step_bytes(1, 64) for one in found]
+        assert steps[4] < steps[3] < steps[1] and steps[2] < steps[0]
+
     @pytest.mark.parametrize(
         ("arguments", "line"),
         [
+            (["--variant", '{"kv_cache_dtype": "fp7"}'], "--kv-cache-dtype: unknown dtype 'fp7'"),
             (["--hf-overrides", "{num_iter: 10}"], "--hf-overrides: {num_iter: 10} is not a JSON object"),
             (["--variant", "[1]"], "--variant: [1] is not a JSON object"),
             (["--variant", VARIANT], "no MODEL has these keys or layers of this type"),

@@ -90,6 +90,19 @@ class TestBytes:
         config.state_dtype = "bfloat16"
         assert planner.make_plan(config, GPUS["h100"]).sequence_bytes(1)[1] * 2 == 18 * 2_170_880
 
+    def test_fewer_bits_of_keys_and_states(self):
+        """fp8 keys alone do not double what fits: a block is as large as a float32 state."""
+        plans = [
+            planner.make_plan(half(), GPUS["h200"], settings=planner.ServingSettings(kv_cache_dtype=kv, **states))
+            for kv, states in (("auto", {}), ("fp8", {}), ("fp8", {"mamba_ssm_cache_dtype": "bfloat16"}))
+        ]
+        kv, states = zip(*(plan.sequence_bytes(16384) for plan in plans), strict=True)
+        assert kv[0] == 2 * kv[1] == 2 * kv[2]
+        assert states[0] == states[1] == states[2] + 18 * 32 * 128 * 128 * 2
+        fit = [plan.sequences(16384) for plan in plans]
+        assert fit[0] < fit[1] < fit[2] <= 2 * fit[0] + 2
+        assert plans[2].step_bytes(1, 16384) < plans[1].step_bytes(1, 16384) < plans[0].step_bytes(1, 16384)
+
     def test_windows_stop_growing(self):
         plan = half_plan("swa")
         assert plan.sequence_bytes(2048)[0] == 2048 * 147_456
@@ -223,6 +236,11 @@ class TestInput:
         with pytest.raises(HmfError, match="quantization_config"):
             planner.plans(config, "h100")
 
+    @pytest.mark.parametrize("name", ["kv_cache_dtype", "mamba_ssm_cache_dtype"])
+    def test_unknown_dtypes_of_caches(self, name):
+        with pytest.raises(HmfError, match=f"--{name.replace('_', '-')}: unknown dtype 'fp7'"):
+            planner.ServingSettings(**{name: "fp7"})
+
     def test_shares(self):
         with pytest.raises(HmfError, match="--gpu-memory-utilization: 90"):
             planner.ServingSettings(utilisation=90)
@@ -259,20 +277,24 @@ def test_command_line(tmp_path, monkeypatch):
     ("case", "pattern", "fields"),
     [
         (Case("GDN", "even"), "X-*-X-*", {}),
+        (Case("M2", "fp8"), "X-*-X-*", {"kv_cache_dtype": "fp8"}),
         (Case("GKA", "uneven"), "X-X-X-*", {}),
         (Case("SWA", "windows"), "GDN-*-X-M2-*", {"swa_config": {"window_size": 300}}),
         (None, "*-*-*", {}),
     ],
-    ids=["gdn", "gka", "mixed", "transformer"],
+    ids=["gdn", "fp8 keys", "gka", "mixed", "transformer"],
 )
 def test_vllm_agrees(tmp_path, case, pattern, fields):
     """The pool that vLLM makes of 1 GiB is the planned one."""
     # large heads: the smallest block would hold the states of small ones, and hide how it is chosen
+    stored = {key: fields[key] for key in fields if key == "kv_cache_dtype"}
+    fields = {key: fields[key] for key in fields if key not in stored}
     model = engines.save_hybrid(tmp_path, case or Case("GDN", "none"), pattern, head_dim=128, **fields)
-    with engines.engine(tmp_path, max_num_batched_tokens=256) as llm:
+    with engines.engine(tmp_path, max_num_batched_tokens=256, **stored) as llm:
         config = llm.llm_engine.vllm_config
         cache = config.cache_config
-        settings = planner.ServingSettings(batched_tokens=256, prefix_caching=cache.enable_prefix_caching)
+        caching = cache.enable_prefix_caching
+        settings = planner.ServingSettings(batched_tokens=256, prefix_caching=caching, **stored)
         device = GPUS["h100"] if engines.CUDA else cpu()  # what counts here is the same for all GPUs
         plan = planner.make_plan(model.config, device, dtype=torch.float32, settings=settings, room=engines.POOL)
         assert cache.block_size == plan.blocks.tokens

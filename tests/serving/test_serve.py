@@ -202,6 +202,9 @@ class TestGPUs:
         chosen = serve.prepare(tmp_path, ["--tensor-parallel-size", "1"]).arguments
         length = int(chosen[chosen.index("--max-model-len") + 1])
         assert 2**19 < length < 2**21
+        stored = ["--tensor-parallel-size", "1", "--kv-cache-dtype", "fp8"]
+        fewer = serve.prepare(tmp_path, stored).arguments
+        assert "--max-model-len" not in fewer  # keys and values of a sequence are a quarter of those in float32
         gpus(1, 1.1)
         with pytest.raises(HmfError, match="leave no room for a cache"):
             serve.prepare(tmp_path)

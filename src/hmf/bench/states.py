@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The effect of storing recurrent states in a narrower dtype: how far log-probabilities drift.
+"""The effect of storing recurrent states, or keys and values, in fewer bits: how far log-probabilities drift.
 
-Text is read a token at a time, as a server decodes, once with states as they are and once with every recurrent and
-convolution state rounded to the narrower dtype after each token. Weights and activations are the same in both.
+Text is read a token at a time, as a server decodes, once with the caches as they are and once with every recurrent and
+convolution state, and each new key and value, rounded after each token. Weights and activations are the same in both.
 """
 
 from __future__ import annotations
@@ -37,11 +37,35 @@ class Drift:
     changed: float
 
 
+@dataclass(frozen=True)
+class Stored:
+    """How a cache stores numbers: states in `dtype`, rounded to the nearest number or at random such that the expected
+    value is exact (stochastic); keys and values in `kv_dtype`, to the nearest with a scale of 1, as vLLM does by
+    default. None: as they are."""
+
+    dtype: torch.dtype | None = None
+    stochastic: bool = False
+    kv_dtype: torch.dtype | None = None
+
+    def rounded(self, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """A state, rounded, in its own dtype."""
+        nearest = x.to(self.dtype)
+        if not self.stochastic:
+            return nearest.to(x)
+        # The two neighbours of x in the dtype, and its distance from the lower one as the probability of the upper one.
+        back = nearest.to(x)
+        toward = torch.where(back > x, -torch.inf, torch.inf).to(nearest)
+        other = torch.nextafter(nearest, toward).to(x)
+        share = torch.where(back == x, 0.0, (x - back) / (other - back))
+        take = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32) < share
+        return torch.where(take, other, back)
+
+
 @torch.inference_mode()
-def state_drift(model: PreTrainedModel, input_ids: torch.Tensor, dtype: torch.dtype, parts: int = 4) -> list[Drift]:
-    """The drift of a Hybrid's log-probabilities in `parts` parts of input_ids [B, T], for states in `dtype`."""
+def state_drift(model: PreTrainedModel, input_ids: torch.Tensor, stored: Stored, parts: int = 4) -> list[Drift]:
+    """The drift of a Hybrid's log-probabilities in `parts` parts of input_ids [B, T], for caches `stored` so."""
     changes = []
-    steps = zip(_decode(model, input_ids, None), _decode(model, input_ids, dtype), strict=True)
+    steps = zip(_decode(model, input_ids, Stored()), _decode(model, input_ids, stored), strict=True)
     for (full, best), (narrow, other) in tqdm(steps, "decoding", input_ids.shape[1] - 1, unit="token", disable=None):
         changes.append(torch.stack([narrow - full, (best != other).to(full)]))
     table = torch.stack(changes)  # [T-1, 2, B]
@@ -57,28 +81,34 @@ def state_drift(model: PreTrainedModel, input_ids: torch.Tensor, dtype: torch.dt
 
 
 def _decode(
-    model: PreTrainedModel, input_ids: torch.Tensor, dtype: torch.dtype | None
+    model: PreTrainedModel, input_ids: torch.Tensor, stored: Stored
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """For each position except the last: the log-probability [B] of the next token, and the most likely token [B]."""
     config, cache = model.config, DynamicCache(config=model.config)
+    generator = torch.Generator(input_ids.device).manual_seed(0)
     narrowed = {
         index: [n for n, s in mixer_class(symbol).state_shapes(config).items() if s.kind in ("recurrent", "conv")]
         for index, symbol in enumerate(config.pattern.symbols)
         if index in config.pattern.replaced
     }
+    attention = [index for index in range(len(config.pattern)) if index not in config.pattern.replaced]
     for now, after in zip(input_ids.T[:-1], input_ids.T[1:], strict=True):
         output = model(now[:, None], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
-        if dtype is not None:
+        if stored.dtype is not None:
             for index, names in narrowed.items():
                 states = cache.layers[index].states
-                states |= {name: states[name].to(dtype).to(states[name]) for name in names}
+                states |= {name: stored.rounded(states[name], generator) for name in names}
+        if stored.kv_dtype is not None:
+            for index in attention:
+                for x in (cache.layers[index].keys, cache.layers[index].values):
+                    x[..., -1:, :] = x[..., -1:, :].to(stored.kv_dtype).to(x)
         scores = output.logits[:, -1].float().log_softmax(-1)
         yield scores.gather(1, after[:, None])[:, 0], scores.argmax(-1)
 
 
 def measure(
-    source: str | Path, dtype: str, tokens: int, batch: int, device: str = "cpu", corpus: str = STDLIB
+    source: str | Path, stored: Stored, tokens: int, batch: int, device: str = "cpu", corpus: str = STDLIB
 ) -> list[Drift]:
     """The drift on `batch` sequences of `tokens` tokens of held-out text, for the Hybrid at `source`."""
     model = load_model(source).to(device).eval()
@@ -92,7 +122,7 @@ def measure(
     if len(stream) < tokens * batch:
         raise HmfError(f"--tokens, --batch: the held-out text has {len(stream):,} tokens; ask for fewer")
     ids = torch.tensor(stream[: tokens * batch], device=device).view(batch, tokens)
-    return state_drift(model, ids, getattr(torch, dtype))
+    return state_drift(model, ids, stored)
 
 
 def print_drift(drifts: list[Drift], title: str) -> None:

@@ -47,6 +47,7 @@ from hmf.serving.vllm import register
 DTYPES = ("float32", "bfloat16", "float16")
 GROUP = "vllm.general_plugins"
 COPIED = 2**30  # bytes of a copy that measures bandwidth
+CACHE_OPTIONS = ("kv_cache_dtype", "mamba_ssm_cache_dtype")  # of vLLM, which an override may name beside config keys
 PLANNED = 0.95  # share of the planned sequences that is used, because a plan is an estimate
 
 
@@ -156,10 +157,14 @@ def subject(
 ) -> Subject:
     """The model at `folder`, with random weights if it has none. HmfError if vLLM cannot serve it.
 
-    overrides: vLLM's --hf-overrides; first: the model that the others are compared with, or None for this model itself.
+    overrides: vLLM's --hf-overrides, and `CACHE_OPTIONS`; first: the model that the others are compared with, or None
+    for this model itself.
     """
     config = load_config(folder, weights=False)
-    for key, value in (overrides or {}).items():
+    overrides = dict(overrides or {})
+    stored = {key: overrides.pop(key) for key in CACHE_OPTIONS if key in overrides}
+    planned = replace(_settings(run), **stored)
+    for key, value in overrides.items():
         setattr(config, key, value)  # as vLLM does
     random = not any((folder / file).exists() for file in (WEIGHTS, INDEX))
     quantised = bool(getattr(config, "quantization_config", None))
@@ -167,7 +172,7 @@ def subject(
         require_checkpoint(folder)
     config = servable(config, folder)
     dtype = config.dtype = getattr(torch, run.dtype)
-    loads = tuple(load if load.sequences else _filled(load, name, config, run) for load in run.loads)
+    loads = tuple(load if load.sequences else _filled(load, name, config, run, planned) for load in run.loads)
     if first is not None:
         loads = tuple(replace(load, prefilled=base.sequences) for load, base in zip(loads, first.loads, strict=True))
     longest = max(map(run.length, loads))
@@ -177,7 +182,7 @@ def subject(
             f"--context: {longest:,} tokens with the decoded ones are more than the max_position_embeddings of {name}, "
             f"{config.max_position_embeddings:,}; give fewer"
         )
-    settings = replace(_settings(run), max_num_seqs=most)
+    settings = replace(planned, max_num_seqs=most)
     _, options, environment = for_machine(config, settings, run.ranks)
     options |= {
         "--model": str(folder),
@@ -193,6 +198,7 @@ def subject(
     }
     if run.enforce_eager:
         options["--enforce-eager"] = None
+    options |= {f"--{key.replace('_', '-')}": value for key, value in stored.items()}
     if overrides:
         options["--hf-overrides"] = json.dumps(overrides)
     # Without a memory limit, because this plan is used only for the bytes of a step.
@@ -205,9 +211,9 @@ def _settings(run: Run) -> ServingSettings:
     return ServingSettings(utilisation=run.utilisation, prefix_caching=False, batched_tokens=run.batched_tokens)
 
 
-def _filled(load: Load, name: str, config: Any, run: Run) -> Load:
+def _filled(load: Load, name: str, config: Any, run: Run, settings: ServingSettings) -> Load:
     """`load` with the number of sequences whose full length fits the model's planned cache, times `PLANNED`."""
-    plan, *_ = for_machine(config, _settings(run), run.ranks)
+    plan, *_ = for_machine(config, settings, run.ranks)
     for sequences in range(min(plan.most_requests, run.batched_tokens // 2), 0, -1):
         filled = replace(load, sequences=sequences)
         if sequences <= PLANNED * plan.sequences(run.length(filled)):

@@ -8,12 +8,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hmf.config.layers import LAYER_KINDS, needed_kinds
 from hmf.errors import HmfError
 from hmf.model.checkpoint import load_config
+from hmf.planning.memory import layer_caches
 from hmf.planning.serving import as_hybrid
 
-from .throughput import Run, Subject, subject
+from .throughput import CACHE_OPTIONS, Run, Subject, subject
 
 
 def subjects(
@@ -49,7 +52,11 @@ def _values(overrides: dict[str, Any]) -> Iterator[str]:
 
 
 def takes(config: Any, key: str) -> bool:
-    """Whether an override of `key` affects a model: it is a key of its config, or has options of one of its layers."""
+    """Whether an override of `key` affects a model: it is a key of its config, has options of one of its layers, or is
+    the dtype of a cache that it has."""
+    if key in CACHE_OPTIONS:
+        caches = layer_caches(config, torch.float32)
+        return any(cache.token_bytes if key == "kv_cache_dtype" else cache.state_bytes for cache in caches)
     for kind in LAYER_KINDS.values():
         if key in (kind.config_key, kind.overrides_key):
             return hasattr(config, "pattern") and kind in needed_kinds(config, config.pattern.symbols)

@@ -16,6 +16,7 @@ from hmf.cli.shared import (
     BatchedTokens,
     Device,
     Dtype,
+    KVCacheDtype,
     Mixer,
     Ratio,
     epilog,
@@ -174,30 +175,44 @@ def distill(
 )
 def states(
     model: Annotated[str, typer.Argument(help=f"Hybrid. {MODEL}")],
-    dtype: Annotated[Literal["bfloat16", "float16"], typer.Option(help="Dtype of the states.")] = "bfloat16",
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"], typer.Option(help="Dtype of the states; float32 leaves them.")
+    ] = "bfloat16",
+    rounding: Annotated[
+        Literal["nearest", "stochastic"], typer.Option(help="How states are rounded; a server rounds to the nearest.")
+    ] = "nearest",
+    kv_cache_dtype: KVCacheDtype = "auto",
     tokens: Annotated[int, tokens("Length of each excerpt.", 2)] = 1024,
     batch: Annotated[int, typer.Option(min=1, help="Number of excerpts of held-out text.")] = 4,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Device to measure on.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Measure the effect of storing states in fewer bits.
+    """Measure the effect of storing states, keys and values in fewer bits.
 
-    Prints how far the log-probabilities move when recurrent states are stored in the given dtype.
+    Prints how far the log-probabilities move when recurrent states, and keys and values, are stored in the given
+    dtypes.
     """
     folder = resolve_base(model)
 
     import json
     from dataclasses import asdict
 
-    from hmf.bench import machine, states
+    import torch
 
-    drifts = states.measure(folder, dtype, tokens, batch, device)
+    from hmf.bench import machine, states
+    from hmf.planning.serving import KV_DTYPES
+
+    narrowed = None if dtype == "float32" else getattr(torch, dtype)
+    stored = states.Stored(narrowed, rounding == "stochastic", KV_DTYPES[kv_cache_dtype])
+    drifts = states.measure(folder, stored, tokens, batch, device)
     if as_json:
         rows = [asdict(drift) for drift in drifts]
         report = {"rows": rows, "hardware": machine.hardware(), "versions": machine.versions()}
         typer.echo(json.dumps(report, indent=2))
     else:
-        title = f"{model}: states in {dtype}, {batch} x {tokens:,} tokens of held-out text; nats, by position"
+        kept = f"states in {dtype}" + (", rounded at random" if stored.stochastic else "")
+        kept += "" if stored.kv_dtype is None else f", keys and values in {kv_cache_dtype}"
+        title = f"{model}: {kept}, {batch} x {tokens:,} tokens of held-out text; nats, by position"
         states.print_drift(drifts, title)
 
 
@@ -235,7 +250,11 @@ def serving(
     ] = None,
     variant: Annotated[
         list[str] | None,
-        typer.Option(metavar="JSON", help="Measure the models once more with these overrides; repeatable."),
+        typer.Option(
+            metavar="JSON",
+            help="Measure the models once more with these overrides, or with another kv_cache_dtype or "
+            "mamba_ssm_cache_dtype; repeatable.",
+        ),
     ] = None,
     output: Annotated[int, tokens("Tokens that each sequence decodes in the timed run.")] = 128,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs; the fastest counts.")] = 1,

@@ -9,7 +9,19 @@ from typing import Annotated
 
 import typer
 
-from hmf.cli.shared import CONFIG, PATTERN, AsJson, BatchedTokens, Overrides, Ratio, epilog, group, tokens
+from hmf.cli.shared import (
+    CONFIG,
+    PATTERN,
+    AsJson,
+    BatchedTokens,
+    KVCacheDtype,
+    Overrides,
+    Ratio,
+    StateCacheDtype,
+    epilog,
+    group,
+    tokens,
+)
 from hmf.errors import HmfError
 from hmf.folders import find_recipe, require_parent, resolve_base
 from hmf.gpus import parse_gpus
@@ -41,6 +53,8 @@ def plan(
     prefix_caching: Annotated[bool, typer.Option(help="Cache states at block boundaries for later prompts.")] = True,
     max_num_seqs: Annotated[int | None, typer.Option(min=1, help="vLLM's option. Default: vLLM's default.")] = None,
     batched_tokens: BatchedTokens = 8192,
+    kv_cache_dtype: KVCacheDtype = "auto",
+    mamba_ssm_cache_dtype: StateCacheDtype = "auto",
     plot: Annotated[Path | None, typer.Option(help="Plot over context lengths to write (.png, .svg).")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -66,7 +80,13 @@ def plan(
         settings = HybridSettings(mixer=mixer, ratio=ratio, pattern=pattern)
         config = hybrid_config(config, settings.layer_pattern(config.num_hidden_layers))
     options = planner.ServingSettings(
-        gpu_memory_utilization, layer_overhead / 1e6, prefix_caching, batched_tokens, max_num_seqs
+        gpu_memory_utilization,
+        layer_overhead / 1e6,
+        prefix_caching,
+        batched_tokens,
+        max_num_seqs,
+        kv_cache_dtype,
+        mamba_ssm_cache_dtype,
     )
     plans = planner.plans(config, gpu, options)
     if as_json:

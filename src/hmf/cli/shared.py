@@ -67,6 +67,14 @@ def _parsed(value: str | int, least: int) -> int:
 
 
 BatchedTokens = Annotated[int, tokens("vLLM's --max-num-batched-tokens.")]
+KVCacheDtype = Annotated[
+    Literal["auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"],
+    typer.Option(help="vLLM's option: dtype of keys and values. auto: the model's."),
+]
+StateCacheDtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="vLLM's option: dtype of recurrent states. auto: state_dtype of config.json."),
+]
 Compose = Annotated[
     str | None,
     typer.Option(metavar="KEYS,STATES", help='Process chunks of long prompts apart, as in "concatenated,fused".'),

@@ -73,20 +73,29 @@ class LayerCache:
         return self.state_bytes + tokens * self.token_bytes
 
 
-def layer_caches(config: Any, dtype: torch.dtype, ranks: int = 1) -> list[LayerCache]:
-    """The cache of each layer of a hybrid `config` on one of `ranks` tensor-parallel GPUs, keys and values in `dtype`.
+def layer_caches(
+    config: Any,
+    dtype: torch.dtype,
+    ranks: int = 1,
+    kv_dtype: torch.dtype | None = None,
+    recurrent_dtype: torch.dtype | None = None,
+) -> list[LayerCache]:
+    """The cache of each layer of a hybrid `config` on one of `ranks` tensor-parallel GPUs.
 
-    A recurrent layer keeps all its states together, windows included. A layer with only windows counts as attention.
+    dtype: the model's, in which windows are kept; kv_dtype: of keys and values, None for the model's; recurrent_dtype:
+    of recurrent states, None for the `state_dtype` of the config. A recurrent layer keeps all its states together,
+    windows included. A layer with only windows counts as attention.
     """
     state_dtype = getattr(torch, config.state_dtype)
-    token_bytes = 2 * split_heads(config.num_key_value_heads, ranks) * base_head_dim(config) * dtype.itemsize
+    kv_dtype, recurrent_dtype = kv_dtype or dtype, recurrent_dtype or state_dtype
+    token_bytes = 2 * split_heads(config.num_key_value_heads, ranks) * base_head_dim(config) * kv_dtype.itemsize
     caches = []
     for symbol, kind, window in zip(
         config.pattern.symbols, config.attention_types, config.attention_windows, strict=True
     ):
         shapes = [] if symbol == ATTENTION else list(mixer_class(symbol).state_shapes(config, ranks).values())
         if any(shape.kind == "recurrent" for shape in shapes):
-            sizes = [shape.bytes(dtype, state_dtype, state_dtype) for shape in shapes]
+            sizes = [shape.bytes(dtype, recurrent_dtype, state_dtype) for shape in shapes]
             moved = sum(_moved(shape, size) for shape, size in zip(shapes, sizes, strict=True))
             caches.append(LayerCache(symbol, state_bytes=sum(sizes), moved_bytes=moved))
         elif shapes:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from hmf.config.pattern import ATTENTION, Pattern, is_fused
-from hmf.errors import HmfError
+from hmf.errors import HmfError, unknown_name
 from hmf.gpus import COPY_SHARE, GIB, Device, parse_gpus
 from hmf.layers.base import heads_fit
 from hmf.model.convert import hybrid_config
@@ -32,6 +32,16 @@ from .memory import Blocks, LayerCache, Weights, layer_caches, require_unquantis
 # (docs/planning.md).
 LAYER_OVERHEAD = 85e-6
 UTILISATION = 0.9
+# Values of vLLM's --kv-cache-dtype and --mamba-ssm-cache-dtype. None: the model's dtype, and the config's state_dtype.
+KV_DTYPES = {
+    "auto": None,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+STATE_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # vLLM's default for the largest captured batch size, and the sizes up to it.
 LARGEST_CAPTURE = 512
 CAPTURE_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, LARGEST_CAPTURE + 1, 16))
@@ -40,15 +50,21 @@ CAPTURE_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, LARGEST_CAPTURE + 1, 16
 @dataclass(frozen=True)
 class ServingSettings:
     """utilisation: the share of GPU memory that vLLM may use; layer_overhead: the constant seconds of each layer in a
-    decode step; batched_tokens and max_num_seqs (None: the device's default): vLLM's options that limit one step."""
+    decode step; batched_tokens and max_num_seqs (None: the device's default): vLLM's options that limit one step;
+    kv_cache_dtype, mamba_ssm_cache_dtype: vLLM's options of these names, for keys and values and recurrent states."""
 
     utilisation: float = UTILISATION
     layer_overhead: float = LAYER_OVERHEAD
     prefix_caching: bool = True
     batched_tokens: int = 8192
     max_num_seqs: int | None = None
+    kv_cache_dtype: str = "auto"
+    mamba_ssm_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
+        for name, dtypes in (("kv_cache_dtype", KV_DTYPES), ("mamba_ssm_cache_dtype", STATE_DTYPES)):
+            if (value := getattr(self, name)) not in dtypes:
+                raise HmfError(f"--{name.replace('_', '-')}: {unknown_name('dtype', value, dtypes)}")
         if not 0 < self.utilisation <= 1:
             raise HmfError(f"--gpu-memory-utilization: {self.utilisation} is not in (0, 1]")
 
@@ -149,7 +165,8 @@ def make_plan(
         raise HmfError(f"--gpu: {heads} do not split over {ranks} GPUs; use a divisor of both")
     dtype = dtype or serving_dtype(config)
     size = weights(config, dtype)
-    caches = layer_caches(config, dtype, ranks)
+    kv_dtype, state_dtype = KV_DTYPES[settings.kv_cache_dtype], STATE_DTYPES[settings.mamba_ssm_cache_dtype]
+    caches = layer_caches(config, dtype, ranks, kv_dtype, state_dtype)
     blocks = Blocks.of(caches, device.block)
     if room is None:
         seqs = settings.max_num_seqs or device.max_num_seqs

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from hmf.gpus import GIB, Device, cpu
 from hmf.layers.registry import MIXERS
 from hmf.model.checkpoint import generation_config, has_own_head, load_config
 from hmf.model.files import DTYPES, require_checkpoint, require_finite, stored_tensors
-from hmf.planning.serving import UTILISATION, Plan, ServingSettings, as_hybrid, make_plan
+from hmf.planning.serving import KV_DTYPES, STATE_DTYPES, UTILISATION, Plan, ServingSettings, as_hybrid, make_plan
 from hmf.serving.vllm.support import REASON_FILE, STILL_FUSED, split_problem
 
 CPU_SEQUENCES = 128  # vLLM's default of concurrent sequences on a CPU
@@ -82,6 +82,8 @@ def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
     settings = ServingSettings(
         prefix_caching=given.get("enable_prefix_caching") is not False,
         utilisation=given.get("gpu_memory_utilization", UTILISATION),
+        kv_cache_dtype=_known(given.get("kv_cache_dtype"), KV_DTYPES),
+        mamba_ssm_cache_dtype=_known(given.get("mamba_ssm_cache_dtype"), STATE_DTYPES),
     )
     plan, options, environment = for_machine(config, settings, given.get("tensor_parallel_size"))
     if not plan.sequences(config.max_position_embeddings):
@@ -107,6 +109,12 @@ def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
     ]
     keys = frozenset(key for key in given.get("api_key") or () if key)
     return Launch((str(source), *chosen, *extra), environment, keys, access(given))
+
+
+def _known(value: str | None, dtypes: Mapping[str, torch.dtype | None]) -> str:
+    """The dtype of a cache for the plan: `value`, or "auto", which plans for more bytes, where the planner has no
+    size for it."""
+    return value if value is not None and value in dtypes else "auto"
 
 
 def given_options(source: str | Path, extra: Sequence[str]) -> dict[str, Any]:
