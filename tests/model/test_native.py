@@ -24,10 +24,11 @@ from hmf.model.families import FAMILIES
 from hmf.model.modeling import hybrid_classes
 from hmf.priming.export import export
 from hmf.priming.stage0 import initialise
+from hmf.training.finetune import finetune
 from tests.hybrids import Case, random_ids, randomise, tiny_config
 from tests.model.test_families import EXPERTS, YARN
 from tests.test_cli import run
-from tests.training.cutting import make_tiny_stage0
+from tests.training.cutting import finetune_recipe, make_tiny_hybrid, make_tiny_stage0
 
 PATTERN = "*-GDN-GDN-*"
 EPS = {"norm_eps": 1e-6}
@@ -310,3 +311,43 @@ def test_a_fused_model_in_memory_is_refused(tiny_qwen3, tmp_path):
     initialise(fused)
     with pytest.raises(HmfError, match="hmf export --format qwen3_5"):
         native.save_native(fused, tmp_path / "stock", tmp_path)
+
+
+# --- adapters ---
+
+
+def test_an_adapter_of_a_hybrid_is_merged_and_then_converted(tmp_path):
+    peft = pytest.importorskip("peft")
+    hybrid = make_tiny_hybrid(tmp_path)
+    model = peft.get_peft_model(load_model(hybrid).eval(), peft.LoraConfig(target_modules="all-linear"))
+    ids = random_ids(2, 70)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+        expected, plain = model(ids).logits, load_model(hybrid).eval()(ids).logits
+    assert float((expected - plain).abs().max()) > 0.1
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(HmfError, match="merge it first"):
+        native.convert(tmp_path / "adapter", tmp_path / "stock")
+
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    native.convert(tmp_path / "merged", tmp_path / "stock")
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "stock").eval()(ids).logits
+    assert_close(found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()))
+
+
+def test_the_adapters_of_hmf_finetune_are_in_the_weights_already(tmp_path):
+    pytest.importorskip("peft")
+    hybrid = make_tiny_hybrid(tmp_path)
+    adapters = {"groups": ["attention", "mlp"], "rank": 4, "learning_rate": 1e-2}
+    finetune(finetune_recipe(hybrid, tmp_path / "run", lora=adapters))
+    native.convert(tmp_path / "run" / "model", tmp_path / "stock")
+    tuned, stock = (
+        load_model(tmp_path / "run" / "model").eval(),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "stock").eval(),
+    )
+    require_same(tuned, stock)
+    old, new = (load_model(folder).state_dict() for folder in (hybrid, tmp_path / "run" / "model"))
+    assert not torch.equal(old["model.layers.0.mlp.up_proj.weight"], new["model.layers.0.mlp.up_proj.weight"])

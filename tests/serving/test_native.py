@@ -3,20 +3,28 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
+import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
+from hmf.folders import resolve_base
 from hmf.model import native
 from hmf.model.checkpoint import load_model
 from hmf.model.families import FAMILIES
 from hmf.model.modeling import hybrid_classes
+from tests.conftest import ROOT
 from tests.hybrids import VOCABULARY, Case, random_ids, randomise, tiny_config
 from tests.serving.engines import CUDA, ENVIRONMENT, EXPERTS, FACTOR, POOL
+from tests.serving.test_server import start_server, stop
+from tests.test_cli import run
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -64,6 +72,12 @@ json.dump([rows, accepted], open(out, "w"))
 """
 # What vLLM's CPU kernels take: bfloat16 alone, and heads of at least 64.
 BASE = {"hidden_size": 128, "head_dim": 128}
+SHORT = [
+    *("distill.data.text=corpus", "distill.data.sequence_length=128", "distill.objective.layerwise_steps=1"),
+    *("distill.training.max_steps=2", "distill.training.per_device_train_batch_size=1"),
+    *("distill.training.save_steps=2", "distill.training.warmup_steps=0"),
+    *("evaluate.samples=1", "evaluate.length=128", "evaluate.text_bytes=2000", "evaluate.max_new_tokens=4"),
+]
 SMALL = {"kv_cache_memory_bytes": POOL, "gpu_memory_utilization": 0.1} if CUDA else {}
 
 
@@ -124,6 +138,10 @@ def hybrids(folder):
     return load_model(folder / "hybrid"), load_model(folder / "hybrid", torch.bfloat16)
 
 
+def stock(folder, dtype=torch.float32, name="stock"):
+    return AutoModelForCausalLM.from_pretrained(folder / name, dtype=dtype)
+
+
 PROMPTS = [random_ids(1, length, length)[0].tolist() for length in (5, 40, 70, 130)]
 
 
@@ -140,10 +158,9 @@ def test_a_hybrid_with_experts(tmp_path):
 
 def test_a_lora_adapter_of_every_linear_layer(dense):
     """Trained by peft on the stock model; half of the requests of one batch use it."""
+    peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(dense / "stock"), LoraConfig(r=8, target_modules="all-linear")
-    )
+    model = peft.get_peft_model(stock(dense), peft.LoraConfig(r=8, target_modules="all-linear"))
     optimiser, ids = torch.optim.AdamW(model.parameters(), lr=4e-3), random_ids(4, 40)
     for _ in range(5):
         model(ids, labels=ids).loss.backward()
@@ -151,8 +168,8 @@ def test_a_lora_adapter_of_every_linear_layer(dense):
         optimiser.zero_grad()
     adapter = dense / "adapter"
     model.save_pretrained(adapter)
-    stored = set(PeftModel.from_pretrained(stock(dense), adapter).peft_config["default"].target_modules)
-    assert {"q_proj", "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj", "down_proj"} <= stored
+    adapted_layers = set(peft.PeftConfig.from_pretrained(adapter).target_modules)
+    assert {"q_proj", "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj", "down_proj"} <= adapted_layers
 
     adapters = [str(adapter), None, str(adapter), None]
     # The CPU build reads the last slot for requests without an adapter, so that has to be empty.
@@ -161,17 +178,13 @@ def test_a_lora_adapter_of_every_linear_layer(dense):
     adapted, plain = rows[::2], rows[1::2]
     require_near(PROMPTS[1::2], plain, *hybrids(dense))
     both = [
-        PeftModel.from_pretrained(stock(dense, dtype), adapter, autocast_adapter_dtype=False)
+        peft.PeftModel.from_pretrained(stock(dense, dtype), adapter, autocast_adapter_dtype=False)
         for dtype in (torch.float32, torch.bfloat16)
     ]
     require_near(PROMPTS[::2], adapted, *both)
     near = distances(PROMPTS[::2], adapted, both[0])[0].mean()
     with both[0].disable_adapter():
         assert distances(PROMPTS[::2], adapted, both[0])[0].mean() > 5 * near  # the adapter matters
-
-
-def stock(folder, dtype=torch.float32):
-    return AutoModelForCausalLM.from_pretrained(folder / "stock", dtype=dtype)
 
 
 @pytest.mark.parametrize(
@@ -199,3 +212,85 @@ def test_drafts_do_not_change_the_tokens(dense, drafted, prompts):
     rows, accepted = serve(dense, dense / "stock", prompts, 40, speculative_config=drafts, **options)
     assert accepted > 0
     require_near(prompts, rows, *hybrids(dense))
+
+
+def save_base(folder):
+    """A random Qwen3 with the tokenizer, the chat template and other files of the quickstart's teacher."""
+    teacher = resolve_base("teacher")
+    shutil.copytree(teacher, folder, ignore=shutil.ignore_patterns("model.safetensors", "config.json"))
+    torch.manual_seed(0)
+    size = {
+        "num_hidden_layers": 4,
+        "layer_types": ["full_attention"] * 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    config = Qwen3Config.from_pretrained(teacher, **BASE, **size, dtype="float32", initializer_range=0.2)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    generation = GenerationConfig.from_pretrained(teacher, do_sample=True, top_k=1)  # greedy, in the server too
+    generation.save_pretrained(folder)
+
+
+def readme_commands():
+    """The commands of README's section, as words."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## An answer without hmf\n")[2]
+    blocks = re.findall(r"```bash\n(.*?)```", section.partition("\n## ")[0], re.DOTALL)
+    return [shlex.split(line, comments=True) for line in "".join(blocks).replace("\\\n", " ").splitlines()]
+
+
+def test_the_commands_of_the_readme(tmp_path, monkeypatch, capsys):
+    """Training is shortened. The server has the tokenizer, template, dtype and generation config of the folder."""
+    monkeypatch.chdir(tmp_path)
+    save_base(tmp_path / "base")
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "text.py").write_text("def f(x):\n    return x + 1\n" * 80)
+    prime, convert, vllm, curl = readme_commands()
+    prime = [word.replace("Qwen/Qwen3-0.6B", "base") for word in prime]
+    for value in SHORT:
+        prime += ["--set", value]
+    for program, *arguments in (prime, convert):
+        assert program == ".venv/bin/hmf"
+        code, _, err = run(monkeypatch, capsys, *arguments)
+        assert code == 0, err
+    assert vllm[:2] == ["vllm", "serve"]
+    native_folder = Path(vllm[2])
+
+    model = AutoModelForCausalLM.from_pretrained(native_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(native_folder)
+    assert model.config.tokenizer_class == "Qwen2Tokenizer" and model.generation_config.top_k == 1
+
+    def prompt_of(messages):
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+    end = [{"role": "user", "content": "Stop."}]  # its first token is made an end of every text
+    ends = json.loads((native_folder / "generation_config.json").read_text())
+    ends["eos_token_id"] = [*ends["eos_token_id"], int(model(torch.tensor([prompt_of(end)])).logits[0, -1].argmax())]
+    (native_folder / "generation_config.json").write_text(json.dumps(ends))
+
+    (tmp_path / "clean").mkdir()
+    (tmp_path / "clean" / "sitecustomize.py").write_text(START)
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "clean"))
+    server, address = start_server(native_folder, tmp_path / "log", *vllm[3:], "--enforce-eager")
+    try:
+        body = json.loads(curl[curl.index("-d") + 1])
+        path = next(word for word in curl if word.startswith("http")).partition(":8000")[2]
+        extra = {"max_tokens": 12, "logprobs": True, "return_token_ids": True}
+        first, second = (post(address + path, body | extra | change) for change in ({}, {"messages": end}))
+    finally:
+        stop(server)
+    prompt = prompt_of(body["messages"])
+    assert first["prompt_token_ids"] == prompt
+    (choice,) = first["choices"]
+    tokens, found = choice["token_ids"], [row["logprob"] for row in choice["logprobs"]["content"]]
+    answer = tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")  # vLLM waits for the character's rest
+    assert answer and choice["message"]["content"].rstrip("\ufffd") == answer
+    require_near([prompt], [[tokens, found]], model, stock(native_folder.parent, torch.bfloat16, native_folder.name))
+    assert second["choices"][0]["finish_reason"] == "stop" and second["usage"]["completion_tokens"] == 1
+    assert "dtype=torch.bfloat16" in (tmp_path / "log").read_text()
+
+
+def post(address, body):
+    request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        return json.load(answer)
