@@ -23,6 +23,7 @@ from hmf.model.modeling import hybrid_classes
 from tests.conftest import ROOT
 from tests.hybrids import VOCABULARY, Case, random_ids, randomise, tiny_config
 from tests.serving.engines import CUDA, ENVIRONMENT, EXPERTS, FACTOR, POOL
+from tests.serving.quantised import quantise
 from tests.serving.test_server import start_server, stop
 from tests.test_cli import run
 
@@ -71,7 +72,7 @@ accepted = [metric.value for metric in llm.get_metrics() if metric.name == "vllm
 json.dump([rows, accepted], open(out, "w"))
 """
 # What vLLM's CPU kernels take: bfloat16 alone, and heads of at least 64.
-BASE = {"hidden_size": 128, "head_dim": 128}
+BASE = {"hidden_size": 128, "head_dim": 128, "intermediate_size": 64}
 SHORT = [
     *("distill.data.text=corpus", "distill.data.sequence_length=128", "distill.objective.layerwise_steps=1"),
     *("distill.training.max_steps=2", "distill.training.per_device_train_batch_size=1"),
@@ -185,6 +186,16 @@ def test_a_lora_adapter_of_every_linear_layer(dense):
     near = distances(PROMPTS[::2], adapted, both[0])[0].mean()
     with both[0].disable_adapter():
         assert distances(PROMPTS[::2], adapted, both[0])[0].mean() > 5 * near  # the adapter matters
+
+
+def test_weights_in_eight_bits(dense):
+    """A compressed-tensors checkpoint: all linear layers but the narrow ones of GDN."""
+    shutil.copytree(dense / "stock", dense / "int8")
+    model, rounded = stock(dense).eval(), stock(dense, torch.bfloat16).eval()
+    for given in (rounded, model):  # the last one writes float32 weights for what stays as it is
+        quantise(dense / "int8", given, lambda name: name != "lm_head" and name.rpartition("in_proj_")[2] not in "ab")
+    rows, _ = serve(dense, dense / "int8", PROMPTS)
+    require_near(PROMPTS, rows, model, rounded)
 
 
 @pytest.mark.parametrize(
