@@ -317,6 +317,7 @@ def test_a_fused_model_in_memory_is_refused(tiny_qwen3, tmp_path):
 
 
 def test_an_adapter_of_a_hybrid_is_merged_and_then_converted(tmp_path):
+    """As docs/formats.md shows."""
     peft = pytest.importorskip("peft")
     hybrid = make_tiny_hybrid(tmp_path)
     model = peft.get_peft_model(load_model(hybrid).eval(), peft.LoraConfig(target_modules="all-linear"))
@@ -331,7 +332,10 @@ def test_an_adapter_of_a_hybrid_is_merged_and_then_converted(tmp_path):
     with pytest.raises(HmfError, match="merge it first"):
         native.convert(tmp_path / "adapter", tmp_path / "stock")
 
-    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    base = AutoModelForCausalLM.from_pretrained(hybrid)
+    merged = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(hybrid).save_pretrained(tmp_path / "merged")
     native.convert(tmp_path / "merged", tmp_path / "stock")
     with torch.no_grad():
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "stock").eval()(ids).logits
