@@ -160,9 +160,9 @@ def native_config(config: Any, source: str = "config.json") -> Any:
         )
     config_class, model_class = CLASSES[name]
     with_experts = config_class is Qwen3_5MoeTextConfig
-    for key, (value, why) in EXPERTS.items() if with_experts else ():
-        if getattr(config, key) != value:
-            refuse(key, f"{getattr(config, key)!r}: {why}; use the Hybrid's own format")
+    for key, (only, cause) in EXPERTS.items() if with_experts else ():
+        if getattr(config, key) != only:
+            refuse(key, f"{getattr(config, key)!r}: {cause}; use the Hybrid's own format")
     if others := sorted(set(pattern.symbols) - {ATTENTION, SYMBOL}):
         refuse(
             "hybrid_override_pattern",
