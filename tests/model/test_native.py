@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -25,6 +25,7 @@ from hmf.model.modeling import hybrid_classes
 from hmf.priming.export import export
 from hmf.priming.stage0 import initialise
 from hmf.training.finetune import finetune
+from tests import numerics
 from tests.hybrids import Case, random_ids, randomise, tiny_config
 from tests.model.test_families import EXPERTS, YARN
 from tests.test_cli import run
@@ -53,9 +54,12 @@ def require_same(hybrid, stock):
     with torch.no_grad():
         for given_mask in (None, mask):
             expected, found = (model(ids, attention_mask=given_mask).logits for model in (hybrid, stock))
+            with numerics.in_float64():
+                exact = numerics.widened(hybrid)(ids, attention_mask=given_mask).logits
             if given_mask is not None:
-                expected, found = expected[mask.bool()], found[mask.bool()]
-            assert_close(found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()))
+                expected, found, exact = (logits[mask.bool()] for logits in (expected, found, exact))
+            own = numerics.FACTOR * float((expected - exact).abs().max())  # some random models amplify errors
+            assert_close(found, expected, rtol=0, atol=max(own, TOLERANCE * float(expected.abs().max())))
         tokens = [model.generate(ids[:, :9], max_new_tokens=12, do_sample=False) for model in (hybrid, stock)]
     assert torch.equal(*tokens)
 
@@ -116,6 +120,7 @@ def test_experts_give_the_same_numbers_beside_a_shared_one_that_is_zero(tmp_path
     family=st.sampled_from(["qwen3", "qwen3_moe"]),
     seed=st.integers(0, 99),
 )
+@example(pattern=["*", "GDN", "GDN", "GDN", "GDN"], family="qwen3", seed=89)
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_pattern_with_both_layers(tmp_path_factory, pattern, family, seed):
     folder = tmp_path_factory.mktemp("any")
