@@ -49,7 +49,8 @@ def quantise(path: Path, model: Any, chosen: Callable[[str], bool], name: str = 
     # Projections that vLLM joins share a tensor and so its scale: here all do.
     shared = max(linear.weight.detach().abs().max() for linear in linears.values()) / form.largest
     for name, linear in linears.items():
-        scale = linear.weight.detach().abs().amax(1, keepdim=True) / form.largest if form.scheme else shared
+        rows = linear.weight.detach().abs().amax(1, keepdim=True).clamp_min(1e-12)  # a row may be all zero
+        scale = rows / form.largest if form.scheme else shared
         rounded = form.rounded(linear.weight.detach() / scale)
         tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"] = rounded.to(form.dtype), scale.clone()
         linear.weight.data = rounded * scale

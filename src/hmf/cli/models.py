@@ -300,7 +300,7 @@ def serve(
 
 @app.command(epilog=epilog("hmf convert runs/quickstart/model --to qwen3_5 --out runs/quickstart/native"))
 def convert(
-    model: Annotated[str, typer.Argument(help=f"GDN Hybrid of a dense Qwen3. {MODEL}")],
+    model: Annotated[str, typer.Argument(help=f"GDN Hybrid of Qwen3 or Qwen3-MoE. {MODEL}")],
     to: Annotated[NativeFormat, typer.Option(help="Stock architecture to convert to.")],
     out: Out,
 ) -> None:

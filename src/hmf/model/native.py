@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converts a GDN Hybrid of a dense Qwen3 to a stock `Qwen3_5ForCausalLM`, which loads without this package.
+"""Converts a GDN Hybrid of Qwen3 or Qwen3-MoE to a stock `Qwen3_5ForCausalLM` or `Qwen3_5MoeForCausalLM`, which
+load without this package.
 
 Qwen3.5's text model is a hybrid of attention and Gated DeltaNet. The result computes the same function with other
 tensors:
@@ -7,6 +8,7 @@ tensors:
 - Its GDN layers have as many key as query heads, so keys, values and their convolutions are stored for all heads.
 - Its attention has an output gate. Gate rows of zero give sigmoid(0) = 1/2, so the output projection is doubled.
 - Its norms multiply by one plus the stored weight, except for the norm inside GDN.
+- Beside the experts that the router chooses, each layer has a shared one, which is zero here.
 
 Legend: H heads, K head_dim, D hidden_size, W conv_size.
 """
@@ -21,7 +23,13 @@ from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers import (
+    PreTrainedModel,
+    Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+)
 from transformers.models.auto import tokenization_auto
 
 from hmf.config.layers import LAYER_KINDS, layer_options
@@ -33,6 +41,11 @@ from .configuration import OPTION_KEYS
 from .files import require_finite
 
 FORMAT = "qwen3_5"
+# Per model type of a Hybrid, the stock config and model.
+CLASSES: dict[str, tuple[type[Any], type[Any]]] = {
+    "hybrid_qwen3": (Qwen3_5TextConfig, Qwen3_5ForCausalLM),
+    "hybrid_qwen3_moe": (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM),
+}
 SYMBOL, GDN = "GDN", LAYER_KINDS["GDN"]
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight", "model.norm.weight")
 
@@ -68,6 +81,12 @@ OPTIONS: dict[str, Callable[[Any, Any], str | None]] = {
     "conv_bias": _must_be(False, f"the format's convolutions have no bias; {TRAIN}"),
     "norm_eps": _norm_eps,
 }
+# Of a base with experts, every key that the format lacks: the only value that it can express, and the reason.
+EXPERTS: dict[str, tuple[Any, str]] = {
+    "norm_topk_prob": (True, "the format always divides the weights of the chosen experts by their sum"),
+    "mlp_only_layers": ([], "the format has experts in every layer"),
+    "decoder_sparse_step": (1, "the format has experts in every layer"),
+}
 # Keys of a Qwen3 Hybrid's config for which the new config has other keys or values.
 REPLACED = {
     *("model_type", "architectures", "transformers_version", "hybrid_override_pattern", "layer_types", "state_dtype"),
@@ -89,7 +108,7 @@ class NativeReport:
         added = self.after - self.before
         return (
             f"{self.after:,} parameters: {added:,} ({added / self.before:.1%}) more than the Hybrid, for repeated "
-            "heads and the gates of attention"
+            "heads, the gates of attention and, beside experts, shared ones that are zero"
         )
 
 
@@ -109,7 +128,7 @@ def save_native(model: PreTrainedModel, out: str | Path, companions: str | Path)
     """Save a GDN Hybrid in memory as a stock Qwen3.5, with the other files of the checkpoint `companions`."""
     config = native_config(model.config, f"{companions}/config.json")
     with torch.device("meta"):
-        native = Qwen3_5ForCausalLM(config)
+        native = CLASSES[model.config.model_type][1](config)
     missing, unexpected = native.load_state_dict(native_tensors(model, str(companions)), strict=False, assign=True)
     if wrong := sorted({*missing, *unexpected}):
         raise HmfError(f"{companions}: tensors without a counterpart in {FORMAT}: {listed(wrong)}")
@@ -122,7 +141,7 @@ def save_native(model: PreTrainedModel, out: str | Path, companions: str | Path)
     return report
 
 
-def native_config(config: Any, source: str = "config.json") -> Qwen3_5TextConfig:
+def native_config(config: Any, source: str = "config.json") -> Any:
     """The Qwen3.5 config of a Hybrid's config; HmfError names the key that the format does not support."""
 
     def refuse(key: str, why: str) -> NoReturn:
@@ -133,14 +152,17 @@ def native_config(config: Any, source: str = "config.json") -> Qwen3_5TextConfig
         refuse("model_type", f"{name!r} is not a Hybrid; make one with hmf init, or serve the model as it is")
     if pattern.fused:
         refuse("hybrid_override_pattern", f"the model still has its teacher; use hmf export --format {FORMAT}")
-    if name == "hybrid_qwen3_moe":
-        refuse("model_type", f"{name!r} has experts, and {FORMAT} is dense; use the Hybrid's own format")
-    if name != "hybrid_qwen3":
+    if name not in CLASSES:
         refuse(
             "model_type",
             f"{name!r}: attention in {FORMAT} normalises queries and keys, which this family does not; only "
-            "Hybrids of Qwen3 can be converted; use the Hybrid's own format",
+            "Hybrids of Qwen3 and Qwen3-MoE can be converted; use the Hybrid's own format",
         )
+    config_class, model_class = CLASSES[name]
+    with_experts = config_class is Qwen3_5MoeTextConfig
+    for key, (only, cause) in EXPERTS.items() if with_experts else ():
+        if getattr(config, key) != only:
+            refuse(key, f"{getattr(config, key)!r}: {cause}; use the Hybrid's own format")
     if others := sorted(set(pattern.symbols) - {ATTENTION, SYMBOL}):
         refuse(
             "hybrid_override_pattern",
@@ -169,17 +191,22 @@ def native_config(config: Any, source: str = "config.json") -> Qwen3_5TextConfig
         if why := reason(value, config):
             refuse(f"{GDN.config_key}.{key}", f"{value!r}: {why}")
 
-    fields = config.to_dict()
-    known = {field.name for field in dataclasses.fields(Qwen3_5TextConfig)}
+    attributes = {stored: name for name, stored in config.attribute_map.items()}  # num_local_experts: num_experts
+    fields = {attributes.get(key, key): value for key, value in config.to_dict().items()}
+    known = {field.name for field in dataclasses.fields(config_class)}
     kept = {key: value for key, value in fields.items() if key in known - REPLACED}
-    if dropped := sorted(fields.keys() - kept.keys() - REPLACED):
+    checked = {*EXPERTS, "intermediate_size"} if with_experts else set()  # the last is of layers without experts
+    if dropped := sorted(fields.keys() - kept.keys() - REPLACED - checked):
         notice(f"{source}: keys that the config of {FORMAT} does not have are left out: {listed(dropped, 8)}")
     # Without mrope_section, which divides positions by image axes: in text all axes have the same position.
     rope = {key: value for key, value in config.rope_parameters.items() if not key.startswith("mrope")}
-    return Qwen3_5TextConfig(
+    # The shared expert, all zero, has the size of an expert: it splits and quantises as they do.
+    shared = {"shared_expert_intermediate_size": config.moe_intermediate_size} if with_experts else {}
+    return config_class(
         **kept
+        | shared
         | {
-            "architectures": [Qwen3_5ForCausalLM.__name__],
+            "architectures": [model_class.__name__],
             "layer_types": [
                 "full_attention" if symbol == ATTENTION else "linear_attention" for symbol in pattern.symbols
             ],
@@ -225,6 +252,8 @@ def native_tensors(model: PreTrainedModel, source: str = "") -> dict[str, torch.
             mixer = model.get_submodule(layer + GDN.module_name)
             own = {name: tensors.pop(f"{layer}{GDN.module_name}.{name}") for name in mixer.state_dict()}
             converted |= {f"{layer}linear_attn.{name}": x for name, x in _gdn_tensors(mixer.options, own).items()}
+        if (router := tensors.get(f"{layer}mlp.gate.weight")) is not None:
+            converted |= {f"{layer}mlp.{name}.weight": x for name, x in _shared_expert(model.config, router).items()}
     for name in [name for name in tensors if name.endswith(NORMS)]:
         converted[name] = minus_one(name)
     if rounded:
@@ -233,6 +262,17 @@ def native_tensors(model: PreTrainedModel, source: str = "") -> dict[str, torch.
             f"{listed(rounded, 2)}; an engine that computes in bfloat16 rounds them"
         )
     return converted | tensors
+
+
+def _shared_expert(config: Any, router: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Weights of a shared expert that adds zero, in the dtype of the `router`'s weight."""
+    size, width = config.moe_intermediate_size, config.hidden_size
+    return {
+        "shared_expert.gate_proj": router.new_zeros(size, width),
+        "shared_expert.up_proj": router.new_zeros(size, width),
+        "shared_expert.down_proj": router.new_zeros(width, size),
+        "shared_expert_gate": router.new_zeros(1, width),
+    }
 
 
 def _gdn_tensors(options: Any, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
