@@ -138,7 +138,7 @@ def test_the_table_counts_cut_off_answers_by_themselves(tiny, hmf):
     [
         (["--suite", "retent"], "unknown suite 'retent'; did you mean 'retention'?"),
         (["--suite", "retention", "--tasks", "needle"], "unknown task 'needle'; did you mean"),
-        (["--suite", "retention", "--lengths", "4K,128K"], "--lengths: 4,096 tokens are beyond the 2,048"),
+        (["--suite", "retention", "--lengths", "4K,128K"], "--lengths: 4,096 tokens exceed the 2,048"),
         (["--suite", "retention", "--lengths", "much"], "'--lengths': 'much' is not a number of tokens"),
         (["--suite", "retention", "--length", "512"], "--length: is not for a suite"),
         (["--lengths", "1K"], "--lengths: is for a suite; add --suite retention"),
