@@ -198,7 +198,7 @@ def test_parity_passes_for_the_same_model_and_not_for_another(run, served, evalu
     assert code == 0 and "server: NOT passed" in out, err
     found = parse_sealed((run / "scores.primed-server-retention.json").read_text())["parity"]
     assert not found["passed"] and found["prompt_kl"] > 0.01 < found["generated_kl"]
-    assert "NOT passed. KL divergence a token" in write_card(run).read_text()
+    assert "NOT passed. KL divergence per token" in write_card(run).read_text()
 
 
 def test_without_log_probabilities_it_is_not_measured_by_name(run, served, evaluated, hmf):

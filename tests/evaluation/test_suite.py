@@ -58,7 +58,7 @@ def test_files_of_a_run_folder(run, tiny, evaluated):
     paired = printed[str(tiny / "base")]["paired"]
     assert paired["with"] == str(run / "model") and paired["tasks"]["arithmetic"]["n"] == 3
     card = write_card(run).read_text()
-    assert "### Suite: retention" in card and "This model less another one on the same prompts" in card
+    assert "### Suite: retention" in card and "This model minus another model on the same prompts" in card
     line = next(line for line in card.splitlines() if line.startswith("| needle_single 1K"))
     assert line.count("(../scores.") == 2 and line.count("n = 3") == 2 and line.count("cut off") == 2
     assert "seed 0" in card and "| 512–1,023 |" in card

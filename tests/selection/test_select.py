@@ -212,7 +212,7 @@ def test_files_of_scores(tmp_path, name, text):
         ("a.json", '{"0": 1, "1": null}', "None"),
         ("a.json", "[1, true, 2]", "True"),
         ("a.json", "[1, NaN, 2]", "nan"),
-        ("a.json", "7", "holds no scores"),
+        ("a.json", "7", "has no scores"),
         ("a.json", "{", "not valid JSON"),
         ("a.csv", "layer;score\n0;1\n", "must be layer,score"),
         ("a.csv", "layer,score\n0\n", "two values"),

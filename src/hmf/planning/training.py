@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan of a training recipe, from the recipe and a config alone: memory of each GPU, tokens, steps, GPU-hours.
+"""A plan of a training recipe, from the recipe and a config: memory of each GPU, tokens, steps, GPU-hours.
 
-The model is built on the meta device, and its tensors are counted as in training: weights in float32, and for trained
-weights gradients and AdamW's two moments in float32. Activations are estimated. No GPU is needed.
+The model is built on the meta device, and its tensors are counted as in training: all weights in float32; for trained
+weights also gradients and AdamW's two moments in float32. Activations are estimated. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from .serving import size_of
 
 MFU = 0.35  # assumed model FLOPs utilisation; a guess, not a measurement
 USABLE = 0.92  # usable share of a GPU's memory; the rest is lost to fragmentation
-WIDE = 4  # bytes of a master weight, of a gradient, of a moment
+WIDE = 4  # bytes of a float32 number: a master weight, a gradient or a moment
 # Activations that a layer stores for the backward pass, in multiples of the inputs and outputs of its linear layers:
 # norms, rotary positions, gates and casts create further tensors of the same widths.
 COPIES = 2.0
@@ -131,8 +131,8 @@ class TrainingPlan:
         return 2 if self.training.precision == "bfloat16" else 4
 
     def _copies(self) -> float:
-        """Buckets of gradients and cached casts of weights. If the weights are divided, the gathered ones: those
-        outside the layers, two layers, and the gradients of a layer."""
+        """Bytes of gradient buckets and cached casts of weights. If the weights are sharded, bytes of the gathered
+        weights (those outside the layers, and of two layers) and of one layer's gradients."""
         layers = [sum(x.numel() for x in layer.parameters()) for layer in self.job.model.model.layers]
         outside = sum(x.numel() for x in self.job.model.parameters()) - sum(layers)
         if self.divisors[0] > 1:
@@ -155,7 +155,7 @@ class TrainingPlan:
             kept = len(inside) * stream + max(inside)
         else:
             kept = len(inside) * stream + sum(inside)
-        return tokens * (kept + 4 * stream)  # embeddings, last norm, the teacher's and their difference
+        return tokens * (kept + 4 * stream)  # 4: embeddings, last norm, the teacher's output and the difference
 
     def _logits(self) -> int:
         recipe = self.job.recipe
@@ -166,8 +166,11 @@ class TrainingPlan:
 
     @cached_property
     def flops_per_token(self) -> float | None:
-        """FLOPs of the model per token, with attention scores, without recomputation and without the recurrences
-        (their projections are included). None for mixtures of experts."""
+        """FLOPs of the model per token; None for mixtures of experts.
+
+        Attention scores and the projections of recurrent layers are included. Recomputation and the recurrences
+        themselves are not.
+        """
         model, length = self.job.model, self.job.sequence_length
         config, replaced = model.config, model.config.pattern.replaced
         if isinstance(self.job.recipe, DistillSettings):
@@ -195,7 +198,7 @@ class TrainingPlan:
         return self.tokens * self.flops_per_token / (self.device.peak * self.mfu) / 3600
 
     def advice(self) -> str:
-        """The smallest change to the recipe with which it fits, as options of the commands that read it."""
+        """The smallest change with which the recipe fits, as command-line options."""
         for change in _changes(self.training, self.ranks):
             plan = replace(self, training=self.training.model_copy(update=change))
             if plan.fits and self._valid(change):
@@ -245,8 +248,10 @@ def has_kl(recipe: DistillSettings) -> bool:
 
 
 def linear_widths(layer: nn.Module, config: Any) -> float:
-    """The summed widths of inputs and outputs of a layer's linear layers for one token, without the teacher's
-    attention. Of experts, only those of one token count."""
+    """The summed input and output widths of a layer's linear layers for one token, without the teacher's attention.
+
+    Only the experts of one token are counted.
+    """
     total = sum(
         x.in_features + x.out_features
         for name, x in layer.named_modules()
@@ -278,7 +283,7 @@ def read_any(path: Path, overrides: Sequence[str] = ()) -> Settings | None:
     """A recipe of any kind, recognised by its keys; None for one of `hmf pretrain`."""
     content: Any = {}
     if path.is_file():
-        with suppress(ValueError, OSError):  # load_recipe raises it, with the line
+        with suppress(ValueError, OSError):  # load_recipe reports the error with its line
             content = parse_yaml(path.read_text(encoding="utf-8"))
     keys: set[str] = set(content) if isinstance(content, dict) else set()
     if "start_from" in keys or {"tokenizer", "model"} <= keys:
@@ -289,9 +294,12 @@ def read_any(path: Path, overrides: Sequence[str] = ()) -> Settings | None:
 
 
 class Recipes:
-    """Recipes, and further ones in and beside their folders, whose outputs the first ones may use before they exist.
+    """The recipes to plan, and other recipes in and beside their folders.
 
-    resolve_base: returns the directory of a base checkpoint for its name in a recipe.
+    A planned recipe may use the output of another recipe before this output exists.
+
+    Args:
+        resolve_base: returns the directory of a base checkpoint for its name in a recipe.
     """
 
     def __init__(self, paths: Iterable[Path], resolve_base: Callable[[str], Path], overrides: Sequence[str] = ()):
@@ -299,19 +307,19 @@ class Recipes:
         self.read = {path: read_any(path, overrides) for path in paths}
 
     def all(self) -> Iterator[tuple[Path, Settings | None]]:
-        """The given recipes, then those beside them, which are read lazily."""
+        """The recipes to plan, then the other recipes, which are read lazily."""
         yield from list(self.read.items())
         for folder in dict.fromkeys(path.parent for path in self.read):
             for path in [*sorted(folder.glob("*.yaml")), *sorted(folder.parent.glob("*/*.yaml"))]:
                 if path not in self.read:
-                    with suppress(HmfError):  # this recipe was not asked for
+                    with suppress(HmfError):  # errors in other recipes do not matter
                         self.read[path] = read_any(path)
                         yield path, self.read[path]
 
     def plan(self, path: Path, gpus: str | None = None, mfu: float = MFU) -> TrainingPlan | None:
         """The plan of one of the recipes; None if it does not train a Hybrid."""
         if not 0 < mfu <= 1:
-            raise HmfError(f"--mfu: {mfu} is not in (0, 1]")
+            raise HmfError(f"--mfu: {mfu} is not in (0, 1]; give a share such as {MFU}")
         if (job := self.job(path)) is None:
             return None
         if (named := gpus or job.training.gpus) is None:
@@ -330,7 +338,7 @@ class Recipes:
             raise HmfError(f"{path}: {error}") from None
 
     def job(self, path: Path) -> Job | None:
-        """The training of a recipe; None for a recipe without any, such as one of `hmf data prepare`."""
+        """The training of a recipe; None for a recipe without training, such as one of `hmf data prepare`."""
         recipe = self.read[path]
         try:
             if isinstance(recipe, PrimeRecipe):
@@ -363,18 +371,18 @@ class Recipes:
         return Job(title, recipe, model, length, adapters)
 
     def _row(self, data: DataSettings) -> int:
-        """Tokens of a row. For rows that are not prepared yet, from the recipe that prepares them."""
+        """Tokens of a row. If the rows are not prepared yet, the value comes from the recipe that prepares them."""
         if data.prepared is None or data.prepared.is_dir():
             return row_length(data)
         for _, recipe in self.all():
             if isinstance(recipe, DataRecipe) and recipe.output == data.prepared:
                 return recipe.sequence_length
         raise HmfError(
-            f"data.prepared: {data.prepared} does not exist, and no recipe in or beside this folder makes it"
+            f"data.prepared: {data.prepared} does not exist, and no recipe in or beside this folder creates it"
         )
 
     def _epoch_rows(self, recipe: DistillSettings | FinetuneRecipe) -> int:
-        """Rows of an epoch: those of the prepared set, or what the recipe that prepares it asks for."""
+        """Rows of an epoch, from the prepared data set or from the recipe that prepares it."""
         prepared, rows = recipe.data.prepared if recipe.data is not None else None, None
         if prepared is not None and prepared.is_dir():
             rows = read_index(prepared)["rows"]
@@ -383,9 +391,9 @@ class Recipes:
                 if isinstance(other, DataRecipe) and other.output == prepared and other.tokens is not None:
                     rows = math.ceil(other.tokens / other.sequence_length)
         if rows is None:
-            data = "pairs" if prepared is None else f"{prepared}, which is not prepared yet,"
+            data = "pairs" if prepared is None else f"{prepared}, which does not exist yet,"
             raise HmfError(
-                f"training.num_train_epochs: the rows of {data} are not known before they are packed; plan with --set "
+                f"training.num_train_epochs: the number of rows of {data} is unknown before packing; plan with --set "
                 f"{'distill.' if type(recipe) is DistillSettings else ''}training.max_steps=N"
             )
         if recipe.training.eval_strategy != "no" and recipe.eval_data is None:
@@ -393,7 +401,7 @@ class Recipes:
         return rows
 
     def _config(self, model: Path) -> Any:
-        """A checkpoint's config. For a checkpoint that does not exist yet, from the recipe that makes it."""
+        """A checkpoint's config. If the checkpoint does not exist yet, it comes from the recipe that creates it."""
         if model.is_dir():
             return load_config(model, weights=False)
         for path, recipe in self.all():
@@ -407,7 +415,7 @@ class Recipes:
         try:
             return load_config(self.resolve_base(str(model)), weights=False)
         except HmfError as error:
-            raise HmfError(f"model: {error}; and no recipe in or beside this folder makes it") from None
+            raise HmfError(f"model: {error}; and no recipe in or beside this folder creates it") from None
 
     def _prime_config(self, path: Path, recipe: PrimeRecipe) -> Any:
         planned = recipe.base_config is not None and not Path(recipe.base).is_dir()
@@ -428,7 +436,7 @@ def plans(
     mfu: float = MFU,
     overrides: Sequence[str] = (),
 ) -> list[TrainingPlan]:
-    """A plan for each training recipe in files and folders; `gpus`, such as "h200x8", overrides the recipe's.
+    """A plan for each training recipe in files and folders. `gpus`, such as "h200x8", overrides the recipes' GPUs.
 
     Raises:
         HmfError: a recipe is invalid, or has no GPUs; no recipe trains a Hybrid.
@@ -442,7 +450,7 @@ def plans(
 
 
 def figures(plan: TrainingPlan) -> dict[str, Any]:
-    """What `hmf plan-training --json` prints of one plan; bytes are those of one GPU."""
+    """The output of `hmf plan-training --json` for one plan. Bytes are those of one GPU."""
     job, training, hours = plan.job, plan.training, plan.gpu_hours
     return {
         "recipe": job.title,
