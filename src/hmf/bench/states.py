@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The effect of storing recurrent states in a narrower dtype: how far log-probabilities drift.
+"""The drift of log-probabilities when recurrent states are stored in a narrower dtype.
 
-Text is read a token at a time, as a server decodes, once with states as they are and once with every recurrent and
-convolution state rounded to the narrower dtype after each token. Weights and activations are the same in both.
+Text is processed one token at a time, as in a server's decoding: once with unchanged states, and once with every
+recurrent and convolution state rounded to the narrower dtype after each token. Weights and activations have the same
+dtype in both.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def measure(
     texts = [document.text for document in documents(corpus, "heldout", 40 * tokens * batch)]
     stream = [token for ids in encode_texts(load_tokenizer(source), texts) for token in ids]
     if len(stream) < tokens * batch:
-        raise HmfError(f"--tokens, --batch: the held-out text has {len(stream):,} tokens; ask for fewer")
+        raise HmfError(f"--tokens, --batch: the held-out text has only {len(stream):,} tokens; give smaller values")
     ids = torch.tensor(stream[: tokens * batch], device=device).view(batch, tokens)
     return state_drift(model, ids, getattr(torch, dtype))
 

@@ -50,7 +50,7 @@ from hmf.errors import HmfError
 from hmf.folders import HOLDER, locked, require_unused
 
 INDEX, ROWS, TOKENISED = "index.json", "rows", "tokenised"
-MOST_PASSES = 1000  # over a source; more are probably a mistake, and their order would fill the memory
+MOST_PASSES = 1000  # limit of passes over a source; more are probably a mistake, and their order would fill the memory
 FILE_TOKENS = 1 << 24  # tokens in a file of rows
 EXAMPLES = 3  # documents that an error message names
 _ROW_SCHEMA = pa.schema(
@@ -102,7 +102,7 @@ def prepare(recipe: DataRecipe, tokenizer: str | Path, workers: int = 1) -> dict
     except OSError as error:
         raise HmfError(
             f"{error.filename or output}: cannot be written: {error.strerror or error}; fix this and run the command "
-            "again, which continues"
+            "again to continue"
         ) from None
     shutil.rmtree(output / TOKENISED, ignore_errors=True)
     return index
@@ -306,8 +306,8 @@ def _write(
     filler, per_file = document_separator(tokenizer), max(1, FILE_TOKENS // length)
     used = [{"documents": len(documents), "tokens": 0, "supervised": 0} for documents, _ in chosen]
     staged, target = recipe.output / f"{ROWS}.part", recipe.output / ROWS
-    for left in (staged, target):
-        shutil.rmtree(left, ignore_errors=True)
+    for unfinished in (staged, target):
+        shutil.rmtree(unfinished, ignore_errors=True)
     for part in recipe.output.glob(f"{INDEX}.*"):
         part.unlink()
     staged.mkdir(parents=True)

@@ -294,7 +294,8 @@ class Page:
                 "score",
                 source=records.SELECTION,
                 notes=[
-                    f"Method: {selection_record.get('method', NOT_STATED)}. A larger score means that attention is needed more."
+                    f"Method: {selection_record.get('method', NOT_STATED)}. A larger score means that attention is "
+                    "needed more."
                 ],
             )
         if errors:
