@@ -269,7 +269,7 @@ def test_what_select_refuses(tmp_path, arguments, why):
 
 def test_window_needs_answers(tmp_path):
     recipe = written(tmp_path, distill={**SMALL["distill"], "data": {"text": TEXT, "sequence_length": 96}})
-    with pytest.raises(HmfError, match="the data has none"):
+    with pytest.raises(HmfError, match="the data has no answers"):
         command("teacher", "--keep", 2, "--method", "window", "--recipe", recipe, "--out", tmp_path / "out")
 
 
