@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers to replace: every choice primed, and what each method would have chosen. See README.md.
+"""Prime every choice of layers, and score the choices by each method of `hmf select`. See README.md.
 
-`run` writes one JSON line for each result as soon as there is one, into OUT/results.jsonl. A run that was stopped goes
-on where it was. `report.py` makes the table and the plot.
+Each result is written at once as a line of JSON to OUT/results.jsonl. An interrupted study continues with the same
+command. `report.py` makes the table and the plot.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 TASKS = ("recall", "needle", "arithmetic", "tool_call")
-# Start and objective of Stage 1, by name: what each changes in the recipe. All read as many tokens, but the last two.
+# Start and objective of Stage 1: changes of the recipe by name. All except the last two read the same number of tokens.
 MSE = ["distill.objective.layerwise_steps=0", "distill.objective.kl=0"]
 SUMS = ["distill.data.tasks.arithmetic=6", "distill.data.text_share=0.1"]
 KL_ALONE = "distill.objective.pre_lm_head=0"
@@ -40,25 +40,27 @@ VARIANTS = {
     "twice": ["distill.training.max_steps=540", "distill.objective.layerwise_steps=320"],
     "four-times": ["distill.training.max_steps=1080", "distill.objective.layerwise_steps=640"],
 }
-HELDOUT = 2**31  # added to a seed: rows that no training here reads
+HELDOUT = 2**31  # added to a seed, to draw rows that no training reads
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of results.jsonl")
-    parser.add_argument("--work", type=Path, help="folder of checkpoints; left out: OUT/work")
+    parser.add_argument("--work", type=Path, help="folder of checkpoints; default: OUT/work")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time, one thread each")
     parser.add_argument("--recipe", default=str(HERE.parents[1] / "quickstart/recipe.yaml"), help="prime recipe")
     parser.add_argument("--set", dest="overrides", action="append", default=[], help="KEY=VALUE in that recipe")
-    parser.add_argument("--replaced", default="1,2,3,4", help="how many layers are replaced, in all ways")
-    parser.add_argument("--choices", help="these alone, as 0,2,3;1,4, in place of all of some sizes")
+    parser.add_argument(
+        "--replaced", default="1,2,3,4", help="numbers of replaced layers; all choices of these sizes run"
+    )
+    parser.add_argument("--choices", help="only these choices, such as 0,2,3;1,4, instead of --replaced")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--steps", type=int, default=270, help="steps of Stage 1, of which 16 in 27 layer by layer")
     parser.add_argument("--prompts", type=int, default=60, help="of each task")
     parser.add_argument("--rows", type=int, default=48, help="held-out rows for the KL, and for each method's scores")
-    parser.add_argument("--methods", default="window,start,aligned,supernet", help="what is run of them; may be empty")
-    parser.add_argument("--variants", help=f"all, or some of {', '.join(VARIANTS)}; run in place of the methods")
-    parser.add_argument("--minutes", type=float, help="start nothing after this long")
+    parser.add_argument("--methods", default="window,start,aligned,supernet", help="methods to run; may be empty")
+    parser.add_argument("--variants", help=f"all, or some of {', '.join(VARIANTS)}; run instead of the methods")
+    parser.add_argument("--minutes", type=float, help="start no run after this time")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one is not None:
@@ -67,18 +69,18 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     plan = list(jobs(options))
     done = finished(options.out / "results.jsonl")
-    left = [job for job in plan if key(job) not in done]
-    print(f"{len(left)} of {len(plan)} runs to do, {options.jobs} at a time", flush=True)
+    remaining = [job for job in plan if key(job) not in done]
+    print(f"{len(remaining)} of {len(plan)} runs to do, {options.jobs} at a time", flush=True)
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     with ThreadPoolExecutor(options.jobs) as pool:
-        for name, code in pool.map(lambda job: start(job, options, deadline), left):
+        for name, code in pool.map(lambda job: start(job, options, deadline), remaining):
             print(
                 f"{name}: {'done' if code == 0 else 'not started' if code is None else f'failed ({code})'}", flush=True
             )
 
 
 def jobs(options: Any) -> Any:
-    """What is to be run, the longest first."""
+    """The runs of the study, the longest first."""
     seeds = [int(seed) for seed in options.seeds.split(",")]
     layers = num_layers(options)
     if options.variants is not None:
@@ -114,22 +116,22 @@ def key(job: dict[str, Any]) -> str:
 
 
 def finished(results: Path) -> set[str]:
-    """Keys of the runs whose last line is there; a line that a kill cut off does not count."""
+    """Keys of the finished runs. An incomplete line, from an interrupted write, is ignored."""
     return {line["key"] for line in read_lines(results) if line.get("finished")}
 
 
 def read_lines(results: Path) -> list[dict[str, Any]]:
-    found = []
+    lines = []
     for line in results.read_text().splitlines() if results.is_file() else ():
         try:
-            found.append(json.loads(line))
+            lines.append(json.loads(line))
         except ValueError:
             continue
-    return found
+    return lines
 
 
 def start(job: dict[str, Any], options: Any, deadline: float | None) -> tuple[str, int | None]:
-    """Run one job in a process of its own, with one thread."""
+    """Run one job in its own process, with one thread."""
     name = key(job)
     if deadline is not None and time.monotonic() > deadline:
         return name, None
@@ -144,7 +146,7 @@ def start(job: dict[str, Any], options: Any, deadline: float | None) -> tuple[st
 
 
 class Job:
-    """One process: a choice that is primed and scored, or a method that scores all choices."""
+    """The work of one process: prime and score a choice, or score all choices by a method."""
 
     def __init__(self, options: Any, job: dict[str, Any]):
         import torch
@@ -178,7 +180,7 @@ class Job:
         shutil.rmtree(self.work, ignore_errors=True)
 
     def write(self, **result: Any) -> None:
-        """One line, in one write: other processes append to the file too."""
+        """Append one line in a single write, because other processes append to the same file."""
         given = {name: value for name, value in self.job.items() if name != "set"}
         seconds = round(time.perf_counter() - self.started, 1)
         line = json.dumps({"key": key(self.job), **given, "steps": self.options.steps, **result, "seconds": seconds})
@@ -202,7 +204,7 @@ class Job:
         if not stage0.is_dir():
             make_stage0(self.base, pattern, stage0, hybrid.options_by_key(), self.seed, hybrid.conv_start)
         model = load_model(distill(stage0, self.work, self.stage1, self.seed), dtype=torch.float32)
-        # Score of the whole student beside its teacher, in the way of the methods.
+        # The score of the trained student against its teacher, computed as in the methods.
         kl = means(self.scorer(model)([frozenset(replaced)])[0])
         self.write(kl=kl)
         scores = {}

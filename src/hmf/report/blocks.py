@@ -22,7 +22,7 @@ class Table:
     """A table.
 
     Attributes:
-        left: number of left-aligned columns (text), which precede the columns of numbers.
+        text_columns: number of left-aligned columns with text, which precede the columns of numbers.
         folded: whether the reader must open the table.
         code: whether the cells are file names and hashes, in a monospaced font.
     """
@@ -31,7 +31,7 @@ class Table:
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[Cell]]
-    left: int = 1
+    text_columns: int = 1
     folded: bool = False
     code: bool = False
 

@@ -199,7 +199,7 @@ class Page:
             prompts = sum(task.n for task in scores.tasks.values())
             what = f"{name}: {len(scores.tasks)} tasks, {prompts:,} prompts"
             add("Evaluation", what, getattr(scores, "seconds", None), f"scores.{name}.json")
-        yield Table("Steps of the run", ["step", "what", "time"], rows, left=2)
+        yield Table("Steps of the run", ["step", "what", "time"], rows, text_columns=2)
         yield Note(
             "The time of a training is that of the last process only; a resumed run took longer. Each time links to "
             "its file."
@@ -322,7 +322,7 @@ class Page:
                 value = f"{errors[index]:.4g}" if index in errors else NOT_MEASURED
                 row.append(Cell(value, quote(log) if index in errors else ""))
             rows.append(row)
-        yield Table("Each layer", [*head, *["last error"] * bool(errors)], rows, left=2, folded=True)
+        yield Table("Each layer", [*head, *["last error"] * bool(errors)], rows, text_columns=2, folded=True)
 
     def provenance(self) -> Iterator[Block]:
         evidence = self.evidence
@@ -345,7 +345,7 @@ class Page:
             versions = getattr(serving, "versions", None) or {}
             shown = ", ".join(f"{key} {value}" for key, value in versions.items()) or NOT_STATED
             rows.append([Cell(name, quote(name)), Cell("none: random data"), Cell(shown)])
-        yield Table("Seeds and versions", ["of", "seed", "versions"], rows, left=3)
+        yield Table("Seeds and versions", ["of", "seed", "versions"], rows, text_columns=3)
         for name, scores in evidence.scores.items():
             yield Text(
                 records.shown_json(scores.model_dump(mode="json")), kind="code", title=f"All of scores.{name}.json"

@@ -221,7 +221,7 @@ class Retention:
             "cut off",
             "tokens at most",
         ]
-        return Table(f"Every score, with its interval and its file{where}", head, rows, left=2)
+        return Table(f"Every score, with its interval and its file{where}", head, rows, text_columns=2)
 
     def _pairs(self, models: dict[str, str], keys: list[str], where: str) -> Iterator[Block]:
         """Tables that compare teacher and model on the same prompts."""
