@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from hmf.cli import app
 from hmf.config.data import DataRecipe
 from hmf.config.pattern import Pattern
-from hmf.data.prepare import PreparedDataset, prepare
+from hmf.data.prepare import prepare
+from hmf.data.prepared import PreparedDataset
 from hmf.errors import HmfError
 from hmf.folders import resolve_base
 from hmf.model.checkpoint import load_config

@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from hmf.config.data import DataRecipe
 from hmf.config.runs import DistillSettings, FinetuneRecipe, load_recipe
 from hmf.config.training import OptimiserSettings
-from hmf.data.prepare import PreparedDataset, prepare
+from hmf.data.prepare import prepare
+from hmf.data.prepared import PreparedDataset
 from hmf.errors import HmfError
 from hmf.model.checkpoint import load_model
 from hmf.report.curves import curves, draw_curves

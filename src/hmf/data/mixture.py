@@ -13,7 +13,7 @@ from hmf.config.runs import DataSettings
 from hmf.data import tasks, text
 from hmf.data.encoding import Encoded, enclosed, encode_chat
 from hmf.data.packing import PackedRow, row_tensors
-from hmf.data.prepare import PreparedDataset, read_index
+from hmf.data.prepared import PreparedDataset, read_index
 from hmf.data.tasks import Sample
 from hmf.data.tokenizer import document_separator, encode_texts
 from hmf.errors import HmfError, unknown_name

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hmf.config.data import DataRecipe
 from hmf.data.encoding import IGNORED
-from hmf.data.prepare import PreparedDataset
+from hmf.data.prepared import PreparedDataset
 from hmf.data.shards import Counts, Encoder
 from hmf.data.sources import Source
 from hmf.data.tokenizer import load_tokenizer
