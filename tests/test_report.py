@@ -297,7 +297,7 @@ def test_an_unfinished_run_and_a_run_without_results_have_a_report(run, tmp_path
     for file in (*run.glob("scores.*"), run / "stage1.log.json"):
         file.unlink()
     page = Page(write_report(run))
-    assert "Scores: not measured" in page.text and "No checkpoint is in the run folder yet" in page.text
+    assert "Scores: not measured" in page.text and "The run folder has no checkpoint yet" in page.text
     assert page.row("Training")[-1] == "not measured" and "base:" in page.text
     (tmp_path / "other").mkdir()
     with pytest.raises(HmfError, match="has no model/config.json"):
@@ -344,10 +344,10 @@ def test_prime_ends_with_a_report_and_a_failed_one_costs_nothing(tiny, tmp_path,
     ("name", "content", "message"),
     [
         ("scores.primed.json", "{", "has no valid scores"),
-        ("stage1.log.json", "[{}]", "is no log"),
+        ("stage1.log.json", "[{}]", "is not a training log"),
         ("stage1.log.json", "[", "line 1"),
         ("times.json", seal_json({"export": 1.0}).replace("1.0", "2.0"), "it was changed after it was written"),
-        ("times.json", '{"export": "long"}', "holds no seconds"),
+        ("times.json", '{"export": "long"}', "has no seconds"),
         ("selection.json", '{"scores": [1]}', "one number for each of 2 layers"),
         ("evaluation/teacher/recall.jsonl", '{"index": 0}\n', "line 1: prompt_sha256: Field required"),
         ("recipe.yaml", "base: [", "not valid YAML"),

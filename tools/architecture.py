@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw docs/architecture.svg: `python tools/architecture.py`. Packages and their order are those that lint checks."""
+"""Draw docs/architecture.svg: `python tools/architecture.py`. Packages and their order come from the lint settings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BLUE, BROWN, GREY = ("#eef3fb", "#4a6fa5"), ("#fff", "#a5854a"), ("#fff", "#777"
 
 
 def packages() -> dict[str, list[str]]:
-    """Packages by line, each importing only those after it."""
+    """Packages by line. Each package imports only packages after it."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
         "contracts"
     ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A hook of MkDocs: pages outside docs/ join the site, and links are written as they are in the repository.
+"""A MkDocs hook that adds pages outside docs/ to the site and rewrites the repository's relative links.
 
 The README becomes the first page. Recipes and other files that a page links to are copied, so that every link works.
 """
@@ -21,7 +21,7 @@ PLACES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGE
 
 
 def place(path: str) -> str:
-    """Where a file of the repository stands in the site; paths are relative, with slashes."""
+    """The path in the site of a file of the repository; both paths are relative, with slashes."""
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
     return PLACES.get(path) or re.sub(r"(^|/)README\.md$", r"\1index.md", path)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time of a decode step goes: kernel by kernel, for small Hybrids of the shape of Qwen3-8B in vLLM.
+"""Profile a decode step in vLLM by kernels, for small Hybrids with the layer shapes of Qwen3-8B.
 
     python3 tools/profile_step.py [--types base,gdn,gka,bmojo,mamba2] [--layers 8] [--sequences 20] [--tokens 16384]
                             [--out DIR] [--config recipes/configs/qwen3-8b]
 
-Needs `hmf` (of any revision) on the path. Engines of all types start side by side, each in a process of its own with a
-fixed KV cache (so that none measures the memory of the others), and are timed and profiled one after the other under a
-lock. Prints for each type: the step without the profiler, kernel time by group and by kernel, gaps, and the row of
-kernels of one mixer; DIR gets the same in TYPE.txt, with one whole step.
+`hmf` (any revision) must be on the path. Engines of all types start in parallel, each in its own process, and are timed
+and profiled in turn under a lock. Their KV caches have a fixed size, so that no engine measures the memory of the
+others. For each type, the script prints the time of a step without the profiler, kernel time by group and by kernel,
+gaps, and the sequence of kernels of one mixer. DIR/TYPE.txt has the same, with one whole step.
 """
 
 import argparse
@@ -52,25 +52,25 @@ def main():
     parser.add_argument("--rows", type=int, default=28, help="kernels to print for each type")
     parser.add_argument("--serial", action="store_true", help="one engine after the other")
     parser.add_argument("--job", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.job:
-        return child(given, Path(given.job))
+    options = parser.parse_args()
+    if options.job:
+        return child(options, Path(options.job))
 
     from hmf.bench import throughput
 
-    out = Path(given.out)
+    out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    names, begun = given.types.split(","), time.time()
+    names, begun = options.types.split(","), time.time()
     with tempfile.TemporaryDirectory() as work, throughput._plugin() as plugin:
         running = []
         for name in names:
             folder = Path(work) / name
-            job = prepare(given, name, folder)
+            job = prepare(options, name, folder)
             env = os.environ | job["environment"] | plugin
             log = (out / f"{name}.log").open("wb")
             argv = [sys.executable, os.path.abspath(__file__), *sys.argv[1:], "--job", str(folder)]
             process = subprocess.Popen(argv, env=env, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-            if given.serial:
+            if options.serial:
                 process.wait()
             running.append((name, folder, process))
         for name, folder, process in running:
@@ -86,25 +86,25 @@ def main():
     print(f"{time.time() - begun:.0f} s in all")
 
 
-def prepare(given, name, folder):
+def prepare(options, name, folder):
     """The config of a small model in `folder`, and how its engine starts."""
     from hmf.bench import throughput
     from hmf.config.pattern import Pattern
     from hmf.model.checkpoint import load_config
     from hmf.model.convert import hybrid_config
 
-    config = load_config(given.config, weights=False)
-    fields = config.to_dict() | {"num_hidden_layers": given.layers}
+    config = load_config(options.config, weights=False)
+    fields = config.to_dict() | {"num_hidden_layers": options.layers}
     fields.pop("layer_types", None)
     fields.pop("max_window_layers", None)
     config = type(config)(**fields)
     if name != "base":
-        config = hybrid_config(config, Pattern.parse("-".join(["*", SYMBOLS[name]] * (given.layers // 2))))
+        config = hybrid_config(config, Pattern.parse("-".join(["*", SYMBOLS[name]] * (options.layers // 2))))
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     steps = WARM + TIMED + PROFILED + 40
-    run = throughput.Run([throughput.Load(given.tokens, given.sequences)], output=steps, dtype=given.dtype)
-    found = throughput.subject(name, folder, run)
+    run = throughput.Run([throughput.Load(options.tokens, options.sequences)], output=steps, dtype=options.dtype)
+    measured = throughput.subject(name, folder, run)
     profiler = {
         "profiler": "torch",
         "torch_profiler_dir": str(folder / "trace"),
@@ -115,13 +115,13 @@ def prepare(given, name, folder):
     }
     if on_gpu():
         profiler["torch_profiler_activities"] = ["CUDA"]
-    arguments = [*found.arguments, "--profiler-config", json.dumps(profiler)]
+    arguments = [*measured.arguments, "--profiler-config", json.dumps(profiler)]
     if on_gpu():
-        arguments += ["--kv-cache-memory-bytes", str(int(given.cache_gib * 2**30))]
+        arguments += ["--kv-cache-memory-bytes", str(int(options.cache_gib * 2**30))]
         at = arguments.index("--gpu-memory-utilization")
         arguments[at + 1] = "0.2"
-    lead = found.loads[0].lead(run.batched_tokens)
-    job = {"arguments": arguments, "vocabulary": config.vocab_size, "lead": lead, "environment": found.environment}
+    lead = measured.loads[0].lead(run.batched_tokens)
+    job = {"arguments": arguments, "vocabulary": config.vocab_size, "lead": lead, "environment": measured.environment}
     (folder / "job.json").write_text(json.dumps(job))
     return job
 
@@ -132,7 +132,7 @@ def on_gpu():
     return torch.cuda.is_available()
 
 
-def child(given, folder):
+def child(options, folder):
     import torch
     from vllm import LLM, SamplingParams
     from vllm.engine.arg_utils import EngineArgs
@@ -151,7 +151,7 @@ def child(given, folder):
         params = SamplingParams(
             temperature=0, max_tokens=steps, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
         )
-        prompts = torch.randint(job["vocabulary"], (given.sequences, given.tokens), generator=generator).tolist()
+        prompts = torch.randint(job["vocabulary"], (options.sequences, options.tokens), generator=generator).tolist()
         had = {str(n): 0 for n in range(len(prompts))}
         for name, prompt in zip(had, prompts, strict=True):
             engine.add_request(name, {"prompt_token_ids": prompt}, params)
@@ -174,7 +174,7 @@ def child(given, folder):
         deadline = time.time() + 60
         while not (traces := [p for p in (folder / "trace").glob("*") if "json" in p.name]) and time.time() < deadline:
             time.sleep(0.5)
-    text = report(read(max(traces, key=lambda p: p.stat().st_size)), step, started, given)
+    text = report(read(max(traces, key=lambda p: p.stat().st_size)), step, started, options)
     (folder / "report").write_text(f"== {folder.name}: {text}\n")
     engine.engine_core.shutdown()
     return 0
@@ -185,16 +185,16 @@ def read(trace):
     opened = gzip.open if trace.suffix == ".gz" else open
     with opened(trace, "rt") as file:
         events = json.load(file)["traceEvents"]
-    wanted = ("kernel", "gpu_memcpy", "gpu_memset")
-    found = [e for e in events if e.get("ph") == "X" and e.get("cat") in wanted]
-    if not found:  # on a CPU, for a test of this script
-        found = [e for e in events if e.get("ph") == "X" and e.get("cat") == "cpu_op"]
-    return sorted((float(e["ts"]), float(e["dur"]), e["name"]) for e in found)
+    categories = ("kernel", "gpu_memcpy", "gpu_memset")
+    kernels = [e for e in events if e.get("ph") == "X" and e.get("cat") in categories]
+    if not kernels:  # on a CPU, for a test of this script
+        kernels = [e for e in events if e.get("ph") == "X" and e.get("cat") == "cpu_op"]
+    return sorted((float(e["ts"]), float(e["dur"]), e["name"]) for e in kernels)
 
 
 def short(name):
-    if (found := re.search(r"(causal_conv1d\w*|selective_scan\w*)", name)) and not name.startswith("_"):
-        return found[0]
+    if (match := re.search(r"(causal_conv1d\w*|selective_scan\w*)", name)) and not name.startswith("_"):
+        return match[0]
     name = re.sub(r"^void ", "", name)
     return name if len(name) <= 78 else name[:60] + "..." + name[-15:]
 
@@ -203,7 +203,7 @@ def group_of(name):
     return next(group for group, pattern in GROUPS if re.search(pattern, name, re.IGNORECASE))
 
 
-def report(events, step, started, given):
+def report(events, step, started, options):
     counts, totals = defaultdict(int), defaultdict(float)
     for _, duration, name in events:
         counts[name] += 1
@@ -230,21 +230,21 @@ def report(events, step, started, given):
         number[name] += 1
         by_group[group_of(name)] += duration / steps
     lines = [
-        f"{given.layers} layers, {given.sequences} x {given.tokens}: step {step * 1e3:.3f} ms unprofiled, "
+        f"{options.layers} layers, {options.sequences} x {options.tokens}: step {step * 1e3:.3f} ms unprofiled, "
         f"{period / 1e3:.3f} ms profiled, kernels {busy / steps / 1e3:.3f} ms, idle "
         f"{(period - busy / steps) / 1e3:.3f} ms, {len(inside) / steps:.1f} kernels a step; "
         f"engine ready in {started:.0f} s",
         "by group, us a step: " + ", ".join(f"{g} {t:.0f}" for g, t in sorted(by_group.items(), key=lambda x: -x[1])),
         f"{'us/step':>9} {'n/step':>7} {'us each':>8}  kernel",
     ]
-    for name, time_ in sorted(by_name.items(), key=lambda x: -x[1])[: given.rows]:
+    for name, time_ in sorted(by_name.items(), key=lambda x: -x[1])[: options.rows]:
         lines.append(f"{time_:9.1f} {number[name] / steps:7.1f} {time_ * steps / number[name]:8.2f}  {short(name)}")
     lines.append("largest gaps, us a step (count a step):")
     for pair, (total, count) in sorted(gaps.items(), key=lambda x: -x[1][0])[:6]:
         lines.append(f"{total / steps:9.1f} ({count / steps:.1f})  {pair}")
     one = [e for e in inside if marks[steps // 2] <= e[0] < marks[steps // 2 + 1]]
     lines.append("-- two layers in the middle of a step: offset, gap before, duration us")
-    lines += table(one[len(one) * 3 // 8 : len(one) * 3 // 8 + len(one) * 5 // (2 * given.layers) + 1])
+    lines += table(one[len(one) * 3 // 8 : len(one) * 3 // 8 + len(one) * 5 // (2 * options.layers) + 1])
     lines.append("-- the whole step")
     lines += table(one)
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write docs/recipe-keys.md from the models that read recipes: `python tools/recipe_keys.py`.
 
-A key's meaning is the comment beside its field in the source, so that it stands in one place.
+The meaning of a key is the comment beside its field in the source.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ A recipe is a YAML file. Each command reads one kind of recipe:
 {commands}
 
 - A key that is not listed here is an error, and the message names the nearest valid key.
-- A key whose default is "required" must be given.
+- A key whose default is "required" must be set.
 - `--set section.key=value` on the command line replaces a value of the file. The value is YAML.
 - A *schedule* is one number, or a mapping from steps to numbers. Between two steps the value follows a straight line:
   `{{0: 1, 400: 0.2}}`.
@@ -58,11 +58,11 @@ def page() -> str:
     commands = "\n".join(f"- `{command}`: [{kind.__name__}](#{_anchor(kind)})" for command, kind in RECIPES.items())
     sections = [_section(kind, f" (`{command}`)") for command, kind in RECIPES.items()]
     nested = dict.fromkeys(
-        found for kind in RECIPES.values() for found in _nested(kind) if found not in RECIPES.values()
+        section for kind in RECIPES.values() for section in _nested(kind) if section not in RECIPES.values()
     )
     sections += [_section(kind) for kind in nested]
     sections += [
-        "## Options of layer types\n\nThey stand under `hybrid.options`, by the name of the type:"
+        "## Options of layer types\n\nThese keys are under `hybrid.options`, by the name of the type:"
         " `options: {gdn: {allow_neg_eigval: true}}`."
     ]
     sections += [
@@ -82,7 +82,7 @@ def _nested(kind: type[BaseModel]) -> Iterator[type[BaseModel]]:
 def _models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [found for part in get_args(annotation) for found in _models(part)]
+    return [model for part in get_args(annotation) for model in _models(part)]
 
 
 def _anchor(kind: type[BaseModel]) -> str:
@@ -108,7 +108,7 @@ def _paragraphs(kind: type[BaseModel]) -> str:
 
 def comments(kind: type[BaseModel]) -> dict[str, str]:
     """The comments beside or above the fields of `kind` and of the classes that it extends, by field."""
-    found: dict[str, str] = {}
+    meanings: dict[str, str] = {}
     for owner in reversed([base for base in kind.__mro__ if issubclass(base, BaseModel) and base is not BaseModel]):
         above: list[str] = []
         name = None
@@ -127,8 +127,8 @@ def comments(kind: type[BaseModel]) -> dict[str, str]:
                 continue
             above = []
             if name in owner.model_fields and text and not text.startswith("fmt:"):
-                found[name] = text[0].upper() + text[1:].rstrip(".") + "."
-    return found
+                meanings[name] = text[0].upper() + text[1:].rstrip(".") + "."
+    return meanings
 
 
 def _type(field: FieldInfo) -> str:

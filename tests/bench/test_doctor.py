@@ -233,11 +233,11 @@ def test_bench_does_not_run_what_dispatch_refuses(refuses_backward):
     assert result.exit_code == 0, result.output
     chunked, fast, plain, refused = report_of(result)["rows"]
     assert fast["forward_ms"] and fast["backward_ms"] is None and fast["backward_speedup"] is fast["speedup"] is None
-    assert fast["reason"] == "forward alone: its backward is wrong here [here]" and fast["forward_speedup"] > 0
+    assert fast["reason"] == "forward only: its backward is wrong here [here]" and fast["forward_speedup"] > 0
     assert chunked["backward_ms"] and plain["backward_ms"] and chunked["reason"] is plain["reason"] is None
     assert refused["forward_ms"] is None and refused["reason"] == "the op has no GPU kernel"
     table = run("bench", "ops", *SMALL, "--ops", "gdn,ssd").output
-    assert "gdn fast: forward alone: its backward is wrong here [here]" in table and "ssd fast: the op has no" in table
+    assert "gdn fast: forward only: its backward is wrong here [here]" in table and "ssd fast: the op has no" in table
 
 
 def test_a_version_that_fails_costs_no_other_row(refuses_backward):

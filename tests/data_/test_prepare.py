@@ -27,7 +27,8 @@ from hmf.data.encoding import IGNORED, encode_chat, encode_document
 from hmf.data.filters import repetition
 from hmf.data.mixture import mixture, row_length
 from hmf.data.packing import best_fit
-from hmf.data.prepare import PreparedDataset, prepare
+from hmf.data.prepare import prepare
+from hmf.data.prepared import PreparedDataset
 from hmf.data.shards import load_tokenizer
 from hmf.data.sources import Source, content
 from hmf.data.text import stdlib_documents

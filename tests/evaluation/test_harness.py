@@ -184,27 +184,30 @@ WRONG = {
     "no numbers of prompts": (cut(LM_EVAL, "n-samples"), "n-samples: Field required"),
     "no version": (cut(LM_EVAL, "lm_eval_version"), "lm_eval_version: Field required"),
     "no results": (put(LM_EVAL, {}, "results"), "results: Dictionary should have at least 1 item"),
-    "no metric": (put(LM_EVAL, {"arc_easy": {"alias": "a"}}, "results"), "results: holds no metric"),
-    "not a number": (put(LM_EVAL, float("nan"), "results", "gsm8k", "exact_match,strict-match"), "nan is no number"),
-    "text": (put(LM_EVAL, "high", "results", "gsm8k", "exact_match,strict-match"), "'high' is no number"),
-    "a limit over two lengths": (put(LM_EVAL, 9, "config", "limit"), "config.limit: how many of 100 prompts"),
+    "no metric": (put(LM_EVAL, {"arc_easy": {"alias": "a"}}, "results"), "results: has no metric"),
+    "not a number": (put(LM_EVAL, float("nan"), "results", "gsm8k", "exact_match,strict-match"), "nan is not a number"),
+    "text": (put(LM_EVAL, "high", "results", "gsm8k", "exact_match,strict-match"), "'high' is not a number"),
+    "a limit over two lengths": (
+        put(LM_EVAL, 9, "config", "limit"),
+        "config.limit: it is unknown how many of 100 prompts",
+    ),
     "no prompts": (put(LM_EVAL, 0, "n-samples", "arc_easy", "effective"), "n-samples.arc_easy.effective: Input should"),
     "results.yml without its end": (cut(results_yml(SKILLS), "target"), "target: is missing"),
     "a metric without scores": (
         put(results_yml(SKILLS), {"value": 1}, "results", "tasks", "gpqa", "metrics", "pass_at_1"),
-        "results.tasks.gpqa.metrics.pass_at_1: needs scores with a value each",
+        "results.tasks.gpqa.metrics.pass_at_1: each score needs a value",
     ),
     "another file": ({"tasks": {}}, "has no key results"),
     "an empty one": ({}, "has no key results"),
-    "a list": ([1], "is no mapping"),
-    "a category that was not run": (cut(SKILLS, "bfcl_v4.memory_kv"), "bfcl_v4.memory_kv: is missing, and 1 of 20"),
+    "a list": ([1], "is not a mapping"),
+    "a category that was not run": (cut(SKILLS, "bfcl_v4.memory_kv"), "bfcl_v4.memory_kv: is missing (1 of 20"),
     "categories with other numbers of answers": (
         put(SKILLS, {"pass@1[avg-of-2]": CATEGORY["pass@1"]}, "bfcl_v4.multiple"),
-        "have 1 and 2 answers",
+        "differs between categories (1 and 2)",
     ),
     "no count": (cut(SKILLS, "gpqa", "pass@1[avg-of-8]", "num_entries"), "num_entries: is missing; give NeMo-Skills'"),
     "no score": (cut(SKILLS, "gpqa", "pass@1[avg-of-8]", "symbolic_correct"), "symbolic_correct: is missing"),
-    "more than all": (put(SKILLS, 101, "gpqa", "pass@1[avg-of-8]", "symbolic_correct"), "101.0 is no percentage"),
+    "more than all": (put(SKILLS, 101, "gpqa", "pass@1[avg-of-8]", "symbolic_correct"), "101.0 is not a percentage"),
     "no pass@1": (put(SKILLS, {"pass@8": {"symbolic_correct": 1}}, "gpqa"), "has no metric pass@1; it has pass@8"),
 }
 
@@ -248,7 +251,7 @@ def test_rows_are_added_and_replaced_by_key_and_the_same_row_twice_is_refused(tm
     assert content["tasks"]["gsm8k"]["accuracy"] == 0.9 and content["tasks"]["arc_easy"]["accuracy"] == 0.6
     assert len({row["source"] for row in content["tasks"].values()}) == len(content["settings"]) == 2
     (tmp_path / "scores.primed-s.json").write_text("{}")
-    with pytest.raises(HmfError, match=r"scores.primed-s.json: holds no scores"):
+    with pytest.raises(HmfError, match=r"scores.primed-s.json: is not a file of scores"):
         write_scores(tmp_path, "primed", "s", [second])
 
 

@@ -290,12 +290,17 @@ def test_what_cannot_be_asked_is_refused_in_one_line(run, server, hybrid, tmp_pa
         (TEACHER, "chice", (), "unknown task 'chice'; did you mean 'choice'?"),
         (TEACHER, "short", (), "unknown task 'arc_easy'"),  # the folder has no such stand-in
         (TEACHER, "missing", (), "--tasks: missing: lm-eval stopped: "),
-        (TEACHER, "choice", (*server_options, "--chat-template"), "compares likelihoods, which chat servers do not"),
-        (TEACHER, "sums", (*server_options, "--max-new-tokens", "99"), "do not fit in 99"),
+        (
+            TEACHER,
+            "choice",
+            (*server_options, "--chat-template"),
+            "compares likelihoods, which chat completions do not",
+        ),
+        (TEACHER, "sums", (*server_options, "--max-new-tokens", "99"), "do not fit into the model's 99"),
         (TEACHER, "choice", (*server_options, "--shots", "8"), "--tasks: choice: a prompt of 120 tokens"),
-        (hybrid, "sums", ("--max-new-tokens", "1M"), "and an answer of 1048576 do not fit in 128"),
+        (hybrid, "sums", ("--max-new-tokens", "1M"), "and an answer of 1048576 do not fit into the model's 128"),
         (TEACHER, "long", ("--lengths", "4K,5K"), "--lengths: 5120: RULER's tasks have 4096, "),
-        (TEACHER, "long", ("--lengths", "4K,8K", "--limit", "1"), "--limit: takes the first prompts"),
+        (TEACHER, "long", ("--lengths", "4K,8K", "--limit", "1"), "--limit: selects the first prompts"),
         (TEACHER, "sums", ("--url", "http://127.0.0.1:9"), "is the server up?"),
     ):
         code, scores, out = run(model, chosen, *options)

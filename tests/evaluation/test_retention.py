@@ -133,9 +133,9 @@ def test_the_rule_of_tools_knows_types_and_takes_one_call(tokenizer):
 
 
 def test_lengths_that_do_not_fit_are_refused_by_name(tokenizer):
-    with pytest.raises(HmfError, match=r"--lengths: 4,096 tokens are beyond the 2,048 that the model has"):
+    with pytest.raises(HmfError, match=r"--lengths: 4,096 tokens exceed the 2,048 that the model has"):
         prompter(tokenizer, context=2048).require([1024, 4096])
-    with pytest.raises(HmfError, match=r"--lengths: 128 leaves no room for the prompt of needle_multi_key"):
+    with pytest.raises(HmfError, match=r"--lengths: 128 is too small for the prompt of needle_multi_key"):
         prompt(tokenizer, "needle_multi_key", length=128)
-    with pytest.raises(HmfError, match=r"arithmetic: a prompt of .* are beyond the 80 that .* lower --max-new-tokens"):
+    with pytest.raises(HmfError, match=r"arithmetic: a prompt of .* exceed the 80 that .* lower --max-new-tokens"):
         prompt(tokenizer, "arithmetic", context=80)

@@ -198,7 +198,7 @@ def test_parity_passes_for_the_same_model_and_not_for_another(run, served, evalu
     assert code == 0 and "server: NOT passed" in out, err
     found = parse_sealed((run / "scores.primed-server-retention.json").read_text())["parity"]
     assert not found["passed"] and found["prompt_kl"] > 0.01 < found["generated_kl"]
-    assert "NOT passed. KL divergence a token" in write_card(run).read_text()
+    assert "NOT passed. KL divergence per token" in write_card(run).read_text()
 
 
 def test_without_log_probabilities_it_is_not_measured_by_name(run, served, evaluated, hmf):
@@ -208,11 +208,11 @@ def test_without_log_probabilities_it_is_not_measured_by_name(run, served, evalu
     assert [place["perplexity"] for place in there] == pytest.approx([place["perplexity"] for place in here], rel=1e-3)
     served.logprobs = False
     found = evaluated(*arguments, "--url", served.url, "--name", "other")[str(run / "model")]
-    assert "no log-probabilities of prompts" in found["not_measured"]["perplexity"] and "positions" not in found
+    assert "not return log-probabilities of prompts" in found["not_measured"]["perplexity"] and "positions" not in found
     code, _, err = hmf(
         "evaluate", run / "model", "--url", served.url, "--parity", "--lengths", "512", "--max-new-tokens", 8
     )
-    assert code == 2 and "no log-probabilities of prompts" in err and err.count("\n") == 1
+    assert code == 2 and "not return log-probabilities of prompts" in err and err.count("\n") == 1
 
 
 def test_a_busy_server_is_asked_again_and_one_that_refuses_is_named(run, served, evaluated, hmf):
@@ -242,7 +242,7 @@ def test_a_server_that_is_away_and_a_length_beyond_its_own(tiny, served, hmf):
     code, _, err = hmf("evaluate", tiny / "base", "--suite", "retention", "--url", "http://127.0.0.1:9")
     assert code == 2 and "http://127.0.0.1:9" in err and "is the server up?" in err and err.count("\n") == 1
     code, _, err = hmf("evaluate", tiny / "base", "--suite", "retention", "--url", served.url, "--lengths", "2K")
-    assert code == 2 and "2,048 tokens are beyond the 1,500 that the server at" in err
+    assert code == 2 and "2,048 tokens exceed the 1,500 that the server at" in err
 
 
 def test_divergence_is_kullback_and_leiblers_over_the_candidates_and_the_rest():

@@ -58,7 +58,7 @@ def test_files_of_a_run_folder(run, tiny, evaluated):
     paired = printed[str(tiny / "base")]["paired"]
     assert paired["with"] == str(run / "model") and paired["tasks"]["arithmetic"]["n"] == 3
     card = write_card(run).read_text()
-    assert "### Suite: retention" in card and "This model less another one on the same prompts" in card
+    assert "### Suite: retention" in card and "This model minus another model on the same prompts" in card
     line = next(line for line in card.splitlines() if line.startswith("| needle_single 1K"))
     assert line.count("(../scores.") == 2 and line.count("n = 3") == 2 and line.count("cut off") == 2
     assert "seed 0" in card and "| 512–1,023 |" in card
@@ -138,7 +138,7 @@ def test_the_table_counts_cut_off_answers_by_themselves(tiny, hmf):
     [
         (["--suite", "retent"], "unknown suite 'retent'; did you mean 'retention'?"),
         (["--suite", "retention", "--tasks", "needle"], "unknown task 'needle'; did you mean"),
-        (["--suite", "retention", "--lengths", "4K,128K"], "--lengths: 4,096 tokens are beyond the 2,048"),
+        (["--suite", "retention", "--lengths", "4K,128K"], "--lengths: 4,096 tokens exceed the 2,048"),
         (["--suite", "retention", "--lengths", "much"], "'--lengths': 'much' is not a number of tokens"),
         (["--suite", "retention", "--length", "512"], "--length: is not for a suite"),
         (["--lengths", "1K"], "--lengths: is for a suite; add --suite retention"),

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from hmf.cli import app
 from hmf.config.data import DataRecipe
 from hmf.config.pattern import Pattern
-from hmf.data.prepare import PreparedDataset, prepare
+from hmf.data.prepare import prepare
+from hmf.data.prepared import PreparedDataset
 from hmf.errors import HmfError
 from hmf.folders import resolve_base
 from hmf.model.checkpoint import load_config
@@ -209,11 +210,11 @@ def test_epochs_are_planned_as_the_steps_that_they_come_to(tmp_path, monkeypatch
     assert plan().training.steps == -(-2 * (rows - 10) // 8) and plan().tokens == plan().training.steps * 8 * 32
     (tmp_path / "data.yaml").unlink()
     (tmp_path / "rows").rename(tmp_path / "elsewhere")
-    with pytest.raises(HmfError, match="does not exist, and no recipe in or beside this folder makes it"):
+    with pytest.raises(HmfError, match="does not exist, and no recipe in or beside this folder creates it"):
         plan()
     pairs = {"data": None, "pairs": {"path": "pairs.jsonl", "sequence_length": 64}, "method": "dpo"}
     (tmp_path / "stage2.yaml").write_text(yaml.safe_dump(stage2 | pairs))
-    with pytest.raises(HmfError, match="rows of pairs are not known before .* plan with --set training.max_steps=N"):
+    with pytest.raises(HmfError, match="rows of pairs is unknown before .* plan with --set training.max_steps=N"):
         plan()
     assert planner.plans([Path("stage2.yaml")], resolve_base, "l4", overrides=["training.max_steps=5"])
 

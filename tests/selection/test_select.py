@@ -212,7 +212,7 @@ def test_files_of_scores(tmp_path, name, text):
         ("a.json", '{"0": 1, "1": null}', "None"),
         ("a.json", "[1, true, 2]", "True"),
         ("a.json", "[1, NaN, 2]", "nan"),
-        ("a.json", "7", "holds no scores"),
+        ("a.json", "7", "has no scores"),
         ("a.json", "{", "not valid JSON"),
         ("a.csv", "layer;score\n0;1\n", "must be layer,score"),
         ("a.csv", "layer,score\n0\n", "two values"),
@@ -269,7 +269,7 @@ def test_what_select_refuses(tmp_path, arguments, why):
 
 def test_window_needs_answers(tmp_path):
     recipe = written(tmp_path, distill={**SMALL["distill"], "data": {"text": TEXT, "sequence_length": 96}})
-    with pytest.raises(HmfError, match="the data has none"):
+    with pytest.raises(HmfError, match="the data has no answers"):
         command("teacher", "--keep", 2, "--method", "window", "--recipe", recipe, "--out", tmp_path / "out")
 
 

@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from hmf.config.data import DataRecipe
 from hmf.config.runs import DistillSettings, FinetuneRecipe, load_recipe
 from hmf.config.training import OptimiserSettings
-from hmf.data.prepare import PreparedDataset, prepare
+from hmf.data.prepare import prepare
+from hmf.data.prepared import PreparedDataset
 from hmf.errors import HmfError
 from hmf.model.checkpoint import load_model
 from hmf.report.curves import curves, draw_curves
@@ -221,17 +222,17 @@ def test_keys_that_do_not_fit_together_are_refused(tmp_path, training, changes, 
 
 def test_rows_that_cannot_be_held_out_are_refused(hybrid, tmp_path):
     corpus, data = hybrid.parent / "corpus", prepared(hybrid, tmp_path / "data")
-    with pytest.raises(HmfError, match="training.eval_rows: 64 of the .* rows would be held out"):
+    with pytest.raises(HmfError, match="training.eval_rows: holding out 64 of .* rows"):
         tuned(hybrid, tmp_path / "run", data, EVAL | {"eval_rows": None})
     other = prepared(hybrid, tmp_path / "other")
-    with pytest.raises(HmfError, match="eval_data.prepared has .* rows and not 1000"):
+    with pytest.raises(HmfError, match="eval_data.prepared has .* rows, fewer than 1000"):
         tuned(hybrid, tmp_path / "run", data, EVAL | {"eval_rows": 1000}, eval_data={"prepared": str(other)})
     sources = [{"path": str(corpus), "name": "words", "weight": 1}]
     twice = prepared(hybrid, tmp_path / "twice", sources=sources, tokens=4000)
     with pytest.raises(HmfError, match="documents of words .* times, so none can be held out"):
         tuned(hybrid, tmp_path / "run", twice, EVAL)
     file = {"text": str(corpus / "0.txt"), "sequence_length": 32}
-    with pytest.raises(HmfError, match="0.txt is one file, of which no part is held out"):
+    with pytest.raises(HmfError, match="0.txt is one file, which has no held-out part"):
         tuned(hybrid, tmp_path / "run", training=EVAL, data=file)
 
 

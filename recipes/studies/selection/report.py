@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Table and plot of what study.py wrote: `report.py OUT [OUT ...] --out DIR` reads OUT/results.jsonl of each.
+"""Table and plot of the results of study.py: `report.py OUT [OUT ...] --out DIR` reads OUT/results.jsonl of each OUT.
 
-Regret of a method: the score of the best choice of the same size less that of the choice that it makes, in points of
+The regret of a method is the score of the best choice of the same size minus that of the method's choice, in points of
 the mean accuracy over tasks, and in nats of KL.
 """
 
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def collected(lines: list[dict[str, Any]], tasks: list[str]) -> tuple[Any, Any, Any]:
-    """By seed: {choice: (mean accuracy, KL)} of what was primed; by seed and method: {choice: sums}; seconds by run."""
+    """{choice: (mean accuracy, KL)} of primed choices by seed; {choice: sums} by seed and method; seconds by run."""
     primed: dict[int, dict[Choice, tuple[float, float]]] = defaultdict(dict)
     methods: dict[int, dict[str, dict[Choice, torch.Tensor]]] = defaultdict(lambda: defaultdict(dict))
     seconds: dict[str, list[float]] = defaultdict(list)
@@ -60,21 +60,21 @@ def collected(lines: list[dict[str, Any]], tasks: list[str]) -> tuple[Any, Any, 
 
 
 def choices_of(known: dict[str, dict[Choice, torch.Tensor]], layers: int, keep: int) -> dict[str, Choice]:
-    """What each method chooses, by name."""
-    found = {"uniform": frozenset(Pattern.generate(layers, "gdn", (layers - keep) / layers).replaced)}
+    """The choice of each method, by name."""
+    choices = {"uniform": frozenset(Pattern.generate(layers, "gdn", (layers - keep) / layers).replaced)}
     for name, sums in known.items():
         for label, measures in (("KL", KL), ("KL answers", ("kl_answers",)), ("differing", ("differ_answers",))):
             if name == "window":
                 label, measures = "loss", ("loss_answers",)
             costs = {choice: cost(x.sum(0), measures).item() for choice, x in sums.items()}
             costs[frozenset(range(layers))] = costs.get(frozenset(range(layers)), math.inf)
-            found[f"{name}: one at a time, {label}"] = by_rank([costs[frozenset([i])] for i in range(layers)], keep)
+            choices[f"{name}: one at a time, {label}"] = by_rank([costs[frozenset([i])] for i in range(layers)], keep)
             if name == "window":
                 break
             score = partial(looked_up, costs)
-            found[f"{name}: greedy, {label}"] = greedy(score, layers, keep)
-            found[f"{name}: all, {label}"] = search(score, layers, keep, 10**6)
-    return found
+            choices[f"{name}: greedy, {label}"] = greedy(score, layers, keep)
+            choices[f"{name}: all, {label}"] = search(score, layers, keep, 10**6)
+    return choices
 
 
 def looked_up(costs: Costs, choices: Any) -> list[float]:
@@ -97,8 +97,8 @@ def sizes_table(primed: Any) -> str:
 
 
 def regrets(primed: Any, methods: Any, layers: int) -> dict[str, dict[int, list[tuple[float, float]]]]:
-    """By method and size: regret in points and in nats of each seed, where its choice has been primed."""
-    found: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    """Regret in points and in nats for each seed, by method and size, if the method's choice was primed."""
+    regrets_by_method: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for seed, scores in primed.items():
         for size in sorted({len(choice) for choice in scores}):
             of_size = {choice: x for choice, x in scores.items() if len(choice) == size}
@@ -106,17 +106,17 @@ def regrets(primed: Any, methods: Any, layers: int) -> dict[str, dict[int, list[
             for name, choice in choices_of(methods.get(seed, {}), layers, layers - size).items():
                 if choice in of_size:
                     accuracy, kl = of_size[choice]
-                    found[name][size].append((100 * (best - accuracy), kl - least))
-    return found
+                    regrets_by_method[name][size].append((100 * (best - accuracy), kl - least))
+    return regrets_by_method
 
 
 def regret_table(primed: Any, methods: Any, layers: int) -> str:
-    found = regrets(primed, methods, layers)
-    sizes = sorted({size for by_size in found.values() for size in by_size})
+    by_method = regrets(primed, methods, layers)
+    sizes = sorted({size for by_size in by_method.values() for size in by_size})
     head = " | ".join(f"{size} replaced" for size in sizes)
     rows = [f"| method | {head} | mean, points | mean, nats | choices |", "|" + "---|" * (len(sizes) + 4)]
     table = []
-    for name, by_size in found.items():
+    for name, by_size in by_method.items():
         values = [x for size in sizes for x in by_size[size]]
         points, nats = (sum(x[i] for x in values) / len(values) for i in (0, 1))
         cells = [" ".join(f"{x[0]:.1f}" for x in by_size[size]) or "-" for size in sizes]
@@ -133,7 +133,7 @@ def cost_table(seconds: dict[str, list[float]]) -> str:
 
 
 def draw(primed: Any, methods: Any, picture: Path) -> None:
-    """Each choice by what a method expects of it and what it came to, a panel for each method."""
+    """Plot the measured accuracy of each choice over a method's score of it, with one panel per method."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter

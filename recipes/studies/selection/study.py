@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers to replace: every choice primed, and what each method would have chosen. See README.md.
+"""Prime every choice of layers, and score the choices by each method of `hmf select`. See README.md.
 
 Each run writes its results, one JSON line each, into OUT/results.jsonl when it has ended. A study that was stopped goes
 on with the runs that are missing. `report.py` makes the table and the plot.
@@ -24,7 +24,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 TASKS = ("recall", "needle", "arithmetic", "tool_call")
-# Start and objective of Stage 1, by name: what each changes in the recipe. All read as many tokens, but the last two.
+# Start and objective of Stage 1: changes of the recipe by name. All except the last two read the same number of tokens.
 MSE = ["distill.objective.layerwise_steps=0", "distill.objective.kl=0"]
 SUMS = ["distill.data.tasks.arithmetic=6", "distill.data.text_share=0.1"]
 KL_ALONE = "distill.objective.pre_lm_head=0"
@@ -43,18 +43,20 @@ VARIANTS = {
     "twice": ["distill.training.max_steps=540", "distill.objective.layerwise_steps=320"],
     "four-times": ["distill.training.max_steps=1080", "distill.objective.layerwise_steps=640"],
 }
-HELDOUT = 2**31  # added to a seed: rows that no training here reads
+HELDOUT = 2**31  # added to a seed, to draw rows that no training reads
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of results.jsonl")
-    parser.add_argument("--work", type=Path, help="folder of checkpoints; left out: OUT/work")
+    parser.add_argument("--work", type=Path, help="folder of checkpoints; default: OUT/work")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time, one thread each")
     parser.add_argument("--recipe", default=str(HERE.parents[1] / "quickstart/recipe.yaml"), help="prime recipe")
     parser.add_argument("--set", dest="overrides", action="append", default=[], help="KEY=VALUE in that recipe")
-    parser.add_argument("--replaced", default="1,2,3,4", help="how many layers are replaced, in all ways")
-    parser.add_argument("--choices", help="these alone, as 0,2,3;1,4, in place of all of some sizes")
+    parser.add_argument(
+        "--replaced", default="1,2,3,4", help="numbers of replaced layers; all choices of these sizes run"
+    )
+    parser.add_argument("--choices", help="only these choices, such as 0,2,3;1,4, instead of --replaced")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--steps", type=int, default=270, help="steps of Stage 1, of which 16 in 27 layer by layer")
     parser.add_argument("--prompts", type=int, default=60, help="of each task")
@@ -174,18 +176,18 @@ def key(job: dict[str, Any]) -> str:
 
 
 def finished(results: Path) -> set[str]:
-    """Keys of the runs whose last line is there; a line that a kill cut off does not count."""
+    """Keys of the finished runs. An incomplete line, from an interrupted write, is ignored."""
     return {line["key"] for line in read_lines(results) if line.get("finished")}
 
 
 def read_lines(results: Path) -> list[dict[str, Any]]:
-    found = []
+    lines = []
     for line in results.read_text().splitlines() if results.is_file() else ():
         try:
-            found.append(json.loads(line))
+            lines.append(json.loads(line))
         except ValueError:
             continue
-    return found
+    return lines
 
 
 def append(results: Path, lines: list[dict[str, Any]]) -> None:

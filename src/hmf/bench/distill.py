@@ -33,7 +33,7 @@ from hmf.priming.objectives import Stage1Objective, train_only_mixers
 from hmf.priming.stage0 import initialise
 
 WAYS = {
-    "two models": "each called as usual: whole logits, activations of both kept",
+    "two models": "each called in the ordinary way: whole logits, activations of both stored",
     "two models, frugal": "the teacher without gradients, logits only where the loss has a KL term",
     "one model": "as hmf distill does: shared layers once, teacher without gradients, logits in chunks",
 }
@@ -68,7 +68,7 @@ class Result:
 
 
 def changed(config: Any, overrides: Iterable[str]) -> Any:
-    """`config` with "key=value" in place of some of its keys, values in YAML."""
+    """`config` with some keys overridden by "key=value"; values are in YAML."""
     fields = config.to_dict()
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -138,11 +138,11 @@ def measure(case: Case, way: str) -> Result:
 
 
 def run(case: Case, rounds: int = 1, ways: Iterable[str] = WAYS) -> dict[str, Result]:
-    """Run every variant `rounds` times in turn, each time in a new process; all times, and the largest peak."""
+    """Run every variant `rounds` times in turn, each time in a new process. Returns all times and the largest peak."""
     if case.device not in ("cpu", "cuda"):
         raise HmfError(f"--device: {unknown_name('device', case.device, ('cpu', 'cuda'))}")
     if case.device == "cuda" and not torch.cuda.is_available():
-        raise HmfError("--device cuda: PyTorch sees no GPU; leave --device out")
+        raise HmfError("--device cuda: PyTorch finds no GPU; omit --device")
     results: dict[str, Result] = {}
     for _ in range(rounds):
         for way in ways:
@@ -156,7 +156,7 @@ def run(case: Case, rounds: int = 1, ways: Iterable[str] = WAYS) -> dict[str, Re
 def rows(case: Case, results: dict[str, Result]) -> list[dict[str, Any]]:
     """One row per variant, with its ratios to the first."""
     first = next(iter(results.values()))
-    # The fastest step of each, because other load on the machine can only add time.
+    # The fastest step of each variant, because other load on the machine can only add time.
     return [
         {
             "way": way,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which implementation of each op runs on this machine, why, and whether its results equal those of the reference.
+"""Reports which implementation of each op runs on this machine, why, and whether it agrees with the reference.
 
 The expected results are those of the reference on float64 copies of the same values, on the CPU. An error is the norm
 of the difference divided by the norm of the expected tensor; the largest counts, over outputs, final states and, for
@@ -32,8 +32,8 @@ CASES = {
     "packed": Shape(lengths=(131, 1, 20), heads=2, with_state=True),
     "one token": Shape(batch=3, tokens=1, heads=2, with_state=True),
 }
-# A decode step has no gradient. On a GPU each case compiles kernels, and documents that start from states use most of a
-# backward; the other cases are in the tests (`make test-gpu`).
+# A decode step has no gradient. On a GPU each case compiles kernels. Documents that start from states cover most of a
+# backward pass; the tests have the other cases (`make test-gpu`).
 TRAINING_CASES = {"cpu": ("rows", "packed"), "cuda": ("packed",)}
 # bfloat16 rounds with a relative error of 2^-9 = 2e-3; on a GPU float32 products may round to TF32, 2^-11 = 5e-4.
 TOLERANCES = {
@@ -44,8 +44,13 @@ TOLERANCES = {
 
 @dataclass
 class Check:
-    """The check of one op on one device for one use. version, reason: `chosen` of all dtypes in one line; errors: dtype
-    -> largest relative error; worst: dtype -> the tensor and case of that error."""
+    """The check of one op on one device for one use.
+
+    Attributes:
+        version, reason: summary of `chosen` over all dtypes.
+        errors: largest relative error by dtype.
+        worst: tensor and case of that error by dtype.
+    """
 
     op: str
     device: str
@@ -80,7 +85,7 @@ class Report:
 
 
 def examine(progress: Callable[[str], None] = lambda line: None) -> Report:
-    """Check every op on every kind of device of this machine; `progress` is called with a line about the current check.
+    """Check every op on every kind of device of this machine. `progress` is called with a line for each check.
 
     GPU kernels are compiled first. Each compilation uses a CPU core, so several processes compile in parallel.
     """
@@ -138,17 +143,17 @@ def _check_on_gpu(op: str, use: str, dtype: torch.dtype) -> Check:
 
 
 def _result(op: str, use: str, parts: Sequence[Future[Check]]) -> Check:
-    """The joined checks of the workers for the dtypes of one op and use; a failed check if a worker died."""
+    """The merged checks of the workers for one op and use, over all dtypes. A failed check if a worker died."""
     try:
         return _joined([part.result() for part in parts])
-    except BrokenProcessPool:  # the whole pool is unusable then
+    except BrokenProcessPool:  # the whole pool is then unusable
         return Check(op, "cuda", use, None, "", problem="not checked: a process that runs GPU kernels died")
 
 
 def _noted(notes: Future[list[str]]) -> list[str]:
     try:
         return notes.result()
-    except BrokenProcessPool:  # the checks report it
+    except BrokenProcessPool:  # the checks report this error
         return []
 
 
@@ -215,7 +220,7 @@ def allowed(device: str, dtype: torch.dtype, gradients: bool) -> float:
 
 
 def _joined(parts: Sequence[Check]) -> Check:
-    """Join the checks of several dtypes to one."""
+    """Merge the checks of several dtypes into one."""
     check = parts[0]
     for part in parts[1:]:
         check.chosen |= part.chosen
@@ -254,7 +259,7 @@ def evaluate(
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference over the norm of `expected`; infinite for another shape."""
+    """Norm of the difference divided by the norm of `expected`; infinite if the shapes differ."""
     if actual.shape != expected.shape:
         return float("inf")
     return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()

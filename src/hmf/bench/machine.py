@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hardware and the versions with which something was measured."""
+"""The hardware and the package versions of a measurement."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times of every op's versions, forward and backward, and their speed-ups over the first version.
 
-A version that dispatch does not choose on this machine is not run. Its row has the reason, as for a version that fails.
+A version that dispatch does not choose on this machine is not run. Its row states the reason, as does the row of a
+version that fails.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from hmf.errors import HmfError, unknown_name
 from hmf.ops import dispatch
 from hmf.ops.samples import Sample, Shape, flat, sample
 
-# Runs at the full size. Otherwise the first timed run would include the allocation of memory, which doubles the time of
-# a reference.
+# Warm-up runs at the full size. Without them, the first timed run would include the allocation of memory, which doubles
+# the time of a reference.
 WARM_UP = 2
-LONGEST = 10.0  # seconds after which no further timed run starts; there is at least one run, and one of warm-up
+LONGEST = 10.0  # seconds after which no further timed run starts; there is at least one timed run and one warm-up run
 
 
 @dataclass(frozen=True)
 class Timing:
     """Seconds of every repeat. `forward` stores activations for the backward, unless the backward is not timed.
 
-    Lists are empty if they were not timed; `reason` then says why, unless the caller asked for it. `failed`: the run
+    A list is empty if it was not timed; `reason` then states why, unless the caller disabled it. `failed`: the run
     raised an error.
     """
 
@@ -71,7 +72,7 @@ def measure(
         if refused := dispatch.not_fast(op, device, False, dtype):
             return Timing(op, version, [], [], refused)
         if backward and (reason := dispatch.not_fast(op, device, True, dtype)):
-            backward, reason = False, f"forward alone: {reason}"
+            backward, reason = False, f"forward only: {reason}"
     function, made = dispatch.implementations(op)[version].function, sample(op, shape)
     try:
         _repeated(function, made, dtype, device, WARM_UP, backward)
@@ -121,7 +122,7 @@ def run(
     if device not in ("cpu", "cuda"):
         raise HmfError(f"--device: {unknown_name('device', device, ('cpu', 'cuda'))}")
     if device == "cuda" and not torch.cuda.is_available():
-        raise HmfError("--device cuda: PyTorch sees no GPU; leave --device out")
+        raise HmfError("--device cuda: PyTorch finds no GPU; omit --device")
     for option, names, known in (("--ops", ops, dispatch.ops()), ("--versions", versions, dispatch.VERSIONS)):
         for name in names:
             if name not in known:

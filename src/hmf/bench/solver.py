@@ -45,7 +45,7 @@ def bound(num_iter: int, ridge_strength: float) -> float:
 def distances(shape: Shape, ridge_strength: float = 0.02, steps: Sequence[int] = STEPS) -> list[Distance]:
     """Compare the iteration with the exact solution on random tokens of `shape`: one entry per number of steps."""
     if ridge_strength <= 0:
-        raise HmfError("--ridge-strength: must be above 0, because otherwise the exact solution may not exist")
+        raise HmfError("--ridge-strength: must be above 0, because the exact solution may not exist otherwise")
     made = sample("gka", shape)
 
     def run(function, dtype: torch.dtype, **options) -> dict[str, torch.Tensor]:

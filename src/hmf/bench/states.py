@@ -120,7 +120,7 @@ def measure(
     texts = [document.text for document in documents(corpus, "heldout", 40 * tokens * batch)]
     stream = [token for ids in encode_texts(load_tokenizer(source), texts) for token in ids]
     if len(stream) < tokens * batch:
-        raise HmfError(f"--tokens, --batch: the held-out text has {len(stream):,} tokens; ask for fewer")
+        raise HmfError(f"--tokens, --batch: the held-out text has only {len(stream):,} tokens; give smaller values")
     ids = torch.tensor(stream[: tokens * batch], device=device).view(batch, tokens)
     return state_drift(model, ids, stored)
 

@@ -26,8 +26,8 @@ PARTS = {
 def rows(subjects: Sequence[Subject], measured: Sequence[Measured | None], run: Run) -> list[dict[str, Any]]:
     """One row per load and measured model. For models without a measurement, `measured` has None or is shorter.
 
-    Ratios are to the first of `subjects`, and None where that one has no row. bound_share: of the rate at which the GPU
-    copies, what decoding reached in reading weights and caches.
+    Ratios are relative to the first of `subjects`, and None if it has no row. bound_share: the rate at which decoding
+    read weights and caches, divided by the GPU's copy rate.
     """
     result = []
     for index, asked in enumerate(run.loads):
@@ -81,7 +81,7 @@ def print_rows(table_rows: list[dict[str, Any]], title: str, base: str) -> None:
     if any(row["prefilled_sequences"] != row["sequences"] for row in table_rows):
         notes.append(f"prefill and time to first token (TTFT): as many sequences as {escape(base)} holds")
     if rate := table_rows[0]["copy_bytes_per_second"]:
-        notes.append(f"of the bound: bytes that a decode step must move, by a copy's {rate / 1e12:.2f} TB/s")
+        notes.append(f"of the bound: bytes that a decode step must move, at the copy rate of {rate / 1e12:.2f} TB/s")
     caption = "\n".join([*notes, *machine.lines()])
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     table.add_column("context")
@@ -134,7 +134,7 @@ def _ratio(row: dict[str, Any], part: str, base: str) -> str:
 def card(table_rows: list[dict[str, Any]], base: str, ranks: int, hardware: Mapping[str, str] | None = None) -> str:
     """The two tables of a model card in Markdown: decode throughput and mean time to first token, by context.
 
-    Hybrids come first and `base` last, as on the published cards. hardware: what was measured on; None: this machine.
+    Hybrids come first and `base` last, as on the published cards. hardware: the measured hardware; None: this machine.
     """
     hardware = machine.hardware() if hardware is None else hardware
     gpus = [text.split(",")[0] for device, text in hardware.items() if device.startswith("cuda")][:ranks]

@@ -53,9 +53,9 @@ PLANNED = 0.95  # share of the planned sequences that is used, because a plan is
 
 @dataclass(frozen=True)
 class Load:
-    """`sequences` that decode at once, with prompts of `tokens` tokens; 0 sequences: as many as the cache holds.
+    """`sequences` that decode at once, with prompts of `tokens` tokens. 0 sequences: as many as fit into the cache.
 
-    prefilled: the number of sequences that are submitted to time the prefill; 0: the same.
+    prefilled: the number of sequences that are submitted to time the prefill. 0: the same number.
     """
 
     tokens: int
@@ -63,12 +63,12 @@ class Load:
     prefilled: int = 0
 
     def lead(self, batched_tokens: int) -> int:
-        """An upper bound of the tokens that the first sequence is ahead when the last one gets its first token."""
+        """An upper bound of the tokens that the first sequence has when the last one gets its first token."""
         return 2 * math.ceil(self.tokens * self.sequences / (batched_tokens - self.sequences)) + 8
 
 
 def parse_loads(text: str) -> list[Load]:
-    """`"16K:20,32768:max"` -> [Load(16384, 20), Load(32768, 0)]; HmfError names an invalid part."""
+    """`"16K:20,32768:max"` -> [Load(16384, 20), Load(32768, 0)]. Raises HmfError with the invalid part."""
     loads = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(0*[1-9][0-9]*[KkMm]?):(0*[1-9][0-9]*|max)\s*", part)
@@ -82,9 +82,11 @@ def parse_loads(text: str) -> list[Load]:
 class Run:
     """The settings of a measurement, which are the same for all models.
 
-    output: timed decoded tokens of each sequence; repeats: timed runs, of which the fastest counts; utilisation,
-    batched_tokens, ranks and enforce_eager: vLLM's --gpu-memory-utilization, --max-num-batched-tokens,
-    --tensor-parallel-size and --enforce-eager.
+    Attributes:
+        output: number of timed decoded tokens of each sequence.
+        repeats: number of timed runs, of which the fastest counts.
+        utilisation, batched_tokens, ranks, enforce_eager: vLLM's --gpu-memory-utilization, --max-num-batched-tokens,
+            --tensor-parallel-size and --enforce-eager.
     """
 
     loads: Sequence[Load]
@@ -114,9 +116,11 @@ class Run:
 class Subject:
     """A model to measure.
 
-    folder: the checkpoint, or a folder with only a config; loads: the run's, with the sequences that fit this model,
-    and for prefill those that fit the first model; plan: for the bytes of a decode step, None with quantised weights;
-    arguments, environment: those of the engine.
+    Attributes:
+        folder: the checkpoint, or a folder with only a config.
+        loads: the run's loads, with the numbers of sequences that fit this model and, for prefill, the first model.
+        plan: gives the bytes of a decode step; None with quantised weights.
+        arguments, environment: those of the engine.
     """
 
     name: str
@@ -137,9 +141,13 @@ class Subject:
 class Measured:
     """The results of one model.
 
-    prefill, decode: seconds of every timed run for each load; capacity: vLLM's KV cache size in tokens; copy_rate:
-    bytes/s read and written by a copy on the GPU (None on a CPU); start: seconds until the engine was ready;
-    cuda_graphs, backends: the worker's choices; ttft: the mean seconds to the first token of each prefill.
+    Attributes:
+        prefill, decode: seconds of every timed run for each load.
+        capacity: vLLM's KV cache size in tokens.
+        copy_rate: bytes/s read and written by a copy on the GPU; None on a CPU.
+        start: seconds until the engine was ready.
+        cuda_graphs, backends: the worker's choices.
+        ttft: mean seconds to the first token of each prefill.
     """
 
     prefill: list[list[float]]
@@ -155,7 +163,7 @@ class Measured:
 def subject(
     name: str, folder: Path, run: Run, overrides: dict[str, Any] | None = None, first: Subject | None = None
 ) -> Subject:
-    """The model at `folder`, with random weights if it has none. HmfError if vLLM cannot serve it.
+    """The model at `folder`, with random weights if it has none. Raises HmfError if vLLM cannot serve it.
 
     overrides: vLLM's --hf-overrides, and `CACHE_OPTIONS`; first: the model that the others are compared with, or None
     for this model itself.
@@ -179,7 +187,7 @@ def subject(
     most = max(max(load.sequences, load.prefilled) for load in loads)
     if longest > config.max_position_embeddings:
         raise HmfError(
-            f"--context: {longest:,} tokens with the decoded ones are more than the max_position_embeddings of {name}, "
+            f"--context: {longest:,} tokens (prompt and output) exceed the max_position_embeddings of {name}, "
             f"{config.max_position_embeddings:,}; give fewer"
         )
     settings = replace(planned, max_num_seqs=most)
@@ -225,7 +233,7 @@ def _filled(load: Load, name: str, config: Any, run: Run, settings: ServingSetti
 
 
 class Inspection:
-    """An extension of vLLM's worker, which reports its choices."""
+    """An extension of vLLM's worker that reports the worker's choices."""
 
     vllm_config: Any
     model_runner: Any
@@ -341,7 +349,7 @@ def _main(folder: Path) -> int:
 
 
 def run_all(subjects: Sequence[Subject], run: Run) -> Iterator[Measured | HmfError]:
-    """Measure one model after the other, each in its own process; an error names the model that failed."""
+    """Measure the models in turn, each in its own process. An error names the model that failed."""
     steps = len(subjects) * (1 + len(run.loads) * (1 + 2 * run.repeats))
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # runs the clean-up of the engine
     try:
@@ -393,7 +401,7 @@ def _run_one(one: Subject, run: Run, environment: dict[str, str], bar: Any) -> M
 
 
 def _follow(lines: Any, one: Subject, bar: Any) -> dict[str, Any]:
-    """Show what a model's process has written since; returns the last of it."""
+    """Show the new events of a model's process. Returns the last event."""
     event: dict[str, Any] = {}
     for line in lines:
         event = json.loads(line)
@@ -404,11 +412,11 @@ def _follow(lines: Any, one: Subject, bar: Any) -> dict[str, Any]:
 
 
 def _reason(log: str, count: int = 12) -> str:
-    """The first error that a log names, which is the cause of the others, and the log's last lines."""
+    """The first error in a log, which is the cause of the others, and the log's last lines."""
     lines = [line.rstrip() for line in log.splitlines() if line.strip()]
     grave = [line for line in lines if not re.search(r"\b(WARNING|INFO|DEBUG)\b", line)]
-    named = next((found[0] for line in grave if (found := re.search(r"\b[\w.]*(Error|Exception)\b: .*", line))), "")
-    return "\n  ".join([named, "the last lines of its log:", *lines[-count:]])
+    first = next((match[0] for line in grave if (match := re.search(r"\b[\w.]*(Error|Exception)\b: .*", line))), "")
+    return "\n  ".join([first, "the last lines of its log:", *lines[-count:]])
 
 
 @contextmanager

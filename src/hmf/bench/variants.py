@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models that `hmf bench serving` measures: the given ones, and variants with other values in their configs."""
+"""The models that `hmf bench serving` measures: those of the command, and variants with other config values."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from .throughput import CACHE_OPTIONS, Run, Subject, subject
 def subjects(
     named: Sequence[tuple[str, Path]], run: Run, hf_overrides: str | None = None, variants: Sequence[str] = ()
 ) -> list[Subject]:
-    """The models to measure: all of `named`, then for each of `variants` again those whose config has its keys.
+    """The models to measure: all of `named`; then for each of `variants` those of `named` whose config has its keys.
 
-    hf_overrides, variants: JSON. HmfError for an override that no model has, because it would have no effect.
+    `hf_overrides` and `variants` are JSON. Raises HmfError for an override without an effect on any model.
     """
     configs = {name: as_hybrid(load_config(folder, weights=False)) for name, folder in named}
     shared = {} if hf_overrides is None else parse_overrides("--hf-overrides", hf_overrides)
     for key in shared:
         if not any(takes(config, key) for config in configs.values()):
-            raise HmfError(f"--hf-overrides: {key}: no MODEL has this key or layers of this type; leave it out")
+            raise HmfError(f"--hf-overrides: {key}: no MODEL has this key or layers of this type; omit it")
     plain = {name: {key: x for key, x in shared.items() if takes(config, key)} for name, config in configs.items()}
     measured = [(name, folder, plain[name]) for name, folder in named]
     for text in variants:
         extra = parse_overrides("--variant", text)
         taking = [(name, folder) for name, folder in named if all(takes(configs[name], key) for key in extra)]
         if not taking:
-            raise HmfError(f"--variant: {text}: no MODEL has these keys or layers of this type; leave it out")
+            raise HmfError(f"--variant: {text}: no MODEL has these keys or layers of this type; omit it")
         label = ", ".join(_values(extra))
         measured += [(f"{name}, {label}", folder, plain[name] | extra) for name, folder in taking]
     result: list[Subject] = []
@@ -64,7 +64,7 @@ def takes(config: Any, key: str) -> bool:
 
 
 def parse_overrides(option: str, text: str) -> dict[str, Any]:
-    """The JSON object of vLLM's --hf-overrides; HmfError names `option`."""
+    """The JSON object of vLLM's --hf-overrides. Raises HmfError with the name `option`."""
     try:
         overrides = json.loads(text)
     except json.JSONDecodeError:

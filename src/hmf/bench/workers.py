@@ -10,10 +10,10 @@ from multiprocessing.context import BaseContext
 
 
 def prepare() -> BaseContext:
-    """The context of a pool whose workers have the imports of `hmf doctor` already.
+    """The context of a pool whose workers start with the imports of `hmf doctor`.
 
-    A process that has used CUDA cannot be forked, so they are forked from one that only imports. It begins at once and
-    does not wait to be asked for a worker, so that the caller can import what it needs meanwhile.
+    A process that has used CUDA cannot be forked, so workers are forked from a process that only imports. This process
+    starts at once, so that the caller can do its own imports in the meantime.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hmf.bench.doctor"])

@@ -13,7 +13,7 @@ from hmf.config.runs import DataSettings
 from hmf.data import tasks, text
 from hmf.data.encoding import Encoded, enclosed, encode_chat
 from hmf.data.packing import PackedRow, row_tensors
-from hmf.data.prepare import PreparedDataset, read_index
+from hmf.data.prepared import PreparedDataset, read_index
 from hmf.data.tasks import Sample
 from hmf.data.tokenizer import document_separator, encode_texts
 from hmf.errors import HmfError, unknown_name
@@ -55,7 +55,7 @@ class MixtureDataset(Dataset[PackedRow]):
 
     @property
     def epoch(self) -> None:
-        """Rows of a pass over the data: there are no passes."""
+        """Rows in a pass over the data: None, because there are no passes."""
 
     def digest(self) -> str:
         """A hash of all tokens of all texts, and of everything else that a row depends on."""
@@ -126,8 +126,12 @@ def mixture(
     kind: type[MixtureDataset] = MixtureDataset,
     split: text.Split | None = "train",
 ) -> MixtureDataset | PreparedDataset:
-    """The rows that a recipe's `data` section describes, packed or as `kind` has them; row i depends on `seed` and i
-    alone. `split`: of the text, None for all."""
+    """The rows that a recipe's `data` section describes. Row i depends only on `seed` and i.
+
+    Args:
+        kind: the class of rows that are made from text and tasks.
+        split: the part of the text; None for all of it.
+    """
     if data.prepared is not None:
         return PreparedDataset(data.prepared, tokenizer, rows, seed)
     for name in data.tasks:

@@ -20,28 +20,28 @@ PackedRow = dict[str, torch.Tensor]
 def best_fit(lengths: Sequence[int], room: int, window: int) -> list[list[int]]:
     """Pack items into rows of at most `room` tokens, each item once and whole.
 
-    The items of a window are placed from the longest to the shortest, each into the open row with the least room that
-    is enough. At most `window` rows stay open, the fullest are closed first; this bounds the search for any number of
+    The items of a window are placed from the longest to the shortest, each into the open row with the least sufficient
+    room. At most `window` rows stay open, and the fullest are closed first. This bounds the search for any number of
     items.
 
     Returns:
         The indices of the items of each row.
     """
     rows: list[list[int]] = []
-    open_rows: list[tuple[int, int]] = []  # room left and number, by room
+    open_rows: list[tuple[int, int]] = []  # (free tokens, row number), sorted
     for first in range(0, len(lengths), window):
         for item in sorted(range(first, min(first + window, len(lengths))), key=lambda i: -lengths[i]):
             if lengths[item] > room:
                 raise ValueError(f"item {item} has {lengths[item]} tokens, a row has {room}")
             place = bisect_left(open_rows, (lengths[item], -1))
             if place < len(open_rows):
-                left, row = open_rows.pop(place)
+                free, row = open_rows.pop(place)
             else:
-                left, row = room, len(rows)
+                free, row = room, len(rows)
                 rows.append([])
             rows[row].append(item)
-            if left > lengths[item]:
-                insort(open_rows, (left - lengths[item], row))
+            if free > lengths[item]:
+                insort(open_rows, (free - lengths[item], row))
         del open_rows[: max(0, len(open_rows) - window)]
     return rows
 

@@ -10,7 +10,6 @@ recipe and the sources.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -23,14 +22,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hmf.config.data import DataRecipe
-from hmf.config.strict import parse_sealed, seal_json
-from hmf.data.encoding import IGNORED
-from hmf.data.packing import PackedRow, best_fit
+from hmf.config.strict import seal_json
+from hmf.data.packing import best_fit
+from hmf.data.prepared import INDEX, TOKENISED, check_files, read_index, sha256_of
 from hmf.data.progress import Progress
 from hmf.data.shards import (
     Counts,
@@ -49,8 +46,8 @@ from hmf.data.tokenizer import document_separator, load_tokenizer
 from hmf.errors import HmfError
 from hmf.folders import HOLDER, locked, require_unused
 
-INDEX, ROWS, TOKENISED = "index.json", "rows", "tokenised"
-MOST_PASSES = 1000  # over a source; more are probably a mistake, and their order would fill the memory
+ROWS = "rows"
+MOST_PASSES = 1000  # limit of passes over a source; more are probably a mistake, and their order would fill the memory
 FILE_TOKENS = 1 << 24  # tokens in a file of rows
 EXAMPLES = 3  # documents that an error message names
 _ROW_SCHEMA = pa.schema(
@@ -102,46 +99,10 @@ def prepare(recipe: DataRecipe, tokenizer: str | Path, workers: int = 1) -> dict
     except OSError as error:
         raise HmfError(
             f"{error.filename or output}: cannot be written: {error.strerror or error}; fix this and run the command "
-            "again, which continues"
+            "again to continue"
         ) from None
     shutil.rmtree(output / TOKENISED, ignore_errors=True)
     return index
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """The index of a prepared data set. HmfError if the set is unfinished, or a file is missing or has a wrong size."""
-    path = folder / INDEX
-    if not path.is_file():
-        started = (folder / TOKENISED).is_dir()
-        fix = "run `hmf data prepare` again" if started else "create it with `hmf data prepare`"
-        raise HmfError(f"{folder}: is not a finished prepared data set (there is no {INDEX}); {fix}")
-    try:
-        index = parse_sealed(path.read_text(encoding="utf-8"), required=False)  # older sets have no seal
-        files = {name: facts["bytes"] for name, facts in index["files"].items() if facts["sha256"]}
-        if missing := {"recipe", "sequence_length", "rows", "sources", "vocabulary"} - index.keys():
-            raise KeyError(*missing)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise HmfError(f"{path}: is damaged; prepare the set again") from None
-    for name, size in files.items():
-        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-            raise HmfError(f"{folder / name}: is missing or damaged; prepare the set again")
-    return index
-
-
-def check_files(folder: Path, index: dict[str, Any]) -> None:
-    """HmfError if the hash of a file of rows is wrong. The processes of a machine share the work."""
-    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-    files = sorted(index["files"].items())[rank::ranks]  # of this process
-    progress = Progress(f"check {folder}", sum(facts["bytes"] for _, facts in files))
-    try:
-        for name, facts in files:
-            if _sha256(folder / name) != facts["sha256"]:
-                raise HmfError(
-                    f"{folder / name}: is damaged (its hash is not the one in {INDEX}); prepare the set again"
-                )
-            progress.add(facts["bytes"], 0)
-    finally:
-        progress.close()
 
 
 def _check_sources(recipe: DataRecipe, index: dict[str, Any]) -> None:
@@ -163,11 +124,6 @@ def _content(source: Source) -> str:
     """A hash of the names and sizes of a source's files."""
     facts = [[source.name(path), path.stat().st_size] for path in source.files]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass
@@ -306,8 +262,8 @@ def _write(
     filler, per_file = document_separator(tokenizer), max(1, FILE_TOKENS // length)
     used = [{"documents": len(documents), "tokens": 0, "supervised": 0} for documents, _ in chosen]
     staged, target = recipe.output / f"{ROWS}.part", recipe.output / ROWS
-    for left in (staged, target):
-        shutil.rmtree(left, ignore_errors=True)
+    for unfinished in (staged, target):
+        shutil.rmtree(unfinished, ignore_errors=True)
     for part in recipe.output.glob(f"{INDEX}.*"):
         part.unlink()
     staged.mkdir(parents=True)
@@ -336,7 +292,7 @@ def _write(
             progress.add(1, length)
         path = staged / f"{first // per_file:05d}.arrow"
         write_file(path, partial(_write_rows, columns=columns))
-        files[f"{ROWS}/{path.name}"] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[f"{ROWS}/{path.name}"] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     progress.close()
     os.rename(staged, target)
     index = {
@@ -377,80 +333,3 @@ def _write_rows(file: Any, columns: dict[str, list[Any]]) -> None:
     table = pa.Table.from_pydict(columns, schema=_ROW_SCHEMA)
     with pa.ipc.new_stream(file, _ROW_SCHEMA) as stream:
         stream.write_table(table, max_chunksize=64)
-
-
-class PreparedDataset(Dataset[PackedRow]):
-    """Rows of a prepared data set. The first pass has the stored order, each further pass an order by `seed`.
-
-    Args:
-        tokenizer: the tokenizer of the model that reads the rows; None to skip the check that it fits.
-        rows: length of the data set, in as many passes as needed; None for one pass.
-    Raises:
-        HmfError: the set is unfinished, a file was changed, or it was prepared with another tokenizer.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        rows: int | None = None,
-        seed: int = 0,
-    ):
-        import datasets
-
-        folder = Path(folder)
-        self.index = read_index(folder)
-        if tokenizer is not None and vocabulary(tokenizer) != self.index["vocabulary"]:
-            raise HmfError(
-                f"{folder}: was prepared with another tokenizer than the model's; prepare it again with the model's "
-                "tokenizer"
-            )
-        check_files(folder, self.index)
-        self.stored = datasets.concatenate_datasets(
-            [datasets.Dataset.from_file(str(folder / name)) for name in sorted(self.index["files"])]
-        ).with_format("numpy")
-        if len(self.stored) != self.index["rows"]:
-            raise HmfError(f"{folder / INDEX}: is damaged; prepare the set again")
-        self.rows = len(self.stored) if rows is None else rows
-        self.sequence_length, self.seed = int(self.index["sequence_length"]), seed
-        self._part: list[int] | None = None
-        self._order: tuple[int, np.ndarray] = (0, np.arange(len(self.stored)))
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __getitem__(self, index: int) -> PackedRow:
-        row = self.stored[self.place(index)]
-        ids = torch.tensor(row["input_ids"], dtype=torch.int64)
-        supervised = torch.tensor(row["supervised"])
-        positions = [torch.arange(length) for length in row["lengths"].tolist()]
-        labels = torch.where(supervised, ids, IGNORED)
-        return {"input_ids": ids, "labels": labels, "position_ids": torch.cat(positions)}
-
-    @property
-    def epoch(self) -> int:
-        """Rows of a pass over the data."""
-        return len(self.stored)
-
-    def part(self, start: int, stop: int) -> PreparedDataset:
-        """A data set of one pass over the stored rows `start` to `stop` alone."""
-        other = copy.copy(self)
-        other.stored = self.stored.select(range(start, stop))
-        other.rows, other._part, other._order = stop - start, [start, stop], (0, np.arange(stop - start))
-        return other
-
-    def digest(self) -> str:
-        """A hash of all tokens of all rows, and of their order."""
-        facts = [self.index["files"], self.sequence_length, self.seed]
-        if self._part is not None:
-            facts.append(self._part)
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-    def place(self, index: int) -> int:
-        """Number of the stored row at an index."""
-        if not 0 <= index < self.rows:
-            raise IndexError(index)
-        number, place = divmod(index, len(self.stored))
-        if number and self._order[0] != number:
-            self._order = number, np.random.default_rng([self.seed, number]).permutation(len(self.stored))
-        return int(self._order[1][place]) if number else place

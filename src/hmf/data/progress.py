@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a long step over data is: on a terminal, and in a log file."""
+"""Progress of a long step over data, on a terminal or in a log file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Progress:
     """A progress bar on a terminal; elsewhere a line every `PLAIN_INTERVAL` seconds.
 
     Args:
-        total: the size of all of the work, in `unit`; None where it is not known, and then no remaining time is shown.
+        total: the size of the whole work, in `unit`; None if it is unknown, and then no remaining time is shown.
     """
 
     def __init__(self, title: str, total: int | None, unit: str = "B"):
@@ -46,10 +46,12 @@ class Progress:
             self.bar.set_postfix_str(rate, refresh=False)
         elif now - self.printed > PLAIN_INTERVAL:
             self.printed = now
-            left = ""
+            remaining = ""
             if self.total and self.size_of_this_run:
-                left = f", ETA {max(0, self.total - self.done) * (now - self.started) / self.size_of_this_run:.0f} s"
-            print(f"{one_line(self.title)}: {rate}{left}", file=sys.stderr, flush=True)
+                remaining = (
+                    f", ETA {max(0, self.total - self.done) * (now - self.started) / self.size_of_this_run:.0f} s"
+                )
+            print(f"{one_line(self.title)}: {rate}{remaining}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.bar is not None:

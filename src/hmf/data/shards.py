@@ -358,8 +358,8 @@ def _in_order(
             yield future.result(), size
     except BrokenProcessPool:
         raise HmfError(
-            "a worker process was killed, perhaps because of memory; run the command again, which continues, with "
-            "fewer --workers"
+            "a worker process was killed, perhaps because of memory; run the command again with fewer --workers to "
+            "continue"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -33,7 +33,7 @@ class Record:
 
 
 class Source:
-    """A source whose files have been found and checked; `records()` reads them.
+    """A source whose files exist and were checked. `records()` reads them.
 
     Attributes:
         total: bytes of all records; None if not known before reading.
@@ -138,7 +138,7 @@ class Source:
                 names, needed = file.schema_arrow.names, self.settings.columns
                 if len({*names}) < len(names):
                     raise HmfError(f"{path}: two columns have the same name; rename one")
-                # All, to name them, where one that is needed is not there.
+                # All columns are read, so that an error about a missing one can name the others.
                 columns = needed if needed is not None and {*needed} <= {*names} else None
                 for batch in file.iter_batches(batch_size=_batch_size(file.metadata), columns=columns):
                     for at in range(batch.num_rows if batch.nbytes > files.LIMIT else 0):

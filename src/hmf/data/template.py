@@ -47,10 +47,10 @@ class Leaf:
 class Form:
     """How a conversation is passed to a template, in points where the OpenAI format allows several ways."""
 
-    contents: str = "given"  # "given": unchanged; "joined": all as text; "parts": all as lists of parts
+    contents: str = "unchanged"  # or "joined": all as text; "parts": all as lists of parts
     no_content: str | None = ""  # content of messages with calls but without content
     arguments: type = dict  # dict, or str for JSON text
-    reasoning: str | None = None  # name of the reasoning field; None: as given
+    reasoning: str | None = None  # name of the reasoning field; None: unchanged
     developer: str = "system"  # role of the developer's messages
 
     def apply(self, messages: list[Message]) -> list[Message]:
@@ -84,14 +84,15 @@ class MarkedConversation:
     """A conversation, and a copy with markers in place of its leaves.
 
     Attributes:
-        messages, marked: the conversation and its copy, in the form that `Template.read` has found.
+        original: the conversation before a form is applied.
+        messages, marked: the conversation and its copy, in the form that `Template.read` chose.
         leaves: the texts and numbers that the markers stand for, by the markers' numbers.
         names: names of arguments and of tools' properties. They are not marked, since templates may look them up.
         structure: the marked copy as a string: equal for conversations that differ only in their leaves.
     """
 
     def __init__(self, messages: list[Message], tools: list[Any] | None):
-        self.given, self.tools = messages, tools
+        self.original, self.tools = messages, tools
         self.leaves: list[Leaf] = []
         self.names: list[Leaf] = []
         self.marked_tools = [self._tool(tool, number) for number, tool in enumerate(tools)] if tools else None
@@ -100,7 +101,7 @@ class MarkedConversation:
 
     def use(self, form: Form) -> None:
         """Bring the conversation and its marked copy into a form."""
-        self.messages, self.marked = form.apply(self.given), form.apply(self._marked)
+        self.messages, self.marked = form.apply(self.original), form.apply(self._marked)
         self.structures = [repr(message) for message in self.marked]
 
     def _mark(self, value: Any, message: int, what: str, path: str) -> Any:
@@ -145,7 +146,7 @@ class MarkedConversation:
         return made
 
     def _content(self, text: str, index: int, path: str, first: bool) -> str:
-        thought = THINK_BLOCK.match(text) if first and self.given[index]["role"] == "assistant" else None
+        thought = THINK_BLOCK.match(text) if first and self.original[index]["role"] == "assistant" else None
         if thought is None:
             return self._mark(text, index, "content", path)
         return self._thought(thought[0], index, path) + self._mark(text[thought.end() :], index, "content", path)
@@ -156,7 +157,7 @@ class MarkedConversation:
         return text.replace(inside, self._mark(inside, index, "thinking", path), 1) if inside else text
 
     def _is_called(self, name: str, before: int) -> bool:
-        calls = (call for message in self.given[:before] for call in message.get("tool_calls", ()))
+        calls = (call for message in self.original[:before] for call in message.get("tool_calls", ()))
         return any(call["function"]["name"] == name for call in calls)
 
     def _tool(self, tool: Message, index: int) -> Message:
@@ -266,7 +267,7 @@ class Template:
         calls = any("tool_calls" in message for message in messages)
         thoughts = any(name in message for message in messages for name in REASONING_FIELDS)
         choices: list[tuple[Any, ...]] = [
-            ("given", "joined", "parts") if lists else ("given", "parts"),
+            ("unchanged", "joined", "parts") if lists else ("unchanged", "parts"),
             ("", None) if calls else ("",),
             (dict, str) if calls else (dict,),
             (None, *REASONING_FIELDS) if thoughts else (None,),
@@ -297,7 +298,7 @@ class Template:
                 break
             if number not in numbers and (leaf.what != "thinking" or leaf.message == last):
                 raise self._lost(conversation, leaf)
-            answer = leaf.message >= 0 and conversation.given[leaf.message]["role"] == "assistant"
+            answer = leaf.message >= 0 and conversation.original[leaf.message]["role"] == "assistant"
             if answer and leaf.what == "content" and numbers[number] > 1:
                 raise HmfError(
                     f"messages[{leaf.message}].{leaf.path}: the chat template writes it more than once; use another "
@@ -307,7 +308,7 @@ class Template:
         written = [
             conversation.leaves[number].message for number in numbers if conversation.leaves[number].what == "content"
         ]
-        turns = [index for index in written if conversation.given[index]["role"] not in ("system", "developer")]
+        turns = [index for index in written if conversation.original[index]["role"] not in ("system", "developer")]
         for before, after in itertools.pairwise(turns):
             if after < before:
                 raise HmfError(
@@ -340,7 +341,7 @@ class Template:
             return HmfError(
                 f"the chat template leaves tools out ({leaf.path}); use a tokenizer whose template writes them"
             )
-        role = conversation.given[leaf.message]["role"]
+        role = conversation.original[leaf.message]["role"]
         fix = {"thinking": "set thinking: strip, or ", "name": "add name to ignore_keys, or "}.get(leaf.what, "")
         if role not in ROLES:
             fix = f"write a role that it knows, such as {', '.join(ROLES)}, or "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How state composition cuts a prompt: a shared prefix, chunks that are processed apart, and the tail."""
+"""How state composition splits a prompt: a shared prefix, chunks that are processed separately, and the tail."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hmf.errors import HmfError, unknown_name
 
 Keys = Literal["full", "concatenated", "sliding"]
 States = Literal["averaged", "fused", "dropped"]
-MIN_CHUNK = 16  # tokens: a chunk must be longer than the convolutions reach
+MIN_CHUNK = 16  # tokens; a chunk must be longer than the context of a convolution
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,14 @@ class Composition:
     """How the caches of chunks are combined (docs/composition.md).
 
     Attributes:
-        keys: of attention layers. "full": each chunk attends to all before it; "concatenated": chunks attend to
-            themselves and the prefix, and what follows to all of them; "sliding": of these, the last chunk stays.
-        states: of recurrent layers. "averaged": the mean of the chunks' states; "fused": their composition in order;
-            "dropped": as after the prefix.
-        chunk: most tokens of a chunk. Prefix, chunk, tail and answer together should not exceed the trained length.
-        tail: most tokens at the prompt's end, which are processed on the composed cache.
+        keys: keys and values of attention layers. "full": each chunk attends to all earlier tokens. "concatenated":
+            each chunk attends to the prefix and itself; the tail and the answer attend to all chunks. "sliding": as
+            "concatenated", but only the last chunk stays in the cache.
+        states: states of recurrent layers. "averaged": the mean of the chunks' states. "fused": their composition in
+            order. "dropped": the state after the prefix.
+        chunk: largest number of tokens in a chunk. The sum of prefix, chunk, tail and answer should not exceed the
+            trained length.
+        tail: largest number of tokens at the prompt's end, which are processed after the caches are composed.
     """
 
     keys: Keys = "concatenated"
@@ -41,8 +43,8 @@ class Composition:
 
     def __post_init__(self) -> None:
         for name, kinds in (("keys", Keys), ("states", States)):
-            if (given := getattr(self, name)) not in get_args(kinds):
-                raise HmfError(f"compose: {unknown_name(name, given, get_args(kinds))}")
+            if (value := getattr(self, name)) not in get_args(kinds):
+                raise HmfError(f"compose: {unknown_name(name, value, get_args(kinds))}")
         if self.chunk < MIN_CHUNK:
             raise HmfError(f"compose: a chunk of {self.chunk} tokens is too short; give at least {MIN_CHUNK}")
         if self.tail < 1:
@@ -57,7 +59,7 @@ class Composition:
                 f"compose: {text!r} is not KEYS,STATES; give one of {', '.join(get_args(Keys))}, a comma, and one of "
                 f"{', '.join(get_args(States))}"
             )
-        return cls(keys, states, **sizes)  # type: ignore[arg-type] # checked there
+        return cls(keys, states, **sizes)  # type: ignore[arg-type] # checked in __post_init__
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,11 @@ class Parts:
 
 
 def cut(ids: Sequence[int], prefix: int, composition: Composition, lines: Sequence[int] = ()) -> Parts:
-    """Cut the ids of a prompt [T] whose first `prefix` tokens are shared by all chunks.
+    """Split the ids of a prompt [T] whose first `prefix` tokens are shared by all chunks.
 
-    Chunks are of nearly equal lengths and begin at one of `lines`, positions where a line begins, where there is one
-    near. A prompt with room for one chunk is one: its ordinary run. Raises HmfError for a prompt of one token.
+    The chunks have nearly equal lengths. A chunk begins at one of `lines`, the positions where a line begins, if there
+    is one nearby. A prompt that fits into one chunk and the tail is processed in the ordinary way. Raises HmfError for
+    a prompt of one token.
     """
     total, chunk, tail = len(ids), composition.chunk, composition.tail
     if total - prefix <= chunk + tail:
@@ -85,11 +88,9 @@ def cut(ids: Sequence[int], prefix: int, composition: Composition, lines: Sequen
     end = min((at for at in lines if total - tail <= at < total), default=total - tail)
     start, chunks = prefix, []
     while start < end:
-        wanted = math.ceil((end - start) / math.ceil((end - start) / chunk))
-        near = [at for at in lines if start + wanted // 2 < at <= min(start + chunk, end)]
-        stop = (
-            end if end - start <= chunk else min(near, key=lambda at: abs(at - start - wanted), default=start + wanted)
-        )
+        even = math.ceil((end - start) / math.ceil((end - start) / chunk))
+        near = [at for at in lines if start + even // 2 < at <= min(start + chunk, end)]
+        stop = end if end - start <= chunk else min(near, key=lambda at: abs(at - start - even), default=start + even)
         chunks.append(ids[start:stop])
         start = stop
     return Parts(ids[:prefix], chunks, ids[end:])
@@ -104,15 +105,15 @@ def conversation_parts(
 ) -> Parts:
     """The parts of the prompt that the chat template makes of `messages`, for the assistant's next turn.
 
-    The prefix is what the template writes before the text of the first message that is not the system's: the system
-    message, the tools, and the head of that turn. Chunks and tail begin with a line where they can. Raises HmfError
-    where the template fails.
+    The prefix is all that the template writes before the text of the first message that is not the system message: the
+    system message, the tools, and the header of that turn. Where possible, chunks and tail begin at the start of a
+    line. Raises HmfError if the template fails.
     """
     render = partial(Template.of(tokenizer).render, tools=tools, add_generation_prompt=True, enable_thinking=thinking)
     text = render(list(messages))
     first = next((at for at, message in enumerate(messages) if message["role"] not in ("system", "developer")), None)
     shared = 0
-    if first is not None:  # what does not change with the text of that message
+    if first is not None:  # the prefix is the part that does not change with the text of that message
         other = render([*messages[:first], {**messages[first], "content": "\ue000"}, *messages[first + 1 :]])
         shared = len(os.path.commonprefix([text, other]))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hmf evaluate --suite`: the models one after the other, on the same prompts, with their results in a run folder."""
+"""`hmf evaluate --suite`: evaluates models in turn on the same prompts, and stores the results in a run folder."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from hmf.folders import RECIPE
 from hmf.model.checkpoint import load_config
 from hmf.training.checkpoints import replace_text
 
-ALLOWANCE = 1024  # tokens of an answer beside the expected one's, where nothing else is asked for
+ALLOWANCE = 1024  # default of --max-new-tokens: tokens of an answer in addition to those of the expected answer
 LENGTH = 4096
 PARITY_TASKS, PARITY_PROMPTS = ("needle_single", "instructions"), 4
 
 
 @dataclass(frozen=True)
 class Options:
-    """Of the command line, as it was given."""
+    """The options of the command line."""
 
     suite: str = "retention"
     tasks: str | None = None
-    lengths: tuple[int, ...] = ()  # left out: 4096, or the model's context where it is shorter
+    lengths: tuple[int, ...] = ()  # empty: 4096, or the model's context if that is shorter
     samples: int = 50
     seed: int = 0
     thinking: bool = True
@@ -53,13 +53,13 @@ class Options:
     url: str | None = None
     endpoint: Endpoint = "completions"
     concurrency: int = 16
-    parity: float | None = None  # its bound; None: not measured
+    parity: float | None = None  # the bound; None: parity is not measured
     out: Path | None = None
     name: str | None = None
     restart: bool = False
 
     def plan(self) -> Plan:
-        """HmfError for a name that there is none of."""
+        """The tasks to run. Raises HmfError for an unknown suite or task."""
         if self.suite not in SUITES:
             raise HmfError(f"--suite: {unknown_name('suite', self.suite, SUITES)}")
         known = SUITES[self.suite]
@@ -71,10 +71,11 @@ class Options:
 
 
 def evaluate(models: Mapping[str, Path], options: Options) -> dict[str, Store]:
-    """The stores of the models, by what the models were called. HmfError before anything is loaded, where possible."""
+    """Evaluate the models; returns their stores by the models' names. Where possible, HmfError is raised before
+    anything is loaded."""
     plan = options.plan()
     if options.url and len(models) > 1:
-        raise HmfError("--url: is about one model; evaluate the others by themselves, into the same --out")
+        raise HmfError("--url: takes one model; evaluate the others with their own commands, into the same --out")
     if options.parity is not None and not options.url:
         raise HmfError("--parity: compares a model with a server; give its --url")
     folder, names = _places(models, options)
@@ -83,13 +84,15 @@ def evaluate(models: Mapping[str, Path], options: Options) -> dict[str, Store]:
         try:
             stores[model] = _one(path, names[model], folder, plan, options)
         except KeyboardInterrupt:
-            kept = "the same command goes on with what is not answered" if folder else "nothing is kept without --out"
+            kept = (
+                "the same command continues with the remaining prompts" if folder else "nothing is kept without --out"
+            )
             raise KeyboardInterrupt(f"at {names[model]}; {kept}") from None
     return stores
 
 
 def pairs(stores: Mapping[str, Store]) -> dict[str, dict[str, Pair | None]]:
-    """Of the first model with each other one, by task."""
+    """The comparison of the first model with each other model, by task."""
     first, *others = stores
     return {other: compare_all(stores[first].answered, stores[other].answered) for other in others}
 
@@ -100,14 +103,17 @@ def save_tasks(
     out: Path | None,
     name: str | None,
 ) -> list[Path]:
-    """Writes the scores of the small tasks into `out`, or the run folder that a model is in; nowhere without one."""
+    """Write the scores of the small tasks into `out`, or into the run folder that contains a model.
+
+    Returns the written files; none if there is no such folder.
+    """
     options = Options(suite=SMALL, out=out, name=name)
     folder, names = _places(models, options)
     if folder is None:
         return []
     files = []
-    for model, found in scores.items():
-        content = {"suite": SMALL, **found}
+    for model, result in scores.items():
+        content = {"suite": SMALL, **result}
         files.append(folder / f"scores.{names[model]}.json")
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(files[-1], seal_json(content))
@@ -115,27 +121,27 @@ def save_tasks(
 
 
 def _places(models: Mapping[str, Path], options: Options) -> tuple[Path | None, dict[str, str]]:
-    """The folder for the results, and NAME of each model's; HmfError where two would have the same."""
+    """The folder for the results, and NAME of each model's file. Raises HmfError if two models have the same NAME."""
     if options.name and len(models) > 1:
-        raise HmfError("--name: is about one model; leave it out, or evaluate the models one by one")
+        raise HmfError("--name: takes one model; omit it, or evaluate the models one by one")
     folder = options.out or next((run for model in models.values() if (run := run_of(model))), None)
     names = {model: options.name or name_of(model, path, folder, options) for model, path in models.items()}
     if len(set(names.values())) < len(names):
         raise HmfError(
-            f"--out: two models would be {next(iter(names.values()))}; evaluate them one by one, with --name"
+            f"--out: two models would be named {next(iter(names.values()))}; evaluate them one by one, with --name"
         )
     return folder, names
 
 
 def run_of(model: Path) -> Path | None:
-    """The run folder that a model is in."""
+    """The run folder that contains a model, or None."""
     model = model.absolute()
     inside = model.name in ("model", "stage0", "stage1") and (model.parent / RECIPE).is_file()
     return model.parent if inside else None
 
 
 def name_of(model: str, path: Path, run: Path | None, options: Options) -> str:
-    """NAME of scores.NAME.json: who it is in the run folder, whether a server answered, and the suite."""
+    """NAME of scores.NAME.json: the model's role in the run folder, "-server" if a server answered, and the suite."""
     who = path.name if Path(model).exists() else re.sub(r"[^\w.-]+", "--", model)
     recipe: Any = {}
     if run is not None and (run / RECIPE).is_file():
@@ -170,7 +176,7 @@ def _one(path: Path, name: str, folder: Path | None, plan: Plan, options: Option
         local = Local(model, tokenizer, sampling, options.batch_size, options.likelihood)
     store = Store(folder, name, _about(path, plan, options, local, server))
     with store.open(options.restart):
-        run(plan, prompter, server or local, store)  # type: ignore[arg-type]  # one of them is there
+        run(plan, prompter, server or local, store)  # type: ignore[arg-type]  # one of them is not None
         if server is not None and local is not None and options.parity is not None:
             asked = [
                 (TASKS[task], length if TASKS[task].long else None) for task in PARITY_TASKS for length in plan.lengths
@@ -208,11 +214,11 @@ def _about(path: Path, plan: Plan, options: Options, local: Local | None, server
         "device": None,
         "url": options.url,
     }
-    found = versions()
+    package_versions = versions()
     if server is not None:
         settings |= {"endpoint": options.endpoint, "concurrency": options.concurrency, "served": server.name}
         if vllm := server.version():
-            found["vllm"] = vllm
+            package_versions["vllm"] = vllm
     elif local is not None:
         settings |= {"dtype": str(local.model.dtype).removeprefix("torch."), "device": local.model.device.type}
-    return {"suite": plan.suite, "settings": settings, "versions": found, "model": describe(path)}
+    return {"suite": plan.suite, "settings": settings, "versions": package_versions, "model": describe(path)}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State composition: the chunks of a long prompt are processed apart, and their caches combined into one.
+"""State composition: the chunks of a long prompt are processed separately, and their caches are combined into one.
 
-No training, and with keys "concatenated" or "sliding" no position beyond those of one chunk's own run. What the
-combined caches mean is in docs/composition.md.
+It needs no training. With keys "concatenated" or "sliding", no position exceeds those of a single chunk's run.
+docs/composition.md explains the combined caches.
 
 Legend: B prompts, n chunks of a prompt, T tokens, L cached positions, S sequences, H heads, K/V key/value head dims.
 """
@@ -31,12 +31,12 @@ States = dict[int, dict[str, torch.Tensor]]  # by layer and name
 
 @dataclass
 class Composed:
-    """B prompts whose chunks are in the cache and whose tails are not processed yet; rows are padded on the left.
+    """B prompts whose chunks are in the cache and whose tails are not processed yet. Rows are padded on the left.
 
     Attributes:
-        input_ids, attention_mask, position_ids: int [B, L + T], of the tokens in the cache and of the tails. Tokens
-            that the cache does not keep are not among them; positions of cached tokens, which nothing reads, are 0.
-        past_key_values: of L positions; a forward pass changes it.
+        input_ids, attention_mask, position_ids: int [B, L + T], for the tokens in the cache and those of the tails.
+            Tokens that the cache does not keep are not included. The positions of cached tokens are 0; they are unused.
+        past_key_values: the cache of L positions. A forward pass changes it.
     """
 
     input_ids: torch.Tensor
@@ -45,7 +45,7 @@ class Composed:
     past_key_values: Cache
 
     def for_generate(self) -> dict[str, Any]:
-        """Arguments of `model.generate`, whose output begins with `input_ids`."""
+        """Arguments of `model.generate`. Its output begins with `input_ids`."""
         return dict(vars(self))
 
     def for_forward(self) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class Composed:
 
 @dataclass
 class _Row:
-    """One prompt: its cache of one sequence, the ids of the cached tokens, and the position of the next token."""
+    """One prompt: its cache (one sequence), the ids of the cached tokens, and the position of the next token."""
 
     cache: Cache
     kept: list[int]
@@ -66,7 +66,7 @@ class _Row:
 
 @torch.no_grad()
 def prefill(model: PreTrainedModel, prompts: Sequence[Parts], composition: Composition) -> Composed:
-    """Process the prefixes and chunks of `prompts` and combine their caches; each prompt's chunks are one batch.
+    """Process the prefixes and chunks of `prompts`, and combine their caches. The chunks of a prompt form one batch.
 
     Args:
         model: a causal language model in evaluation mode, a Hybrid or a Transformer with full attention.
@@ -98,10 +98,11 @@ def _composed(model: PreTrainedModel, parts: Parts, composition: Composition) ->
 
 
 def combine(states: str, start: torch.Tensor, finals: torch.Tensor, maps: torch.Tensor | None) -> torch.Tensor:
-    """One state [1, H, K, V] from those of n chunks, finals [n, H, K, V], that all began with `start` [1, H, K, V].
+    """Combine the final states of n chunks, `finals` [n, H, K, V], into one state [1, H, K, V].
 
-    states "fused": chunk i turns any state S into finals[i] + maps[i] (S - start), with maps [n, H] (decays) or
-    [n, H, K, K]; the result is what the chunks make of `start` in order. None: each began where the one before ended.
+    All chunks began with the state `start` [1, H, K, V]. With states "fused", chunk i maps any state S to
+    finals[i] + maps[i] (S - start), where maps are [n, H] (decays) or [n, H, K, K]; the maps are applied to `start` in
+    order. If maps is None, each chunk began with the final state of the previous one.
     """
     if states == "averaged":
         return finals.mean(0, keepdim=True)
@@ -119,22 +120,26 @@ def combine(states: str, start: torch.Tensor, finals: torch.Tensor, maps: torch.
 def _in_order(
     model: PreTrainedModel, parts: Parts, composition: Composition, cache: Cache, start: States
 ) -> tuple[States, States]:
-    """Chunks one after the other: attention and windows go on, and so do recurrent states that are to be fused."""
-    found: list[States] = []
+    """Process chunks in sequence. Attention and windows continue across chunks, as do recurrent states for "fused"."""
+    chunk_states: list[States] = []
     for chunk in parts.chunks:
-        if found and composition.states != "fused":
-            for layer, states in found[0].items():
+        if chunk_states and composition.states != "fused":
+            for layer, states in chunk_states[0].items():
                 cache.layers[layer].states |= start.get(layer) or {k: torch.zeros_like(x) for k, x in states.items()}
         _read(model, [chunk], cache)
-        found.append(_recurrent(model.config, cache))
-    finals = {i: {name: torch.cat([s[i][name] for s in found]) for name in states} for i, states in found[0].items()}
+        chunk_states.append(_recurrent(model.config, cache))
+    finals = {
+        i: {name: torch.cat([s[i][name] for s in chunk_states]) for name in states}
+        for i, states in chunk_states[0].items()
+    }
     return finals, {}
 
 
 def _apart(
     model: PreTrainedModel, parts: Parts, composition: Composition, cache: Cache, start: States
 ) -> tuple[States, States]:
-    """All chunks as one batch, each after the prefix; only of keys and values more than the last chunk's stays."""
+    """Process all chunks as one batch, each after the prefix. The cache keeps the windows of the last chunk, and the
+    keys and values of the last chunk or of all chunks."""
     count, prefix = len(parts.chunks), len(parts.prefix)
     cache.batch_repeat_interleave(count)
     recorder = _Recorder()
@@ -148,10 +153,13 @@ def _apart(
     if composition.states == "fused":
         if len(recorder.maps) != len(finals):
             raise HmfError(
-                f"compose: {len(finals)} recurrent layers, and the maps of {len(recorder.maps)} are known; take states "
-                "averaged or dropped"
+                f"compose: states: {len(recorder.maps)} of {len(finals)} recurrent layers support fused; use averaged "
+                "or dropped"
             )
-        maps = {i: dict(zip(finals[i], found, strict=True)) for i, found in zip(finals, recorder.maps, strict=True)}
+        maps = {
+            i: dict(zip(finals[i], layer_maps, strict=True))
+            for i, layer_maps in zip(finals, recorder.maps, strict=True)
+        }
     longest = max(map(len, parts.chunks))
     kept = [(count - 1, parts.chunks[-1])] if composition.keys == "sliding" else [*enumerate(parts.chunks)]
     total = prefix + sum(len(chunk) for _, chunk in kept)
@@ -168,7 +176,7 @@ def _apart(
 
 
 def _read(model: PreTrainedModel, rows: Sequence[Sequence[int]], cache: Cache) -> None:
-    """Tokens of all rows into a cache of as many; shorter rows are padded on the left, so that all end together."""
+    """Process the tokens of all rows into a cache with one sequence per row. Shorter rows are padded on the left."""
     longest, past = max(map(len, rows)), cache.get_seq_length()
     ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=model.device)
     mask = torch.tensor([[1] * past + [0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
@@ -177,9 +185,9 @@ def _read(model: PreTrainedModel, rows: Sequence[Sequence[int]], cache: Cache) -
 
 
 class _Recorder:
-    """What is around the ops while chunks are processed apart and are to be fused.
+    """Wraps the ops while chunks are processed separately for "fused".
 
-    maps: of each recurrent layer in order, what its chunk does to a state that enters it, in the order of the states.
+    maps: for each recurrent layer in order, how its chunks map an initial state, in the order of the layer's states.
     """
 
     def __init__(self) -> None:
@@ -193,9 +201,9 @@ class _Recorder:
         return functions | {"conv": self.conv, "ssd": self.ssd, "gdn": self.gdn, "gka": self.gka}
 
     def conv(self, op, x, weight, bias=None, initial_state=None, cu_seqlens=None):
-        """A chunk's convolution goes on from the tokens of the chunk before, as those of the whole prompt do.
+        """A chunk's convolution continues from the tokens of the previous chunk, as in a pass over the whole prompt.
 
-        What a chunk hands on depends on what it got only if it is shorter than the convolution reaches.
+        Its final window depends on the previous chunk only if the chunk is shorter than the convolution's context.
         """
         shortest = min(sequence_lengths(x.shape[0], x.shape[1], cu_seqlens))
         before = initial_state
@@ -224,7 +232,7 @@ class _Recorder:
 
 
 def _decay(g: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    """The whole decay of each sequence, [S, H], from log decays g [B, T, H]."""
+    """The total decay of each sequence, [S, H], from log decays g [B, T, H]."""
     g = g.to(dispatch.compute_dtype(v))
     if cu_seqlens is None:
         return g.sum(1).exp()
@@ -234,7 +242,7 @@ def _decay(g: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None) ->
 
 
 def _empty_cache(config: Any) -> Cache:
-    """A cache for `config`'s model; HmfError for a layer that is known neither to attend to all nor to be a mixer."""
+    """A cache for the model of `config`. Raises HmfError for a layer that is neither full attention nor a mixer."""
     cache = DynamicCache(config=config)
     if hasattr(config, "pattern"):
         adopt(cache, config)
@@ -249,26 +257,26 @@ def _empty_cache(config: Any) -> Cache:
 
 
 def _recurrent(config: Any, cache: Cache) -> States:
-    """The recurrent states in a cache by layer and name; nothing where no token has been processed."""
-    found: States = {}
+    """The recurrent states in a cache by layer and name. A layer that has processed no token is not included."""
+    recurrent: States = {}
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, MixerCacheLayer) and layer.is_initialized:
             shapes = mixer_class(config.pattern.symbols[index]).state_shapes(config)
             if states := {name: layer.states[name] for name, shape in shapes.items() if shape.kind == "recurrent"}:
-                found[index] = states
-    return found
+                recurrent[index] = states
+    return recurrent
 
 
 def _joined(model: PreTrainedModel, prompts: Sequence[Parts], rows: Sequence[_Row]) -> Composed:
-    """The rows as one batch, padded on the left to the longest cache and, between cache and tail, the longest tail."""
+    """The rows as one batch. Caches are padded on the left to the longest cache, and tails to the longest tail."""
     cached, new = max(len(row.kept) for row in rows), max(len(parts.tail) for parts in prompts)
     ids, mask, positions = [], [], []
     for parts, row in zip(prompts, rows, strict=True):
         before, between = cached - len(row.kept), new - len(parts.tail)
         ids.append([0] * before + row.kept + [0] * between + list(parts.tail))
         mask.append([0] * before + [1] * len(row.kept) + [0] * between + [1] * len(parts.tail))
-        known = [0] * (cached + between)  # of what the model does not read again
-        positions.append([*known, *range(row.position, row.position + len(parts.tail))])
+        unused = [0] * (cached + between)  # positions of cached tokens and padding
+        positions.append([*unused, *range(row.position, row.position + len(parts.tail))])
     cache = rows[0].cache
     for index, layer in enumerate(cache.layers):
         layers: list[Any] = [row.cache.layers[index] for row in rows]
@@ -285,7 +293,7 @@ def _joined(model: PreTrainedModel, prompts: Sequence[Parts], rows: Sequence[_Ro
 
 
 def _alike(states: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Windows of short prompts have fewer slots: unused ones go before them."""
+    """Pad windows on the left to the same number of slots: those of short prompts have fewer."""
     if states[0].dim() < 2:
         return states
     slots = max(x.shape[1] for x in states)

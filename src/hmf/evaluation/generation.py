@@ -24,7 +24,7 @@ from hmf.training.checkpoints import replace_text
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Share of exact answers among `n` prompts, and share of answers that reached the token limit before they ended."""
+    """Share of correct answers to `n` prompts, and share of answers that reached the token limit before their end."""
 
     accuracy: float
     n: int
@@ -52,9 +52,9 @@ def task_accuracy(
     """Generate the last turn of each sample from its prompt, in left-padded batches, and score it.
 
     Args:
-        title: start of the lines of progress.
-        compose: how chunks of long prompts are combined; None: prompts are processed as a whole.
-        answers_file: gets one line of JSON for each sample: index, prompt (without its middle if it is long),
+        title: label of the progress lines.
+        compose: how chunks of long prompts are combined. None: prompts are processed as a whole.
+        answers_file: receives one line of JSON for each sample: index, prompt (a long one without its middle),
             prompt_sha256, expected, answer, correct, truncated and tokens.
     """
     answers = generate_answers(model, tokenizer, samples, batch_size, max_new_tokens, title, compose)
@@ -87,7 +87,7 @@ def generating(model: PreTrainedModel) -> Iterator[None]:
         yield
     except (HmfError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # of any kind: transformers uses these values before it checks them
+    except Exception as error:  # any type: transformers uses these values before it validates them
         if not (file := Path(model.name_or_path) / GENERATION).is_file():
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -103,7 +103,7 @@ def prompt_inputs(
     samples: Sequence[Sample],
     compose: Composition | None = None,
 ) -> dict[str, Any]:
-    """What `model.generate` gets for the prompts of some samples, padded on the left; with `compose`, a cache too."""
+    """Arguments of `model.generate` for the samples' prompts, padded on the left; with `compose`, also the cache."""
     if compose is not None:
         parts = [
             conversation_parts(tokenizer, sample.messages[:-1], compose, sample.tools, sample.thinking)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results files of lm-eval and of NeMo Evaluator, read into `scores.NAME-SUITE.json`.
+"""Converts results files of lm-eval and of NeMo Evaluator to `scores.NAME-SUITE.json`.
 
-Three formats are read: results*.json of lm-eval, results.yml of NeMo Evaluator's tasks of NeMo-Skills, and metrics.json
-of NeMo-Skills. A metric that is known to be a share becomes a row of `tasks`. All others are kept under `measures`.
+Three formats are supported: lm-eval's results*.json, NeMo Evaluator's results.yml for tasks of NeMo-Skills, and
+NeMo-Skills' metrics.json. A metric that is known to be a share becomes a row of `tasks`. All others are kept under
+`measures`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from hmf.folders import reason
 
 from . import nemo
 
-# Metrics of lm-eval that are a mean over prompts of values from 0 to 1. Others may be percentages, or no shares at all.
+# Metrics of lm-eval that are means over prompts of values from 0 to 1. Other metrics may be percentages, or not shares.
 SHARES = {
     "acc",
     "acc_norm",
@@ -40,14 +41,14 @@ SHARES = {
     "inst_level_strict_acc",
     "inst_level_loose_acc",
 }
-# What tables show where it is not the first metric that a task lists: (metric, filter).
+# The (metric, filter) that tables show, for tasks where it is not the first one listed.
 HEADLINES = {
     **dict.fromkeys(("arc_easy", "arc_challenge", "hellaswag", "openbookqa", "piqa"), ("acc_norm", "none")),
     **dict.fromkeys(("gsm8k", "gsm8k_cot", "gsm8k_cot_zeroshot"), ("exact_match", "flexible-extract")),
     "gpqa_diamond_cot_zeroshot": ("exact_match", "flexible-extract"),
     "minerva_math500": ("math_verify", "none"),
 }
-ABSENT = -1  # what tasks with a metric for each length give for a length that was not asked for
+ABSENT = -1  # value of tasks with a metric for each length, at a length that was not requested
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -60,7 +61,7 @@ class _Samples(_Part):
 
 
 class _LmEval(_Part):
-    """What is read of a file that lm-eval wrote."""
+    """The keys that are read from a file of lm-eval."""
 
     results: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
     samples: dict[str, _Samples] = Field(alias="n-samples")
@@ -72,13 +73,15 @@ class _LmEval(_Part):
     shots: dict[str, Any] = Field({}, alias="n-shot")
     higher_is_better: dict[str, dict[str, Any]] = {}
     group_subtasks: dict[str, list[str]] = {}
-    truncated: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}  # added by hmf: lm-eval does not count them
+    truncated: dict[
+        str, Annotated[float, Field(ge=0, le=1)]
+    ] = {}  # added by hmf, since lm-eval does not count truncated answers
     hmf: dict[str, Any] = {}  # how hmf called lm-eval
 
 
 @dataclass
 class Reading:
-    """What a results file holds: rows of `tasks`, other `measures`, and how they came about."""
+    """The content of a results file: rows of `tasks`, other `measures`, and how they were obtained."""
 
     harness: str
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -88,7 +91,7 @@ class Reading:
 
 
 def read_results(file: Path) -> Reading:
-    """The scores in a results file. HmfError names the file, the key and the fix."""
+    """The scores in a results file. Raises HmfError with the file, the key and the fix."""
     content = _parse(file, _bytes(file))
     if nemo.is_nemo(content):
         tasks, measures, settings, versions = nemo.read(file, content)
@@ -103,14 +106,14 @@ def read_results(file: Path) -> Reading:
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
-        raise HmfError(f"{file}: {where}: {problem['msg']}; give a whole results file of lm-eval") from None
+        raise HmfError(f"{file}: {where}: {problem['msg']}; give a complete results file of lm-eval") from None
 
 
 def write_scores(run: Path, name: str, suite: str, files: Sequence[Path]) -> Path:
     """Read results files into RUN/scores.NAME-SUITE.json and return its path.
 
-    The files are copied into the run folder, and each row names its copy under `source`. Rows that the scores already
-    hold are kept, or replaced by new ones of the same key. HmfError where two files hold the same row.
+    The files are copied into the run folder, and each row names its copy under `source`. Existing rows of the scores
+    are kept, except that a new row replaces the one with the same key. Raises HmfError if two files have the same row.
     """
     for option, value in (("--name", name), ("suite", suite)):
         if not NAME.fullmatch(value):
@@ -127,7 +130,7 @@ def write_scores(run: Path, name: str, suite: str, files: Sequence[Path]) -> Pat
         for section, rows in (("tasks", reading.tasks), ("measures", reading.measures)):
             for key, row in rows.items():
                 if (other := origin.setdefault(f"{section}.{key}", file)) != file:
-                    raise HmfError(f"{file}: {key}: is also in {other}; give one of the two")
+                    raise HmfError(f"{file}: {key}: is also in {other}; give only one of the two files")
                 scores[section][key] = row | {"source": source}
         scores["settings"][source] = reading.settings
         for package, version in reading.versions.items():
@@ -149,7 +152,7 @@ def write_scores(run: Path, name: str, suite: str, files: Sequence[Path]) -> Pat
 
 
 def copy_name(harness: str, name: str, data: bytes, suffix: str) -> str:
-    """Of a results file in the run folder: no two different files have the same."""
+    """The name of a results file's copy in the run folder. Different files have different names."""
     return f"{harness}.{name}.{hashlib.sha256(data).hexdigest()[:12]}{suffix}"
 
 
@@ -165,9 +168,9 @@ def _parse(file: Path, data: bytes) -> dict[str, Any]:
     try:
         content = parse(data.decode())
     except (ValueError, json.JSONDecodeError) as error:
-        raise HmfError(f"{file}: cannot be read: {error}; give a whole results file") from None
+        raise HmfError(f"{file}: cannot be read: {error}; give a complete results file") from None
     if not isinstance(content, dict):
-        raise HmfError(f"{file}: is no mapping; give a whole results file")
+        raise HmfError(f"{file}: is not a mapping; give a complete results file")
     return content
 
 
@@ -179,7 +182,7 @@ def _existing(target: Path) -> dict[str, Any]:
         Scores.model_validate(content)
     except ValueError as error:
         why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise HmfError(f"{target}: holds no scores: {why}; remove it and write it again") from None
+        raise HmfError(f"{target}: is not a file of scores: {why}; remove it and write it again") from None
     return content
 
 
@@ -215,7 +218,7 @@ def _lm_eval(file: Path, report: _LmEval) -> Reading:
         if metrics and not chosen:
             reading.measures[task] = common | {",".join(key): value for key, (value, _) in metrics.items()}
     if not reading.tasks and not reading.measures:
-        raise HmfError(f"{file}: results: holds no metric; run the harness again")
+        raise HmfError(f"{file}: results: has no metric; run the harness again")
     reading.settings = {key: value for key, value in {**report.config, **report.hmf}.items() if value is not None}
     stated = {"lm_eval": report.lm_eval_version, "transformers": report.transformers_version}
     reading.versions = {package: version for package, version in stated.items() if version}
@@ -225,14 +228,14 @@ def _lm_eval(file: Path, report: _LmEval) -> Reading:
 def _metrics(
     file: Path, task: str, values: Mapping[str, Any]
 ) -> Iterator[tuple[tuple[str, str], tuple[float, float | None]]]:
-    """((metric, filter), (value, standard error)) of a task, in the file's order; a pair's key is "METRIC,FILTER"."""
+    """((metric, filter), (value, standard error)) of a task, in the file's order. Keys in the file: "METRIC,FILTER"."""
     for key, value in values.items():
         metric, comma, filtered = key.partition(",")
         base = metric.removesuffix("_stderr")
         if not comma or (base != metric and f"{base},{filtered}" in values):
             continue
         if not isinstance(value, int | float) or not math.isfinite(value):
-            raise HmfError(f"{file}: results.{task}.{key}: {value!r} is no number; run the task again")
+            raise HmfError(f"{file}: results.{task}.{key}: {value!r} is not a number; run the task again")
         stderr = values.get(f"{metric}_stderr,{filtered}")
         error = float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None
         if not (metric.isdecimal() and value == ABSENT):
@@ -240,28 +243,29 @@ def _metrics(
 
 
 def _prompts(file: Path, report: _LmEval, task: str, metric: str) -> int:
-    """How many prompts a metric of a task is the mean of; of a group, those of its tasks that have this metric."""
+    """The number of prompts behind a metric of a task. For a group, the prompts of its tasks that have the metric."""
     if parts := report.group_subtasks.get(task):
         having = [
             part for part in parts if any(key.partition(",")[0] == metric for key in report.results.get(part, {}))
         ]
         return sum(_prompts(file, report, part, metric) for part in having or parts)
     if task not in report.samples:
-        raise HmfError(f"{file}: n-samples.{task}: is missing; give a whole results file of lm-eval")
+        raise HmfError(f"{file}: n-samples.{task}: is missing; give a complete results file of lm-eval")
     n = report.samples[task].effective
     if not metric.isdecimal():
         return n
     lengths = (report.configs.get(task, {}).get("metadata") or {}).get("max_seq_lengths") or [int(metric)]
     if len(lengths) > 1 and (report.config.get("limit") is not None or n % len(lengths)):
         raise HmfError(
-            f"{file}: config.limit: how many of {n} prompts are of each of {len(lengths)} lengths is not known; "
+            f"{file}: config.limit: it is unknown how many of {n} prompts have each of {len(lengths)} lengths; "
             f"run {task} without a limit, or one length at a time"
         )
     return n // len(lengths)
 
 
 def _interval(value: float, n: int, stderr: float | None) -> tuple[float, float]:
-    """Wilson's of a share of `n`; of a group, which may weigh its tasks in another way, that of its standard error."""
+    """Wilson's interval for a share of `n`. For a group, whose tasks may have other weights, the interval from its
+    standard error."""
     if not stderr:
         return wilson(value, n)
     return max(0.0, value - Z95 * stderr), min(1.0, value + Z95 * stderr)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lm-eval's classes of models, made to count truncated answers and to refuse prompts that they would shorten."""
+"""Subclasses of lm-eval's models that count truncated answers and refuse prompts which lm-eval would shorten."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from hmf.evaluation.run import load_for_evaluation
 from hmf.model.checkpoint import load_config
 
 THINK_END = "</think>"
-LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names that tasks use
-DEFAULT_LIMIT = 256  # lm-eval's, of tasks that name none
-SECONDS = 3600  # for one answer of a server: a long one of a busy server takes its time
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the names used by tasks
+DEFAULT_LIMIT = 256  # lm-eval's limit for tasks that have none
+SECONDS = 3600  # timeout for one answer; a long answer from a busy server takes many minutes
 
 
 def here(source: Path, chat: bool, options: Options) -> LocalModel:
-    """The checkpoint at `source`, loaded as `hmf evaluate` does."""
+    """The checkpoint at `source`, loaded in the same way as by `hmf evaluate`."""
     tokenizer = load_tokenizer(source)
     if chat and not tokenizer.chat_template:
         raise HmfError(f"{source}: the tokenizer has no chat template; --no-chat-template asks without one")
@@ -51,7 +51,7 @@ def served(source: Path, url: str, chat: bool, options: Options) -> ServedModel:
     header = {"Authorization": f"Bearer {key}"} if key else {}
     name, context = _served_name(source, url, base, header)
     tokenizer = load_tokenizer(source)
-    given: dict[str, Any] = {
+    common: dict[str, Any] = {
         "model": name,
         "num_concurrent": options.concurrency,
         "seed": options.seed,
@@ -62,18 +62,18 @@ def served(source: Path, url: str, chat: bool, options: Options) -> ServedModel:
     }
     if chat:
         end = THINK_END if options.thinking else None
-        return ChatServer(options.thinking, base_url=f"{base}/chat/completions", think_end_token=end, **given)
+        return ChatServer(options.thinking, base_url=f"{base}/chat/completions", think_end_token=end, **common)
     return CompletionsServer(
         base_url=f"{base}/completions",
         tokenizer=str(source),
         tokenizer_backend="huggingface",
         batch_size=options.batch_size,
-        **given,
+        **common,
     )
 
 
 def _served_name(source: Path, url: str, base: str, header: dict[str, str]) -> tuple[str, int | None]:
-    """The model's name on the server, and its most tokens where the server states them."""
+    """The model's name on the server, and its context length in tokens if the server reports it."""
     try:
         with urllib.request.urlopen(urllib.request.Request(f"{base}/models", headers=header), timeout=30) as answer:
             models = {str(model["id"]): model.get("max_model_len") for model in json.load(answer)["data"]}
@@ -86,17 +86,17 @@ def _served_name(source: Path, url: str, base: str, header: dict[str, str]) -> t
 
 
 class _Counted:
-    """Answers of each task: how many were asked for, and how many were cut off at the most tokens allowed."""
+    """Counts, for each task, the requested answers and those truncated at the token limit."""
 
     asked: Counter[str]
     cut: Counter[str]
 
-    def __init__(self, **given: Any):
-        super().__init__(**given)
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
         self.asked, self.cut, self._task = Counter(), Counter(), ""
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """One task after the other, so that what is counted is known to be of that task."""
+        """Generate for one task at a time, so that counts belong to that task."""
         answers = [""] * len(requests)
         for task in dict.fromkeys(request.task_name for request in requests):
             places = [index for index, request in enumerate(requests) if request.task_name == task]
@@ -110,15 +110,15 @@ class _Counted:
                 answers[index] = answer
         return answers
 
-    def loglikelihood(self, requests: Sequence[Any], **given: Any) -> Any:
+    def loglikelihood(self, requests: Sequence[Any], **kwargs: Any) -> Any:
         self._task = listed(dict.fromkeys(request.task_name for request in requests))
-        return super().loglikelihood(requests, **given)  # type: ignore[misc]
+        return super().loglikelihood(requests, **kwargs)  # type: ignore[misc]
 
-    def _loglikelihood_tokens(self, requests: Sequence[Any], **given: Any) -> Any:
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> Any:
         for _, context, continuation in requests:
             if len(context) + len(continuation) > self.max_length + 1:  # type: ignore[attr-defined]
                 self._refuse(len(context), len(continuation))
-        return super()._loglikelihood_tokens(requests, **given)  # type: ignore[misc]
+        return super()._loglikelihood_tokens(requests, **kwargs)  # type: ignore[misc]
 
     def _require_room(self, request: Any) -> None:
         prompt, settings = request.args[:2]
@@ -130,16 +130,16 @@ class _Counted:
     def _refuse(self, prompt: int, answer: int) -> None:
         raise HmfError(
             f"--tasks: {self._task}: a prompt of {prompt} tokens and an answer of {answer} do not "
-            f"fit in {self.max_length}, the most of the model; leave the task out, or lower --max-new-tokens or --shots"  # type: ignore[attr-defined]
+            f"fit into the model's {self.max_length}; omit the task, or lower --max-new-tokens or --shots"  # type: ignore[attr-defined]
         )
 
 
 class LocalModel(_Counted, HFLM):
-    """A model here."""
+    """A model that is loaded in this process."""
 
-    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **given: Any) -> torch.Tensor:
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
         with generating(self.model):
-            tokens: torch.Tensor = super()._model_generate(context, max_length, stop, **given)
+            tokens: torch.Tensor = super()._model_generate(context, max_length, stop, **kwargs)
         configured = self.model.generation_config.eos_token_id
         ends = set(configured if isinstance(configured, list) else [configured])
         for row in tokens[:, context.shape[1] :].tolist():
@@ -149,35 +149,35 @@ class LocalModel(_Counted, HFLM):
 
 
 class _Served(_Counted):
-    def parse_generations(self, outputs: Any, **given: Any) -> list[str | None]:
+    def parse_generations(self, outputs: Any, **kwargs: Any) -> list[str | None]:
         for output in outputs if isinstance(outputs, list) else [outputs]:
             self.cut[self._task] += sum(choice["finish_reason"] == "length" for choice in output["choices"])
-        texts: list[str | None] = super().parse_generations(outputs=outputs, **given)  # type: ignore[misc]
+        texts: list[str | None] = super().parse_generations(outputs=outputs, **kwargs)  # type: ignore[misc]
         return texts
 
 
 class CompletionsServer(_Served, LocalCompletionsAPI):
-    """A server's completions: prompts are sent as tokens, without a chat template."""
+    """The completions endpoint of a server. Prompts are sent as tokens, without a chat template."""
 
 
 class ChatServer(_Served, LocalChatCompletion):
-    """A server's chat completions: the server applies its chat template, and refuses what is too long."""
+    """The chat completions endpoint. The server applies its chat template and refuses prompts that are too long."""
 
-    def __init__(self, thinking: bool, **given: Any):
-        super().__init__(**given)
+    def __init__(self, thinking: bool, **kwargs: Any):
+        super().__init__(**kwargs)
         self.thinking = thinking
 
     def _require_room(self, request: Any) -> None:
-        """Tokens are counted by the server."""
+        """The server counts the tokens."""
 
-    def _create_payload(self, *args: Any, **given: Any) -> dict[str, Any]:
-        payload: dict[str, Any] = super()._create_payload(*args, **given)
+    def _create_payload(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        payload: dict[str, Any] = super()._create_payload(*args, **kwargs)
         return payload | {"chat_template_kwargs": {"enable_thinking": self.thinking}}
 
-    def loglikelihood(self, requests: Sequence[Any], **given: Any) -> Any:
+    def loglikelihood(self, requests: Sequence[Any], **kwargs: Any) -> Any:
         raise HmfError(
-            f"--tasks: {requests[0].task_name}: compares likelihoods, which chat servers do not give; "
-            "--no-chat-template asks for completions"
+            f"--tasks: {requests[0].task_name}: compares likelihoods, which chat completions do not provide; "
+            "--no-chat-template uses completions"
         )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run lm-eval's tasks on a model here, or on an OpenAI-compatible server: `hmf harness lm-eval`."""
+"""Run lm-eval's tasks on a local model or on an OpenAI-compatible server: `hmf harness lm-eval`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def evaluate(source: Path, tasks: Sequence[str], run: Path, name: str, options: 
     """Run `tasks`, or one suite, on the model at `source`; write RUN/scores.NAME-SUITE.json and return its path.
 
     Raises:
-        HmfError: lm-eval is missing; a task or a setting is not known, or does not fit the model; the server does not
-            answer; lm-eval fails, as where a data set cannot be fetched.
+        HmfError: lm-eval is missing; a task or a setting is unknown or does not fit the model; the server does not
+            answer; lm-eval fails, for example because a data set cannot be fetched.
     """
     try:
         import lm_eval
@@ -38,7 +38,9 @@ def evaluate(source: Path, tasks: Sequence[str], run: Path, name: str, options: 
     if unknown := [length for length in options.lengths if length not in RULER_LENGTHS]:
         raise HmfError(f"--lengths: {unknown[0]}: RULER's tasks have {', '.join(map(str, RULER_LENGTHS))}")
     if options.limit and len(options.lengths) > 1:
-        raise HmfError("--limit: takes the first prompts, which are of one length; give one length in --lengths")
+        raise HmfError(
+            "--limit: selects the first prompts, which all have the first length; give one length in --lengths"
+        )
     metadata: dict[str, Any] = {"tokenizer": str(source)}
     if options.lengths or list(tasks) == ["long"]:
         metadata["max_seq_lengths"] = list(options.lengths or RULER_LENGTHS[:1])
@@ -63,7 +65,7 @@ def evaluate(source: Path, tasks: Sequence[str], run: Path, name: str, options: 
         else (lm_eval_models.served(source, options.url, chat, options))
     )
     target = None
-    for task in names:  # one at a time: what is done is saved, whatever becomes of the next one
+    for task in names:  # one at a time, so that finished tasks are saved if a later one fails
         tracker = EvaluationTracker()
         model.asked.clear()
         model.cut.clear()
@@ -87,11 +89,11 @@ def evaluate(source: Path, tasks: Sequence[str], run: Path, name: str, options: 
             )
         except (HmfError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # of any kind: those of data sets, of tasks' own code, of the server
+        except Exception as error:  # any type: from data sets, from tasks' own code, from the server
             why = " ".join(str(error).split()) or "no reason given"
             saved = f"; the tasks before it are in {target}" if target else ""
             raise HmfError(f"--tasks: {task}: lm-eval stopped: {type(error).__name__}: {why:.300}{saved}") from error
-        assert results is not None  # as in the first of several processes, which this is
+        assert results is not None  # it is None only in processes other than the first
         results |= {
             **asdict(tracker.general_config_tracker),
             "truncated": {part: model.cut[part] / asked for part, asked in model.asked.items()},

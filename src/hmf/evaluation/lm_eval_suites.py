@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Suites of lm-eval's tasks, and how they are run. Does not need lm-eval."""
+"""Suites of lm-eval's tasks and their settings. This module does not need lm-eval."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-RULER_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)  # of the metrics that its tasks define
+RULER_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)  # the lengths for which RULER's tasks define metrics
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks of lm-eval, and how models of this kind are asked. `generation` goes over what the tasks define."""
+    """Tasks of lm-eval and their settings. `generation` overrides the options that the tasks define."""
 
     tasks: tuple[str, ...]
     chat: bool = False
@@ -20,7 +20,7 @@ class Suite:
 
 
 SUITES = {
-    # Likelihoods of short answers, without a chat template, as base models are compared.
+    # Likelihoods of short answers without a chat template: the usual comparison of base models.
     "short": Suite(
         (
             "arc_easy",
@@ -35,7 +35,7 @@ SUITES = {
         )
     ),
     "long": Suite(("ruler",), chat=True),
-    # Sampled as the models of the example card are. No stop strings: a thought may well hold "Q:".
+    # Sampled, as for the example model card. No stop strings, because reasoning may contain "Q:".
     "reasoning": Suite(
         ("gsm8k_cot_zeroshot", "minerva_math500", "aime24", "aime25", "gpqa_diamond_cot_zeroshot", "ifeval"),
         chat=True,
@@ -46,7 +46,7 @@ SUITES = {
 
 @dataclass(frozen=True)
 class Options:
-    """How tasks are run. None: as the suite or the task defines it."""
+    """How tasks are run. None selects the setting of the suite or of the task."""
 
     url: str | None = None
     chat: bool | None = None
@@ -61,4 +61,4 @@ class Options:
     seed: int = 0
     device: str | None = None
     dtype: str | None = None
-    task_folder: Path | None = None  # of task files that are used in place of lm-eval's own
+    task_folder: Path | None = None  # task files that replace lm-eval's own

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers and log-probabilities of a Hugging Face model that is loaded here."""
+"""Answers and log-probabilities of a Hugging Face model in this process."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from hmf.errors import HmfError
 from hmf.evaluation.generation import generating
 from hmf.evaluation.prompts import Answer, Prompt
 
-BATCH_LENGTH = 4096  # tokens; fewer prompts are answered together where they are longer
-CHUNK = 2048  # tokens that are scored at once, with the cache of those before
+BATCH_LENGTH = 4096  # tokens; batches of longer prompts have fewer prompts
+CHUNK = 2048  # tokens that are scored in one forward pass
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn: greedily at temperature 0."""
+    """How answers are sampled. Temperature 0 is greedy decoding."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -34,7 +34,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Local:
-    """A model in evaluation mode. likelihood: whether the expected answers are scored beside the generated ones."""
+    """A model in evaluation mode. likelihood: whether the likelihood of the expected answers is measured too."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -43,7 +43,10 @@ class Local:
     likelihood: bool = True
 
     def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Answer, float | None]]:
-        """Prompts with their answers and the expected answer's mean log-probability, in batches of like lengths."""
+        """Yield each prompt, its answer, and the mean log-probability of the expected answer's tokens, or None.
+
+        A batch holds prompts of similar lengths.
+        """
         order = sorted(prompts, key=lambda prompt: (len(prompt.ids), prompt.index))
         for batch in self._batches(order):
             try:
@@ -52,7 +55,7 @@ class Local:
             except torch.OutOfMemoryError:
                 raise HmfError(
                     f"--batch-size: no memory for {len(batch)} prompts of {len(batch[-1].ids):,} tokens; lower it, or "
-                    "leave the likelihood out by --no-likelihood"
+                    "give --no-likelihood"
                 ) from None
             yield from zip(batch, answers, likelihoods, strict=True)
 
@@ -110,7 +113,7 @@ class Local:
         rows = [(prompt.direct_ids(self.tokenizer), prompt.answer_ids) for prompt in batch]
         longest = max(len(before) + len(answer) for before, answer in rows)
         ids, mask = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.long)
-        # Padded on the right, where no real token can see it.
+        # Padding is on the right, where no real token attends to it.
         for row, (before, answer) in enumerate(rows):
             ids[row, : len(before) + len(answer)] = torch.tensor([*before, *answer])
             mask[row, : len(before) + len(answer)] = 1
@@ -123,21 +126,22 @@ class Local:
             use_cache=False,
             logits_to_keep=torch.tensor(places, device=self.model.device),
         ).logits
-        if logits.shape[1] != len(places):  # an architecture that does not know the option
+        if logits.shape[1] != len(places):  # an architecture without this option
             logits = logits[:, places]
         where = {place: number for number, place in enumerate(places)}
-        found: list[float | None] = []
+        likelihoods: list[float | None] = []
         for row, (span, (_, answer)) in enumerate(zip(spans, rows, strict=True)):
             chosen = _wide(logits[row, [where[place] for place in span]])
             loss = F.cross_entropy(chosen, torch.tensor(answer, device=chosen.device))
-            found.append(-loss.item())
-        return found
+            likelihoods.append(-loss.item())
+        return likelihoods
 
     @torch.inference_mode()
     def log_probabilities(self, ids: Sequence[int]) -> Iterator[torch.Tensor]:
-        """Of the whole vocabulary after each token but the last, in chunks [tokens, vocabulary], at least in float32.
+        """Log-probabilities of the next token, over the vocabulary, after each token except the last.
 
-        The cache of the tokens before goes along, so a long text needs no more memory than its cache.
+        Yields chunks [tokens, vocabulary] in float32 or wider. The cache carries over from chunk to chunk, so that only
+        the cache grows with the text.
         """
         row = torch.tensor([list(ids)], device=self.model.device)
         cache = None
@@ -148,12 +152,12 @@ class Local:
             yield _wide(output.logits[0]).log_softmax(-1)
 
     def token_log_probabilities(self, ids: Sequence[int]) -> list[float]:
-        """Of each token but the first, given those before it."""
-        found: list[float] = []
+        """Log-probability of each token except the first, given the tokens before it."""
+        scores: list[float] = []
         for chunk in self.log_probabilities(ids):
-            next_ids = torch.tensor(ids[len(found) + 1 : len(found) + 1 + len(chunk)], device=chunk.device)
-            found += chunk.gather(1, next_ids[:, None])[:, 0].tolist()
-        return found
+            next_ids = torch.tensor(ids[len(scores) + 1 : len(scores) + 1 + len(chunk)], device=chunk.device)
+            scores += chunk.gather(1, next_ids[:, None])[:, 0].tolist()
+        return scores
 
 
 def _wide(logits: torch.Tensor) -> torch.Tensor:
@@ -161,16 +165,16 @@ def _wide(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the tokenizer's, and those of the generation config."""
+    """Tokens that end an answer: the tokenizer's and those of the generation config."""
     configured = model.generation_config.eos_token_id if model.generation_config else None
-    given = configured if isinstance(configured, list) else [configured]
-    return [token for token in dict.fromkeys([tokenizer.eos_token_id, *given]) if token is not None]
+    configured_ids = configured if isinstance(configured, list) else [configured]
+    return [token for token in dict.fromkeys([tokenizer.eos_token_id, *configured_ids]) if token is not None]
 
 
 class _Stop(StoppingCriteria):
-    """Stops each row once its answer, which begins at `width`, holds a text."""
+    """Stops a row once its answer, which begins at position `width`, contains the stop text."""
 
-    TAIL = 8  # tokens in which the text's end is looked for
+    TAIL = 8  # number of last tokens that are searched for the text
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, width: int, text: str):
         self.tokenizer, self.width, self.text = tokenizer, width, text

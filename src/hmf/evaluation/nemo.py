@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results of NeMo-Skills, as NeMo Evaluator writes them (results.yml), or as they are (metrics.json), and the command.
+"""Results of NeMo-Skills, from NeMo Evaluator (results.yml) or its own (metrics.json), and the command that runs it.
 
-Both hold task -> metric -> score -> number; in results.yml "pass@1" is written "pass_at_1". Shares are percentages.
+Both files map task -> metric -> score -> number. results.yml writes "pass@1" as "pass_at_1". Shares are percentages.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ SCORES = {
     "scicode": "subtask_accuracy",
     "bfcl_v3": "accuracy",
 }
-OVERALL = {"bfcl_v3": "overall_accuracy"}  # its own metric, for all others it is that of the answers
-PASS = re.compile(r"pass(?:@|_at_)1(?:[\[_]avg-of-(\d+)\]?)?")  # mean of one answer, or of several
+OVERALL = {"bfcl_v3": "overall_accuracy"}  # benchmarks with a metric of their own; others use that of the answers
+PASS = re.compile(r"pass(?:@|_at_)1(?:[\[_]avg-of-(\d+)\]?)?")  # mean over one answer or several
 BFCL4 = "bfcl_v4"
-# The categories of BFCL v4 (Patil et al., 2025) but for web search, which needs a key of a search engine. The one for
-# the format of prompts repeats entries of others and is no part of the benchmark's score.
+# The categories of BFCL v4 (Patil et al., 2025) except web search, which needs a key for a search engine. The category
+# "format sensitivity" repeats entries of others and is not part of the benchmark's score.
 CATEGORIES = (
     "simple_python",
     "simple_java",
@@ -59,7 +59,7 @@ Row = dict[str, Any]
 
 
 def command(model: str, url: str, output: Path) -> str:
-    """The command line that runs the card's table on the server at `url`, which serves `model`."""
+    """The command line that runs the benchmarks of the card's table on the server at `url`, which serves `model`."""
     endpoint = url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
     return shlex.join(
         [
@@ -78,7 +78,7 @@ def command(model: str, url: str, output: Path) -> str:
 
 
 def is_nemo(content: Mapping[str, Any]) -> bool:
-    """Whether a file is NeMo Evaluator's or NeMo-Skills': lm-eval's holds one mapping for each task in results."""
+    """Whether a file is from NeMo Evaluator or NeMo-Skills. lm-eval's files have one mapping per task in results."""
     if "results" in content:
         results = content["results"]
         return isinstance(results, dict) and "n-samples" not in content and bool({"tasks", "groups"} & results.keys())
@@ -96,9 +96,9 @@ def read(file: Path, content: Mapping[str, Any]) -> tuple[dict[str, Row], dict[s
     config, target, metadata = (_mapping(file, content, key) for key in ("config", "target", "metadata"))
     results = dict(_flatten(file, "results", content["results"]))
     if not results:
-        raise HmfError(f"{file}: results: holds no metric; run the task again")
+        raise HmfError(f"{file}: results: has no metric; run the task again")
     kind = str(config.get("type", ""))
-    # Other harnesses of NeMo Evaluator give shares or percentages, each as it likes.
+    # Other harnesses of NeMo Evaluator write shares or percentages, without a common rule.
     rows, measures = _rows(file, results) if kind.startswith("ns_") else ({}, _measures(results))
     settings = {"type": kind, **(config.get("params") or {}), **{f"target.{k}": v for k, v in target.items()}}
     versions = {str(name): str(version) for name, version in (metadata.get("versioning") or {}).items()}
@@ -107,15 +107,15 @@ def read(file: Path, content: Mapping[str, Any]) -> tuple[dict[str, Row], dict[s
 
 def _mapping(file: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:
     value = content.get(key, {} if key == "metadata" else None)
-    if not isinstance(value, dict):  # target is the last key that NeMo Evaluator writes: with it, results are whole
-        raise HmfError(f"{file}: {key}: is missing, or no mapping; give a whole results file")
+    if not isinstance(value, dict):  # NeMo Evaluator writes the key target last, so it marks a complete file
+        raise HmfError(f"{file}: {key}: is missing or not a mapping; give a complete results file")
     return value
 
 
 def _flatten(file: Path, place: str, node: Any) -> Iterator[tuple[str, dict[str, Numbers]]]:
-    """task -> metric -> score -> number, of the nested tasks and groups of results.yml."""
+    """(task, metric -> score -> number) for the nested tasks and groups of results.yml."""
     if not isinstance(node, dict):
-        raise HmfError(f"{file}: {place}: is no mapping; give a whole results file")
+        raise HmfError(f"{file}: {place}: is not a mapping; give a complete results file")
     for section in ("tasks", "groups"):
         for name, part in (node.get(section) or {}).items():
             where = f"{place}.{section}.{name}"
@@ -128,7 +128,7 @@ def _flatten(file: Path, place: str, node: Any) -> Iterator[tuple[str, dict[str,
                     counts = {(entry.get("stats") or {}).get("count") for entry in scores.values()} - {None}
                 except (TypeError, KeyError, AttributeError):
                     raise HmfError(
-                        f"{file}: {where}.metrics.{metric}: needs scores with a value each; run the task again"
+                        f"{file}: {where}.metrics.{metric}: each score needs a value; run the task again"
                     ) from None
                 if len(counts) == 1:
                     metrics[metric].setdefault("num_entries", counts.pop())
@@ -156,7 +156,7 @@ def _measures(results: Mapping[str, Mapping[str, Numbers]]) -> dict[str, Row]:
 
 
 def _pass(file: Path, task: str, metrics: Mapping[str, Numbers]) -> tuple[str, int]:
-    """The metric of single answers, of the most answers for each prompt, and how many these are."""
+    """The pass@1 metric with the most answers per prompt, and the number of answers per prompt."""
     known = [(int(match[1] or 1), name) for name in metrics if (match := PASS.fullmatch(name))]
     if not known:
         raise HmfError(f"{file}: {task}: has no metric pass@1; it has {', '.join(metrics)}; run the task again")
@@ -168,7 +168,7 @@ def _number(file: Path, task: str, metric: str, score: str, metrics: Mapping[str
     scores = metrics.get(metric)
     value = scores.get(score) if isinstance(scores, dict) else None
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
-        what = "is missing" if value is None else f"{value!r} is no number from 0"
+        what = "is missing" if value is None else f"{value!r} is not a number of at least 0"
         raise HmfError(f"{file}: {task}.{metric}.{score}: {what}; {fix}")
     return float(value)
 
@@ -176,7 +176,7 @@ def _number(file: Path, task: str, metric: str, score: str, metrics: Mapping[str
 def _row(file: Path, task: str, metric: str, score: str, metrics: Mapping[str, Numbers]) -> Row:
     percent = _number(file, task, metric, score, metrics, "run the task again")
     if percent > 100:
-        raise HmfError(f"{file}: {task}.{metric}.{score}: {percent} is no percentage; run the task again")
+        raise HmfError(f"{file}: {task}.{metric}.{score}: {percent} is not a percentage; run the task again")
     counted = "give NeMo-Skills' metrics.json of the same run, which counts them"
     n = int(_number(file, task, metric, "num_entries", metrics, counted))
     if n < 1:
@@ -195,10 +195,10 @@ def _row(file: Path, task: str, metric: str, score: str, metrics: Mapping[str, N
 
 
 def _weighted(file: Path, results: Mapping[str, Mapping[str, Numbers]]) -> Row:
-    """BFCL v4 without web search: each category weighs as much as it has entries. All of them are needed."""
+    """BFCL v4 without web search: the mean over categories, weighted by their entries. All categories are needed."""
     if missing := [name for name in CATEGORIES if name not in results]:
         raise HmfError(
-            f"{file}: {BFCL4}.{missing[0]}: is missing, and {len(missing)} of {len(CATEGORIES)} categories in all; "
+            f"{file}: {BFCL4}.{missing[0]}: is missing ({len(missing)} of {len(CATEGORIES)} categories are missing); "
             "run the rest, or give NeMo-Skills' metrics.json, which has each category"
         )
     rows, repeats = [], set()
@@ -208,7 +208,9 @@ def _weighted(file: Path, results: Mapping[str, Mapping[str, Numbers]]) -> Row:
         repeats.add(answers)
     if len(repeats) > 1:
         counts = " and ".join(map(str, sorted(repeats)))
-        raise HmfError(f"{file}: {BFCL4}: categories have {counts} answers for each entry; run the unfinished ones")
+        raise HmfError(
+            f"{file}: {BFCL4}: the number of answers per entry differs between categories ({counts}); finish the run"
+        )
     n = sum(row["n"] for row in rows)
     accuracy = sum(row["accuracy"] * row["n"] for row in rows) / n
     return rows[0] | {
@@ -217,5 +219,5 @@ def _weighted(file: Path, results: Mapping[str, Mapping[str, Numbers]]) -> Row:
         "n": n,
         "interval": wilson(accuracy, n),
         "repeats": repeats.pop(),
-        "metric": "accuracy of all categories but web search, weighted by entries",
+        "metric": "accuracy of all categories except web search, weighted by entries",
     }

@@ -45,7 +45,7 @@ class NgramModel:
         return float(-np.log2(probability).sum())
 
     def _joined(self, sequences: Sequence[Sequence[int]]) -> Symbols:
-        # Each document starts after `order` boundary symbols, so no history reaches into the one before.
+        # Each document starts after `order` boundary symbols, so no history reaches into the previous document.
         boundary = np.full(self.order, self.alphabet, dtype=np.int64)
         return np.concatenate([part for s in sequences for part in (boundary, np.asarray(s, dtype=np.int64))])
 
@@ -84,7 +84,10 @@ def _lookup(keys: Symbols, values: Symbols, queries: Symbols) -> Symbols:
 def bits_per_byte(
     train: Sequence[Sequence[int]], heldout: Sequence[Sequence[int]], alphabet: int, heldout_bytes: int, order: int = 3
 ) -> float:
-    """Bits per byte of held-out documents, given as symbols (bytes or tokens); their text has `heldout_bytes` bytes."""
+    """Bits per byte of held-out documents, which are sequences of symbols (bytes or tokens).
+
+    heldout_bytes: length of the documents' text in bytes.
+    """
     if heldout_bytes <= 0:
         raise HmfError("n-gram model: no held-out text to score; give at least one document that is not empty")
     bits = NgramModel(train, alphabet, order).bits(heldout)

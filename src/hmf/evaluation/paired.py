@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two models on the same prompts: the difference of their scores, and whether it may be chance."""
+"""The difference between two models' scores on the same prompts, and its significance."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Pair:
-    """Of `n` prompts: those that only the first model, or only the second, answers correctly.
+    """Counts, over `n` prompts, of those that only the first or only the second model answers correctly.
 
     Attributes:
-        interval: of the difference, by the paired bootstrap, 95%.
-        p: of McNemar's exact test, two-sided.
+        interval: 95% interval of the difference, by the paired bootstrap.
+        p: two-sided p-value of McNemar's exact test.
     """
 
     n: int
@@ -31,21 +31,23 @@ class Pair:
 
     @property
     def difference(self) -> float:
-        """Accuracy of the first model less that of the second."""
+        """Accuracy of the first model minus that of the second."""
         return (self.first_only - self.second_only) / self.n
 
 
 def mcnemar(first_only: int, second_only: int) -> float:
-    """Two-sided p of the exact test (McNemar 1947, Psychometrika 12:153-157): of all prompts on which the models
-    differ, each is as likely to be the first's as the second's."""
+    """Two-sided p-value of the exact test (McNemar 1947, Psychometrika 12:153-157).
+
+    Null hypothesis: of the prompts on which the models differ, each model answers one correctly with probability 1/2.
+    """
     n, least = first_only + second_only, min(first_only, second_only)
     return min(1.0, 2 * sum(comb(n, k) for k in range(least + 1)) / 2**n)
 
 
 def compare(first: Sequence[Answered], second: Sequence[Answered]) -> Pair | None:
-    """Of the prompts that both have answered; None where there are none.
+    """Compare the answers to the prompts that both models have answered; None if there are no such prompts.
 
-    Two prompts are the same where their index and their text are.
+    Two prompts are the same if their index and their text are equal.
     """
     other = {(one.index, one.prompt_sha256): one.correct for one in second}
     pairs = [(one.correct, other[key]) for one in first if (key := (one.index, one.prompt_sha256)) in other]
@@ -53,7 +55,7 @@ def compare(first: Sequence[Answered], second: Sequence[Answered]) -> Pair | Non
         return None
     differences = np.array([int(a) - int(b) for a, b in pairs])
     n, first_only, second_only = len(pairs), int((differences > 0).sum()), int((differences < 0).sum())
-    # A resample of prompts is a draw of how many of each kind it holds.
+    # Resampling the prompts is equivalent to drawing the count of each kind.
     kinds = np.array([first_only, second_only, n - first_only - second_only]) / n
     drawn = np.random.default_rng(0).multinomial(n, kinds, RESAMPLES)
     low, high = np.percentile((drawn[:, 0] - drawn[:, 1]) / n, [2.5, 97.5])
@@ -63,5 +65,5 @@ def compare(first: Sequence[Answered], second: Sequence[Answered]) -> Pair | Non
 def compare_all(
     first: Mapping[str, Sequence[Answered]], second: Mapping[str, Sequence[Answered]]
 ) -> dict[str, Pair | None]:
-    """By task, for the tasks that both have."""
+    """`compare` for each task that both models have."""
     return {task: compare(answers, second[task]) for task, answers in first.items() if task in second}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a server computes what Hugging Face's model computes: KL divergence a token, on the same tokens."""
+"""Compares a server with Hugging Face's model: KL divergence per token, on the same tokens."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from hmf.evaluation.local import Local
 from hmf.evaluation.prompts import Prompt
 from hmf.evaluation.server import Server
 
-TOP_K = 20  # the most that vLLM gives by default
-GENERATED = 32  # tokens of each prompt
+TOP_K = 20  # vLLM's default maximum
+GENERATED = 32  # tokens that are generated after each prompt
 
 
 def divergence(reference: torch.Tensor, candidates: dict[int, float]) -> float:
-    """KL divergence of a reference from a server's probabilities, over the candidates and the rest as one outcome.
+    """KL divergence KL(reference || server), with all tokens that are not candidates merged into one outcome.
 
-    It is at most that over the whole vocabulary. reference: log-probabilities [vocabulary]; candidates: the server's,
-    by token.
+    It is a lower bound of the divergence over the whole vocabulary.
+
+    Args:
+        reference: log-probabilities [vocabulary].
+        candidates: the server's log-probabilities by token.
     """
     ours = reference[list(candidates)].double().tolist()
     theirs = list(candidates.values())
@@ -32,10 +35,13 @@ def divergence(reference: torch.Tensor, candidates: dict[int, float]) -> float:
 
 
 def parity(local: Local, server: Server, prompts: Sequence[Prompt], bound: float) -> dict[str, Any]:
-    """What `hmf.evaluation.results.ParityResult` reads: for the tokens of the prompts, and for those that the server
-    generates greedily after each, so that both its prefill and its decode steps are compared.
+    """Compare a local model and a server on prompts and on the tokens that the server generates greedily after them.
 
-    Passed where both mean divergences are at most `bound`. NotOffered where the server gives no log-probabilities.
+    The prompts test the server's prefill, and the generated tokens test its decode steps. Parity is passed if both mean
+    divergences are at most `bound`. Returns the fields of `hmf.evaluation.results.ParityResult`.
+
+    Raises:
+        NotOffered: the server does not return log-probabilities.
     """
     kinds: dict[str, list[float]] = {"prompt": [], "generated": []}
     same = 0
@@ -47,9 +53,9 @@ def parity(local: Local, server: Server, prompts: Sequence[Prompt], bound: float
         for chunk in local.log_probabilities([*prompt.ids, *generated]):
             chunk = chunk.cpu()
             for row in chunk:
-                found = candidates[place]
-                kinds["prompt" if place < len(before) else "generated"].append(divergence(row, found))
-                same += max(found, key=found.__getitem__) == int(row.argmax())
+                served = candidates[place]
+                kinds["prompt" if place < len(before) else "generated"].append(divergence(row, served))
+                same += max(served, key=served.__getitem__) == int(row.argmax())
                 place += 1
         progress.add(1, place)
     progress.close()

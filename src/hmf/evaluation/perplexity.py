@@ -40,14 +40,14 @@ def perplexity(
         window: length in tokens of the windows that the model reads.
         stride: tokens by which the window advances; None for windows that do not overlap. A smaller stride gives
             each token more context and takes longer.
-        title: start of the lines of progress.
+        title: label of the progress lines.
     Raises:
         HmfError: no text, or a stride that skips tokens.
     """
     stride = window if stride is None else stride
     if not 1 <= stride <= window:
-        raise HmfError(f"stride {stride}: must be from 1 to {window}, the window; a longer one would skip tokens")
-    windows = []  # (ids of at most window + 1 tokens, number of the last ones that are scored in this window)
+        raise HmfError(f"stride {stride}: must be from 1 to the window, {window}; a longer stride would skip tokens")
+    windows = []  # (ids of at most window + 1 tokens, number of tokens at the end that this window scores)
     scored_tokens = 0
     for ids in encode_texts(tokenizer, list(documents) or [""]):
         ids = [document_separator(tokenizer), *ids]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Perplexity by position: how well a token is predicted when so many tokens are before it."""
+"""Perplexity by position: how well a token is predicted, by the number of tokens before it."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from transformers import PreTrainedTokenizerBase
 from hmf.data.tasks import library_lines
 from hmf.data.tokenizer import document_separator, encode_texts
 
-PERPLEXITY = "perplexity"  # its name among the tasks
-WINDOWS = 8  # texts of the whole length
-FIRST = 256  # tokens of the first range; each further one is as long as all before it
+PERPLEXITY = "perplexity"  # the name of this measurement among the tasks
+WINDOWS = 8  # number of texts, each of the full length
+FIRST = 256  # tokens in the first range; each later range is as long as all earlier ones together
 
 
 class Scorer(Protocol):
-    """Something that gives the log-probability of each token of `ids` but the first."""
+    """Returns the log-probability of each token of `ids` except the first."""
 
     def token_log_probabilities(self, ids: Sequence[int]) -> list[float]: ...
 
 
 def window(tokenizer: PreTrainedTokenizerBase, seed: int, index: int, length: int) -> list[int]:
-    """`length` tokens of held-out library source, after the separator of documents."""
+    """`length` tokens: the document separator and held-out library source."""
     lines = library_lines(Random(f"{seed}:{PERPLEXITY}:{index}"), "heldout", characters=6 * length)
     return [document_separator(tokenizer), *encode_texts(tokenizer, ["\n".join(lines)])[0]][:length]
 
 
 def ranges(length: int) -> Iterator[tuple[int, int]]:
-    """From 0 to `length`, by doubling."""
+    """Ranges (start, end) that cover 0 to `length`; each end is twice its start."""
     start, end = 0, min(FIRST, length)
     while start < length:
         yield start, end
@@ -39,7 +39,7 @@ def ranges(length: int) -> Iterator[tuple[int, int]]:
 
 
 def nats_by_range(scorer: Scorer, ids: Sequence[int]) -> list[dict[str, Any]]:
-    """Of a window: what its tokens cost together, by how many tokens are before them."""
+    """The summed negative log-likelihood of a window's tokens in each range of positions."""
     values = scorer.token_log_probabilities(ids)
     return [
         {"start": start, "end": end, "nats": -sum(part), "tokens": len(part)}
@@ -49,10 +49,11 @@ def nats_by_range(scorer: Scorer, ids: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def by_position(windows: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Of several windows of one length: what `hmf.evaluation.results.PositionResult` reads."""
-    found = []
+    """The perplexity in each range over several windows of one length, as fields of
+    `hmf.evaluation.results.PositionResult`."""
+    results = []
     for parts in zip(*windows, strict=True):
         nats, tokens = sum(part["nats"] for part in parts), sum(part["tokens"] for part in parts)
         place = {"start": parts[0]["start"], "end": parts[0]["end"]}
-        found.append({**place, "perplexity": math.exp(nats / tokens), "tokens": tokens})
-    return found
+        results.append({**place, "perplexity": math.exp(nats / tokens), "tokens": tokens})
+    return results

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts of generated tasks, each of a given number of tokens of a model's own tokenizer."""
+"""Prompts of generated tasks with a set length in tokens of the model's own tokenizer."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from hmf.errors import HmfError
 from hmf.evaluation.retention import Draw, Problem, Task
 
 THINK_START, THINK_END = "<think>", "</think>"
-PLAIN_END = "\n\n"  # ends an answer to a prompt without a chat template
+PLAIN_END = "\n\n"  # the end of an answer to a prompt without a chat template
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote. `truncated`: it reached the longest answer allowed before it had ended."""
+    """A model's answer. `truncated`: it reached the token limit before its end."""
 
     text: str
     truncated: bool
@@ -34,14 +34,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A problem as a model gets it.
+    """A problem in the form that a model receives.
 
     Attributes:
         ids: tokens of the prompt.
-        direct: the prompt with the template's thinking off, after which the expected answer's likelihood is taken.
+        direct: the prompt without thinking; the likelihood of the expected answer is measured after it.
         answer_ids: tokens of the expected answer.
-        limit: most tokens of an answer.
-        messages, thinking: for servers that render the prompt themselves; no messages without a chat template.
+        limit: largest number of tokens of an answer.
+        messages, thinking: for servers that render the prompt. `messages` is empty without a chat template.
     """
 
     index: int
@@ -64,11 +64,12 @@ class Prompt:
 
     @property
     def stop(self) -> str | None:
-        """Text that ends an answer, beside the model's own end."""
+        """Text that ends an answer, in addition to the model's end-of-text tokens."""
         return None if self.messages else PLAIN_END
 
     def is_correct(self, answer: Answer) -> bool:
-        """By the task's rule; a truncated answer is not correct, nor is one whose reasoning does not end."""
+        """Whether an answer is correct by the task's rule. A truncated answer, or one with unfinished reasoning, is
+        incorrect."""
         if answer.truncated:
             return False
         _, _, final = answer.text.rpartition(THINK_END)
@@ -77,10 +78,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Prompter:
-    """Makes prompts by a tokenizer: through its chat template, or plainly where it has none.
+    """Makes prompts with a tokenizer's chat template, or as plain text if it has none.
 
-    max_new_tokens: of an answer beside the expected answer's own tokens. context: most tokens of prompt and answer;
-    `of` names what limits it.
+    Attributes:
+        max_new_tokens: tokens of an answer in addition to those of the expected answer.
+        context: largest number of tokens of prompt and answer.
+        of: completes the phrase "the CONTEXT tokens that ..." in messages; it names what limits the context.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -91,17 +94,19 @@ class Prompter:
     of: str
 
     def require(self, lengths: list[int]) -> None:
-        """HmfError for a length that the model does not have."""
+        """Raise HmfError for a length beyond the context."""
         for length in lengths:
             if length > self.context:
                 raise HmfError(
-                    f"--lengths: {length:,} tokens are beyond the {self.context:,} that {self.of}; give at most these"
+                    f"--lengths: {length:,} tokens exceed the {self.context:,} that {self.of}; give smaller lengths"
                 )
 
     def prompts(self, task: Task, length: int | None, count: int) -> Iterator[Prompt]:
-        """The first `count` prompts of a task; of `length` tokens with their longest answer where it is given.
+        """The first `count` prompts of a task. With `length`, a prompt and its longest answer have up to that many
+        tokens.
 
-        HmfError for a length that leaves no room, and a context that is too short.
+        Raises:
+            HmfError: the length is too small for the prompt, or the context is too short.
         """
         for index in range(count):
             rng = Random(f"{self.seed}:{task.name}:{length}:{index}")
@@ -109,7 +114,7 @@ class Prompter:
             made = self._fitted(index, problem, length, rng.getrandbits(32), task.name)
             if len(made.ids) + made.limit > self.context:
                 raise HmfError(
-                    f"{task.name}: a prompt of {len(made.ids):,} tokens and an answer of {made.limit:,} are beyond the "
+                    f"{task.name}: a prompt of {len(made.ids):,} tokens and an answer of {made.limit:,} exceed the "
                     f"{self.context:,} that {self.of}; lower --max-new-tokens"
                 )
             yield made
@@ -128,10 +133,10 @@ class Prompter:
             beyond = len(made.ids) + limit - length
             if beyond <= 0:
                 return made
-            kept -= max(1, math.ceil(kept * beyond / room))  # facts cut lines apart, which costs a few tokens
+            kept -= max(1, math.ceil(kept * beyond / room))  # facts between the lines cost a few more tokens
         needed = -(-(length - room) // 64) * 64 + 64
         raise HmfError(
-            f"--lengths: {length:,} leaves no room for the prompt of {name} beside an answer of {limit:,} tokens; give "
+            f"--lengths: {length:,} is too small for the prompt of {name} and an answer of {limit:,} tokens; give "
             f"at least {needed:,}, or lower --max-new-tokens"
         )
 
@@ -146,7 +151,7 @@ class Prompter:
             return Prompt(index, problem, text, ids, text, answered, limit, [], None, False)
         tools = problem.tools
         text = self._rendered(messages, tools, thinking)
-        if tools and not all(tool["function"]["name"] in text for tool in tools):  # a template may leave them out
+        if tools and not all(tool["function"]["name"] in text for tool in tools):  # the template omits tools
             messages, tools = [{"role": "user", "content": _with_tools(user, tools)}], None
             text = self._rendered(messages, tools, thinking)
         ids = encode_texts(self.tokenizer, [text])[0]
@@ -158,7 +163,7 @@ class Prompter:
 
 
 def _with_tools(user: str, tools: list[dict[str, Any]] | None) -> str:
-    """A request with the tools' schemas, for models whose prompt has no other place for them."""
+    """A request with the tools' schemas as text, for models whose template does not write tools."""
     if not tools:
         return user
     schemas = "\n".join(json.dumps(tool["function"]) for tool in tools)

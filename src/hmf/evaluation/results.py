@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The results files of an evaluation: `scores.NAME.json`, and one line a prompt in `evaluation/NAME/TASK@LENGTH.jsonl`.
+"""The results files of an evaluation: `scores.NAME.json` and `evaluation/NAME/TASK@LENGTH.jsonl`.
 
-A file of scores holds what tables and cards show. The lines of the prompts are what two models are compared by.
+The file of scores has the figures of tables and cards. A .jsonl file has one line per prompt, which allows paired
+comparisons of two models.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from hmf.config.strict import parse_json
 from hmf.errors import HmfError
 from hmf.folders import reason
 
-SMALL = "tasks"  # as a suite: the tasks of hmf.data.tasks
-SERVED = "-server"  # in names, of what a server answered
-ANSWERS = "evaluation"  # folder of the prompts' lines, beside the files of scores
-EXCERPT = 4000  # characters of a prompt that are kept beside its answer
-Z95 = 1.959964  # of a normal distribution, two-sided 95%
+SMALL = "tasks"  # name of the suite of the tasks in hmf.data.tasks
+SERVED = "-server"  # part of a NAME whose answers come from a server
+ANSWERS = "evaluation"  # folder of the .jsonl files, beside the files of scores
+EXCERPT = 4000  # characters of a prompt that are stored with its answer
+Z95 = 1.959964  # quantile of the normal distribution for a two-sided 95% interval
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -38,25 +39,25 @@ def wilson(share: float, n: int, z: float = Z95) -> tuple[float, float]:
 
 
 class Result(BaseModel):
-    """A section of a results file. Keys that only other readers need may stand beside these."""
+    """A section of a results file. It may have other keys, for other readers."""
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class TaskResult(Result):
-    """A task at one length. `accuracy` is of all `n` prompts: a truncated answer is not a correct one."""
+    """A task at one length. `accuracy` is the share of all `n` prompts; a truncated answer is incorrect."""
 
-    task: str | None = None  # left out: the key's
+    task: str | None = None  # None: the task in the section's key
     length: int | None = None  # tokens of prompt and longest answer; None for a task that has no length
     accuracy: Share
     n: Annotated[int, Field(ge=1)]
     truncated: Share | None = None  # share of answers that were cut off
-    interval: tuple[float, float] = Field(default_factory=lambda given: wilson(given["accuracy"], given["n"]))
+    interval: tuple[float, float] = Field(default_factory=lambda values: wilson(values["accuracy"], values["n"]))
     likelihood: float | None = None  # mean log-probability of a token of the expected answers; None: not measured
 
     @property
     def cut_off(self) -> int | None:
-        """How many answers were truncated."""
+        """The number of truncated answers."""
         return None if self.truncated is None else round(self.truncated * self.n)
 
 
@@ -66,7 +67,7 @@ class TextResult(Result):
 
 
 class PositionResult(Result):
-    """Perplexity of the tokens that have `start` to `end` - 1 tokens before them."""
+    """Perplexity of the tokens that follow `start` to `end` - 1 other tokens."""
 
     start: Annotated[int, Field(ge=0)]
     end: Annotated[int, Field(ge=1)]
@@ -75,10 +76,10 @@ class PositionResult(Result):
 
 
 class ParityResult(Result):
-    """How far a server's log-probabilities are from those of Hugging Face's model, in nats a token."""
+    """The distance of a server's log-probabilities from those of Hugging Face's model, in nats per token."""
 
     passed: bool
-    bound: Annotated[float, Field(gt=0)]  # of the mean KL divergence of prompts' tokens, and of generated ones
+    bound: Annotated[float, Field(gt=0)]  # upper bound of both prompt_kl and generated_kl
     prompt_kl: Annotated[float, Field(ge=0)]
     generated_kl: Annotated[float, Field(ge=0)]
     max_kl: Annotated[float, Field(ge=0)]
@@ -96,15 +97,15 @@ class Scores(Result):
     length: int | None = None
     suite: str | None = None
     settings: dict[str, Any] = {}  # seed, sampling, thinking, batch, dtype, device, url
-    versions: dict[str, str] = {}  # of the packages
+    versions: dict[str, str] = {}  # by package
     model: dict[str, Any] = {}  # path, config_sha256
     positions: list[PositionResult] = []
     parity: ParityResult | None = None
-    not_measured: dict[str, str] = {}  # why, by task
+    not_measured: dict[str, str] = {}  # the reason, by task
 
 
 def who(name: str, scores: Scores) -> str:
-    """The model that the file scores.`name`.json is about: its name without the suite's, and without the server's."""
+    """The model that the file scores.`name`.json describes: the name without the suite and without "-server"."""
     return name.removesuffix(f"-{scores.suite}").removesuffix(SERVED) if scores.suite else name
 
 
@@ -118,12 +119,12 @@ class Answered(Result):
     correct: bool
     truncated: bool
     tokens: Annotated[int, Field(ge=0)]  # generated
-    prompt: str | None = None  # without its middle if it is long, see `excerpt`
+    prompt: str | None = None  # see `excerpt`
     likelihood: float | None = None  # mean log-probability of a token of the expected answer
 
 
 def excerpt(prompt: str) -> str:
-    """The prompt as results keep it: a long one without its middle."""
+    """The part of a prompt that results files store. The middle of a long prompt is omitted."""
     if len(prompt) <= EXCERPT:
         return prompt
     half = EXCERPT // 2
@@ -131,16 +132,16 @@ def excerpt(prompt: str) -> str:
 
 
 def read_answers(file: Path) -> list[Answered]:
-    """The lines of a file, in the order of their index. An unfinished last line, of a run that was cut off, is left.
+    """The answers in a file, sorted by index. An incomplete last line, from an interrupted run, is ignored.
 
-    HmfError names the file and the line that is no answer.
+    Raises HmfError with the file and the line for a line that is not an answer.
     """
     try:
         lines = file.read_text(encoding="utf-8").split("\n")[:-1]
     except (OSError, UnicodeDecodeError) as error:
         why = reason(error) if isinstance(error, OSError) else "it is not UTF-8"
         raise HmfError(f"{file}: cannot be read: {why}; remove it") from None
-    found = {}
+    by_index = {}
     for number, line in enumerate(lines, 1):
         try:
             answered = Answered.model_validate(parse_json(line))
@@ -150,17 +151,17 @@ def read_answers(file: Path) -> list[Answered]:
             raise HmfError(f"{file}: line {number}: {where}: {problem['msg']}; remove the file") from None
         except (ValueError, json.JSONDecodeError) as error:
             raise HmfError(f"{file}: line {number}: {error}; remove the file") from None
-        found[answered.index] = answered
-    return [found[index] for index in sorted(found)]
+        by_index[answered.index] = answered
+    return [by_index[index] for index in sorted(by_index)]
 
 
 def answers_of(run: Path, name: str) -> dict[str, list[Answered]]:
-    """By TASK@LENGTH, the answers behind scores.`name`.json; nothing where there are none."""
+    """The answers behind scores.`name`.json, by TASK@LENGTH; empty if none are stored."""
     return {file.stem: read_answers(file) for file in sorted((run / ANSWERS / name).glob("*.jsonl"))}
 
 
 def summary(answered: Sequence[Answered], task: str, length: int | None = None) -> dict[str, Any]:
-    """What `TaskResult` reads, from the lines of a task's prompts."""
+    """The fields of a `TaskResult`, from the answers to a task's prompts."""
     n = len(answered)
     accuracy = sum(one.correct for one in answered) / n
     likelihoods = [one.likelihood for one in answered if one.likelihood is not None]
@@ -176,13 +177,13 @@ def summary(answered: Sequence[Answered], task: str, length: int | None = None) 
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that answers depend on."""
+    """The versions of Python and of the packages that answers depend on."""
     packages = {name: version(name) for name in ("torch", "transformers")}
     return {"hmf": hmf.__version__, **packages, "python": platform.python_version()}
 
 
 def describe(folder: Path) -> dict[str, str]:
-    """Path and hashes of a checkpoint: of its config, and of the ends of its weights' files, which change with them."""
+    """Path and hashes of a checkpoint. The hash of the weights covers the size, start and end of each file."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tasks of the suite "retention": what a model may lose when attention layers are replaced.
+"""The tasks of the suite "retention": abilities that a model may lose when attention layers are replaced.
 
-A task is one function of this module. It makes a `Problem` from random numbers; how the problem is fitted into its
-length, and given to a model, is the same for all of them.
+A task is one function of this module. It makes a `Problem` from random numbers. All problems are then fitted to a
+length and sent to a model in the same way.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from hmf.data import phrases
 from hmf.data.tasks import fitting, library_lines
 from hmf.data.tokenizer import special_tokens
 
-LONGEST_COPY = 2048  # tokens of the passage that is copied, at any length
+LONGEST_COPY = 2048  # largest number of tokens of the passage in long_copy, at any length
 Check = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, and what counts as its answer.
+    """A question and the check of its answer.
 
-    The user's turn is `lead`, as many of `lines` as fit into the length, with `facts` among them in their order, and
-    `question`. `check` gets the final answer: what follows the reasoning, without blanks around it.
+    The user's turn consists of `lead`, as many of `lines` as fit into the length, and `question`; `facts` are inserted
+    among the lines in their order. `check` receives the final answer: the text after the reasoning, stripped.
     """
 
     question: str
-    answer: str  # an answer that is right
+    answer: str  # a correct answer
     check: Check
     lead: str = ""
     lines: list[str] = field(default_factory=list)
     facts: list[str] = field(default_factory=list)
     tools: list[dict[str, Any]] | None = None
-    thinking: bool | None = None  # None: as the evaluation is asked for
+    thinking: bool | None = None  # None: the setting of the evaluation
 
     def text(self, kept: int, rng: Random) -> str:
         """The user's turn, with the first `kept` of the lines."""
@@ -53,7 +53,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Draw:
-    """What a task makes a problem from. `tokens`: the room for prompt and answer; 0 where the task has no length."""
+    """The inputs of a task's function. `tokens`: the tokens available for prompt and answer; 0 for a task without a
+    length."""
 
     index: int
     rng: Random
@@ -61,18 +62,18 @@ class Draw:
     tokens: int
 
     def words(self, count: int) -> list[str]:
-        """Different made-up words."""
+        """`count` distinct invented words."""
         words: dict[str, None] = {}
         while len(words) < count:
             words[phrases.word(self.rng)] = None
         return list(words)
 
     def numbers(self, count: int, digits: int = 5) -> list[str]:
-        """Different numbers."""
+        """`count` distinct numbers of `digits` digits."""
         return [str(number) for number in self.rng.sample(range(10 ** (digits - 1), 10**digits), count)]
 
     def library(self, tokens: int | None = None) -> list[str]:
-        """Lines of library source, enough for so many tokens, without special tokens of the tokenizer."""
+        """Lines of library source, enough for `tokens` tokens (default: all available), without special tokens."""
         lines = library_lines(self.rng, "heldout", characters=5 * (self.tokens if tokens is None else tokens))
         special = special_tokens(self.tokenizer)
         return [line.rstrip() for line in lines if line.strip() and not special.search(line)]
@@ -80,7 +81,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Task:
-    """A task by name. `rule`: what counts as correct. `long`: whether it is asked at several lengths."""
+    """A task. `rule`: which answers are correct, in words. `long`: whether the task runs at several lengths."""
 
     name: str
     make: Callable[[Draw], Problem]
@@ -92,7 +93,7 @@ TASKS: dict[str, Task] = {}
 
 
 def task(rule: str, long: bool = True) -> Callable[[Callable[[Draw], Problem]], Callable[[Draw], Problem]]:
-    """Registers the function below it under its name."""
+    """A decorator that registers a function as a task under the function's name."""
 
     def add(make: Callable[[Draw], Problem]) -> Callable[[Draw], Problem]:
         TASKS[make.__name__] = Task(make.__name__, make, rule, long)
@@ -105,7 +106,7 @@ def task(rule: str, long: bool = True) -> Callable[[Callable[[Draw], Problem]], 
 
 
 def bare(text: str) -> str:
-    """Without blanks, one pair of quotes, backticks or asterisks around it, and one full stop after it."""
+    """The text without surrounding blanks, one pair of quotes, backticks or asterisks, and one final full stop."""
     text = text.strip().removesuffix(".").strip()
     for mark in ("**", '"', "'", "`"):
         if text.startswith(mark) and text.endswith(mark) and len(text) > 2 * len(mark):
@@ -118,12 +119,12 @@ def exactly(answer: str) -> Check:
 
 
 def all_of(answers: list[str]) -> Check:
-    """The answers, once each, in any order, between commas or in lines."""
+    """A check for all of the answers, once each, in any order, separated by commas or line breaks."""
     return lambda text: sorted(map(bare, re.split(r"[,\n]+", bare(text)))) == sorted(answers)
 
 
 def unfenced(text: str) -> str:
-    """Without a code fence around all of it, and without blanks at the ends of its lines."""
+    """The text without a code fence around it and without blanks at the ends of lines."""
     fenced = re.fullmatch(r"```[^\n]*\n(.*)\n```", text.strip(), re.DOTALL)
     return "\n".join(line.rstrip() for line in (fenced[1] if fenced else text).strip().split("\n"))
 
@@ -133,7 +134,7 @@ def unfenced(text: str) -> str:
 
 @task("one line `word: value` for each word asked, in the order of the question")
 def multi_query_recall(draw: Draw) -> Problem:
-    """Pairs of a word and a value fill the length; the question is about four of the words."""
+    """Pairs of a word and a value fill the length. The question asks for the values of four words."""
     words = draw.words(4 + draw.tokens // 5)
     pairs = [f"{word}: {phrases.value(draw.rng)}" for word in words]
     asked = pairs[:4]
@@ -151,13 +152,13 @@ def multi_query_recall(draw: Draw) -> Problem:
 
 @task("the number, and nothing else")
 def needle_single(draw: Draw) -> Problem:
-    """One fact in library source."""
+    """One fact is hidden in library source."""
     return _needle(draw, 1)
 
 
 @task("the number, and nothing else")
 def needle_multi_key(draw: Draw) -> Problem:
-    """Eight facts of the same kind about different names; the question is about one."""
+    """Eight facts of the same kind about different names. The question asks for one of them."""
     return _needle(draw, 8)
 
 
@@ -175,7 +176,7 @@ def _needle(draw: Draw, stated: int) -> Problem:
 
 @task("the four numbers, in any order, and nothing else")
 def needle_multi_value(draw: Draw) -> Problem:
-    """Four facts about one name; all of them are asked for."""
+    """Four facts about one name. The question asks for all of them."""
     name, numbers = draw.words(1)[0].capitalize(), draw.numbers(4)
     return Problem(
         question=f"What are the four secret codes of {name}? Answer with the codes alone, separated by commas.",
@@ -188,7 +189,7 @@ def needle_multi_value(draw: Draw) -> Problem:
 
 @task("the names of the variables that hold the value, in any order, and nothing else")
 def variable_tracking(draw: Draw) -> Problem:
-    """Two chains of five assignments from variable to variable, between each other; the question is about one value."""
+    """Two interleaved chains of five assignments from variable to variable. The question is about one value."""
     names, numbers = [word.upper() for word in draw.words(10)], draw.numbers(2)
     chains = [names[:5], names[5:]]
     steps = [
@@ -208,7 +209,10 @@ def variable_tracking(draw: Draw) -> Problem:
 
 @task("the passage, line by line; blanks at the ends of lines do not count, nor does a code fence around it")
 def long_copy(draw: Draw) -> Problem:
-    """A passage of library source, to be copied from among other lines: a third of the length, at most 2,048 tokens."""
+    """The model copies a passage of library source that is surrounded by other lines.
+
+    The passage has a third of the length, at most `LONGEST_COPY` tokens.
+    """
     room = min(LONGEST_COPY, draw.tokens // 3)
     passage = draw.library(room)
     passage = passage[: max(1, fitting(draw.tokenizer, passage, room))]
@@ -216,7 +220,7 @@ def long_copy(draw: Draw) -> Problem:
     return Problem(
         question="Copy the lines between <passage> and </passage> exactly, and write nothing else.",
         answer=text,
-        check=lambda given: unfenced(given) == unfenced(text),
+        check=lambda answer: unfenced(answer) == unfenced(text),
         lines=draw.library(),
         facts=[f"<passage>\n{text}\n</passage>"],
     )
@@ -224,7 +228,7 @@ def long_copy(draw: Draw) -> Problem:
 
 @task("the number, and nothing else", long=False)
 def arithmetic(draw: Draw) -> Problem:
-    """One to four sums, differences and products, from the inside out; with thinking where the template has it."""
+    """A nested expression of one to four sums, differences and products. Thinking is on if the template supports it."""
     operations = 1 + draw.index % 4
     result = draw.rng.randrange(10, 1000)
     expression = str(result)
@@ -243,15 +247,15 @@ def arithmetic(draw: Draw) -> Problem:
     "exactly one call, as JSON: the tool's name, and the same arguments with values of the schema's types", long=False
 )
 def tool_schema(draw: Draw) -> Problem:
-    """Four tools are offered; the request fits one of them and gives a value for each of its parameters."""
+    """Four tools are offered. The request matches one of them and states a value for each of its parameters."""
     offered = [_tool(draw, name) for name in draw.words(4)]
     tool = draw.rng.choice(offered)
     properties = tool["parameters"]["properties"]
     arguments = {name: _value(draw, schema) for name, schema in properties.items()}
-    given = "; ".join(f"{name}: {_spoken(value)}" for name, value in arguments.items())
+    stated_values = "; ".join(f"{name}: {_spoken(value)}" for name, value in arguments.items())
     call = {"name": tool["name"], "arguments": arguments}
     return Problem(
-        question=f"{tool['description']} Use these values. {given}.",
+        question=f"{tool['description']} Use these values. {stated_values}.",
         answer=f"<tool_call>\n{json.dumps(call)}\n</tool_call>",
         check=lambda text: list(map(_typed, _calls(text))) == [_typed(call)],
         tools=[{"type": "function", "function": tool} for tool in offered],
@@ -294,28 +298,28 @@ def _spoken(value: Any) -> str:
 
 
 def _calls(text: str) -> Iterator[Any]:
-    """Calls in an answer: JSON objects in <tool_call> blocks; without a block, all of the answer as one object."""
+    """The calls in an answer: JSON objects in <tool_call> blocks. Without a block, the whole answer is one object."""
     blocks = re.findall(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL) or [unfenced(text)]
     if "<tool_call>" in text and re.sub(r"<tool_call>.*?</tool_call>", "", text, flags=re.DOTALL).strip():
-        blocks = [text]  # something beside the calls, or a call that does not end
+        blocks = [text]  # other text beside the calls, or an unfinished call
     for block in blocks:
         try:
             call = json.loads(block)
         except (ValueError, RecursionError):
             call = None
         if isinstance(call, dict) and "parameters" in call and "arguments" not in call:
-            call["arguments"] = call.pop("parameters")  # as Llama writes it
+            call["arguments"] = call.pop("parameters")  # the key in Llama's format
         yield call
 
 
 def _typed(value: Any) -> str:
-    """JSON text that is the same for equal values of equal types: to Python, true equals 1."""
+    """JSON text that is equal only for equal values of equal types. In Python, True == 1."""
     return json.dumps(value, sort_keys=True)
 
 
 @task("the instruction is followed to the letter; a program checks it", long=False)
 def instructions(draw: Draw) -> Problem:
-    """An instruction about form whose result can be checked by a program; one of six kinds."""
+    """An instruction about the form of the answer, which a program can check. There are six kinds."""
     return INSTRUCTIONS[draw.index % len(INSTRUCTIONS)](draw)
 
 

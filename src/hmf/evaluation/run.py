@@ -48,16 +48,16 @@ def evaluate_model(
     Args:
         tasks: names of `hmf.data.tasks.TASKS`; may be empty.
         n: samples of each task; they are the same for every model.
-        length: most tokens of a conversation, and the window for text.
+        length: largest number of tokens of a conversation, and the window for text.
         thinking: whether the prompts enable reasoning; None means True, the chat template's default.
-        corpus: "stdlib", a folder or a file; its held-out part is scored.
-        max_bytes: most bytes of held-out text; None for all, 0 for none.
-        name: start of the lines of progress.
-        compose: how chunks of long prompts are combined; None: prompts are processed as a whole.
-        answers: folder for a file of answers by task, TASK.jsonl; None keeps none.
+        corpus: "stdlib", a folder or a file. Its held-out part is scored.
+        max_bytes: largest number of bytes of held-out text; None for all, 0 for none.
+        name: label of the progress lines.
+        compose: how chunks of long prompts are combined. None: prompts are processed as a whole.
+        answers: folder for the answers, one file TASK.jsonl for each task. None: answers are not stored.
     Returns:
         {"text": {perplexity, bits_per_byte, tokens, bytes}, "tasks": {name: {accuracy, n, truncated, interval}},
-        "length", "seconds"}, and "compose" where it was given.
+        "length", "seconds"}; with `compose`, also "compose".
     """
     started = time.perf_counter()
     was_training = model.training
@@ -102,7 +102,8 @@ def baselines(
 def load_for_evaluation(
     path: str | Path, device: str | None, dtype: str | None, generates: bool = True
 ) -> PreTrainedModel:
-    """A model on its device; `device` and `dtype` as in `evaluate_checkpoint`. HmfError for a GPU that is not there."""
+    """Load a model onto its device. `device` and `dtype` are as in `evaluate_checkpoint`. Raises HmfError if there is
+    no GPU."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise HmfError("--device cuda: PyTorch finds no GPU here; leave --device out")
@@ -121,7 +122,7 @@ def evaluate_checkpoint(
     compose: Composition | None = None,
     answers: Path | None = None,
 ) -> dict[str, Any]:
-    """`hmf evaluate`: scores (as `evaluate_model`) and memory footprint of the checkpoint at `path`.
+    """`hmf evaluate`: the scores of `evaluate_model` and the memory footprint of the checkpoint at `path`.
 
     Args:
         device: None for "cuda" if a GPU is available, else "cpu".

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers and log-probabilities of an OpenAI-compatible server."""
+"""Answers and log-probabilities from an OpenAI-compatible server."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from hmf.evaluation.local import Sampling
 from hmf.evaluation.prompts import THINK_END, THINK_START, Answer, Prompt
 
 Endpoint = Literal["completions", "chat"]
-RETRIES = 5  # of a request that no answer came to, or that the server was too busy for
-SECONDS = 3600.0  # for one answer: a long prompt on a busy server takes its time
+RETRIES = 5  # retries of a request without an answer, or one that the server was too busy for
+SECONDS = 3600.0  # timeout for one answer; a long prompt on a busy server takes many minutes
 
 
 class NotOffered(HmfError):
-    """The server does not give log-probabilities of prompts."""
+    """The server does not return log-probabilities of prompts."""
 
 
 class Server:
-    """A server at `url` that serves `source`, or one model alone under another name.
+    """A server at `url` that serves `source`, or that serves only one model, under any name.
 
     Attributes:
-        name: the model's name on the server. context: its most tokens, where the server states them.
+        name: the model's name on the server.
+        context: the model's context length in tokens, or None if the server does not report it.
     Raises:
-        HmfError: no server answers; it serves other models; the openai client is missing.
+        HmfError: no server answers, it serves other models, or the openai client is missing.
     """
 
     def __init__(self, url: str, source: str | Path, endpoint: Endpoint, sampling: Sampling, concurrency: int):
@@ -56,15 +57,15 @@ class Server:
         self.context: int | None = getattr(chosen, "max_model_len", None)
 
     def version(self) -> str | None:
-        """Of vLLM, where the server is one."""
+        """The version of vLLM, or None if the server is not vLLM."""
         place = self.url.rstrip("/").removesuffix("/v1") + "/version"
         with suppress(OSError, ValueError), urllib.request.urlopen(place, timeout=10) as answer:
-            found = json.load(answer)
-            return str(found["version"]) if isinstance(found, dict) and "version" in found else None
+            content = json.load(answer)
+            return str(content["version"]) if isinstance(content, dict) and "version" in content else None
         return None
 
     def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Answer, float | None]]:
-        """Prompts with their answers, as they come; likelihoods are not measured here."""
+        """Yield prompts with their answers in the order in which answers arrive. Likelihoods are None."""
         with ThreadPoolExecutor(self.concurrency) as pool:
             waiting = {pool.submit(self._answer, prompt): prompt for prompt in prompts}
             try:
@@ -75,38 +76,38 @@ class Server:
                     future.cancel()
 
     def _answer(self, prompt: Prompt) -> Answer:
-        given: dict[str, Any] = {
+        request: dict[str, Any] = {
             "model": self.name,
             "temperature": self.sampling.temperature,
             "top_p": self.sampling.top_p,
         }
         extra: dict[str, Any] = {"skip_special_tokens": False}
         if self.sampling.drawn:
-            given["seed"] = self.sampling.seed + prompt.index
-            extra["top_k"] = 0  # all tokens, whatever the model's generation config holds
+            request["seed"] = self.sampling.seed + prompt.index
+            extra["top_k"] = 0  # sample from all tokens, even if the model's generation config sets top_k
         if prompt.stop:
-            given["stop"] = [prompt.stop]
+            request["stop"] = [prompt.stop]
         if self.endpoint == "chat":
-            return self._chat_answer(prompt, given)
+            return self._chat_answer(prompt, request)
         made = self._request(
-            self.client.completions.create, prompt=prompt.ids, max_tokens=prompt.limit, extra_body=extra, **given
+            self.client.completions.create, prompt=prompt.ids, max_tokens=prompt.limit, extra_body=extra, **request
         )
         choice = self._choice(made)
         used = made.usage.completion_tokens if made.usage else 0
         return Answer(choice.text or "", choice.finish_reason == "length", used)
 
-    def _chat_answer(self, prompt: Prompt, given: dict[str, Any]) -> Answer:
+    def _chat_answer(self, prompt: Prompt, request: dict[str, Any]) -> Answer:
         extra: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": prompt.thinking}}
         if self.sampling.drawn:
             extra["top_k"] = 0
         if prompt.tools:
-            given["tools"] = prompt.tools
+            request["tools"] = prompt.tools
         made = self._request(
             self.client.chat.completions.create,
             messages=prompt.messages,
             max_tokens=prompt.limit,
             extra_body=extra,
-            **given,
+            **request,
         )
         choice = self._choice(made)
         message = choice.message
@@ -129,17 +130,24 @@ class Server:
         return made.choices[0]
 
     def token_log_probabilities(self, ids: Sequence[int]) -> list[float]:
-        """Of each token but the first, given those before it. NotOffered where the server does not give them."""
-        found = self.scored(ids, top_k=0, generate=1)[0]
-        return [candidates[token] for candidates, token in zip(found, ids[1:], strict=True)]
+        """Log-probability of each token except the first, given the tokens before it.
+
+        Raises NotOffered if the server does not return log-probabilities of prompts.
+        """
+        by_position = self.scored(ids, top_k=0, generate=1)[0]
+        return [candidates[token] for candidates, token in zip(by_position, ids[1:], strict=True)]
 
     def scored(
         self, ids: Sequence[int], top_k: int, generate: int
     ) -> tuple[list[dict[int, float]], list[int], list[dict[int, float]]]:
-        """Log-probabilities of the likeliest tokens and the given one after each token of a prompt but the last; then
-        the tokens that the server generates, and the log-probabilities there.
+        """Log-probabilities for a prompt and for tokens that the server generates greedily after it.
 
-        By vLLM's `prompt_logprobs`; NotOffered where the server does not give them.
+        Returns:
+            For each token of the prompt except the first: log-probabilities, by token, of it and of the `top_k`
+            likeliest tokens. Then the generated tokens, and their log-probabilities in the same form; both are empty
+            if `top_k` is 0.
+        Raises:
+            NotOffered: the server does not support vLLM's `prompt_logprobs`.
         """
         made = self._request(
             self.client.completions.create,
@@ -152,7 +160,7 @@ class Server:
         )
         choice = self._choice(made)
         prompt = getattr(choice, "prompt_logprobs", None)
-        missing = NotOffered(f"{self.url} gives no log-probabilities of prompts (vLLM's prompt_logprobs)")
+        missing = NotOffered(f"{self.url} does not return log-probabilities of prompts (vLLM's prompt_logprobs)")
         if not isinstance(prompt, list) or len(prompt) != len(ids):
             raise missing
         try:
@@ -170,7 +178,7 @@ class Server:
         try:
             return call(**arguments)
         except self._openai.OpenAIError as error:
-            raise self._error(error, "what has been answered is kept: the same command goes on from there") from None
+            raise self._error(error, "answers so far are kept; repeat the command to continue") from None
 
     def _error(self, error: Exception, hint: str) -> HmfError:
         status = getattr(error, "status_code", None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Suites of generated tasks: which prompts are asked, what has been answered already, and the files of the results."""
+"""Suites of generated tasks: the choice of prompts, resuming an interrupted evaluation, and the results files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hmf.training.checkpoints import replace_text
 
 SUITES: dict[str, tuple[str, ...]] = {"retention": (*TASKS, PERPLEXITY)}
 SETTINGS, WINDOWS_FILE = "settings.json", "perplexity@{length}.json"
-FREE = ("batch", "concurrency")  # settings that may change while an evaluation goes on
+FREE = ("batch", "concurrency")  # settings that may change when an evaluation is resumed
 
 
 class Engine(Protocol):
@@ -38,7 +38,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked: `samples` prompts of each task, at each of `lengths` where a task has a length."""
+    """The work of an evaluation: `samples` prompts of each task; a task with a length runs at each of `lengths`."""
 
     suite: str
     tasks: tuple[str, ...]
@@ -53,9 +53,11 @@ class Plan:
 
 @dataclass
 class Store:
-    """The results of one model: scores.`name`.json in `folder`, and a folder of its answers. No folder: kept here only.
+    """The results of one model: scores.`name`.json in `folder`, and a folder of answers.
 
-    about: suite, settings, versions and model, by which answers of an earlier command are known to be of the same kind.
+    Attributes:
+        folder: None keeps the results in memory only.
+        about: suite, settings, versions and model. Stored answers are reused only if these are equal.
     """
 
     folder: Path | None
@@ -74,9 +76,9 @@ class Store:
 
     @contextmanager
     def open(self, restart: bool) -> Iterator[None]:
-        """Hold the folder of the answers during the block.
+        """Lock the folder of the answers during the block.
 
-        HmfError where it holds answers that were made with other settings; with `restart` they are removed.
+        Raises HmfError if the folder has answers that were made with other settings. `restart` removes them instead.
         """
         if self.home is None or self.file is None:
             yield
@@ -95,36 +97,34 @@ class Store:
             before = parse_sealed(file.read_text(encoding="utf-8"))
         except ValueError as error:
             if not restart:
-                raise HmfError(f"{file}: {error}; --restart begins anew") from None
+                raise HmfError(f"{file}: {error}; give --restart to start again") from None
             before = {}
         changed = _changes(before, json.loads(json.dumps(self.about)))
         if changed and not restart:
             raise HmfError(
-                f"{file.parent}: holds answers that were made with other settings ({'; '.join(changed)}); --restart "
-                "removes them and begins anew, --name or --out keeps them"
+                f"{file.parent}: has answers that were made with other settings ({'; '.join(changed)}); give --restart "
+                "to remove them and start again, or another --name or --out to keep them"
             )
         if restart:
-            notice(f"{file.parent}: removed its answers; the evaluation begins anew")
+            notice(f"{file.parent}: removed the answers; the evaluation starts again")
             for item in file.parent.iterdir():
                 if item.suffix in (".jsonl", ".json"):
                     item.unlink()
             self.file.unlink(missing_ok=True)
 
     def before(self, key: str, prompts: Sequence[Prompt]) -> list[Answered]:
-        """Answers of an earlier command to these prompts."""
+        """The answers of an earlier command to these prompts."""
         if self.home is None or not (file := self.home / f"{key}.jsonl").is_file():
             return []
-        wanted = {prompt.index: prompt.sha256 for prompt in prompts}
+        hashes = {prompt.index: prompt.sha256 for prompt in prompts}
         answers = read_answers(file)
-        if other := [one.index for one in answers if wanted.get(one.index, one.prompt_sha256) != one.prompt_sha256]:
-            raise HmfError(
-                f"{file}: its answer {other[0]} is to another prompt than there is now; --restart begins anew"
-            )
-        # Without what a command that was stopped left unfinished; later lines are put behind these.
+        if other := [one.index for one in answers if hashes.get(one.index, one.prompt_sha256) != one.prompt_sha256]:
+            raise HmfError(f"{file}: answer {other[0]} belongs to a different prompt; give --restart to start again")
+        # Remove the incomplete line of an interrupted command, because new lines are appended.
         lines = "".join(f"{one.model_dump_json()}\n" for one in answers)
         if lines != file.read_text(encoding="utf-8"):
             replace_text(file, lines)
-        return [one for one in answers if one.index in wanted]
+        return [one for one in answers if one.index in hashes]
 
     def add(self, key: str, one: Answered) -> None:
         if self.home is not None:
@@ -132,7 +132,7 @@ class Store:
                 out.write(f"{one.model_dump_json()}\n")
 
     def save(self, **results: Any) -> None:
-        """Puts results beside those that the file of scores holds already."""
+        """Add results to the file of scores; existing results stay."""
         merged = {**self.about, "tasks": {}, **self.scores}
         for key, value in results.items():
             both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -156,7 +156,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def run(plan: Plan, prompter: Prompter, engine: Engine, store: Store) -> None:
-    """Asks what has not been answered yet, and saves the scores after each task."""
+    """Answer the prompts that have no answer yet, and save the scores after each task."""
     for task, length in plan.parts():
         key = task.name if length is None else f"{task.name}@{length}"
         title = f"{store.name}: {key}"

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What serving and training will take, from configs and recipes alone: memory, speed, GPU-hours."""
+"""Plans of serving and training from configs and recipes: memory, speed, GPU-hours."""

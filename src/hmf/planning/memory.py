@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of a served model, from its config alone: weights, the cache of each layer, and vLLM's blocks.
+"""Memory of a served model, computed from its config: weights, the cache of each layer, and vLLM's blocks.
 
 vLLM keeps all caches in one pool of blocks. A block has the same number of bytes for every type of layer: it holds some
 tokens of a *group* of attention layers, or the state of a group of recurrent layers at one position. All groups have
@@ -29,7 +29,7 @@ from hmf.model.configuration import building
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of all tensors, and of the experts among them; a token uses `active` of `count` experts."""
+    """Bytes of all tensors, and of those of experts. A token uses `active` of `count` experts."""
 
     total: int
     experts: int = 0
@@ -58,8 +58,8 @@ def weights(config: Any, dtype: torch.dtype) -> Weights:
 class LayerCache:
     """The cache of a layer for one sequence on one GPU.
 
-    It has `token_bytes` for each token, or for each of the last `window` tokens; or `state_bytes` at any length, of
-    which a decode step reads and writes `moved_bytes`. Layers with equal caches form groups.
+    An attention layer has `token_bytes` for each token, or for each of the last `window` tokens. A recurrent layer has
+    `state_bytes` at any length; a decode step reads and writes `moved_bytes`. Layers with equal caches form groups.
     """
 
     kind: str
@@ -107,8 +107,10 @@ def layer_caches(
 
 
 def _moved(state: StateShape, size: int) -> int:
-    """Bytes that a decode step reads and writes of a state of `size` bytes: twice its size, except for windows, of
-    which it reads the positions in reach once."""
+    """Bytes that a decode step reads and writes for a state of `size` bytes.
+
+    A state is read and written once. Of a window, the positions in reach are read once.
+    """
     if state.kind != "window":
         return 2 * size
     return size if state.reach is None else size * state.reach // state.shape[0]
@@ -124,7 +126,8 @@ class Blocks:
 
     @classmethod
     def of(cls, caches: list[LayerCache], step: int) -> Blocks:
-        """As in vLLM 0.32: the tokens of a block are the least multiple of `step` that holds the largest state."""
+        """The blocks of vLLM 0.32: the tokens of a block are the smallest multiple of `step` that fits the largest
+        state."""
         state, token = max(c.state_bytes for c in caches), max(c.token_bytes for c in caches)
         tokens = step * max(1, math.ceil(state / (step * token))) if token else step
         layers = Counter(caches)
@@ -167,7 +170,7 @@ def working_bytes(config: Any, dtype: torch.dtype, ranks: int, batched_tokens: i
 
 
 def require_unquantised(config: Any) -> None:
-    """HmfError for a config with quantised weights, whose size does not follow from the config."""
+    """Raise HmfError for a config with quantised weights, whose size does not follow from the config."""
     if getattr(config, "quantization_config", None):
         raise HmfError(
             "config.json: quantization_config: plans need unquantised weights; plan the original, unquantised model"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan of serving a model on given GPUs, from its config alone: memory, sequences, blocks, decode throughput.
+"""A plan of serving a model on GPUs, computed from its config: memory, sequences, blocks, decode throughput.
 
 A decode step reads the weights and the caches of all sequences, and reads and writes their states. In addition, each
 layer takes a constant time for its small kernels:
@@ -28,7 +28,7 @@ from hmf.model.convert import hybrid_config
 
 from .memory import Blocks, LayerCache, Weights, layer_caches, require_unquantised, weights, working_bytes
 
-# Seconds, fitted to vLLM 0.32 with Qwen3-8B and its GDN Hybrid on an H100 at 16K and 32K tokens, to 3%
+# Seconds, fitted to vLLM 0.32 with Qwen3-8B and its GDN Hybrid on an H100 at 16K and 32K tokens, within 3%
 # (docs/planning.md).
 LAYER_OVERHEAD = 85e-6
 UTILISATION = 0.9
@@ -66,7 +66,7 @@ class ServingSettings:
             if (value := getattr(self, name)) not in dtypes:
                 raise HmfError(f"--{name.replace('_', '-')}: {unknown_name('dtype', value, dtypes)}")
         if not 0 < self.utilisation <= 1:
-            raise HmfError(f"--gpu-memory-utilization: {self.utilisation} is not in (0, 1]")
+            raise HmfError(f"--gpu-memory-utilization: {self.utilisation} is not in (0, 1]; give a share such as 0.9")
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Plan:
 
     @property
     def capture_size(self) -> int:
-        """The largest batch size for a CUDA graph: a captured batch needs a slot of state for each row."""
+        """The largest batch size for a CUDA graph. A captured batch needs a slot of state for each row."""
         limit = min(2 * self.most_requests, max(1, self.num_blocks - 1), self.settings.batched_tokens)
         return max((size for size in CAPTURE_SIZES if size <= limit), default=1)
 
@@ -151,9 +151,11 @@ def make_plan(
 ) -> Plan:
     """A plan for a Hybrid or base `config`.
 
-    dtype: the dtype of weights, keys and values; None is the config's own, or bfloat16 for float32. room: bytes for
-    caches on each GPU; None is the remainder after utilisation, weights and working memory. HmfError if that is too
-    small for a cache, or if the heads do not split over the GPUs.
+    Args:
+        dtype: dtype of weights, keys and values; None is the config's own, or bfloat16 for float32.
+        room: bytes for caches on each GPU; None is the remainder of vLLM's share after weights and working memory.
+    Raises:
+        HmfError: the room is too small for a cache, or the heads do not split over the GPUs.
     """
     settings = settings or ServingSettings()
     require_unquantised(config)
@@ -187,7 +189,7 @@ def serving_dtype(config: Any) -> torch.dtype:
 
 
 def as_hybrid(config: Any) -> Any:
-    """A base config as a Hybrid without replaced layers, which is the same model; a Hybrid's config unchanged."""
+    """A base config as the equivalent Hybrid without replaced layers; a Hybrid's config unchanged."""
     return config if hasattr(config, "hybrid_override_pattern") else base_of(config)
 
 
@@ -215,7 +217,7 @@ def title(plan: Plan) -> str:
 
 
 def figures(plan: Plan, context: int) -> dict[str, Any]:
-    """What `hmf plan --json` prints of one plan; bytes are those of all GPUs together, rates tokens/s."""
+    """The output of `hmf plan --json` for one plan. Bytes are summed over all GPUs; rates are in tokens/s."""
     kv, states = plan.sequence_bytes(context)
     fit = plan.sequences(context)
     return {
@@ -302,7 +304,7 @@ def plot(plans: Sequence[Plan], context: int, path: Path, model: str) -> None:
     panels = figure.subplots(1, 2)
     drawn = []
     for plan, colour in zip(plans, ("tab:blue", "tab:gray"), strict=False):
-        # 0 means that nothing fits, and cannot be drawn on a logarithmic axis
+        # 0 means that no sequence fits; it cannot be drawn on a logarithmic axis.
         fit = [min(plan.sequences(length), plan.max_num_seqs) or math.nan for length in lengths]
         rates = [plan.decode_rate(n, length) for n, length in zip(fit, lengths, strict=True)]
         for panel, values in zip(panels, (fit, rates), strict=True):

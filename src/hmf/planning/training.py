@@ -1,263 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan of a training recipe, from the recipe and a config alone: memory of each GPU, tokens, steps, GPU-hours.
-
-The model is built on the meta device, and its tensors are counted as in training: weights in float32, and for trained
-weights gradients and AdamW's two moments in float32. Activations are estimated. No GPU is needed.
-"""
+"""Plans of the training recipes in files and folders, and their output. plan.py computes a plan."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from pydantic import ValidationError
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.initialization import no_init_weights
-
 from hmf.config.data import DataRecipe
-from hmf.config.layers import base_head_dim
-from hmf.config.pattern import ATTENTION, require_fused
+from hmf.config.pattern import require_fused
 from hmf.config.runs import DataSettings, DistillRecipe, DistillSettings, FinetuneRecipe, PrimeRecipe, load_recipe
 from hmf.config.strict import Settings, parse_yaml
-from hmf.config.training import ParallelSettings
 from hmf.data.mixture import row_length
-from hmf.data.prepare import read_index
+from hmf.data.prepared import read_index
 from hmf.errors import HmfError, notice
-from hmf.gpus import GIB, Device, parse_gpus
+from hmf.gpus import parse_gpus
 from hmf.model.checkpoint import load_config
-from hmf.model.configuration import building
 from hmf.model.convert import hybrid_config
 from hmf.model.rope import with_rope
-from hmf.priming.distance import stage1_flops_per_token
-from hmf.priming.objectives import LOGITS_AT_ONCE, train_only_mixers
+from hmf.priming.objectives import train_only_mixers
 from hmf.training.evaluation import held_out_from
-from hmf.training.finetune import check_model, flops_per_token
+from hmf.training.finetune import check_model
 from hmf.training.groups import adapter_targets, choose
 
+from .plan import MFU, USABLE, Job, TrainingPlan, without_memory
 from .serving import size_of
-
-MFU = 0.35  # assumed model FLOPs utilisation; a guess, not a measurement
-USABLE = 0.92  # usable share of a GPU's memory; the rest is lost to fragmentation
-WIDE = 4  # bytes of a master weight, of a gradient, of a moment
-# Activations that a layer stores for the backward pass, in multiples of the inputs and outputs of its linear layers:
-# norms, rotary positions, gates and casts create further tensors of the same widths.
-COPIES = 2.0
-LOGITS = 4 * WIDE * LOGITS_AT_ONCE  # four tensors of the size of a chunk of logits
-FRAMEWORK = 3 * GIB  # CUDA context, kernel workspaces, buffers of the communication library
-
-
-@dataclass(frozen=True)
-class Job:
-    """One stage of training of a recipe."""
-
-    title: str
-    recipe: DistillSettings | FinetuneRecipe
-    model: PreTrainedModel  # on the meta device; trained parameters require a gradient
-    sequence_length: int
-    adapters: int = 0  # number of parameters that low-rank adapters add
-    section: str = "training"  # key path of the `training` section in the recipe
-
-    @property
-    def training(self) -> ParallelSettings:
-        return self.recipe.training
-
-    @property
-    def distils(self) -> bool:
-        return isinstance(self.recipe, DistillSettings)
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """The plan of a job on `ranks` GPUs. All bytes are those of one GPU."""
-
-    job: Job
-    device: Device
-    ranks: int
-    training: ParallelSettings
-    mfu: float = MFU
-
-    @property
-    def divisors(self) -> tuple[int, int]:
-        """The number of GPUs over which the strategy divides weights, and gradients and moments."""
-        return {"ddp": (1, 1), "deepspeed": (1, self.ranks), "fsdp2": (self.ranks, self.ranks)}[self.training.strategy]
-
-    @property
-    def rows_per_step(self) -> int:
-        streams = self.ranks // self.training.sequence_parallel
-        return self.training.per_device_train_batch_size * self.training.gradient_accumulation_steps * streams
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.rows_per_step * self.job.sequence_length
-
-    @property
-    def tokens(self) -> int:
-        return self.training.steps * self.tokens_per_step
-
-    @property
-    def trained(self) -> int:
-        """The number of trained parameters."""
-        return self.job.adapters + sum(x.numel() for x in self.job.model.parameters() if x.requires_grad)
-
-    @cached_property
-    def memory(self) -> dict[str, float]:
-        """Bytes of one GPU by use. The first three are exact, the others are estimates."""
-        total = self.job.adapters + sum(x.numel() for x in self.job.model.parameters())
-        weights, rest = self.divisors
-        return {
-            "weights": WIDE * total / weights,
-            "gradients": WIDE * self.trained / rest,
-            "moments of AdamW": 2 * WIDE * self.trained / rest,
-            "buffers and casts": self._copies(),
-            "activations": self._activations(),
-            "logits": float(self._logits()),
-            "CUDA and communication": float(FRAMEWORK),
-        }
-
-    @property
-    def fits(self) -> bool:
-        return sum(self.memory.values()) <= USABLE * self.device.memory
-
-    @property
-    def _width(self) -> int:
-        """Bytes of an activation."""
-        return 2 if self.training.precision == "bfloat16" else 4
-
-    def _copies(self) -> float:
-        """Buckets of gradients and cached casts of weights. If the weights are divided, the gathered ones: those
-        outside the layers, two layers, and the gradients of a layer."""
-        layers = [sum(x.numel() for x in layer.parameters()) for layer in self.job.model.model.layers]
-        outside = sum(x.numel() for x in self.job.model.parameters()) - sum(layers)
-        if self.divisors[0] > 1:
-            return WIDE * (outside + 3 * max(layers)) + (2 * (outside + max(layers)) if self._width == 2 else 0)
-        buckets = WIDE * self.trained if self.ranks > 1 else 0
-        casts = 2 * (self.trained + max(layers) + outside) if self._width == 2 else 0
-        return buckets + casts
-
-    @property
-    def _backward_layers(self) -> list[nn.Module]:
-        """The layers that store activations for the backward pass."""
-        layers = list(self.job.model.model.layers)
-        return layers[self.job.model.config.pattern.replaced[0] :] if self.job.distils else layers
-
-    def _activations(self) -> float:
-        tokens = self.training.per_device_train_batch_size * self.job.sequence_length / self.training.sequence_parallel
-        stream = WIDE * self.job.model.config.hidden_size  # the residual stream is in float32
-        inside = [COPIES * self._width * linear_widths(layer, self.job.model.config) for layer in self._backward_layers]
-        if self.training.gradient_checkpointing:
-            kept = len(inside) * stream + max(inside)
-        else:
-            kept = len(inside) * stream + sum(inside)
-        return tokens * (kept + 4 * stream)  # embeddings, last norm, the teacher's and their difference
-
-    def _logits(self) -> int:
-        recipe = self.job.recipe
-        if isinstance(recipe, DistillSettings) and not has_kl(recipe):
-            return 0
-        tokens = self.training.per_device_train_batch_size * self.job.sequence_length // self.training.sequence_parallel
-        return min(LOGITS, 4 * WIDE * tokens * self.job.model.config.vocab_size)
-
-    @cached_property
-    def flops_per_token(self) -> float | None:
-        """FLOPs of the model per token, with attention scores, without recomputation and without the recurrences
-        (their projections are included). None for mixtures of experts."""
-        model, length = self.job.model, self.job.sequence_length
-        config, replaced = model.config, model.config.pattern.replaced
-        if isinstance(self.job.recipe, DistillSettings):
-            total = stage1_flops_per_token(model, head=has_kl(self.job.recipe))
-        else:
-            total = flops_per_token(model)
-        if total is None:
-            return None
-        for index, window in enumerate(config.attention_windows):
-            reach = min(length / 2, window or length)  # a causal mask leaves half of the pairs
-            forward = 4 * config.num_attention_heads * base_head_dim(config) * reach
-            keeps = config.pattern.symbols[index] == ATTENTION
-            if not self.job.distils:
-                total += 3 * forward if keeps else 0
-            elif index < replaced[0]:
-                total += forward
-            else:  # the teacher's path, and the student's with its backward pass
-                total += (4 if keeps else 1) * forward
-        return total
-
-    @property
-    def gpu_hours(self) -> float | None:
-        if not self.device.peak or self.flops_per_token is None:
-            return None
-        return self.tokens * self.flops_per_token / (self.device.peak * self.mfu) / 3600
-
-    def advice(self) -> str:
-        """The smallest change to the recipe with which it fits, as options of the commands that read it."""
-        for change in _changes(self.training, self.ranks):
-            plan = replace(self, training=self.training.model_copy(update=change))
-            if plan.fits and self._valid(change):
-                return " ".join(f"--set {self.job.section}.{key}={str(value).lower()}" for key, value in change.items())
-        return "more GPUs or larger ones, by --gpu"
-
-    def _valid(self, change: dict[str, Any]) -> bool:
-        """Whether the recipe is valid with this change of its `training` section."""
-        recipe = self.job.recipe
-        content = recipe.model_dump(exclude_unset=True)
-        content["training"] |= change
-        with suppress(ValidationError):
-            return type(recipe).model_validate(content) is not None
-        return False
-
-
-def _changes(training: ParallelSettings, ranks: int) -> Iterator[dict[str, Any]]:
-    """Changes that need less memory, the smallest first; the total batch does not change."""
-    change: dict[str, Any] = {}
-    if training.precision == "float32":
-        change["precision"] = "bfloat16"
-        yield dict(change)
-    if not training.gradient_checkpointing:
-        change["gradient_checkpointing"] = True
-        yield dict(change)
-    if training.per_device_train_batch_size > 1:
-        change["per_device_train_batch_size"] = 1
-        change["gradient_accumulation_steps"] = (
-            training.gradient_accumulation_steps * training.per_device_train_batch_size
-        )
-        yield dict(change)
-    if training.strategy == "ddp" and ranks > 1:
-        change["strategy"] = "fsdp2"
-        yield dict(change)
-    accumulation = change.get("gradient_accumulation_steps", training.gradient_accumulation_steps)
-    degree = 2 * training.sequence_parallel
-    while degree <= ranks:
-        factor = degree // training.sequence_parallel
-        if ranks % degree == 0:
-            yield change | {"sequence_parallel": degree, "gradient_accumulation_steps": accumulation * factor}
-        degree *= 2
-
-
-def has_kl(recipe: DistillSettings) -> bool:
-    """Whether Stage 1 computes logits at any step."""
-    return any(recipe.objective.kl.values())
-
-
-def linear_widths(layer: nn.Module, config: Any) -> float:
-    """The summed widths of inputs and outputs of a layer's linear layers for one token, without the teacher's
-    attention. Of experts, only those of one token count."""
-    total = sum(
-        x.in_features + x.out_features
-        for name, x in layer.named_modules()
-        if isinstance(x, nn.Linear) and not (hasattr(layer, "mixer_name") and name.startswith("self_attn."))
-    )
-    if getattr(config, "num_experts_per_tok", None):
-        total += config.num_experts_per_tok * (3 * config.hidden_size + 3 * config.moe_intermediate_size)
-    return total
-
-
-# ---- from recipes
 
 
 def find_recipes(places: Iterable[Path]) -> list[Path]:
@@ -278,7 +48,7 @@ def read_any(path: Path, overrides: Sequence[str] = ()) -> Settings | None:
     """A recipe of any kind, recognised by its keys; None for one of `hmf pretrain`."""
     content: Any = {}
     if path.is_file():
-        with suppress(ValueError, OSError):  # load_recipe raises it, with the line
+        with suppress(ValueError, OSError):  # load_recipe reports the error with its line
             content = parse_yaml(path.read_text(encoding="utf-8"))
     keys: set[str] = set(content) if isinstance(content, dict) else set()
     if "start_from" in keys or {"tokenizer", "model"} <= keys:
@@ -289,9 +59,12 @@ def read_any(path: Path, overrides: Sequence[str] = ()) -> Settings | None:
 
 
 class Recipes:
-    """Recipes, and further ones in and beside their folders, whose outputs the first ones may use before they exist.
+    """The recipes to plan, and other recipes in and beside their folders.
 
-    resolve_base: returns the directory of a base checkpoint for its name in a recipe.
+    A planned recipe may use the output of another recipe before this output exists.
+
+    Args:
+        resolve_base: returns the directory of a base checkpoint for its name in a recipe.
     """
 
     def __init__(self, paths: Iterable[Path], resolve_base: Callable[[str], Path], overrides: Sequence[str] = ()):
@@ -299,19 +72,19 @@ class Recipes:
         self.read = {path: read_any(path, overrides) for path in paths}
 
     def all(self) -> Iterator[tuple[Path, Settings | None]]:
-        """The given recipes, then those beside them, which are read lazily."""
+        """The recipes to plan, then the other recipes, which are read lazily."""
         yield from list(self.read.items())
         for folder in dict.fromkeys(path.parent for path in self.read):
             for path in [*sorted(folder.glob("*.yaml")), *sorted(folder.parent.glob("*/*.yaml"))]:
                 if path not in self.read:
-                    with suppress(HmfError):  # this recipe was not asked for
+                    with suppress(HmfError):  # errors in other recipes do not matter
                         self.read[path] = read_any(path)
                         yield path, self.read[path]
 
     def plan(self, path: Path, gpus: str | None = None, mfu: float = MFU) -> TrainingPlan | None:
         """The plan of one of the recipes; None if it does not train a Hybrid."""
         if not 0 < mfu <= 1:
-            raise HmfError(f"--mfu: {mfu} is not in (0, 1]")
+            raise HmfError(f"--mfu: {mfu} is not in (0, 1]; give a share such as {MFU}")
         if (job := self.job(path)) is None:
             return None
         if (named := gpus or job.training.gpus) is None:
@@ -330,7 +103,7 @@ class Recipes:
             raise HmfError(f"{path}: {error}") from None
 
     def job(self, path: Path) -> Job | None:
-        """The training of a recipe; None for a recipe without any, such as one of `hmf data prepare`."""
+        """The training of a recipe; None for a recipe without training, such as one of `hmf data prepare`."""
         recipe = self.read[path]
         try:
             if isinstance(recipe, PrimeRecipe):
@@ -363,18 +136,18 @@ class Recipes:
         return Job(title, recipe, model, length, adapters)
 
     def _row(self, data: DataSettings) -> int:
-        """Tokens of a row. For rows that are not prepared yet, from the recipe that prepares them."""
+        """Tokens of a row. If the rows are not prepared yet, the value comes from the recipe that prepares them."""
         if data.prepared is None or data.prepared.is_dir():
             return row_length(data)
         for _, recipe in self.all():
             if isinstance(recipe, DataRecipe) and recipe.output == data.prepared:
                 return recipe.sequence_length
         raise HmfError(
-            f"data.prepared: {data.prepared} does not exist, and no recipe in or beside this folder makes it"
+            f"data.prepared: {data.prepared} does not exist, and no recipe in or beside this folder creates it"
         )
 
     def _epoch_rows(self, recipe: DistillSettings | FinetuneRecipe) -> int:
-        """Rows of an epoch: those of the prepared set, or what the recipe that prepares it asks for."""
+        """Rows of an epoch, from the prepared data set or from the recipe that prepares it."""
         prepared, rows = recipe.data.prepared if recipe.data is not None else None, None
         if prepared is not None and prepared.is_dir():
             rows = read_index(prepared)["rows"]
@@ -383,9 +156,9 @@ class Recipes:
                 if isinstance(other, DataRecipe) and other.output == prepared and other.tokens is not None:
                     rows = math.ceil(other.tokens / other.sequence_length)
         if rows is None:
-            data = "pairs" if prepared is None else f"{prepared}, which is not prepared yet,"
+            data = "pairs" if prepared is None else f"{prepared}, which does not exist yet,"
             raise HmfError(
-                f"training.num_train_epochs: the rows of {data} are not known before they are packed; plan with --set "
+                f"training.num_train_epochs: the number of rows of {data} is unknown before packing; plan with --set "
                 f"{'distill.' if type(recipe) is DistillSettings else ''}training.max_steps=N"
             )
         if recipe.training.eval_strategy != "no" and recipe.eval_data is None:
@@ -393,7 +166,7 @@ class Recipes:
         return rows
 
     def _config(self, model: Path) -> Any:
-        """A checkpoint's config. For a checkpoint that does not exist yet, from the recipe that makes it."""
+        """A checkpoint's config. If the checkpoint does not exist yet, it comes from the recipe that creates it."""
         if model.is_dir():
             return load_config(model, weights=False)
         for path, recipe in self.all():
@@ -407,7 +180,7 @@ class Recipes:
         try:
             return load_config(self.resolve_base(str(model)), weights=False)
         except HmfError as error:
-            raise HmfError(f"model: {error}; and no recipe in or beside this folder makes it") from None
+            raise HmfError(f"model: {error}; and no recipe in or beside this folder creates it") from None
 
     def _prime_config(self, path: Path, recipe: PrimeRecipe) -> Any:
         planned = recipe.base_config is not None and not Path(recipe.base).is_dir()
@@ -428,7 +201,7 @@ def plans(
     mfu: float = MFU,
     overrides: Sequence[str] = (),
 ) -> list[TrainingPlan]:
-    """A plan for each training recipe in files and folders; `gpus`, such as "h200x8", overrides the recipe's.
+    """A plan for each training recipe in files and folders. `gpus`, such as "h200x8", overrides the recipes' GPUs.
 
     Raises:
         HmfError: a recipe is invalid, or has no GPUs; no recipe trains a Hybrid.
@@ -442,7 +215,7 @@ def plans(
 
 
 def figures(plan: TrainingPlan) -> dict[str, Any]:
-    """What `hmf plan-training --json` prints of one plan; bytes are those of one GPU."""
+    """The output of `hmf plan-training --json` for one plan. Bytes are those of one GPU."""
     job, training, hours = plan.job, plan.training, plan.gpu_hours
     return {
         "recipe": job.title,
@@ -516,11 +289,3 @@ def print_plans(plans: Sequence[TrainingPlan]) -> None:
     for plan in plans:
         if not plan.fits:
             console.print(f"{plan.job.title} does not fit; it needs {plan.advice()}", soft_wrap=True)
-
-
-def without_memory(config: Any) -> PreTrainedModel:
-    """A Hybrid on the meta device, in float32."""
-    with building(config.name_or_path), torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.tie_weights()
-    return model

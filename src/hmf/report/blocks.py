@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the sections of the report consist of, beside charts."""
+"""The blocks of the report's sections, except for charts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .charts import Chart
 
 
 class Cell(NamedTuple):
-    """A text, and where it is from: a file relative to the page, or a place in it."""
+    """A text with a link to its source: a file relative to the page, or an anchor on the page."""
 
     text: str
     href: str = ""
@@ -19,13 +19,19 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """left: columns of text, before those of numbers. folded: shown on demand. code: with file names and hashes."""
+    """A table.
+
+    Attributes:
+        text_columns: number of left-aligned columns with text, which precede the columns of numbers.
+        folded: whether the reader must open the table.
+        code: whether the cells are file names and hashes, in a monospaced font.
+    """
 
     name: ClassVar = "table"
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[Cell]]
-    left: int = 1
+    text_columns: int = 1
     folded: bool = False
     code: bool = False
 
@@ -39,7 +45,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Text:
-    """A heading; or a block of code under its title; or a map of the layers: (index, symbol, attention, type) each."""
+    """A heading, a block of code with its title, or a map of the layers: (index, symbol, attention, type) each."""
 
     name: ClassVar = "text"
     text: str
@@ -50,7 +56,7 @@ class Text:
 
 
 class Answer(NamedTuple):
-    """Of a model to a prompt; `verdict` is correct, wrong, or cut off."""
+    """A model's answer to a prompt. `verdict` is correct, wrong, or cut off."""
 
     model: str
     text: str
@@ -60,7 +66,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Samples:
-    """A prompt with the answers to it. prompt: None where its text was not kept."""
+    """A prompt with its answers. prompt: None if its text was not stored."""
 
     name: ClassVar = "samples"
     title: str

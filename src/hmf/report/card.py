@@ -45,7 +45,7 @@ def write_card(
     """`hmf card`: write README.md into the model folder of the run folder `place`, and return its path.
 
     Args:
-        gpu: GPUs that serving is planned for.
+        gpu: the GPUs of the serving plan.
         force: overwrite a README.md that hmf did not write.
         repo: the model's name on the Hub, for the commands in the card.
     Raises:
@@ -130,7 +130,7 @@ class Card:
 
     @cached_property
     def name(self) -> str:
-        """The model as commands name it."""
+        """The model's name in commands."""
         return self.repo or str(self.evidence.model)
 
     @cached_property
@@ -209,10 +209,9 @@ class Card:
         lengths = sorted({result.length for result in small.values() if result.length})
         window = f", to prompts of at most {' or '.join(f'{n:,}' for n in lengths)} tokens" if lengths else ""
         legend = (
-            f"Tasks: greedy answers that match exactly, in percent{window}. In parentheses: n prompts, the 95% Wilson "
-            "score interval of the share, and how many answers were cut off at the longest answer allowed; these count "
-            "in n and are not correct. Perplexity: of held-out text; lower is better. Every number links to its "
-            "results file."
+            f"Tasks: greedy answers that match exactly, in percent{window}. In parentheses: the number n of prompts, "
+            "the 95% Wilson score interval of the share, and the number of answers cut off at the token limit, which "
+            "are not correct. Perplexity: of held-out text; lower is better. Every number links to its results file."
         )
         if any(self.evidence.source(row) for result in scores.values() for row in result.tasks.values()):
             legend += (
@@ -222,7 +221,7 @@ class Card:
         return "\n".join([*lines, legend, *card_suites(self.evidence, self._named, self.link)])
 
     def _models(self, scores: Mapping[str, Scores]) -> dict[str, str]:
-        """Titles of the base and of this model, and of what else `scores` are about."""
+        """Titles of the base, of this model, and of all other models in `scores`."""
         base = f"{self.evidence.base_name} (the base Transformer)" if self.evidence.base else "Base Transformer"
         titles = {TEACHER: base, PRIMED: f"**{self.title}** (this model)"}
         titles |= {model: model for name, result in scores.items() if (model := _model(name, result)) not in titles}
@@ -274,7 +273,7 @@ class Card:
 
     def layout(self) -> str:
         chosen = next((stage.hybrid for stage in self.evidence.stages if isinstance(stage, PrimeRecipe)), None)
-        how = "The run folder has no recipe, so it is not stated how the layers were chosen."
+        how = "The run folder has no recipe, so it is unknown how the layers were chosen."
         if chosen is not None:
             how = "The recipe names the replaced layers."
             if chosen.layers == "auto":
@@ -313,7 +312,7 @@ class Card:
         return (
             f"{markdown([*head, 'decoded tokens/s', 'of the base'], rows)}\n\n"
             f"These figures are planned from the config for {planner.devices(hybrid)}, with at most "
-            f"{hybrid.max_num_seqs} sequences; nothing was measured. `{command}` has more of them."
+            f"{hybrid.max_num_seqs} sequences; nothing was measured. `{command}` prints more of them."
         )
 
     def _measured(self) -> Iterator[str]:
@@ -332,13 +331,13 @@ class Card:
         serve = " \\\n    ".join([f"vllm serve {shlex.quote(self.name)}", *shown])
         return f"""### With vLLM
 
-Install the package `hybrid-model-factory` beside vLLM, of which it is a plugin. Then serve:
+Install the package `hybrid-model-factory` beside vLLM; it is a vLLM plugin. Then start a server:
 
 ```bash
 {serve}
 ```
 
-`hmf serve` chooses the options that depend on the machine too. Ask the server:
+`hmf serve` also chooses the options that depend on the machine. Send a request:
 
 ```bash
 curl http://localhost:8000/v1/chat/completions \\
@@ -389,7 +388,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
 
     @cached_property
     def licence(self) -> tuple[dict[str, str], str]:
-        """Its metadata, and a sentence: what the base's card says, or else the licence file of base or model."""
+        """The licence as metadata and as a sentence, from the base's card, or else from a licence file."""
         folder = self.evidence.base_folder
         stated = _metadata(folder / CARD) if folder else {}
         files = [file.name for file in sorted(self.evidence.model.iterdir()) if LICENCE_FILE.fullmatch(file.name)]
@@ -400,8 +399,8 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
             return keys, f"The base ({self.evidence.base_name}) states the licence {name}.{where}"
         if files:
             keys = {"license": "other", "license_name": "see-license-file", "license_link": files[0]}
-            return keys, f"That of the base.{where}"
-        return {}, f"The base's licence is {NOT_STATED}: it has neither a card with one nor a licence file."
+            return keys, f"The licence of the base.{where}"
+        return {}, f"The base's licence is {NOT_STATED}: neither its card nor a licence file states one."
 
 
 def _model(name: str, scores: Scores) -> str:

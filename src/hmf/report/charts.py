@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Charts of the report: SVG by matplotlib, with text as text and the page's own colours, and their data as a table."""
+"""Charts of the report: SVG from matplotlib, with real text and the page's colours, and the data as a table."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 WIDTH, HEIGHT = 4.4, 2.9  # inches of 72 units; a phone shows a unit as about one pixel
-TEXT, GRID = "#f000f0", "#f000f1"  # stand for the page's colours, as do the colours of series and shades
-SERIES = 6  # colours of the page: --s0 to --s5
+TEXT, GRID = "#f000f0", "#f000f1"  # placeholders of the page's colours, like the colours of series and shades
+SERIES = 6  # number of the page's colours of series, --s0 to --s5
 MARKERS, DASHES = "osD^vP", ("-", "--", "-.", ":")
 STYLE = {
     "svg.fonttype": "none",
@@ -43,9 +43,12 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Series:
-    """A named curve; `low` and `high` are the bounds of its values, `colour` and `dash` count those of the page.
+    """A named curve.
 
-    shade: instead of a colour, a place from 0 to 1 between two colours of the page.
+    Attributes:
+        low, high: bounds of the values.
+        colour, dash: indices into the page's colours and dash patterns.
+        shade: replaces the colour: a position from 0 to 1 between two colours of the page.
     """
 
     name: str
@@ -64,7 +67,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture with its caption, and the table of its numbers. source: the file or the command they are from."""
+    """A picture with its caption and a table of its numbers. source: the file or command that they come from."""
 
     key: str
     title: str
@@ -78,19 +81,19 @@ class Chart:
 
 
 def number(value: float) -> str:
-    """A number of an axis or a table, as 0.0312, 12.5, 16,384 or 1.8M."""
+    """A number in the format of axes and tables, for example 0.0312, 12.5, 16,384 or 1.8M."""
     if abs(value) >= 1e6:
         return f"{value / 1e6:,.4g}M"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def tokens(value: float) -> str:
-    """A number of tokens, as 512 or 16K."""
+    """A number of tokens, for example 512 or 16K."""
     return f"{value / 1024:,.0f}K" if value and value % 1024 == 0 else number(value)
 
 
 def safe(name: str) -> str:
-    """A name as part of an element's id."""
+    """A name in a form that can be part of an element's id."""
     return re.sub(r"[^\w-]", "-", name)
 
 
@@ -112,9 +115,13 @@ def lines(
     notes: Sequence[str] = (),
     x_shown: Callable[[float], str] = number,
 ) -> Chart:
-    """Curves over a common axis. marks: vertical lines with their meaning, which the notes state too.
+    """Curves over a common axis.
 
-    legend: which series it names. bounds: of the vertical axis. x_shown: a value of the other one.
+    Args:
+        marks: vertical lines by position, with their meaning, which the notes also state.
+        legend: selects the series that the legend names.
+        bounds: limits of the vertical axis.
+        x_shown: formats a value of the horizontal axis.
     """
 
     def draw(axes: Any) -> None:
@@ -174,7 +181,7 @@ def bars(
     source: str,
     notes: Sequence[str] = (),
 ) -> Chart:
-    """A bar for each name; those whose kind begins with "replaced" are hatched."""
+    """A bar for each name. Bars whose kind begins with "replaced" are hatched."""
     found = sorted(set(kinds))
 
     def draw(axes: Any) -> None:
@@ -220,7 +227,7 @@ def intervals(
     rows: Sequence[Sequence[str]],
     notes: Sequence[str] = (),
 ) -> Chart:
-    """For each name a point with its interval from every series, whose `x` count the names."""
+    """For each name and series, a point with its interval. The `x` of a series are indices into `names`."""
 
     def draw(axes: Any) -> None:
         width = 0.6 / max(1, len(series))
@@ -250,7 +257,7 @@ def intervals(
 
 
 def render(key: str, label: str, draw: Callable[[Any], None], height: float = HEIGHT) -> Markup:
-    """What `draw` makes of empty axes, as an SVG element that a screen reader knows by `label`."""
+    """The axes that `draw` fills, as an SVG element with the accessible name `label`."""
     written = io.BytesIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": key}):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -265,10 +272,10 @@ def render(key: str, label: str, draw: Callable[[Any], None], height: float = HE
 
 
 def _logarithmic(axes: Any, values: Sequence[float]) -> None:
-    """Ticks at 1, 2 and 5 times powers of ten, or evenly where the values are close together."""
+    """Set ticks at 1, 2 and 5 times powers of ten, or at even distances if the values are close together."""
     found = [value for value in values if value > 0 and math.isfinite(value)]
     span = max(found) / min(found) if found else 1.0
-    if span < 1.2:  # nothing that a logarithm would show
+    if span < 1.2:  # too narrow for a logarithmic scale
         axes.set_ylim(0, 1.2 * max(found, default=1.0))
         return
     axes.set_yscale("log")
@@ -278,7 +285,7 @@ def _logarithmic(axes: Any, values: Sequence[float]) -> None:
 
 
 def _themed(svg: bytes, key: str, label: str) -> Markup:
-    """matplotlib's file as an element of a page: no names twice, no fonts, no fixed size or colours."""
+    """matplotlib's SVG as an element of a page, with unique ids, and without fonts, fixed size or fixed colours."""
     root = ElementTree.fromstring(svg)
     used = set(re.findall(r"#([\w-]+)\)|href=\"#([\w-]+)\"", svg.decode()))
     kept = {name for pair in used for name in pair if name}
@@ -301,8 +308,8 @@ def _themed(svg: bytes, key: str, label: str) -> Markup:
     return Markup(re.sub(r"#f[0-2][0-9a-f]{4}", _colour, ElementTree.tostring(root, encoding="unicode")))
 
 
-def _colour(found: re.Match[str]) -> str:
-    code = found[0]
+def _colour(placeholder: re.Match[str]) -> str:
+    code = placeholder[0]
     if code in (TEXT, GRID):
         return "currentColor" if code == TEXT else "var(--line)"
     if code.startswith("#f2"):

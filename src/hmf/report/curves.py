@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plot of a run's log: losses, errors of layers or metrics of preferences, learning rate and gradient norm."""
+"""Plots a run's log: losses, layer errors or preference metrics, learning rate and gradient norm."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def curves(log: list[dict[str, Any]]) -> tuple[dict[str, Curve], dict[int, Curve
 
 
 def objective_changes(log: list[dict[str, Any]]) -> dict[int, str]:
-    """Steps after which the loss has other terms than before, with the names of the new terms."""
+    """Steps after which the terms of the loss change, with the names of the new terms."""
     changes: dict[int, str] = {}
     entries = [entry for entry in log if "loss" in entry]
     before, last = None, None
@@ -58,9 +58,9 @@ def objective_changes(log: list[dict[str, Any]]) -> dict[int, str]:
 
 
 def draw_curves(log_file: Path) -> Path:
-    """Plot the log of a run into curves.png beside it, and return the path.
+    """Plot the log of a run to curves.png beside it, and return the path.
 
-    A dashed line marks a change of the objective, where losses before and after it cannot be compared.
+    A dashed line marks a change of the objective. Losses before and after it cannot be compared.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
@@ -74,7 +74,7 @@ def draw_curves(log_file: Path) -> Path:
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     right = "right" if layers or preferences else "loss"
     panels: Any = figure.subplot_mosaic([["loss", right], ["rate", "norm"]], height_ratios=(2, 1))
-    colours: dict[str, Any] = {}  # of a training loss, which the evaluation's has too, dashed
+    colours: dict[str, Any] = {}  # by training loss; the dashed curve of its evaluation has the same colour
     for name, curve in losses.items():
         own = name.removeprefix("eval_")
         label = "total" if own == "loss" else own.removeprefix("loss_")

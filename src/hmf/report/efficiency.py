@@ -17,9 +17,9 @@ from .evidence import Evidence
 
 
 def planned(config: Any, evidence: Evidence, gpu: str) -> Iterator[Block]:
-    """Memory and throughput as `hmf plan` computes them. config: of the model; None where there is none yet."""
+    """Memory and throughput as computed by `hmf plan`. config: the model's config; None if there is no model yet."""
     if config is None:
-        yield Note("Not planned: no checkpoint is in the run folder yet.")
+        yield Note("Not planned: the run folder has no checkpoint yet.")
         return
     longest = config.max_position_embeddings
     contexts = [longest >> halvings for halvings in range(7, -1, -1) if longest >> halvings >= 128] or [longest]
@@ -42,7 +42,7 @@ def planned(config: Any, evidence: Evidence, gpu: str) -> Iterator[Block]:
     ]
     for key, title, label, value in measures:
         series = []
-        for number, plan in enumerate(reversed(plans)):  # the Transformer first, where there are two
+        for number, plan in enumerate(reversed(plans)):  # if there are two, the Transformer comes first
             fitting = [n for n in contexts if plan.sequences(n)]
             name = "Transformer" if not plan.pattern.replaced else "Hybrid"
             values = [value(plan, n) for n in fitting]
@@ -63,7 +63,7 @@ def planned(config: Any, evidence: Evidence, gpu: str) -> Iterator[Block]:
 
 
 def measured(evidence: Evidence) -> Iterator[Block]:
-    """Throughput as `hmf bench serving` measured it."""
+    """Throughput as measured by `hmf bench serving`."""
     yield Text("Measured")
     if not evidence.serving:
         yield Note(f"Throughput and time to first token: {NOT_MEASURED}. hmf bench serving --json-file writes them.")

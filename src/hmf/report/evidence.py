@@ -26,7 +26,7 @@ Stage = PrimeRecipe | DistillRecipe | FinetuneRecipe
 
 
 class ServingRow(Result):
-    """The keys that the card shows of a row of `hmf bench serving --json-file`."""
+    """The keys of a row of `hmf bench serving --json-file` that the card shows."""
 
     model: str
     context: Annotated[int, Field(ge=1)]
@@ -39,7 +39,7 @@ class ServingRow(Result):
 
 
 class Serving(Result):
-    """A file serving*.json, as `hmf bench serving --json-file` writes it."""
+    """A file serving*.json, written by `hmf bench serving --json-file`."""
 
     rows: Annotated[list[ServingRow], Field(min_length=1)]
     hardware: dict[str, str]
@@ -58,7 +58,7 @@ Content = TypeVar("Content", Scores, Serving)
 
 @dataclass(frozen=True)
 class Evidence:
-    """A run folder, and the checkpoint in it.
+    """A run folder and its checkpoint.
 
     Attributes:
         recipe: the run's recipe, if it is known already; otherwise it is read from the folder.
@@ -70,7 +70,8 @@ class Evidence:
 
     @classmethod
     def of(cls, place: Path, recipe: Stage | None = None) -> Evidence:
-        """The evidence in a run folder, given that folder or the model's folder in it. HmfError if it has no model."""
+        """The evidence in a run folder. `place` is that folder or the model's folder in it. Raises HmfError if there is
+        no model."""
         if not place.is_dir():
             raise HmfError(f"{place}: no such run folder; give the output folder of hmf prime or hmf finetune")
         if (place / MODEL / "config.json").is_file():
@@ -81,13 +82,13 @@ class Evidence:
 
     @cached_property
     def scores(self) -> dict[str, Scores]:
-        """By NAME of scores.NAME.json. HmfError if a file has no scores or was changed after it was written."""
+        """The scores by NAME of scores.NAME.json. Raises HmfError for a file that is invalid or was changed."""
         files = sorted(self.run.glob("scores.*.json"))
         return {file.name.removeprefix("scores.").removesuffix(".json"): _read(file, Scores) for file in files}
 
     @cached_property
     def answers(self) -> dict[str, dict[str, list[Answered]]]:
-        """By NAME of scores.NAME.json and by task, the answers to the prompts, where their files are there."""
+        """The stored answers, by NAME of scores.NAME.json and by task."""
         return {name: answers_of(self.run, name) for name in self.scores}
 
     @cached_property
@@ -97,7 +98,7 @@ class Evidence:
 
     @cached_property
     def stages(self) -> list[Stage]:
-        """The recipes that led to the model, from first to last, as far as their run folders exist."""
+        """The recipes that led to the model, from first to last, without those whose run folder is missing."""
         recipes = [self.recipe or _recipe(self.run)]
         seen = {self.run.resolve()}
         while isinstance(first := recipes[0], FinetuneRecipe):
@@ -110,13 +111,13 @@ class Evidence:
 
     @cached_property
     def base(self) -> str | None:
-        """The Transformer that the model was made from, as in the recipe; None if no recipe is there that names it."""
+        """The Transformer that the model was made from, as the recipe names it; None if no recipe names it."""
         first = self.stages[0] if self.stages else None
         return first.base if isinstance(first, PrimeRecipe) else None
 
     @cached_property
     def hub_name(self) -> str | None:
-        """Name of the base's repository on the Hub; None if the base is a folder or not known."""
+        """Name of the base's repository on the Hub; None if the base is a folder or is unknown."""
         if self.base is None:
             return None
         cached = next((part for part in Path(self.base).parts if part.startswith("models--")), None)
@@ -143,7 +144,7 @@ class Evidence:
         return self.hub_name or (Path(self.base).name if self.base else "a Transformer that is not stated")
 
     def source(self, row: TaskResult) -> str | None:
-        """Name of the harness's results file, in the run folder, that a score is from; None where there is none."""
+        """Name of the harness's results file in the run folder from which a score comes, or None."""
         name = (row.model_extra or {}).get("source")
         known = isinstance(name, str) and name == Path(name).name and (self.run / name).is_file()
         return name if known else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hmf report`: a run folder as one HTML page that needs no network, in which each number names its file."""
+"""`hmf report`: a run folder as one HTML page, which needs no network. Each number links to its file."""
 
 from __future__ import annotations
 
@@ -32,19 +32,22 @@ from .references import reference
 from .retention import Retention
 
 REPORT, TEMPLATE = "report.html", "report.html.jinja"
-MARKER = '<meta name="generator" content="hmf '  # by which a page of ours is known
+MARKER = '<meta name="generator" content="hmf '  # identifies a page that hmf wrote
 
 
 def write_report(place: Path, recipe: Stage | None = None, gpu: str = "h200", force: bool = False) -> Path:
     """`hmf report`: write report.html into the run folder `place`, and return its path.
 
-    gpu: what serving is planned for. force: replace a report.html that hmf did not write. HmfError for a folder that no
-    command here wrote to, for a file in it that is damaged, and for a report.html that is not to be replaced.
+    Args:
+        gpu: the GPUs of the serving plan.
+        force: replace a report.html that hmf did not write.
+    Raises:
+        HmfError: the folder is not a run folder, a file in it is damaged, or hmf did not write its report.html.
     """
     page = Page(_evidence(place, recipe), gpu)
     file = page.evidence.run / REPORT
     if not force and file.exists() and MARKER not in file.read_text(encoding="utf-8", errors="replace")[:2000]:
-        raise HmfError(f"{file}: was not written by hmf and is kept; --force replaces it, or move it away")
+        raise HmfError(f"{file}: was not written by hmf; use --force to overwrite it, or move it")
     text = page.render()
     try:
         replace_text(file, text)
@@ -54,7 +57,7 @@ def write_report(place: Path, recipe: Stage | None = None, gpu: str = "h200", fo
 
 
 def _evidence(place: Path, recipe: Stage | None) -> Evidence:
-    """Of a finished run, or of a folder in which a run has begun; HmfError for any other."""
+    """The evidence of a finished or unfinished run. Raises HmfError for a folder that is not a run folder."""
     try:
         return Evidence.of(place, recipe)
     except HmfError:
@@ -66,7 +69,7 @@ def _evidence(place: Path, recipe: Stage | None) -> Evidence:
 
 @dataclass(frozen=True)
 class Page:
-    """The page of a run folder; `gpu` is what serving is planned for."""
+    """The page of a run folder. `gpu` names the GPUs of the serving plan."""
 
     evidence: Evidence
     gpu: str
@@ -97,11 +100,11 @@ class Page:
             title=self.title, sections=sections, version=hmf.__version__, run=str(self.evidence.run)
         )
 
-    # ---- what the sections share
+    # ---- shared by the sections
 
     @cached_property
     def config(self) -> Any | None:
-        """Of the model, or of the last stage before it; None where there is none yet."""
+        """The config of the model, or of the last stage before it; None if there is no checkpoint yet."""
         run = self.evidence.run
         folders = (self.evidence.model, run / "stage1", run / "stage0")
         return next((load_config(folder) for folder in folders if (folder / "config.json").is_file()), None)
@@ -130,14 +133,14 @@ class Page:
 
     @cached_property
     def errors(self) -> tuple[str, dict[int, float]]:
-        """(log file, last relative squared error by layer) of the last log that has such."""
+        """(log file, last relative squared error by layer) from the last log that has layer errors."""
         for log in reversed(self.logs):
             if layers := curves(log.entries)[1]:
                 return log.file.name, {layer: values[-1] for layer, (_, values) in layers.items()}
         return "", {}
 
     def kind(self, symbol: str) -> str:
-        """A layer's type for people."""
+        """The display name of a layer type."""
         if symbol == ATTENTION:
             return "Attention"
         from hmf.config.layers import LAYER_KINDS
@@ -153,9 +156,9 @@ class Page:
             types = ", ".join(dict.fromkeys(self.kind(self.pattern.symbols[index]) for index in self.pattern.replaced))
             mixed = f"{replaced} of {layers} are {types}" if replaced else "all are Attention"
             rows.append([Cell("Layers"), Cell(f"all {layers} are Attention"), Cell(mixed, "#layers")])
-        head, found = self.retention.glance()
-        if found:
-            yield Table("The model beside its teacher", ["", *head], [*rows, *found])
+        head, comparison = self.retention.glance()
+        if comparison:
+            yield Table("The model and its teacher", ["", *head], [*rows, *comparison])
         else:
             yield Note(f"Scores: {NOT_MEASURED}.")
         yield Note(f"Base: {self.evidence.base_name}.")
@@ -172,7 +175,7 @@ class Page:
 
         for stage, after in zip(stages, stages[1:], strict=False):
             folder = Path(after.model).parent if isinstance(after, FinetuneRecipe) else None
-            rows.append([Cell(_stage(stage)), Cell(f"in the run folder {folder}"), Cell("see the report there")])
+            rows.append([Cell(_stage(stage)), Cell(f"in the run folder {folder}"), Cell("see its report")])
         last = stages[-1] if stages else None
         if self.selection is not None:
             seconds = self.selection.get("seconds")
@@ -188,7 +191,7 @@ class Page:
             title = _stage(last) if last is not None and log.file.name != "training.log.json" else log.title
             add(title, f"{log.steps:,} optimiser steps", log.seconds, log.file.name)
         if not self.logs:
-            rows.append([Cell("Training"), Cell("no log is in the run folder"), Cell(NOT_MEASURED)])
+            rows.append([Cell("Training"), Cell("the run folder has no log"), Cell(NOT_MEASURED)])
         if isinstance(last, PrimeRecipe):
             add("Export", "the Hybrid without its teacher", times.get("export"), records.TIMES)
         for name in (name for models in self.retention.suites.values() for name in models.values()):
@@ -196,15 +199,15 @@ class Page:
             prompts = sum(task.n for task in scores.tasks.values())
             what = f"{name}: {len(scores.tasks)} tasks, {prompts:,} prompts"
             add("Evaluation", what, getattr(scores, "seconds", None), f"scores.{name}.json")
-        yield Table("Steps of the run", ["step", "what", "time"], rows, left=2)
+        yield Table("Steps of the run", ["step", "what", "time"], rows, text_columns=2)
         yield Note(
-            "The time of a training is that of the process that ended it; a run that was started several times took "
-            "longer. Each time links to the file that it is from."
+            "The time of a training is that of the last process only; a resumed run took longer. Each time links to "
+            "its file."
         )
 
     def training(self) -> Iterator[Block]:
         if not self.logs:
-            yield Note(f"Loss and errors: {NOT_MEASURED}; no log is in the run folder.")
+            yield Note(f"Loss and errors: {NOT_MEASURED}; the run folder has no log.")
         for log in self.logs:
             yield from self._log(log)
 
@@ -214,15 +217,23 @@ class Page:
         if len(self.logs) > 1:
             yield Text(log.title)
         if losses:
-            notes = ["Losses on the two sides of a line cannot be compared."] if changes else []
+            notes = ["Losses before and after a dashed line cannot be compared."] if changes else []
             marks = {float(step): f"from here on the loss is the sum of {terms}" for step, terms in changes.items()}
-            found = [
+            loss_series = [
                 charts.Series(_loss(name), *broken(curve, changes), colour=1 + number, dash=number)
                 for number, (name, curve) in enumerate(losses.items())
             ]
             positive = all(value > 0 for _, values in losses.values() for value in values)
             yield charts.lines(
-                f"{key}-loss", "Loss", found, "step", "loss", source=source, log_y=positive, marks=marks, notes=notes
+                f"{key}-loss",
+                "Loss",
+                loss_series,
+                "step",
+                "loss",
+                source=source,
+                log_y=positive,
+                marks=marks,
+                notes=notes,
             )
         if layers:
             ends = min(layers), max(layers)
@@ -239,7 +250,7 @@ class Page:
                 source=source,
                 log_y=all(value > 0 for _, values in layers.values() for value in values),
                 legend=lambda one: one in (shades[0], shades[-1]),
-                notes=["Of the outputs after the layer. From the first layer to the last the colour changes evenly."],
+                notes=["The error of each layer's output. The colour changes evenly from the first to the last layer."],
             )
         for name in log.names:
             if name not in losses and not name.startswith("error_layer_"):
@@ -251,11 +262,11 @@ class Page:
 
     def layers(self) -> Iterator[Block]:
         if self.pattern is None:
-            yield Note("No checkpoint is in the run folder yet, so its layers are not known.")
+            yield Note("The run folder has no checkpoint yet, so the layers are unknown.")
             return
         symbols, (log, errors) = self.pattern.symbols, self.errors
-        found = self.selection or {}
-        scores, resamples = found.get("scores"), (found.get("stability") or {}).get("kept")
+        selection_record = self.selection or {}
+        scores, resamples = selection_record.get("scores"), (selection_record.get("stability") or {}).get("kept")
         yield Text(
             str(self.pattern),
             kind="layers",
@@ -271,7 +282,7 @@ class Page:
             ).strip()
             yield Note(f"The recipe's choice: hybrid: {chosen}", RECIPE)
         else:
-            yield Note(f"How the layers were chosen is {NOT_STATED}: no recipe of hmf prime is there.")
+            yield Note(f"The choice of layers is {NOT_STATED}: the run folder has no recipe of hmf prime.")
         if scores:
             yield charts.bars(
                 "selection",
@@ -282,7 +293,10 @@ class Page:
                 "layer",
                 "score",
                 source=records.SELECTION,
-                notes=[f"Method: {found.get('method', NOT_STATED)}. A larger score: attention is needed more."],
+                notes=[
+                    f"Method: {selection_record.get('method', NOT_STATED)}. A larger score means that attention is "
+                    "needed more."
+                ],
             )
         if errors:
             yield charts.bars(
@@ -294,7 +308,7 @@ class Page:
                 "layer",
                 "relative squared error",
                 source=log,
-                notes=["Of the outputs after the layer, at the last log of the training: errors add up over layers."],
+                notes=["The error of each layer's output at the last log entry. Errors accumulate over layers."],
             )
         head = ["layer", "type"] + ["score"] * bool(scores) + ["kept in resamples"] * bool(resamples)
         rows = []
@@ -308,7 +322,7 @@ class Page:
                 value = f"{errors[index]:.4g}" if index in errors else NOT_MEASURED
                 row.append(Cell(value, quote(log) if index in errors else ""))
             rows.append(row)
-        yield Table("Each layer", [*head, *["last error"] * bool(errors)], rows, left=2, folded=True)
+        yield Table("Each layer", [*head, *["last error"] * bool(errors)], rows, text_columns=2, folded=True)
 
     def provenance(self) -> Iterator[Block]:
         evidence = self.evidence
@@ -316,7 +330,7 @@ class Page:
             [Cell(one["name"], quote(one["name"])), Cell(one["bytes"]), Cell(one["sha256"])]
             for one in records.described(evidence.run)
         ]
-        yield Table("Files of the run folder that this page is from", ["file", "bytes", "SHA-256"], files, code=True)
+        yield Table("Files of the run folder that this page uses", ["file", "bytes", "SHA-256"], files, code=True)
         rows = []
         for stage in evidence.stages:
             if not isinstance(stage, DistillRecipe):
@@ -331,7 +345,7 @@ class Page:
             versions = getattr(serving, "versions", None) or {}
             shown = ", ".join(f"{key} {value}" for key, value in versions.items()) or NOT_STATED
             rows.append([Cell(name, quote(name)), Cell("none: random data"), Cell(shown)])
-        yield Table("Seeds and versions", ["of", "seed", "versions"], rows, left=3)
+        yield Table("Seeds and versions", ["of", "seed", "versions"], rows, text_columns=3)
         for name, scores in evidence.scores.items():
             yield Text(
                 records.shown_json(scores.model_dump(mode="json")), kind="code", title=f"All of scores.{name}.json"
@@ -340,7 +354,7 @@ class Page:
         if recipe.is_file():
             yield Text(records.read(recipe), kind="code", title="The recipe, recipe.yaml", opened=True)
         else:
-            yield Note(f"The recipe is {NOT_STATED}: no recipe.yaml is in the run folder.")
+            yield Note(f"The recipe is {NOT_STATED}: the run folder has no recipe.yaml.")
 
 
 def _stage(stage: Stage) -> str:
@@ -352,7 +366,7 @@ def _loss(name: str) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """As 8.1 s, 2 min 27 s or 3 h 05 min."""
+    """For example 8.1 s, 2 min 27 s or 3 h 05 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -12,7 +12,7 @@ from .evidence import Evidence
 
 
 def push_files(place: Path, repo: str, gpu: str = "h200") -> dict[str, Path | bytes]:
-    """The files to upload, by path in the repository: the model folder, its card, and the results that it links to.
+    """The files to upload, by path in the repository: the model folder, its card, and the results behind the card.
 
     The card is rendered for `repo`. A README.md that hmf did not write is uploaded unchanged, without results.
     """

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a run folder that the report shows beside those of `hmf.report.evidence`: logs, times and the
-selection of layers."""
+"""Further files of a run folder that the report shows: logs, times and the selection of layers."""
 
 from __future__ import annotations
 
@@ -22,11 +21,11 @@ from .evidence import MODEL, PRIMED, STAGE0, TEACHER, Scores
 
 TIMES = "times.json"
 LOGS = {"training.log.json": "Pretraining", "stage1.log.json": "Stage 1, distillation", "stage2.log.json": "Stage 2"}
-SUMMARY = ("train_", "total_flos")  # what the Trainer's last entry sums up
+SUMMARY = ("train_", "total_flos")  # prefixes of the keys in the Trainer's final summary
 
 
 def read(file: Path) -> str:
-    """The text of a file; HmfError where it cannot be read."""
+    """The text of a file. Raises HmfError if it cannot be read."""
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -35,7 +34,7 @@ def read(file: Path) -> str:
 
 
 def read_json(file: Path) -> Any:
-    """The JSON of a file; HmfError where it is damaged, or is not as it was written."""
+    """The JSON content of a file. Raises HmfError if it is damaged or was changed."""
     try:
         content = parse_json(read(file))
         return parse_sealed(read(file), required=False) if isinstance(content, dict) else content
@@ -57,12 +56,12 @@ class Log:
 
     @property
     def seconds(self) -> float | None:
-        """Of the process that ended the training; None where it has not ended."""
+        """The duration of the process that finished the training; None if it is unfinished."""
         return next((entry["train_runtime"] for entry in reversed(self.entries) if "train_runtime" in entry), None)
 
     @property
     def names(self) -> list[str]:
-        """Of the numbers that are logged over the steps, without those that sum the run up."""
+        """The names of the numbers that are logged over the steps, without those of the final summary."""
         series = dict.fromkeys(name for entry in self.entries for name in entry)
         return [name for name in series if name not in ("step", "epoch") and not name.startswith(SUMMARY)]
 
@@ -72,17 +71,17 @@ class Log:
 
 
 def logs(run: Path) -> list[Log]:
-    """The logs in a run folder, the stages in their order; HmfError for a file that is no log."""
+    """The logs in a run folder, in the order of the stages. Raises HmfError for a file that is not a log."""
     order = list(LOGS)
     files = sorted(run.glob("*.log.json"), key=lambda file: (file.name not in order, file.name))
     return [Log(file, LOGS.get(file.name, file.name), _entries(file)) for file in files]
 
 
 def _entries(file: Path) -> list[dict[str, Any]]:
-    """The entries, with their finite numbers alone: the others have no place in a chart."""
+    """The entries with their finite numbers only, because charts cannot show other values."""
     content = read_json(file)
     if not isinstance(content, list) or not all(isinstance(one, dict) and _number(one.get("step")) for one in content):
-        raise HmfError(f"{file}: is no log of a training, a list of entries with a step; remove it")
+        raise HmfError(f"{file}: is not a training log, which is a list of entries with a step; remove it")
     return [{name: value for name, value in one.items() if _number(value)} for one in content]
 
 
@@ -91,18 +90,18 @@ def _number(value: Any) -> bool:
 
 
 def times(run: Path) -> dict[str, float]:
-    """Seconds of the steps of `hmf prime` by name; nothing where they were not kept."""
+    """Seconds of the steps of `hmf prime` by name; empty if they were not stored."""
     file = run / TIMES
     content = read_json(file) if file.is_file() else {}
     if not isinstance(content, dict) or not all(_number(value) for value in content.values()):
-        raise HmfError(f"{file}: holds no seconds by step; remove it")
+        raise HmfError(f"{file}: has no seconds by step; remove it")
     return content
 
 
 def selection(run: Path, layers: int) -> dict[str, Any] | None:
-    """What chose the layers; None where there is no such file.
+    """The content of selection.json; None if there is no such file.
 
-    HmfError where its `scores`, if it has any, are not one number a layer.
+    Raises HmfError if it has `scores` that are not one number per layer.
     """
     file = run / SELECTION
     if not file.is_file():
@@ -115,9 +114,9 @@ def selection(run: Path, layers: int) -> dict[str, Any] | None:
 
 
 def suites(scores: Mapping[str, Scores]) -> dict[str, dict[str, str]]:
-    """By suite ("" for the tasks of `hmf prime`) and model, NAME of scores.NAME.json; the teacher comes first.
+    """NAME of scores.NAME.json by suite ("" for the tasks of `hmf prime`) and by model. The teacher comes first.
 
-    The model of a run that is not of `hmf prime` is called as that of one is, `PRIMED`.
+    The final model of any run has the key `PRIMED`, even if `hmf prime` did not make it.
     """
     files: dict[str, dict[str, str]] = {}
     for name, content in scores.items():
@@ -131,13 +130,13 @@ def suites(scores: Mapping[str, Scores]) -> dict[str, dict[str, str]]:
 
 
 def length_of(key: str, result: TaskResult) -> int | None:
-    """Tokens of a task's prompts, which the result states or its key, as needle@4096."""
+    """Tokens of a task's prompts, from the result or from its key, such as needle@4096."""
     after = key.partition("@")[2]
     return result.length if result.length is not None else int(after) if after.isdecimal() else None
 
 
 def described(run: Path) -> Iterator[dict[str, str]]:
-    """The files in the run folder that the report is from, with size and hash."""
+    """The files of the run folder that the report uses, with size and hash."""
     patterns = ("recipe.yaml", "*.log.json", "*.json", f"{ANSWERS}/*/*.jsonl", "model/config.json", "model/README.md")
     for file in sorted({file for pattern in patterns for file in run.glob(pattern) if file.is_file()}):
         content = file.read_bytes()
@@ -149,5 +148,5 @@ def described(run: Path) -> Iterator[dict[str, str]]:
 
 
 def shown_json(value: Any) -> str:
-    """A value of a results file for people to read."""
+    """A value of a results file as readable text."""
     return json.dumps(value, indent=1, ensure_ascii=False, default=str)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Hybrid kept of its teacher, for the report: by task, by length, by position, and prompt by prompt."""
+"""The report's comparison of a Hybrid with its teacher: by task, by length, by position, and prompt by prompt."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from .card import NOT_MEASURED
 from .evidence import PRIMED, STAGE0, TEACHER, Evidence, Scores
 
 COLOURS = {TEACHER: 0, PRIMED: 1, STAGE0: 2}
-SHOWN = 2  # samples of a task
+SHOWN = 2  # number of samples shown for a task
 NOT_KEPT = "Answers to single prompts: not measured; the run folder has no files evaluation/NAME/TASK.jsonl."
 
 
 @dataclass(frozen=True)
 class Retention:
-    """title: of the primed model."""
+    """The comparison of the models of a run folder. title: the title of the primed model."""
 
     evidence: Evidence
     title: str
 
     @cached_property
     def suites(self) -> dict[str, dict[str, str]]:
-        """By suite and model, NAME of scores.NAME.json."""
+        """NAME of scores.NAME.json, by suite and model."""
         return records.suites(self.evidence.scores)
 
     def scores(self, name: str) -> Scores:
         return self.evidence.scores[name]
 
     def called(self, model: str) -> str:
-        """A model for people."""
+        """The display name of a model."""
         names = {TEACHER: "teacher", PRIMED: "this model", STAGE0: "Stage 0, not trained"}
         return names.get(model, model)
 
     def glance(self) -> tuple[list[str], list[list[Cell]]]:
-        """(names of two models, a row of their figures for each measure) of the first suite that has both."""
-        models = next((found for found in self.suites.values() if TEACHER in found and PRIMED in found), None)
+        """(names of two models, a row of their figures for each measure), from the first suite that has both."""
+        models = next((suite for suite in self.suites.values() if TEACHER in suite and PRIMED in suite), None)
         if models is None:
             return [], []
         names = [models[TEACHER], models[PRIMED]]
@@ -59,8 +59,8 @@ class Retention:
 
         add("Perplexity of held-out text", [f"{one.text.perplexity:.2f}" if one.text else None for one in both])
         for key in dict.fromkeys(key for one in both for key in one.tasks):
-            found = [one.tasks.get(key) for one in both]
-            shown = [None if task is None else f"{_percent(task.accuracy)} ({_span(task)})" for task in found]
+            tasks = [one.tasks.get(key) for one in both]
+            shown = [None if task is None else f"{_percent(task.accuracy)} ({_span(task)})" for task in tasks]
             add(f"{key}, correct answers", shown)
         footprints = [getattr(one, "footprint", None) for one in both]
         for field, measure in (
@@ -74,7 +74,7 @@ class Retention:
 
     def blocks(self) -> Iterator[Block]:
         if not self.suites:
-            yield Note(f"Scores: {NOT_MEASURED}; no scores.NAME.json is in the run folder.")
+            yield Note(f"Scores: {NOT_MEASURED}; the run folder has no scores.NAME.json.")
         for suite, models in self.suites.items():
             yield Text(f"Suite {suite}" if suite else "Evaluation of hmf prime")
             keys = list(dict.fromkeys(key for name in models.values() for key in self.scores(name).tasks))
@@ -126,16 +126,16 @@ class Retention:
             )
 
     def _charts(self, suite: str, models: dict[str, str], keys: list[str]) -> Iterator[Block]:
-        """Tasks of one length together, and each task of several lengths over these."""
+        """One chart of all tasks with a single length, and a chart over length for each task with several lengths."""
         lengths: dict[str, dict[int, str]] = {}
         for key in keys:
-            result = next(found.tasks[key] for name in models.values() if key in (found := self.scores(name)).tasks)
+            result = next(scores.tasks[key] for name in models.values() if key in (scores := self.scores(name)).tasks)
             if (length := records.length_of(key, result)) is not None:
                 lengths.setdefault(self._task(key), {})[length] = key
-        curves = {task: found for task, found in lengths.items() if len(found) > 1}
+        curves = {task: by_length for task, by_length in lengths.items() if len(by_length) > 1}
         single = [key for key in keys if self._task(key) not in curves]
         source = ", ".join(f"scores.{name}.json" for name in models.values())
-        notes = ["Points: share of exact answers. Bars: 95% intervals. Answers that were cut off count as wrong."]
+        notes = ["Points: share of exact answers. Bars: 95% intervals. Truncated answers count as wrong."]
         if single:
             rows = [
                 [key, self.called(model), _percent(task.accuracy), _span(task)]
@@ -177,26 +177,26 @@ class Retention:
             )
 
     def _series(self, models: dict[str, str], model: str, keys: list[str]) -> charts.Series:
-        """A model's percentages; `x` are places in `keys`."""
+        """A model's percentages. The `x` of the series are indices into `keys`."""
         tasks = self.scores(models[model]).tasks
-        there = [place for place, key in enumerate(keys) if key in tasks]
-        found = [tasks[keys[place]] for place in there]
+        places = [place for place, key in enumerate(keys) if key in tasks]
+        results = [tasks[keys[place]] for place in places]
         number = COLOURS.get(model, 3 + list(models).index(model))
-        low, high = ([100 * one.interval[side] for one in found] for side in (0, 1))
-        values = [100 * one.accuracy for one in found]
-        return charts.Series(self.called(model), there, values, low, high, number, number)
+        low, high = ([100 * one.interval[side] for one in results] for side in (0, 1))
+        values = [100 * one.accuracy for one in results]
+        return charts.Series(self.called(model), places, values, low, high, number, number)
 
     def _table(self, models: dict[str, str], keys: list[str], where: str) -> Table:
         rows = []
         teacher = self.scores(models[TEACHER]).tasks if TEACHER in models else {}
         for key in keys:
             for model, name in models.items():
-                found = self.scores(name)
-                task = found.tasks.get(key)
+                scores = self.scores(name)
+                task = scores.tasks.get(key)
                 if task is None:
                     rows.append([Cell(key), Cell(self.called(model)), Cell(NOT_MEASURED), *[Cell("")] * 5])
                     continue
-                length = records.length_of(key, task) or found.length
+                length = records.length_of(key, task) or scores.length
                 cut = NOT_MEASURED if task.truncated is None else f"{round(task.truncated * task.n):,}"
                 change = 100 * (task.accuracy - teacher[key].accuracy) if key in teacher and model != TEACHER else None
                 rows.append(
@@ -221,10 +221,10 @@ class Retention:
             "cut off",
             "tokens at most",
         ]
-        return Table(f"Every score, with its interval and its file{where}", head, rows, left=2)
+        return Table(f"Every score, with its interval and its file{where}", head, rows, text_columns=2)
 
     def _pairs(self, models: dict[str, str], keys: list[str], where: str) -> Iterator[Block]:
-        """Teacher and model on the same prompts."""
+        """Tables that compare teacher and model on the same prompts."""
         rows = []
         for key in keys:
             if pair := self._paired(models, key):
@@ -236,7 +236,7 @@ class Retention:
             yield Table(f"The same prompts{where}, answered correctly by", head, rows)
 
     def _answers(self, name: str, key: str) -> dict[int, Answered]:
-        """The answers behind a task of scores.`name`.json, by index of the prompt; nothing where they were not kept."""
+        """The answers behind a task of scores.`name`.json, by index of the prompt; empty if they were not stored."""
         return {one.index: one for one in self.evidence.answers.get(name, {}).get(key, ())}
 
     def _paired(self, models: dict[str, str], key: str) -> list[tuple[Answered, Answered]]:
@@ -252,32 +252,34 @@ class Retention:
         ]
 
     def samples(self) -> Iterator[Block]:
-        """Of each task the first prompts on which the models differ, or else the first ones."""
-        found = [sample for models in self.suites.values() for sample in self._samples_of(models)]
-        if found:
-            yield Note("Of each task, the first prompts on which teacher and model differ, and else the first prompts.")
+        """For each task, the first prompts on which the models differ, followed by other prompts."""
+        all_samples = [sample for models in self.suites.values() for sample in self._samples_of(models)]
+        if all_samples:
+            yield Note("For each task, prompts on which teacher and model differ come first.")
         else:
             yield Note(NOT_KEPT)
-        yield from found
+        yield from all_samples
 
     def _samples_of(self, models: dict[str, str]) -> Iterator[Samples]:
-        left: dict[str, int] = {}
+        remaining: dict[str, int] = {}
         for key in dict.fromkeys(key for name in models.values() for key in self.scores(name).tasks):
             chosen = [model for model in (TEACHER, PRIMED) if model in models] or list(models)[:1]
-            found = {model: self._answers(models[model], key) for model in chosen}
-            found = {model: answers for model, answers in found.items() if answers}
-            if TEACHER in found and PRIMED in found:
+            answers_by_model = {model: self._answers(models[model], key) for model in chosen}
+            answers_by_model = {model: answers for model, answers in answers_by_model.items() if answers}
+            if TEACHER in answers_by_model and PRIMED in answers_by_model:
                 pairs = self._paired(models, key)
                 pairs.sort(key=lambda pair: pair[0].correct == pair[1].correct)
                 indices = [pair[0].index for pair in pairs]
             else:
-                indices = sorted(next(iter(found.values()), {}))
-            for index in indices[: left.setdefault(self._task(key), SHOWN)]:
-                left[self._task(key)] -= 1
-                yield self._sample(models, key, index, {model: answers[index] for model, answers in found.items()})
+                indices = sorted(next(iter(answers_by_model.values()), {}))
+            for index in indices[: remaining.setdefault(self._task(key), SHOWN)]:
+                remaining[self._task(key)] -= 1
+                yield self._sample(
+                    models, key, index, {model: answers[index] for model, answers in answers_by_model.items()}
+                )
 
-    def _sample(self, models: dict[str, str], key: str, index: int, found: dict[str, Answered]) -> Samples:
-        first = next(iter(found.values()))
+    def _sample(self, models: dict[str, str], key: str, index: int, answers: dict[str, Answered]) -> Samples:
+        first = next(iter(answers.values()))
         return Samples(
             f"{key}, prompt {index}",
             first.prompt,
@@ -289,7 +291,7 @@ class Retention:
                     "correct" if one.correct else "cut off, counts as wrong" if one.truncated else "wrong",
                     quote(f"{ANSWERS}/{models[model]}/{key}.jsonl"),
                 )
-                for model, one in found.items()
+                for model, one in answers.items()
             ],
         )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Printing of training documents as the model reads them, and of their counts."""
+"""Prints training documents as the model reads them, and counts of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hmf.config.data import DataRecipe
 from hmf.data.encoding import IGNORED
-from hmf.data.prepare import PreparedDataset
+from hmf.data.prepared import PreparedDataset
 from hmf.data.shards import Counts, Encoder
 from hmf.data.sources import Source
 from hmf.data.tokenizer import load_tokenizer
@@ -26,7 +26,7 @@ SUPERVISED, CONTEXT, OMITTED = "bold green", "dim", "yellow"
 
 
 def show_prepared(folder: Path, resolve: Callable[[str], Path], samples: int, tokens: int) -> None:
-    """Print counts of a prepared data set and `samples` of its documents, evenly from its rows, alternating sources."""
+    """Print counts of a prepared data set and `samples` documents, spread over its rows and alternating its sources."""
     prepared = PreparedDataset(folder)
     tokenizer = load_tokenizer(resolve(prepared.index["recipe"]["tokenizer"]))
     console = _console()
@@ -42,7 +42,7 @@ def show_prepared(folder: Path, resolve: Callable[[str], Path], samples: int, to
 
 
 def _document(prepared: PreparedDataset, first: int, source: str) -> tuple[Any, int]:
-    """A row, and the index in it of a document from `source`, or the first document if the next 200 rows have none."""
+    """A row and the index in it of a document from `source`. If the next 200 rows have none, the first document."""
     for number in range(first, min(first + 200, len(prepared))):
         row = prepared.stored[number]
         for place, where in enumerate(row["where"]):

@@ -13,7 +13,7 @@ from rich.table import Table
 
 
 def print_selection(selection: dict[str, Any]) -> None:
-    """The pattern, a row for each layer, how stable the choice is, and what it cost."""
+    """Print the pattern, a row for each layer, the stability of the choice, and its cost."""
     table = Table(title=selection["pattern"], title_justify="left")
     stability = selection.get("stability")
     columns = [
@@ -46,7 +46,7 @@ def print_selection(selection: dict[str, Any]) -> None:
 
 
 def draw_selection(file: Path) -> Path | None:
-    """Draw the scores of a selection.json beside it, as selection.png; None where the method has no scores."""
+    """Draw the scores of a selection.json as selection.png beside it. Returns None if the method has no scores."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of suites: for the terminal, and for the model card."""
+"""Scores of suites, for the terminal and for the model card."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MISSING = "not measured"
 
 
 def print_suites(scores: Mapping[str, Scores], pairs: Mapping[str, Mapping[str, Pair | None]]) -> None:
-    """One row for each task, length and model; then perplexity by position, the models compared, and parity."""
+    """Print a row for each task, length and model; then perplexity by position, paired comparisons, and parity."""
     tables = [_tasks(scores), _positions(scores), *(_pairs(first_of(scores), *each) for each in pairs.items())]
     console = Console(width=max(110, Console().width))
     for table in filter(None, tables):
@@ -54,7 +54,7 @@ def _tasks(scores: Mapping[str, Scores]) -> Table | None:
 
 
 def title(key: str, task: TaskResult) -> str:
-    """A task and its length, for people."""
+    """The display name of a task with its length."""
     return f"{task.task or key} {short(task.length)}" if task.length else key
 
 
@@ -75,9 +75,9 @@ def _caption(scores: Mapping[str, Scores]) -> str:
     if sampling.get("temperature"):
         drawn = f"answers drawn at temperature {sampling['temperature']:g}, top-p {sampling.get('top_p', 1):g}"
     return (
-        f"{drawn}, seed {settings.get('seed')}, thinking {'on' if settings.get('thinking') else 'off'}; cut off: the "
-        "answer reached the longest one allowed before it ended: it is in n, neither correct nor wrong; log p/token: "
-        "of the expected answer given the prompt, without thinking"
+        f"{drawn}, seed {settings.get('seed')}, thinking {'on' if settings.get('thinking') else 'off'}; cut off: "
+        "answers that reached the token limit; they count in n, but are neither correct nor wrong; log p/token: mean "
+        "log-probability of the expected answer's tokens, without thinking"
     )
 
 
@@ -85,7 +85,7 @@ def _positions(scores: Mapping[str, Scores]) -> Table | None:
     if not any(result.positions for result in scores.values()):
         return None
     return _side_by_side(
-        "perplexity of library text, by how many tokens are before",
+        "perplexity of library text, by the number of tokens before",
         {name: {(p.start, p.end): f"{p.perplexity:.3f}" for p in result.positions} for name, result in scores.items()},
         lambda place: f"{place[0]:,}–{place[1] - 1:,}",
     )
@@ -105,8 +105,8 @@ def _pairs(first: str, second: str, result: Mapping[str, Pair | None]) -> Table 
     if not result:
         return None
     table = Table(
-        title=f"{first} less {second}, on the same prompts",
-        caption="difference in points of percent, 95% interval by the paired bootstrap; p: McNemar's exact test",
+        title=f"{first} minus {second}, on the same prompts",
+        caption="difference in percentage points, 95% interval by the paired bootstrap; p: McNemar's exact test",
         caption_justify="left",
     )
     table.add_column("task", no_wrap=True)
@@ -119,17 +119,17 @@ def _pairs(first: str, second: str, result: Mapping[str, Pair | None]) -> Table 
 
 def pair_cells(pair: Pair | None) -> Sequence[str]:
     if pair is None:
-        return ["not compared: other prompts", "", "", "", ""]
+        return ["not compared: different prompts", "", "", "", ""]
     low, high = pair.interval
     difference = f"{100 * pair.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
     return [difference, str(pair.n), str(pair.first_only), str(pair.second_only), f"{pair.p:.3g}"]
 
 
 def parity_line(result: ParityResult) -> str:
-    """What the gate result, in a sentence."""
+    """The result of the parity check in a sentence."""
     verdict = "passed" if result.passed else "NOT passed"
     return (
-        f"parity of Hugging Face and the server: {verdict}. KL divergence a token: {result.prompt_kl:.2e} over "
+        f"parity of Hugging Face and the server: {verdict}. KL divergence per token: {result.prompt_kl:.2e} over "
         f"{result.prompt_tokens:,} prompt tokens, {result.generated_kl:.2e} over {result.generated_tokens:,} generated "
         f"tokens, at most {result.max_kl:.2e}; bound of both means {result.bound:g} nats (the server's "
         f"{result.top_k} likeliest tokens and the rest)"
@@ -142,9 +142,11 @@ def parity_line(result: ParityResult) -> str:
 def card_suites(
     evidence: Evidence, named: Callable[[str, Scores], str], link: Callable[[str, str], str]
 ) -> Iterator[str]:
-    """Of each suite: a table of its tasks by model, perplexity by position, this model against the others, parity.
+    """For each suite: a table of its tasks by model, perplexity by position, paired comparisons, and parity.
 
-    named: what the card calls the model of a file, by NAME and content. link: a text as a link to a file.
+    Args:
+        named: returns a model's name in the card, for NAME and content of its file.
+        link: returns a text as a link to a file.
     """
     suites = dict.fromkeys(result.suite for result in evidence.scores.values() if result.suite not in (None, SMALL))
     for suite in suites:
@@ -163,7 +165,7 @@ def card_suites(
                 f"{name}: {_how(result)}." for name, result in zip(titles, files.values(), strict=True)
             )
         if any(result.positions for result in files.values()):
-            yield "\nPerplexity of library text, by how many tokens are before:\n"
+            yield "\nPerplexity of library text, by the number of tokens before:\n"
             yield markdown(["Tokens before", *titles], _position_rows(files, link))
         yield from _card_pairs(evidence, files, named)
         for name, result in files.items():
@@ -178,12 +180,12 @@ def _titled(name: str, result: Scores, named: Callable[[str, Scores], str]) -> s
 
 
 def _how(result: Scores) -> str:
-    """Settings and versions of a file of scores, as far as it states them."""
+    """The settings and versions that a file of scores states."""
     sampling, settings = result.settings.get("sampling") or {}, result.settings
     parts = []
     if "temperature" in sampling:
         parts.append(f"temperature {sampling['temperature']:g}, top-p {sampling.get('top_p', 1):g}")
-        parts.append(f"answers of at most {sampling.get('max_new_tokens')} tokens beside the expected one's")
+        parts.append(f"answers of at most {sampling.get('max_new_tokens')} tokens in addition to the expected answer's")
     parts += [f"{key} {settings[key]}" for key in ("seed", "dtype", "device") if settings.get(key) is not None]
     if "thinking" in settings:
         parts.append(f"thinking {'on' if settings['thinking'] else 'off'}")
@@ -192,9 +194,9 @@ def _how(result: Scores) -> str:
 
 
 def task_cell(task: TaskResult | None, name: str, link: Callable[[str, str], str], evidence: Evidence) -> str:
-    """Score, n, interval, truncated answers and likelihood, as far as they were measured.
+    """Score, n, interval, truncated answers and likelihood; those that were not measured are omitted.
 
-    The score links to the file of the harness that it is from, or else to scores.`name`.json.
+    The score links to the harness's results file if there is one, otherwise to scores.`name`.json.
     """
     if task is None:
         return MISSING
@@ -218,7 +220,7 @@ def _position_rows(files: Mapping[str, Scores], link: Callable[[str, str], str])
 
 
 def _card_pairs(evidence: Evidence, files: Mapping[str, Scores], named: Callable[[str, Scores], str]) -> Iterator[str]:
-    """This model less each other one, where both have answered the same prompts."""
+    """Differences between this model and each other model that has answered the same prompts."""
     ours = [name for name, result in files.items() if who(name, result) in (PRIMED, MODEL)]
     rows = []
     for name, other in ((name, other) for name in ours for other in files if other not in ours):
@@ -226,13 +228,13 @@ def _card_pairs(evidence: Evidence, files: Mapping[str, Scores], named: Callable
             if pair is not None:
                 rows.append([key, _titled(other, files[other], named), *pair_cells(pair)])
     if rows:
-        yield "\nThis model less another one on the same prompts, in points of percent:\n"
+        yield "\nThis model minus another model on the same prompts, in percentage points:\n"
         head = ["Task", "Other model", "Difference (95%)", "n", "this one only", "the other only", "p"]
         yield markdown(head, rows)
-        yield "\nThe interval is a paired bootstrap's; p is of McNemar's exact test."
+        yield "\nThe interval is from the paired bootstrap; p is from McNemar's exact test."
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table."""
+    """A table in Markdown."""
     lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

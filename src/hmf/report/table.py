@@ -52,7 +52,7 @@ def _caption(score: dict[str, Any]) -> str:
 
 
 def next_commands(run: Path, hmf: str) -> str:
-    """Commands to run after priming. hmf: how the command is called here."""
+    """Commands to run after priming. hmf: the command's name on this machine."""
     return "\n".join(
         (
             "Next:",

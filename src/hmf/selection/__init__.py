@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers keep attention: one fused model in which every layer has attention and mixer, and ways to choose."""
+"""Selection of the layers that keep attention, with one fused model that has attention and a mixer in every layer."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hmf select`: choose the layers that keep attention, and write selection.json with what the choice rests on."""
+"""`hmf select`: choose the layers that keep attention, and write the choice and its basis to selection.json."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .scores import Choice, Scorer, cost, means
 from .supernet import align, fused_everywhere, training_of
 
 SELECTION = "selection.json"
-OTHER_ROWS = 2**31  # added to the seed: rows that the training before does not read
+OTHER_ROWS = 2**31  # added to the seed, to draw rows other than those of the training
 KL, LOSS = ("kl_text", "kl_answers"), ("loss_answers",)
 
 
@@ -44,21 +44,24 @@ def select(
 ) -> dict[str, Any]:
     """Choose which `keep` of the `layers` of `base` keep attention, by the recipe's section `select`.
 
-    The result is the content of `out`/selection.json: method, mixer, seed, keep, pattern, kept and replaced layers,
-    scores by layer (larger where attention is needed more), and for methods that measure: measures, stability,
-    agreement and cost; docs/selection.md describes each. `draw` gets the file's path. The caller holds `out` for this
-    recipe (`hmf.folders.claimed`): training goes on from `out`/selection where it was cut off, and a selection that is
-    there is read.
+    The result is the content of `out`/selection.json: method, mixer, seed, keep, pattern, kept and replaced layers, and
+    scores by layer (larger where attention is needed more). Methods that run the model add measures, stability,
+    agreement and cost. docs/selection.md describes each key.
 
+    The caller holds `out` for this recipe (`hmf.folders.claimed`). An interrupted training resumes from
+    `out`/selection, and an existing selection.json is read instead of computed.
+
+    Args:
+        draw: called with the path of selection.json.
     Raises:
-        HmfError: a keep that is not from 0 to `layers` - 1; a file of scores that is damaged or not of this model.
+        HmfError: `keep` is not from 0 to `layers` - 1; a file of scores is damaged or belongs to another model.
     """
     settings = recipe.select
     if not 0 <= keep < layers:
         raise HmfError(f"keep: {keep} is not from 0 to {layers - 1}; the model has {layers} layers")
     file = out / SELECTION
-    if (found := read_selection(file)) is not None:
-        return found
+    if (stored := read_selection(file)) is not None:
+        return stored
     started = time.perf_counter()
     if settings.method == "uniform":
         choice = frozenset(Pattern.generate(layers, recipe.hybrid.mixer, (layers - keep) / layers).replaced)
@@ -90,7 +93,7 @@ def select(
 
 
 def read_selection(file: Path) -> dict[str, Any] | None:
-    """The content of a selection.json; None where there is none or it is damaged."""
+    """The content of a selection.json; None if it is missing or damaged."""
     with suppress(FileNotFoundError, ValueError):
         return parse_sealed(file.read_text(encoding="utf-8"))
     return None
@@ -104,7 +107,7 @@ def _measured(
     out: Path,
     draw: Callable[[Path], object] | None,
 ) -> tuple[Choice, dict[str, Any]]:
-    """The choice of a method that runs the model, and what is written of it."""
+    """The choice of a method that runs the model, and the keys that it adds to selection.json."""
     settings, hybrid = recipe.select, recipe.hybrid
     mixer, options = hybrid.mixer, hybrid.options_by_key()
     if settings.method == "window":
@@ -123,8 +126,8 @@ def _measured(
     at_start = Scorer(model, rows, batch_size)
     if settings.method == "window" and "loss_answers" not in means(at_start([frozenset()])[0]):
         raise HmfError(
-            "select.method: window ranks by the loss of answers, and the data has none; add distill.data.tasks or "
-            "conversations, or take the method kl"
+            "select.method: window ranks layers by the loss of answers, and the data has no answers; add "
+            "distill.data.tasks or conversations, or use the method kl"
         )
     teacher = prices([frozenset()], at_start)[0]
     rankings = {"Stage 0, one at a time": [price - teacher for price in prices(alone, at_start)]}
@@ -148,7 +151,7 @@ def _measured(
         return by_rank(score(alone), keep)
 
     choice = choose(lambda choices: prices(choices, scorer))
-    if settings.method in ("supernet", "greedy"):  # what each layer matters beside the others as they are chosen
+    if settings.method in ("supernet", "greedy"):  # the effect of each layer, with all others as chosen
         with_it = prices([choice - {layer} for layer in range(layers)], scorer)
         without = prices([choice | {layer} for layer in range(layers)], scorer)
         scores = [more - less for more, less in zip(without, with_it, strict=True)]
@@ -193,11 +196,13 @@ def _scored_rows(recipe: PrimeRecipe, tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 def read_scores(file: Path, layers: int) -> list[float]:
-    """A number for each layer, from JSON (a list, or an object of layer and number, or either under "scores") or from
-    CSV with the columns layer and score; larger where attention is needed more.
+    """A score for each layer from a file; larger where attention is needed more.
+
+    The file is JSON (a list, an object of layers and numbers, or either under the key "scores") or CSV with the columns
+    layer and score.
 
     Raises:
-        HmfError: a file that cannot be read, and layers that are missing, twice there or not of the model.
+        HmfError: the file cannot be read; a layer is missing, occurs twice or is not in the model.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -206,20 +211,20 @@ def read_scores(file: Path, layers: int) -> list[float]:
     except UnicodeDecodeError:
         raise HmfError(f"{file}: is not UTF-8 text; give JSON, or CSV with the columns layer and score") from None
     pairs = _csv_pairs(file, text) if file.suffix.lower() == ".csv" else _json_pairs(file, text)
-    found: dict[int, float] = {}
+    scores: dict[int, float] = {}
     for name, value in pairs:
         try:
             layer, score = int(str(name)), float(value)
         except (TypeError, ValueError):
             raise HmfError(f"{file}: {name!r:.60}: {value!r:.60}: give the index of a layer and a number") from None
-        if not 0 <= layer < layers or layer in found or not math.isfinite(score) or isinstance(value, bool):
+        if not 0 <= layer < layers or layer in scores or not math.isfinite(score) or isinstance(value, bool):
             raise HmfError(
                 f"{file}: layer {layer}, score {value!r:.60}: give each layer from 0 to {layers - 1} one finite number"
             )
-        found[layer] = score
-    if missing := sorted(set(range(layers)) - found.keys()):
+        scores[layer] = score
+    if missing := sorted(set(range(layers)) - scores.keys()):
         raise HmfError(f"{file}: no score for the layers {missing}; the model has {layers} layers")
-    return [found[layer] for layer in range(layers)]
+    return [scores[layer] for layer in range(layers)]
 
 
 def _json_pairs(file: Path, text: str) -> list[tuple[Any, Any]]:
@@ -233,7 +238,7 @@ def _json_pairs(file: Path, text: str) -> list[tuple[Any, Any]]:
         return list(enumerate(content))
     if isinstance(content, dict):
         return list(content.items())
-    raise HmfError(f"{file}: holds no scores; give a list, or an object of layer and score")
+    raise HmfError(f"{file}: has no scores; give a list, or an object of layers and scores")
 
 
 def _csv_pairs(file: Path, text: str) -> list[tuple[Any, Any]]:
@@ -242,5 +247,5 @@ def _csv_pairs(file: Path, text: str) -> list[tuple[Any, Any]]:
         raise HmfError(f"{file}: the first line is {','.join(table.fieldnames or ())!r}; it must be layer,score")
     rows = list(table)
     if any(None in row or None in row.values() for row in rows):
-        raise HmfError(f"{file}: a line has not two values; write layer,score in each")
+        raise HmfError(f"{file}: a line does not have two values; write layer,score in each line")
     return [(row["layer"], row["score"]) for row in rows]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What it costs to replace some layers: the student with these mixers beside the teacher, on rows that it has not seen.
+"""The cost of replacing some layers: a comparison of the student with these mixers and the teacher on unseen rows.
 
 A choice is the set of its replaced layers, a frozenset of indices.
 """
@@ -19,8 +19,8 @@ from hmf.model.modeling import STUDENT, TEACHER
 from hmf.priming.objectives import LOGITS_AT_ONCE
 
 Choice = frozenset[int]
-# KL(teacher || student) in nats a token of text and of answers; of answers also the loss, and the share of tokens for
-# which another token is the likeliest than the teacher's.
+# KL(teacher || student) in nats per token, for text and for answers; for answers also the loss, and the share of
+# positions at which student and teacher have different likeliest tokens.
 MEASURES = ("kl_text", "kl_answers", "loss_answers", "differ_answers")
 
 
@@ -28,9 +28,9 @@ class Scorer:
     """Scores choices on `rows`, each choice once.
 
     Args:
-        model: fused, with a mixer in every layer; moved nowhere and left in evaluation mode.
-        rows: of one length (`hmf.data.packing`).
-        batch_size: rows that are computed together.
+        model: a fused model with a mixer in every layer. It stays on its device, and is set to evaluation mode.
+        rows: rows of equal length (`hmf.data.packing`).
+        batch_size: number of rows in a forward pass.
     """
 
     def __init__(self, model: PreTrainedModel, rows: Sequence[PackedRow], batch_size: int = 4):
@@ -38,16 +38,16 @@ class Scorer:
         self.known: dict[Choice, torch.Tensor] = {}
 
     def __call__(self, choices: Iterable[Choice]) -> list[torch.Tensor]:
-        """Of each choice float64 [rows, measures, 2]: sums over the tokens of a row, and how many tokens these are."""
+        """For each choice float64 [rows, measures, 2]: sums over the tokens of a row, and the numbers of tokens."""
         choices = list(choices)
-        wanted = sorted({choice for choice in choices if choice not in self.known}, key=sorted)
-        found: dict[Choice, list[torch.Tensor]] = {choice: [] for choice in wanted}
-        if wanted:
+        new = sorted({choice for choice in choices if choice not in self.known}, key=sorted)
+        sums_of: dict[Choice, list[torch.Tensor]] = {choice: [] for choice in new}
+        if new:
             for start in range(0, len(self.rows), self.batch_size):
                 batch = torch.utils.data.default_collate(self.rows[start : start + self.batch_size])
-                for choice, sums in zip(wanted, self._batch(batch, wanted), strict=True):
-                    found[choice].append(sums)
-        self.known |= {choice: torch.cat(parts) for choice, parts in found.items()}
+                for choice, sums in zip(new, self._batch(batch, new), strict=True):
+                    sums_of[choice].append(sums)
+        self.known |= {choice: torch.cat(parts) for choice, parts in sums_of.items()}
         return [self.known[choice] for choice in choices]
 
     @torch.no_grad()
@@ -69,7 +69,7 @@ class Scorer:
             yield sums.index_add_(0, rows, torch.stack([values * tokens, tokens], -1)).cpu()
 
     def _hidden_states(self, inputs: Any, choices: Sequence[Choice]) -> Iterator[torch.Tensor]:
-        """Final hidden states [B, T, D] of each choice; what a choice shares with the one before is not run again."""
+        """Final hidden states [B, T, D] of each choice. Layers are run again only from the first that changes."""
         decoder, before = self.model.model, None
         layers, states = len(decoder.layers), [inputs.hidden_states]
         for choice in choices:
@@ -83,37 +83,37 @@ class Scorer:
             yield decoder.norm(states[-1])
 
     def _compare(self, student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Hidden states [N, D] of both -> KL, loss of the targets and whether the likeliest tokens differ, [N] each."""
+        """KL, loss of the targets, and whether the likeliest tokens differ, [N] each, from hidden states [N, D]."""
         head, parts = self.model.get_output_embeddings(), []
         size = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
-        for ours, theirs, wanted in zip(student.split(size), teacher.split(size), targets.split(size), strict=True):
+        for ours, theirs, labels in zip(student.split(size), teacher.split(size), targets.split(size), strict=True):
             log_q, log_p = (
                 logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
                 for logits in (head(ours), head(theirs))
             )
             kl = torch.linalg.vecdot(log_p.exp(), log_p - log_q)
-            loss = -log_q.gather(-1, wanted[:, None])[:, 0]
+            loss = -log_q.gather(-1, labels[:, None])[:, 0]
             parts.append(torch.stack([kl, loss, (log_q.argmax(-1) != log_p.argmax(-1)).to(kl.dtype)]))
         return torch.cat(parts, -1).unbind()
 
 
 def _in_conversation(labels: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-    """bool [B, T]: tokens of documents of which a part alone is supervised, as of prompt and answer."""
+    """bool [B, T]: tokens of documents that are only partly supervised, such as a prompt with its answer."""
     rows = torch.arange(len(labels), device=labels.device)[:, None] * labels.shape[1]
     documents = rows + (position_ids == 0).cumsum(1).clamp_min(1) - 1
     unsupervised = torch.zeros(labels.numel(), dtype=torch.long, device=labels.device)
     unsupervised.index_add_(0, documents.flatten(), (labels == IGNORED).long().flatten())
-    return unsupervised[documents] > 1  # the first token of a text has no label either
+    return unsupervised[documents] > 1  # more than one, because the first token of a text has no label
 
 
 def means(sums: torch.Tensor) -> dict[str, float]:
-    """Each measure over all rows, of what a Scorer gives for a choice; without those of which there is no token."""
+    """The mean of each measure that has tokens over all rows, from a Scorer's sums for a choice."""
     total = sums.sum(0)
     return {name: (total[i, 0] / total[i, 1]).item() for i, name in enumerate(MEASURES) if total[i, 1]}
 
 
 def cost(sums: torch.Tensor, measures: Sequence[str] = ("kl_text", "kl_answers")) -> torch.Tensor:
-    """[..., measures, 2] -> [...]: the mean of some measures of which there are tokens, in nats a token."""
+    """[..., measures, 2] -> [...]: the mean of those of `measures` that have tokens, in nats per token."""
     chosen = sums[..., [MEASURES.index(name) for name in measures], :]
     there = chosen[..., 1] > 0
     return (chosen[..., 0] / chosen[..., 1].clamp_min(1) * there).sum(-1) / there.sum(-1).clamp_min(1)

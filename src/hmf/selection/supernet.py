@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One fused model with a mixer beside every attention, and one short training after which any choice can be scored.
+"""One fused model with a mixer in every layer, and one short training after which any choice can be scored.
 
-First each mixer learns alone, from the teacher's own inputs. Then a random part of the layers is replaced at each step,
-as in a supernet of weight-sharing architecture search, and its mixers learn together what the recipe's objective says.
+First each mixer learns alone, from the teacher's inputs. Then a random subset of the layers is replaced at each step,
+as in a supernet of weight-sharing architecture search, and its mixers are trained jointly by the recipe's objective.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def fused_everywhere(
     seed: int = 0,
     conv_start: str = "random",
 ) -> PreTrainedModel:
-    """The float32 model of `base` with a `mixer` beside every attention, started from it as in Stage 0."""
+    """The float32 model of `base` with a `mixer` in every layer beside its attention, initialised as in Stage 0."""
     teacher = load_model(base, dtype=torch.float32)
     everywhere = Pattern((mixer_symbol(mixer),) * teacher.config.num_hidden_layers)
     model = hybridise(teacher, everywhere, options)
@@ -47,8 +47,10 @@ def fused_everywhere(
 
 
 class SubsetLoss(Stage1Loss):
-    """Stage 1's loss in which, once mixers no longer learn alone, a random part of `layers` is replaced at each step:
-    any number of them, a function of `seed` and the step alone."""
+    """Stage 1's loss for a random subset of the layers.
+
+    After the layerwise steps, a subset of any size is replaced at each step. It depends only on `seed` and the step.
+    """
 
     def __init__(self, settings: ObjectiveSettings, layers: int, seed: int = 0):
         super().__init__(settings)
@@ -70,7 +72,7 @@ def align(
     seed: int = 0,
     draw: Callable[[Path], object] | None = None,
 ) -> None:
-    """Train the mixers of a `fused_everywhere` model by `settings`; goes on from `output`/checkpoints, if any."""
+    """Train the mixers of a `fused_everywhere` model; resumes from `output`/checkpoints if they exist."""
     set_seed(seed)
     training = settings.training
     args = arguments(
@@ -94,9 +96,9 @@ def align(
 
 
 def training_of(settings: DistillSettings, layerwise_steps: int, subset_steps: int) -> DistillSettings:
-    """A recipe's Stage 1 with another number of steps, its warmup and checkpoints in proportion, without evaluation.
+    """A recipe's Stage 1 with another number of steps, with warmup and checkpoints in proportion, without evaluation.
 
-    A warmup of a recipe with `num_train_epochs` stays as it is, because its steps are not known here.
+    The warmup of a recipe with `num_train_epochs` is unchanged, because its number of steps is unknown here.
     """
     steps = layerwise_steps + subset_steps
     training = settings.training

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training loops on transformers' Trainer. Knows nothing of layer types."""
+"""Training loops on transformers' Trainer. This package does not depend on layer types."""

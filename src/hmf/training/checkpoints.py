@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training checkpoints, which are complete or ignored.
+"""Training checkpoints. An incomplete checkpoint is never used.
 
-The Trainer writes into a folder of another name. When every process has written its part, one of them lists all files
-with sizes and hashes in a manifest and renames the folder to checkpoint-<step>. A run that is interrupted before that
-leaves nothing that a later start would take for a checkpoint.
+The Trainer writes into a folder with another name. When every process has written its part, one of them lists all files
+with sizes and hashes in a manifest and renames the folder to checkpoint-<step>. A run that is interrupted earlier
+leaves no folder with the name of a checkpoint.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from hmf.model.files import follow_umask
 
 MANIFEST = "manifest.json"
 UNPUBLISHED = "unpublished"
-PROCESS_TIMEOUT = timedelta(hours=1)  # how long processes wait for one that works alone, and in collectives
+PROCESS_TIMEOUT = timedelta(hours=1)  # limit of waiting for the main process and in collectives
 SLACK = 1 << 20  # bytes of a checkpoint in addition to weights and optimiser
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -57,7 +57,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def require_room(folder: Path, needed: int) -> None:
-    """HmfError if the disk of `folder` has less than `needed` bytes free."""
+    """Raise HmfError if the disk of `folder` has less than `needed` bytes free."""
     existing = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -77,10 +77,10 @@ def publish(staged: Path, target: Path, processes: int) -> None:
     follow_umask(staged)
     for path in (*files, staged / MANIFEST, staged):
         _sync(path)
-    if target.exists():  # a damaged one, otherwise this run would have resumed from it
+    if target.exists():  # it is damaged, otherwise this run would have resumed from it
         shutil.rmtree(target)
     staged.rename(target)
-    _sync(target.parent)  # a rename is durable once the parent folder is
+    _sync(target.parent)  # a rename is durable once the parent folder is flushed
 
 
 def problem(checkpoint: Path, processes: int | None = None) -> str | None:
@@ -118,7 +118,7 @@ def problem(checkpoint: Path, processes: int | None = None) -> str | None:
 
 
 def newest_valid(folder: Path, processes: int | None = None, report: Callable[[str], None] = say) -> Path | None:
-    """The last checkpoint under `folder` without a `problem`. `report` gets a line for each damaged one after it."""
+    """The last checkpoint under `folder` without a `problem`. `report` is called for each later, damaged one."""
     for path in reversed(published(folder)):
         why = problem(path, processes)
         if why is None:
@@ -158,7 +158,7 @@ def checkpoint_bytes(model: nn.Module, optimiser: torch.optim.Optimizer | None) 
 
 @contextmanager
 def shared_errors(prefix: str = "") -> Iterator[None]:
-    """Raise an error of one process in all processes, in one line; otherwise the others would wait for it forever."""
+    """Raise an error of one process in all processes, in one line, so that the others do not wait for it."""
     error: Exception | None = None
     try:
         yield
@@ -169,7 +169,7 @@ def shared_errors(prefix: str = "") -> Iterator[None]:
 
 
 def on_main_process(work: Callable[[], object]) -> bool:
-    """Run `work` in the main process while the others wait; all raise its error. True in the main process."""
+    """Run `work` in the main process while the others wait. All raise its error. Returns True in the main process."""
     first = PartialState(cpu=not torch.accelerator.is_available(), timeout=PROCESS_TIMEOUT).is_main_process
     with shared_errors():
         if first:
@@ -184,14 +184,14 @@ def _line(error: Exception | None) -> str:
 class PublishedCheckpoints:
     """The checkpoints of a Trainer in its `output_dir`, which holds nothing else. All processes must share this folder.
 
-    A Trainer that resumes from `start_from` ends with the same bits as a run that was never interrupted, given the same
-    number of processes.
+    With the same number of processes, a Trainer that resumes from `start_from` ends with the same bits as a run that
+    was never interrupted.
     """
 
     def __init__(self, args: TrainingArguments):
         self.args, self.folder = args, Path(args.output_dir)
-        self.first_step = 0  # steps before the resume
-        self.staging: str | None = None  # folder into which the Trainer writes a checkpoint, while it does
+        self.first_step = 0  # step of the checkpoint from which the run resumed
+        self.staging: str | None = None  # the folder for a checkpoint while it is written
 
     def start_from(self, model: nn.Module, optimiser: torch.optim.Optimizer | None) -> str | None:
         """Remove the unfinished files of an interrupted run, and choose the checkpoint to resume from, or None.
@@ -205,7 +205,7 @@ class PublishedCheckpoints:
                 if newest := newest_valid(self.folder, self.args.world_size):
                     say(f"{newest}: resuming from this checkpoint")
                     chosen[0] = str(newest)
-                else:  # while the newest is written, there is one more than the limit
+                else:  # during a save there is one checkpoint more than the limit
                     kept = 1 + min(self.args.save_total_limit or 1, -(-self.args.max_steps // self.args.save_steps))
                     require_room(self.folder, kept * checkpoint_bytes(model, optimiser))
         broadcast_object_list(chosen)
@@ -214,7 +214,7 @@ class PublishedCheckpoints:
 
     @contextmanager
     def written(self, step: int, model: nn.Module, optimiser: torch.optim.Optimizer | None) -> Iterator[None]:
-        """During the block the Trainer writes its checkpoint into `staging`; afterwards the checkpoint is published."""
+        """During the block the Trainer writes its checkpoint into `staging`. Then the checkpoint is published."""
         first, target = self.args.process_index == 0, self.folder / f"checkpoint-{step}"
         staged = self.folder / UNPUBLISHED / target.name
         self.staging = str(staged.parent)
@@ -258,7 +258,7 @@ class PublishedCheckpoints:
 def without_config(checkpoint: str) -> Iterator[str]:
     """A folder of links to the checkpoint's files without config.json.
 
-    To compare versions, the Trainer reads config.json with a class that rejects a Hybrid's layer types.
+    The Trainer would read config.json to compare versions, with a class that rejects a Hybrid's layer types.
     """
     with tempfile.TemporaryDirectory() as view:
         for item in Path(checkpoint).resolve().iterdir():

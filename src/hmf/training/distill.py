@@ -39,10 +39,11 @@ def distill(
     """`hmf distill`: train the mixers of the fused checkpoint `model` and save the result at `output`/stage1.
 
     An interrupted run resumes from its last complete checkpoint under `output`/checkpoints. Its log is
-    `output`/stage1.log.json; `draw` is called with that path whenever the log was written. Returns the saved folder.
+    `output`/stage1.log.json; `draw` is called with that path after each write. Returns the saved folder.
 
     Raises:
-        HmfError: also for a loss that is not finite or diverges (its batch is saved), and for a full disk.
+        HmfError: the settings or the data are invalid, a loss is not finite or diverges (its batch is saved), or the
+            disk is full.
     """
     output = Path(output)
     target, checkpoints = output / "stage1", output / "checkpoints"
@@ -50,7 +51,7 @@ def distill(
         return target
     require_reporters(settings.training.report_to)
     set_seed(seed)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader's processes are parallel already
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader already uses several processes
     fused = load_model(model, dtype=torch.float32)
     require_fused(fused.config, model)
     train_only_mixers(fused)
@@ -96,7 +97,7 @@ def _trainer(
         )
         return trainer, rows
     if not importlib.util.find_spec("trl"):
-        raise HmfError("on_policy: needs trl; `pip install hybrid-model-factory[onpolicy]`, or leave on_policy out")
+        raise HmfError("on_policy: needs trl; `pip install hybrid-model-factory[onpolicy]`, or remove on_policy")
     # trl is optional, and importing it takes seconds.
     from .on_policy import OnPolicyArguments, OnPolicyTrainer, generation_arguments
 

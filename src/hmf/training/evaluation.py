@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation during training: rows that training does not see, and their loss, the same for any number of processes."""
+"""Evaluation during training: the loss of rows that are not trained on, independent of the number of processes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from hmf.data.mixture import mixture, row_length
 from hmf.data.preference import pair_dataset
 from hmf.errors import HmfError
 
-ROWS = 64  # of an evaluation, unless the recipe gives another number or a data set of its own
-OTHER_SEED = 2**32  # added to a recipe's seed, which is below it: rows that are drawn are not those of training
+ROWS = 64  # default number of rows of an evaluation without its own data set
+OTHER_SEED = 2**32  # added to a recipe's seed, which is smaller, so that other rows are drawn than for training
 
 
 def with_evaluation(
@@ -33,21 +33,21 @@ def with_evaluation(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
 ) -> tuple[Any, Any]:
-    """The rows that training reads of `rows`, the data set of `data`, and those of its evaluation (None without one).
+    """Split `rows`, the data set of `data`, into rows for training and rows for evaluation (None without evaluation).
 
-    Without `eval_data` rows are held out: the last ones of a prepared set or of packed pairs, which training then does
-    not read; of text and tasks, rows of the held-out text, drawn by another seed.
+    Without `eval_data`, rows are held out. For a prepared set or packed pairs, these are the last rows, which training
+    does not read. For text and tasks, they are drawn from held-out text with another seed.
 
     Raises:
-        HmfError: rows that training would see too, and fewer rows than the recipe asks for.
+        HmfError: training would read rows of the evaluation, or there are fewer rows than the recipe requires.
     """
     if training.eval_strategy == "no":
         return rows, None
     if isinstance(eval_data, PairSettings):
         return rows, _first(pair_dataset(eval_data, tokenizer, seed=seed), training.eval_rows, "eval_pairs")
     if eval_data is not None and eval_data.prepared is not None:
-        given = mixture(eval_data, tokenizer, 0, seed)
-        return rows, _first(given, training.eval_rows, "eval_data.prepared")
+        eval_set = mixture(eval_data, tokenizer, 0, seed)
+        return rows, _first(eval_set, training.eval_rows, "eval_data.prepared")
     count = training.eval_rows or ROWS
     if eval_data is not None or rows.epoch is None:
         return rows, _drawn(data, eval_data, tokenizer, count, seed)
@@ -55,26 +55,28 @@ def with_evaluation(
     for source in getattr(rows, "index", {}).get("sources", ()):
         if source.get("passes", 1) > 1:
             raise HmfError(
-                f"training.eval_strategy: the prepared rows hold documents of {source['name']} {source['passes']:g} "
-                "times, so none can be held out; prepare a set of other documents and give it as eval_data"
+                f"training.eval_strategy: the prepared rows contain documents of {source['name']} {source['passes']:g} "
+                "times, so none can be held out; prepare a set of other documents and set eval_data to it"
             )
     return rows.part(0, first), rows.part(first, rows.epoch)
 
 
 def held_out_from(rows: int, training: OptimiserSettings) -> int:
-    """The first of `rows` rows that is held out for the evaluation; HmfError where none would be left to train on."""
+    """Index of the first held-out row of `rows` rows. Raises HmfError if no row would remain for training."""
     count = training.eval_rows or ROWS
     if count >= rows:
         raise HmfError(
-            f"training.eval_rows: {count} of the {rows} rows would be held out and leave none to train on; give fewer, "
-            "or rows of their own (eval_data, eval_pairs)"
+            f"training.eval_rows: holding out {count} of {rows} rows leaves none for training; give fewer, or a "
+            "separate data set (eval_data, eval_pairs)"
         )
     return rows - count
 
 
 def _first(rows: Any, count: int | None, key: str) -> Any:
     if count is not None and count > rows.epoch:
-        raise HmfError(f"training.eval_rows: {key} has {rows.epoch} rows and not {count}; lower it or leave it out")
+        raise HmfError(
+            f"training.eval_rows: {key} has {rows.epoch} rows, fewer than {count}; lower or remove eval_rows"
+        )
     return rows.part(0, count or rows.epoch)
 
 
@@ -85,30 +87,30 @@ def _drawn(
     rows: int,
     seed: int,
 ) -> Any:
-    """Rows of text and tasks; `own`: of eval_data."""
+    """Rows of text and tasks for the evaluation. own: the recipe's eval_data, if any."""
     assert isinstance(data, DataSettings)
     settings = own or data
     text = Path(settings.text)
     shared = settings.text == "stdlib" or (data.prepared is None and text.resolve() == Path(data.text).resolve())
     if shared and settings.text_share and text.is_file():
         raise HmfError(
-            f"training.eval_strategy: {settings.text} is one file, of which no part is held out; name another text in "
+            f"training.eval_strategy: {settings.text} is one file, which has no held-out part; name another text in "
             "eval_data"
         )
     return mixture(settings, tokenizer, rows, seed + OTHER_SEED, split="heldout" if shared else None)
 
 
 def evaluation_length(training: OptimiserSettings, eval_data: DataSettings | PairSettings | None) -> int:
-    """Tokens of a row of `eval_data`; 0 without it."""
+    """Number of tokens in a row of `eval_data`; 0 if there is none."""
     if eval_data is None or training.eval_strategy == "no":
         return 0
     return eval_data.sequence_length if isinstance(eval_data, PairSettings) else row_length(eval_data)
 
 
 class Epochs(TrainerCallback):
-    """Passes over the data, where there are any, are what a run's epochs are: in its log, and for `eval_strategy`.
+    """Counts passes over a finite data set as epochs, for the log and for `eval_strategy`.
 
-    The Trainer itself takes the rows of the whole run for one epoch, because a step may have rows of two passes.
+    The Trainer itself counts the rows of the whole run as one epoch, because a step may have rows of two passes.
     """
 
     def __init__(self, epoch_rows: int, rows_per_step: int, evaluate: bool):
@@ -123,39 +125,41 @@ class Epochs(TrainerCallback):
 
 
 class EvaluationLoss:
-    """Adds up the loss of the rows of an evaluation as that of one large batch, over batches and processes.
+    """Computes the loss over all rows of an evaluation as if they were one large batch.
 
-    The Trainer's own mean of the batches' means would depend on how rows are split into batches, and on the rows that
-    it repeats to give all processes equally many.
+    The Trainer's mean of the batches' means would depend on the split into batches, and on rows that are repeated to
+    give all processes the same number of batches.
 
     Args:
         rows: the data set.
-        batch_size: at most so many rows are a batch.
-        ranks: processes that share rows.
+        batch_size: largest number of rows in a batch.
+        ranks: number of processes that share rows.
     """
 
     def __init__(self, rows: Any, batch_size: int, ranks: int, accelerator: Accelerator):
         self.rows, self.ranks, self.accelerator = rows, ranks, accelerator
-        # All batches are full: what the Trainer repeats are then whole batches, which do not count.
+        # All batches are full. The Trainer therefore repeats only whole batches, which are not counted.
         self.batch_size = next(size for size in range(batch_size, 0, -1) if len(rows) % size == 0)
         self._counts: torch.Tensor | None = None
         self._sums: dict[str, torch.Tensor] = {}
         self._turn = 0
 
     def start(self) -> None:
-        """Before the first batch."""
+        """Reset the sums. Call it before the first batch."""
         self._sums, self._turn = {}, 0
 
     def counts(self, count: Callable[..., torch.Tensor], collate: Callable[[list[Any]], Any]) -> torch.Tensor:
-        """What all rows count, by what `count` says of a batch; HmfError where they count nothing."""
+        """The counts of all rows, from `count` of each batch. Raises HmfError if nothing is supervised."""
         if self._counts is None:
             self._counts = sum(count(**collate([self.rows[index]])) for index in range(len(self.rows)))
             if not self._counts.all():
-                raise HmfError("training.eval_strategy: the rows of the evaluation have no token that is supervised")
+                raise HmfError(
+                    "training.eval_strategy: no token of the evaluation's rows is supervised; use rows with labels"
+                )
         return self._counts.to(self.accelerator.device)
 
     def add(self, losses: dict[str, torch.Tensor]) -> None:
-        """The losses of this process's next batch, divided by the counts of all."""
+        """Add the losses of this process's next batch, which are divided by the counts of all rows."""
         batch = (self._turn * self.accelerator.num_processes + self.accelerator.process_index) // self.ranks
         self._turn += 1
         counts = batch < len(self.rows) // self.batch_size
@@ -164,15 +168,15 @@ class EvaluationLoss:
             self._sums[name] = self._sums.get(name, 0) + value
 
     def figures(self, prefix: str) -> dict[str, float]:
-        """The loss by the name "loss", and its parts, where there are several, by `prefix` and their names."""
-        found = {name: self.accelerator.reduce(value, "sum").item() for name, value in sorted(self._sums.items())}
-        parts = {f"{prefix}{name}": value for name, value in found.items() if name != "loss"}
-        return {"loss": found["loss"], **(parts if len(parts) > 1 else {})}
+        """The loss under the name "loss"; if it has several parts, also these, under `prefix` and their names."""
+        totals = {name: self.accelerator.reduce(value, "sum").item() for name, value in sorted(self._sums.items())}
+        parts = {f"{prefix}{name}": value for name, value in totals.items() if name != "loss"}
+        return {"loss": totals["loss"], **(parts if len(parts) > 1 else {})}
 
 
 @contextmanager
 def same_random_numbers(device: torch.device) -> Iterator[None]:
-    """After the block all generators are as they were before it."""
+    """Restore the state of all random number generators after the block."""
     python, numbers = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:

@@ -39,10 +39,11 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
     """`hmf finetune`: train the plain Hybrid `recipe.model` and save the result at `recipe.output`/model.
 
     An interrupted run resumes from its last complete checkpoint under `output`/checkpoints. Its log is
-    `output`/stage2.log.json; `draw` is called with that path whenever the log was written. Returns the saved folder.
+    `output`/stage2.log.json; `draw` is called with that path after each write. Returns the saved folder.
 
     Raises:
-        HmfError: also for a loss that is not finite or diverges (its batch is saved), and for a full disk.
+        HmfError: the recipe or the data are invalid, a loss is not finite or diverges (its batch is saved), or the disk
+            is full.
     """
     training, output = recipe.training, recipe.output
     target = output / "model"
@@ -50,7 +51,7 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
         return target
     config = check(recipe)
     set_seed(recipe.seed)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader's processes are parallel already
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader already uses several processes
     model = load_model(recipe.model, dtype=torch.float32, config=with_rope(config, recipe.rope))
     dtypes = stored_dtypes(model, stored_tensors(recipe.model))
     groups = choose(model, recipe.trainable, recipe.lora)
@@ -101,7 +102,7 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
 
 
 def check(recipe: FinetuneRecipe) -> Any:
-    """The config of the recipe's model; HmfError for errors that can be found before a run starts."""
+    """The config of the recipe's model. Raises HmfError for errors that can be detected before a run starts."""
     require_reporters(recipe.training.report_to)
     config = load_config(recipe.model)
     evaluated = evaluation_length(recipe.training, recipe.eval_data or recipe.eval_pairs)
@@ -111,12 +112,12 @@ def check(recipe: FinetuneRecipe) -> Any:
 
 
 def check_model(recipe: FinetuneRecipe, config: Any, sequence_length: int) -> None:
-    """HmfError if the recipe cannot train a model of this config on rows of `sequence_length` tokens."""
+    """Raise HmfError if the recipe cannot train a model of this config on rows of `sequence_length` tokens."""
     pattern = getattr(config, "pattern", None)
     if pattern is None:
         raise HmfError(f"{recipe.model}: is not a Hybrid; make one with `hmf prime`")
     if pattern.fused:
-        raise HmfError(f"{recipe.model}: still has its teacher; run `hmf export` and give the result")
+        raise HmfError(f"{recipe.model}: still has its teacher; run `hmf export` and use the result")
     if sequence_length > (positions := with_rope(config, recipe.rope).max_position_embeddings):
         raise HmfError(
             f"sequence_length: rows of {sequence_length} tokens are longer than the model's {positions} positions; "
@@ -133,7 +134,7 @@ def sequence_length(recipe: FinetuneRecipe) -> int:
 
 
 def rows_for(recipe: FinetuneRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Any]:
-    """The recipe's data set and that of its evaluation, if it has one; HmfError for masks that cannot be meant."""
+    """The recipe's data set, and that of its evaluation or None. Raises HmfError for labels that are surely wrong."""
     training, seed = recipe.training, recipe.seed
     if (pairs := recipe.pairs) is not None:
         return with_evaluation(
@@ -171,7 +172,7 @@ def flops_per_token(model: PreTrainedModel) -> float | None:
 
 
 class _References(TrainerCallback):
-    """Measures the initial model's log-likelihood of every answer before the first step; a resumed run reads them."""
+    """Measures the initial model's log-likelihood of every answer before the first step. A resumed run reads them."""
 
     def __init__(self, trainer: HybridTrainer, objective: Preference, rows: PairDataset, path: Path):
         self.trainer, self.objective, self.rows, self.path = trainer, objective, rows, path

@@ -20,7 +20,7 @@ from hmf.model.files import follow_umask
 
 MEMORY = 100  # number of recent losses whose median is used
 LEAST = 20  # number of losses before divergence is checked
-ABOVE = 5  # number of consecutive batches that must be above the bound
+ABOVE = 5  # number of consecutive batches above the bound that counts as divergence
 
 
 class LossWatch:
@@ -32,7 +32,7 @@ class LossWatch:
         self.state: dict[str, Any] = {"recent": [], "above": 0} if state is None else state
 
     def judge(self, loss: float) -> str | None:
-        """What is wrong with this loss, given the losses before it, or None."""
+        """The problem with this loss in view of earlier losses, or None."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         recent = self.state["recent"]
@@ -50,14 +50,14 @@ class LossWatch:
 
 
 class LossGuard:
-    """HmfError for a loss or gradient that is not finite, and for a loss that diverges.
+    """Raises HmfError for a loss or gradient that is not finite, and for a loss that diverges.
 
-    Weights that are not finite are never saved. After the last step, weights with which the loss of its batch is not
-    finite are not saved either.
+    Weights that are not finite are never saved. After the last step, weights are also not saved if they give a loss
+    that is not finite on that step's batch.
 
-    A bad step is not applied. Its batch is saved to bad_batch.safetensors beside the checkpoints' folder, by its own
-    process, with names <number>.<tensor>. If only the gradient is wrong, all batches of the step are saved; if the
-    loss diverges, the batch with which that began.
+    A bad step is not applied. The process that read its batch saves it to bad_batch.safetensors beside the folder of
+    checkpoints, with names <number>.<tensor>. If only the gradient is bad, all batches of the step are saved. If the
+    loss diverges, the first batch above the bound is saved.
 
     Earlier losses are stored in the Trainer's state, and therefore in every checkpoint. All processes must call the
     checks together.
@@ -81,7 +81,7 @@ class LossGuard:
     def check_loss(self, state: TrainerState, loss: torch.Tensor) -> None:
         """`loss`: the loss of the batch that was remembered last, as the Trainer logs it."""
         own, history = loss.item(), _history(state)
-        # The mean over processes, so that all of them decide alike.
+        # The mean over processes, so that all of them make the same decision.
         mean = self.accelerator.reduce(loss.detach().clone(), "mean").item() if self.args.world_size > 1 else own
         wrong = LossWatch(self.divergence_factor, history).judge(mean)
         if history["above"] < 2:

@@ -54,7 +54,7 @@ class TrainingLoss(ABC):
 def token_losses(
     hidden_states: torch.Tensor, labels: torch.Tensor, head: nn.Module, chunk_size: int | None = None
 ) -> torch.Tensor:
-    """Negative log-likelihood of each label [N] given final hidden states [N, D]: [N] in nats, float32 or wider.
+    """Negative log-likelihood of each label [N] for final hidden states [N, D]: [N] in nats, float32 or wider.
 
     Logits are computed for `chunk_size` tokens at a time (None: as many as fit LOGITS_AT_ONCE elements), and again in
     the backward pass.

@@ -48,7 +48,7 @@ class OnPolicyTrainer(HybridTrainer, OnPolicyLoop):
                     setattr(config, name, value)
 
     def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        return prompts, None, {}  # the prompts are token ids already
+        return prompts, None, {}  # the prompts are already token ids
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -57,7 +57,7 @@ class OnPolicyTrainer(HybridTrainer, OnPolicyLoop):
 
     def _prepare_inputs(self, inputs: Any) -> dict[str, torch.Tensor]:
         if isinstance(inputs, Mapping):
-            return dict(inputs)  # a batch that was generated before
+            return dict(inputs)  # a batch that was already generated
         batch = _batch(super()._prepare_inputs(inputs))
         self.guard.remember(batch)
         return batch
@@ -71,7 +71,7 @@ class OnPolicyTrainer(HybridTrainer, OnPolicyLoop):
         return super().compute_loss(model, inputs, return_outputs, self.accelerator.reduce(counts, "sum"))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write no model card, because the folder of checkpoints holds nothing else."""
+        """Write no model card, because the output folder may contain only checkpoints."""
 
     def _send_telemetry(self, *args: Any, **kwargs: Any) -> None:
         """Send no telemetry to the Hub, as trl would."""

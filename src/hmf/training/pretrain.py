@@ -42,7 +42,7 @@ class TokenizerSettings(Settings):
 
     vocab_size: int = Field(ge=300)
     chat_template: Path  # relative to the recipe
-    task_samples: int = Field(ge=0)  # conversations of each task that it also learns from
+    task_samples: int = Field(ge=0)  # conversations of each task in the tokenizer's training text
 
 
 class ModelSettings(Settings):
@@ -60,26 +60,26 @@ class ModelSettings(Settings):
 
 
 class PretrainOptimiserSettings(OptimiserSettings):
-    """With what makes a small model fast on a large GPU."""
+    """Optimiser settings, and options that make training of a small model fast on a large GPU."""
 
-    save_total_limit: int = Field(1, ge=1)  # checkpoints that are kept, the newest
+    save_total_limit: int = Field(1, ge=1)  # number of newest checkpoints that are kept
     logging_steps: Steps = 50  # steps between entries of the log; each checkpoint has one too
     workers: int = Field(0, ge=0)  # processes that make the data
     compile: bool = False  # torch.compile, on a GPU only
-    # False: the documents of a row see each other and positions run through it. Attention then needs no mask.
+    # False: documents in a row attend to each other, and positions run through the row. Attention then needs no mask.
     isolate_documents: bool = True
 
 
 class PretrainRecipe(Settings):
-    """`hmf pretrain`: makes its own `tokenizer` and `model`, or takes both from `start_from`, another run's output."""
+    """`hmf pretrain`: creates `tokenizer` and `model`, or takes both from `start_from`, the output of another run."""
 
     output: Path  # run folder
     seed: int = 0
-    data: DataSettings  # what it learns from
-    eval_data: DataSettings | None = None  # of training.eval_strategy; left out: rows held out of data
+    data: DataSettings  # training data
+    eval_data: DataSettings | None = None  # data for training.eval_strategy; without it, rows of data are held out
     start_from: Path | None = None  # output of another run to start from
-    tokenizer: TokenizerSettings | None = None  # left out with start_from
-    model: ModelSettings | None = None  # left out with start_from
+    tokenizer: TokenizerSettings | None = None  # not allowed with start_from, required without it
+    model: ModelSettings | None = None  # not allowed with start_from, required without it
     training: PretrainOptimiserSettings
 
     @model_validator(mode="after")
@@ -98,15 +98,15 @@ class PretrainRecipe(Settings):
 
 
 def main(recipe_path: str) -> None:
-    """Runs a recipe: tokenizer, model, training, and the result in bfloat16 in the recipe's output folder.
+    """Run a recipe: create tokenizer and model, train, and save the result in bfloat16 in the output folder.
 
-    An interrupted run resumes from its last checkpoint. At the end the folder holds weights, config, tokenizer and
+    An interrupted run resumes from its last checkpoint. At the end the folder has weights, config, tokenizer and
     `training.json`, a record of the model, data, time and versions.
     """
     recipe = load_recipe(recipe_path, PretrainRecipe)
     require_reporters(recipe.training.report_to)
     set_seed(recipe.seed)
-    # Data workers are processes already; threads inside each of them would only compete.
+    # Data workers are separate processes. Threads in each of them would only compete.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     started = time.perf_counter()
     checkpoints = recipe.output / "checkpoints"
@@ -114,7 +114,7 @@ def main(recipe_path: str) -> None:
     if source is not None and not (source / "tokenizer.json").is_file():
         raise HmfError(f"{recipe_path}: start_from: {source} has no tokenizer.json; give a model folder")
     tokenizer = _tokenizer(recipe, Path(recipe_path).parent) if source is None else load_tokenizer(source)
-    for option in ("is_local", "local_files_only"):  # loading options, which would be saved with the tokenizer
+    for option in ("is_local", "local_files_only"):  # options of loading, which must not be saved with the tokenizer
         tokenizer.init_kwargs.pop(option, None)
     tokenizer.save_pretrained(recipe.output)
     args = _arguments(recipe, checkpoints)
@@ -122,7 +122,7 @@ def main(recipe_path: str) -> None:
     training, data = known_steps(recipe.training, dataset), recipe.data
     dataset, evaluated = with_evaluation(dataset, training, data, recipe.eval_data, tokenizer, recipe.seed)
     model = _model(recipe, tokenizer)
-    model.config.use_cache = False  # a cache treats the several documents of a row as one
+    model.config.use_cache = False  # a cache would treat the documents of a row as one
     trainer = HybridTrainer(
         model=model,
         args=args,

@@ -23,10 +23,10 @@ PLAIN_INTERVAL = 15.0  # seconds between plain lines
 
 
 def require_reporters(names: Iterable[str]) -> None:
-    """HmfError for an entry of `report_to` whose package is not installed."""
+    """Raise HmfError for an entry of `report_to` whose package is not installed."""
     for name in names:
         if not any(importlib.util.find_spec(package) for package in _PACKAGES.get(name, (name,))):
-            raise HmfError(f"training.report_to: {name} is not installed; `pip install {name}`, or leave it out")
+            raise HmfError(f"training.report_to: {name} is not installed; `pip install {name}`, or remove it")
 
 
 _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
@@ -114,7 +114,7 @@ class RunLog(TrainerCallback):
     """Writes the log of the whole run, a JSON list with an entry for each log step, to a file beside the checkpoints.
 
     Every checkpoint is also a log step, so that no mean in the log spans a resume. `draw` is called with the file's
-    path whenever it was written.
+    path after each write.
     """
 
     def __init__(self, path: Path, draw: Callable[[Path], object] | None = None):

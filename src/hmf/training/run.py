@@ -48,7 +48,7 @@ def arguments(
 ) -> Arguments:
     """A recipe's `training` section as the Trainer's arguments of class `kind`; `others` override them."""
     if training.wandb_project is not None:
-        os.environ["WANDB_PROJECT"] = training.wandb_project  # where the Trainer's callback looks
+        os.environ["WANDB_PROJECT"] = training.wandb_project  # read by the Trainer's callback
     schedule = (
         {"min_lr_rate": training.final_learning_rate_ratio}
         if training.lr_scheduler_type == "cosine_with_min_lr"
@@ -80,7 +80,7 @@ def arguments(
             "report_to": list(training.report_to),
             "run_name": training.run_name,
             "seed": seed,
-            # Rows are drawn independently already, and their order is part of the recipe.
+            # Rows are already drawn independently, and their order is part of the recipe.
             "train_sampling_strategy": "sequential",
             "dataloader_pin_memory": torch.cuda.is_available(),
             "disable_tqdm": True,
@@ -91,14 +91,14 @@ def arguments(
 
 
 def rows_per_step(training: OptimiserSettings) -> int:
-    """Rows of an optimiser step, of all processes, which may share rows."""
+    """Number of rows in an optimiser step, over all processes. Processes may share rows."""
     sharing = training.sequence_parallel if isinstance(training, ParallelSettings) else 1
-    readers = int(os.environ.get("WORLD_SIZE", 1)) // sharing  # as torchrun has it
+    readers = int(os.environ.get("WORLD_SIZE", 1)) // sharing  # set by torchrun
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * readers
 
 
 def known_steps(training: Training, rows: Any) -> Training:
-    """The settings with the steps that they come to on the data set `rows`, which gets the length that they read."""
+    """The settings with `max_steps` set for the data set `rows`, whose length is set to the rows that are read."""
     step_rows = rows_per_step(training)
     training = training.with_steps(rows.epoch, step_rows)
     rows.rows = training.steps * step_rows
@@ -106,7 +106,7 @@ def known_steps(training: Training, rows: Any) -> Training:
 
 
 class SameData(TrainerCallback):
-    """Stores the digest of a run's data in the Trainer's state; HmfError if a run is resumed with other data."""
+    """Stores the digest of a run's data in the Trainer's state. Raises HmfError if a run is resumed with other data."""
 
     def __init__(self, digest: str):
         self.digest = digest
@@ -131,8 +131,10 @@ def train(
 ) -> None:
     """Run a Trainer to its end, from its last complete checkpoint if there is one.
 
-    rows: the data set. Every checkpoint stores its digest and that of the evaluation's rows, and a run cannot be
-    resumed with other data. draw: called with the path of the log whenever it was written.
+    Args:
+        rows: the data set. Every checkpoint stores its digest and that of the evaluation's rows. A run cannot be
+            resumed with other data.
+        draw: called with the path of the log after each write.
     """
     step_rows, digest = rows_per_step(training), rows.digest()
     trainer.remove_callback(PrinterCallback)

@@ -50,7 +50,7 @@ class HybridTrainer(Trainer):
     9. `compute_loss`: the batch's share of the step's loss; its parts are summed for the log.
     10. `_get_grad_norm`: base; `guard` checks the norm. The optimiser's step follows.
     11. `log`: the summary of a resumed run is corrected; figures and parts of `loss` are added; base.
-    12. `evaluate`, where an evaluation is due: base; the state of random numbers is restored.
+    12. `evaluate`, when an evaluation is due: base; the state of random numbers is restored.
     13. `evaluation_loop`: base, which calls 14; the sums of `evaluation` become the figures that 11 logs.
     14. `prediction_step`, for each batch: 7 and 8; `evaluation` adds the batch's share of the loss of all rows.
     15. `_save_checkpoint`: `checkpoints` checks the free space; `guard` checks the weights; base; `checkpoints`
@@ -94,14 +94,17 @@ class HybridTrainer(Trainer):
             if self.evaluation is not None:
                 self.eval_dataset = self.sequence.shared(self.eval_dataset, self.evaluation.batch_size)
         if loss is not None:
-            self.model_accepts_loss_kwargs = True  # losses of a step add up, so the Trainer must not average them
+            self.model_accepts_loss_kwargs = (
+                True  # the losses of a step are summed, so the Trainer must not average them
+            )
         # Sums of the parts of the loss since the last log entry, and the step of that entry.
         self._part_sums: dict[str, torch.Tensor] = {}
         self._logged_step: int | None = None
         self._latest_batch: dict[str, Any] = {}
 
     def start_from(self) -> str | None:
-        """Remove unfinished files of an interrupted run; the checkpoint to resume from, the same in all processes."""
+        """Remove unfinished files of an interrupted run. Returns the checkpoint to resume from, or None; the result is
+        the same in all processes."""
         return self.checkpoints.start_from(self.model, self.optimizer)
 
     # Preparation
@@ -218,8 +221,8 @@ class HybridTrainer(Trainer):
         figures = self.evaluation.figures(self.loss.log_prefix if self.loss is not None else "")
         if not math.isfinite(figures["loss"]):
             raise HmfError(
-                f"step {self.state.global_step}: the loss of the evaluation is {figures['loss']}; the checkpoint "
-                "before it stays; lower the learning rate, or fix the rows of the evaluation, with a new output"
+                f"step {self.state.global_step}: the loss of the evaluation is {figures['loss']}; the last checkpoint "
+                "is kept; lower training.learning_rate, or fix the rows of the evaluation, with a new output"
             )
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output
@@ -234,7 +237,7 @@ class HybridTrainer(Trainer):
             if self.loss is None:
                 loss = self.compute_loss(self.model_wrapped, inputs, num_items_in_batch=counts)
                 losses = {"loss": loss / self.accelerator.num_processes}
-            else:  # by the objective of the last step, which has been taken
+            else:  # the objective of the last completed step
                 objective = self.objective_at(max(0, self.state.global_step - 1))
                 losses = self.model_wrapped(**inputs, objective=objective, counts=counts)
         self.evaluation.add(losses)
@@ -253,7 +256,7 @@ class HybridTrainer(Trainer):
         rows = [self._rows[index] for index in range(min(count, len(self._rows)))]
         with torch.no_grad():
             values = self.model_wrapped(**self._prepare_inputs(self.data_collator(rows)), objective=objective)
-        # Processes that share rows have each measured their own part.
+        # Processes that share rows measured different parts of them.
         means = self.accelerator.reduce(torch.tensor(values, device=self.args.device), "mean")
         return tuple(means.tolist())
 

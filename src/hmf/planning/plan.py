@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan of a training recipe, from the recipe and a config: memory of each GPU, tokens, steps, GPU-hours.
+
+The model is built on the meta device, and its tensors are counted as in training: all weights in float32; for trained
+weights also gradients and AdamW's two moments in float32. Activations are estimated. No GPU is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from hmf.config.layers import base_head_dim
+from hmf.config.pattern import ATTENTION
+from hmf.config.runs import DistillSettings, FinetuneRecipe
+from hmf.config.training import ParallelSettings
+from hmf.gpus import GIB, Device
+from hmf.model.configuration import building
+from hmf.priming.distance import stage1_flops_per_token
+from hmf.priming.objectives import LOGITS_AT_ONCE
+from hmf.training.finetune import flops_per_token
+
+MFU = 0.35  # assumed model FLOPs utilisation; a guess, not a measurement
+USABLE = 0.92  # usable share of a GPU's memory; the rest is lost to fragmentation
+WIDE = 4  # bytes of a float32 number: a master weight, a gradient or a moment
+# Activations that a layer stores for the backward pass, in multiples of the inputs and outputs of its linear layers:
+# norms, rotary positions, gates and casts create further tensors of the same widths.
+COPIES = 2.0
+LOGITS = 4 * WIDE * LOGITS_AT_ONCE  # four tensors of the size of a chunk of logits
+FRAMEWORK = 3 * GIB  # CUDA context, kernel workspaces, buffers of the communication library
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage of training of a recipe."""
+
+    title: str
+    recipe: DistillSettings | FinetuneRecipe
+    model: PreTrainedModel  # on the meta device; trained parameters require a gradient
+    sequence_length: int
+    adapters: int = 0  # number of parameters that low-rank adapters add
+    section: str = "training"  # key path of the `training` section in the recipe
+
+    @property
+    def training(self) -> ParallelSettings:
+        return self.recipe.training
+
+    @property
+    def distils(self) -> bool:
+        return isinstance(self.recipe, DistillSettings)
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The plan of a job on `ranks` GPUs. All bytes are those of one GPU."""
+
+    job: Job
+    device: Device
+    ranks: int
+    training: ParallelSettings
+    mfu: float = MFU
+
+    @property
+    def divisors(self) -> tuple[int, int]:
+        """The number of GPUs over which the strategy divides weights, and gradients and moments."""
+        return {"ddp": (1, 1), "deepspeed": (1, self.ranks), "fsdp2": (self.ranks, self.ranks)}[self.training.strategy]
+
+    @property
+    def rows_per_step(self) -> int:
+        streams = self.ranks // self.training.sequence_parallel
+        return self.training.per_device_train_batch_size * self.training.gradient_accumulation_steps * streams
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.rows_per_step * self.job.sequence_length
+
+    @property
+    def tokens(self) -> int:
+        return self.training.steps * self.tokens_per_step
+
+    @property
+    def trained(self) -> int:
+        """The number of trained parameters."""
+        return self.job.adapters + sum(x.numel() for x in self.job.model.parameters() if x.requires_grad)
+
+    @cached_property
+    def memory(self) -> dict[str, float]:
+        """Bytes of one GPU by use. The first three are exact, the others are estimates."""
+        total = self.job.adapters + sum(x.numel() for x in self.job.model.parameters())
+        weights, rest = self.divisors
+        return {
+            "weights": WIDE * total / weights,
+            "gradients": WIDE * self.trained / rest,
+            "moments of AdamW": 2 * WIDE * self.trained / rest,
+            "buffers and casts": self._copies(),
+            "activations": self._activations(),
+            "logits": float(self._logits()),
+            "CUDA and communication": float(FRAMEWORK),
+        }
+
+    @property
+    def fits(self) -> bool:
+        return sum(self.memory.values()) <= USABLE * self.device.memory
+
+    @property
+    def _width(self) -> int:
+        """Bytes of an activation."""
+        return 2 if self.training.precision == "bfloat16" else 4
+
+    def _copies(self) -> float:
+        """Bytes of gradient buckets and cached casts of weights. If the weights are sharded, bytes of the gathered
+        weights (those outside the layers, and of two layers) and of one layer's gradients."""
+        layers = [sum(x.numel() for x in layer.parameters()) for layer in self.job.model.model.layers]
+        outside = sum(x.numel() for x in self.job.model.parameters()) - sum(layers)
+        if self.divisors[0] > 1:
+            return WIDE * (outside + 3 * max(layers)) + (2 * (outside + max(layers)) if self._width == 2 else 0)
+        buckets = WIDE * self.trained if self.ranks > 1 else 0
+        casts = 2 * (self.trained + max(layers) + outside) if self._width == 2 else 0
+        return buckets + casts
+
+    @property
+    def _backward_layers(self) -> list[nn.Module]:
+        """The layers that store activations for the backward pass."""
+        layers = list(self.job.model.model.layers)
+        return layers[self.job.model.config.pattern.replaced[0] :] if self.job.distils else layers
+
+    def _activations(self) -> float:
+        tokens = self.training.per_device_train_batch_size * self.job.sequence_length / self.training.sequence_parallel
+        stream = WIDE * self.job.model.config.hidden_size  # the residual stream is in float32
+        inside = [COPIES * self._width * linear_widths(layer, self.job.model.config) for layer in self._backward_layers]
+        if self.training.gradient_checkpointing:
+            kept = len(inside) * stream + max(inside)
+        else:
+            kept = len(inside) * stream + sum(inside)
+        return tokens * (kept + 4 * stream)  # 4: embeddings, last norm, the teacher's output and the difference
+
+    def _logits(self) -> int:
+        recipe = self.job.recipe
+        if isinstance(recipe, DistillSettings) and not has_kl(recipe):
+            return 0
+        tokens = self.training.per_device_train_batch_size * self.job.sequence_length // self.training.sequence_parallel
+        return min(LOGITS, 4 * WIDE * tokens * self.job.model.config.vocab_size)
+
+    @cached_property
+    def flops_per_token(self) -> float | None:
+        """FLOPs of the model per token; None for mixtures of experts.
+
+        Attention scores and the projections of recurrent layers are included. Recomputation and the recurrences
+        themselves are not.
+        """
+        model, length = self.job.model, self.job.sequence_length
+        config, replaced = model.config, model.config.pattern.replaced
+        if isinstance(self.job.recipe, DistillSettings):
+            total = stage1_flops_per_token(model, head=has_kl(self.job.recipe))
+        else:
+            total = flops_per_token(model)
+        if total is None:
+            return None
+        for index, window in enumerate(config.attention_windows):
+            reach = min(length / 2, window or length)  # a causal mask leaves half of the pairs
+            forward = 4 * config.num_attention_heads * base_head_dim(config) * reach
+            keeps = config.pattern.symbols[index] == ATTENTION
+            if not self.job.distils:
+                total += 3 * forward if keeps else 0
+            elif index < replaced[0]:
+                total += forward
+            else:  # the teacher's path, and the student's with its backward pass
+                total += (4 if keeps else 1) * forward
+        return total
+
+    @property
+    def gpu_hours(self) -> float | None:
+        if not self.device.peak or self.flops_per_token is None:
+            return None
+        return self.tokens * self.flops_per_token / (self.device.peak * self.mfu) / 3600
+
+    def advice(self) -> str:
+        """The smallest change with which the recipe fits, as command-line options."""
+        for change in _changes(self.training, self.ranks):
+            plan = replace(self, training=self.training.model_copy(update=change))
+            if plan.fits and self._valid(change):
+                return " ".join(f"--set {self.job.section}.{key}={str(value).lower()}" for key, value in change.items())
+        return "more GPUs or larger ones, by --gpu"
+
+    def _valid(self, change: dict[str, Any]) -> bool:
+        """Whether the recipe is valid with this change of its `training` section."""
+        recipe = self.job.recipe
+        content = recipe.model_dump(exclude_unset=True)
+        content["training"] |= change
+        with suppress(ValidationError):
+            return type(recipe).model_validate(content) is not None
+        return False
+
+
+def _changes(training: ParallelSettings, ranks: int) -> Iterator[dict[str, Any]]:
+    """Changes that need less memory, the smallest first; the total batch does not change."""
+    change: dict[str, Any] = {}
+    if training.precision == "float32":
+        change["precision"] = "bfloat16"
+        yield dict(change)
+    if not training.gradient_checkpointing:
+        change["gradient_checkpointing"] = True
+        yield dict(change)
+    if training.per_device_train_batch_size > 1:
+        change["per_device_train_batch_size"] = 1
+        change["gradient_accumulation_steps"] = (
+            training.gradient_accumulation_steps * training.per_device_train_batch_size
+        )
+        yield dict(change)
+    if training.strategy == "ddp" and ranks > 1:
+        change["strategy"] = "fsdp2"
+        yield dict(change)
+    accumulation = change.get("gradient_accumulation_steps", training.gradient_accumulation_steps)
+    degree = 2 * training.sequence_parallel
+    while degree <= ranks:
+        factor = degree // training.sequence_parallel
+        if ranks % degree == 0:
+            yield change | {"sequence_parallel": degree, "gradient_accumulation_steps": accumulation * factor}
+        degree *= 2
+
+
+def has_kl(recipe: DistillSettings) -> bool:
+    """Whether Stage 1 computes logits at any step."""
+    return any(recipe.objective.kl.values())
+
+
+def linear_widths(layer: nn.Module, config: Any) -> float:
+    """The summed input and output widths of a layer's linear layers for one token, without the teacher's attention.
+
+    Only the experts of one token are counted.
+    """
+    total = sum(
+        x.in_features + x.out_features
+        for name, x in layer.named_modules()
+        if isinstance(x, nn.Linear) and not (hasattr(layer, "mixer_name") and name.startswith("self_attn."))
+    )
+    if getattr(config, "num_experts_per_tok", None):
+        total += config.num_experts_per_tok * (3 * config.hidden_size + 3 * config.moe_intermediate_size)
+    return total
+
+
+def without_memory(config: Any) -> PreTrainedModel:
+    """A Hybrid on the meta device, in float32."""
+    with building(config.name_or_path), torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    return model
