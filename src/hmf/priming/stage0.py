@@ -15,6 +15,7 @@ from hmf.config.pattern import Pattern
 from hmf.data.tokenizer import check_tokenizer
 from hmf.errors import HmfError
 from hmf.folders import require_unused
+from hmf.layers.attention import separate
 from hmf.layers.base import Start
 from hmf.model.checkpoint import STORED, load_config, load_model, save_checkpoint
 from hmf.model.convert import hybridise, mixers
@@ -58,7 +59,7 @@ def initialise(model: PreTrainedModel, seed: int = 0, conv_start: str = "random"
     """
     starts = {}
     for name, mixer in mixers(model):
-        attention = model.get_submodule(name.rpartition(".")[0]).self_attn
+        attention = separate(model.get_submodule(name.rpartition(".")[0]).self_attn)
         generator = torch.Generator().manual_seed(seed * 100_003 + mixer.layer_idx)
         starts[name] = mixer.init_from_attention(attention, generator, model.config.initializer_range)
         if conv_start == "identity":
