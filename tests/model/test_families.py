@@ -77,11 +77,8 @@ TWO_TABLES = {
 
 def longrope(pairs: int) -> dict[str, Any]:
     """Phi's rotary positions; pairs: rotated dims of a head, divided by two."""
-    return {
-        "type": "longrope",
-        "short_factor": [1.0, 1.1, 1.2, 1.3][:pairs],
-        "long_factor": [1.0, 2.0, 4.0, 8.0][:pairs],
-    }
+    short, long = [1.0, 1.1, 1.2, 1.3], [1.0, 2.0, 4.0, 8.0]
+    return {"type": "longrope", "short_factor": short[:pairs], "long_factor": long[:pairs]}
 
 
 # family -> variant -> config fields. The first of each goes through the whole job.

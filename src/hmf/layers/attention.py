@@ -68,14 +68,14 @@ def attention_scale(config: Any, layer_idx: int) -> float:
     attention = stock_attention(config, layer_idx)
     if (cap := getattr(attention, "attn_logit_softcapping", None)) is not None:
         raise HmfError(
-            f"config.json: attn_logit_softcapping: {cap}: SWA and B'MOJO-F layers cannot cap attention scores; use other "
-            "layer types"
+            f"config.json: attn_logit_softcapping: {cap}: SWA and B'MOJO-F layers cannot cap attention scores; use "
+            "other layer types"
         )
     return attention.scaling
 
 
 def norm_like(norm: nn.Module, eps: float) -> nn.Module:
-    """A new norm of the width and kind of the base's: its own class where that is no plain RMSNorm (Gemma: 1 + weight)."""
+    """A new norm of the width of the base's, and of its class where that adds one to its weight (Gemma)."""
     width = norm.weight.numel()
     return nn.RMSNorm(width, eps=eps) if norm_offset(norm) == 0 else type(norm)(width, eps)
 

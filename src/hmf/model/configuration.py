@@ -60,9 +60,7 @@ class HybridConfigMixin(Mixin):
         if not getattr(self, "is_causal", True):
             raise HmfError("config.json: is_causal: false: mixers are causal; give a causal base model")
         if getattr(self, "use_bidirectional_attention", False):
-            raise HmfError(
-                "config.json: use_bidirectional_attention: true: mixers are causal; give a causal base model"
-            )
+            raise HmfError("config.json: use_bidirectional_attention: mixers are causal; give a causal base model")
         self.head_dim = base_head_dim(self)  # published for every family, also where the base leaves it out
         count = self.num_hidden_layers
         # The list may come from a file and have the pattern's symbols, or from memory and have transformers' names.

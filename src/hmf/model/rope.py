@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 from transformers import ROPE_INIT_FUNCTIONS
 
@@ -21,7 +22,8 @@ from .families import Family, family_of
 
 TYPES = ("default", *ROPE_INIT_FUNCTIONS)
 ORIGINAL, GROWTH = "original_max_position_embeddings", "llama_4_scaling_beta"
-LOCAL, LAYER_TYPES = "rope_local_base_freq", ("full_attention", "sliding_attention")
+FULL, LOCAL = "full_attention", "rope_local_base_freq"
+LAYER_TYPES = (FULL, "sliding_attention")
 NEEDED = {kind: keys[0] for kind, keys in ROPE_KEYS.items()}
 NEEDED |= {"dynamic": ("factor",), "longrope": ("short_factor", "long_factor")}
 FROM_ORIGINAL = ("yarn", "llama3", "longrope")  # types that use the length before any scaling
@@ -156,8 +158,9 @@ def _require_table(config: Any, family: Family, source: str, kind: str | None = 
         reason = " ".join(str(error).split())
         raise HmfError(f"{source}: rope_parameters: {rope} cannot be computed ({reason})") from None
     if frequencies.shape != whole.shape:
+        part = rope.get("partial_rotary_factor")
         raise HmfError(
-            f"{source}: partial_rotary_factor: {rope.get('partial_rotary_factor')} with rope_type {rope['rope_type']} is not supported, because "
+            f"{source}: partial_rotary_factor: {part} with rope_type {rope['rope_type']} is not supported, because "
             "the family's attention rotates whole heads; remove it"
         )
     if not (frequencies.isfinite().all() and math.isfinite(factor)):
@@ -167,6 +170,8 @@ def _require_table(config: Any, family: Family, source: str, kind: str | None = 
 def with_rope(config: Any, rope: RopeSettings) -> Any:
     """A copy of a config with other rotary positions. The model must be built from the copy.
 
+    Where layers with a window have positions of their own, these stay as they are.
+
     Keys that `rope` does not set are kept, also those that transformers does not know. A scaling is always relative to
     the length before any scaling. A scaling of another type replaces the keys of the old one.
 
@@ -175,7 +180,8 @@ def with_rope(config: Any, rope: RopeSettings) -> Any:
     """
     fields, family = config.to_dict(), family_of(config.model_type)
     fields.pop("transformers_version", None)
-    table, kind = dict(config.rope_parameters), config.rope_parameters["rope_type"]
+    table = dict(_without_window(config))
+    kind = table["rope_type"]
     if rope == RopeSettings():
         return type(config)(**fields)
     if kind not in ROPE_KEYS:
@@ -192,7 +198,8 @@ def with_rope(config: Any, rope: RopeSettings) -> Any:
         table["max_position_embeddings"] = length
     if rope.theta is not None:
         table["rope_theta"] = rope.theta
-    fields["rope_parameters"] = table
+    by_type = family.positions_by_layer_type()
+    fields["rope_parameters"] = {**config.rope_parameters, FULL: table} if by_type else table
     check_rope(fields, family, "rope")
     if table["rope_type"] == "yarn" and (rope.scaling or rope.max_position_embeddings):
         factor, original = table["factor"], table[ORIGINAL]
@@ -202,13 +209,24 @@ def with_rope(config: Any, rope: RopeSettings) -> Any:
                 f"model's {length} positions; give yarn a factor of {length / original:g}"
             )
     changed = type(config)(**fields)
+    try:
+        changed.validate()
+    except (KeyError, StrictDataclassError) as error:  # Phi-3 has longrope only
+        why = " ".join(str(error).split())
+        raise HmfError(f"rope.scaling: {family.prefix} does not support {table['rope_type']} ({why})") from None
     require_rope(changed, "rope")
     return changed
 
 
+def _without_window(config: Any) -> dict[str, Any]:
+    """The rotary positions of layers without a window, which a longer context changes."""
+    rope = config.rope_parameters
+    return rope[FULL] if family_of(config.model_type).positions_by_layer_type() else rope
+
+
 def _rescaled(config: Any, family: Family, scaling: RopeScaling, length: int | None) -> dict[str, Any]:
     """The table of a config with another scaling; length: max_position_embeddings of the recipe, or None."""
-    old, new = dict(config.rope_parameters), scaling.model_dump(exclude_none=True)
+    old, new = dict(_without_window(config)), scaling.model_dump(exclude_none=True)
     kind, before = old["rope_type"], config.max_position_embeddings
     original = old.get(ORIGINAL, getattr(config, ORIGINAL, before if kind == "default" else None))
     if scaling.rope_type in FROM_ORIGINAL:

@@ -103,9 +103,9 @@ class Stage1Objective:
                 chosen, number = labeled, supervised
             ours, theirs = (x.flatten(0, 1) if chosen is None else x[chosen.bool()] for x in (final, target))
             options = (self.kl_direction, self.kl_top_k, self.kl_temperature, self.kl_chunk_size)
-            divergence = logit_divergence(
-                ours, theirs, model.get_output_embeddings(), *options, partial(logits_of, model)
-            )
+            head = model.get_output_embeddings()
+            head = model.get_output_embeddings()
+            divergence = logit_divergence(ours, theirs, head, *options, partial(logits_of, model))
             losses["kl"] = self.kl * divergence.sum() / number
         for part in parts:
             pairs = zip(student_outputs[part], teacher_outputs[part], strict=True)
