@@ -297,6 +297,24 @@ def _causal_lm_forward(stock: Any) -> Any:
     return forward
 
 
+def _prepare_inputs_for_generation(stock: Any) -> Any:
+    """The family's method `stock`. Where it drops the cache (Phi-3, as its positions change), all tokens are fed again.
+
+    transformers would feed only the next token then.
+    """
+
+    @functools.wraps(stock)
+    def prepare(self: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = stock(self, input_ids, *args, **kwargs)
+        cache = kwargs.get("past_key_values")
+        if cache is None or not cache.get_seq_length() or inputs.get("past_key_values") is not None:
+            return inputs
+        anew = {"past_key_values": None, "position_ids": None, "next_sequence_length": None}
+        return stock(self, input_ids, *args, **kwargs | anew)
+
+    return prepare
+
+
 @dataclass(frozen=True)
 class HybridClasses:
     config: type
@@ -332,7 +350,11 @@ def hybrid_classes(family: Family) -> HybridClasses:
     causal_lm = type(
         f"{family.hybrid_prefix}ForCausalLM",
         (HybridCausalLMMixin, stock),
-        common | {"forward": _causal_lm_forward(stock.forward)},
+        common
+        | {
+            "forward": _causal_lm_forward(stock.forward),
+            "prepare_inputs_for_generation": _prepare_inputs_for_generation(stock.prepare_inputs_for_generation),
+        },
     )
     return HybridClasses(config, model, causal_lm)
 

@@ -208,10 +208,10 @@ def with_rope(config: Any, rope: RopeSettings) -> Any:
                 f"rope.scaling.factor: {factor:g} times the {original} positions before scaling is less than the "
                 f"model's {length} positions; give yarn a factor of {length / original:g}"
             )
-    changed = type(config)(**fields)
     try:
+        changed = type(config)(**fields)
         changed.validate()
-    except (KeyError, StrictDataclassError) as error:  # Phi-3 has longrope only
+    except (HmfError, KeyError, StrictDataclassError) as error:  # Phi-3 has longrope only
         why = " ".join(str(error).split())
         raise HmfError(f"rope.scaling: {family.prefix} does not support {table['rope_type']} ({why})") from None
     require_rope(changed, "rope")
