@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from hmf.config.pattern import Pattern
 from hmf.data.tokenizer import train_tokenizer
@@ -19,7 +19,7 @@ from hmf.layers.attention import separate
 from hmf.layers.registry import MIXERS
 from hmf.model.checkpoint import load_model
 from hmf.model.convert import drop_teacher, hybridise
-from hmf.model.families import FAMILIES
+from hmf.model.families import CANNOT_FIT, FAMILIES, family_of
 from hmf.model.modeling import TEACHER, hybrid_classes, logits_of
 from hmf.model.register import register
 from hmf.priming.export import export
@@ -557,6 +557,16 @@ def test_another_family_is_refused(tmp_path):
     with pytest.raises(HmfError, match=r"model_type 'gpt2' is not among .*families\.py as docs/families\.md shows"):
         make_stage0(tmp_path / "base", Pattern.parse("GDN"), tmp_path / "fused")
     assert not (tmp_path / "fused").exists()
+
+
+@pytest.mark.parametrize("name", [name for names in CANNOT_FIT.values() for name in names])
+def test_a_model_whose_layers_do_not_fit_is_refused_with_the_reason(name):
+    assert name in CONFIG_MAPPING and name not in FAMILIES
+    (why,) = [why for why, names in CANNOT_FIT.items() if name in names]
+    with pytest.raises(
+        HmfError, match=f"base/config.json: model_type '{name}' cannot be a base, because .* have {why}"
+    ):
+        family_of(name, "base/config.json")
 
 
 def test_the_example_of_adding_a_family(tmp_path):

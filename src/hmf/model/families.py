@@ -90,11 +90,33 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# Models that a row would not make a base, by what their layers have. Others may fit; docs/families.md shows the check.
+CANNOT_FIT = {
+    "latent attention, without a projection for each of queries, keys and values": (
+        *("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear"),
+        *("longcat_flash", "minicpm3", "mistral4"),
+    ),
+    "attention sinks": ("deepseek_v4", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"),
+    "rotary positions that pair neighbouring dimensions": ("cohere", "cohere2", "ernie4_5", "glm", "glm4", "helium"),
+    "keys and values that layers share": ("gemma3n_text", "gemma4_text"),
+    "chunked attention": ("llama4_text",),
+    "recurrences of their own": (
+        *("bamba", "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "minimax", "nemotron_h", "olmo_hybrid", "zamba2"),
+        *("falcon_mamba", "mamba", "mamba2"),
+    ),
+}
+
+
 def family_of(model_type: str, source: str = "config.json") -> Family:
     """The family of a base or hybrid `model_type`; HmfError for an unsupported one."""
     try:
         return FAMILIES[model_type.removeprefix("hybrid_")]
     except KeyError:
+        if why := next((why for why, types in CANNOT_FIT.items() if model_type in types), None):
+            raise HmfError(
+                f"{source}: model_type {model_type!r} cannot be a base, because its layers have {why}; give a base of "
+                f"a supported family ({', '.join(sorted(FAMILIES))})"
+            ) from None
         raise HmfError(
             f"{source}: model_type {model_type!r} is not among the supported families ({', '.join(sorted(FAMILIES))}); "
             "add a row to FAMILIES in hmf/model/families.py as docs/families.md shows"
