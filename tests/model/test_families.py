@@ -25,6 +25,7 @@ from hmf.model.register import register
 from hmf.priming.export import export
 from hmf.priming.objectives import Stage1Objective, train_only_mixers
 from hmf.priming.stage0 import initialise, make_stage0
+from hmf.training.losses import CrossEntropy
 from tests.hybrids import random_ids, randomise
 from tests.numerics import assert_golden, assert_same, widened
 
@@ -304,6 +305,77 @@ def test_a_window_as_wide_as_the_base_sees_is_the_base(family, variant):
         for token in ids[:, 30:].split(1, 1):
             pieces.append(hybrid(token, past_key_values=prompt.past_key_values, use_cache=True).logits)
         assert_same(torch.cat(pieces, 1), stock(ids).logits)
+
+
+@every_base
+@torch.no_grad()
+def test_losses_are_those_of_the_family(family, variant):
+    """Losses in chunks scale and cap logits as the family's own forward does."""
+    stock, ids = stock_model(family, variant), random_ids(2, 9)
+    fused = hybridise(stock, Pattern.parse("*-GDN-*-GDN"))
+    hybrid = drop_teacher(fused)
+    randomise(hybrid)
+    for model in (stock, hybrid):
+        loss = CrossEntropy(chunk_size=4)(model, labels=ids, input_ids=ids)["loss"]
+        torch.testing.assert_close(loss, model(ids, labels=ids).loss, atol=1e-5, rtol=1e-5)
+    initialise(fused)
+    found = fused(input_ids=ids, objective=Stage1Objective("none", kl=1.0, pre_lm_head=0.0))["loss"]
+    ours, theirs = drop_teacher(fused)(ids).logits.log_softmax(-1), stock(ids).logits.log_softmax(-1)
+    expected = (theirs.exp() * (theirs - ours)).sum(-1).mean()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@every_family
+@torch.no_grad()
+def test_a_head_of_its_own_and_every_bit_are_kept(family, variant, tmp_path):
+    """A config that says tied, and bfloat16, of files with another head in float32."""
+    stock = stock_model(family, variant)
+    saved(stock, tmp_path / "base")
+    file = tmp_path / "base/config.json"
+    config = json.loads(file.read_text()) | {"tie_word_embeddings": True, "torch_dtype": "bfloat16"}
+    config.pop("dtype")
+    file.write_text(json.dumps(config))
+    weights = tmp_path / "base/model.safetensors"
+    tensors = load_file(weights) | {"lm_head.weight": torch.randn(61, 32)}
+    save_file(tensors, weights, {"format": "pt"})
+    make_stage0(tmp_path / "base", PATTERN, tmp_path / "fused")
+    export(tmp_path / "fused", tmp_path / "hybrid")
+    replaced = tuple(f"model.layers.{index}.self_attn." for index in PATTERN.replaced)
+    for folder, dropped in (("fused", ()), ("hybrid", replaced)):
+        kept = load_file(tmp_path / folder / "model.safetensors")
+        assert json.loads((tmp_path / folder / "config.json").read_text()).get("tie_word_embeddings") is not True
+        for name in (name for name in tensors if not dropped or not name.startswith(dropped)):
+            assert kept[name].dtype == torch.float32 and torch.equal(kept[name], tensors[name])
+
+
+@pytest.mark.parametrize("family", ["granite", "gemma3_text", "olmo2", "phi3"])
+@torch.no_grad()
+def test_mamba2_starts_from_what_the_attention_computes(family):
+    """Its B and C are the base's keys and queries, with its norms and scale, up to a norm per head."""
+    stock = stock_model(
+        family, {"granite": "multipliers", "olmo2": "biases-mha"}.get(family, next(iter(BASES[family])))
+    )
+    for layer in stock.model.layers:
+        for name, bias in layer.self_attn.named_parameters():
+            if name.endswith("bias"):
+                bias.zero_()
+    fused = hybridise(stock, Pattern.parse("*-M2-*-M2"))
+    initialise(fused)
+    layer, x = fused.model.layers[1], torch.randn(1, 5, 32)
+    _, conv, _ = layer.mamba.project(x, None)
+    _, keys, queries = layer.mamba.streams(conv)
+    given = dict(separate(layer.self_attn).named_parameters())
+    q, k = (x @ given[f"{name}_proj.weight"].T for name in "qk")
+    head_dim = layer.self_attn.head_dim
+    if family == "olmo2":
+        q, k = (y * given[f"{name}_norm.weight"] for name, y in (("q", q), ("k", k)))
+    q, k = (y.unflatten(-1, (-1, head_dim)) for y in (q, k))
+    if family == "olmo2":
+        q, k = (torch.nn.functional.rms_norm(y, (head_dim,), eps=1e-6) for y in (q, k))
+    if family == "gemma3_text":
+        q, k = layer.self_attn.q_norm(q), layer.self_attn.k_norm(k)
+    torch.testing.assert_close(keys, k, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(queries, q * layer.self_attn.scaling * head_dim**0.5, atol=1e-5, rtol=1e-5)
 
 
 @every_family

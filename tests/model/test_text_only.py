@@ -13,10 +13,14 @@ from typer.testing import CliRunner
 
 from hmf.cli import app
 from hmf.config.pattern import Pattern
+from hmf.config.runs import PrimeRecipe, read_recipe
 from hmf.data.tokenizer import train_tokenizer
 from hmf.errors import HmfError
-from hmf.model.checkpoint import load_model
+from hmf.folders import resolve_base
+from hmf.model.checkpoint import load_config, load_model
 from hmf.model.text_only import take_text
+from hmf.pipeline import prime
+from hmf.planning.training import plans
 from hmf.priming.stage0 import make_stage0, text_of
 from tests.hybrids import random_ids, randomise
 from tests.model.test_families import GEMMA, SIZES, TWO_TABLES, YARN, teacher_logits
@@ -131,7 +135,7 @@ def test_the_command(tmp_path):
 def test_what_is_no_multimodal_model_is_refused(tmp_path):
     whole_model("mistral3-mistral", tmp_path / "whole")
     take_text(tmp_path / "whole", tmp_path / "text")
-    with pytest.raises(HmfError, match="text/config.json: 'mistral' is a language model; leave --text-only out"):
+    with pytest.raises(HmfError, match="text/config.json: 'mistral' is a language model; leave text-only out"):
         take_text(tmp_path / "text", tmp_path / "again")
 
 
@@ -162,3 +166,22 @@ def test_every_tensor_of_the_language_model_is_accounted_for(change, tmp_path):
     index.write_text(json.dumps(content))
     with pytest.raises(HmfError, match=re.escape(said)):
         make_stage0_of_text(tmp_path / "whole", tmp_path / "fused")
+
+
+def test_a_recipe_of_prime(tmp_path):
+    """`text_only: true` puts the language model into the run folder, where it is the teacher; plans know the shapes."""
+    whole_model("qwen2_5_vl-tied", tmp_path / "whole")
+    recipe, prose = tmp_path / "recipe.yaml", tmp_path / "prose.txt"
+    prose.write_text("It's the year 2024, isn't it?\n" * 50)
+    data = f"{{text: {prose}, sequence_length: 32, text_share: 1.0, tasks: {{}}}}"
+    recipe.write_text(
+        f"base: {tmp_path / 'whole'}\ntext_only: true\noutput: {tmp_path / 'run'}\n"
+        f"hybrid: {{mixer: gdn, ratio: 0.5}}\ndistill:\n  data: {data}\n"
+        "  training: {max_steps: 1, per_device_train_batch_size: 2, learning_rate: 0.001}\n"
+        "evaluate: {tasks: [], text_bytes: 0}\n"
+    )
+    (plan,) = plans([recipe], resolve_base, "h200x1")
+    assert plan.ranks == 1
+    prime(*read_recipe(recipe, PrimeRecipe))
+    assert load_config(tmp_path / "run/base").model_type == "qwen2"
+    assert load_config(tmp_path / "run/model").model_type == "hybrid_qwen2"

@@ -49,6 +49,15 @@ def text_family(config: Any) -> Family | None:
     return FAMILIES.get(SAME_AS.get(name, name)) if isinstance(name, str) else None
 
 
+def language_config(whole: Any, source: str | Path) -> Any:
+    """The config of a multimodal model's language model, from the whole config; HmfError if it has none."""
+    if (family := text_family(whole)) is None:
+        family_of(whole.model_type, f"{source}/config.json")  # raises for an unsupported model
+        raise HmfError(f"{source}/config.json: {whole.model_type!r} is a language model; leave text-only out")
+    with building(source):
+        return _text_config(whole, family)
+
+
 def take_text(source: str | Path, target: str | Path) -> TextOnlyReport:
     """Write the language model of the multimodal checkpoint `source` to the new directory `target`.
 
@@ -57,14 +66,11 @@ def take_text(source: str | Path, target: str | Path) -> TextOnlyReport:
     """
     source = Path(source)
     whole = load_config(source)
-    if (family := text_family(whole)) is None:
-        family_of(whole.model_type, f"{source}/config.json")  # raises for an unsupported model
-        raise HmfError(f"{source}/config.json: {whole.model_type!r} is a language model; leave --text-only out")
+    config = language_config(whole, source)
+    family = family_of(config.model_type)
     _require_decoder(whole, family, source)
-    with building(source):
-        config = _text_config(whole, family)
-        with torch.device("meta"), no_init_weights():
-            names = set(AutoModelForCausalLM.from_config(config).state_dict())
+    with building(source), torch.device("meta"), no_init_weights():
+        names = set(AutoModelForCausalLM.from_config(config).state_dict())
     stored = stored_tensors(source)
     taken = _names(source, stored, names)
     left = Counter(name.removeprefix("model.").partition(".")[0] for name in stored.keys() - taken.keys())

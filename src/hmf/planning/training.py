@@ -35,6 +35,7 @@ from hmf.model.checkpoint import load_config
 from hmf.model.configuration import building
 from hmf.model.convert import hybrid_config
 from hmf.model.rope import with_rope
+from hmf.model.text_only import language_config
 from hmf.priming.distance import stage1_flops_per_token
 from hmf.priming.objectives import LOGITS_AT_ONCE, train_only_mixers
 from hmf.training.evaluation import held_out_from
@@ -413,6 +414,8 @@ class Recipes:
         planned = recipe.base_config is not None and not Path(recipe.base).is_dir()
         base = path.parent / str(recipe.base_config) if planned else self.resolve_base(recipe.base)
         config = load_config(base, weights=False)
+        if recipe.text_only:
+            config = language_config(config, base)
         if recipe.hybrid.layers == "auto":
             notice(
                 f"{path}: hybrid.layers: auto is planned as if the layers were spread evenly; `hmf prime` chooses them"

@@ -24,7 +24,7 @@ from hmf.model.checkpoint import STORED, load_config, load_model, save_checkpoin
 from hmf.model.convert import hybridise, mixers
 from hmf.model.families import family_of
 from hmf.model.files import COMPUTED, reading, require_finite, stored_tensors
-from hmf.model.text_only import take_text, text_family
+from hmf.model.text_only import language_config, take_text, text_family
 
 
 @dataclass(frozen=True)
@@ -119,15 +119,20 @@ def text_of(base: str | Path, out: str | Path, say: Callable[[str], None]) -> It
             raise HmfError(str(error).replace(str(text), str(base))) from None
 
 
-def base_layers(base: str | Path) -> int:
-    """The number of layers of a base checkpoint; HmfError for an unsupported architecture or a Hybrid."""
+def base_layers(base: str | Path, text_only: bool = False) -> int:
+    """The number of layers of a base checkpoint; HmfError for an unsupported architecture or a Hybrid.
+
+    text_only: that of a multimodal checkpoint's language model.
+    """
     config = load_config(base)
+    if text_only:
+        return language_config(config, base).num_hidden_layers
     if (text := text_family(config)) is not None:
         raise HmfError(
             f"{base}/config.json: {config.model_type!r} is a multimodal model; use its language model "
-            f"({text.model_type}): hmf init with --text-only"
+            f"({text.model_type}): hmf init with --text-only, or text_only: true in a recipe of hmf prime"
         )
-    family_of(config.model_type, source=f"{base}/config.json")
+    family_of(getattr(getattr(config, "text_config", config), "model_type", ""), source=f"{base}/config.json")
     if config.model_type.startswith("hybrid_"):
         raise HmfError(f"{base}: is already a Hybrid ({config.hybrid_override_pattern}); give the base Transformer")
     return config.num_hidden_layers
