@@ -168,8 +168,8 @@ def claimed(output: Path, recipe: str) -> Iterator[None]:
                     f"{output}: was started with another recipe ({stored_recipe}); choose another output or remove it "
                     "first"
                 )
-            for folder in (BASE, STAGE0):
-                shutil.rmtree(output / folder, ignore_errors=True)
+            for name in (BASE, STAGE0):
+                shutil.rmtree(output / name, ignore_errors=True)
         fresh = not stored_recipe.is_file()
         (output / PART).write_bytes(recipe.encode())
         os.replace(output / PART, stored_recipe)

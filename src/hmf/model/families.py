@@ -63,7 +63,8 @@ class Family:
 
     def positions_by_layer_type(self) -> bool:
         """Whether layers with and without a window have rotary positions of their own (Gemma 3, OLMo 3)."""
-        return "layer_type" in inspect.signature(self.class_named("RotaryEmbedding").forward).parameters
+        rotary: Any = self.class_named("RotaryEmbedding")
+        return "layer_type" in inspect.signature(rotary.forward).parameters
 
     def _module(self, kind: str) -> Any:
         package = self.package or self.model_type

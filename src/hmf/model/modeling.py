@@ -244,8 +244,8 @@ def logits_of(model: Any, projected: torch.Tensor) -> torch.Tensor:
     """
     family = family_of(model.config.model_type)
     decoded = family.output_class()(last_hidden_state=projected[None])
-    forward: Any = family.class_named("ForCausalLM").forward
-    return forward(_Projected(model, decoded), return_dict=True).logits[0]
+    stock: Any = family.class_named("ForCausalLM")
+    return stock.forward(_Projected(model, decoded), return_dict=True).logits[0]
 
 
 class HybridCausalLMMixin(AsItsFamily, StrictLoading):
