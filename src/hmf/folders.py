@@ -16,7 +16,7 @@ from hmf.errors import HmfError
 
 EMBEDDED_TEACHER = "teacher"
 ASSETS = Path(str(resources.files("hmf") / "assets"))
-RECIPE, STAGE0, HOLDER = "recipe.yaml", "stage0", ".running"
+RECIPE, BASE, STAGE0, HOLDER = "recipe.yaml", "base", "stage0", ".running"
 PART = f"{RECIPE}.part"
 LOCAL_FOLDERS = ("runs", "models", "recipes")  # used by the recipes that come with hmf, so not owners on the Hub
 
@@ -143,7 +143,7 @@ def locked(output: Path) -> Iterator[None]:
 def _results(output: Path) -> set[str]:
     """Names of the files and of the folders that are not empty, which a run has left in its output folder."""
     names = {item.name for item in output.iterdir() if item.is_file() or any(item.iterdir())}
-    return {name for name in names - {HOLDER, PART} if not name.startswith(f".{STAGE0}.")}
+    return {name for name in names - {HOLDER, PART} if not name.startswith((f".{STAGE0}.", f".{BASE}."))}
 
 
 @contextmanager
@@ -151,7 +151,7 @@ def claimed(output: Path, recipe: str) -> Iterator[None]:
     """Use `output` as the run folder of a recipe during the block.
 
     The folder belongs to the first recipe that has trained in it. A recipe that has not trained yet can be replaced by
-    a corrected one; the Stage-0 checkpoint that it may have written is then removed.
+    a corrected one; the base's language model and the Stage-0 checkpoint that it may have written are then removed.
 
     Args:
         recipe: the recipe's text.
@@ -163,12 +163,13 @@ def claimed(output: Path, recipe: str) -> Iterator[None]:
         require_unused(output, lambda name: name in (HOLDER, PART))
     with locked(output):
         if stored_recipe.is_file() and stored_recipe.read_bytes() != recipe.encode():
-            if _results(output) - {RECIPE, STAGE0}:
+            if _results(output) - {RECIPE, BASE, STAGE0}:
                 raise HmfError(
                     f"{output}: was started with another recipe ({stored_recipe}); choose another output or remove it "
                     "first"
                 )
-            shutil.rmtree(output / STAGE0, ignore_errors=True)
+            for name in (BASE, STAGE0):
+                shutil.rmtree(output / name, ignore_errors=True)
         fresh = not stored_recipe.is_file()
         (output / PART).write_bytes(recipe.encode())
         os.replace(output / PART, stored_recipe)

@@ -17,7 +17,8 @@ from hmf.data import tasks
 from hmf.errors import HmfError, notice, unknown_name
 from hmf.evaluation.results import ANSWERS
 from hmf.evaluation.run import evaluate_checkpoint
-from hmf.folders import resolve_base
+from hmf.folders import BASE, resolve_base
+from hmf.model.text_only import take_text
 from hmf.priming.export import export
 from hmf.priming.stage0 import base_layers, make_stage0
 from hmf.report.card import write_card
@@ -42,9 +43,10 @@ def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[st
     Returns:
         Scores by model: "teacher", "stage 0" (mixers initialised, not trained) and "primed".
     """
-    base, run = resolve_base(recipe.base), recipe.output
+    source, run = resolve_base(recipe.base), recipe.output
+    base = run / BASE if recipe.text_only else source
     check_tasks(recipe.evaluate)
-    layers = base_layers(base)
+    layers = base_layers(source, recipe.text_only)
     pattern = recipe.hybrid.spread_evenly().layer_pattern(layers)
     automatic = recipe.hybrid.layers == "auto"
     if automatic and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (run / SELECTION).is_file():
@@ -56,7 +58,9 @@ def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[st
     seconds: dict[str, float] = {}
 
     def start() -> None:
-        check_disk(run, base)
+        check_disk(run, source)
+        if recipe.text_only and not base.is_dir():
+            say(f"{source}: {take_text(source, base).describe()}")
         if not (run / "stage0").is_dir():
             chosen = pattern
             if automatic:

@@ -304,6 +304,11 @@ BASES = {
     "llama": {"attention_bias": True, "mlp_bias": True, "sliding_window": 16, "rope_parameters": LLAMA3},
     "ministral3": {"sliding_window": 16, "rope_parameters": MINISTRAL} | SCALED,
     "ministral3 as published": {"rope_parameters": MINISTRAL, "hidden_act": "silu", "rms_norm_eps": 1e-3},
+    "phi3": {
+        "sliding_window": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
+    "smollm3": WINDOWS | {"no_rope_layers": [1, 0, 0, 0, 1], "attention_bias": True},
     "llama linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4}},
 }
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hmf.errors import HmfError
+from hmf.model.families import FAMILIES
 from hmf.serving.vllm import support, weights
 from hmf.serving.vllm.weights import account, expected_tensors, quantised_tensors
 from tests.hybrids import Case, tiny_config
@@ -90,11 +91,18 @@ class TestRegistration:
             assert copy.to_dict() == config.to_dict()
 
     def test_every_family_has_a_model(self):
-        from hmf.model.families import FAMILIES
         from hmf.serving.vllm import models
 
         for family in FAMILIES.values():
-            assert issubclass(getattr(models, f"{family.hybrid_prefix}ForCausalLM"), models.HybridForCausalLM)
+            own = getattr(models, f"{family.hybrid_prefix}ForCausalLM", None)
+            assert (own is not None) == (family.model_type in support.READ_BY_VLLM)
+            assert own is None or issubclass(own, models.HybridForCausalLM)
+
+    @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "granite", "olmo2", "olmo3"])
+    def test_other_families_are_refused(self, tmp_path, family):
+        fields = engines.DIMENSIONS | {"architectures": [f"{FAMILIES[family].hybrid_prefix}ForCausalLM"]}
+        tiny_config(GDN, family=family, **fields).save_pretrained(tmp_path)
+        assert f"vLLM's decoder for {family} does not take the layers of a Hybrid; use hmf chat" in refused(tmp_path)
 
     def test_plain_models_are_not_touched(self, tiny_qwen3_dir):
         config = engine_config(tiny_qwen3_dir, enable_prefix_caching=True)
@@ -222,6 +230,8 @@ class TestRefusals:
             ("qwen2", {}, "head_dim 32: vLLM's Qwen2 assumes hidden_size / num_attention_heads, 16"),
             ("qwen3", {"dual_chunk_attention_config": {"chunk_size": 64}}, "dual_chunk_attention_config in"),
             ("ministral3", {"attention_bias": True}, "attention_bias in config.json"),
+            ("mistral", {"llama_4_scaling": {"beta": 0.1}}, "llama_4_scaling in config.json"),
+            ("phi3", {"attention_bias": True}, "attention_bias in config.json"),
             ("llama", {"qkv_bias": False, "attention_bias": True}, "qkv_bias in config.json"),
             ("qwen3", {"rope_parameters": ROPE | {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
             (
@@ -248,8 +258,6 @@ class TestRefusals:
         ],
     )
     def test_what_vllm_computes_otherwise(self, tmp_path, family, fields, line):
-        from hmf.model.families import FAMILIES
-
         architecture = f"{FAMILIES[family].hybrid_prefix}ForCausalLM"
         fields = engines.DIMENSIONS | fields | {"architectures": [architecture]}
         tiny_config(GDN, family=family, **fields).save_pretrained(tmp_path)
@@ -260,7 +268,6 @@ class TestRefusals:
         import inspect
         import sys
 
-        from hmf.model.families import FAMILIES
         from hmf.serving.vllm import models
 
         # Those that `hybrid_layer`, `_suit_stock_layers` or a Hybrid's config sees to, and what every config has.
@@ -272,7 +279,7 @@ class TestRefusals:
             "layer_types",
             "ada_rms_norm_t_cond_dim",  # only with `ada_rms_norm_t_cond`
         }
-        for family in FAMILIES.values():
+        for family in (FAMILIES[name] for name in support.READ_BY_VLLM):
             served = getattr(models, f"{family.hybrid_prefix}ForCausalLM").stack
             used = {cls for cls in (*served.model.__mro__, *served.layer.__mro__) if STACKS.search(cls.__module__)}
             for module in {cls.__module__ for cls in used}:  # and what they are built of

@@ -386,6 +386,7 @@ class PrimeRecipe(Settings):
 
     base: str  # a checkpoint directory, or "teacher" for the embedded one
     base_config: Path | None = None  # folder with base's config.json, relative to the recipe, for planning without base
+    text_only: bool = False  # use the language model of a base that also reads images
     output: Path  # run folder
     seed: Seed = 0  # seed of all random numbers
     hybrid: HybridSettings  # which layers are replaced, and by what

@@ -21,6 +21,7 @@ from hmf.gpus import parse_gpus
 from hmf.model.checkpoint import load_config
 from hmf.model.convert import hybrid_config
 from hmf.model.rope import with_rope
+from hmf.model.text_only import language_config
 from hmf.priming.objectives import train_only_mixers
 from hmf.training.evaluation import held_out_from
 from hmf.training.finetune import check_model
@@ -186,6 +187,8 @@ class Recipes:
         planned = recipe.base_config is not None and not Path(recipe.base).is_dir()
         base = path.parent / str(recipe.base_config) if planned else self.resolve_base(recipe.base)
         config = load_config(base, weights=False)
+        if recipe.text_only:
+            config = language_config(config, base)
         if recipe.hybrid.layers == "auto":
             notice(
                 f"{path}: hybrid.layers: auto is planned as if the layers were spread evenly; `hmf prime` chooses them"

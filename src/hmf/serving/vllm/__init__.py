@@ -22,7 +22,7 @@ def register() -> None:
 
     from .backends import state_backend
     from .config import HybridConfig
-    from .support import SERVED_BY
+    from .support import READ_BY_VLLM, SERVED_BY
 
     for symbol in SERVED_BY:
         state_backend(symbol)  # in every process, because vLLM sends these enum members between its processes
@@ -30,4 +30,6 @@ def register() -> None:
         architecture = f"{family.hybrid_prefix}ForCausalLM"
         MODELS_CONFIG_MAP[architecture] = HybridConfig
         # By name, so that the front end does not import kernels.
-        ModelRegistry.register_model(architecture, f"hmf.serving.vllm.models:{architecture}")
+        # `support.check` refuses families that are not served; until then the base class stands for them.
+        name = architecture if family.model_type in READ_BY_VLLM else "HybridForCausalLM"
+        ModelRegistry.register_model(architecture, f"hmf.serving.vllm.models:{name}")

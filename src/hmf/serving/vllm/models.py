@@ -40,7 +40,7 @@ from vllm.model_executor.models.utils import (
 from hmf.config.layers import LAYER_KINDS
 from hmf.config.pattern import ATTENTION
 from hmf.errors import HmfError
-from hmf.layers.attention import stock_parameters
+from hmf.layers.attention import has_positions, stock_parameters
 from hmf.layers.base import StateShape
 
 from .hosted import HostedMixer
@@ -73,6 +73,8 @@ def hybrid_layer(stock: type[nn.Module]) -> type[nn.Module]:
             index, quant_config = extract_layer_index(prefix), vllm_config.quant_config
             symbol, stock_attention = config.pattern.symbols[index], self.get_submodule("self_attn")
             _complete(stock_attention, config, index, quant_config, f"{prefix}.self_attn")
+            if not has_positions(config, index):
+                stock_attention.rotary_emb = NoPositions()
             window = config.attention_windows[index]
             if symbol == ATTENTION and stock_attention.attn.sliding_window == window:
                 return
@@ -89,6 +91,13 @@ def hybrid_layer(stock: type[nn.Module]) -> type[nn.Module]:
     return HybridDecoderLayer
 
 
+class NoPositions(nn.Module):
+    """In place of rotary positions in layers that have none, as some of SmolLM3."""
+
+    def forward(self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None) -> Any:
+        return query, key
+
+
 def _complete(attention: Any, config: Any, index: int, quant_config: Any, prefix: str) -> None:
     """Add the output bias that transformers' attention has in Qwen3 and vLLM's does not."""
     if attention.o_proj.bias is None and "o_proj.bias" in stock_parameters(config, index):
@@ -99,7 +108,7 @@ def _complete(attention: Any, config: Any, index: int, quant_config: Any, prefix
 
 
 class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
-    """A Hybrid of any family. A subclass sets its `stack`."""
+    """A Hybrid of any family. A subclass sets its `stack`, and `READ_BY_VLLM` in support.py has its family."""
 
     stack: ClassVar[Stack]
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -242,3 +251,16 @@ class HybridLlamaForCausalLM(HybridForCausalLM):
 
 class HybridMinistral3ForCausalLM(HybridForCausalLM):
     stack = Stack(MistralModel, MistralDecoderLayer, "layer_type")
+
+
+class HybridMistralForCausalLM(HybridMinistral3ForCausalLM):
+    pass
+
+
+# vLLM's stack for Phi-3 is Llama's. It has none for SmolLM3, whose layers are Llama's but for those without positions.
+class HybridPhi3ForCausalLM(HybridLlamaForCausalLM):
+    pass
+
+
+class HybridSmolLM3ForCausalLM(HybridLlamaForCausalLM):
+    pass

@@ -13,7 +13,7 @@ from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
-from hmf.config.layers import base_head_dim, layer_options, needed_kinds
+from hmf.config.layers import base_activation, base_head_dim, layer_options, needed_kinds
 from hmf.config.pattern import ATTENTION, is_fused
 from hmf.config.runs import ROPE_KEYS, ROPE_SCALING_KEYS
 from hmf.errors import HmfError
@@ -151,6 +151,8 @@ def _quantised(config: Any) -> str | None:
         return f"--quantization {method} is not supported; use {', '.join(QUANTISED)}, or the unquantised checkpoint"
     if method in ("fp8", "fp8_per_tensor") and current_platform.is_cpu():
         return f"vLLM's CPU build cannot quantise to {method}; use fp8_per_channel, compressed-tensors, or a GPU"
+    if hf_config.family.model_type == "phi3":
+        return "quantised Phi-3 is not supported; serve the unquantised checkpoint without --quantization"
     if getattr(hf_config, "num_experts", 0):
         return "quantised experts are not supported; serve the unquantised checkpoint without --quantization"
     if getattr(hf_config, "quantization_config", None) and config.parallel_config.pipeline_parallel_size > 1:
@@ -158,7 +160,8 @@ def _quantised(config: Any) -> str | None:
     return None
 
 
-# Keys that vLLM's stock layers read and transformers' do not. With them the two would compute different functions.
+# The families with a class in models.py, and the keys that vLLM's stock layers for them read and transformers' do not.
+# With such a key the two would compute different functions.
 READ_BY_VLLM = {
     "llama": ("bias", "qkv_bias", "target_layer_count"),
     "ministral3": (
@@ -169,17 +172,38 @@ READ_BY_VLLM = {
         "qkv_bias",
         "target_layer_count",
     ),
+    "mistral": (
+        "ada_rms_norm_t_cond",
+        "attention_bias",
+        "bias",
+        "llama_4_scaling",
+        "mlp_bias",
+        "qkv_bias",
+        "target_layer_count",
+    ),
+    "phi3": ("attention_bias", "bias", "mlp_bias", "qkv_bias", "target_layer_count"),
     "qwen2": ("dual_chunk_attention_config", "qk_norm"),
     "qwen3": ("dual_chunk_attention_config",),
     "qwen3_moe": ("dual_chunk_attention_config", "shared_expert_intermediate_size"),
+    "smollm3": ("bias", "qkv_bias", "target_layer_count"),
 }
 # And those that vLLM reads in every model.
 READ_BY_VLLM_ALWAYS = ("mrope_section", "rotary_emb_base", "rotary_emb_fraction", "rotary_pct", "xdrope_section")
 
 
+def _family(config: Any) -> str | None:
+    family = config.model_config.hf_config.family
+    if family.model_type in READ_BY_VLLM:
+        return None
+    return (
+        f"vLLM's decoder for {family.model_type} does not take the layers of a Hybrid; use hmf chat, or generate with "
+        "Hugging Face"
+    )
+
+
 def _unlike_transformers(config: Any) -> str | None:
     hf_config = config.model_config.hf_config
-    names = (*READ_BY_VLLM.get(hf_config.family.model_type, ()), *READ_BY_VLLM_ALWAYS)
+    names = (*READ_BY_VLLM[hf_config.family.model_type], *READ_BY_VLLM_ALWAYS)
     unsupported = [name for name in names if getattr(hf_config, name, None)]
     if "qkv_bias" in names and hasattr(hf_config, "qkv_bias"):  # also false, because it overrides `attention_bias`
         unsupported.append("qkv_bias")
@@ -189,7 +213,7 @@ def _unlike_transformers(config: Any) -> str | None:
 
 
 def _activation(config: Any) -> str | None:
-    activation = config.model_config.hf_config.hidden_act
+    activation = base_activation(config.model_config.hf_config)
     return None if activation == "silu" else f"hidden_act {activation!r}: vLLM's MLPs support only silu; {ELSEWHERE}"
 
 
@@ -208,12 +232,15 @@ def _whole_width(config: Any) -> str | None:
 ROPE = ROPE_SCALING_KEYS | {"rope_type", "type", "rope_theta", "llama_4_scaling_beta", "max_position_embeddings"}
 
 
+PARTIAL = ("phi3",)  # families in which transformers rotates a part of each head, if the config says so
+
+
 def _positions(config: Any) -> str | None:
     model, rope = config.model_config, config.model_config.hf_config.rope_parameters
     kind, length = rope["rope_type"], model.hf_config.max_position_embeddings
     if kind not in ROPE_KEYS:
         return f"rope_type {kind!r}: vLLM computes other positions than transformers; {ELSEWHERE}"
-    if rope.get("partial_rotary_factor", 1) != 1:
+    if rope.get("partial_rotary_factor", 1) != 1 and model.hf_config.family.model_type not in PARTIAL:
         return "partial_rotary_factor: transformers rotates whole heads in this family; remove it"
     if unknown := sorted(rope.keys() - ROPE - {"partial_rotary_factor"}):
         return f"rope_parameters.{unknown[0]}: transformers does not read it, and vLLM may; remove it"
@@ -231,6 +258,8 @@ def _positions(config: Any) -> str | None:
 
 
 TABLE: tuple[Row, ...] = (
+    Row(f"Hybrids of {', '.join(f'`{name}`' for name in READ_BY_VLLM)}", True),
+    Row("Hybrids of other families", False, "`hmf chat`, or generate with Hugging Face", _family),
     Row("GDN, GKA, Mamba2, B'MOJO-F and SWA layers, with all options, mixed in any pattern", True),
     Row("Continuous batching, chunked prefill, preemption, `n > 1`", True),
     Row("Prefix caching", True, "`--mamba-cache-mode align`, which is also vLLM's choice"),
