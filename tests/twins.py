@@ -14,9 +14,18 @@ from hmf.model.convert import drop_teacher, hybridise
 from hmf.model.families import FAMILIES
 from hmf.priming.stage0 import initialise
 from tests.hybrids import random_ids, randomise
-from tests.model.test_families import EXPERTS, SIZES, YARN
+from tests.model.test_families import BASES, EXPERTS, GEMMA, GRANITE, SIZES, TWO_TABLES, YARN
 
-FIELDS = {"qwen3_moe": EXPERTS, "ministral3": {"rope_parameters": YARN}}
+FIELDS = {
+    "gemma2": GEMMA | {"attn_logit_softcapping": None, "sliding_window": 64},
+    "gemma3_text": GEMMA | {"rope_parameters": TWO_TABLES, "sliding_window": 64, "sliding_window_pattern": 2},
+    "granite": GRANITE,
+    "ministral3": {"rope_parameters": YARN},
+    "olmo3": {"rope_parameters": TWO_TABLES, "sliding_window": 64},
+    "phi3": BASES["phi3"]["partial"],
+    "qwen3_moe": EXPERTS,
+    "smollm3": BASES["smollm3"]["no-positions"],
+}
 NEW, PAD = 5, 0
 IDS, ONE, MORE = random_ids(2, 12), random_ids(1, 12), random_ids(2, 4, seed=1)
 MASK = torch.ones_like(IDS)

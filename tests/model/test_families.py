@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hmf.config.pattern import Pattern
 from hmf.data.tokenizer import train_tokenizer
 from hmf.errors import HmfError
+from hmf.layers.attention import separate
 from hmf.layers.registry import MIXERS
 from hmf.model.checkpoint import load_model
 from hmf.model.convert import drop_teacher, hybridise
 from hmf.model.families import FAMILIES
-from hmf.model.modeling import TEACHER, hybrid_classes
+from hmf.model.modeling import TEACHER, hybrid_classes, logits_of
 from hmf.model.register import register
 from hmf.priming.export import export
 from hmf.priming.objectives import Stage1Objective, train_only_mixers
@@ -61,8 +62,42 @@ YARN = {
     "llama_4_scaling_beta": 0.1,
 }
 WINDOW = {"use_sliding_window": True, "sliding_window": 5}
+GEMMA = {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 5}
+GRANITE = {
+    "attention_multiplier": 0.3,
+    "embedding_multiplier": 12.0,
+    "logits_scaling": 8.0,
+    "residual_multiplier": 0.22,
+}
+TWO_TABLES = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+}
+
+
+def longrope(pairs: int) -> dict[str, Any]:
+    """Phi's rotary positions; pairs: rotated dims of a head, divided by two."""
+    short, long = [1.0, 1.1, 1.2, 1.3], [1.0, 2.0, 4.0, 8.0]
+    return {"type": "longrope", "short_factor": short[:pairs], "long_factor": long[:pairs]}
+
+
 # family -> variant -> config fields. The first of each goes through the whole job.
 BASES: dict[str, dict[str, dict[str, Any]]] = {
+    "gemma2": {
+        "no-score-cap": GEMMA | {"attn_logit_softcapping": None, "tie_word_embeddings": True},
+        "score-cap": GEMMA | {"final_logit_softcapping": None, "attention_bias": True},
+    },
+    "gemma3_text": {
+        "two-positions": GEMMA | {"rope_parameters": TWO_TABLES, "sliding_window_pattern": 2},
+        "former-keys": GEMMA
+        | {"rope_theta": 1e6, "rope_local_base_freq": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+        | {"sliding_window_pattern": 3, "num_key_value_heads": 1, "attention_bias": True},
+        "capped-logits": GEMMA | {"final_logit_softcapping": 2.0, "tie_word_embeddings": False},
+    },
+    "granite": {
+        "multipliers": GRANITE | {"tie_word_embeddings": True},
+        "biases": GRANITE | {"attention_bias": True, "mlp_bias": True, "head_dim": 12, "logits_scaling": 1.0},
+    },
     "llama": {
         "llama3-rope": {"rope_parameters": LLAMA3},
         "biases": {"attention_bias": True, "mlp_bias": True},
@@ -73,6 +108,23 @@ BASES: dict[str, dict[str, dict[str, Any]]] = {
     "ministral3": {
         "window": {"head_dim": 12, "rope_parameters": YARN, "sliding_window": 5},
         "no-window": {"head_dim": 8, "rope_parameters": YARN, "tie_word_embeddings": True},
+    },
+    "mistral": {
+        "window": {"head_dim": 12, "sliding_window": 5},
+        "no-window": {"sliding_window": None, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    },
+    "olmo2": {
+        "gqa": {},
+        "biases-mha": {"attention_bias": True, "num_key_value_heads": 4, "head_dim": 12},
+    },
+    "olmo3": {
+        "two-positions": {"rope_parameters": TWO_TABLES, "sliding_window": 5},
+        "former-keys": {"rope_scaling": {k: v for k, v in YARN.items() if k != "rope_theta"}, "sliding_window": 5},
+    },
+    "phi3": {
+        "partial": {"partial_rotary_factor": 0.75, "rope_scaling": longrope(3), "original_max_position_embeddings": 64},
+        "window": {"sliding_window": 5, "tie_word_embeddings": True},
+        "long": {"rope_scaling": longrope(4), "original_max_position_embeddings": 16},
     },
     "qwen2": {
         "windows-above": WINDOW | {"max_window_layers": 2, "tie_word_embeddings": True},
@@ -89,6 +141,10 @@ BASES: dict[str, dict[str, dict[str, Any]]] = {
         "dense-layers": EXPERTS | {"head_dim": 8, "mlp_only_layers": [1], "attention_bias": True},
         "window": EXPERTS | WINDOW | {"head_dim": 8, "tie_word_embeddings": True},
     },
+    "smollm3": {
+        "no-positions": {"no_rope_layers": [1, 0, 1, 0, 1, 0]},
+        "windows": WINDOW | {"no_rope_layer_interval": 2, "tie_word_embeddings": False, "attention_bias": True},
+    },
 }
 CASES = [(family, variant) for family, variants in BASES.items() for variant in variants]
 every_base = pytest.mark.parametrize(("family", "variant"), CASES, ids=["-".join(case) for case in CASES])
@@ -98,11 +154,19 @@ every_family = pytest.mark.parametrize(
 PATTERN = Pattern.parse("*-GDN-*-GDN")
 # Stage 1's loss at the first and the sixth step of `test_the_whole_job`.
 GOLDEN_LOSSES = {
+    "gemma2": (28.774315, 13.237188),
+    "gemma3_text": (30.207842, 14.504164),
+    "granite": (0.222321, 0.102268),
     "llama": (3.769546, 1.642005),
     "ministral3": (3.986702, 2.194591),
+    "mistral": (4.207959, 1.991053),
+    "olmo2": (24.084812, 11.862277),
+    "olmo3": (24.771041, 12.703251),
+    "phi3": (2.486979, 1.304078),
     "qwen2": (3.041615, 1.438540),
     "qwen3": (3.206824, 1.382357),
     "qwen3_moe": (3.721280, 1.544717),
+    "smollm3": (3.487389, 1.493445),
 }
 
 
@@ -122,7 +186,8 @@ def saved(model: Any, path: Path) -> Path:
 def teacher_logits(fused: Any, ids: torch.Tensor, **given: Any) -> torch.Tensor:
     inputs = fused.model.prepare(input_ids=ids, use_cache=False, **given)
     hidden = fused.model.run_layers(inputs.hidden_states, inputs, range(4), TEACHER)
-    return fused.lm_head(fused.model.norm(hidden))
+    projected = fused.lm_head(fused.model.norm(hidden))
+    return logits_of(fused, projected.flatten(0, 1)).view_as(projected)
 
 
 def test_every_family_has_its_bases():
@@ -179,8 +244,9 @@ def test_the_whole_job(family, variant, tmp_path):
     make_stage0(saved(stock, tmp_path / "base"), PATTERN, tmp_path / "fused")
     fused, ids = load_model(tmp_path / "fused"), random_ids(2, 17)
     for layer in (fused.model.layers[i] for i in PATTERN.replaced):
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            assert torch.equal(getattr(layer.gdn, name).weight, getattr(layer.self_attn, name).weight)
+        attention = dict(separate(layer.self_attn).named_parameters())
+        for name in ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"):
+            assert torch.equal(layer.gdn.get_parameter(name), attention[name])
     mask = torch.ones(2, 17, dtype=torch.long)
     mask[1, 13:] = 0
     with torch.no_grad():
@@ -221,17 +287,23 @@ def test_the_whole_job(family, variant, tmp_path):
 def test_a_window_as_wide_as_the_base_sees_is_the_base(family, variant):
     """A sliding-window layer takes over the base's biases, norms and rotary positions, whatever they are."""
     stock, ids = widened(stock_model(family, variant)), random_ids(1, 40)
-    pattern = Pattern.parse("*-*-SWA-SWA")
-    windowed = hybridise(stock, pattern).config.attention_types[2] == "sliding_attention"
-    fused = hybridise(stock, pattern, {"swa_config": {"window_size": 5 if windowed else 64}})
-    initialise(fused)
-    hybrid = drop_teacher(fused)
-    assert_same(hybrid(ids).logits, stock(ids).logits)
-    prompt = hybrid(ids[:, :30], use_cache=True)
-    pieces = [prompt.logits]
-    for token in ids[:, 30:].split(1, 1):
-        pieces.append(hybrid(token, past_key_values=prompt.past_key_values, use_cache=True).logits)
-    assert_same(torch.cat(pieces, 1), stock(ids).logits)
+    if getattr(stock.config, "attn_logit_softcapping", None) is not None:
+        for symbol in ("SWA", "BMF"):
+            with pytest.raises(HmfError, match="attn_logit_softcapping: 50.0: SWA and B'MOJO-F layers cannot cap"):
+                hybridise(stock, Pattern(("*", symbol, "*", "*")))
+        return
+    kinds = hybridise(stock, Pattern.parse("*-*-*-*")).config.attention_types
+    for kind in set(kinds):
+        pattern = Pattern(("*", *("SWA" if each == kind else "*" for each in kinds[1:])))
+        fused = hybridise(stock, pattern, {"swa_config": {"window_size": 5 if kind == "sliding_attention" else 64}})
+        initialise(fused)
+        hybrid = drop_teacher(fused)
+        assert_same(hybrid(ids).logits, stock(ids).logits)
+        prompt = hybrid(ids[:, :30], use_cache=True)
+        pieces = [prompt.logits]
+        for token in ids[:, 30:].split(1, 1):
+            pieces.append(hybrid(token, past_key_values=prompt.past_key_values, use_cache=True).logits)
+        assert_same(torch.cat(pieces, 1), stock(ids).logits)
 
 
 @every_family
@@ -432,8 +504,8 @@ def test_every_tensor_is_accounted_for(family, variant, change, tmp_path):
     saved(drop_teacher(hybridise(stock_model(family, variant), PATTERN)), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     if change == "missing":
-        name = "model.layers.0.self_attn.k_proj.bias"
-        tensors.pop(name if name in tensors else (name := name.replace("bias", "weight")))
+        name = next(name for name in reversed(tensors) if name.startswith("model.layers.0.self_attn."))
+        del tensors[name]
         said = f"tensors missing: {name}"
     else:
         tensors["model.layers.1.gdn.q_proj.bias"] = torch.zeros(32)
@@ -466,8 +538,16 @@ def test_tokenizer_is_the_base_ones(family, named, tokenizer_dir, tmp_path):
         )
         read.append(AutoTokenizer.from_pretrained(folder))
     assert type(read[0]) is type(read[1])
-    text = "It's 2024:\n\n  isn't  it?"
-    assert read[0](text)["input_ids"] == read[1](text)["input_ids"]
+    base, hybrid = (_encoded(tokenizer, "It's 2024:\n\n  isn't  it?") for tokenizer in read)
+    assert base == hybrid
+
+
+def _encoded(tokenizer: Any, text: str) -> list[int] | str:
+    """Its tokens; or the error of Gemma's default class, for which these files lack <unk>."""
+    try:
+        return tokenizer(text)["input_ids"]
+    except Exception as error:
+        return str(error)
 
 
 def test_another_family_is_refused(tmp_path):
@@ -479,33 +559,9 @@ def test_another_family_is_refused(tmp_path):
     assert not (tmp_path / "fused").exists()
 
 
-def documented() -> dict[str, str]:
-    """The Python blocks of docs/families.md, by the family that each is about."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/families.md").read_text(), re.DOTALL)
-    return {name: block for block in blocks for name in ("Ministral3", "SmolLM3") if name in block}
-
-
-def test_language_model_of_a_model_that_reads_images(tmp_path):
-    from transformers import Mistral3Config, Mistral3ForConditionalGeneration, PixtralVisionConfig
-
-    vision = PixtralVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16
-    )
-    language = FAMILIES["ministral3"].config_class()(**(SIZES | BASES["ministral3"]["window"]))
-    parts = {"text_config": language, "vision_config": vision, "image_token_index": 10}
-    model = Mistral3ForConditionalGeneration(Mistral3Config(**parts)).eval()
-    with pytest.raises(HmfError, match=r"'mistral3' is a multimodal model; extract its language model \(ministral3\)"):
-        make_stage0(saved(model, tmp_path / "whole"), PATTERN, tmp_path / "fused")
-    exec(documented()["Ministral3"], {"source": tmp_path / "whole", "target": tmp_path / "text"})
-    make_stage0(tmp_path / "text", PATTERN, tmp_path / "fused")
-    ids = random_ids(2, 9).clamp_min(11)
-    with torch.no_grad():
-        assert torch.equal(teacher_logits(load_model(tmp_path / "fused"), ids), model(ids).logits)
-
-
 def test_the_example_of_adding_a_family(tmp_path):
     """The block of docs/families.md as it stands there, and then a Hybrid of that family."""
-    code = documented()["SmolLM3"]
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/families.md").read_text(), re.DOTALL)
     assert len(code.splitlines()) < 30
     added: dict[str, Any] = {}
     before = set(FAMILIES)

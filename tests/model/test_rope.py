@@ -59,7 +59,16 @@ def frequencies(config):
     return family_of(config.model_type).class_named("RotaryEmbedding")(config)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def test_phi3_extends_by_nothing_that_a_recipe_has():
+    config = config_of("phi3", PLAIN, 64, original_max_position_embeddings=64)
+    for scaling in (TO_YARN, {"rope_type": "linear", "factor": 2.0}):
+        with pytest.raises(HmfError, match=r"^rope\.scaling: Phi3 does not support"):
+            scaled(config, 512, **scaling)
+    longer = changed(config, theta=5e6, max_position_embeddings=512)
+    assert longer.rope_parameters == PLAIN | {"rope_theta": 5e6, "partial_rotary_factor": 1.0}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"phi3"}))
 @given(factors=st.lists(st.integers(2, 16), min_size=2, max_size=4), length=st.integers(16, 4096))
 def test_extensions_are_relative_to_the_length_before_any(family, factors, length):
     """However often a model is extended, the last extension is what it would be alone."""
@@ -68,13 +77,19 @@ def test_extensions_are_relative_to_the_length_before_any(family, factors, lengt
         if family != "ministral3"
         else PLAIN | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": length}
     )
+    local, by_type = PLAIN | {"rope_theta": 5e4}, FAMILIES[family].positions_by_layer_type()
+    if by_type:
+        start = {"full_attention": dict(start), "sliding_attention": dict(local)}
     base = config = config_of(family, start, length)
     for factor in factors:
         config = scaled(config, factor * length, rope_type="yarn", factor=factor)
     alone = scaled(base, factors[-1] * length, rope_type="yarn", factor=factors[-1])
     assert config.to_dict() == alone.to_dict()
-    assert config.rope_parameters["original_max_position_embeddings"] == length
+    table = config.rope_parameters["full_attention"] if by_type else config.rope_parameters
+    assert table["original_max_position_embeddings"] == length
     assert config.max_position_embeddings == factors[-1] * length
+    if by_type:
+        assert config.rope_parameters["sliding_attention"] == local
 
 
 @pytest.mark.parametrize("where", ["table", "old name", "top level"])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
@@ -32,6 +33,7 @@ app = group("")
         "hmf init teacher --mixer gdn --ratio 0.5 --out runs/stage0",
         "hmf init ./Qwen3-8B --mixer gdn --layers 1,3,5-9 --out runs/stage0",
         'hmf init ./Qwen3-8B --pattern "*-GDN-*-GDN" --out runs/stage0',
+        "hmf init ./Ministral-3-8B --text-only --ratio 0.5 --out runs/stage0",
     )
 )
 def init(
@@ -46,6 +48,9 @@ def init(
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Seed of the tensors that are initialised randomly.")
     ] = 0,
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="Use the language model of a Transformer that also reads images.")
+    ] = False,
 ) -> None:
     """Stage 0: initialise mixers from attention.
 
@@ -66,9 +71,10 @@ def init(
     require_unused(out)
     source = resolve_base(base)
 
-    from hmf.priming.stage0 import base_layers, make_stage0
+    from hmf.priming.stage0 import base_layers, make_stage0, text_of
 
-    report = make_stage0(source, settings.layer_pattern(base_layers(source)), out, seed=seed)
+    with text_of(source, out, typer.echo) if text_only else nullcontext(source) as language:
+        report = make_stage0(language, settings.layer_pattern(base_layers(language)), out, seed=seed)
     typer.echo(report.describe())
     typer.echo("*DA: a layer that keeps attention; GDN* and so on: a mixer beside the attention that it learns from")
     typer.echo(f"saved {out}; next: {command()} distill RECIPE.yaml with model: {out}")

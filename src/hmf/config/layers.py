@@ -70,6 +70,11 @@ def base_head_dim(base: Any) -> int:
     return getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
 
 
+def base_activation(base: Any) -> str:
+    """The activation of a base's MLPs; Gemma's configs may have `hidden_act` too, which its modules do not read."""
+    return getattr(base, "hidden_activation", None) or base.hidden_act
+
+
 class _LinearOptions(LayerOptions):
     """Options shared by GDN and GKA. Expanded heads H = max(num_q_heads, num_k_heads, num_v_heads)."""
 
@@ -153,7 +158,7 @@ class Mamba2Options(LayerOptions):
             "d_inner": base.num_attention_heads * head_dim,
             "d_xb": base.num_key_value_heads * head_dim,
             "intermediate_size": base.intermediate_size,
-            "hidden_act": base.hidden_act,
+            "hidden_act": base_activation(base),
             "rms_norm_eps": base.rms_norm_eps,
             "n_layer": base.num_hidden_layers,
             "ssm_cfg": {"expand": 1, "ngroups": base.num_attention_heads, "d_state": head_dim},

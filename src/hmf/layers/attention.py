@@ -7,10 +7,13 @@ Legend: B batch, T tokens, H heads, K head_dim.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
+
+from hmf.errors import HmfError
 
 
 def stock_parameters(config: Any, layer_idx: int) -> frozenset[str]:
@@ -18,9 +21,77 @@ def stock_parameters(config: Any, layer_idx: int) -> frozenset[str]:
 
     They are read from the family's class, so that no table lists which family has biases or query and key norms.
     """
+    return frozenset(name for name, _ in separate(stock_attention(config, layer_idx)).named_parameters())
+
+
+def stock_attention(config: Any, layer_idx: int) -> Any:
+    """The base family's own attention, without values."""
     with torch.device("meta"):
-        attention = config.family.class_named("Attention")(config, layer_idx)
-    return frozenset(name for name, _ in attention.named_parameters())
+        return config.family.class_named("Attention")(config, layer_idx)
+
+
+class _Separate:
+    """A view of an attention with one projection for queries, keys and values, as one with a projection for each."""
+
+    def __init__(self, attention: Any):
+        self._attention = attention
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._attention, name)
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        kv = self.config.num_key_value_heads * self.head_dim
+        for name, x in self._attention.named_parameters():
+            module, _, kind = name.rpartition(".")
+            if module == "qkv_proj":
+                parts = x.split([len(x) - 2 * kv, kv, kv])
+                yield from ((f"{part}_proj.{kind}", rows) for part, rows in zip("qkv", parts, strict=True))
+            else:
+                yield name, x
+
+
+def separate(attention: Any) -> Any:
+    """An attention whose `named_parameters` have q_proj, k_proj and v_proj; Phi-3 has one projection for the three."""
+    return _Separate(attention) if hasattr(attention, "qkv_proj") else attention
+
+
+def has_positions(config: Any, layer_idx: int) -> bool:
+    """Whether the base's attention has rotary positions in this layer. SmolLM3 leaves some layers without."""
+    return bool(getattr(stock_attention(config, layer_idx), "use_rope", True))
+
+
+def attention_scale(config: Any, layer_idx: int) -> float:
+    """The factor of the base's attention scores.
+
+    HmfError if the base also caps them (Gemma 2), which attention over windows cannot.
+    """
+    attention = stock_attention(config, layer_idx)
+    if (cap := getattr(attention, "attn_logit_softcapping", None)) is not None:
+        raise HmfError(
+            f"config.json: attn_logit_softcapping: {cap}: SWA and B'MOJO-F layers cannot cap attention scores; use "
+            "other layer types"
+        )
+    return attention.scaling
+
+
+def norm_like(norm: nn.Module, eps: float) -> nn.Module:
+    """A new norm of the width of the base's, and of its class where that adds one to its weight (Gemma)."""
+    width = norm.weight.numel()
+    return nn.RMSNorm(width, eps=eps) if norm_offset(norm) == 0 else type(norm)(width, eps)
+
+
+def norm_offset(norm: nn.Module) -> float:
+    """What the norm adds to its weight: 1 for Gemma's norms, whose weights start at 0."""
+    with torch.device("cpu"):
+        return 1 - type(norm)(1).weight.item()
+
+
+def normalised(norm: nn.Module | None, y: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """y [..., H K] -> [..., H, K], normalised per head, or over all heads by a norm that is as wide (OLMo)."""
+    if norm is not None and norm.weight.shape[0] != head_dim:
+        return norm(y).unflatten(-1, (-1, head_dim))
+    y = y.unflatten(-1, (-1, head_dim))
+    return y if norm is None else norm(y)
 
 
 def query_growth(config: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
@@ -48,6 +119,12 @@ def with_query_scale(
     return (*position_embeddings, growth(position_ids).transpose(1, 2).to(position_embeddings[0]))
 
 
+def without_positions(position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary tables that leave queries and keys as they are."""
+    cos, sin = position_embeddings
+    return torch.ones_like(cos), torch.zeros_like(sin)
+
+
 def rotate_query(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, factor: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -56,6 +133,11 @@ def rotate_query(
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (arXiv 2104.09864) on x [B, T, H, K], i paired with i + K/2; cos, sin [B or 1, T, K]."""
+    """Rotary positions (arXiv 2104.09864) on the first R of K dims, i paired with i + R/2, in x's dtype.
+
+    x [B, T, H, K]; cos, sin [B or 1, T, R]. R is K except in bases that rotate a part of each head.
+    """
+    x, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = x.chunk(2, dim=-1)
-    return x * cos[..., None, :] + torch.cat([-second, first], -1) * sin[..., None, :]
+    rotated = (x * cos[..., None, :] + torch.cat([-second, first], -1) * sin[..., None, :]).to(x.dtype)
+    return torch.cat([rotated, rest], -1) if rest.shape[-1] else rotated

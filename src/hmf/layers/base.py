@@ -180,6 +180,7 @@ class Mixer(nn.Module):
     def init_from_attention(self, attention: nn.Module, generator: torch.Generator, std: float) -> Start:
         """Initialise every parameter from a trained attention (Stage 0).
 
+        attention: its `named_parameters` have q_proj, k_proj and v_proj (see `hmf.layers.attention.separate`).
         Random values come from `generator`; random matrices have the standard deviation `std`. Returns the origin of
         each tensor.
         """

@@ -19,7 +19,19 @@ from hmf.config.layers import LAYER_KINDS
 from hmf.ops import KeySet, windowed_attention
 from hmf.ops.window import latest
 
-from .attention import query_growth, rotate, rotate_query, stock_parameters, with_query_scale
+from .attention import (
+    attention_scale,
+    has_positions,
+    norm_like,
+    normalised,
+    query_growth,
+    rotate,
+    rotate_query,
+    stock_attention,
+    stock_parameters,
+    with_query_scale,
+    without_positions,
+)
 from .base import Mixer, Start, States, StateShape, split_heads
 from .gdn import GatedDeltaNet
 from .gka import GatedKalmaNet
@@ -34,19 +46,25 @@ INNER = "inner_"  # prefix of the names of the recurrent layer's states
 class BMojoAttention(nn.Module):
     """Projections and norms of both windows. Those of the fading window end in `_`; when tied, they are shared."""
 
-    def __init__(self, config: Any, options: Any, qk_norm: bool):
+    def __init__(self, config: Any, options: Any, layer_idx: int):
         super().__init__()
-        # As published: without `attention_bias` in the family's config, q, k and v have biases.
-        bias, o_bias = getattr(config, "attention_bias", True), getattr(config, "attention_bias", False)
+        stock, scale = stock_parameters(config, layer_idx), attention_scale(config, layer_idx)
+        qk_norm, bias, o_bias = "q_norm.weight" in stock, "q_proj.bias" in stock, "o_proj.bias" in stock
         inner, kv = options.num_heads * options.head_dim, options.num_key_value_heads * options.head_dim
         self.head_dim, self.tied = options.head_dim, options.tie_attn_weights
-        whole = getattr(config, "whole", config)  # the whole model's, if `config` is that of a tensor-parallel rank
-        self.scale = (options.head_dim if qk_norm else whole.hidden_size // whole.num_attention_heads) ** -0.5
+        if config.family.published:
+            # As published: without `attention_bias` in the family's config, q, k and v have biases.
+            bias, o_bias = getattr(config, "attention_bias", True), getattr(config, "attention_bias", False)
+            whole = getattr(config, "whole", config)  # the whole model's, if `config` is of a tensor-parallel rank
+            scale = (options.head_dim if qk_norm else whole.hidden_size // whole.num_attention_heads) ** -0.5
+        self.scale = scale
+        norms = stock_attention(config, layer_idx)
         for end in ("",) if self.tied else ("", "_"):
             for name, width in (("q", inner), ("k", kv), ("v", kv)):
                 self.add_module(f"{name}_proj{end}", nn.Linear(options.hidden_size, width, bias=bias))
             for name in ("q", "k") if qk_norm else ():
-                self.add_module(f"{name}_norm{end}", nn.RMSNorm(options.head_dim, eps=options.rms_norm_eps))
+                norm = norm_like(getattr(norms, f"{name}_norm"), options.rms_norm_eps)
+                self.add_module(f"{name}_norm{end}", norm)
         self.o_proj = nn.Linear(inner, options.hidden_size, bias=o_bias)
 
     def normed(self, name: str, x: torch.Tensor, fading: bool) -> torch.Tensor:
@@ -56,9 +74,7 @@ class BMojoAttention(nn.Module):
 
     def heads(self, projection: str, y: torch.Tensor) -> torch.Tensor:
         """The output y of the module `projection`, split into heads and normalised."""
-        y = y.unflatten(-1, (-1, self.head_dim))
-        norm = getattr(self, projection.replace("proj", "norm"), None)
-        return y if norm is None else norm(y)
+        return normalised(getattr(self, projection.replace("proj", "norm"), None), y, self.head_dim)
 
     def project(self, name: str, x: torch.Tensor, fading: bool, position_embeddings) -> torch.Tensor:
         """q, k or v with norm and rotary positions, [B, T, heads, K]."""
@@ -88,7 +104,8 @@ class BMojoF(Mixer):
     def __init__(self, config: Any, layer_idx: int):
         super().__init__(config, layer_idx)
         self.growth = query_growth(config) if self.options.scale_queries else None
-        self.bmojo_attn = BMojoAttention(config, self.options, "q_norm.weight" in stock_parameters(config, layer_idx))
+        self.has_positions = has_positions(config, layer_idx)
+        self.bmojo_attn = BMojoAttention(config, self.options, layer_idx)
         symbol = self.options.inner_symbol
         self.inner_name = LAYER_KINDS[symbol].module_name
         self.add_module(self.inner_name, INNER_MIXERS[symbol](config, layer_idx))
@@ -112,6 +129,8 @@ class BMojoF(Mixer):
         return {INNER + name: state for name, state in inner.items()} | windows | {"seen": StateShape((), "count")}
 
     def positioned(self, position_embeddings, position_ids) -> tuple[torch.Tensor, ...]:
+        if not self.has_positions:
+            position_embeddings = without_positions(position_embeddings)
         return with_query_scale(position_embeddings, position_ids, self.growth)
 
     def mix(self, hidden_states, states, cu_seqlens, position_embeddings) -> tuple[torch.Tensor, States]:

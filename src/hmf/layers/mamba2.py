@@ -6,6 +6,7 @@ Legend: B batch, T tokens, S sequences, H query heads, Hk key/value heads, K hea
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 from hmf.ops import short_conv, state_space_dual
 
-from .attention import rotate, stock_parameters
+from .attention import norm_offset, rotate, stock_parameters
 from .base import Mixer, Start, States, StateShape, init_decay, split_heads
 
 CONV_SIZE, QK_NORM_EPS, NORM_EPS = 4, 1e-6, 1e-5  # fixed in the published format
@@ -33,7 +34,7 @@ class Mamba2(Mixer):
         channels = o.d_inner + 2 * o.d_xb  # x, B, C
         self.in_proj = nn.Linear(o.d_model, o.d_inner + channels + self.heads, bias=False)
         self.conv1d = nn.Conv1d(channels, channels, CONV_SIZE, groups=channels)
-        if o.use_qk_norm and "q_norm.weight" in stock_parameters(config, layer_idx):
+        if o.use_qk_norm and "q_norm.weight" in stock_parameters(config, layer_idx):  # per head, whatever the base's
             self.B_norm = nn.RMSNorm(self.head_dim, eps=QK_NORM_EPS)
             self.C_norm = nn.RMSNorm(self.head_dim, eps=QK_NORM_EPS)
         self.A_log = nn.Parameter(torch.zeros(self.heads, dtype=torch.float32))
@@ -110,21 +111,28 @@ class Mamba2(Mixer):
 
     @torch.no_grad()
     def init_from_attention(self, attention: nn.Module, generator: torch.Generator, std: float) -> Start:
-        """x, B, C are copied from v, k, q; the gate z is (W_o^T + W_v) / 2, with W_v's rows repeated H/Hk times."""
+        """x, B, C are copied from v, k, q; the gate z is (W_o^T + W_v) / 2, with W_v's rows repeated H/Hk times.
+
+        C also takes the base's scale of attention scores where that is not 1 / sqrt(K), and B and C the weights of
+        norms over all heads, which become norms per head.
+        """
         start = Start()
         given = dict(attention.named_parameters())
-        q, k, v, transposed = (given[f"{name}_proj.weight"] for name in "qkvo")
+        v, transposed = (given[f"{name}_proj.weight"] for name in "vo")
+        k, q, norms = self._keys_and_queries(attention, given)
         transposed = transposed.T
         gate = (transposed + v.repeat_interleave(transposed.shape[0] // v.shape[0], 0)) / 2
         steps = torch.randn(self.heads, q.shape[1], generator=generator) * std
         self.in_proj.weight.copy_(torch.cat([gate, v, k, q, steps.to(q)]))
         start.derived["in_proj.weight"] = tuple(f"{name}_proj.weight" for name in "ovkq")
-        copies = {"out_proj.weight": "o_proj.weight"}
-        if hasattr(self, "B_norm"):
-            copies |= {"B_norm.weight": "k_norm.weight", "C_norm.weight": "q_norm.weight"}
-        for name, source in copies.items():
-            self.get_parameter(name).copy_(given[source])
-        start.copied = copies
+        self.out_proj.weight.copy_(given["o_proj.weight"])
+        start.copied["out_proj.weight"] = "o_proj.weight"
+        for name, (source, weight) in norms.items():
+            self.get_parameter(name).copy_(weight)
+            if weight is given[source]:
+                start.copied[name] = source
+            else:
+                start.derived[name] = (source,)
         self.init_recurrence(generator)
         nn.init.ones_(self.norm.weight)
         weight = self.conv1d.weight
@@ -136,3 +144,26 @@ class Mamba2(Mixer):
                 "no q/k norm in this layer" if "norm" in name else "this layer's projections have no bias"
             )
         return start
+
+    def _keys_and_queries(
+        self, attention: Any, given: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, tuple[str, torch.Tensor]]]:
+        """Rows of in_proj for B and C, and for each norm of this layer the attention's norm and the weight.
+
+        The layer multiplies C and B without a factor, as if the base's were 1 / sqrt(K). Another factor goes into C.
+        A norm over all heads becomes one per head, and its weight, which differs by head, goes into the rows.
+        """
+        k, q, scale = given["k_proj.weight"], given["q_proj.weight"], attention.scaling * self.head_dim**0.5
+        is_usual = math.isclose(scale, 1)
+        if not hasattr(self, "B_norm"):
+            return k, q if is_usual else q * scale, {}
+        weights = []
+        for name in ("k_norm", "q_norm"):
+            weight, offset = given[f"{name}.weight"], norm_offset(getattr(attention, name))
+            weights.append(weight + offset if offset else weight)
+        if len(weights[0]) != self.head_dim:
+            k, q = k * weights[0][:, None], q * weights[1][:, None]
+            weights = [torch.ones_like(weight[: self.head_dim]) for weight in weights]
+        b, c = weights
+        c = c if is_usual else c * scale
+        return k, q, {"B_norm.weight": ("k_norm.weight", b), "C_norm.weight": ("q_norm.weight", c)}

@@ -16,7 +16,19 @@ from hmf.config.layers import base_head_dim
 from hmf.ops import KeySet, windowed_attention
 from hmf.ops.window import latest
 
-from .attention import query_growth, rotate, rotate_query, stock_parameters, with_query_scale
+from .attention import (
+    attention_scale,
+    has_positions,
+    norm_like,
+    normalised,
+    query_growth,
+    rotate,
+    rotate_query,
+    stock_attention,
+    stock_parameters,
+    with_query_scale,
+    without_positions,
+)
 from .base import Mixer, Start, States, StateShape, split_heads
 
 
@@ -28,7 +40,8 @@ class SlidingWindowAttention(Mixer):
     def __init__(self, config: Any, layer_idx: int):
         super().__init__(config, layer_idx)
         self.head_dim = base_head_dim(config)
-        self.growth = query_growth(config)
+        self.growth, self.has_positions = query_growth(config), has_positions(config, layer_idx)
+        self.scale = attention_scale(config, layer_idx)
         stock = stock_parameters(config, layer_idx)
         inner, kv = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, inner, bias="q_proj.bias" in stock)
@@ -36,8 +49,9 @@ class SlidingWindowAttention(Mixer):
         self.v_proj = nn.Linear(config.hidden_size, kv, bias="v_proj.bias" in stock)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias="o_proj.bias" in stock)
         if "q_norm.weight" in stock:
-            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            attention = stock_attention(config, layer_idx)
+            self.q_norm = norm_like(attention.q_norm, config.rms_norm_eps)
+            self.k_norm = norm_like(attention.k_norm, config.rms_norm_eps)
 
     @classmethod
     def state_shapes(cls, config: Any, ranks: int = 1) -> dict[str, StateShape]:
@@ -46,17 +60,20 @@ class SlidingWindowAttention(Mixer):
         return {"k": window, "v": window, "seen": StateShape((), "count")}
 
     def positioned(self, position_embeddings, position_ids) -> tuple[torch.Tensor, ...]:
+        if not self.has_positions:
+            position_embeddings = without_positions(position_embeddings)
         return with_query_scale(position_embeddings, position_ids, self.growth)
 
     def mix(self, hidden_states, states, cu_seqlens, position_embeddings) -> tuple[torch.Tensor, States]:
-        q, k, v = (getattr(self, f"{name}_proj")(hidden_states).unflatten(-1, (-1, self.head_dim)) for name in "qkv")
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (
+            normalised(getattr(self, f"{name}_norm", None), getattr(self, f"{name}_proj")(hidden_states), self.head_dim)
+            for name in "qkv"
+        )
         q, k = rotate_query(q, *position_embeddings), rotate(k, *position_embeddings[:2])
         reach = self.options.window_size - 1
         before, new = states or {}, {"seen": count_tokens(hidden_states, states, cu_seqlens)}
         keys = KeySet(k, v, 0, reach, before.get("k"), before.get("v"))
-        o = windowed_attention(q, [keys], self.head_dim**-0.5, before.get("seen"), cu_seqlens)
+        o = windowed_attention(q, [keys], self.scale, before.get("seen"), cu_seqlens)
         for name, x in (("k", k), ("v", v)):
             new[name] = latest(x, reach, before.get(name), cu_seqlens)
         return self.o_proj(o.flatten(-2)), new

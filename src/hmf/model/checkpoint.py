@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -233,6 +234,18 @@ SIZES = {
 }
 
 
+# Numbers by which a model multiplies or divides.
+FACTORS = (
+    "attention_multiplier",
+    "attn_logit_softcapping",
+    "embedding_multiplier",
+    "final_logit_softcapping",
+    "logits_scaling",
+    "no_rope_layer_interval",
+    "query_pre_attn_scalar",
+    "residual_multiplier",
+)
+
 # Where transformers looks for the config of a language model inside another config.
 NESTED = ("text_config", "decoder", "generator", "text_encoder")
 
@@ -254,9 +267,17 @@ def require_values(content: dict[str, Any], file: Path) -> None:
         value = content.get(name)
         if value is not None and not (isinstance(value, str) and isinstance(_torch(value), torch.dtype)):
             raise HmfError(f"{file}: {name}: {value!r} is not a dtype of PyTorch; write for example bfloat16")
-    activation = content.get("hidden_act")
-    if activation is not None and not (isinstance(activation, str) and activation in ACT2FN):
-        raise HmfError(f"{file}: {unknown_name('hidden_act', str(activation), ACT2FN)}")
+    for name in ("hidden_act", "hidden_activation"):
+        activation = content.get(name)
+        if activation is not None and not (isinstance(activation, str) and activation in ACT2FN):
+            raise HmfError(f"{file}: {unknown_name(name, str(activation), ACT2FN)}")
+    for name in FACTORS:
+        value = content.get(name)
+        if isinstance(value, int | float) and not 0 < value < math.inf:  # transformers checks the type
+            raise HmfError(f"{file}: {name}: {value!r} is not a positive number; give the base model's")
+    rotated, layers = content.get("no_rope_layers"), content.get("num_hidden_layers")
+    if isinstance(rotated, list) and isinstance(layers, int) and len(rotated) < layers:
+        raise HmfError(f"{file}: no_rope_layers: has {len(rotated)} entries for {layers} layers; give one for each")
     base = content["model_type"]
     if content.get("hybrid_override_pattern") is not None and not base.startswith("hybrid_"):
         raise HmfError(

@@ -59,6 +59,8 @@ class HybridConfigMixin(Mixin):
         check_rope(vars(self), self.family, "config.json")
         if not getattr(self, "is_causal", True):
             raise HmfError("config.json: is_causal: false: mixers are causal; give a causal base model")
+        if getattr(self, "use_bidirectional_attention", False):
+            raise HmfError("config.json: use_bidirectional_attention: mixers are causal; give a causal base model")
         self.head_dim = base_head_dim(self)  # published for every family, also where the base leaves it out
         count = self.num_hidden_layers
         # The list may come from a file and have the pattern's symbols, or from memory and have transformers' names.
@@ -77,8 +79,9 @@ class HybridConfigMixin(Mixin):
             # Llama's attention has no windows, even if its config.json has a sliding_window.
             window = self.sliding_window if hasattr(self.family.config_class(), "sliding_window") else None
             self.layer_types = ["full_attention" if window is None else "sliding_attention"] * count
-        if "sliding_attention" in self.layer_types and self.sliding_window < 1:
-            raise HmfError(f"config.json: sliding_window: {self.sliding_window} masks every token; give 1 or more")
+        if "sliding_attention" in self.layer_types and (self.sliding_window is None or self.sliding_window < 1):
+            why = "is needed by sliding_attention layers" if self.sliding_window is None else "masks every token"
+            raise HmfError(f"config.json: sliding_window: {self.sliding_window} {why}; give 1 or more")
         self.attention_types = self.layer_types
         self.layer_types = [
             kind if symbol == ATTENTION else "linear_attention"
@@ -90,11 +93,21 @@ class HybridConfigMixin(Mixin):
     @contextmanager
     def as_base(self) -> Iterator[None]:
         """During the block `layer_types` is the base model's list, from which its attentions read their window."""
-        mixed, self.layer_types = self.layer_types, self.attention_types
+        mixed, self.layer_types = self.layer_types, getattr(self, "attention_types", self.layer_types)
         try:
             yield
         finally:
             self.layer_types = mixed
+
+    # transformers reads rotary positions by layer type (Gemma 3, OLMo 3) for the types in `layer_types`.
+
+    def standardize_rope_params(self) -> None:
+        with self.as_base():
+            super().standardize_rope_params()
+
+    def validate(self) -> None:
+        with self.as_base():
+            super().validate()
 
     @property
     def attention_windows(self) -> list[int | None]:

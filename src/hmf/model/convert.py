@@ -18,6 +18,7 @@ from transformers.initialization import no_init_weights
 from hmf.config.layers import LAYER_KINDS, base_head_dim
 from hmf.config.pattern import ATTENTION, Pattern
 from hmf.errors import HmfError
+from hmf.layers.attention import separate
 
 from .configuration import building
 from .families import family_of
@@ -72,7 +73,7 @@ def hybridise(
 
 def _take_dtypes(mixer: nn.Module, attention: nn.Module) -> None:
     """Give a mixer the dtypes of its attention, which may differ by tensor, so that copying loses no precision."""
-    given = dict(attention.named_parameters())
+    given = dict(separate(attention).named_parameters())
     mixer.to(functools.reduce(torch.promote_types, (x.dtype for x in given.values() if x.dim() > 1)))
     for name, x in mixer.named_parameters():
         if (source := given.get(".".join(name.split(".")[-2:]))) is not None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +19,17 @@ Mixin: Any = object
 class Family:
     """The names of a family in transformers, and of its Hybrid.
 
-    `model_type` is also the name of the package under `transformers.models`. `prefix` begins the names of its classes
-    (`Qwen3` -> `Qwen3Config`, `Qwen3Model`, `Qwen3DecoderLayer`, `Qwen3ForCausalLM`).
+    `model_type` is also the name of the package under `transformers.models`, unless `package` names another. `prefix`
+    begins the names of its classes (`Qwen3` -> `Qwen3Config`, `Qwen3Model`, `Qwen3DecoderLayer`, `Qwen3ForCausalLM`).
+    `text` follows it in the names of the config and the decoder (`Gemma3TextConfig`, `Gemma3TextModel`).
     """
 
     model_type: str
     prefix: str
     lists_layer_types: bool = True  # whether the published config.json has the key `layer_types`
+    package: str | None = None
+    text: str = ""
+    published: bool = False  # the published software has Hybrids of it, whose B'MOJO-F has its own biases and scale
 
     @property
     def hybrid_model_type(self) -> str:
@@ -35,11 +40,12 @@ class Family:
         return f"Hybrid{self.prefix}"
 
     def config_class(self) -> type:
-        return getattr(self._module("configuration"), f"{self.prefix}Config")
+        return getattr(self._module("configuration"), f"{self.prefix}{self.text}Config")
 
     def class_named(self, suffix: str) -> type:
         """`Qwen3` + suffix from the family's modeling module."""
-        return getattr(self._module("modeling"), f"{self.prefix}{suffix}")
+        text = self.text if suffix == "Model" else ""
+        return getattr(self._module("modeling"), f"{self.prefix}{text}{suffix}")
 
     def output_class(self) -> type:
         """The class of the decoder's result; that of a mixture of experts has router logits too."""
@@ -55,18 +61,31 @@ class Family:
         """
         return getattr(self._module("modeling"), "get_llama_4_attn_scale", None)
 
+    def positions_by_layer_type(self) -> bool:
+        """Whether layers with and without a window have rotary positions of their own (Gemma 3, OLMo 3)."""
+        return "layer_type" in inspect.signature(self.class_named("RotaryEmbedding").forward).parameters
+
     def _module(self, kind: str) -> Any:
-        return importlib.import_module(f"transformers.models.{self.model_type}.{kind}_{self.model_type}")
+        package = self.package or self.model_type
+        return importlib.import_module(f"transformers.models.{package}.{kind}_{package}")
 
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama", "Llama"),
-        Family("ministral3", "Ministral3", lists_layer_types=False),
-        Family("qwen2", "Qwen2"),
-        Family("qwen3", "Qwen3"),
-        Family("qwen3_moe", "Qwen3Moe"),
+        Family("gemma2", "Gemma2"),
+        Family("gemma3_text", "Gemma3", package="gemma3", text="Text"),
+        Family("granite", "Granite"),
+        Family("llama", "Llama", published=True),
+        Family("ministral3", "Ministral3", lists_layer_types=False, published=True),
+        Family("mistral", "Mistral"),
+        Family("olmo2", "Olmo2"),
+        Family("olmo3", "Olmo3"),
+        Family("phi3", "Phi3"),
+        Family("qwen2", "Qwen2", published=True),
+        Family("qwen3", "Qwen3", published=True),
+        Family("qwen3_moe", "Qwen3Moe", published=True),
+        Family("smollm3", "SmolLM3"),
     )
 }
 

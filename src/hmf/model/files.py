@@ -267,11 +267,11 @@ def new_directory(target: str | Path) -> Iterator[Path]:
         raise
 
 
-def copy_companions(source: str | Path, target: str | Path) -> None:
+def copy_companions(source: str | Path, target: str | Path, leave: re.Pattern[str] | None = None) -> None:
     """Copy the other files of the checkpoint `source`, byte for byte, and print a notice of those that are not copied.
 
     There is no list of files for tokenizers, templates or generation: all plain files are copied except for `WRITTEN`
-    and `LEFT_BEHIND`. Of folders, only those with chat templates are copied.
+    and `LEFT_BEHIND`, and those whose names match `leave`. Of folders, only those with chat templates are copied.
     """
     source, target, left = Path(source), Path(target), []
     for item in sorted(require_folder(source).iterdir()):
@@ -279,7 +279,7 @@ def copy_companions(source: str | Path, target: str | Path) -> None:
             shutil.copytree(item, target / item.name, copy_function=shutil.copyfile)
         elif WRITTEN.fullmatch(item.name):
             continue
-        elif LEFT_BEHIND.fullmatch(item.name) or not item.is_file():
+        elif LEFT_BEHIND.fullmatch(item.name) or not item.is_file() or (leave and leave.fullmatch(item.name)):
             left.append(item.name + "/" * item.is_dir())
         else:
             with reading(item):

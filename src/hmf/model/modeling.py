@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, initialization
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -29,7 +29,7 @@ from hmf.layers.registry import MIXERS, mixer_class
 from .cache import adopt
 from .checkpoint import StrictLoading
 from .configuration import hybrid_config_class
-from .families import FAMILIES, Family, Mixin
+from .families import FAMILIES, Family, Mixin, family_of
 
 STUDENT, TEACHER = "student", "teacher"
 
@@ -76,7 +76,8 @@ class LayerInputs:
     hidden_states: torch.Tensor  # [B, T, D], the embeddings
     masks: dict[str, torch.Tensor | None]  # by entry of config.attention_types
     layout: Any
-    shared: dict[str, Any]  # position_ids, position_embeddings, past_key_values, use_cache and further keywords
+    rotary: dict[str, tuple[torch.Tensor, torch.Tensor]]  # (cos, sin) [B, T, head_dim], by entry of attention_types
+    shared: dict[str, Any]  # position_ids, past_key_values, use_cache and further keywords
 
 
 class AsItsFamily(Mixin):
@@ -120,6 +121,8 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if hasattr(self, "embedding_multiplier"):  # Granite; it also scales embeddings that are passed
+            inputs_embeds = inputs_embeds * self.embedding_multiplier
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         batch, tokens = inputs_embeds.shape[:2]
@@ -173,11 +176,16 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
         shared = {
             **kwargs,
             "position_ids": position_ids,
-            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
             "past_key_values": past_key_values,
             "use_cache": use_cache,
         }
-        return LayerInputs(inputs_embeds, masks, layout, shared)
+        return LayerInputs(inputs_embeds, masks, layout, self._rotary(inputs_embeds, position_ids), shared)
+
+    def _rotary(self, x: torch.Tensor, position_ids: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        kinds = set(self.config.attention_types)
+        if self.family.positions_by_layer_type():
+            return {kind: self.rotary_emb(x, position_ids, kind) for kind in kinds}
+        return dict.fromkeys(kinds, self.rotary_emb(x, position_ids))
 
     def run_layers(
         self, hidden_states: torch.Tensor, inputs: LayerInputs, layers: range, path: str | frozenset[int] = STUDENT
@@ -187,11 +195,12 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
         symbols, types = self.config.pattern.symbols, self.config.attention_types
         for index in layers:
             if symbols[index] == ATTENTION:
-                own = {"attention_mask": inputs.masks[types[index]]}
+                own: dict[str, Any] = {"attention_mask": inputs.masks[types[index]]}
             elif path == TEACHER or (isinstance(path, frozenset) and index not in path):
                 own = {"attention_mask": inputs.masks[types[index]], "path": TEACHER}
             else:
                 own = {"attention_mask": None, "layout": inputs.layout}
+            own["position_embeddings"] = inputs.rotary[types[index]]
             hidden_states = self.layers[index](hidden_states, **own, **inputs.shared)
         return hidden_states
 
@@ -218,6 +227,27 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
         )
 
 
+class _Projected:
+    """A view of a causal language model whose decoder and head return given values."""
+
+    def __init__(self, whole: nn.Module, decoded: Any):
+        self._whole, self.model, self.lm_head = whole, lambda **kwargs: decoded, lambda hidden_states: hidden_states
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
+
+
+def logits_of(model: Any, projected: torch.Tensor) -> torch.Tensor:
+    """The logits of a base or Hybrid from its head's output, both [N, vocabulary]: Granite divides, Gemma 2 caps them.
+
+    The family's own forward computes them, on a view whose decoder and head return `projected`.
+    """
+    family = family_of(model.config.model_type)
+    decoded = family.output_class()(last_hidden_state=projected[None])
+    forward: Any = family.class_named("ForCausalLM").forward
+    return forward(_Projected(model, decoded), return_dict=True).logits[0]
+
+
 class HybridCausalLMMixin(AsItsFamily, StrictLoading):
     """The first base class of a Hybrid's causal language model; the second is `Qwen3ForCausalLM` or the like."""
 
@@ -226,7 +256,8 @@ class HybridCausalLMMixin(AsItsFamily, StrictLoading):
     _can_compile_fullgraph = False
 
     def __init__(self, config: Any):
-        super().__init__(config)
+        with config.as_base():
+            super().__init__(config)
         self.model = hybrid_classes(self.family).model(config)
         self.post_init()
 
@@ -266,6 +297,24 @@ def _causal_lm_forward(stock: Any) -> Any:
     return forward
 
 
+def _prepare_inputs_for_generation(stock: Any) -> Any:
+    """The family's method `stock`. Where it drops the cache (Phi-3, as its positions change), all tokens are fed again.
+
+    transformers would feed only the next token then.
+    """
+
+    @functools.wraps(stock)
+    def prepare(self: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = stock(self, input_ids, *args, **kwargs)
+        cache = kwargs.get("past_key_values")
+        if cache is None or not cache.get_seq_length() or inputs.get("past_key_values") is not None:
+            return inputs
+        anew = {"past_key_values": None, "position_ids": None, "next_sequence_length": None}
+        return stock(self, input_ids, *args, **kwargs | anew)
+
+    return prepare
+
+
 @dataclass(frozen=True)
 class HybridClasses:
     config: type
@@ -281,6 +330,8 @@ def hybrid_classes(family: Family) -> HybridClasses:
 
     def _init_weights(self, module: nn.Module) -> None:
         super(type(self), self)._init_weights(module)
+        if type(module) is nn.RMSNorm:  # a mixer's; Gemma sets norms, whose weights are offsets from one, to zero
+            initialization.ones_(module.weight)
         if isinstance(module, Mixer) and not any(p.is_meta for p in module.parameters(recurse=False)):
             module.init_recurrence()
 
@@ -299,7 +350,11 @@ def hybrid_classes(family: Family) -> HybridClasses:
     causal_lm = type(
         f"{family.hybrid_prefix}ForCausalLM",
         (HybridCausalLMMixin, stock),
-        common | {"forward": _causal_lm_forward(stock.forward)},
+        common
+        | {
+            "forward": _causal_lm_forward(stock.forward),
+            "prepare_inputs_for_generation": _prepare_inputs_for_generation(stock.prepare_inputs_for_generation),
+        },
     )
     return HybridClasses(config, model, causal_lm)
 

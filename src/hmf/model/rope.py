@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 from transformers import ROPE_INIT_FUNCTIONS
 
@@ -21,6 +22,8 @@ from .families import Family, family_of
 
 TYPES = ("default", *ROPE_INIT_FUNCTIONS)
 ORIGINAL, GROWTH = "original_max_position_embeddings", "llama_4_scaling_beta"
+FULL, LOCAL = "full_attention", "rope_local_base_freq"
+LAYER_TYPES = (FULL, "sliding_attention")
 NEEDED = {kind: keys[0] for kind, keys in ROPE_KEYS.items()}
 NEEDED |= {"dynamic": ("factor",), "longrope": ("short_factor", "long_factor")}
 FROM_ORIGINAL = ("yarn", "llama3", "longrope")  # types that use the length before any scaling
@@ -73,6 +76,9 @@ def check_rope(fields: Mapping[str, Any], family: Family, source: str) -> None:
     if name in fields and not isinstance(table, Mapping) and not written_outside:
         raise HmfError(f"{source}: {name}: {table!r} is not a table; give the base model's rope_type and rope_theta")
     table = dict(table or {})
+    if family.positions_by_layer_type():
+        _check_by_layer_type(fields, name, table, family, source)
+        return
     if nested := next((key for key, value in table.items() if isinstance(value, Mapping)), None):
         raise HmfError(
             f"{source}: {name}.{nested}: {family.prefix} has the same positions in every layer; give one table for "
@@ -85,11 +91,41 @@ def check_rope(fields: Mapping[str, Any], family: Family, source: str) -> None:
                 f"{source}: {name}.{missing[0]}: is missing, but {family.prefix} scales its queries by it; "
                 f"give the base model's value ({GROWTH}: 0 turns the scaling off)"
             )
+    _check_table(table, fields, name, source)
+
+
+def _check_by_layer_type(
+    fields: Mapping[str, Any], name: str, table: Mapping[str, Any], family: Family, source: str
+) -> None:
+    """`check_rope` for families whose layers with and without a window have tables of their own.
+
+    Former configs have rope_theta and rope_scaling, which only layers without a window use, and for Gemma 3
+    rope_local_base_freq. New ones have a table for each type in rope_parameters.
+    """
+    if name == "rope_scaling" or not table:
+        local = {"rope_theta": fields[LOCAL]} if fields.get(LOCAL) is not None else {}
+        tables = {name: table, LOCAL: local}
+    elif unknown := sorted(key for key in table if key not in LAYER_TYPES):
+        raise HmfError(
+            f"{source}: {name}.{unknown[0]}: {family.prefix} has positions for each type of layer; give a table for "
+            f"each of {', '.join(LAYER_TYPES)}"
+        )
+    else:
+        tables = {f"{name}.{kind}": positions for kind, positions in table.items()}
+    shared = {key: value for key, value in fields.items() if key not in ("rope_parameters", "rope_scaling")}
+    for place, positions in tables.items():
+        if not isinstance(positions, Mapping):
+            raise HmfError(f"{source}: {place}: {positions!r} is not a table; give rope_type and rope_theta")
+        _check_table(positions, shared, place, source)
+
+
+def _check_table(table: Mapping[str, Any], fields: Mapping[str, Any], name: str, source: str) -> None:
+    """HmfError for invalid values of one table, which is `name` in the file, or of the keys beside it in `fields`."""
     outside = {key: fields[key] for key in ("rope_theta", "max_position_embeddings", ORIGINAL) if key in fields}
     known = {"rope_type": table["type"]} if "type" in table else {}
     for above in ({}, outside):
         try:
-            _Table(**{str(key): value for key, value in (known | table | above).items()})
+            _Table(**{str(key): value for key, value in (known | dict(table) | above).items()})
         except ValidationError as error:
             problem = error.errors()[0]
             key, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
@@ -100,27 +136,41 @@ def check_rope(fields: Mapping[str, Any], family: Family, source: str) -> None:
 
 def require_rope(config: Any, source: str) -> None:
     """HmfError if transformers cannot compute a rotary table from a config whose values passed `check_rope`."""
-    rotary_class: Any = family_of(config.model_type).class_named("RotaryEmbedding")
-    rope = config.rope_parameters
+    family = family_of(config.model_type)
+    if family.positions_by_layer_type():
+        types = getattr(config, "attention_types", config.layer_types)
+        for kind in sorted(set(types)):
+            _require_table(config, family, source, kind)
+    else:
+        _require_table(config, family, source)
+
+
+def _require_table(config: Any, family: Family, source: str, kind: str | None = None) -> None:
+    """`require_rope` for the layers of type `kind`; None: all."""
+    rotary_class: Any = family.class_named("RotaryEmbedding")
+    rope, of = (config.rope_parameters, {}) if kind is None else (config.rope_parameters[kind], {"layer_type": kind})
     try:
         with torch.device("cpu"):
-            rotary = rotary_class(config)
-            whole = rotary_class.compute_default_rope_parameters(config)[0]
+            compute = ROPE_INIT_FUNCTIONS.get(rope["rope_type"], rotary_class.compute_default_rope_parameters)
+            frequencies, factor = compute(config, **of)
+            whole = rotary_class.compute_default_rope_parameters(config, **of)[0]
     except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise HmfError(f"{source}: rope_parameters: {rope} cannot be computed ({reason})") from None
-    if rotary.inv_freq.shape != whole.shape:
-        factor = rope.get("partial_rotary_factor")
+    if frequencies.shape != whole.shape:
+        part = rope.get("partial_rotary_factor")
         raise HmfError(
-            f"{source}: partial_rotary_factor: {factor} with rope_type {rope['rope_type']} is not supported, because "
+            f"{source}: partial_rotary_factor: {part} with rope_type {rope['rope_type']} is not supported, because "
             "the family's attention rotates whole heads; remove it"
         )
-    if not (rotary.inv_freq.isfinite().all() and math.isfinite(rotary.attention_scaling)):
+    if not (frequencies.isfinite().all() and math.isfinite(factor)):
         raise HmfError(f"{source}: rope_parameters: {rope} gives frequencies that are not finite; correct them")
 
 
 def with_rope(config: Any, rope: RopeSettings) -> Any:
     """A copy of a config with other rotary positions. The model must be built from the copy.
+
+    Where layers with a window have positions of their own, these stay as they are.
 
     Keys that `rope` does not set are kept, also those that transformers does not know. A scaling is always relative to
     the length before any scaling. A scaling of another type replaces the keys of the old one.
@@ -130,7 +180,8 @@ def with_rope(config: Any, rope: RopeSettings) -> Any:
     """
     fields, family = config.to_dict(), family_of(config.model_type)
     fields.pop("transformers_version", None)
-    table, kind = dict(config.rope_parameters), config.rope_parameters["rope_type"]
+    table = dict(_without_window(config))
+    kind = table["rope_type"]
     if rope == RopeSettings():
         return type(config)(**fields)
     if kind not in ROPE_KEYS:
@@ -147,7 +198,8 @@ def with_rope(config: Any, rope: RopeSettings) -> Any:
         table["max_position_embeddings"] = length
     if rope.theta is not None:
         table["rope_theta"] = rope.theta
-    fields["rope_parameters"] = table
+    by_type = family.positions_by_layer_type()
+    fields["rope_parameters"] = {**config.rope_parameters, FULL: table} if by_type else table
     check_rope(fields, family, "rope")
     if table["rope_type"] == "yarn" and (rope.scaling or rope.max_position_embeddings):
         factor, original = table["factor"], table[ORIGINAL]
@@ -156,14 +208,25 @@ def with_rope(config: Any, rope: RopeSettings) -> Any:
                 f"rope.scaling.factor: {factor:g} times the {original} positions before scaling is less than the "
                 f"model's {length} positions; give yarn a factor of {length / original:g}"
             )
-    changed = type(config)(**fields)
+    try:
+        changed = type(config)(**fields)
+        changed.validate()
+    except (HmfError, KeyError, StrictDataclassError) as error:  # Phi-3 has longrope only
+        why = " ".join(str(error).split())
+        raise HmfError(f"rope.scaling: {family.prefix} does not support {table['rope_type']} ({why})") from None
     require_rope(changed, "rope")
     return changed
 
 
+def _without_window(config: Any) -> dict[str, Any]:
+    """The rotary positions of layers without a window, which a longer context changes."""
+    rope = config.rope_parameters
+    return rope[FULL] if family_of(config.model_type).positions_by_layer_type() else rope
+
+
 def _rescaled(config: Any, family: Family, scaling: RopeScaling, length: int | None) -> dict[str, Any]:
     """The table of a config with another scaling; length: max_position_embeddings of the recipe, or None."""
-    old, new = dict(config.rope_parameters), scaling.model_dump(exclude_none=True)
+    old, new = dict(_without_window(config)), scaling.model_dump(exclude_none=True)
     kind, before = old["rope_type"], config.max_position_embeddings
     original = old.get(ORIGINAL, getattr(config, ORIGINAL, before if kind == "default" else None))
     if scaling.rope_type in FROM_ORIGINAL:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,7 +24,7 @@ from hmf.config.runs import LayerTarget, ObjectiveSettings
 from hmf.data.encoding import IGNORED
 from hmf.errors import HmfError
 from hmf.model.convert import mixer_names
-from hmf.model.modeling import TEACHER
+from hmf.model.modeling import TEACHER, logits_of
 
 LOGITS_AT_ONCE = 2**26  # elements: 256 MiB in float32; about seven tensors of this size exist at a time
 Part = Literal["mixer", "mlp", "decoder"]
@@ -102,7 +103,9 @@ class Stage1Objective:
                 chosen, number = labeled, supervised
             ours, theirs = (x.flatten(0, 1) if chosen is None else x[chosen.bool()] for x in (final, target))
             options = (self.kl_direction, self.kl_top_k, self.kl_temperature, self.kl_chunk_size)
-            divergence = logit_divergence(ours, theirs, model.get_output_embeddings(), *options)
+            head = model.get_output_embeddings()
+            head = model.get_output_embeddings()
+            divergence = logit_divergence(ours, theirs, head, *options, partial(logits_of, model))
             losses["kl"] = self.kl * divergence.sum() / number
         for part in parts:
             pairs = zip(student_outputs[part], teacher_outputs[part], strict=True)
@@ -134,11 +137,12 @@ class LayerwiseObjective:
         mask, tokens = batch.get("attention_mask"), counts[0].clamp_min(1)
         inputs = model.model.prepare(**batch, use_cache=False)
         attentions = _attentions(model, inputs)
-        positions = {name: inputs.shared[name] for name in ("position_ids", "position_embeddings")}
+        types, position_ids = model.config.attention_types, inputs.shared["position_ids"]
         losses = []
         for place, (index, name) in enumerate(mixer_names(model)):
             hidden_states, target = attentions.pop(index)
             mixer = model.model.layers[index].get_submodule(name)
+            positions = {"position_ids": position_ids, "position_embeddings": inputs.rotary[types[index]]}
             output, _ = mixer(hidden_states, layout=inputs.layout, **positions)
             size = self.sizes[place] if self.sizes else _mean_square(target, mask)
             losses.append(_total(_squared(output, target), mask) / (tokens * size))
@@ -195,8 +199,11 @@ def logit_divergence(
     top_k: int | None = None,
     temperature: float = 1.0,
     chunk_size: int | None = None,
+    finish: Callable[[torch.Tensor], torch.Tensor] = lambda projected: projected,
 ) -> torch.Tensor:
     """Divergence of next-token distributions, [N] in nats, from final hidden states [N, D] of both paths.
+
+    `finish` gives the logits from the head's output (`hmf.model.modeling.logits_of`).
 
     Logits are computed for `chunk_size` tokens at a time (None: as many as fit LOGITS_AT_ONCE elements) and only once:
     the forward pass computes the gradient too, and stores it in the hidden states' shape for the backward pass.
@@ -216,7 +223,7 @@ def logit_divergence(
 
     def logits(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # Not head(x): the hooks of a sharded module would mistake this gradient for that of the step.
-        ours, theirs = (_wide(F.linear(x, weight, head.bias)) for x in (ours, theirs))
+        ours, theirs = (_wide(finish(F.linear(x, weight, head.bias))) for x in (ours, theirs))
         if temperature != 1:
             ours, theirs = ours / temperature, theirs / temperature
         if top_k is None:

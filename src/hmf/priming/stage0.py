@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +18,13 @@ from hmf.config.pattern import Pattern
 from hmf.data.tokenizer import check_tokenizer
 from hmf.errors import HmfError
 from hmf.folders import require_unused
+from hmf.layers.attention import separate
 from hmf.layers.base import Start
 from hmf.model.checkpoint import STORED, load_config, load_model, save_checkpoint
 from hmf.model.convert import hybridise, mixers
-from hmf.model.families import FAMILIES, family_of
-from hmf.model.files import COMPUTED, require_finite, stored_tensors
+from hmf.model.families import family_of
+from hmf.model.files import COMPUTED, reading, require_finite, stored_tensors
+from hmf.model.text_only import take_text, text_family
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ def initialise(model: PreTrainedModel, seed: int = 0, conv_start: str = "random"
     """
     starts = {}
     for name, mixer in mixers(model):
-        attention = model.get_submodule(name.rpartition(".")[0]).self_attn
+        attention = separate(model.get_submodule(name.rpartition(".")[0]).self_attn)
         generator = torch.Generator().manual_seed(seed * 100_003 + mixer.layer_idx)
         starts[name] = mixer.init_from_attention(attention, generator, model.config.initializer_range)
         if conv_start == "identity":
@@ -99,13 +104,28 @@ def make_stage0(
     return Stage0Report(model.config.pattern, kept, starts)
 
 
+@contextmanager
+def text_of(base: str | Path, out: str | Path, say: Callable[[str], None]) -> Iterator[Path]:
+    """During the block, a temporary checkpoint beside `out` with the language model of the multimodal `base`."""
+    with reading(Path(out).parent):
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix=f".{Path(out).name}-text-", dir=Path(out).parent)
+    with folder as path:
+        text = Path(path, "text")
+        say(f"{base}: {take_text(base, text).describe()}")
+        try:
+            yield text
+        except HmfError as error:  # the temporary folder means nothing to the user
+            raise HmfError(str(error).replace(str(text), str(base))) from None
+
+
 def base_layers(base: str | Path) -> int:
     """The number of layers of a base checkpoint; HmfError for an unsupported architecture or a Hybrid."""
     config = load_config(base)
-    if (text := getattr(config, "text_config", None)) is not None and text.model_type in FAMILIES:
+    if (text := text_family(config)) is not None:
         raise HmfError(
-            f"{base}/config.json: {config.model_type!r} is a multimodal model; extract its language model "
-            f"({text.model_type}) as docs/families.md shows, and use that"
+            f"{base}/config.json: {config.model_type!r} is a multimodal model; use its language model "
+            f"({text.model_type}): hmf init with --text-only"
         )
     family_of(config.model_type, source=f"{base}/config.json")
     if config.model_type.startswith("hybrid_"):

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from hmf.data.encoding import IGNORED
 from hmf.data.packing import PackedRow
-from hmf.model.modeling import STUDENT, TEACHER
+from hmf.model.modeling import STUDENT, TEACHER, logits_of
 from hmf.priming.objectives import LOGITS_AT_ONCE
 
 Choice = frozenset[int]
@@ -89,7 +89,7 @@ class Scorer:
         for ours, theirs, wanted in zip(student.split(size), teacher.split(size), targets.split(size), strict=True):
             log_q, log_p = (
                 logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-                for logits in (head(ours), head(theirs))
+                for logits in (logits_of(self.model, head(ours)), logits_of(self.model, head(theirs)))
             )
             kl = torch.linalg.vecdot(log_p.exp(), log_p - log_q)
             loss = -log_q.gather(-1, wanted[:, None])[:, 0]

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from hmf.data.encoding import IGNORED
+from hmf.model.modeling import logits_of
 from hmf.priming.objectives import LOGITS_AT_ONCE
 
 # measure(objective, count): the numbers that an objective returns for the first `count` rows of the run.
@@ -52,7 +52,7 @@ class TrainingLoss(ABC):
 
 
 def token_losses(
-    hidden_states: torch.Tensor, labels: torch.Tensor, head: nn.Module, chunk_size: int | None = None
+    hidden_states: torch.Tensor, labels: torch.Tensor, model: PreTrainedModel, chunk_size: int | None = None
 ) -> torch.Tensor:
     """Negative log-likelihood of each label [N] given final hidden states [N, D]: [N] in nats, float32 or wider.
 
@@ -61,9 +61,10 @@ def token_losses(
     """
 
     def of_chunk(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        logits = head(x)
+        logits = logits_of(model, head(x))
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y, reduction="none")
 
+    head: Any = model.get_output_embeddings()
     size = chunk_size or max(1, LOGITS_AT_ONCE // head.weight.shape[0])
     chunks = zip(hidden_states.split(size), labels.split(size), strict=True)
     return torch.cat([checkpoint(of_chunk, x, y, use_reentrant=False) for x, y in chunks])
@@ -88,7 +89,7 @@ def _label_losses(model: PreTrainedModel, next_labels: torch.Tensor, chunk_size:
     """bool [B, T], whether the next token has a label, and the loss [N] of each such position, in reading order."""
     supervised = next_labels != IGNORED
     final = model.model(**batch, use_cache=False).last_hidden_state[supervised]
-    return supervised, token_losses(final, next_labels[supervised], model.get_output_embeddings(), chunk_size)
+    return supervised, token_losses(final, next_labels[supervised], model, chunk_size)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The language model of a checkpoint that also reads images, as a checkpoint of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
+
+from hmf.errors import HmfError, listed
+
+from .checkpoint import HEAD, load_config
+from .configuration import building
+from .families import FAMILIES, Family, family_of
+from .files import COMPUTED, INDEX, copy_companions, new_directory, opened, read_object, stored_tensors
+
+# Language models that are those of another family in text, where the positions on all axes of an image are the same.
+SAME_AS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+EMBEDDINGS = "embed_tokens.weight"
+# Settings of a processor, which prepares images and sound. `copy_companions` leaves these files out.
+PROCESSOR = re.compile(r"(video_|audio_|image_)?(preprocessor|processor)_config\.json|chat_template\.json")
+
+
+@dataclass(frozen=True)
+class TextOnlyReport:
+    """What was taken out of a multimodal checkpoint, and what was left."""
+
+    family: str
+    tensors: int
+    left: dict[str, int]  # number of tensors that were left out, by module
+
+    def describe(self) -> str:
+        left = ", ".join(f"{name} ({count} tensors)" for name, count in sorted(self.left.items()))
+        return f"{self.family} with {self.tensors} tensors; left out: {left or 'nothing'}"
+
+
+def text_family(config: Any) -> Family | None:
+    """The family of a multimodal config's language model, or None."""
+    name = getattr(getattr(config, "text_config", None), "model_type", None)
+    return FAMILIES.get(SAME_AS.get(name, name)) if isinstance(name, str) else None
+
+
+def take_text(source: str | Path, target: str | Path) -> TextOnlyReport:
+    """Write the language model of the multimodal checkpoint `source` to the new directory `target`.
+
+    Weights are copied file by file, without those of images. The tokenizer's files and the chat template are copied.
+    HmfError for a checkpoint without a language model of a supported family.
+    """
+    source = Path(source)
+    whole = load_config(source)
+    if (family := text_family(whole)) is None:
+        family_of(whole.model_type, f"{source}/config.json")  # raises for an unsupported model
+        raise HmfError(f"{source}/config.json: {whole.model_type!r} is a language model; leave --text-only out")
+    _require_decoder(whole, family, source)
+    with building(source):
+        config = _text_config(whole, family)
+        with torch.device("meta"), no_init_weights():
+            names = set(AutoModelForCausalLM.from_config(config).state_dict())
+    stored = stored_tensors(source)
+    taken = _names(source, stored, names)
+    left = Counter(name.removeprefix("model.").partition(".")[0] for name in stored.keys() - taken.keys())
+    with new_directory(target) as folder:
+        config.save_pretrained(folder)
+        _write_weights(source, folder, taken)
+        copy_companions(source, folder, leave=PROCESSOR)
+        _write_template(source, folder)
+    return TextOnlyReport(family.model_type, len(taken), dict(left))
+
+
+def _require_decoder(whole: Any, family: Family, source: Path) -> None:
+    """HmfError unless the multimodal model runs text through the family's own decoder."""
+    name = (getattr(whole, "architectures", None) or [None])[0]
+    whole_class: Any = getattr(transformers, str(name), None)
+    if whole_class is None:
+        raise HmfError(
+            f"{source}/config.json: architectures: {name!r} is not a class of transformers; name the model's"
+        )
+    with building(source), torch.device("meta"), no_init_weights():
+        decoder = whole_class(whole).get_decoder()
+    if whole.text_config.model_type not in SAME_AS and type(decoder) is not family.class_named("Model"):
+        raise HmfError(
+            f"{source}/config.json: {name} runs text through {type(decoder).__name__}, which is not the decoder of "
+            f"{family.model_type}; its language model cannot be taken out"
+        )
+    if getattr(whole.text_config, "final_logit_softcapping", None) is not None:
+        raise HmfError(
+            f"{source}/config.json: text_config.final_logit_softcapping: {name} does not cap logits and its language "
+            "model would; set the key to null"
+        )
+
+
+def _text_config(whole: Any, family: Family) -> Any:
+    """The config of the language model; what the whole config says about embeddings, dtype and tokens comes first."""
+    fields = whole.text_config.to_dict()
+    for key in ("model_type", "architectures", "transformers_version"):
+        fields.pop(key, None)
+    for key in ("tie_word_embeddings", "dtype", "bos_token_id", "eos_token_id", "pad_token_id"):
+        if (value := getattr(whole, key, None)) is not None:
+            fields[key] = value
+    if whole.text_config.model_type in SAME_AS:
+        rope = {key: x for key, x in fields["rope_parameters"].items() if not key.startswith("mrope") and x != "mrope"}
+        fields["rope_parameters"] = rope
+    config: Any = family.config_class()
+    return config(**fields, architectures=[family.class_named("ForCausalLM").__name__])
+
+
+def _names(source: Path, stored: Any, expected: set[str]) -> dict[str, str]:
+    """Stored name -> name in the language model, for each of the `expected` tensors that is stored.
+
+    The prefix of the language model's tensors is that of its embeddings. HmfError for other tensors under the prefix
+    that could be the language model's.
+    """
+    embeddings = [name for name in stored if name.endswith(EMBEDDINGS)]
+    if len(embeddings) != 1:
+        found = listed(embeddings) if embeddings else "none"
+        raise HmfError(f"{source}: one tensor must be the language model's embeddings ({EMBEDDINGS}); found: {found}")
+    prefix, taken = embeddings[0].removesuffix(EMBEDDINGS), {}
+    for name in stored:
+        own = f"model.{name.removeprefix(prefix)}" if name.startswith(prefix) else name
+        if name.endswith(HEAD):
+            own = HEAD
+        if own in expected and (name.startswith(prefix) or own == HEAD):
+            taken[name] = own
+        elif own.startswith(("model.layers.", "model.norm.")) and name.startswith(prefix) and not COMPUTED.search(name):
+            raise HmfError(f"{source}: tensor {name} is not in the language model that text_config describes")
+    return taken
+
+
+def _write_weights(source: Path, folder: Path, taken: dict[str, str]) -> None:
+    """Copy the tensors `taken`, file by file, so that no more than one file is in memory."""
+    stored = stored_tensors(source)
+    files = dict.fromkeys(stored[name].file for name in taken)
+    weight_map: dict[str, str] = {}
+    size = 0
+    for number, file in enumerate(files, 1):
+        names = [name for name, tensor in stored.items() if name in taken and tensor.file == file]
+        with opened(source / file) as weights:
+            part = {taken[name]: weights.get_tensor(name) for name in names}
+        target = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        save_file(part, folder / target, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, target)
+        size += sum(x.nbytes for x in part.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_template(source: Path, folder: Path) -> None:
+    """Give the tokenizer the chat template that only the processor has, in chat_template.json."""
+    tokenizer, file = source / "tokenizer_config.json", source / "chat_template.json"
+    if (folder / "chat_template.jinja").exists() or not file.exists():
+        return
+    if tokenizer.exists() and read_object(tokenizer).get("chat_template"):
+        return
+    template = read_object(file).get("chat_template")
+    if not isinstance(template, str):
+        raise HmfError(f"{file}: chat_template: {template!r} is not a template; copy the file again")
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

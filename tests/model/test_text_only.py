@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The language model of a multimodal checkpoint: in text it computes the same, bit for bit."""
+
+import json
+import re
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from hmf.cli import app
+from hmf.config.pattern import Pattern
+from hmf.data.tokenizer import train_tokenizer
+from hmf.errors import HmfError
+from hmf.model.checkpoint import load_model
+from hmf.model.text_only import take_text
+from hmf.priming.stage0 import make_stage0, text_of
+from tests.hybrids import random_ids, randomise
+from tests.model.test_families import GEMMA, SIZES, TWO_TABLES, YARN, teacher_logits
+
+VISION = {
+    "pixtral": {"num_attention_heads": 2, "image_size": 32},
+    "siglip_vision_model": {"num_attention_heads": 2, "image_size": 32},
+    "qwen2_5_vl": {"depth": 1, "num_heads": 2, "out_hidden_size": 32, "fullatt_block_indexes": [0]},
+    "qwen3_vl": {"depth": 1, "num_heads": 2, "out_hidden_size": 32, "deepstack_visual_indexes": [0]},
+}
+COMMON = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "patch_size": 16}
+MROPE = {"type": "mrope", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+INTERLEAVED = {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+# class -> vision tower, fields of the text config, fields of the whole config, family of the language model
+WHOLE = {
+    "mistral3-ministral3": (
+        "Mistral3",
+        "pixtral",
+        {"model_type": "ministral3", "head_dim": 12, "rope_parameters": YARN, "sliding_window": 5},
+        {"tie_word_embeddings": False},
+        "ministral3",
+    ),
+    "mistral3-mistral": (
+        "Mistral3",
+        "pixtral",
+        {"model_type": "mistral", "head_dim": 12, "sliding_window": None},
+        {"tie_word_embeddings": True},
+        "mistral",
+    ),
+    "gemma3": (
+        "Gemma3",
+        "siglip_vision_model",
+        GEMMA | {"rope_parameters": TWO_TABLES, "sliding_window_pattern": 2},
+        {"mm_tokens_per_image": 4},
+        "gemma3_text",
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VL",
+        "qwen2_5_vl",
+        {"rope_parameters": MROPE, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+        {"tie_word_embeddings": False},
+        "qwen2",
+    ),
+    "qwen2_5_vl-tied": ("Qwen2_5_VL", "qwen2_5_vl", {"rope_parameters": MROPE}, {"tie_word_embeddings": True}, "qwen2"),
+    "qwen3_vl": (
+        "Qwen3VL",
+        "qwen3_vl",
+        {"rope_scaling": INTERLEAVED, "head_dim": 8, "attention_bias": True},
+        {"tie_word_embeddings": False},
+        "qwen3",
+    ),
+}
+PATTERN = Pattern.parse("*-GDN-*-GDN")
+
+
+def whole_model(name, path):
+    """A random multimodal model, saved at `path` in more than one file, with a tokenizer."""
+    prefix, vision, text, fields, _ = WHOLE[name]
+    config = getattr(transformers, f"{prefix}Config")(
+        text_config=SIZES | {"vocab_size": 300} | text,
+        vision_config={"model_type": vision} | COMMON | VISION[vision],
+        **fields,
+    )
+    model = getattr(transformers, f"{prefix}ForConditionalGeneration")(config)
+    randomise(model)
+    model.eval().save_pretrained(path, max_shard_size="16KB")
+    tokenizer = train_tokenizer(["It's the year 2024, isn't it?\n"] * 4, 280, "", 64)
+    tokenizer.save_pretrained(path)
+    (path / "preprocessor_config.json").write_text("{}")
+    return model
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@torch.no_grad()
+def test_the_language_model_computes_the_same(name, tmp_path):
+    model, family = whole_model(name, tmp_path / "whole"), WHOLE[name][-1]
+    report = take_text(tmp_path / "whole", tmp_path / "text")
+    text, ids = load_model(tmp_path / "text"), random_ids(2, 17).clamp_min(11)
+    assert text.config.model_type == report.family == family
+    assert torch.equal(text(ids).logits, model(ids).logits)
+    assert report.tensors == len(text.state_dict()) - text.config.tie_word_embeddings
+    assert report.left and set(report.left) <= {"vision_tower", "multi_modal_projector", "visual"}
+    before, after = (AutoTokenizer.from_pretrained(tmp_path / folder) for folder in ("whole", "text"))
+    assert before("It's 2024")["input_ids"] == after("It's 2024")["input_ids"]
+    assert not (tmp_path / "text/preprocessor_config.json").exists()
+    make_stage0(tmp_path / "text", PATTERN, tmp_path / "fused")
+    assert torch.equal(teacher_logits(load_model(tmp_path / "fused"), ids), model(ids).logits)
+
+
+@torch.no_grad()
+def test_the_command(tmp_path):
+    model, run = whole_model("mistral3-ministral3", tmp_path / "whole"), CliRunner().invoke
+    settings = tmp_path / "whole/tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": None}))
+    (tmp_path / "whole/chat_template.jinja").unlink(missing_ok=True)
+    (tmp_path / "whole/chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    out = tmp_path / "runs/stage0"
+    arguments = ["init", str(tmp_path / "whole"), "--pattern", "*-GDN-*-GDN", "--out", str(out)]
+    with pytest.raises(
+        HmfError, match=r"'mistral3' is a multimodal model; .*\(ministral3\): hmf init with --text-only"
+    ):
+        run(app, arguments, catch_exceptions=False)
+    result = run(app, [*arguments, "--text-only"], catch_exceptions=False)
+    left = r"ministral3 with \d+ tensors; left out: multi_modal_projector \(\d+ tensors\), vision_tower \(\d+ tensors\)"
+    assert re.search(left, result.output)
+    ids = random_ids(2, 9).clamp_min(11)
+    assert torch.equal(teacher_logits(load_model(out), ids), model(ids).logits)
+    assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert [item.name for item in out.parent.iterdir()] == ["stage0"]
+
+
+def test_what_is_no_multimodal_model_is_refused(tmp_path):
+    whole_model("mistral3-mistral", tmp_path / "whole")
+    take_text(tmp_path / "whole", tmp_path / "text")
+    with pytest.raises(HmfError, match="text/config.json: 'mistral' is a language model; leave --text-only out"):
+        take_text(tmp_path / "text", tmp_path / "again")
+
+
+def make_stage0_of_text(source, out):
+    with text_of(source, out, print) as text:
+        make_stage0(text, PATTERN, out)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra"])
+def test_every_tensor_of_the_language_model_is_accounted_for(change, tmp_path):
+    whole_model("mistral3-mistral", tmp_path / "whole")
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        tensors = load_file(file)
+        name = next((name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight")), None)
+        if name is not None:
+            break
+    if change == "missing":
+        del tensors[name]
+        said = f"{tmp_path / 'whole'}: tensors missing: model.layers.1.mlp.up_proj.weight"
+    else:
+        tensors[name.replace("up_proj", "side_proj")] = tensors[name].clone()
+        said = f"tensor {name.replace('up_proj', 'side_proj')} is not in the language model that text_config describes"
+    save_file(tensors, file, {"format": "pt"})
+    index = tmp_path / "whole/model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = {key: at for key, at in content["weight_map"].items() if at != file.name}
+    content["weight_map"] |= dict.fromkeys(tensors, file.name)
+    index.write_text(json.dumps(content))
+    with pytest.raises(HmfError, match=re.escape(said)):
+        make_stage0_of_text(tmp_path / "whole", tmp_path / "fused")
