@@ -19,7 +19,7 @@ from hmf.evaluation.results import ANSWERS
 from hmf.evaluation.run import evaluate_checkpoint
 from hmf.folders import resolve_base
 from hmf.priming.export import export
-from hmf.priming.stage0 import base_layers, make_stage0
+from hmf.priming.stage0 import base_layers, base_pattern, make_stage0
 from hmf.report.card import write_card
 from hmf.report.curves import draw_curves
 from hmf.report.page import write_report
@@ -45,7 +45,7 @@ def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[st
     base, run = resolve_base(recipe.base), recipe.output
     check_tasks(recipe.evaluate)
     layers = base_layers(base)
-    pattern = recipe.hybrid.spread_evenly().layer_pattern(layers)
+    pattern = base_pattern(base, recipe.hybrid.spread_evenly())
     automatic = recipe.hybrid.layers == "auto"
     if automatic and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (run / SELECTION).is_file():
         raise HmfError(

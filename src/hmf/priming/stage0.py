@@ -15,13 +15,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hmf.config.pattern import Pattern
+from hmf.config.runs import HybridSettings
 from hmf.data.tokenizer import check_tokenizer
 from hmf.errors import HmfError
 from hmf.folders import require_unused
 from hmf.layers.attention import separate
 from hmf.layers.base import Start
 from hmf.model.checkpoint import STORED, load_config, load_model, save_checkpoint
-from hmf.model.convert import hybridise, mixers
+from hmf.model.convert import attention_layers, hybridise, mixers
 from hmf.model.families import family_of
 from hmf.model.files import COMPUTED, reading, require_finite, stored_tensors
 from hmf.model.text_only import take_text, text_family
@@ -131,3 +132,8 @@ def base_layers(base: str | Path) -> int:
     if config.model_type.startswith("hybrid_"):
         raise HmfError(f"{base}: is already a Hybrid ({config.hybrid_override_pattern}); give the base Transformer")
     return config.num_hidden_layers
+
+
+def base_pattern(base: str | Path, settings: HybridSettings) -> Pattern:
+    """The pattern that `settings` give for a base checkpoint; HmfError as from `base_layers`."""
+    return settings.layer_pattern(base_layers(base), attention_layers(load_config(base)))
