@@ -36,7 +36,8 @@ def parts(model: PreTrainedModel) -> dict[str, dict[str, nn.Parameter]]:
     """The parameters of a plain Hybrid, each in exactly one part.
 
     mixers: the mixers of replaced layers; attention: what the base has in the other layers, attention with its query
-    and key norms or a recurrent layer of its own; mlp: also experts and their router; norms: the norms of layers and the final norm; embeddings: also the head.
+    and key norms or a recurrent layer of its own; mlp: also experts and their router; norms: the norms of layers and
+    the final norm; embeddings: also the head.
     """
     mixers = tuple(f"model.layers.{index}.{name}." for index, name in mixer_names(model))
     by_part: dict[str, dict[str, nn.Parameter]] = {
