@@ -79,6 +79,12 @@ OWN = {
         "mrope_interleaved": True,
     },
 }
+SHARED_EXPERT = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 12,
+}
 GRANITE = {
     "attention_multiplier": 0.3,
     "embedding_multiplier": 12.0,
@@ -156,10 +162,20 @@ BASES: dict[str, dict[str, dict[str, Any]]] = {
         "listed": OWN | {"layer_types": ["linear_attention", "full_attention"] * 2},
         "three-to-one-tied": OWN | {"tie_word_embeddings": True},
     },
+    "qwen3_5_moe_text": {
+        "listed": OWN | SHARED_EXPERT | {"layer_types": ["linear_attention", "full_attention"] * 2},
+        "three-to-one": OWN | SHARED_EXPERT,
+    },
     "qwen3_moe": {
         "odd-head-dim": EXPERTS | {"head_dim": 12},
         "dense-layers": EXPERTS | {"head_dim": 8, "mlp_only_layers": [1], "attention_bias": True},
         "window": EXPERTS | WINDOW | {"head_dim": 8, "tie_word_embeddings": True},
+    },
+    "qwen3_next": {
+        "listed": OWN
+        | SHARED_EXPERT
+        | {"layer_types": ["linear_attention", "full_attention"] * 2, "rope_parameters": None, "norm_topk_prob": True},
+        "dense-layers": OWN | SHARED_EXPERT | {"mlp_only_layers": [1], "rope_theta": 1e6, "rope_parameters": None},
     },
     "smollm3": {
         "no-positions": {"no_rope_layers": [1, 0, 1, 0, 1, 0]},
@@ -186,7 +202,9 @@ GOLDEN_LOSSES = {
     "qwen2": (3.041615, 1.438540),
     "qwen3": (3.206824, 1.382357),
     "qwen3_5_text": (13.148182, 5.317542),
+    "qwen3_5_moe_text": (18.826698, 7.585496),
     "qwen3_moe": (3.721280, 1.544717),
+    "qwen3_next": (21.253546, 10.537250),
     "smollm3": (3.487389, 1.493445),
 }
 

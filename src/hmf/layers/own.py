@@ -37,19 +37,16 @@ def own_recurrence_class(stock: type[nn.Module]) -> type[nn.Module]:
         self: Any, hidden_states: torch.Tensor, states: States | None, cu_seqlens: torch.Tensor | None, _: Any
     ) -> tuple[torch.Tensor, States]:
         new, before = {}, states or {}
-        qkv, new["conv"] = short_conv(
-            self.in_proj_qkv(hidden_states), self.conv1d.weight, None, before.get("conv"), cu_seqlens
-        )
+        qkv, z, b, a = _projected(self, hidden_states)
+        qkv, new["conv"] = short_conv(qkv, self.conv1d.weight, None, before.get("conv"), cu_seqlens)
         q, k, v = qkv.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
         q, k = (x.unflatten(-1, (-1, self.head_k_dim)) for x in (q, k))
         q, k = (x.repeat_interleave(self.num_v_heads // self.num_k_heads, dim=-2) for x in (q, k))
-        v, z = (x.unflatten(-1, (-1, self.head_v_dim)) for x in (v, self.in_proj_z(hidden_states)))
+        v = v.unflatten(-1, (-1, self.head_v_dim))
         wide = torch.promote_types(self.A_log.dtype, torch.float32)
-        beta = self.in_proj_b(hidden_states).sigmoid()
-        step = nn.functional.softplus(self.in_proj_a(hidden_states).to(wide) + self.dt_bias)
-        decay = -self.A_log.to(wide).exp() * step
+        decay = -self.A_log.to(wide).exp() * nn.functional.softplus(a.to(wide) + self.dt_bias)
         o, new["recurrent"] = gated_delta_rule(
-            l2_normalise(q), l2_normalise(k), v, decay, beta.to(wide), before.get("recurrent"), cu_seqlens
+            l2_normalise(q), l2_normalise(k), v, decay, b.sigmoid().to(wide), before.get("recurrent"), cu_seqlens
         )
         o = self.norm(o.reshape(-1, self.head_v_dim), z.reshape(-1, self.head_v_dim))
         return self.out_proj(o.view(*hidden_states.shape[:-1], -1)), new
@@ -74,6 +71,16 @@ def own_recurrence_class(stock: type[nn.Module]) -> type[nn.Module]:
         return output
 
     return type(f"Own{stock.__name__}", (stock,), {"mix": mix, "forward": forward, "__module__": __name__})
+
+
+def _projected(layer: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The inputs of the convolution [B, T, C], the gate [B, T, H V], and beta and the step before their nonlinearities,
+    [B, T, H]. Qwen3-Next computes them by two projections, in another order."""
+    if not hasattr(layer, "in_proj_qkvz"):
+        return tuple(getattr(layer, f"in_proj_{name}")(hidden_states) for name in ("qkv", "z", "b", "a"))
+    projected = layer.fix_query_key_value_ordering(layer.in_proj_qkvz(hidden_states), layer.in_proj_ba(hidden_states))
+    q, k, v, z, b, a = projected
+    return torch.cat([x.flatten(2) for x in (q, k, v)], -1), z.flatten(2), b, a
 
 
 def _as_stock(states: States) -> LinearAttentionLayer:

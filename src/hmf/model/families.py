@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The supported base families, one row each: Hugging Face decoders whose layers call their token mixer `self_attn`."""
+"""The supported base families, one row each: Hugging Face decoders whose layers call their attention `self_attn`."""
 
 from __future__ import annotations
 
@@ -91,7 +91,9 @@ FAMILIES: dict[str, Family] = {
         Family("qwen2", "Qwen2", published=True),
         Family("qwen3", "Qwen3", published=True),
         Family("qwen3_5_text", "Qwen3_5", package="qwen3_5", text="Text", own_recurrence="GatedDeltaNet"),
+        Family("qwen3_5_moe_text", "Qwen3_5Moe", package="qwen3_5_moe", text="Text", own_recurrence="GatedDeltaNet"),
         Family("qwen3_moe", "Qwen3Moe", published=True),
+        Family("qwen3_next", "Qwen3Next", own_recurrence="GatedDeltaNet"),
         Family("smollm3", "SmolLM3"),
     )
 }
