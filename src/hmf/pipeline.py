@@ -20,7 +20,7 @@ from hmf.evaluation.run import evaluate_checkpoint
 from hmf.folders import BASE, resolve_base
 from hmf.model.text_only import take_text
 from hmf.priming.export import export
-from hmf.priming.stage0 import base_layers, make_stage0
+from hmf.priming.stage0 import base_config, base_pattern, make_stage0
 from hmf.report.card import write_card
 from hmf.report.curves import draw_curves
 from hmf.report.page import write_report
@@ -46,8 +46,9 @@ def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[st
     source, run = resolve_base(recipe.base), recipe.output
     base = run / BASE if recipe.text_only else source
     check_tasks(recipe.evaluate)
-    layers = base_layers(source, recipe.text_only)
-    pattern = recipe.hybrid.spread_evenly().layer_pattern(layers)
+    config = base_config(source, recipe.text_only)
+    layers = config.num_hidden_layers
+    pattern = base_pattern(config, recipe.hybrid.spread_evenly())
     automatic = recipe.hybrid.layers == "auto"
     if automatic and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (run / SELECTION).is_file():
         raise HmfError(

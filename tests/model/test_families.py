@@ -16,6 +16,7 @@ from hmf.config.pattern import Pattern
 from hmf.data.tokenizer import train_tokenizer
 from hmf.errors import HmfError
 from hmf.layers.attention import separate
+from hmf.layers.own import RECURRENT
 from hmf.layers.registry import MIXERS
 from hmf.model.checkpoint import load_model
 from hmf.model.convert import drop_teacher, hybridise
@@ -64,6 +65,27 @@ YARN = {
 }
 WINDOW = {"use_sliding_window": True, "sliding_window": 5}
 GEMMA = {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 5}
+# Qwen3.5: layers of Gated DeltaNet of its own, with fewer key than value heads.
+OWN = {
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e7,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [1, 1, 0],
+        "mrope_interleaved": True,
+    },
+}
+SHARED_EXPERT = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 12,
+}
 GRANITE = {
     "attention_multiplier": 0.3,
     "embedding_multiplier": 12.0,
@@ -137,10 +159,24 @@ BASES: dict[str, dict[str, dict[str, Any]]] = {
         "biases-tied": {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True},
         "windows-above": WINDOW | {"head_dim": 8, "max_window_layers": 1},
     },
+    "qwen3_5_text": {
+        "listed": OWN | {"layer_types": ["linear_attention", "full_attention"] * 2},
+        "three-to-one-tied": OWN | {"tie_word_embeddings": True},
+    },
+    "qwen3_5_moe_text": {
+        "listed": OWN | SHARED_EXPERT | {"layer_types": ["linear_attention", "full_attention"] * 2},
+        "three-to-one": OWN | SHARED_EXPERT,
+    },
     "qwen3_moe": {
         "odd-head-dim": EXPERTS | {"head_dim": 12},
         "dense-layers": EXPERTS | {"head_dim": 8, "mlp_only_layers": [1], "attention_bias": True},
         "window": EXPERTS | WINDOW | {"head_dim": 8, "tie_word_embeddings": True},
+    },
+    "qwen3_next": {
+        "listed": OWN
+        | SHARED_EXPERT
+        | {"layer_types": ["linear_attention", "full_attention"] * 2, "rope_parameters": None, "norm_topk_prob": True},
+        "dense-layers": OWN | SHARED_EXPERT | {"mlp_only_layers": [1], "rope_theta": 1e6, "rope_parameters": None},
     },
     "smollm3": {
         "no-positions": {"no_rope_layers": [1, 0, 1, 0, 1, 0]},
@@ -166,7 +202,10 @@ GOLDEN_LOSSES = {
     "phi3": (2.486979, 1.304078),
     "qwen2": (3.041615, 1.438540),
     "qwen3": (3.206824, 1.382357),
+    "qwen3_5_text": (13.148182, 5.317542),
+    "qwen3_5_moe_text": (18.826698, 7.585496),
     "qwen3_moe": (3.721280, 1.544717),
+    "qwen3_next": (21.253546, 10.537250),
     "smollm3": (3.487389, 1.493445),
 }
 
@@ -177,6 +216,14 @@ def stock_model(family: str, variant: str) -> Any:
     model = row.class_named("ForCausalLM")(row.config_class()(**(SIZES | BASES[family][variant])))
     randomise(model)
     return model.eval()
+
+
+def assert_equal(family: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Bit for bit; but padding in a base's own recurrent layers goes through our ops, which are as near as any are."""
+    if FAMILIES[family].own_recurrence:
+        assert_same(found, expected, tolerance=1e-5)
+    else:
+        assert torch.equal(found, expected)
 
 
 def saved(model: Any, path: Path) -> Path:
@@ -207,7 +254,7 @@ def test_hybrid_of_attention_only_is_the_stock_model(family, variant, tmp_path):
     assert torch.equal(hybrid(ids).logits, stock(ids).logits)
     given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
     padded, expected = hybrid(ids, **given).logits, stock(ids, **given).logits
-    assert torch.equal(padded[mask.bool()], expected[mask.bool()])
+    assert_equal(family, padded[mask.bool()], expected[mask.bool()])
     settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
     assert hybrid.generate(ids, **settings).tolist() == stock.generate(ids, **settings).tolist()
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "hybrid"))
@@ -253,7 +300,7 @@ def test_the_whole_job(family, variant, tmp_path):
     with torch.no_grad():
         assert torch.equal(teacher_logits(fused, ids), stock(ids).logits)
         padded, expected = teacher_logits(fused, ids, attention_mask=mask), stock(ids, attention_mask=mask).logits
-        assert torch.equal(padded[mask.bool()], expected[mask.bool()])
+        assert_equal(family, padded[mask.bool()], expected[mask.bool()])
 
     train_only_mixers(fused)
     fused.train()
@@ -294,7 +341,7 @@ def test_a_window_as_wide_as_the_base_sees_is_the_base(family, variant):
                 hybridise(stock, Pattern(("*", symbol, "*", "*")))
         return
     kinds = hybridise(stock, Pattern.parse("*-*-*-*")).config.attention_types
-    for kind in set(kinds):
+    for kind in set(kinds) - {RECURRENT}:
         pattern = Pattern(("*", *("SWA" if each == kind else "*" for each in kinds[1:])))
         fused = hybridise(stock, pattern, {"swa_config": {"window_size": 5 if kind == "sliding_attention" else 64}})
         initialise(fused)
@@ -381,11 +428,16 @@ def test_mamba2_starts_from_what_the_attention_computes(family):
 @every_family
 def test_every_layer_type_at_once(family, variant, tmp_path):
     row = FAMILIES[family]
-    stock = row.class_named("ForCausalLM")(
-        row.config_class()(**(SIZES | BASES[family][variant] | {"num_hidden_layers": len(MIXERS) + 1}))
-    )
-    randomise(stock)
+    fields = SIZES | BASES[family][variant] | {"num_hidden_layers": len(MIXERS) + 1}
     pattern = Pattern(("*", *MIXERS))
+    if row.own_recurrence:
+        fields["layer_types"] = ["linear_attention"] + ["full_attention"] * len(MIXERS)
+    stock = row.class_named("ForCausalLM")(row.config_class()(**fields))
+    randomise(stock)
+    if row.own_recurrence:  # its attention has a gate
+        with pytest.raises(HmfError, match="B'MOJO-F cannot; use other layer types"):
+            hybridise(stock, pattern)
+        pattern = Pattern(tuple("GDN" if symbol == "BMF" else symbol for symbol in pattern.symbols))
     small = {"swa_config": {"window_size": 5}, "bmojo_config": {"window_size": 5, "ssm_mixer": "gdn"}}
     make_stage0(saved(stock, tmp_path / "base"), pattern, tmp_path / "fused", small)
     hybrid = export(tmp_path / "fused", tmp_path / "hybrid").eval()
@@ -576,7 +628,7 @@ def test_every_tensor_is_accounted_for(family, variant, change, tmp_path):
     saved(drop_teacher(hybridise(stock_model(family, variant), PATTERN)), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     if change == "missing":
-        name = next(name for name in reversed(tensors) if name.startswith("model.layers.0.self_attn."))
+        name = next(name for name in reversed(tensors) if name.startswith("model.layers.0.") and "norm" not in name)
         del tensors[name]
         said = f"tensors missing: {name}"
     else:

@@ -91,7 +91,7 @@ def _decode(
         for index, symbol in enumerate(config.pattern.symbols)
         if index in config.pattern.replaced
     }
-    attention = [index for index in range(len(config.pattern)) if index not in config.pattern.replaced]
+    attention = [index for index in range(len(config.pattern)) if index not in config.recurrent_layers]
     for now, after in zip(input_ids.T[:-1], input_ids.T[1:], strict=True):
         output = model(now[:, None], past_key_values=cache, use_cache=True)
         cache = output.past_key_values

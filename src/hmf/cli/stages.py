@@ -71,10 +71,10 @@ def init(
     require_unused(out)
     source = resolve_base(base)
 
-    from hmf.priming.stage0 import base_layers, make_stage0, text_of
+    from hmf.priming.stage0 import base_config, base_pattern, make_stage0, text_of
 
     with text_of(source, out, typer.echo) if text_only else nullcontext(source) as language:
-        report = make_stage0(language, settings.layer_pattern(base_layers(language)), out, seed=seed)
+        report = make_stage0(language, base_pattern(base_config(language), settings), out, seed=seed)
     typer.echo(report.describe())
     typer.echo("*DA: a layer that keeps attention; GDN* and so on: a mixer beside the attention that it learns from")
     typer.echo(f"saved {out}; next: {command()} distill RECIPE.yaml with model: {out}")
@@ -110,13 +110,13 @@ def select(
 
     from hmf.config.pattern import Pattern
     from hmf.config.runs import PrimeRecipe, read_recipe
-    from hmf.priming.stage0 import base_layers
+    from hmf.priming.stage0 import base_config
     from hmf.report.curves import draw_curves
     from hmf.report.selection import draw_selection, print_selection
     from hmf.selection.run import select as run
     from hmf.training.run import run_folder
 
-    layers = base_layers(source)
+    layers = base_config(source).num_hidden_layers
     if keep is None:
         keep = layers - len(Pattern.generate(layers, "gdn", ratio).replaced)
     if keep >= layers:

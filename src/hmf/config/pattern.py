@@ -89,9 +89,16 @@ class Pattern:
 
     @classmethod
     def generate(
-        cls, num_layers: int, mixer: str, ratio: float | None = None, layers: Collection[int] | None = None
+        cls,
+        num_layers: int,
+        mixer: str,
+        ratio: float | None = None,
+        layers: Collection[int] | None = None,
+        attention: Sequence[int] | None = None,
     ) -> Pattern:
-        """The pattern with `mixer` at `layers`, or at a share `ratio` of the layers, spread evenly after attention.
+        """The pattern with `mixer` at `layers`, or at a share `ratio` of the attention layers, spread evenly.
+
+        attention: the indices of the base's attention layers; None: all layers are.
 
         Raises:
             HmfError: the ratio is outside (0, 1] or selects no layer, or an index is out of range.
@@ -100,11 +107,12 @@ class Pattern:
         if layers is None:
             if ratio is None or not 0 < ratio <= 1:
                 raise HmfError(f"ratio: {ratio} is not in (0, 1]; 0.5 replaces half of the attention layers")
-            count = round(ratio * num_layers)
+            attention = range(num_layers) if attention is None else attention
+            count = round(ratio * len(attention))
             if count == 0:
-                least = math.ceil(1000 / num_layers) / 1000
-                raise HmfError(f"ratio: {ratio} of {num_layers} layers replaces no layer; {least} replaces one")
-            layers = [(i + 1) * num_layers // count - 1 for i in range(count)]
+                least = math.ceil(1000 / len(attention)) / 1000
+                raise HmfError(f"ratio: {ratio} of {len(attention)} layers replaces no layer; {least} replaces one")
+            layers = [attention[(i + 1) * len(attention) // count - 1] for i in range(count)]
         chosen = set(layers)
         if not chosen:
             raise HmfError("layers: the list is empty; name at least one layer to replace")

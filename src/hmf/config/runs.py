@@ -59,8 +59,11 @@ class HybridSettings(Settings):
             raise ValueError(f"give exactly one of ratio, layers and pattern, not {' and '.join(given) or 'none'}")
         return self
 
-    def layer_pattern(self, num_layers: int) -> Pattern:
-        """The pattern for a base with `num_layers` layers. HmfError when the settings do not fit that number."""
+    def layer_pattern(self, num_layers: int, attention: Sequence[int] | None = None) -> Pattern:
+        """The pattern for a base with `num_layers` layers. HmfError when the settings do not fit that number.
+
+        attention: the indices of the layers that are attention, of which `ratio` is a share; None: all are.
+        """
         if self.pattern is not None:
             pattern = Pattern.parse(self.pattern, num_layers, source="pattern").with_fused(False)
             if not pattern.replaced:
@@ -68,7 +71,7 @@ class HybridSettings(Settings):
             return pattern
         if self.layers == "auto":
             raise HmfError("layers: auto is chosen when `hmf prime` runs; give ratio alone to spread the layers evenly")
-        return Pattern.generate(num_layers, self.mixer, self.ratio, self.layers)
+        return Pattern.generate(num_layers, self.mixer, self.ratio, self.layers, attention)
 
     def spread_evenly(self) -> HybridSettings:
         """These settings with `ratio` alone where they have `layers: auto`: as many layers are replaced."""

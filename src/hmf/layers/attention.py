@@ -31,7 +31,11 @@ def stock_attention(config: Any, layer_idx: int) -> Any:
 
 
 class _Separate:
-    """A view of an attention with one projection for queries, keys and values, as one with a projection for each."""
+    """A view of an attention in which queries, keys, values and the gate of the output have a projection each.
+
+    Phi-3 has one projection for queries, keys and values. Qwen3.5 has one for queries and the gate: for each head the
+    rows of its query, then those of its gate.
+    """
 
     def __init__(self, attention: Any):
         self._attention = attention
@@ -46,13 +50,24 @@ class _Separate:
             if module == "qkv_proj":
                 parts = x.split([len(x) - 2 * kv, kv, kv])
                 yield from ((f"{part}_proj.{kind}", rows) for part, rows in zip("qkv", parts, strict=True))
+            elif module == "q_proj" and has_output_gate(self._attention):
+                heads = x.unflatten(0, (-1, 2, self.head_dim))
+                for at, part in enumerate(("q_proj", "gate_proj")):
+                    yield f"{part}.{kind}", heads[:, at].flatten(0, 1)
             else:
                 yield name, x
 
 
 def separate(attention: Any) -> Any:
-    """An attention whose `named_parameters` have q_proj, k_proj and v_proj; Phi-3 has one projection for the three."""
-    return _Separate(attention) if hasattr(attention, "qkv_proj") else attention
+    """An attention whose `named_parameters` have q_proj, k_proj and v_proj, and gate_proj where it gates its output."""
+    return _Separate(attention) if hasattr(attention, "qkv_proj") or has_output_gate(attention) else attention
+
+
+def has_output_gate(attention: Any) -> bool:
+    """Whether the attention's q_proj also computes a gate of its output (Qwen3.5, Qwen3-Next)."""
+    if not hasattr(attention, "q_proj"):
+        return False
+    return len(attention.q_proj.weight) == 2 * attention.config.num_attention_heads * attention.head_dim
 
 
 def has_positions(config: Any, layer_idx: int) -> bool:

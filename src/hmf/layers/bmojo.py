@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from hmf.config.layers import LAYER_KINDS
+from hmf.errors import HmfError
 from hmf.ops import KeySet, windowed_attention
 from hmf.ops.window import latest
 
 from .attention import (
     attention_scale,
+    has_output_gate,
     has_positions,
     norm_like,
     normalised,
@@ -59,6 +61,11 @@ class BMojoAttention(nn.Module):
             scale = (options.head_dim if qk_norm else whole.hidden_size // whole.num_attention_heads) ** -0.5
         self.scale = scale
         norms = stock_attention(config, layer_idx)
+        if has_output_gate(norms):
+            raise HmfError(
+                f"{config.family.hybrid_model_type}: this base gates the output of its attention, and B'MOJO-F cannot; "
+                "use other layer types"
+            )
         for end in ("",) if self.tied else ("", "_"):
             for name, width in (("q", inner), ("k", kv), ("v", kv)):
                 self.add_module(f"{name}_proj{end}", nn.Linear(options.hidden_size, width, bias=bias))

@@ -162,4 +162,5 @@ class LinearMixer(Mixer):
                 parameter.zero_()
         start.mark_unused(given, ("q_norm.weight", "k_norm.weight"), "the layer normalises q and k itself")
         start.mark_unused(given, [f"{name}_proj.bias" for name in "qkvo"], "the layer's projections have no bias")
+        start.mark_unused(given, ("gate_proj.weight", "gate_proj.bias"), "the layer has a gate of its own")
         return start

@@ -139,7 +139,8 @@ class Mamba2(Mixer):
         weight.copy_(torch.randn(weight.shape, generator=generator) * std)
         nn.init.zeros_(self.conv1d.bias)
         start.initialised = ["A_log", "dt_bias", "D", "norm.weight", "conv1d.weight", "conv1d.bias"]
-        for name in given.keys() - start.used():
+        start.mark_unused(given, ("gate_proj.weight", "gate_proj.bias"), "the layer has a gate of its own")
+        for name in given.keys() - start.used() - start.unused.keys():
             start.unused[name] = (
                 "no q/k norm in this layer" if "norm" in name else "this layer's projections have no bias"
             )

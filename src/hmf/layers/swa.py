@@ -48,6 +48,8 @@ class SlidingWindowAttention(Mixer):
         self.k_proj = nn.Linear(config.hidden_size, kv, bias="k_proj.bias" in stock)
         self.v_proj = nn.Linear(config.hidden_size, kv, bias="v_proj.bias" in stock)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias="o_proj.bias" in stock)
+        if "gate_proj.weight" in stock:
+            self.gate_proj = nn.Linear(config.hidden_size, inner, bias="gate_proj.bias" in stock)
         if "q_norm.weight" in stock:
             attention = stock_attention(config, layer_idx)
             self.q_norm = norm_like(attention.q_norm, config.rms_norm_eps)
@@ -76,7 +78,10 @@ class SlidingWindowAttention(Mixer):
         o = windowed_attention(q, [keys], self.scale, before.get("seen"), cu_seqlens)
         for name, x in (("k", k), ("v", v)):
             new[name] = latest(x, reach, before.get(name), cu_seqlens)
-        return self.o_proj(o.flatten(-2)), new
+        o = o.flatten(-2)
+        if hasattr(self, "gate_proj"):
+            o = o * self.gate_proj(hidden_states).sigmoid()
+        return self.o_proj(o), new
 
     @torch.no_grad()
     def init_from_attention(self, attention: nn.Module, generator: torch.Generator, std: float) -> Start:

@@ -95,7 +95,7 @@ def adopt(cache: Cache, config: Any, batch: int | None = None) -> Cache:
             f"past_key_values: the cache has {len(cache.layers)} layers and the model has {len(symbols)}; "
             "use DynamicCache(config=model.config)"
         )
-    for index in config.pattern.replaced:
+    for index in config.recurrent_layers:
         layer = cache.layers[index]
         if isinstance(layer, MixerCacheLayer):
             continue
@@ -110,12 +110,12 @@ def adopt(cache: Cache, config: Any, batch: int | None = None) -> Cache:
             f"past_key_values: its layers hold {sorted(lengths)} tokens, as after crop, reset or a forward pass that "
             "failed; start from an empty DynamicCache(config=model.config)"
         )
-    for index in config.pattern.replaced:
+    for index in config.recurrent_layers:
         rows = getattr(cache.layers[index], "batch_size", batch)
         if batch not in (None, rows):
             raise HmfError(f"past_key_values: the cache holds {rows} sequences and the batch has {batch}")
     if getattr(cache, "offloading", False):
-        _check_offloading(len(symbols) - len(config.pattern.replaced))
+        _check_offloading(len(symbols) - len(config.recurrent_layers))
     return cache
 
 

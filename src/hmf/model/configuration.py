@@ -14,6 +14,7 @@ import torch
 from hmf.config.layers import LAYER_KINDS, base_head_dim, layer_options, needed_kinds
 from hmf.config.pattern import ATTENTION, Pattern
 from hmf.errors import HmfError
+from hmf.layers.own import RECURRENT, check_own_layers, own_layers
 
 from .families import FAMILIES, Family, Mixin
 from .rope import check_rope
@@ -48,11 +49,14 @@ class HybridConfigMixin(Mixin):
     family: Family
     hybrid_override_pattern: Any
     layer_types: Any
+    base_layer_types: Any  # of a base with recurrent layers of its own, because layer_types is written as symbols
     attention_types: list[str]  # the type of each layer's attention in the base model, also for replaced layers
 
     def __post_init__(self, **kwargs: Any) -> None:
         listed = self.layer_types
-        self.layer_types = None
+        # The list may come from a file and have the pattern's symbols, or from memory and have transformers' names.
+        has_symbols = any(symbol.rstrip("*") in LAYER_KINDS for symbol in listed or ())
+        self.layer_types = self.base_layer_types
         if kwargs.get("per_layer_config") is not None:
             raise HmfError("config.json: per_layer_config: layers of different shapes are not supported; remove it")
         super().__post_init__(**kwargs)
@@ -63,8 +67,6 @@ class HybridConfigMixin(Mixin):
             raise HmfError("config.json: use_bidirectional_attention: mixers are causal; give a causal base model")
         self.head_dim = base_head_dim(self)  # published for every family, also where the base leaves it out
         count = self.num_hidden_layers
-        # The list may come from a file and have the pattern's symbols, or from memory and have transformers' names.
-        has_symbols = any(symbol.rstrip("*") in LAYER_KINDS for symbol in listed or ())
         if self.hybrid_override_pattern is None:
             self.hybrid_override_pattern = "-".join(listed if has_symbols else [ATTENTION] * count)
         pattern = self.pattern
@@ -83,8 +85,17 @@ class HybridConfigMixin(Mixin):
             why = "is needed by sliding_attention layers" if self.sliding_window is None else "masks every token"
             raise HmfError(f"config.json: sliding_window: {self.sliding_window} {why}; give 1 or more")
         self.attention_types = self.layer_types
+        if own := own_layers(self):
+            check_own_layers(self)
+            self.base_layer_types = list(self.attention_types)
+            if replaced := sorted(set(own) & set(pattern.replaced)):
+                raise HmfError(
+                    f"config.json: hybrid_override_pattern: layer {replaced[0]}: {pattern.symbols[replaced[0]]}: this "
+                    f"layer of the base is recurrent by itself; write * there. Layers {self.attention_layers} are "
+                    "attention and can be replaced"
+                )
         self.layer_types = [
-            kind if symbol == ATTENTION else "linear_attention"
+            kind if symbol == ATTENTION else RECURRENT
             for kind, symbol in zip(self.attention_types, pattern.symbols, strict=True)
         ]
         for kind in needed_kinds(self, pattern.symbols):
@@ -110,6 +121,16 @@ class HybridConfigMixin(Mixin):
             super().validate()
 
     @property
+    def attention_layers(self) -> list[int]:
+        """Indices of the layers that are attention in the base model, also of replaced ones."""
+        return [index for index, kind in enumerate(self.attention_types) if kind != RECURRENT]
+
+    @property
+    def recurrent_layers(self) -> list[int]:
+        """Indices of the layers that keep states: the replaced ones, and those that the base has of its own."""
+        return sorted({*self.pattern.replaced, *own_layers(self)})
+
+    @property
     def attention_windows(self) -> list[int | None]:
         """The window of each layer's attention in the base model, in positions; None is full attention."""
         return [self.sliding_window if kind == "sliding_attention" else None for kind in self.attention_types]
@@ -127,7 +148,7 @@ class HybridConfigMixin(Mixin):
             output["layer_types"] = self.pattern.as_list()
         else:
             output.pop("layer_types", None)
-        for key in OPTION_KEYS:
+        for key in (*OPTION_KEYS, "base_layer_types"):
             if output.get(key, ...) is None:
                 del output[key]
         return output
@@ -138,7 +159,7 @@ def hybrid_config_class(family: Family) -> type:
     """`Hybrid<Family>Config`."""
     annotations: dict[str, Any] = {"hybrid_override_pattern": str | None, "state_dtype": str}
     annotations |= dict.fromkeys(OPTION_KEYS, dict | None)
-    annotations["layer_types"] = list[str] | None
+    annotations |= {"layer_types": list[str] | None, "base_layer_types": list[str] | None}
     namespace: dict[str, Any] = {
         "__annotations__": annotations,
         "__module__": __name__,
@@ -148,6 +169,7 @@ def hybrid_config_class(family: Family) -> type:
         "hybrid_override_pattern": None,
         "state_dtype": "float32",
         "layer_types": None,
+        "base_layer_types": None,
         **dict.fromkeys(OPTION_KEYS),
     }
     return type(f"{family.hybrid_prefix}Config", (HybridConfigMixin, family.config_class()), namespace)

@@ -19,10 +19,17 @@ from hmf.config.layers import LAYER_KINDS, base_head_dim
 from hmf.config.pattern import ATTENTION, Pattern
 from hmf.errors import HmfError
 from hmf.layers.attention import separate
+from hmf.layers.own import own_layers, own_state_shapes
 
 from .configuration import building
 from .families import family_of
 from .modeling import hybrid_classes
+
+
+def attention_layers(config: Any) -> list[int]:
+    """Indices of the layers of a base config that are attention and can be replaced."""
+    own = own_layers(config)
+    return [index for index in range(config.num_hidden_layers) if index not in own]
 
 
 def hybrid_config(base: Any, pattern: Pattern, options: Mapping[str, Mapping[str, Any]] | None = None) -> Any:
@@ -41,6 +48,9 @@ def hybrid_config(base: Any, pattern: Pattern, options: Mapping[str, Mapping[str
             options[kind.config_key] = {**new, **options.get(kind.config_key, {})}
     for key in ("model_type", "architectures", "layer_types", "transformers_version", *options):
         fields.pop(key, None)
+    kinds = getattr(base, "attention_types", None) or getattr(base, "layer_types", None)
+    if family.own_recurrence:
+        fields["base_layer_types"] = list(kinds or ())
     fields |= {
         "hybrid_override_pattern": str(pattern),
         "architectures": [classes.causal_lm.__name__],
@@ -48,7 +58,6 @@ def hybrid_config(base: Any, pattern: Pattern, options: Mapping[str, Mapping[str
     }
     with building(base.name_or_path):
         config = classes.config(**fields)
-    kinds = getattr(base, "attention_types", None) or getattr(base, "layer_types", None)
     if kinds and list(kinds) != config.attention_types:
         raise HmfError(
             f"config.json: layer_types {list(kinds)} differs from {config.attention_types}, which follows from the "
@@ -124,8 +133,10 @@ def footprint(model: PreTrainedModel) -> dict[str, int]:
     """parameters; for one sequence kv_bytes_per_token, in the model's dtype, and state_bytes, as in computation."""
     config = model.config
     pattern = getattr(config, "pattern", None)
-    attention_layers = config.num_hidden_layers - (len(pattern.replaced) if pattern else 0)
+    recurrent = config.recurrent_layers if pattern else own_layers(config)
+    attention_layers = config.num_hidden_layers - len(recurrent)
     kv = attention_layers * 2 * config.num_key_value_heads * base_head_dim(config) * model.dtype.itemsize
     shapes = [mixer.state_shapes(config) for _, mixer in mixers(model)] if pattern else []
+    shapes += [own_state_shapes(config) for _ in own_layers(config)]
     state = sum(shape.bytes(model.dtype) for layer in shapes for shape in layer.values())
     return {"parameters": model.num_parameters(), "kv_bytes_per_token": kv, "state_bytes": state}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The supported base families, one row each: Hugging Face decoders whose layers call their token mixer `self_attn`."""
+"""The supported base families, one row each: Hugging Face decoders whose layers call their attention `self_attn`."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class Family:
     lists_layer_types: bool = True  # whether the published config.json has the key `layer_types`
     package: str | None = None
     text: str = ""
+    own_recurrence: str | None = None  # the class of recurrent layers that the base itself has, after the prefix
     published: bool = False  # the published software has Hybrids of it, whose B'MOJO-F has its own biases and scale
 
     @property
@@ -44,8 +45,9 @@ class Family:
 
     def class_named(self, suffix: str) -> type:
         """`Qwen3` + suffix from the family's modeling module."""
-        text = self.text if suffix == "Model" else ""
-        return getattr(self._module("modeling"), f"{self.prefix}{text}{suffix}")
+        module = self._module("modeling")
+        named = getattr(module, f"{self.prefix}{self.text}{suffix}", None)
+        return named or getattr(module, f"{self.prefix}{suffix}")
 
     def output_class(self) -> type:
         """The class of the decoder's result; that of a mixture of experts has router logits too."""
@@ -66,6 +68,10 @@ class Family:
         rotary: Any = self.class_named("RotaryEmbedding")
         return "layer_type" in inspect.signature(rotary.forward).parameters
 
+    def position_axes(self) -> int:
+        """How many equal rows of positions the rotary embedding expects: 3 where images have time, height and width."""
+        return 3 if hasattr(self.class_named("RotaryEmbedding"), "recomposition_frequencies") else 1
+
     def _module(self, kind: str) -> Any:
         package = self.package or self.model_type
         return importlib.import_module(f"transformers.models.{package}.{kind}_{package}")
@@ -85,7 +91,10 @@ FAMILIES: dict[str, Family] = {
         Family("phi3", "Phi3"),
         Family("qwen2", "Qwen2", published=True),
         Family("qwen3", "Qwen3", published=True),
+        Family("qwen3_5_text", "Qwen3_5", package="qwen3_5", text="Text", own_recurrence="GatedDeltaNet"),
+        Family("qwen3_5_moe_text", "Qwen3_5Moe", package="qwen3_5_moe", text="Text", own_recurrence="GatedDeltaNet"),
         Family("qwen3_moe", "Qwen3Moe", published=True),
+        Family("qwen3_next", "Qwen3Next", own_recurrence="GatedDeltaNet"),
         Family("smollm3", "SmolLM3"),
     )
 }

@@ -24,6 +24,7 @@ from hmf.config.pattern import ATTENTION
 from hmf.errors import HmfError
 from hmf.layers.base import Mixer
 from hmf.layers.layout import packed_layout
+from hmf.layers.own import OWN_MODULE, RECURRENT, own_layers, own_recurrence_class
 from hmf.layers.registry import MIXERS, mixer_class
 
 from .cache import adopt
@@ -104,6 +105,11 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
         stock = self.family.class_named("DecoderLayer")
         for index in config.pattern.replaced:
             self.layers[index] = hybrid_layer_class(stock)(config, index)
+        if self.family.own_recurrence:
+            own = own_recurrence_class(self.family.class_named(self.family.own_recurrence))
+            with config.as_base():
+                for index in own_layers(config):
+                    setattr(self.layers[index], OWN_MODULE, own(config, index))
         self.post_init()
 
     def prepare(
@@ -183,6 +189,8 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
 
     def _rotary(self, x: torch.Tensor, position_ids: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         kinds = set(self.config.attention_types)
+        if (axes := self.family.position_axes()) > 1:
+            position_ids = position_ids.expand(axes, *position_ids.shape)
         if self.family.positions_by_layer_type():
             return {kind: self.rotary_emb(x, position_ids, kind) for kind in kinds}
         return dict.fromkeys(kinds, self.rotary_emb(x, position_ids))
@@ -195,7 +203,9 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
         symbols, types = self.config.pattern.symbols, self.config.attention_types
         for index in layers:
             if symbols[index] == ATTENTION:
-                own: dict[str, Any] = {"attention_mask": inputs.masks[types[index]]}
+                own: dict[str, Any] = {"attention_mask": inputs.masks.get(types[index])}
+                if types[index] == RECURRENT:
+                    own["layout"] = inputs.layout
             elif path == TEACHER or (isinstance(path, frozenset) and index not in path):
                 own = {"attention_mask": inputs.masks[types[index]], "path": TEACHER}
             else:

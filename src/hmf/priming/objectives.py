@@ -23,6 +23,7 @@ from hmf.config.pattern import require_fused
 from hmf.config.runs import LayerTarget, ObjectiveSettings
 from hmf.data.encoding import IGNORED
 from hmf.errors import HmfError
+from hmf.layers.own import OWN_MODULE
 from hmf.model.convert import mixer_names
 from hmf.model.modeling import TEACHER, logits_of
 
@@ -103,7 +104,6 @@ class Stage1Objective:
                 chosen, number = labeled, supervised
             ours, theirs = (x.flatten(0, 1) if chosen is None else x[chosen.bool()] for x in (final, target))
             options = (self.kl_direction, self.kl_top_k, self.kl_temperature, self.kl_chunk_size)
-            head = model.get_output_embeddings()
             head = model.get_output_embeddings()
             divergence = logit_divergence(ours, theirs, head, *options, partial(logits_of, model))
             losses["kl"] = self.kl * divergence.sum() / number
@@ -357,7 +357,8 @@ def _recorded(
     for index, layer in enumerate(model.model.layers):
         if index < first:
             continue
-        modules = {"decoder": layer, "mlp": layer.mlp, "mixer": getattr(layer, names.get(index, "self_attn"))}
+        own = "self_attn" if hasattr(layer, "self_attn") else OWN_MODULE
+        modules = {"decoder": layer, "mlp": layer.mlp, "mixer": getattr(layer, names.get(index, own))}
         hooks += [modules[part].register_forward_hook(keep(part)) for part in parts]
     try:
         yield outputs

@@ -15,13 +15,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hmf.config.pattern import Pattern
+from hmf.config.runs import HybridSettings
 from hmf.data.tokenizer import check_tokenizer
 from hmf.errors import HmfError
 from hmf.folders import require_unused
 from hmf.layers.attention import separate
 from hmf.layers.base import Start
 from hmf.model.checkpoint import STORED, load_config, load_model, save_checkpoint
-from hmf.model.convert import hybridise, mixers
+from hmf.model.convert import attention_layers, hybridise, mixers
 from hmf.model.families import family_of
 from hmf.model.files import COMPUTED, reading, require_finite, stored_tensors
 from hmf.model.text_only import language_config, take_text, text_family
@@ -93,7 +94,7 @@ def make_stage0(
 ) -> Stage0Report:
     """`hmf init`: load `base`, make it a fused Hybrid, initialise the mixers, save it at `out` with its tokenizer."""
     require_unused(out)
-    base_layers(base)  # raises for an unsupported base before the weights are read
+    base_config(base)  # raises for an unsupported base before the weights are read
     require_finite(Path(base))
     check_tokenizer(base)
     base_model = load_model(base, dtype=STORED)
@@ -119,14 +120,14 @@ def text_of(base: str | Path, out: str | Path, say: Callable[[str], None]) -> It
             raise HmfError(str(error).replace(str(text), str(base))) from None
 
 
-def base_layers(base: str | Path, text_only: bool = False) -> int:
-    """The number of layers of a base checkpoint; HmfError for an unsupported architecture or a Hybrid.
+def base_config(base: str | Path, text_only: bool = False) -> Any:
+    """The config of a base checkpoint; HmfError for an unsupported architecture or a Hybrid.
 
     text_only: that of a multimodal checkpoint's language model.
     """
     config = load_config(base)
     if text_only:
-        return language_config(config, base).num_hidden_layers
+        return language_config(config, base)
     if (text := text_family(config)) is not None:
         raise HmfError(
             f"{base}/config.json: {config.model_type!r} is a multimodal model; use its language model "
@@ -135,4 +136,9 @@ def base_layers(base: str | Path, text_only: bool = False) -> int:
     family_of(getattr(getattr(config, "text_config", config), "model_type", ""), source=f"{base}/config.json")
     if config.model_type.startswith("hybrid_"):
         raise HmfError(f"{base}: is already a Hybrid ({config.hybrid_override_pattern}); give the base Transformer")
-    return config.num_hidden_layers
+    return config
+
+
+def base_pattern(config: Any, settings: HybridSettings) -> Pattern:
+    """The pattern that `settings` give for a base with this config."""
+    return settings.layer_pattern(config.num_hidden_layers, attention_layers(config))

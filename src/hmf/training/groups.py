@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hmf.config.runs import LoraSettings
 from hmf.errors import HmfError
+from hmf.layers.own import OWN_MODULE
 from hmf.model.convert import mixer_names
 
 ALL, LORA = "all", "lora"
@@ -34,8 +35,9 @@ class ParameterGroup:
 def parts(model: PreTrainedModel) -> dict[str, dict[str, nn.Parameter]]:
     """The parameters of a plain Hybrid, each in exactly one part.
 
-    mixers: the mixers of replaced layers; attention: the attention of other layers, with its query and key norms; mlp:
-    also experts and their router; norms: the norms of layers and the final norm; embeddings: also the head.
+    mixers: the mixers of replaced layers; attention: what the base has in the other layers, attention with its query
+    and key norms or a recurrent layer of its own; mlp: also experts and their router; norms: the norms of layers and
+    the final norm; embeddings: also the head.
     """
     mixers = tuple(f"model.layers.{index}.{name}." for index, name in mixer_names(model))
     by_part: dict[str, dict[str, nn.Parameter]] = {
@@ -45,7 +47,7 @@ def parts(model: PreTrainedModel) -> dict[str, dict[str, nn.Parameter]]:
         path = name.split(".")
         if name.startswith(mixers):
             part = "mixers"
-        elif "self_attn" in path:
+        elif "self_attn" in path or OWN_MODULE in path:
             part = "attention"
         elif "mlp" in path:
             part = "mlp"

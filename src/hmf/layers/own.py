@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recurrent layers that a base has of its own (Qwen3.5's Gated DeltaNet): its module, with packing and our caches.
+
+Legend: B batch, T tokens, S sequences (rows or packed documents), H value heads, K key dim, V value dim, C channels.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.cache_utils import LinearAttentionLayer
+
+from hmf.errors import HmfError
+from hmf.ops import gated_delta_rule, short_conv
+
+from .base import Mixer, States, StateShape
+from .gdn import l2_normalise
+
+RECURRENT = "linear_attention"  # transformers' name of such a layer in `layer_types`
+OWN_MODULE = "linear_attn"  # and of its module in a decoder layer
+
+
+@functools.cache
+def own_recurrence_class(stock: type[nn.Module]) -> type[nn.Module]:
+    """The base's `GatedDeltaNet` with the same parameters.
+
+    Rows without padding and packed documents run through the base's own forward, so that they equal the base bit for
+    bit. The others run through `hmf.ops`, as in the mixers: the base's forward lets packed documents and right padding
+    into its convolutions and states. States: conv [S, C, W - 1] and recurrent [S, H, K, V].
+    """
+
+    def mix(
+        self: Any, hidden_states: torch.Tensor, states: States | None, cu_seqlens: torch.Tensor | None, _: Any
+    ) -> tuple[torch.Tensor, States]:
+        new, before = {}, states or {}
+        qkv, z, b, a = _projected(self, hidden_states)
+        qkv, new["conv"] = short_conv(qkv, self.conv1d.weight, None, before.get("conv"), cu_seqlens)
+        q, k, v = qkv.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
+        q, k = (x.unflatten(-1, (-1, self.head_k_dim)) for x in (q, k))
+        q, k = (x.repeat_interleave(self.num_v_heads // self.num_k_heads, dim=-2) for x in (q, k))
+        v = v.unflatten(-1, (-1, self.head_v_dim))
+        wide = torch.promote_types(self.A_log.dtype, torch.float32)
+        decay = -self.A_log.to(wide).exp() * nn.functional.softplus(a.to(wide) + self.dt_bias)
+        o, new["recurrent"] = gated_delta_rule(
+            l2_normalise(q), l2_normalise(k), v, decay, b.sigmoid().to(wide), before.get("recurrent"), cu_seqlens
+        )
+        o = self.norm(o.reshape(-1, self.head_v_dim), z.reshape(-1, self.head_v_dim))
+        return self.out_proj(o.view(*hidden_states.shape[:-1], -1)), new
+
+    def forward(
+        self: Any,
+        hidden_states: torch.Tensor,
+        cache_params: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        layout: Any = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if layout is not None or "shards" in kwargs:
+            return Mixer.forward(self, hidden_states, layout, cache_params)[0]
+        if cache_params is None:
+            return stock.forward(self, hidden_states)
+        kept = cache_params.layers[self.layer_idx]
+        states = _as_stock(kept.states)
+        output = stock.forward(self, hidden_states, Cache(layers=[states] * (self.layer_idx + 1)))
+        conv, recurrent = states.conv_states[0][..., 1:], states.recurrent_states[0]
+        kept.store({"conv": conv, "recurrent": recurrent}, hidden_states.shape[1])
+        return output
+
+    return type(f"Own{stock.__name__}", (stock,), {"mix": mix, "forward": forward, "__module__": __name__})
+
+
+def _projected(layer: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The inputs of the convolution [B, T, C], the gate [B, T, H V], and beta and the step before their nonlinearities,
+    [B, T, H]. Qwen3-Next computes them by two projections, in another order."""
+    if not hasattr(layer, "in_proj_qkvz"):
+        return tuple(getattr(layer, f"in_proj_{name}")(hidden_states) for name in ("qkv", "z", "b", "a"))
+    projected = layer.fix_query_key_value_ordering(layer.in_proj_qkvz(hidden_states), layer.in_proj_ba(hidden_states))
+    q, k, v, z, b, a = projected
+    return torch.cat([x.flatten(2) for x in (q, k, v)], -1), z.flatten(2), b, a
+
+
+def _as_stock(states: States) -> LinearAttentionLayer:
+    """transformers' cache of one such layer, with `states`. It keeps one more input of the convolution, not used."""
+    layer = LinearAttentionLayer()
+    if states:
+        conv = nn.functional.pad(states["conv"], (1, 0))
+        layer.lazy_initialization(conv, states["recurrent"])
+        layer.conv_states[0], layer.recurrent_states[0] = conv, states["recurrent"]
+        layer.has_previous_state[0] = True
+    return layer
+
+
+def own_layers(config: Any) -> list[int]:
+    """Indices of the layers of a base or hybrid config that are recurrent in the base itself."""
+    types = getattr(config, "attention_types", None) or getattr(config, "layer_types", None) or []
+    return [index for index, kind in enumerate(types) if kind == RECURRENT]
+
+
+def own_state_shapes(config: Any, ranks: int = 1) -> dict[str, StateShape]:
+    """The states of such a layer for one sequence on one of `ranks` tensor-parallel ranks."""
+    keys, values = config.linear_num_key_heads // ranks, config.linear_num_value_heads // ranks
+    channels = 2 * keys * config.linear_key_head_dim + values * config.linear_value_head_dim
+    return {
+        "conv": StateShape((channels, config.linear_conv_kernel_dim - 1), "conv"),
+        "recurrent": StateShape((values, config.linear_key_head_dim, config.linear_value_head_dim), "recurrent"),
+    }
+
+
+def check_own_layers(config: Any) -> None:
+    """HmfError for a config whose recurrent layers cannot run here."""
+    if config.hidden_act != "silu":
+        raise HmfError(f"config.json: hidden_act: {config.hidden_act!r}: the convolutions of GDN layers need silu")
+    if config.linear_num_value_heads % config.linear_num_key_heads:
+        raise HmfError(
+            f"config.json: linear_num_value_heads: {config.linear_num_value_heads} is not a multiple of "
+            f"linear_num_key_heads, {config.linear_num_key_heads}"
+        )
