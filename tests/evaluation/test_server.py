@@ -195,7 +195,8 @@ def test_parity_passes_for_the_same_model_and_not_for_another(run, served, evalu
     with torch.no_grad():
         served.model.lm_head.weight.mul_(1.5)
     code, out, err = hmf(*arguments)
-    assert code == 0 and "server: NOT passed" in out, err
+    assert code == 1 and "server: NOT passed" in out, err
+    assert err.splitlines()[-1].startswith(f"hmf: {run / 'model'}: parity with {served.url} is not passed; ")
     found = parse_sealed((run / "scores.primed-server-retention.json").read_text())["parity"]
     assert not found["passed"] and found["prompt_kl"] > 0.01 < found["generated_kl"]
     assert "NOT passed. KL divergence a token" in write_card(run).read_text()
