@@ -93,6 +93,9 @@ def test_the_quickstart_through_all_stages(tmp_path, monkeypatch):
     run("finetune", "cpt", *training, "data.text=corpus", "data.sequence_length=128")
     said = run("finetune", "sft", *training, "data.text=corpus", "data.sequence_length=128")
     assert "saved runs/quickstart-sft/model" in said
+    groups = [line.split() for line in said[said.index("group ") :].splitlines()[:6]]
+    assert [row[0] for row in groups[1:]] == ["mixers", "norms", "attention", "mlp", "embeddings"]
+    assert groups[0] == ["group", "parameters", "learning", "rate"] and groups[1][1:] == ["416,388", "0.001"]
     run("finetune", "lora", *training, "data.text=corpus", "data.sequence_length=128")
     own = ("data.text=corpus", "data.sequence_length=128", "on_policy.max_new_tokens=8")
     assert "saved runs/quickstart-on-policy/stage1" in run("distill", "on-policy", *training, *own)
