@@ -52,6 +52,11 @@ def resolve_base(base: str, weights: bool = True) -> Path:
     raise HmfError(f"{base}: no such directory; {fix}")
 
 
+def shown(folder: Path) -> str:
+    """A checkpoint directory as results and notices name it: the embedded teacher is no path of this machine."""
+    return EMBEDDED_TEACHER if folder == ASSETS / "teacher" else str(folder)
+
+
 def is_place(name: str) -> bool:
     """Whether OWNER/NAME is meant as a local path, perhaps mistyped or not created yet, and not as a Hub name."""
     owner = Path(name).parts[0]

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import hmf
 from hmf.config.strict import parse_json
 from hmf.errors import HmfError
-from hmf.folders import reason
+from hmf.folders import reason, shown
 
 SMALL = "tasks"  # as a suite: the tasks of hmf.data.tasks
 SERVED = "-server"  # in names, of what a server answered
@@ -192,4 +192,4 @@ def describe(folder: Path) -> dict[str, str]:
                 stream.seek(place)
                 digest.update(stream.read(1 << 20))
     config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
-    return {"path": str(folder), "config_sha256": config, "weights_ends_sha256": digest.hexdigest()}
+    return {"path": shown(folder), "config_sha256": config, "weights_ends_sha256": digest.hexdigest()}

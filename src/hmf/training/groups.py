@@ -104,7 +104,9 @@ def add_adapters(
     The peft model's `merge_and_unload()` adds the adapters to the weights and restores the original layers.
     """
     if importlib.util.find_spec("peft") is None:
-        raise HmfError("lora: peft is not installed; `pip install peft`, or leave lora out")
+        raise HmfError(
+            "lora: peft is not installed; `make setup-train` or pip install 'hybrid-model-factory[lora]' installs it"
+        )
     from peft import LoraConfig, LoraModel
 
     targets = adapter_targets(model, groups, settings)
