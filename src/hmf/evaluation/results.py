@@ -78,7 +78,7 @@ class ParityResult(Result):
     """How far a server's log-probabilities are from those of Hugging Face's model, in nats a token."""
 
     passed: bool
-    bound: Annotated[float, Field(gt=0)]  # of the mean KL divergence of prompts' tokens, and of generated ones
+    bound: Annotated[float, Field(ge=0)]  # of the mean KL divergence of prompts' tokens, and of generated ones
     prompt_kl: Annotated[float, Field(ge=0)]
     generated_kl: Annotated[float, Field(ge=0)]
     max_kl: Annotated[float, Field(ge=0)]
