@@ -63,7 +63,7 @@ wheel: setup-run ## build dist/*.whl, which brings recipes and the teacher
 notebook: setup-run ## run notebooks/quickstart.ipynb anew
 	@$(BIN)/python -m pip install --quiet --constraint requirements/constraints.txt nbclient ipykernel ipywidgets
 	@rm -rf notebooks/runs
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/jupyter execute --inplace notebooks/quickstart.ipynb
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/notebook.py notebooks/quickstart.ipynb
 
 images: ## build the images hmf-train and hmf-serve, by docker
 	docker build --file docker/train.Dockerfile --tag hmf-train .

@@ -2,6 +2,7 @@
 """The documents: links and anchors lead somewhere, and what is generated is up to date."""
 
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -71,6 +72,19 @@ def test_commands_exist_with_their_options_and_recipes(page):
         unknown = [word for word in words if word.startswith("--") and word.partition("=")[0] not in options]
         missing = [word for word in words if word.startswith("recipes/") and not any(ROOT.glob(word))]
         assert not unknown + missing, f"hmf {name} {' '.join(words)}"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.ipynb")), ids=lambda path: path.name)
+def test_a_notebook_is_as_make_notebook_stores_it(path):
+    """Run from its first cell to its last, each stream in one piece, without times and paths of the machine."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    for cell in code:
+        streams = [output["name"] for output in cell["outputs"] if output["output_type"] == "stream"]
+        text = "".join("".join(output.get("text", "")) for output in cell["outputs"])
+        assert len(streams) == len(set(streams)) and "execution" not in cell["metadata"]
+        assert not re.search(r"(^|[\s'\"(])/(root|home|tmp|Users|usr|opt)/", text, re.MULTILINE), text
 
 
 def test_the_python_api_names_what_exists():

@@ -181,9 +181,16 @@ def test_what_the_hub_does_not_have_is_one_line_that_says_both(served, tmp_path)
 def test_a_mistyped_folder_is_not_asked_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
-    for name in ("mine/mistyped", "runs/stage0", "models/Qwen3-8B"):
-        with pytest.raises(HmfError, match=f"{name}: no such directory in .*, write hf://{name}$"):
+    for name, fix in (
+        ("mine/mistyped", "correct the name, or write hf://mine/mistyped for a model of the Hub"),
+        ("models/Qwen3-8B", "download the model: hf download OWNER/Qwen3-8B --local-dir models/Qwen3-8B"),
+        ("models/Qwen/Qwen3-8B", "download the model: hf download OWNER/Qwen3-8B --local-dir models/Qwen/Qwen3-8B"),
+        ("runs/stage0", "first run the command or the recipe that writes it"),
+        ("runs/sft/model", "first run the command or the recipe that writes it"),
+    ):
+        with pytest.raises(HmfError) as error:
             resolve_base(name)
+        assert str(error.value) == f"{name}: no such directory; {fix}"
     (tmp_path / "some-org/Tiny.1").mkdir(parents=True)
     assert resolve_base("some-org/Tiny.1") == Path("some-org/Tiny.1")  # a folder that is there goes first
 

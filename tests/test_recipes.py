@@ -88,11 +88,16 @@ def test_the_quickstart_through_all_stages(tmp_path, monkeypatch):
         (tmp_path / "corpus" / f"{number}.py").write_text(f"def f{number}(x):\n    return x + {number}\n" * 40)
     evaluate = ("evaluate.samples=1", "evaluate.length=128", "evaluate.text_bytes=2000", "evaluate.max_new_tokens=4")
     data = ("distill.data.text=corpus", "distill.data.sequence_length=128", "distill.objective.layerwise_steps=1")
-    run("prime", "recipe", *(f"distill.training.{value}" for value in SMALL), *data, *evaluate)
+    said = run("prime", "recipe", *(f"distill.training.{value}" for value in SMALL), *data, *evaluate)
+    assert "hmf: teacher: not copied to the result: README.md, training.json\n" in said  # no path of the machine
+    assert str(ROOT) not in "".join(file.read_text() for file in (tmp_path / "runs/quickstart").glob("*.json"))
     training = [f"training.{value}" for value in SMALL]
     run("finetune", "cpt", *training, "data.text=corpus", "data.sequence_length=128")
     said = run("finetune", "sft", *training, "data.text=corpus", "data.sequence_length=128")
     assert "saved runs/quickstart-sft/model" in said
+    groups = [line.split() for line in said[said.index("group ") :].splitlines()[:6]]
+    assert [row[0] for row in groups[1:]] == ["mixers", "norms", "attention", "mlp", "embeddings"]
+    assert groups[0] == ["group", "parameters", "learning", "rate"] and groups[1][1:] == ["416,388", "0.001"]
     run("finetune", "lora", *training, "data.text=corpus", "data.sequence_length=128")
     own = ("data.text=corpus", "data.sequence_length=128", "on_policy.max_new_tokens=8")
     assert "saved runs/quickstart-on-policy/stage1" in run("distill", "on-policy", *training, *own)

@@ -38,15 +38,23 @@ def resolve_base(base: str, weights: bool = True) -> Path:
         return ASSETS / "teacher"
     if folder.exists():
         raise HmfError(f"{base}: is a file; give the checkpoint's directory")
-    if (model := hub.parse_model(base)) is None:
-        raise HmfError(
-            f"{base}: no such directory; give a checkpoint directory, or a model of the Hub such as Qwen/Qwen3-8B"
-        )
-    if not model.explicit and is_place(base):
-        raise HmfError(
-            f"{base}: no such directory in {folder.parts[0]}; if a model of the Hub is meant, write hf://{base}"
-        )
-    return hub.model_folder(model, weights)
+    if (model := hub.parse_model(base)) is not None and (model.explicit or not is_place(base)):
+        return hub.model_folder(model, weights)
+    place = folder.parts[0] if folder.parts else ""
+    if place == "runs":
+        fix = "first run the command or the recipe that writes it"
+    elif place == "models":
+        fix = f"download the model: hf download OWNER/{folder.name} --local-dir {base}"
+    elif model is not None:
+        fix = f"correct the name, or write hf://{base} for a model of the Hub"
+    else:
+        fix = "give a checkpoint directory, or a model of the Hub such as Qwen/Qwen3-8B"
+    raise HmfError(f"{base}: no such directory; {fix}")
+
+
+def shown(folder: Path) -> str:
+    """A checkpoint directory as results and notices name it: the embedded teacher is no path of this machine."""
+    return EMBEDDED_TEACHER if folder == ASSETS / "teacher" else str(folder)
 
 
 def is_place(name: str) -> bool:

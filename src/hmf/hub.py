@@ -108,6 +108,8 @@ def upload(name: str, files: Mapping[str, Path | bytes], private: bool = False) 
         raise HmfError(f"{name}: HF_HUB_OFFLINE is set; unset it, or use --dry-run") from None
     except errors.LocalTokenNotFoundError:
         raise HmfError(f"{name}: there is no Hub token; set HF_TOKEN or run `hf auth login`") from None
+    except httpx.TransportError as error:
+        raise HmfError(f"{name}: the Hub cannot be reached: {_line(error)}; run the command again") from None
     except (errors.HfHubHTTPError, httpx.HTTPError) as error:
         raise HmfError(
             f"{name}: the Hub did not accept the upload: {_line(error)}; check the name and HF_TOKEN"

@@ -192,10 +192,15 @@ def test_parity_passes_for_the_same_model_and_not_for_another(run, served, evalu
     found = scores["parity"]
     assert found["passed"] and found["bound"] == 0.01 and found["generated_tokens"] == 8 * 32
     assert found["max_kl"] < 1e-4 and found["same_likeliest"] == 1
+    code, out, err = hmf(*arguments, "--parity-bound", 0)  # the least bound: only equal numbers pass
+    assert (
+        code == (0 if found["prompt_kl"] == found["generated_kl"] == 0 else 1) and "bound of both means 0 nats" in out
+    )
     with torch.no_grad():
         served.model.lm_head.weight.mul_(1.5)
     code, out, err = hmf(*arguments)
-    assert code == 0 and "server: NOT passed" in out, err
+    assert code == 1 and "server: NOT passed" in out, err
+    assert err.splitlines()[-1].startswith(f"hmf: {run / 'model'}: parity with {served.url} is not passed; ")
     found = parse_sealed((run / "scores.primed-server-retention.json").read_text())["parity"]
     assert not found["passed"] and found["prompt_kl"] > 0.01 < found["generated_kl"]
     assert "NOT passed. KL divergence per token" in write_card(run).read_text()

@@ -108,7 +108,7 @@ def evaluate(
     """Score models on held-out text and generated tasks.
 
     With `--suite`: tasks that Hybrids are likely to lose, by prompt length, for local models or for a server. A suite
-    that was stopped continues where it stopped.
+    that was stopped continues where it stopped. The exit code is 1 if `--parity` was not passed.
     """
     if len(set(models)) < len(models):
         raise HmfError("MODEL: a model is named twice; name each model once")
@@ -169,6 +169,11 @@ def evaluate(
     )
     stores = run(folders, options)
     _show_suites(stores, as_json)
+    for model, store in stores.items():
+        if parity and not store.scores["parity"]["passed"]:
+            line = f"hmf: {model}: parity with {url} is not passed; check that it serves this model, and both dtypes"
+            typer.echo(line, err=True)
+            raise typer.Exit(1)
 
 
 def _is_given(context: typer.Context, option: str) -> bool:

@@ -144,7 +144,8 @@ def require_data(settings: Any, prefix: str = "") -> None:
         if is_place or (isinstance(settings, DataSettings) and name in ("prepared", "text")):
             text = str(value or "stdlib")
             if text != "stdlib" and not has_magic(text) and not hub.is_data(text) and not Path(text).exists():
-                raise HmfError(f"{key}: {text}: no such file or folder")
+                fix = "; `hmf data prepare` writes prepared rows" if name == "prepared" else ""
+                raise HmfError(f"{key}: {text}: no such file or folder{fix}")
         for index, section in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if isinstance(section, Settings):
                 require_data(section, f"{key}." if index is None else f"{key}.{getattr(section, 'title', index)}.")

@@ -138,7 +138,7 @@ def select(
     print_selection(selection)
     replaced = ",".join(map(str, selection["replaced"]))
     typer.echo(
-        f"saved {settings.output}/selection.json; next: hmf init {base} --mixer {selection['mixer']} "
+        f"saved {settings.output}/selection.json; next: {command()} init {base} --mixer {selection['mixer']} "
         f"--layers {replaced} --out runs/stage0"
     )
 

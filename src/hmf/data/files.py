@@ -106,7 +106,7 @@ def find(place: str, path: Path, kind: str | None = None) -> FileSet:
     if len(kinds) > 1:
         raise HmfError(f"{place}: {path}: holds {' and '.join(sorted(kinds))} files; set format to the one to read")
     if skipped:
-        say_once(f"{place}: {path}: {len(skipped):,} files or folders are not read: {shown}")
+        say_once(f"{place}: {path}: not read: {shown}")
     [(name, files)] = kinds.items()
     return FileSet(root, name, files)
 
@@ -211,9 +211,9 @@ def decoded(content: bytes) -> str:
 
 @lru_cache
 def say_once(line: str) -> None:
-    """Print a line on stderr. Each line is printed once per process, and by one process of each machine."""
+    """Print a notice on stderr. Each one is printed once per process, and by one process of each machine."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(one_line(line), file=sys.stderr, flush=True)
+        print(f"hmf: {one_line(line)}", file=sys.stderr, flush=True)
 
 
 def _files_below(folder: Path, skipped: list[str]) -> list[Path]:

@@ -137,7 +137,8 @@ def run_of(model: Path) -> Path | None:
     """The run folder that contains a model, or None."""
     model = model.absolute()
     inside = model.name in ("model", "stage0", "stage1") and (model.parent / RECIPE).is_file()
-    return model.parent if inside else None
+    run, here = model.parent, Path.cwd()
+    return (run.relative_to(here) if run.is_relative_to(here) else run) if inside else None
 
 
 def name_of(model: str, path: Path, run: Path | None, options: Options) -> str:

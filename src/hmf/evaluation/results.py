@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import hmf
 from hmf.config.strict import parse_json
 from hmf.errors import HmfError
-from hmf.folders import reason
+from hmf.folders import reason, shown
 
 SMALL = "tasks"  # name of the suite of the tasks in hmf.data.tasks
 SERVED = "-server"  # part of a NAME whose answers come from a server
@@ -79,7 +79,7 @@ class ParityResult(Result):
     """The distance of a server's log-probabilities from those of Hugging Face's model, in nats per token."""
 
     passed: bool
-    bound: Annotated[float, Field(gt=0)]  # upper bound of both prompt_kl and generated_kl
+    bound: Annotated[float, Field(ge=0)]  # upper bound of both prompt_kl and generated_kl
     prompt_kl: Annotated[float, Field(ge=0)]
     generated_kl: Annotated[float, Field(ge=0)]
     max_kl: Annotated[float, Field(ge=0)]
@@ -193,4 +193,4 @@ def describe(folder: Path) -> dict[str, str]:
                 stream.seek(place)
                 digest.update(stream.read(1 << 20))
     config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
-    return {"path": str(folder), "config_sha256": config, "weights_ends_sha256": digest.hexdigest()}
+    return {"path": shown(folder), "config_sha256": config, "weights_ends_sha256": digest.hexdigest()}

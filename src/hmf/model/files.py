@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from hmf.config.strict import parse_json
 from hmf.errors import HmfError, listed, notice
-from hmf.folders import reason, require_unused
+from hmf.folders import reason, require_unused, shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
@@ -287,7 +287,7 @@ def copy_companions(source: str | Path, target: str | Path, leave: re.Pattern[st
             with content, (target / item.name).open("wb") as copy:
                 shutil.copyfileobj(content, copy)
     if left:
-        notice(f"{source}: not copied to the result: {listed(left, 8)}")
+        notice(f"{shown(source)}: not copied to the result: {listed(left, 8)}")
 
 
 # --- special tokens ---

@@ -289,8 +289,8 @@ def require_vllm() -> None:
     """HmfError if vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
         raise HmfError(
-            "vLLM is not installed: `make setup-test` installs its CPU build, pip install 'hybrid-model-factory[vllm]' "
-            "the build for GPUs; `hmf chat` works without vLLM"
+            "vLLM is not installed: `make setup-serve` installs the build for this machine in a clone, "
+            "pip install 'hybrid-model-factory[vllm]' that for GPUs; `hmf chat` works without vLLM"
         )
 
 

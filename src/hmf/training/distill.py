@@ -97,7 +97,9 @@ def _trainer(
         )
         return trainer, rows
     if not importlib.util.find_spec("trl"):
-        raise HmfError("on_policy: needs trl; `pip install hybrid-model-factory[onpolicy]`, or remove on_policy")
+        raise HmfError(
+            "on_policy: needs trl; `make setup-train` or pip install 'hybrid-model-factory[onpolicy]' installs it"
+        )
     # trl is optional, and importing it takes seconds.
     from .on_policy import OnPolicyArguments, OnPolicyTrainer, generation_arguments
 

@@ -70,7 +70,8 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
         **strategy_arguments(training, model),
     )
     if args.process_index == 0:
-        say(table(groups))
+        for line in table(groups):
+            say(line)
     loss = CrossEntropy() if recipe.pairs is None else Preference(recipe.pairs.beta)
     trainer = HybridTrainer(
         model=model,

@@ -106,7 +106,9 @@ def add_adapters(
     The peft model's `merge_and_unload()` adds the adapters to the weights and restores the original layers.
     """
     if importlib.util.find_spec("peft") is None:
-        raise HmfError("lora: peft is not installed; `pip install peft`, or remove lora")
+        raise HmfError(
+            "lora: peft is not installed; `make setup-train` or pip install 'hybrid-model-factory[lora]' installs it"
+        )
     from peft import LoraConfig, LoraModel
 
     targets = adapter_targets(model, groups, settings)
@@ -154,9 +156,9 @@ def optimiser_groups(model: nn.Module, groups: Iterable[ParameterGroup], weight_
     return optimised
 
 
-def table(groups: Iterable[ParameterGroup]) -> str:
-    """The groups as a text table: parameters and learning rate of each."""
+def table(groups: Iterable[ParameterGroup]) -> list[str]:
+    """The lines of a text table of the groups: parameters and learning rate of each."""
     rows = [(g.name, f"{g.size:,}", "frozen" if g.learning_rate is None else f"{g.learning_rate:g}") for g in groups]
     rows = [("group", "parameters", "learning rate"), *rows]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows)
+    return [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
