@@ -24,9 +24,10 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 TASKS = ("recall", "needle", "arithmetic", "tool_call")
-# Start and objective of Stage 1, by name: what each changes in the recipe. All read as many tokens, but the last two.
+# Start and objective of Stage 1, by name: what each changes in the recipe. All read as many tokens, but the last ones.
 MSE = ["distill.objective.layerwise_steps=0", "distill.objective.kl=0"]
 SUMS = ["distill.data.tasks.arithmetic=6", "distill.data.text_share=0.1"]
+FIFTH = ["distill.training.max_steps=54", "distill.training.warmup_steps=4", "distill.objective.layerwise_steps=32"]
 KL_ALONE = "distill.objective.pre_lm_head=0"
 VARIANTS = {
     "recipe": [],
@@ -40,6 +41,11 @@ VARIANTS = {
     "conversations": ["distill.data.text_share=0"],
     "more-arithmetic": SUMS,
     "more-arithmetic-kl": [*SUMS, KL_ALONE],
+    # The start that is fitted, with the recipe's steps, and one fifth of them with and without it.
+    "calibrated": ["hybrid.start=calibrated"],
+    "calibrated-fifth": ["hybrid.start=calibrated", *FIFTH],
+    "calibrated-fifth-no-layerwise": ["hybrid.start=calibrated", *FIFTH, "distill.objective.layerwise_steps=0"],
+    "fifth": FIFTH,
     "twice": ["distill.training.max_steps=540", "distill.objective.layerwise_steps=320"],
     "four-times": ["distill.training.max_steps=1080", "distill.objective.layerwise_steps=640"],
 }
@@ -261,7 +267,9 @@ class Job:
         pattern = Pattern.generate(layers, hybrid.mixer, layers=replaced)
         stage0 = self.work / "stage0"
         if not stage0.is_dir():
-            make_stage0(self.base, pattern, stage0, hybrid.options_by_key(), self.seed, hybrid.conv_start)
+            options = hybrid.options_by_key()
+            data = self.recipe.distill.data
+            make_stage0(self.base, pattern, stage0, options, self.seed, hybrid.conv_start, hybrid.calibrated, data)
         model = load_model(distill(stage0, self.work, self.stage1, self.seed), dtype=torch.float32)
         model.to(self.options.device)
         trained = round(time.perf_counter() - self.started, 1)
@@ -286,7 +294,15 @@ class Job:
         options, mixer = hybrid.options_by_key(), hybrid.mixer
         if method == "window":
             options, mixer = options | {"swa_config": {"window_size": 64}}, "swa"
-        model = fused_everywhere(self.base, mixer, options, self.seed, hybrid.conv_start).to(self.options.device)
+        model = fused_everywhere(
+            self.base,
+            mixer,
+            options,
+            self.seed,
+            hybrid.conv_start,
+            None if method == "window" else hybrid.calibrated,
+            self.recipe.distill.data,
+        ).to(self.options.device)
         layerwise = self.stage1.objective.layerwise_steps
         subsets = {"aligned": 0, "supernet": 2 * (self.stage1.training.steps - layerwise)}
         if method in subsets:

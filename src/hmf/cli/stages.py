@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -46,6 +46,13 @@ def init(
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Seed of the tensors that are initialised randomly.")
     ] = 0,
+    start: Annotated[
+        Literal["copied", "calibrated"],
+        typer.Option(help="calibrated: new layers are also fitted to the attention's output, on --text."),
+    ] = "copied",
+    text: Annotated[
+        str, typer.Option(help="Of a calibrated start: stdlib, or a folder or file of .py, .txt or .md text.")
+    ] = "stdlib",
 ) -> None:
     """Stage 0: initialise mixers from attention.
 
@@ -56,11 +63,15 @@ def init(
     from pydantic import ValidationError
 
     from hmf.config.pattern import parse_layer_list
-    from hmf.config.runs import HybridSettings
+    from hmf.config.runs import DataSettings, HybridSettings
 
+    if start == "copied" and text != "stdlib":
+        raise HmfError("--text is read with --start calibrated; give that, or leave --text out")
     chosen = list(parse_layer_list(layers)) if layers is not None else None
     try:
-        settings = HybridSettings(mixer=mixer, ratio=ratio, layers=chosen, pattern=pattern)
+        settings = HybridSettings.model_validate(
+            {"mixer": mixer, "ratio": ratio, "layers": chosen, "pattern": pattern, "start": start}
+        )
     except ValidationError:
         raise HmfError("give exactly one of --ratio, --layers and --pattern") from None
     require_unused(out)
@@ -68,7 +79,9 @@ def init(
 
     from hmf.priming.stage0 import base_layers, make_stage0
 
-    report = make_stage0(source, settings.layer_pattern(base_layers(source)), out, seed=seed)
+    layout = settings.layer_pattern(base_layers(source))
+    data = DataSettings(text=text)
+    report = make_stage0(source, layout, out, seed=seed, calibration=settings.calibrated, data=data)
     typer.echo(report.describe())
     typer.echo("*DA: a layer that keeps attention; GDN* and so on: a mixer beside the attention that it learns from")
     typer.echo(f"saved {out}; next: {command()} distill RECIPE.yaml with model: {out}")
