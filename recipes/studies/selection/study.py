@@ -8,6 +8,7 @@ on with the runs that are missing. `report.py` makes the table and the plot.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ TASKS = ("recall", "needle", "arithmetic", "tool_call")
 MSE = ["distill.objective.layerwise_steps=0", "distill.objective.kl=0"]
 SUMS = ["distill.data.tasks.arithmetic=6", "distill.data.text_share=0.1"]
 FIFTH = ["distill.training.max_steps=54", "distill.training.warmup_steps=4", "distill.objective.layerwise_steps=32"]
+ANSWERS = "TEACHER_ANSWERS"  # stands for a prepared set with the teacher's own answers
 KL_ALONE = "distill.objective.pre_lm_head=0"
 VARIANTS = {
     "recipe": [],
@@ -38,6 +40,14 @@ VARIANTS = {
     "layerwise-then-kl": [KL_ALONE],
     "kl-throughout": ["distill.objective.layerwise_steps=0", KL_ALONE],
     "layerwise-then-reverse-kl": [KL_ALONE, "distill.objective.kl_direction=reverse"],
+    "kl-answers-more-where-different": [KL_ALONE, "distill.objective.kl_differing_weight=4"],
+    "teacher-answers": [f"distill.data={{prepared: {ANSWERS}}}"],
+    "teacher-answers-kl": [f"distill.data={{prepared: {ANSWERS}}}", KL_ALONE],
+    "on-policy-reverse": [
+        *(KL_ALONE, "distill.objective.kl_direction=reverse", "distill.objective.layerwise_steps=0"),
+        "distill.training.max_steps=110",
+        "distill.on_policy={max_new_tokens: 128}",
+    ],
     "conversations": ["distill.data.text_share=0"],
     "more-arithmetic": SUMS,
     "more-arithmetic-kl": [*SUMS, KL_ALONE],
@@ -66,6 +76,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=60, help="of each task")
     parser.add_argument("--rows", type=int, default=48, help="held-out rows for the KL, and for each method's scores")
     parser.add_argument("--methods", default="window,start,aligned,supernet", help="what is run of them; may be empty")
+    parser.add_argument("--answers", type=int, default=600, help="of the teacher, for the variants that read them")
     parser.add_argument("--variants", help=f"all, or some of {', '.join(VARIANTS)}; run in place of the methods")
     parser.add_argument("--minutes", type=float, help="start no run after this long; those under way go on")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="all processes share one GPU")
@@ -215,6 +226,11 @@ def scored_rows(recipe: str, overrides: tuple[str, ...], count: int, seed: int) 
     return [rows[index] for index in range(count)]
 
 
+def batch_size(options: Any) -> int:
+    """Prompts that are answered together."""
+    return 16 if options.device == "cpu" else 64
+
+
 class Job:
     """A choice that is primed and scored, or a method that scores all choices."""
 
@@ -227,9 +243,13 @@ class Job:
         from hmf.selection.supernet import training_of
 
         torch.set_num_threads(1)
-        overrides = [*options.overrides, *job.get("set", [])]
         self.options, self.job, self.seed = options, job, job["seed"]
-        self.recipe = read_recipe(options.recipe, PrimeRecipe, overrides)[0]
+        self.plain = read_recipe(options.recipe, PrimeRecipe, options.overrides)[0]
+        changes = job.get("set", [])
+        if any(ANSWERS in change for change in changes):
+            folder = str(self.teacher_answers())
+            changes = [change.replace(ANSWERS, folder) for change in changes]
+        self.recipe = read_recipe(options.recipe, PrimeRecipe, [*options.overrides, *changes])[0]
         self.base = resolve_base(self.recipe.base)
         self.tokenizer = load_tokenizer(self.base)
         objective, training = self.recipe.distill.objective, self.recipe.distill.training
@@ -260,6 +280,7 @@ class Job:
         from hmf.model.checkpoint import load_model
         from hmf.priming.stage0 import make_stage0
         from hmf.selection.scores import means
+        from hmf.selection.supernet import training_of
         from hmf.training.distill import distill
 
         hybrid, replaced = self.recipe.hybrid, self.job["replaced"]
@@ -270,6 +291,10 @@ class Job:
             options = hybrid.options_by_key()
             data = self.recipe.distill.data
             make_stage0(self.base, pattern, stage0, options, self.seed, hybrid.conv_start, hybrid.calibrated, data)
+        if self.stage1.on_policy is not None:  # which cannot begin layer by layer
+            training, first = self.plain.distill.training, self.plain.distill.objective.layerwise_steps
+            first = round(self.options.steps * first / training.steps)
+            stage0 = distill(stage0, self.work / "layerwise", training_of(self.plain.distill, first, 0), self.seed)
         model = load_model(distill(stage0, self.work, self.stage1, self.seed), dtype=torch.float32)
         model.to(self.options.device)
         trained = round(time.perf_counter() - self.started, 1)
@@ -282,10 +307,46 @@ class Job:
             n=self.options.prompts,
             length=512,
             max_bytes=0,
-            batch_size=16 if self.options.device == "cpu" else 64,
+            batch_size=batch_size(self.options),
         )
         scores = {task: scored["tasks"][task]["accuracy"] for task in TASKS}
         yield self.line(kl=kl, scores=scores, prompts=self.options.prompts, training_seconds=trained, finished=True)
+
+    def teacher_answers(self) -> Path:
+        """A prepared set of text and of the teacher's own answers, made once for each seed."""
+        from hmf.config.data import DataRecipe
+        from hmf.data.prepare import INDEX, prepare
+        from hmf.data.tokenizer import load_tokenizer
+        from hmf.evaluation.conversations import prompts, write_answers
+        from hmf.evaluation.run import load_for_evaluation
+        from hmf.folders import resolve_base
+
+        plain, options = self.plain.distill, self.options
+        base, folder = resolve_base(self.plain.base), options.work / f"answers-seed{self.seed}"
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if (folder / INDEX).is_file():
+                return folder
+            tokenizer, file = load_tokenizer(base), folder.with_suffix(".jsonl")
+            model = load_for_evaluation(base, options.device, "float32").eval()
+            asked = prompts(tokenizer, plain.data.tasks, options.answers, plain.data.sequence_length, self.seed)
+            write_answers(model, tokenizer, file, asked, batch_size(options), 256)
+            rows = options.steps * plain.training.per_device_train_batch_size
+            sources = [
+                {"path": str(file), "messages_field": "messages", "weight": 1 - plain.data.text_share},
+                {"path": plain.data.text, "split": "train", "weight": plain.data.text_share},
+            ]
+            recipe = {
+                "output": folder,
+                "tokenizer": str(base),
+                "sequence_length": plain.data.sequence_length,
+                "sources": sources,
+                "tokens": rows * plain.data.sequence_length,
+                "turns": "last",
+                "seed": self.seed,
+            }
+            prepare(DataRecipe.model_validate(recipe), base)
+        return folder
 
     def method(self) -> Iterator[dict[str, Any]]:
         from hmf.selection.supernet import align, fused_everywhere, training_of

@@ -163,6 +163,8 @@ class ObjectiveSettings(Settings):
         None, ge=1
     )  # compare the teacher's k most likely tokens; the others count as one outcome
     kl_temperature: float = Field(1.0, gt=0)  # divides the logits; the term is multiplied by its square
+    # weight of tokens where the student's likeliest token is not the teacher's, relative to the other tokens
+    kl_differing_weight: float = Field(1.0, gt=0, allow_inf_nan=False)
     kl_chunk_size: TokenCount | None = Field(None, ge=1)  # tokens whose logits are computed at once; left out: by size
 
     def weights_at(self, step: int) -> dict[str, float]:
