@@ -168,6 +168,7 @@ def jobs(options: Any) -> Any:
     else:
         sizes = sorted((int(count) for count in options.replaced.split(",") if count), reverse=True)
         choices = [choice for count in sizes for choice in combinations(range(layers), count)]
+    yield {"kind": "teacher", "seed": 0}
     for seed in map(int, options.seeds.split(",")):
         for method in methods:
             yield {"kind": "method", "method": method, "seed": seed}
@@ -185,6 +186,8 @@ def num_layers(options: Any) -> int:
 
 
 def key(job: dict[str, Any]) -> str:
+    if job["kind"] == "teacher":
+        return "teacher"
     if job["kind"] == "method":
         return f"{job['method']}-seed{job['seed']}"
     return f"{job['variant']}-{'_'.join(map(str, job['replaced']))}-seed{job['seed']}"
@@ -232,7 +235,7 @@ def batch_size(options: Any) -> int:
 
 
 class Job:
-    """A choice that is primed and scored, or a method that scores all choices."""
+    """The teacher's scores, a choice that is primed and scored, or a method that scores all choices."""
 
     def __init__(self, options: Any, job: dict[str, Any]):
         import torch
@@ -264,7 +267,7 @@ class Job:
 
     def run(self) -> Iterator[dict[str, Any]]:
         """The results, of which the last one says that the run has ended."""
-        yield from self.prime() if self.job["kind"] == "prime" else self.method()
+        yield from {"prime": self.prime, "method": self.method, "teacher": self.teacher}[self.job["kind"]]()
         shutil.rmtree(self.work, ignore_errors=True)
 
     def line(self, **result: Any) -> dict[str, Any]:
@@ -276,7 +279,6 @@ class Job:
         import torch
 
         from hmf.config.pattern import Pattern
-        from hmf.evaluation.run import evaluate_model
         from hmf.model.checkpoint import load_model
         from hmf.priming.stage0 import make_stage0
         from hmf.selection.scores import means
@@ -300,17 +302,22 @@ class Job:
         trained = round(time.perf_counter() - self.started, 1)
         # Score of the whole student beside its teacher, in the way of the methods.
         kl = means(self.scorer(model)([frozenset(replaced)])[0])
-        scored = evaluate_model(
-            model,
-            self.tokenizer,
-            tasks=TASKS,
-            n=self.options.prompts,
-            length=512,
-            max_bytes=0,
-            batch_size=batch_size(self.options),
-        )
-        scores = {task: scored["tasks"][task]["accuracy"] for task in TASKS}
+        scores = self.scores(model)
         yield self.line(kl=kl, scores=scores, prompts=self.options.prompts, training_seconds=trained, finished=True)
+
+    def teacher(self) -> Iterator[dict[str, Any]]:
+        from hmf.evaluation.run import load_for_evaluation
+
+        scores = self.scores(load_for_evaluation(self.base, self.options.device, "float32"))
+        yield self.line(scores=scores, prompts=self.options.prompts, finished=True)
+
+    def scores(self, model: Any) -> dict[str, float]:
+        """Accuracy of greedy answers by task, on the same prompts for every model."""
+        from hmf.evaluation.run import evaluate_model
+
+        count, size = self.options.prompts, batch_size(self.options)
+        scored = evaluate_model(model, self.tokenizer, TASKS, count, 512, max_bytes=0, batch_size=size)
+        return {task: scored["tasks"][task]["accuracy"] for task in TASKS}
 
     def teacher_answers(self) -> Path:
         """A prepared set of text and of the teacher's own answers, made once for each seed."""

@@ -44,9 +44,9 @@ class Stage1Objective:
 
     `pre_lm_head`, `layers_weight` and `kl` are their weights; 0 leaves a term out. The KL term is in nats per token:
     KL(teacher || student) forward, KL(student || teacher) reverse; see `logit_divergence` for `kl_top_k`,
-    `kl_temperature`, `kl_chunk_size` and `kl_differing_weight`. With `kl_tokens` "supervised" the KL term is a mean over
-    positions whose next token has a label, so that the tokens of long prompts do not dominate it. `replaced` names the
-    layers in which the student runs mixers; None stands for all that have one.
+    `kl_temperature`, `kl_chunk_size` and `kl_differing_weight`. With `kl_tokens` "supervised" the KL term is a mean
+    over positions whose next token has a label, so that the tokens of long prompts do not dominate it. `replaced` names
+    the layers in which the student runs mixers; None stands for all that have one.
 
     Call it with a fused model and a batch (input_ids [B, T], optional labels, attention_mask and position_ids). It
     returns scalar losses by name; "loss" is their sum. Padding does not count. Each loss is a sum over the batch's
