@@ -79,7 +79,7 @@ def test_one_seed_has_no_interval_and_choices_alone_make_the_table_of_sizes(scri
 def test_runs_come_seed_by_seed_and_methods_before_choices(scripts):
     study = scripts[0]
     options = Namespace(recipe=str(ROOT / "recipes/quickstart/recipe.yaml"), overrides=[], methods="window,supernet")
-    vars(options).update(variants=None, choices=None, replaced="1,2", seeds="4,5")
+    vars(options).update(variants=None, choices=None, replaced="1,2", sample=None, seeds="4,5")
     plan = list(study.jobs(options))
     assert [job["seed"] for job in plan[1:]] == [4] * 23 + [5] * 23
     assert [study.key(job) for job in plan[:4]] == [
@@ -89,6 +89,11 @@ def test_runs_come_seed_by_seed_and_methods_before_choices(scripts):
         "recipe-0_1-seed4",  # larger choices take longer
     ]
     assert len({study.key(job) for job in plan}) == len(plan)
+    options.sample = 3
+    drawn = [
+        [job["replaced"] for job in study.jobs(options) if job.get("replaced") and job["seed"] == s] for s in (4, 5)
+    ]
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 6 and [len(x) for x in drawn[0]] == [2, 2, 2, 1, 1, 1]
     vars(options).update(variants="all", choices="0,2;1,3")
     assert {job["variant"] for job in list(study.jobs(options))[1:]} == study.VARIANTS.keys()
 

@@ -21,6 +21,7 @@ from functools import cache
 from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
+from random import Random
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[], help="KEY=VALUE in that recipe")
     parser.add_argument("--replaced", default="1,2,3,4", help="how many layers are replaced, in all ways")
     parser.add_argument("--choices", help="these alone, as 0,2,3;1,4, in place of all of some sizes")
+    parser.add_argument("--sample", type=int, help="most choices of a size, drawn at random, the same for every seed")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--steps", type=int, default=270, help="steps of Stage 1, of which 16 in 27 layer by layer")
     parser.add_argument("--prompts", type=int, default=60, help="of each task")
@@ -167,7 +169,9 @@ def jobs(options: Any) -> Any:
         choices = [tuple(int(layer) for layer in choice.split(",")) for choice in options.choices.split(";")]
     else:
         sizes = sorted((int(count) for count in options.replaced.split(",") if count), reverse=True)
-        choices = [choice for count in sizes for choice in combinations(range(layers), count)]
+        choices = [
+            choice for count in sizes for choice in drawn(list(combinations(range(layers), count)), options.sample)
+        ]
     yield {"kind": "teacher", "seed": 0}
     for seed in map(int, options.seeds.split(",")):
         for method in methods:
@@ -175,6 +179,10 @@ def jobs(options: Any) -> Any:
         for name in names:
             for replaced in choices:
                 yield {"kind": "prime", "variant": name, "set": VARIANTS[name], "replaced": replaced, "seed": seed}
+
+
+def drawn(choices: list[tuple[int, ...]], count: int | None) -> list[tuple[int, ...]]:
+    return choices if count is None or count >= len(choices) else sorted(Random(0).sample(choices, count))
 
 
 def num_layers(options: Any) -> int:

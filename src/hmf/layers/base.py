@@ -188,7 +188,7 @@ class Mixer(nn.Module):
     @property
     def output_projection(self) -> nn.Linear:
         """The last module of `mix`, which is linear: its output is the mixer's."""
-        return self.get_submodule("o_proj")  # type: ignore[return-value]
+        return self.get_submodule("o_proj")
 
     @classmethod
     def state_shapes(cls, config: Any, ranks: int = 1) -> dict[str, StateShape]:
