@@ -70,7 +70,17 @@ def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[st
                     selection = select(base, layers, keep, recipe, run, draw_selection, draw_curves)
                 chosen = Pattern.parse(selection["pattern"], layers, source=str(run / SELECTION))
             with timed(seconds, "stage0"):
-                report = make_stage0(base, chosen, run / "stage0", options, recipe.seed, recipe.hybrid.conv_start)
+                hybrid = recipe.hybrid
+                report = make_stage0(
+                    base,
+                    chosen,
+                    run / "stage0",
+                    options,
+                    recipe.seed,
+                    hybrid.conv_start,
+                    hybrid.calibrated,
+                    recipe.distill.data,
+                )
             say(report.describe())
 
     with run_folder(run, text, start) as first:

@@ -123,6 +123,21 @@ def test_divergence_is_the_dense_one_for_any_chunking(direction, top_k, temperat
         assert_same([found, gradient], [dense, wanted])
 
 
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("weight", [0.25, 4.0])
+def test_tokens_where_the_likeliest_differ_have_another_weight(direction, weight):
+    head = torch.nn.Linear(24, 50, bias=False).double().requires_grad_(False)
+    ours, theirs = normal(40, 24).requires_grad_(), normal(40, 24)
+    theirs[::2] = ours.detach()[::2] + 0.01 * normal(20, 24)
+    plain = logit_divergence(ours, theirs, head, direction, chunk_size=7)
+    differs = head(ours).argmax(-1) != head(theirs).argmax(-1)
+    assert 10 < differs.sum() < 30
+    found = logit_divergence(ours, theirs, head, direction, chunk_size=7, differing_weight=weight)
+    factors = torch.where(differs, weight, 1.0).double()
+    gradients = [torch.autograd.grad(x.sum(), ours)[0] for x in (found, plain)]
+    assert_same([found, gradients[0]], [plain * factors, gradients[1] * factors[:, None]])
+
+
 @given(st.integers(1, 48), st.sampled_from(["forward", "reverse"]), st.integers(0, 10**6))
 @settings(max_examples=30, deadline=None)
 def test_the_rest_as_one_outcome_never_adds_divergence(top_k, direction, seed):

@@ -3,6 +3,8 @@
 
 The regret of a method is the score of the best choice of the same size minus that of the method's choice, in points of
 the mean accuracy over tasks, and in nats of KL.
+
+Of runs with `--variants`: mean over choices and seeds of each variant, with 95% intervals over seeds (Student's t).
 """
 
 from __future__ import annotations
@@ -18,11 +20,16 @@ import torch
 from study import TASKS, read_lines
 
 from hmf.config.pattern import Pattern
+from hmf.errors import HmfError
 from hmf.selection.choose import by_rank, greedy, search, spearman
 from hmf.selection.scores import Choice, cost
 
 KL = ("kl_text", "kl_answers")
 Costs = dict[Choice, float]
+# 97.5% quantile of Student's t by degrees of freedom, from 1; the normal one above.
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+# By column: mean over seeds and half of the 95% interval, which is NaN with one seed.
+Means = dict[str, tuple[float, float]]
 
 
 def main() -> None:
@@ -34,12 +41,20 @@ def main() -> None:
     lines = [line for folder in options.folders for line in read_lines(folder / "results.jsonl")]
     tasks = options.tasks.split(",")
     primed, methods, seconds = collected(lines, tasks)
-    layers = 1 + max(max(choice) for choices in primed.values() for choice in choices)
     options.out.mkdir(parents=True, exist_ok=True)
-    text = "\n\n".join([sizes_table(primed), regret_table(primed, methods, layers), cost_table(seconds)])
+    parts = []
+    if len(means := variants(lines, tasks)) > 1:
+        parts.append(variants_table(means, teacher_of(lines, tasks)))
+        draw_variants(means, teacher_of(lines, tasks), options.out / "variants.png")
+    if methods or not parts:
+        if not primed:
+            raise HmfError(f"{options.folders[0]}/results.jsonl: holds no finished run yet; go on with study.py")
+        layers = 1 + max(max(choice) for choices in primed.values() for choice in choices)
+        parts += [sizes_table(primed), regret_table(primed, methods, layers)]
+        draw(primed, methods, options.out / "choices.png")
+    text = "\n\n".join([*parts, cost_table(seconds)])
     (options.out / "table.md").write_text(text + "\n")
     print(text)
-    draw(primed, methods, options.out / "choices.png")
 
 
 def collected(lines: list[dict[str, Any]], tasks: list[str]) -> tuple[Any, Any, Any]:
@@ -48,6 +63,8 @@ def collected(lines: list[dict[str, Any]], tasks: list[str]) -> tuple[Any, Any, 
     methods: dict[int, dict[str, dict[Choice, torch.Tensor]]] = defaultdict(lambda: defaultdict(dict))
     seconds: dict[str, list[float]] = defaultdict(list)
     for line in lines:
+        if line["kind"] == "teacher":
+            continue
         choice = frozenset(line["replaced"])
         if line["kind"] == "method":
             methods[line["seed"]][line["method"]][choice] = torch.tensor(line["rows"], dtype=torch.float64)
@@ -55,7 +72,8 @@ def collected(lines: list[dict[str, Any]], tasks: list[str]) -> tuple[Any, Any, 
             accuracy = sum(line["scores"][task] for task in tasks) / len(tasks)
             primed[line["seed"]][choice] = accuracy, (line["kl"]["kl_text"] + line["kl"]["kl_answers"]) / 2
         if line.get("finished"):
-            seconds[line["method"] if line["kind"] == "method" else f"primed, {len(choice)}"].append(line["seconds"])
+            name = line["method"] if line["kind"] == "method" else f"{line['variant']}, {len(choice)} replaced"
+            seconds[name].append(line["seconds"])
     return primed, methods, seconds
 
 
@@ -125,6 +143,96 @@ def regret_table(primed: Any, methods: Any, layers: int) -> str:
         shown = " ".join("".join(map(str, sorted(choice or ()))) for choice in chosen)
         table.append((points, f"| {name} | {' | '.join(cells)} | {points:.1f} | {nats:.3f} | {shown} |"))
     return "\n".join(rows + [row for _, row in sorted(table, key=lambda item: item[0])])
+
+
+def variants(lines: list[dict[str, Any]], tasks: list[str]) -> dict[str, Means]:
+    """By variant, the best mean accuracy first: accuracy of each task and their mean in points, and KL in nats.
+
+    A seed counts for a variant if all choices that any variant has are there. "seeds" and "against recipe" (mean
+    accuracy, seeds paired) are columns too.
+    """
+    runs: dict[str, dict[int, dict[Choice, dict[str, float]]]] = defaultdict(lambda: defaultdict(dict))
+    for line in lines:
+        if line["kind"] == "prime" and line.get("finished"):
+            columns = {task: 100 * line["scores"][task] for task in tasks}
+            columns |= {"mean": sum(columns.values()) / len(tasks), **{name: line["kl"][name] for name in KL}}
+            runs[line["variant"]][line["seed"]][frozenset(line["replaced"])] = columns
+    choices = {choice for by_seed in runs.values() for of_seed in by_seed.values() for choice in of_seed}
+    whole = {
+        name: {
+            seed: {column: sum(x[column] for x in found.values()) / len(found) for column in (*tasks, "mean", *KL)}
+            for seed, found in sorted(by_seed.items())
+            if found.keys() == choices
+        }
+        for name, by_seed in runs.items()
+    }
+    means = {}
+    for name, by_seed in whole.items():
+        if by_seed:
+            means[name] = {column: interval([x[column] for x in by_seed.values()]) for column in (*tasks, "mean", *KL)}
+            paired = [
+                x["mean"] - whole["recipe"][seed]["mean"]
+                for seed, x in by_seed.items()
+                if seed in whole.get("recipe", {})
+            ]
+            means[name] |= {"seeds": (len(by_seed), math.nan)}
+            means[name] |= {"against recipe": interval(paired)} if paired and name != "recipe" else {}
+    return dict(sorted(means.items(), key=lambda item: -item[1]["mean"][0]))
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half of its 95% interval, NaN for one value."""
+    count, mean = len(values), sum(values) / len(values)
+    if count == 1:
+        return mean, math.nan
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in values) / (count - 1))
+    return mean, (T[count - 2] if count - 2 < len(T) else 1.96) * deviation / math.sqrt(count)
+
+
+def teacher_of(lines: list[dict[str, Any]], tasks: list[str]) -> dict[str, float]:
+    """The teacher's accuracy in points by task, and "mean"; empty if it was not scored."""
+    for line in lines:
+        if line["kind"] == "teacher" and line.get("finished"):
+            scores = {task: 100 * line["scores"][task] for task in tasks}
+            return scores | {"mean": sum(scores.values()) / len(tasks)}
+    return {}
+
+
+def variants_table(means: dict[str, Means], teacher: dict[str, float]) -> str:
+    columns = [name for name in next(iter(means.values())) if name != "seeds" and name != "against recipe"]
+    head = ["variant", "seeds", *columns, "against recipe"]
+    rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    if teacher:
+        known = [f"{teacher[name]:.1f}" if name in teacher else "0" for name in columns]
+        rows.append("| " + " | ".join(["teacher", "", *known, ""]) + " |")
+    for name, of_variant in means.items():
+        cells = [f"{of_variant['seeds'][0]}"]
+        for column in (*columns, "against recipe"):
+            mean, half = of_variant.get(column, (math.nan, math.nan))
+            digits = 3 if column in KL else 1
+            spread = "" if math.isnan(half) else f" ± {half:.{digits}f}"
+            cells.append("" if math.isnan(mean) else f"{mean:.{digits}f}{spread}")
+        rows.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(rows)
+
+
+def draw_variants(means: dict[str, Means], teacher: dict[str, float], picture: Path) -> None:
+    """A panel for each column, a line for each variant, with its interval; the teacher is a vertical line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = [name for name in next(iter(means.values())) if name != "seeds" and name != "against recipe"]
+    names = list(reversed(means))
+    figure = Figure(figsize=(3 + 2.4 * len(columns), 1.2 + 0.3 * len(names)), layout="constrained")
+    for axes, column in zip(figure.subplots(1, len(columns), sharey=True, squeeze=False)[0], columns, strict=True):
+        middle = [means[name][column][0] for name in names]
+        spread = [0 if math.isnan(half := means[name][column][1]) else half for name in names]
+        axes.errorbar(middle, range(len(names)), xerr=spread, fmt="o", markersize=4, capsize=2)
+        if column in teacher:
+            axes.axvline(teacher[column], color="grey", linestyle=":")
+        axes.set(title=column, xlabel="nats" if column in KL else "%", yticks=range(len(names)), yticklabels=names)
+        axes.grid(alpha=0.3)
+    FigureCanvasAgg(figure).print_png(picture)
 
 
 def cost_table(seconds: dict[str, list[float]]) -> str:

@@ -8,6 +8,7 @@ on with the runs that are missing. `report.py` makes the table and the plot.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import shutil
@@ -20,13 +21,16 @@ from functools import cache
 from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
+from random import Random
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 TASKS = ("recall", "needle", "arithmetic", "tool_call")
-# Start and objective of Stage 1: changes of the recipe by name. All except the last two read the same number of tokens.
+# Start and objective of Stage 1, by name: what each changes in the recipe. All read as many tokens, but the last ones.
 MSE = ["distill.objective.layerwise_steps=0", "distill.objective.kl=0"]
 SUMS = ["distill.data.tasks.arithmetic=6", "distill.data.text_share=0.1"]
+FIFTH = ["distill.training.max_steps=54", "distill.training.warmup_steps=4", "distill.objective.layerwise_steps=32"]
+ANSWERS = "TEACHER_ANSWERS"  # stands for a prepared set with the teacher's own answers
 KL_ALONE = "distill.objective.pre_lm_head=0"
 VARIANTS = {
     "recipe": [],
@@ -37,9 +41,22 @@ VARIANTS = {
     "layerwise-then-kl": [KL_ALONE],
     "kl-throughout": ["distill.objective.layerwise_steps=0", KL_ALONE],
     "layerwise-then-reverse-kl": [KL_ALONE, "distill.objective.kl_direction=reverse"],
+    "kl-answers-more-where-different": [KL_ALONE, "distill.objective.kl_differing_weight=4"],
+    "teacher-answers": [f"distill.data={{prepared: {ANSWERS}}}"],
+    "teacher-answers-kl": [f"distill.data={{prepared: {ANSWERS}}}", KL_ALONE],
+    "on-policy-reverse": [
+        *(KL_ALONE, "distill.objective.kl_direction=reverse", "distill.objective.layerwise_steps=0"),
+        "distill.training.max_steps=110",
+        "distill.on_policy={max_new_tokens: 128}",
+    ],
     "conversations": ["distill.data.text_share=0"],
     "more-arithmetic": SUMS,
     "more-arithmetic-kl": [*SUMS, KL_ALONE],
+    # The start that is fitted, with the recipe's steps, and one fifth of them with and without it.
+    "calibrated": ["hybrid.start=calibrated"],
+    "calibrated-fifth": ["hybrid.start=calibrated", *FIFTH],
+    "calibrated-fifth-no-layerwise": ["hybrid.start=calibrated", *FIFTH, "distill.objective.layerwise_steps=0"],
+    "fifth": FIFTH,
     "twice": ["distill.training.max_steps=540", "distill.objective.layerwise_steps=320"],
     "four-times": ["distill.training.max_steps=1080", "distill.objective.layerwise_steps=640"],
 }
@@ -53,15 +70,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time, one thread each")
     parser.add_argument("--recipe", default=str(HERE.parents[1] / "quickstart/recipe.yaml"), help="prime recipe")
     parser.add_argument("--set", dest="overrides", action="append", default=[], help="KEY=VALUE in that recipe")
-    parser.add_argument(
-        "--replaced", default="1,2,3,4", help="numbers of replaced layers; all choices of these sizes run"
-    )
-    parser.add_argument("--choices", help="only these choices, such as 0,2,3;1,4, instead of --replaced")
+    parser.add_argument("--replaced", default="1,2,3,4", help="how many layers are replaced, in all ways")
+    parser.add_argument("--choices", help="these alone, as 0,2,3;1,4, in place of all of some sizes")
+    parser.add_argument("--sample", type=int, help="most choices of a size, drawn at random, the same for every seed")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--steps", type=int, default=270, help="steps of Stage 1, of which 16 in 27 layer by layer")
     parser.add_argument("--prompts", type=int, default=60, help="of each task")
     parser.add_argument("--rows", type=int, default=48, help="held-out rows for the KL, and for each method's scores")
     parser.add_argument("--methods", default="window,start,aligned,supernet", help="what is run of them; may be empty")
+    parser.add_argument("--answers", type=int, default=600, help="of the teacher, for the variants that read them")
     parser.add_argument("--variants", help=f"all, or some of {', '.join(VARIANTS)}; run in place of the methods")
     parser.add_argument("--minutes", type=float, help="start no run after this long; those under way go on")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="all processes share one GPU")
@@ -152,13 +169,20 @@ def jobs(options: Any) -> Any:
         choices = [tuple(int(layer) for layer in choice.split(",")) for choice in options.choices.split(";")]
     else:
         sizes = sorted((int(count) for count in options.replaced.split(",") if count), reverse=True)
-        choices = [choice for count in sizes for choice in combinations(range(layers), count)]
+        choices = [
+            choice for count in sizes for choice in drawn(list(combinations(range(layers), count)), options.sample)
+        ]
+    yield {"kind": "teacher", "seed": 0}
     for seed in map(int, options.seeds.split(",")):
         for method in methods:
             yield {"kind": "method", "method": method, "seed": seed}
         for name in names:
             for replaced in choices:
                 yield {"kind": "prime", "variant": name, "set": VARIANTS[name], "replaced": replaced, "seed": seed}
+
+
+def drawn(choices: list[tuple[int, ...]], count: int | None) -> list[tuple[int, ...]]:
+    return choices if count is None or count >= len(choices) else sorted(Random(0).sample(choices, count))
 
 
 def num_layers(options: Any) -> int:
@@ -170,6 +194,8 @@ def num_layers(options: Any) -> int:
 
 
 def key(job: dict[str, Any]) -> str:
+    if job["kind"] == "teacher":
+        return "teacher"
     if job["kind"] == "method":
         return f"{job['method']}-seed{job['seed']}"
     return f"{job['variant']}-{'_'.join(map(str, job['replaced']))}-seed{job['seed']}"
@@ -211,8 +237,13 @@ def scored_rows(recipe: str, overrides: tuple[str, ...], count: int, seed: int) 
     return [rows[index] for index in range(count)]
 
 
+def batch_size(options: Any) -> int:
+    """Prompts that are answered together."""
+    return 16 if options.device == "cpu" else 64
+
+
 class Job:
-    """A choice that is primed and scored, or a method that scores all choices."""
+    """The teacher's scores, a choice that is primed and scored, or a method that scores all choices."""
 
     def __init__(self, options: Any, job: dict[str, Any]):
         import torch
@@ -223,9 +254,13 @@ class Job:
         from hmf.selection.supernet import training_of
 
         torch.set_num_threads(1)
-        overrides = [*options.overrides, *job.get("set", [])]
         self.options, self.job, self.seed = options, job, job["seed"]
-        self.recipe = read_recipe(options.recipe, PrimeRecipe, overrides)[0]
+        self.plain = read_recipe(options.recipe, PrimeRecipe, options.overrides)[0]
+        changes = job.get("set", [])
+        if any(ANSWERS in change for change in changes):
+            folder = str(self.teacher_answers())
+            changes = [change.replace(ANSWERS, folder) for change in changes]
+        self.recipe = read_recipe(options.recipe, PrimeRecipe, [*options.overrides, *changes])[0]
         self.base = resolve_base(self.recipe.base)
         self.tokenizer = load_tokenizer(self.base)
         objective, training = self.recipe.distill.objective, self.recipe.distill.training
@@ -240,7 +275,7 @@ class Job:
 
     def run(self) -> Iterator[dict[str, Any]]:
         """The results, of which the last one says that the run has ended."""
-        yield from self.prime() if self.job["kind"] == "prime" else self.method()
+        yield from {"prime": self.prime, "method": self.method, "teacher": self.teacher}[self.job["kind"]]()
         shutil.rmtree(self.work, ignore_errors=True)
 
     def line(self, **result: Any) -> dict[str, Any]:
@@ -252,10 +287,10 @@ class Job:
         import torch
 
         from hmf.config.pattern import Pattern
-        from hmf.evaluation.run import evaluate_model
         from hmf.model.checkpoint import load_model
         from hmf.priming.stage0 import make_stage0
         from hmf.selection.scores import means
+        from hmf.selection.supernet import training_of
         from hmf.training.distill import distill
 
         hybrid, replaced = self.recipe.hybrid, self.job["replaced"]
@@ -263,23 +298,70 @@ class Job:
         pattern = Pattern.generate(layers, hybrid.mixer, layers=replaced)
         stage0 = self.work / "stage0"
         if not stage0.is_dir():
-            make_stage0(self.base, pattern, stage0, hybrid.options_by_key(), self.seed, hybrid.conv_start)
+            options = hybrid.options_by_key()
+            data = self.recipe.distill.data
+            make_stage0(self.base, pattern, stage0, options, self.seed, hybrid.conv_start, hybrid.calibrated, data)
+        if self.stage1.on_policy is not None:  # which cannot begin layer by layer
+            training, first = self.plain.distill.training, self.plain.distill.objective.layerwise_steps
+            first = round(self.options.steps * first / training.steps)
+            stage0 = distill(stage0, self.work / "layerwise", training_of(self.plain.distill, first, 0), self.seed)
         model = load_model(distill(stage0, self.work, self.stage1, self.seed), dtype=torch.float32)
         model.to(self.options.device)
         trained = round(time.perf_counter() - self.started, 1)
         # Score of the whole student beside its teacher, in the way of the methods.
         kl = means(self.scorer(model)([frozenset(replaced)])[0])
-        scored = evaluate_model(
-            model,
-            self.tokenizer,
-            tasks=TASKS,
-            n=self.options.prompts,
-            length=512,
-            max_bytes=0,
-            batch_size=16 if self.options.device == "cpu" else 64,
-        )
-        scores = {task: scored["tasks"][task]["accuracy"] for task in TASKS}
+        scores = self.scores(model)
         yield self.line(kl=kl, scores=scores, prompts=self.options.prompts, training_seconds=trained, finished=True)
+
+    def teacher(self) -> Iterator[dict[str, Any]]:
+        from hmf.evaluation.run import load_for_evaluation
+
+        scores = self.scores(load_for_evaluation(self.base, self.options.device, "float32"))
+        yield self.line(scores=scores, prompts=self.options.prompts, finished=True)
+
+    def scores(self, model: Any) -> dict[str, float]:
+        """Accuracy of greedy answers by task, on the same prompts for every model."""
+        from hmf.evaluation.run import evaluate_model
+
+        count, size = self.options.prompts, batch_size(self.options)
+        scored = evaluate_model(model, self.tokenizer, TASKS, count, 512, max_bytes=0, batch_size=size)
+        return {task: scored["tasks"][task]["accuracy"] for task in TASKS}
+
+    def teacher_answers(self) -> Path:
+        """A prepared set of text and of the teacher's own answers, made once for each seed."""
+        from hmf.config.data import DataRecipe
+        from hmf.data.prepare import INDEX, prepare
+        from hmf.data.tokenizer import load_tokenizer
+        from hmf.evaluation.conversations import prompts, write_answers
+        from hmf.evaluation.run import load_for_evaluation
+        from hmf.folders import resolve_base
+
+        plain, options = self.plain.distill, self.options
+        base, folder = resolve_base(self.plain.base), options.work / f"answers-seed{self.seed}"
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if (folder / INDEX).is_file():
+                return folder
+            tokenizer, file = load_tokenizer(base), folder.with_suffix(".jsonl")
+            model = load_for_evaluation(base, options.device, "float32").eval()
+            asked = prompts(tokenizer, plain.data.tasks, options.answers, plain.data.sequence_length, self.seed)
+            write_answers(model, tokenizer, file, asked, batch_size(options), 256)
+            rows = options.steps * plain.training.per_device_train_batch_size
+            sources = [
+                {"path": str(file), "messages_field": "messages", "weight": 1 - plain.data.text_share},
+                {"path": plain.data.text, "split": "train", "weight": plain.data.text_share},
+            ]
+            recipe = {
+                "output": folder,
+                "tokenizer": str(base),
+                "sequence_length": plain.data.sequence_length,
+                "sources": sources,
+                "tokens": rows * plain.data.sequence_length,
+                "turns": "last",
+                "seed": self.seed,
+            }
+            prepare(DataRecipe.model_validate(recipe), base)
+        return folder
 
     def method(self) -> Iterator[dict[str, Any]]:
         from hmf.selection.supernet import align, fused_everywhere, training_of
@@ -288,7 +370,15 @@ class Job:
         options, mixer = hybrid.options_by_key(), hybrid.mixer
         if method == "window":
             options, mixer = options | {"swa_config": {"window_size": 64}}, "swa"
-        model = fused_everywhere(self.base, mixer, options, self.seed, hybrid.conv_start).to(self.options.device)
+        model = fused_everywhere(
+            self.base,
+            mixer,
+            options,
+            self.seed,
+            hybrid.conv_start,
+            None if method == "window" else hybrid.calibrated,
+            self.recipe.distill.data,
+        ).to(self.options.device)
         layerwise = self.stage1.objective.layerwise_steps
         subsets = {"aligned": 0, "supernet": 2 * (self.stage1.training.steps - layerwise)}
         if method in subsets:

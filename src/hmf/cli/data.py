@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hmf import processors
-from hmf.cli.shared import Overrides, RecipeFile, command, epilog, group, require_data, tokens
-from hmf.errors import HmfError
+from hmf.cli.shared import MODEL, Device, Dtype, Overrides, RecipeFile, command, epilog, group, require_data, tokens
+from hmf.errors import HmfError, unknown_name
 from hmf.folders import find_recipe, resolve_base
 
 app = group("Prepare and show training data.")
@@ -86,6 +87,68 @@ def data_show(
     from hmf.report.samples import show_recipe
 
     show_recipe(settings, tokenizer, samples, tokens, records)
+
+
+@app.command(
+    name="answers",
+    epilog=epilog(
+        "hmf data answers teacher --out runs/answers.jsonl",
+        "hmf data answers ./Qwen3-8B --tasks arithmetic=3,recall=1 --samples 5000 --length 2048 --out answers.jsonl",
+    ),
+)
+def data_answers(
+    model: Annotated[str, typer.Argument(help=f"Model that answers. {MODEL}")],
+    out: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="File of conversations; must not exist.")],
+    tasks: Annotated[
+        str, typer.Option(help="Generated tasks, each with its weight.")
+    ] = "recall_many=3,recall=1,needle=1,arithmetic=1,tool_call=1",
+    samples: Annotated[int, typer.Option(min=1, help="Prompts, half of them with thinking.")] = 1000,
+    length: Annotated[int, tokens("Most tokens of a conversation as the task has it.", 96)] = 512,
+    max_new_tokens: Annotated[int, tokens("Most tokens of an answer; longer ones are left out.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 16,
+    only_correct: Annotated[bool, typer.Option("--only-correct", help="Leave out answers that are wrong.")] = False,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the prompts.")] = 0,
+    device: Device = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Dtype of the weights. Default: as stored on a GPU, float32 on a CPU.")
+    ] = None,
+) -> None:
+    """Let a model answer prompts of the generated tasks, and write conversations to train on.
+
+    The answers are greedy and have their thinking. Prompts of an evaluation are not among them.
+    """
+    if out.exists():
+        raise HmfError(f"{out}: exists; choose another file or remove it")
+    weights = _weights(tasks)
+    source = resolve_base(model)
+
+    from hmf.data.tokenizer import load_tokenizer
+    from hmf.evaluation.conversations import described, prompts, write_answers
+    from hmf.evaluation.run import load_for_evaluation
+
+    loaded, tokenizer = load_for_evaluation(source, device, dtype), load_tokenizer(source)
+    asked = prompts(tokenizer, weights, samples, length, seed)
+    counts = write_answers(loaded.eval(), tokenizer, out, asked, batch_size, max_new_tokens, only_correct)
+    typer.echo(f"written: {described(counts)}")
+    typer.echo(f"saved {out}; in a recipe of {command()} data prepare: {{path: {out}, messages_field: messages}}")
+
+
+def _weights(text: str) -> dict[str, float]:
+    """ "recall=2,needle" -> {"recall": 2.0, "needle": 1.0}. HmfError names what is wrong."""
+    from hmf.data.tasks import TASKS
+
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, weight = part.strip().partition("=")
+        if name not in TASKS:
+            raise HmfError(f"--tasks: {unknown_name('task', name, TASKS)}")
+        try:
+            found[name] = float(weight or 1)
+        except ValueError:
+            found[name] = math.nan
+        if not 0 < found[name] < math.inf:
+            raise HmfError(f"--tasks: {part.strip()}: give a weight above 0, such as {name}=2")
+    return found
 
 
 def _tokenizer(name: str) -> Path:

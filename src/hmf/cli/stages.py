@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -51,6 +51,13 @@ def init(
     text_only: Annotated[
         bool, typer.Option("--text-only", help="Use the language model of a Transformer that also reads images.")
     ] = False,
+    start: Annotated[
+        Literal["copied", "calibrated"],
+        typer.Option(help="calibrated: new layers are also fitted to the attention's output, on --text."),
+    ] = "copied",
+    text: Annotated[
+        str, typer.Option(help="Of a calibrated start: stdlib, or a folder or file of .py, .txt or .md text.")
+    ] = "stdlib",
 ) -> None:
     """Stage 0: initialise mixers from attention.
 
@@ -61,11 +68,15 @@ def init(
     from pydantic import ValidationError
 
     from hmf.config.pattern import parse_layer_list
-    from hmf.config.runs import HybridSettings
+    from hmf.config.runs import DataSettings, HybridSettings
 
+    if start == "copied" and text != "stdlib":
+        raise HmfError("--text is read with --start calibrated; give that, or leave --text out")
     chosen = list(parse_layer_list(layers)) if layers is not None else None
     try:
-        settings = HybridSettings(mixer=mixer, ratio=ratio, layers=chosen, pattern=pattern)
+        settings = HybridSettings.model_validate(
+            {"mixer": mixer, "ratio": ratio, "layers": chosen, "pattern": pattern, "start": start}
+        )
     except ValidationError:
         raise HmfError("give exactly one of --ratio, --layers and --pattern") from None
     require_unused(out)
@@ -74,7 +85,9 @@ def init(
     from hmf.priming.stage0 import base_config, base_pattern, make_stage0, text_of
 
     with text_of(source, out, typer.echo) if text_only else nullcontext(source) as language:
-        report = make_stage0(language, base_pattern(base_config(language), settings), out, seed=seed)
+        layout = base_pattern(base_config(language), settings)
+        data = DataSettings(text=text)
+        report = make_stage0(language, layout, out, seed=seed, calibration=settings.calibrated, data=data)
     typer.echo(report.describe())
     typer.echo("*DA: a layer that keeps attention; GDN* and so on: a mixer beside the attention that it learns from")
     typer.echo(f"saved {out}; next: {command()} distill RECIPE.yaml with model: {out}")

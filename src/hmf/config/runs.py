@@ -33,6 +33,14 @@ Recipe = TypeVar("Recipe", bound="Settings")
 SHOWN = 20  # largest number of errors of a recipe in one message
 
 
+class CalibrationSettings(Settings):
+    """The fit of a calibrated start: each new layer alone, to the output of the attention that it replaces."""
+
+    rows: int = Field(16, ge=4)  # rows of the training data; a quarter of them decides what is kept
+    steps: int = Field(100, ge=0)  # steps of Adam on decay, gates and convolutions; 0: the output projection alone
+    learning_rate: float = Field(0.01, gt=0)  # learning rate of Adam, at the first step
+
+
 class HybridSettings(Settings):
     """Which layers are replaced, and by which mixers. Exactly one of `pattern`, `layers` and `ratio` is given; with the
     last two, `mixer` is the type of the new layers.
@@ -49,6 +57,9 @@ class HybridSettings(Settings):
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     # identity: short convolutions start as the identity
     conv_start: Literal["random", "identity"] = "random"
+    # copied: from the attention's tensors; calibrated: then fitted to the attention's output on rows of distill.data
+    start: Literal["copied", "calibrated"] = "copied"
+    calibration: CalibrationSettings = Field(default_factory=CalibrationSettings)  # of start: calibrated
 
     @model_validator(mode="after")
     def _one_choice(self) -> HybridSettings:
@@ -57,6 +68,8 @@ class HybridSettings(Settings):
             raise ValueError("layers: auto needs ratio, the share of layers to replace, and no pattern")
         if self.layers != "auto" and len(given) != 1:
             raise ValueError(f"give exactly one of ratio, layers and pattern, not {' and '.join(given) or 'none'}")
+        if self.start != "calibrated" and "calibration" in self.model_fields_set:
+            raise ValueError("calibration is read with start: calibrated; set that, or leave calibration out")
         return self
 
     def layer_pattern(self, num_layers: int, attention: Sequence[int] | None = None) -> Pattern:
@@ -76,6 +89,11 @@ class HybridSettings(Settings):
     def spread_evenly(self) -> HybridSettings:
         """These settings with `ratio` alone where they have `layers: auto`: as many layers are replaced."""
         return self.model_copy(update={"layers": None}) if self.layers == "auto" else self
+
+    @property
+    def calibrated(self) -> CalibrationSettings | None:
+        """The settings of a calibrated start; None with any other."""
+        return self.calibration if self.start == "calibrated" else None
 
     def options_by_key(self) -> dict[str, dict[str, Any]]:
         """`options` by the keys of config.json."""
@@ -148,6 +166,8 @@ class ObjectiveSettings(Settings):
         None, ge=1
     )  # compare the teacher's k most likely tokens; the others count as one outcome
     kl_temperature: float = Field(1.0, gt=0)  # divides the logits; the term is multiplied by its square
+    # weight of tokens where the student's likeliest token is not the teacher's, relative to the other tokens
+    kl_differing_weight: float = Field(1.0, gt=0, allow_inf_nan=False)
     kl_chunk_size: TokenCount | None = Field(None, ge=1)  # tokens whose logits are computed at once; left out: by size
 
     def weights_at(self, step: int) -> dict[str, float]:

@@ -186,6 +186,11 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def output_projection(self) -> nn.Linear:
+        """The last module of `mix`, which is linear: its output is the mixer's."""
+        return self.get_submodule("o_proj")
+
     @classmethod
     def state_shapes(cls, config: Any, ranks: int = 1) -> dict[str, StateShape]:
         """The states that `mix` returns, by name, without the dimension S, on one of `ranks` tensor-parallel ranks."""

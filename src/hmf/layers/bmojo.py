@@ -125,6 +125,10 @@ class BMojoF(Mixer):
         inner = f"{self.inner_name}."
         return self.inner.sections(name.removeprefix(inner)) if name.startswith(inner) else None
 
+    @property
+    def output_projection(self) -> nn.Linear:
+        return self.bmojo_attn.o_proj
+
     @classmethod
     def state_shapes(cls, config: Any, ranks: int = 1) -> dict[str, StateShape]:
         o = cls.options_for(config)

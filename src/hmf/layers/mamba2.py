@@ -43,6 +43,10 @@ class Mamba2(Mixer):
         self.norm = nn.RMSNorm(o.d_inner, eps=NORM_EPS)  # holds the weight of all heads; `output` normalises per head
         self.out_proj = nn.Linear(o.d_inner, o.d_model, bias=False)
 
+    @property
+    def output_projection(self) -> nn.Linear:
+        return self.out_proj
+
     @classmethod
     def state_shapes(cls, config: Any, ranks: int = 1) -> dict[str, StateShape]:
         ssm = cls.options_for(config).ssm_cfg

@@ -46,9 +46,9 @@ class Stage1Objective:
 
     `pre_lm_head`, `layers_weight` and `kl` are their weights; 0 leaves a term out. The KL term is in nats per token:
     KL(teacher || student) forward, KL(student || teacher) reverse; see `logit_divergence` for `kl_top_k`,
-    `kl_temperature` and `kl_chunk_size`. With `kl_tokens` "supervised" the KL term is a mean over positions whose next
-    token has a label, so that the tokens of long prompts do not dominate it. `replaced` names the layers in which the
-    student runs mixers; None stands for all that have one.
+    `kl_temperature`, `kl_chunk_size` and `kl_differing_weight`. With `kl_tokens` "supervised" the KL term is a mean
+    over positions whose next token has a label, so that the tokens of long prompts do not dominate it. `replaced` names
+    the layers in which the student runs mixers; None stands for all that have one.
 
     Call it with a fused model and a batch (input_ids [B, T], optional labels, attention_mask and position_ids). It
     returns scalar losses by name; "loss" is their sum. Padding does not count. Each loss is a sum over the batch's
@@ -65,6 +65,7 @@ class Stage1Objective:
     kl_top_k: int | None = None
     kl_temperature: float = 1.0
     kl_chunk_size: int | None = None
+    kl_differing_weight: float = 1.0
     replaced: frozenset[int] | None = None
 
     def __call__(
@@ -103,9 +104,17 @@ class Stage1Objective:
             else:
                 chosen, number = labeled, supervised
             ours, theirs = (x.flatten(0, 1) if chosen is None else x[chosen.bool()] for x in (final, target))
-            options = (self.kl_direction, self.kl_top_k, self.kl_temperature, self.kl_chunk_size)
-            head = model.get_output_embeddings()
-            divergence = logit_divergence(ours, theirs, head, *options, partial(logits_of, model))
+            divergence = logit_divergence(
+                ours,
+                theirs,
+                model.get_output_embeddings(),
+                self.kl_direction,
+                self.kl_top_k,
+                self.kl_temperature,
+                self.kl_chunk_size,
+                self.kl_differing_weight,
+                partial(logits_of, model),
+            )
             losses["kl"] = self.kl * divergence.sum() / number
         for part in parts:
             pairs = zip(student_outputs[part], teacher_outputs[part], strict=True)
@@ -199,6 +208,7 @@ def logit_divergence(
     top_k: int | None = None,
     temperature: float = 1.0,
     chunk_size: int | None = None,
+    differing_weight: float = 1.0,
     finish: Callable[[torch.Tensor], torch.Tensor] = lambda projected: projected,
 ) -> torch.Tensor:
     """Divergence of next-token distributions, [N] in nats, from final hidden states [N, D] of both paths.
@@ -213,7 +223,10 @@ def logit_divergence(
     probability that the student assigns to other tokens.
 
     `temperature` divides the logits. The result is multiplied by its square, which keeps the size of the gradients
-    (Hinton et al., arXiv 1503.02531, section 2). HmfError if the head is trainable or top_k is too large.
+    (Hinton et al., arXiv 1503.02531, section 2).
+
+    `differing_weight` multiplies the result of each token for which another outcome is the likeliest in the student
+    than in the teacher. HmfError if the head is trainable or top_k is too large.
     """
     if torch.is_grad_enabled() and any(x.requires_grad for x in head.parameters()):
         raise HmfError("lm_head: the head must be frozen in distillation; call train_only_mixers(model) first")
@@ -232,7 +245,7 @@ def logit_divergence(
         return _with_rest(ours, kept), _with_rest(theirs, kept)
 
     chunk_size = chunk_size or max(1, LOGITS_AT_ONCE // vocabulary)
-    return _ByRow.apply(student, teacher, logits, direction, chunk_size) * temperature**2
+    return _ByRow.apply(student, teacher, logits, direction, chunk_size, differing_weight) * temperature**2
 
 
 class _ByRow(torch.autograd.Function):
@@ -240,7 +253,13 @@ class _ByRow(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, ours: torch.Tensor, theirs: torch.Tensor, logits: Any, direction: str, chunk_size: int
+        ctx: Any,
+        ours: torch.Tensor,
+        theirs: torch.Tensor,
+        logits: Any,
+        direction: str,
+        chunk_size: int,
+        differing_weight: float,
     ) -> torch.Tensor:
         values, gradients, needs_grad = [], [], ctx.needs_input_grad[0]
         for mine, other in zip(ours.split(chunk_size), theirs.split(chunk_size), strict=True):
@@ -248,6 +267,10 @@ class _ByRow(torch.autograd.Function):
                 mine = mine.detach().requires_grad_(needs_grad)
                 our_logits, their_logits = logits(mine, other)
                 value, gradient = divergence(our_logits.detach(), their_logits, direction)
+                if differing_weight != 1:
+                    differs = our_logits.argmax(-1) != their_logits.argmax(-1)
+                    weight = torch.where(differs, differing_weight, 1.0).to(value.dtype)
+                    value, gradient = value * weight, gradient.mul_(weight[:, None])
                 if needs_grad:
                     gradients += torch.autograd.grad(our_logits, mine, gradient)
             values.append(value)
@@ -258,7 +281,7 @@ class _ByRow(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, weight: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (weight.unsqueeze(-1) * gradient).to(gradient.dtype), None, None, None, None
+        return (weight.unsqueeze(-1) * gradient).to(gradient.dtype), None, None, None, None, None
 
 
 def divergence(ours: torch.Tensor, theirs: torch.Tensor, direction: str) -> tuple[torch.Tensor, torch.Tensor]:

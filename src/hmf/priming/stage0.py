@@ -6,7 +6,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hmf.config.pattern import Pattern
-from hmf.config.runs import HybridSettings
-from hmf.data.tokenizer import check_tokenizer
+from hmf.config.runs import CalibrationSettings, DataSettings, HybridSettings
+from hmf.data.mixture import mixture
+from hmf.data.tokenizer import check_tokenizer, load_tokenizer
 from hmf.errors import HmfError
 from hmf.folders import require_unused
 from hmf.layers.attention import separate
@@ -27,6 +28,8 @@ from hmf.model.families import family_of
 from hmf.model.files import COMPUTED, reading, require_finite, stored_tensors
 from hmf.model.text_only import language_config, take_text, text_family
 
+from .calibrate import calibrate
+
 
 @dataclass(frozen=True)
 class Stage0Report:
@@ -35,6 +38,7 @@ class Stage0Report:
     pattern: Pattern
     kept: int  # number of tensors in the base's files, all of which are kept
     starts: dict[str, Start]  # by the mixer's name
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)  # of a calibrated start: `calibrate`
 
     def counts(self) -> dict[str, int]:
         starts = self.starts.values()
@@ -51,6 +55,10 @@ class Stage0Report:
         lines += [f"{count:6d} tensors {what}" for what, count in self.counts().items()]
         unused = {name: why for start in self.starts.values() for name, why in start.unused.items()}
         lines += [f"       not used by the mixers: {name} ({why})" for name, why in sorted(unused.items())]
+        lines += [
+            f"       calibrated: {name}, relative squared error {before:.3f} -> {after:.3f}"
+            for name, (before, after) in self.errors.items()
+        ]
         return "\n".join(lines)
 
 
@@ -91,8 +99,14 @@ def make_stage0(
     options: dict[str, dict[str, Any]] | None = None,
     seed: int = 0,
     conv_start: str = "random",
+    calibration: CalibrationSettings | None = None,
+    data: DataSettings | None = None,
 ) -> Stage0Report:
-    """`hmf init`: load `base`, make it a fused Hybrid, initialise the mixers, save it at `out` with its tokenizer."""
+    """`hmf init`: load `base`, make it a fused Hybrid, initialise the mixers, save it at `out` with its tokenizer.
+
+    With `calibration`, the mixers are also fitted to their attention (`hmf.priming.calibrate`), on rows of `data`
+    (None: Python's own library) by `seed`.
+    """
     require_unused(out)
     base_config(base)  # raises for an unsupported base before the weights are read
     require_finite(Path(base))
@@ -100,9 +114,24 @@ def make_stage0(
     base_model = load_model(base, dtype=STORED)
     model = hybridise(base_model, pattern, options)
     kept = len([name for name in stored_tensors(Path(base)) if not COMPUTED.search(name)])
-    starts = initialise(model, seed, conv_start)
+    starts, errors = initialise(model, seed, conv_start), {}
+    if calibration is not None:
+        errors = calibrate_on(model, starts, base, calibration, data or DataSettings(), seed)
     save_checkpoint(model, out, companions=base)
-    return Stage0Report(model.config.pattern, kept, starts)
+    return Stage0Report(model.config.pattern, kept, starts, errors)
+
+
+def calibrate_on(
+    model: PreTrainedModel,
+    starts: dict[str, Start],
+    base: str | Path,
+    calibration: CalibrationSettings,
+    data: DataSettings,
+    seed: int,
+) -> dict[str, tuple[float, float]]:
+    """`calibrate` on the first rows that Stage 1 reads with the same `data` and `seed`, by the tokenizer of `base`."""
+    rows = mixture(data, load_tokenizer(base), calibration.rows, seed)
+    return calibrate(model, starts, [rows[index] for index in range(calibration.rows)], calibration)
 
 
 @contextmanager

@@ -113,7 +113,9 @@ def _measured(
     if settings.method == "window":
         mixer, options = "swa", {"swa_config": {"window_size": settings.window_size}}
     tokenizer = load_tokenizer(base)
-    model = fused_everywhere(base, mixer, options, recipe.seed, hybrid.conv_start)
+    calibration = hybrid.calibrated if settings.method != "window" else None  # SWA is the attention's own start
+    data = recipe.distill.data
+    model = fused_everywhere(base, mixer, options, recipe.seed, hybrid.conv_start, calibration, data)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     rows = _scored_rows(recipe, tokenizer)
     batch_size = recipe.distill.training.per_device_train_batch_size

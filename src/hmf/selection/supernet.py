@@ -17,14 +17,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from hmf.config.pattern import Pattern, mixer_symbol
-from hmf.config.runs import DistillSettings, ObjectiveSettings
+from hmf.config.runs import CalibrationSettings, DataSettings, DistillSettings, ObjectiveSettings
 from hmf.data.mixture import mixture, row_length
 from hmf.errors import HmfError
 from hmf.layers.own import own_layers
 from hmf.model.checkpoint import load_model
 from hmf.model.convert import hybridise
 from hmf.priming.objectives import Objective, Stage1Objective, train_only_mixers
-from hmf.priming.stage0 import initialise
+from hmf.priming.stage0 import calibrate_on, initialise
 from hmf.training.losses import Measure
 from hmf.training.run import arguments, rows_per_step, train
 from hmf.training.stage1 import Stage1Loss
@@ -38,6 +38,8 @@ def fused_everywhere(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     seed: int = 0,
     conv_start: str = "random",
+    calibration: CalibrationSettings | None = None,
+    data: DataSettings | None = None,
 ) -> PreTrainedModel:
     """The float32 model of `base` with a `mixer` in every layer beside its attention, initialised as in Stage 0."""
     teacher = load_model(base, dtype=torch.float32)
@@ -48,7 +50,9 @@ def fused_everywhere(
         )
     everywhere = Pattern((mixer_symbol(mixer),) * teacher.config.num_hidden_layers)
     model = hybridise(teacher, everywhere, options)
-    initialise(model, seed, conv_start)
+    starts = initialise(model, seed, conv_start)
+    if calibration is not None:
+        calibrate_on(model, starts, base, calibration, data or DataSettings(), seed)
     train_only_mixers(model)
     return model
 

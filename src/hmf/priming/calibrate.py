@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibrated starts: each new mixer is fitted to the output of the attention that it replaces, on a few rows of data.
+
+The teacher runs once, layer by layer. Each mixer is fitted alone, from the attention's own inputs: first everything
+that is not copied from the attention (decay, gates, convolutions, norms) by a short run of Adam, then the output
+projection in closed form, by ridge regression. Both are kept only if they bring the error down on rows that the fit
+does not read.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hmf.config.runs import CalibrationSettings
+from hmf.data.packing import PackedRow
+from hmf.data.progress import Progress
+from hmf.layers.base import Mixer, Start
+from hmf.model.convert import mixers
+from hmf.model.modeling import TEACHER
+
+ROWS_AT_ONCE = 4
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # relative to the mean square of a feature
+
+
+@dataclass
+class Batch:
+    """Some rows on their way through the teacher, and what the attention of the layer at hand reads and returns."""
+
+    inputs: Any  # what all layers share
+    hidden_states: torch.Tensor  # [B, T, D]
+    read: torch.Tensor | None = None  # [B, T, D]
+    returned: torch.Tensor | None = None  # [B, T, D]
+
+    def output(self, mixer: Mixer) -> torch.Tensor:
+        """What the mixer returns in place of the attention, float32 [B, T, D]."""
+        assert self.read is not None
+        shared = self.inputs.shared
+        positions = {name: shared[name] for name in ("position_ids", "position_embeddings")}
+        return mixer(self.read, layout=self.inputs.layout, **positions)[0]
+
+
+def calibrate(
+    model: PreTrainedModel, starts: Mapping[str, Start], rows: Sequence[PackedRow], settings: CalibrationSettings
+) -> dict[str, tuple[float, float]]:
+    """Fit the mixers of a fused `model`, in place; memory for one layer in float32 and for the rows' hidden states.
+
+    Args:
+        starts: the report of each mixer, from `hmf.priming.stage0.initialise`.
+        rows: of one length; the last quarter of them is not fitted to and decides what is kept.
+    Returns:
+        By the mixer's name, its squared error on those rows relative to the attention's output, before and after.
+    """
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    decoder, by_layer, errors = model.model, {mixer.layer_idx: (name, mixer) for name, mixer in mixers(model)}, {}
+    batches = _embedded(decoder, rows, device)
+    held = max(1, len(batches) // 4)
+    progress = Progress("calibrate", len(by_layer), unit=" layers")
+    for index in range(max(by_layer) + 1):
+        layer, home = decoder.layers[index], next(decoder.layers[index].parameters()).device
+        layer.to(device)
+        for batch in batches:
+            _step(decoder, index, batch)
+        if index in by_layer:
+            name, mixer = by_layer[index]
+            free = [*starts[name].initialised, *starts[name].derived]
+            errors[name] = _fit(mixer, free, batches[:-held], batches[-held:], settings)
+            progress.add(1, len(rows) * rows[0]["input_ids"].numel())
+        layer.to(home)
+    progress.close()
+    return errors
+
+
+def _embedded(decoder: Any, rows: Sequence[PackedRow], device: torch.device) -> list[Batch]:
+    """Batches of equal size, so that a quarter of them is a quarter of the rows."""
+    size = min(ROWS_AT_ONCE, max(1, len(rows) // 4))
+    batches = []
+    for first in range(0, len(rows), size):
+        batch = torch.utils.data.default_collate(list(rows[first : first + size]))
+        embedded = decoder.embed_tokens(batch["input_ids"].to(decoder.embed_tokens.weight.device)).to(device)
+        inputs = decoder.prepare(
+            inputs_embeds=embedded.detach(), position_ids=batch["position_ids"].to(device), use_cache=False
+        )
+        batches.append(Batch(inputs, inputs.hidden_states))
+    return batches
+
+
+@torch.no_grad()
+def _step(decoder: Any, index: int, batch: Batch) -> None:
+    """Run one layer of the teacher, and keep what its attention read and returned."""
+
+    def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        batch.read, batch.returned = kwargs["hidden_states"].float(), output[0].float()
+
+    hook = decoder.layers[index].self_attn.register_forward_hook(keep, with_kwargs=True)
+    try:
+        batch.hidden_states = decoder.run_layers(batch.hidden_states, batch.inputs, range(index, index + 1), TEACHER)
+    finally:
+        hook.remove()
+
+
+def _fit(
+    mixer: Mixer, free: Sequence[str], fitted: Sequence[Batch], held: Sequence[Batch], settings: CalibrationSettings
+) -> tuple[float, float]:
+    """Fit one mixer in float32, and write what was found into it. Its error on `held` before and after."""
+    work = copy.deepcopy(mixer).float().requires_grad_(False)
+    best, before = _weights(work), _error(work, held)
+    least = before
+    for improve in (_descend(free, settings), _solve_output):
+        for candidate in improve(work, fitted):
+            work.load_state_dict(candidate)
+            if (error := _error(work, held)) < least:
+                least, best = error, candidate
+        work.load_state_dict(best)
+    with torch.no_grad():
+        for name, parameter in mixer.named_parameters():
+            parameter.copy_(best[name])
+    return before, least
+
+
+def _weights(mixer: Mixer) -> dict[str, torch.Tensor]:
+    return {name: x.detach().clone() for name, x in mixer.state_dict().items()}
+
+
+@torch.no_grad()
+def _error(mixer: Mixer, batches: Sequence[Batch]) -> float:
+    wrong = sum((batch.output(mixer) - batch.returned).square().sum().double() for batch in batches)
+    whole = sum(batch.returned.square().sum().double() for batch in batches)  # type: ignore[union-attr]
+    return float(wrong / whole)
+
+
+Improve = Callable[[Mixer, Sequence[Batch]], list[dict[str, torch.Tensor]]]
+
+
+def _descend(free: Sequence[str], settings: CalibrationSettings) -> Improve:
+    """Adam on the parameters `free`, its rate falling to 0 along a cosine."""
+
+    def improve(mixer: Mixer, batches: Sequence[Batch]) -> list[dict[str, torch.Tensor]]:
+        chosen = [mixer.get_parameter(name).requires_grad_() for name in free]
+        if not chosen or not settings.steps:
+            return []
+        optimiser = torch.optim.Adam(chosen, lr=settings.learning_rate, betas=(0.9, 0.95))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps)
+        for step in range(settings.steps):
+            batch = batches[step % len(batches)]
+            assert batch.returned is not None
+            loss = (batch.output(mixer) - batch.returned).square().mean() / batch.returned.square().mean()
+            if not loss.requires_grad:  # as the recurrent layer of B'MOJO-F, where rows fit into its window
+                return []
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(chosen, 1.0)
+            optimiser.step()
+            schedule.step()
+        mixer.requires_grad_(False)
+        return [_weights(mixer)]
+
+    return improve
+
+
+@torch.no_grad()
+def _solve_output(mixer: Mixer, batches: Sequence[Batch]) -> list[dict[str, torch.Tensor]]:
+    """The output projection that is closest to the attention's output, near the present one: one for each of RIDGES."""
+    projection, features = mixer.output_projection, []
+    hook = projection.register_forward_pre_hook(lambda module, args: features.append(args[0].flatten(0, -2)))
+    gram, wanted = 0.0, 0.0
+    try:
+        for batch in batches:
+            left = (batch.returned - batch.output(mixer)).flatten(0, -2)  # what the present projection leaves
+            x = features.pop()
+            gram, wanted = gram + x.T.double() @ x.double(), wanted + x.T.double() @ left.double()
+    finally:
+        hook.remove()
+    assert isinstance(gram, torch.Tensor) and isinstance(wanted, torch.Tensor)
+    name = next(name for name, module in mixer.named_modules() if module is projection)
+    weights, size, found = _weights(mixer), gram.diagonal().mean(), []
+    for ridge in RIDGES:
+        change = torch.linalg.solve(gram + ridge * size * torch.eye(len(gram), device=gram.device), wanted)
+        found.append(weights | {f"{name}.weight": weights[f"{name}.weight"] + change.T.float()})
+    return found
