@@ -181,9 +181,9 @@ class Job:
 
     def write(self, **result: Any) -> None:
         """Append one line in a single write, because other processes append to the same file."""
-        given = {name: value for name, value in self.job.items() if name != "set"}
+        settings = {name: value for name, value in self.job.items() if name != "set"}
         seconds = round(time.perf_counter() - self.started, 1)
-        line = json.dumps({"key": key(self.job), **given, "steps": self.options.steps, **result, "seconds": seconds})
+        line = json.dumps({"key": key(self.job), **settings, "steps": self.options.steps, **result, "seconds": seconds})
         with (self.options.out / "results.jsonl").open("a") as file:
             file.write(line + "\n")
 
