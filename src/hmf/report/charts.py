@@ -162,7 +162,7 @@ def lines(
     points = sorted({x for one in series for x in one.x})
     values = [dict(zip(one.x, one.y, strict=True)) for one in series]
     rows = [
-        [x_shown(x), *(number(found[x]) if x in found and not math.isnan(found[x]) else "" for found in values)]
+        [x_shown(x), *(number(by_x[x]) if x in by_x and not math.isnan(by_x[x]) else "" for by_x in values)]
         for x in points
     ]
     picture = render(key, f"{title}. {y_label} over {x_label}", draw)
@@ -182,10 +182,10 @@ def bars(
     notes: Sequence[str] = (),
 ) -> Chart:
     """A bar for each name. Bars whose kind begins with "replaced" are hatched."""
-    found = sorted(set(kinds))
+    distinct_kinds = sorted(set(kinds))
 
     def draw(axes: Any) -> None:
-        for kind in found:
+        for kind in distinct_kinds:
             chosen, replaced = [index for index, one in enumerate(kinds) if one == kind], kind.startswith("replaced")
             axes.bar(
                 chosen,
@@ -200,7 +200,7 @@ def bars(
         step = max(1, math.ceil(len(names) / 12))
         axes.set_xticks(range(0, len(names), step), names[::step])
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
-        if len(found) > 1:
+        if len(distinct_kinds) > 1:
             axes.legend()
 
     rows = [[name, kind, f"{value:.4g}"] for name, kind, value in zip(names, kinds, values, strict=True)]
@@ -273,10 +273,10 @@ def render(key: str, label: str, draw: Callable[[Any], None], height: float = HE
 
 def _logarithmic(axes: Any, values: Sequence[float]) -> None:
     """Set ticks at 1, 2 and 5 times powers of ten, or at even distances if the values are close together."""
-    found = [value for value in values if value > 0 and math.isfinite(value)]
-    span = max(found) / min(found) if found else 1.0
+    positive = [value for value in values if value > 0 and math.isfinite(value)]
+    span = max(positive) / min(positive) if positive else 1.0
     if span < 1.2:  # too narrow for a logarithmic scale
-        axes.set_ylim(0, 1.2 * max(found, default=1.0))
+        axes.set_ylim(0, 1.2 * max(positive, default=1.0))
         return
     axes.set_yscale("log")
     subs = (1.0,) if span > 1000 else (1.0, 2.0, 5.0)

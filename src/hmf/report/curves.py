@@ -28,8 +28,8 @@ def curves(log: list[dict[str, Any]]) -> tuple[dict[str, Curve], dict[int, Curve
     preferences: dict[str, Curve] = {}
     for entry in log:
         for name, value in entry.items():
-            if found := _LAYER.fullmatch(name):
-                steps, values = layers.setdefault(int(found[1]), ([], []))
+            if match := _LAYER.fullmatch(name):
+                steps, values = layers.setdefault(int(match[1]), ([], []))
             elif name == "loss" or name.startswith(("loss_", "eval_loss")):
                 steps, values = losses.setdefault(name, ([], []))
             elif name in ("margin", "accuracy", "eval_margin", "eval_accuracy"):
