@@ -33,6 +33,8 @@ CASES = {
     "GDN-low-rank": (Case("GDN", "low-rank", options=LOW_RANK), "X-*-X", {}),
     "GDN-learnable-residual": (Case("GDN", "mixing", options=OPTIONS["GDN"]["learnable-residual"]), "X-*-X", {}),
     "GDN-one-kv-head": (Case("GDN", "one-kv-head", base={"num_key_value_heads": 1}), "X-*-X", {}),
+    "KDA": (Case("KDA", "default"), "X-*-GDN", {}),
+    "KDA-variant": (Case("KDA", "variant", options=BARE | {"kv_proj_rank": 6, "use_short_conv": True}), "X-*-X", {}),
     "GKA": (Case("GKA", "default"), "X-*-X", {}),
     "GKA-plain": (Case("GKA", "plain", options=GKA["plain"]), "X-*-X", {}),
     "M2-rotary": (Case("M2", "rotary", options=M2["rotary"]), "X-*-X", {}),
