@@ -77,7 +77,7 @@ def test_options_given_at_the_start(tmp_path):
         engines.assert_same(engines.greedy(llm, [prompt], 3), answers[:1])
 
 
-def every_type(path, pattern="GKA-*-X-SWA-M2-BMF", kv_heads=2):
+def every_type(path, pattern="GKA-*-X-KDA-SWA-M2-BMF", kv_heads=2):
     """Every layer type. Llama's B'MOJO-F has biases, and a scale that does not follow from a rank's heads."""
     case = Case("GDN", f"ranks-{kv_heads}", base={"num_key_value_heads": kv_heads}, options={"conv_bias": True})
     fields = {"attention_bias": True, "swa_config": {"window_size": 7}}

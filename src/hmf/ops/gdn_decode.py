@@ -84,9 +84,9 @@ def decode(
     """Advance the states of S sequences by one token; returns o [S, H, V] in v.dtype.
 
     q [S, Hq, K], k [S, Hk, K], v [S, Hv, V], not normalised. Hq = H, Hk and Hv divide H, and the last two dimensions
-    are contiguous. g (log decay) [S, H], or [S, H, K] of each channel; beta [S, H]. pool [slots, H, V, K] (vLLM's layout) of any float dtype, changed in
-    place. slots [S] integers, all different except for `null_slot`, which marks padding: its output is zero and no
-    state changes. Raises ValueError for other layouts.
+    are contiguous. g (log decay) [S, H], or [S, H, K] of each channel; beta [S, H]. pool [slots, H, V, K] (vLLM's
+    layout) of any float dtype, changed in place. slots [S] integers, all different except for `null_slot`, which marks
+    padding: its output is zero and no state changes. Raises ValueError for other layouts.
     """
     sequences, value_dim, key_dim, heads = v.shape[0], v.shape[-1], k.shape[-1], pool.shape[1]
     if q.shape[1] != heads or any(x.stride()[1:] != (x.shape[-1], 1) for x in (q, k, v)):
