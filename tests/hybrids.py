@@ -46,6 +46,12 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "low-rank": {"kv_proj_rank": 6},
         "learnable-residual": {"kv_proj_rank": 6, "kv_learnable_residual": True},
     },
+    "KDA": {
+        "negative-eigenvalues": {"allow_neg_eigval": True},
+        "conv-bias": {"conv_bias": True, "conv_size": 3},
+        "bare": {"use_short_conv": False, "use_gate": False},
+        "learnable-residual": {"kv_proj_rank": 6, "kv_learnable_residual": True},
+    },
     "GKA": {
         "plain": {
             "use_alpha_connection": False,

@@ -27,7 +27,7 @@ SOURCES = Path(__file__).resolve().parent.parent / "src" / "hmf"
 # Modules whose contents are public; "torch." stands for all modules without an underscore, as torch promises.
 DOCUMENTED = {
     "accelerate": ("accelerate", "accelerate.utils"),
-    "fla": ("fla.ops.gated_delta_rule", "fla.ops.simple_gla"),
+    "fla": ("fla.ops.gated_delta_rule", "fla.ops.kda", "fla.ops.simple_gla"),
     "lm_eval": ("lm_eval", "lm_eval.tasks"),
     "peft": ("peft",),
     "torch": ("torch.",),

@@ -23,7 +23,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-SYMBOLS = {"gdn": "GDN", "gka": "GKA", "bmojo": "BMF", "mamba2": "M2", "swa": "SWA"}
+SYMBOLS = {"gdn": "GDN", "kda": "KDA", "gka": "GKA", "bmojo": "BMF", "mamba2": "M2", "swa": "SWA"}
 GROUPS = (
     ("attention (vLLM)", r"flash|fmha|reshape_and_cache|prepare_varlen|attention"),
     ("convolution", r"causal_conv1d"),
@@ -31,7 +31,7 @@ GROUPS = (
     (
         "recurrence",
         r"^_(decode|step|stretch|merge|gates|conv_|mamba|finish|prepare)\w*"
-        r"|selective_scan|fused_recurrent|gdn|delta_rule",
+        r"|selective_scan|fused_recurrent|gdn|kda|delta_rule",
     ),
     ("inductor", r"^triton_"),
     ("norms, copies, sampling", r""),

@@ -151,6 +151,8 @@ def test_known_bad_combinations_are_notes(monkeypatch):
         ("ssd", "3.7.0.post1", "0.6", True, "unset FLA_DISABLE_BACKEND_DISPATCH"),
         ("ssd", "3.7.1", "0.5", True, None),
         ("gka", "3.6.0", "0.5", True, None),
+        ("kda", "3.6.0", "0.5", True, "found off"),  # by the check of its gradients
+        ("kda", "3.7.1", "0.5", True, None),
     ],
 )
 def test_backwards_that_hopper_lacks(monkeypatch, op, triton, fla, disabled, line):
@@ -159,7 +161,7 @@ def test_backwards_that_hopper_lacks(monkeypatch, op, triton, fla, disabled, lin
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setenv("FLA_DISABLE_BACKEND_DISPATCH", "1" if disabled else "0")
-    monkeypatch.setattr(dispatch, "_GRADIENT_CHECK", [lambda *_: None])
+    monkeypatch.setattr(dispatch, "_GRADIENT_CHECK", [lambda op, *_: "found off" if op == "kda" else None])
     found = dispatch.known_bad_backward(op, torch.bfloat16)
     assert found is None if line is None else line in found
 

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patterns: parsed, printed, generated; what is wrong is said in one line."""
 
+import inspect
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hmf.cli.shared import PATTERN
 from hmf.config.layers import LAYER_KINDS
 from hmf.config.pattern import ATTENTION, Pattern, mixer_symbol, parse_layer_list
+from hmf.config.runs import HybridSettings
 from hmf.errors import HmfError
 
 SYMBOLS = [ATTENTION, *LAYER_KINDS]
@@ -65,6 +70,13 @@ def test_mixer_goes_by_name_and_symbol(kind):
     assert {mixer_symbol(name) for name in (kind.name, kind.symbol, kind.name.upper(), kind.symbol.lower())} == {
         kind.symbol
     }
+
+
+def test_every_layer_type_is_named_where_it_is_chosen():
+    """In the help of `--pattern`, and in the comment of the recipe's key, which docs/recipe-keys.md prints."""
+    (line,) = [line for line in inspect.getsource(HybridSettings).splitlines() if line.strip().startswith("mixer:")]
+    for kind in LAYER_KINDS.values():
+        assert re.search(rf"\b{kind.symbol}\b", PATTERN) and re.search(rf"\b{kind.name}\b", line.partition("#")[2])
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,13 @@ import pytest
 import torch
 
 from hmf import ops
-from tests.ops import test_gdn, test_gka, test_ssd
+from tests.ops import test_gdn, test_gka, test_kda, test_ssd
 from tests.ops.cases import flat
 
 CASES = {
     ops.gated_delta_rule: test_gdn.case,
     ops.gated_kalmanet: test_gka.case,
+    ops.kimi_delta_attention: test_kda.case,
     ops.linear_attention: test_ssd.case,
 }
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hmf.layers.gdn import l2_normalise
-from hmf.ops import gdn
+from hmf.ops import gdn, kda
 from tests.numerics import assert_near
 from tests.ops.interpreted import interpret_as_compiled
 
@@ -22,7 +22,8 @@ SHAPES = {
 }
 
 
-def check(shape: str, dtype: torch.dtype, pool_dtype: torch.dtype, device: str) -> None:
+def check(shape: str, dtype: torch.dtype, pool_dtype: torch.dtype, device: str, channels: bool) -> None:
+    """channels: a decay for each channel of the key, as in KDA."""
     from hmf.ops.gdn_decode import decode
 
     sequences, counts, key_dim, value_dim = SHAPES[shape]
@@ -38,6 +39,8 @@ def check(shape: str, dtype: torch.dtype, pool_dtype: torch.dtype, device: str) 
     q, k, v = (x.unflatten(-1, (count, -1)) for x, count in zip(row.split(widths, -1), counts, strict=True))
     g, beta = -torch.rand(2, sequences + 1, heads, generator=generator)
     beta = -beta
+    if channels:
+        g = -torch.rand(sequences + 1, heads, key_dim, generator=generator)
     pool = torch.randn(2 * sequences + 2, heads, value_dim, key_dim, generator=generator).to(pool_dtype)
     pool[0] = float("nan")  # nobody's
     slots = torch.tensor([*(2 * n + 1 for n in range(sequences)), 0], dtype=torch.int32)
@@ -48,7 +51,9 @@ def check(shape: str, dtype: torch.dtype, pool_dtype: torch.dtype, device: str) 
         """Outputs and states as the definition has them, of vectors normalised in the dtype of `tokens`."""
         repeat = lambda x: x.repeat_interleave(heads // x.shape[1], 1)[:-1].to(precision)  # noqa: E731
         vectors = repeat(l2_normalise(q.to(tokens))), repeat(l2_normalise(k.to(tokens))), repeat(v)
-        o, state = gdn.step(*vectors, *(x[:-1].to(precision) for x in (g, beta)), pool[used].to(precision).mT)
+        o, state = (kda if channels else gdn).step(
+            *vectors, *(x[:-1].to(precision) for x in (g, beta)), pool[used].to(precision).mT
+        )
         return o, state.mT
 
     exact, (plain, state) = step(torch.float64, torch.float64), step(dtype, torch.float32)
@@ -67,8 +72,9 @@ CASES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtypes", CASES, ids=str)
-def test_decode_on_the_gpu(shape, dtypes):
-    check(shape, *dtypes, "cuda")
+@pytest.mark.parametrize("channels", [False, True], ids=["gdn", "kda"])
+def test_decode_on_the_gpu(shape, dtypes, channels):
+    check(shape, *dtypes, "cuda", channels)
 
 
 def test_decode_in_the_interpreter():
@@ -83,4 +89,5 @@ def test_decode_in_the_interpreter():
 if __name__ == "__main__":
     interpret_as_compiled()
     for number, name in enumerate(SHAPES):
-        check(name, *CASES[number % len(CASES)], "cpu")
+        for channels in (False, True):
+            check(name, *CASES[number % len(CASES)], "cpu", channels)

@@ -121,6 +121,19 @@ def test_a_document_without_tokens_keeps_its_state(op):
     assert max(worst.values()) <= doctor.allowed("cuda", torch.bfloat16, gradients), worst
 
 
+def test_strong_decays_of_channels():
+    """Channels that forget at once beside others that keep: no factor of the kernel's products overflows."""
+    made = sample("kda", SHAPES["packed from states"])
+    g = made.exact["g"]
+    made = replace(made, exact=made.exact | {"g": torch.where(torch.rand(g.shape) < 0.1, -60.0, g)})
+    gradients = dispatch.choose("kda", "cuda", True, torch.bfloat16)[0].version == "fast"
+    run, reference = kernel("kda", gradients), dispatch.implementations("kda")["reference"].function
+    found = doctor.evaluate(run, made, torch.bfloat16, "cuda", gradients)
+    expected = doctor.evaluate(reference, made, torch.float64, "cpu", gradients)
+    worst = {name: doctor.relative_error(value, expected[name]) for name, value in found.items()}
+    assert max(worst.values()) <= doctor.allowed("cuda", torch.bfloat16, gradients), worst
+
+
 def test_the_doctor_passes_and_uses_the_kernels():
     report = doctor.examine()
     assert report.passed, [check.problem for check in report.checks if check.problem]

@@ -48,7 +48,7 @@ def test_only_attention_sends_more_for_longer_rows(results):
     }
     short, long = received["whole"], received["twice as long"]
     short.pop("test"), long.pop("test")
-    assert {label.split()[1] for label in short} == {"GDN", "GKA", "M2", "BMF", "SWA", "attention"}
+    assert {label.split()[1] for label in short} == {"GDN", "KDA", "GKA", "M2", "BMF", "SWA", "attention"}
     for label, size in short.items():
         assert long[label] == (2 * size if "attention" in label else size), label
 

@@ -47,7 +47,7 @@ def test_prefill_of_gdn(tmp_path, backend):
     check_bfloat16(tmp_path, "GDN", 128, additional_config={"gdn_prefill_backend": backend})
 
 
-@pytest.mark.parametrize(("symbol", "head_dim"), [("GDN", 32), ("M2", 64), ("GKA", 64), ("BMF", 64)])
+@pytest.mark.parametrize(("symbol", "head_dim"), [("GDN", 32), ("KDA", 64), ("M2", 64), ("GKA", 64), ("BMF", 64)])
 def test_kernels_of_bfloat16(tmp_path, symbol, head_dim):
     check_bfloat16(tmp_path, symbol, head_dim)
 
@@ -66,7 +66,7 @@ def test_several_gpus(tmp_path, parallel):
     passes = {"pass_config": {"fuse_allreduce_rms": False}}  # of FlashInfer, perhaps by NVLink multicast
     options = {"compilation_config": GRAPHS["compilation_config"] | passes, "distributed_executor_backend": "mp"}
     fields = {"swa_config": {"window_size": 7}, "bmojo_config": {"window_size": 9, "ssm_mixer": "gdn"}}
-    check_bfloat16(tmp_path, "GDN", 64, "GKA-*-X-SWA-M2-BMF-*-X", fields, **parallel, **options)
+    check_bfloat16(tmp_path, "GDN", 64, "GKA-*-X-KDA-SWA-M2-BMF-*-X", fields, **parallel, **options)
 
 
 def check_bfloat16(tmp_path, symbol, head_dim, pattern="X-*-X", fields=None, **options):

@@ -34,6 +34,8 @@ CASES = {
     "GDN-low-rank": (Case("GDN", "low-rank", options=LOW_RANK), "X-*-X", {}),
     "GDN-learnable-residual": (Case("GDN", "mixing", options=OPTIONS["GDN"]["learnable-residual"]), "X-*-X", {}),
     "GDN-one-kv-head": (Case("GDN", "one-kv-head", base={"num_key_value_heads": 1}), "X-*-X", {}),
+    "KDA": (Case("KDA", "default"), "X-*-GDN", {}),
+    "KDA-variant": (Case("KDA", "variant", options=BARE | {"kv_proj_rank": 6, "use_short_conv": True}), "X-*-X", {}),
     "GKA": (Case("GKA", "default"), "X-*-X", {}),
     "GKA-plain": (Case("GKA", "plain", options=GKA["plain"]), "X-*-X", {}),
     "M2-rotary": (Case("M2", "rotary", options=M2["rotary"]), "X-*-X", {}),
@@ -76,7 +78,7 @@ def test_options_given_at_the_start(tmp_path):
         engines.assert_same(engines.greedy(llm, [prompt], 3), answers[:1])
 
 
-def every_type(path, pattern="GKA-*-X-SWA-M2-BMF", kv_heads=2):
+def every_type(path, pattern="GKA-*-X-KDA-SWA-M2-BMF", kv_heads=2):
     """Every layer type. Llama's B'MOJO-F has biases, and a scale that does not follow from a rank's heads."""
     case = Case("GDN", f"ranks-{kv_heads}", base={"num_key_value_heads": kv_heads}, options={"conv_bias": True})
     fields = {"attention_bias": True, "swa_config": {"window_size": 7}}

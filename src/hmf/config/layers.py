@@ -76,7 +76,7 @@ def base_activation(base: Any) -> str:
 
 
 class _LinearOptions(LayerOptions):
-    """Options shared by GDN and GKA. Expanded heads H = max(num_q_heads, num_k_heads, num_v_heads)."""
+    """Options shared by GDN, KDA and GKA. Expanded heads H = max(num_q_heads, num_k_heads, num_v_heads)."""
 
     derived = frozenset({"hidden_size", "head_dim", "num_q_heads", "num_k_heads", "num_v_heads"})
     hidden_size: int
@@ -112,6 +112,10 @@ class GDNOptions(_LinearOptions):
     allow_neg_eigval: bool = False  # doubles beta
     conv_bias: bool = False  # biases in convolutions
     norm_eps: NonNegativeFloat = 1e-5  # epsilon of the norm over each head; new layers use the base's rms_norm_eps
+
+
+class KDAOptions(GDNOptions):
+    """Kimi Delta Attention (arXiv 2510.26692), `kda_config`: the options of GDN, with their meaning."""
 
 
 class GKAOptions(_LinearOptions):
@@ -227,6 +231,7 @@ LAYER_KINDS: dict[str, LayerKind] = {
     kind.symbol: kind
     for kind in (
         LayerKind("GDN", "gdn", "gdn_config", "gdn", GDNOptions),
+        LayerKind("KDA", "kda", "kda_config", "kda", KDAOptions),
         LayerKind("GKA", "gka", "gka_config", "gka", GKAOptions),
         LayerKind("M2", "mamba2", "mamba2_config", "mamba", Mamba2Options),
         LayerKind("BMF", "bmojo", "bmojo_config", "bmojo_f", BMojoFOptions),

@@ -48,7 +48,7 @@ class HybridSettings(Settings):
     With `layers: auto` the section `select` chooses the layers, and `ratio` says how many are replaced.
     """
 
-    mixer: str = "gdn"  # layer type: gdn, gka, mamba2, bmojo or swa
+    mixer: str = "gdn"  # layer type: gdn, kda, gka, mamba2, bmojo or swa
     ratio: float | None = None  # share of layers to replace, spread evenly
     # indices of the layers to replace, from 0; or auto: as many as ratio says, chosen by the section select
     layers: list[int] | Literal["auto"] | None = None

@@ -198,7 +198,8 @@ class _Recorder:
             return op(*args, **kwargs)
 
         functions: dict[str, Callable] = dict.fromkeys(dispatch.ops(), plain)
-        return functions | {"conv": self.conv, "ssd": self.ssd, "gdn": self.gdn, "gka": self.gka}
+        delta_rules = {"gdn": self.gdn, "kda": self.gdn}
+        return functions | {"conv": self.conv, "ssd": self.ssd, "gka": self.gka} | delta_rules
 
     def conv(self, op, x, weight, bias=None, initial_state=None, cu_seqlens=None):
         """A chunk's convolution continues from the tokens of the previous chunk, as in a pass over the whole prompt.

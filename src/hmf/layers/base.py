@@ -217,10 +217,10 @@ class Mixer(nn.Module):
 def init_decay(A_log: nn.Parameter, dt_bias: nn.Parameter, generator: torch.Generator | None = None) -> None:
     """Mamba's initialisation (arXiv 2312.00752): A_log = log U(0, 16); softplus(dt_bias) log-uniform in [1e-3, 0.1]."""
     with torch.no_grad():
-        shape, device = A_log.shape, A_log.device
+        device = A_log.device
         # torch.rand may return 0, whose log is not finite
-        uniform = torch.rand(shape, generator=generator).clamp_min(1e-6) * 16
+        uniform = torch.rand(A_log.shape, generator=generator).clamp_min(1e-6) * 16
         low, high = torch.tensor(1e-3).log(), torch.tensor(0.1).log()
-        dt = (torch.rand(shape, generator=generator) * (high - low) + low).exp()
+        dt = (torch.rand(dt_bias.shape, generator=generator) * (high - low) + low).exp()
         A_log.copy_(uniform.log().to(device))
         dt_bias.copy_((dt + torch.log(-torch.expm1(-dt))).to(device))

@@ -20,6 +20,7 @@ class GatedDeltaNet(LinearMixer):
     symbol = "GDN"
     decay_name = "gk_proj"
     recurrent_states = ("recurrent",)
+    op = staticmethod(gated_delta_rule)
 
     def __init__(self, config: Any, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -39,7 +40,7 @@ class GatedDeltaNet(LinearMixer):
         if self.options.allow_neg_eigval:
             beta = 2 * beta
         before = None if states is None else states["recurrent"]
-        o, new["recurrent"] = gated_delta_rule(
+        o, new["recurrent"] = self.op(
             l2_normalise(q), l2_normalise(k), v, self.decay(hidden_states), beta, before, cu_seqlens
         )
         return self.output(o, hidden_states), new

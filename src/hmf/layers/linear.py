@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by Gated DeltaNet and Gated KalmaNet: projections, short convolutions, head expansion, decay, gated output.
+"""Shared by GDN, KDA and GKA: projections, short convolutions, head expansion, decay, gated output.
 
 Legend: B batch, T tokens, H expanded heads, Hk key/value heads, K head_dim, D hidden_size.
 """
@@ -30,7 +30,7 @@ class LowRank(nn.Module):
 
 
 class LinearMixer(Mixer):
-    """Base class of GDN and GKA. A subclass names its convolutions, its decay projection and its recurrent states."""
+    """Base class of GDN, KDA and GKA. A subclass names its convolutions, its decay projection and its states."""
 
     float32_parameters = ("A_log", "dt_bias")
     decay_name: ClassVar[str]
@@ -45,13 +45,11 @@ class LinearMixer(Mixer):
         for name, bias in convs.items():
             conv = nn.Conv1d(widths[name], widths[name], o.conv_size, groups=widths[name], bias=bias)
             self.add_module(f"{name}_conv1d", conv)
-        if use_decay:
-            self.add_module(self.decay_name, nn.Linear(o.hidden_size, o.num_heads, bias=False))
-            self.A_log = nn.Parameter(torch.zeros(o.num_heads, dtype=torch.float32))
-            self.dt_bias = nn.Parameter(torch.zeros(o.num_heads, dtype=torch.float32))
         inner = o.num_heads * o.head_dim
+        if use_decay:
+            self.add_decay()
         if o.use_gate:
-            self.g_proj = nn.Linear(o.hidden_size, inner, bias=False)
+            self.add_gate(inner)
         self.o_norm = nn.RMSNorm(o.head_dim, eps=o.norm_eps)
         self.o_proj = nn.Linear(inner, o.hidden_size, bias=False)
         if o.kv_proj_rank:
@@ -60,6 +58,17 @@ class LinearMixer(Mixer):
             if o.kv_learnable_residual:
                 self.k_rep = nn.Parameter(torch.zeros(o.num_heads, o.num_k_heads))
                 self.v_rep = nn.Parameter(torch.zeros(o.num_heads, o.num_v_heads))
+
+    def add_decay(self) -> None:
+        """Make the parameters that `decay` reads."""
+        heads = self.options.num_heads
+        self.add_module(self.decay_name, nn.Linear(self.hidden_size, heads, bias=False))
+        self.A_log = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
+
+    def add_gate(self, inner: int) -> None:
+        """Make the parameters that `gate` reads, for `inner` = H K channels."""
+        self.g_proj = nn.Linear(self.hidden_size, inner, bias=False)
 
     @staticmethod
     def convs(options: Any) -> dict[str, bool]:
@@ -124,8 +133,12 @@ class LinearMixer(Mixer):
         compute = torch.promote_types(o.dtype, torch.float32)
         y = F.rms_norm(o.to(compute), o.shape[-1:], self.o_norm.weight.to(compute), self.o_norm.eps)
         if self.options.use_gate:
-            y = y * F.silu(self.g_proj(hidden_states).view_as(y).to(compute))
+            y = y * self.gate(hidden_states, compute).view_as(y)
         return self.o_proj(y.to(hidden_states.dtype).flatten(-2))
+
+    def gate(self, hidden_states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Factors of the normed output [B, T, H K] in `dtype`."""
+        return F.silu(self.g_proj(hidden_states).to(dtype))
 
     def init_recurrence(self, generator: torch.Generator | None = None) -> None:
         if hasattr(self, "A_log"):
@@ -138,18 +151,14 @@ class LinearMixer(Mixer):
 
     @torch.no_grad()
     def init_from_attention(self, attention: nn.Module, generator: torch.Generator, std: float) -> Start:
-        """Projections are copied from attention; the gate is (W_o^T + W_v) / 2, with W_v's rows repeated H/Hk times."""
+        """Projections are copied from attention; the rest is as in `init_gate`, or random."""
         start = Start()
         given = dict(attention.named_parameters())
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             getattr(self, name).weight.copy_(given[f"{name}.weight"])
             start.copied[f"{name}.weight"] = f"{name}.weight"
         if self.options.use_gate:
-            transposed, values = given["o_proj.weight"].T, given["v_proj.weight"]
-            self.g_proj.weight.copy_(
-                (transposed + values.repeat_interleave(transposed.shape[0] // values.shape[0], 0)) / 2
-            )
-            start.derived["g_proj.weight"] = ("o_proj.weight", "v_proj.weight")
+            self.init_gate(given, start)
         self.o_norm.weight.fill_(1.0)
         self.init_recurrence(generator)
         for name, parameter in self.named_parameters():
@@ -164,3 +173,9 @@ class LinearMixer(Mixer):
         start.mark_unused(given, [f"{name}_proj.bias" for name in "qkvo"], "the layer's projections have no bias")
         start.mark_unused(given, ("gate_proj.weight", "gate_proj.bias"), "the layer has a gate of its own")
         return start
+
+    def init_gate(self, given: dict[str, nn.Parameter], start: Start) -> None:
+        """The gate is (W_o^T + W_v) / 2, with W_v's rows repeated H/Hk times."""
+        transposed, values = given["o_proj.weight"].T, given["v_proj.weight"]
+        self.g_proj.weight.copy_((transposed + values.repeat_interleave(transposed.shape[0] // values.shape[0], 0)) / 2)
+        start.derived["g_proj.weight"] = ("o_proj.weight", "v_proj.weight")

@@ -7,9 +7,12 @@ from hmf.errors import HmfError, unknown_name
 
 from .base import Mixer
 from .bmojo import INNER_MIXERS, BMojoF
+from .kda import KimiDeltaAttention
 from .swa import SlidingWindowAttention
 
-MIXERS: dict[str, type[Mixer]] = INNER_MIXERS | {cls.symbol: cls for cls in (BMojoF, SlidingWindowAttention)}
+MIXERS: dict[str, type[Mixer]] = INNER_MIXERS | {
+    cls.symbol: cls for cls in (KimiDeltaAttention, BMojoF, SlidingWindowAttention)
+}
 
 
 def mixer_class(symbol: str) -> type[Mixer]:

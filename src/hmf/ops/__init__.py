@@ -5,6 +5,7 @@ from . import samples  # noqa: F401  registers the gradient check that dispatch 
 from .conv import short_conv
 from .gdn import gated_delta_rule
 from .gka import gated_kalmanet
+from .kda import kimi_delta_attention
 from .ssd import linear_attention, state_space_dual
 from .window import KeySet, windowed_attention
 
@@ -12,6 +13,7 @@ __all__ = [
     "KeySet",
     "gated_delta_rule",
     "gated_kalmanet",
+    "kimi_delta_attention",
     "linear_attention",
     "short_conv",
     "state_space_dual",

@@ -147,10 +147,13 @@ def resolve(op: str, *tensors: torch.Tensor) -> Callable:
 def known_bad_backward(op: str, dtype: torch.dtype) -> str | None:
     """The reason why the fast backward of `op` in `dtype` cannot be used on this machine, or None.
 
-    Where Triton miscompiles fla's kernel, `hmf.ops.fla_backend` replaces it. This needs an fla that has backends.
+    Where Triton miscompiles fla's kernel, `hmf.ops.fla_backend` replaces it. This needs an fla that has backends. KDA's
+    backward has kernels of its own, which are checked there too.
     """
-    if op not in ("gdn", "ssd") or not (wrong := miscompiled()):
+    if op not in ("gdn", "kda", "ssd") or not (wrong := miscompiled()):
         return None
+    if op == "kda":
+        return _GRADIENT_CHECK[-1](op, dtype, "cuda")
     if not (_installed("fla") and _installed("fla.backends")):
         return f"{wrong}, and fla is older than 0.6; pip install -U fla-core"
     if os.environ.get("FLA_DISABLE_BACKEND_DISPATCH") == "1":

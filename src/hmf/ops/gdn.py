@@ -13,6 +13,8 @@ Legend: B batch, T tokens, S sequences, N chunks, C chunk_size, H heads, K/V key
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -48,6 +50,11 @@ def step(q, k, v, g, beta, state) -> Result:
 @dispatch.implementation("gdn", "reference")
 def reference(q, k, v, g, beta, initial_state=None, cu_seqlens=None) -> Result:
     """The definition: one token after the other."""
+    return sequential(step, q, k, v, g, beta, initial_state, cu_seqlens)
+
+
+def sequential(step: Callable, q, k, v, g, beta, initial_state, cu_seqlens) -> Result:
+    """A delta rule by its `step`, which also has decays g [B, T, H, ...] of other shapes (`kda`)."""
     batch, tokens, heads, _ = q.shape
     out_dtype, compute = v.dtype, dispatch.compute_dtype(v)
     q, k, v, g, beta = (x.to(compute).flatten(0, 1) for x in (q, k, v, g, beta))
@@ -71,6 +78,11 @@ def reference(q, k, v, g, beta, initial_state=None, cu_seqlens=None) -> Result:
 @dispatch.implementation("gdn", "chunked")
 def chunked(q, k, v, g, beta, initial_state=None, cu_seqlens=None, chunk_size: int = 64) -> Result:
     """Matrix products inside chunks and a scan over chunks: the WY form of section 3.3 of the paper."""
+    return in_chunks(step, HeadDecay, q, k, v, g, beta, initial_state, cu_seqlens, chunk_size)
+
+
+def in_chunks(step: Callable, decays: Callable, q, k, v, g, beta, initial_state, cu_seqlens, chunk_size: int) -> Result:
+    """A delta rule by chunks. decays: the class that makes a group's decays from g, `HeadDecay` or one like it."""
     out_dtype, compute = v.dtype, dispatch.compute_dtype(v)
     batch, tokens, heads, key_dim = q.shape
     if tokens == 1 and cu_seqlens is None:
@@ -81,13 +93,38 @@ def chunked(q, k, v, g, beta, initial_state=None, cu_seqlens=None, chunk_size: i
     layout = ChunkLayout(batch, tokens, cu_seqlens, chunk_size)
     initial = state_or_zeros(initial_state, (layout.num_sequences, heads, key_dim, v.shape[-1]), k, compute)
     q, k, v = (layout.split(x.to(compute)) for x in (q, k, v))
-    o, final = _Chunks.apply(layout, q, k, v, *(layout.split_heads(x, compute) for x in (g, beta)), initial)
+    g, beta = (layout.split_heads(x, compute) for x in (g, beta))
+    o, final = _Chunks.apply(layout, decays, q, k, v, g, beta, initial)
     return layout.merge(o).to(out_dtype), final
 
 
+class HeadDecay:
+    """The decays inside chunks, from log decays g [n, H, C] of one value for each head.
+
+    from_start, to_end: from the chunk's start to each token and from each token to its end [n, H, C, 1] (or K for 1);
+    carry: over the whole chunk [n, H, 1, 1] (or K, 1).
+    """
+
+    def __init__(self, g: torch.Tensor):
+        self.within, self.from_start, self.to_end, self.carry = decay_factors(g)
+
+    def scores(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """x_t . y_s, each product decayed from token s to token t, for s <= t: x, y [n, H, C, K] -> [n, H, C, C]."""
+        return (x @ y.mT).mul_(self.within)
+
+    def score_grads(self, grad: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients of x and y from `grad` [n, H, C, C], that of `scores(x, y)`, which is overwritten."""
+        grad.mul_(self.within)
+        return grad @ y, grad.mT @ x
+
+    def of_channels(self, x: torch.Tensor) -> torch.Tensor:
+        """The gradient of a log decay from its share of each channel [..., K]."""
+        return x.sum(-1)
+
+
 class _Chunks(torch.autograd.Function):
-    """o [N, C, H, V] and the final states [S, H, K, V] from q, k [N, C, H, K], v [N, C, H, V], g, beta [N, H, C] and
-    the initial states. As in `ssd`, a few chunks are computed at a time.
+    """o [N, C, H, V] and the final states [S, H, K, V] from q, k [N, C, H, K], v [N, C, H, V], g [N, H, C, ...],
+    beta [N, H, C] and the initial states. As in `ssd`, a few chunks are computed at a time.
 
     The corrected values of a chunk are u = (1 + A)^-1 beta (v - exp(g_in) k S), where S is the state before the chunk,
     g_in the log decay since its start, and A[t, s] = beta_t (k_t . k_s) exp(g_in_t - g_in_s) for s < t. The backward
@@ -95,30 +132,30 @@ class _Chunks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, layout, q, k, v, g, beta, initial):
+    def forward(ctx, layout, decays, q, k, v, g, beta, initial):
         order = torch.tensor(layout.order, device=v.device)
         state = initial[order]
-        starts = state.new_empty(len(g), *state.shape[1:])
-        inverses = g.new_empty(*g.shape, g.shape[-1])
-        values = g.new_empty(*g.shape, v.shape[-1])
+        starts = state.new_empty(len(beta), *state.shape[1:])
+        inverses = beta.new_empty(*beta.shape, beta.shape[-1])
+        values = beta.new_empty(*beta.shape, v.shape[-1])
         o = torch.empty_like(v, memory_format=torch.contiguous_format)
-        for at, sequences in chunk_groups(layout, g):
+        for at, sequences in chunk_groups(layout, beta):
             q_n, k_n, v_n = by_head(at, q, k, v)
             q_n = q_n * q.shape[-1] ** -0.5
-            decay, from_start, to_end, carry = decay_factors(g[at])
-            inverses[at] = _inverse((k_n @ k_n.mT).mul_(decay).mul_(beta[at][..., None]))
+            decay = decays(g[at])
+            inverses[at] = _inverse(decay.scores(k_n, k_n).mul_(beta[at][..., None]))
             solve, u = inverses[at] * beta[at][..., None, :], values[at]
             torch.matmul(solve, v_n, out=u)
-            from_state, k_out = solve @ (k_n * from_start), k_n * to_end
-            for u_t, w, k_t, decayed, start in step_views(sequences, u, from_state, k_out.mT, carry, starts[at]):
+            from_state, k_out = solve @ (k_n * decay.from_start), k_n * decay.to_end
+            for u_t, w, k_t, decayed, start in step_views(sequences, u, from_state, k_out.mT, decay.carry, starts[at]):
                 now = state.flatten(0, 1)[: len(start)]
                 start.copy_(now)
                 u_t.baddbmm_(w, now, alpha=-1)
                 now.mul_(decayed).baddbmm_(k_t, u_t)
-            o_n = (q_n @ k_n.mT).mul_(decay) @ u
-            o_n.flatten(0, 1).baddbmm_((q_n * from_start).flatten(0, 1), starts[at].flatten(0, 1))
+            o_n = decay.scores(q_n, k_n) @ u
+            o_n.flatten(0, 1).baddbmm_((q_n * decay.from_start).flatten(0, 1), starts[at].flatten(0, 1))
             o[at] = o_n.transpose(1, 2)
-        ctx.layout = layout
+        ctx.layout, ctx.decays = layout, decays
         ctx.save_for_backward(q, k, v, g, beta, starts, inverses, values, order)
         return o, torch.empty_like(state).index_copy_(0, order, state)
 
@@ -130,40 +167,41 @@ class _Chunks(torch.autograd.Function):
         grad_state = grad_final[order]  # gradient of the state after a chunk, from the last chunk to the first
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
         grad_g, grad_beta = torch.empty_like(g), torch.empty_like(beta)
-        for at, sequences in reversed(chunk_groups(ctx.layout, g)):
+        for at, sequences in reversed(chunk_groups(ctx.layout, beta)):
             q_n, k_n, v_n, grad_n = by_head(at, q, k, v, grad_o)
             q_n = q_n * scale
-            decay, from_start, to_end, carry = decay_factors(g[at])
+            decay = ctx.decays(g[at])
             beta_n, start, u = beta[at][..., None], starts[at], values[at]
-            from_state, k_out = (inverses[at] * beta_n.mT) @ (k_n * from_start), k_n * to_end
-            grad_u = (q_n @ k_n.mT).mul_(decay).mT @ grad_n
-            grad_start = (q_n * from_start).mT @ grad_n
+            from_state, k_out = (inverses[at] * beta_n.mT) @ (k_n * decay.from_start), k_n * decay.to_end
+            grad_u = decay.scores(q_n, k_n).mT @ grad_n
+            grad_start = (q_n * decay.from_start).mT @ grad_n
             after = torch.empty_like(start)
-            steps = step_views(sequences, grad_u, k_out, from_state.mT, carry, grad_start, after)
+            steps = step_views(sequences, grad_u, k_out, from_state.mT, decay.carry, grad_start, after)
             for grad_t, k_t, w, decayed, update, end in reversed(steps):
                 now = grad_state.flatten(0, 1)[: len(end)]
                 end.copy_(now)
                 grad_t.baddbmm_(k_t, now)
                 torch.addcmul(update, decayed, now, out=now).baddbmm_(w, grad_t, alpha=-1)
             grad_rhs = inverses[at].mT @ grad_u  # gradient of beta (v - exp(g_in) k S)
-            grad_scores = (grad_n @ u.mT).mul_(decay)
-            grad_q = (grad_n @ start.mT).mul_(from_start).add_(grad_scores @ k_n)
-            # Gradient of A / (beta exp(g_in_t - g_in_s)).
-            grad_system = (grad_rhs @ u.mT).mul_(decay).tril_(-1).neg_()
+            grad_q, grad_met = decay.score_grads(grad_n @ u.mT, q_n, k_n)
+            grad_q += (grad_n @ start.mT).mul_(decay.from_start)
+            # A is beta times scores(k, k) below the diagonal.
+            grad_system = (grad_rhs @ u.mT).tril_(-1).neg_()
+            grad_own, grad_other = decay.score_grads(grad_system, beta_n * k_n, k_n)
             # A key occurs twice: grad_own is its gradient where it corrects the value of its own token, with a factor
             # exp(g_in); grad_met where it occurs in the terms of later tokens, with a factor exp(-g_in).
-            grad_own = (grad_rhs @ start.mT).mul_(from_start).neg_().add_(grad_system @ k_n)
+            grad_own -= (grad_rhs @ start.mT).mul_(decay.from_start)
             grad_beta[at] = (grad_rhs * v_n).sum(-1) + (grad_own * k_n).sum(-1)
             grad_own *= beta_n
-            grad_met = (u @ after.mT).mul_(to_end)
-            grad_total = (grad_met * k_n).sum((-2, -1)) + (start * after).sum((-2, -1)) * carry[..., 0, 0]
-            grad_met += grad_scores.mT @ q_n
-            grad_met += grad_system.mT @ (beta_n * k_n)
-            grad_in = (grad_q * q_n).sum(-1) + ((grad_own - grad_met) * k_n).sum(-1)
-            grad_g[at] = grad_in.flip(-1).cumsum(-1).flip(-1) + grad_total[..., None]
+            grad_met += grad_other
+            grad_out = (u @ after.mT).mul_(decay.to_end)
+            grad_total = (grad_out * k_n).sum(-2) + (start * after).sum(-1) * decay.carry[..., 0]
+            grad_met += grad_out
+            grad_in = decay.of_channels(grad_q * q_n + (grad_own - grad_met) * k_n)
+            grad_g[at] = grad_in.flip(2).cumsum(2).flip(2) + decay.of_channels(grad_total).unsqueeze(2)
             for grad, value in zip(grads, (grad_q * scale, grad_own + grad_met, grad_rhs * beta_n), strict=True):
                 grad[at] = value.transpose(1, 2)
-        return None, *grads, grad_g, grad_beta, torch.empty_like(grad_state).index_copy_(0, order, grad_state)
+        return None, None, *grads, grad_g, grad_beta, torch.empty_like(grad_state).index_copy_(0, order, grad_state)
 
 
 def _inverse(below: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernel of a server's decode step for Gated DeltaNet: one token of many sequences, in place in a state pool.
+"""Triton kernel of a server's decode step for GDN and KDA: one token of many sequences, in place in a state pool.
 
 The step is bound by memory bandwidth. The kernel reads and writes each state once, and nothing else of that size: it
 shares key and value heads without expanding them, normalises q and k, and addresses the states by slot.
-`hmf.ops.gdn.step` is the definition.
+`hmf.ops.gdn.step` and `hmf.ops.kda.step` are the definitions.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def _decode(
     VALUE_GROUP: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
+    CHANNELS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -54,7 +55,10 @@ def _decode(
     key *= tl.rsqrt(tl.sum(key * key) + eps)
     # As in the layer, the normalised vectors are rounded to the model's dtype.
     query, key = query.to(q.dtype.element_ty).to(tl.float32), key.to(k.dtype.element_ty).to(tl.float32)
-    decay = tl.exp(tl.load(g + sequence * H + head).to(tl.float32))
+    if CHANNELS:
+        decay = tl.exp(tl.load(g + (sequence * H + head) * K + key_at, mask=in_key, other=0).to(tl.float32))[None, :]
+    else:
+        decay = tl.exp(tl.load(g + sequence * H + head).to(tl.float32))
     strength = tl.load(beta + sequence * H + head).to(tl.float32)
 
     at = pool + slot * pool_slot + head * K * V + value_at[:, None] * K + key_at[None, :]
@@ -80,9 +84,9 @@ def decode(
     """Advance the states of S sequences by one token; returns o [S, H, V] in v.dtype.
 
     q [S, Hq, K], k [S, Hk, K], v [S, Hv, V], not normalised. Hq = H, Hk and Hv divide H, and the last two dimensions
-    are contiguous. g (log decay), beta [S, H]. pool [slots, H, V, K] (vLLM's layout) of any float dtype, changed in
-    place. slots [S] integers, all different except for `null_slot`, which marks padding: its output is zero and no
-    state changes. Raises ValueError for other layouts.
+    are contiguous. g (log decay) [S, H], or [S, H, K] of each channel; beta [S, H]. pool [slots, H, V, K] (vLLM's
+    layout) of any float dtype, changed in place. slots [S] integers, all different except for `null_slot`, which marks
+    padding: its output is zero and no state changes. Raises ValueError for other layouts.
     """
     sequences, value_dim, key_dim, heads = v.shape[0], v.shape[-1], k.shape[-1], pool.shape[1]
     if q.shape[1] != heads or any(x.stride()[1:] != (x.shape[-1], 1) for x in (q, k, v)):
@@ -113,6 +117,7 @@ def decode(
         VALUE_GROUP=heads // v.shape[1],
         K=key_dim,
         V=value_dim,
+        CHANNELS=g.dim() == 3,
         BLOCK_K=triton.next_power_of_2(key_dim),
         BLOCK_V=block_v,
         num_warps=4,

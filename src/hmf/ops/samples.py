@@ -101,17 +101,18 @@ class _Random:
         return None if self.shape.lengths is None else torch.tensor([0, *self.shape.lengths]).cumsum(0)
 
 
-def _gdn(shape: Shape, draw: _Random) -> Sample:
+def _gdn(shape: Shape, draw: _Random, channels: bool = False) -> Sample:
+    """channels: each channel of a head has a decay, up to twice as fast or as slow as the head's."""
     cu_seqlens = draw.cu_seqlens()
 
     def call(function, x):
         return function(x["q"], x["k"], x["v"], x["g"], x["beta"], x.get("state"), _beside(cu_seqlens, x))
 
-    return Sample(
-        {"q": draw.token(normalized=True), "k": draw.token(normalized=True), "v": draw.token()},
-        {"g": draw.log_decay(), "beta": draw.share()} | ({"state": draw.state()} if shape.with_state else {}),
-        call,
-    )
+    tokens = {"q": draw.token(normalized=True), "k": draw.token(normalized=True), "v": draw.token()}
+    exact = {"g": draw.log_decay(), "beta": draw.share()} | ({"state": draw.state()} if shape.with_state else {})
+    if channels:
+        exact["g"] = exact["g"][..., None] * 2 ** draw.token().clamp(-1, 1)
+    return Sample(tokens, exact, call)
 
 
 def _conv(shape: Shape, draw: _Random) -> Sample:
@@ -190,6 +191,7 @@ SAMPLES: dict[str, Callable[[Shape, _Random], Sample]] = {
     "conv": _conv,
     "gdn": _gdn,
     "gka": _gka,
+    "kda": functools.partial(_gdn, channels=True),
     "ssd": _ssd,
     "window": _window,
 }

@@ -38,6 +38,7 @@ def op_wrappers(shards: Shards) -> dict[str, Callable]:
         "conv": conv,
         "ssd": linear_attention,
         "gdn": gated_delta_rule,
+        "kda": gated_delta_rule,
         "gka": gated_kalmanet,
         "window": window,
     }

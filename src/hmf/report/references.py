@@ -12,6 +12,7 @@ from hmf.config.layers import LayerKind
 # Titles by arXiv number.
 PAPERS = {
     "2412.06464": "Gated Delta Networks: Improving Mamba2 with Delta Rule",
+    "2510.26692": "Kimi Linear: An Expressive, Efficient Attention Architecture",
     "2511.21016": "Gated KalmaNet: A Fading Memory Layer Through Test-Time Ridge Regression",
     "2405.21060": "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space "
     "Duality",

@@ -78,6 +78,9 @@ def has_flashinfer() -> bool:
 
 
 class GatedDeltaNet(RecurrentMixer):
+    op = staticmethod(gated_delta_rule)
+    activation = staticmethod(F.silu)  # of the gate
+
     def __init__(self, symbol: str, config: Any, quant_config: QuantizationConfig | None, prefix: str):
         ranks = get_tensor_model_parallel_world_size()
         super().__init__(symbol, states(symbol, config, ranks), prefix)
@@ -100,9 +103,7 @@ class GatedDeltaNet(RecurrentMixer):
             prefix=f"{prefix}.qkv_proj",
         )
         self.b_proj = column(heads, "b_proj", quantised=False)
-        self.gk_proj = column(heads, "gk_proj", quantised=False)
-        if options.use_gate:
-            self.g_proj = column(heads * head_dim, "g_proj")
+        decays = self._init_gates(column)
         self.o_proj = RowParallelLinear(
             heads * head_dim, model_dim, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
         )
@@ -111,7 +112,7 @@ class GatedDeltaNet(RecurrentMixer):
             self.conv1d = ShortConvWeights(streams, head_dim, options.conv_size, options.conv_bias)
         # The decay is computed in float32 for any dtype of the model, and its parameters are float32.
         self.A_log = nn.Parameter(torch.empty(self.heads, dtype=torch.float32), requires_grad=False)
-        self.dt_bias = nn.Parameter(torch.empty(self.heads, dtype=torch.float32), requires_grad=False)
+        self.dt_bias = nn.Parameter(torch.empty(decays, dtype=torch.float32), requires_grad=False)
         for parameter in (self.A_log, self.dt_bias):
             set_weight_attrs(parameter, {"weight_loader": sharded_weight_loader(0)})
         self.o_norm = NormWeight(head_dim)
@@ -124,6 +125,24 @@ class GatedDeltaNet(RecurrentMixer):
                 self.k_rep = nn.Parameter(torch.empty(heads, options.num_k_heads), requires_grad=False)
                 self.v_rep = nn.Parameter(torch.empty(heads, options.num_v_heads), requires_grad=False)
 
+    def _init_gates(self, column: Callable[..., ColumnParallelLinear]) -> int:
+        """Make the projections that `decay` and `gate` read. Returns the number of this rank's decays of a token.
+
+        column(outputs, name, quantised): a projection of the hidden states whose outputs are split over the ranks.
+        """
+        self.gk_proj = column(self.options.num_heads, "gk_proj", quantised=False)
+        if self.options.use_gate:
+            self.g_proj = column(self.options.num_heads * self.options.head_dim, "g_proj")
+        return self.heads
+
+    def decay(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Log decays of each token in float32, in the shape that the op takes."""
+        return -self.A_log.exp() * F.softplus(self.gk_proj(hidden_states)[0].float() + self.dt_bias)
+
+    def gate(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[N, D] -> [N, H head_dim], before `activation`."""
+        return self.g_proj(hidden_states)[0]
+
     @property
     def output_shape(self) -> tuple[int, ...]:
         return (self.heads, self.options.head_dim)
@@ -133,9 +152,8 @@ class GatedDeltaNet(RecurrentMixer):
         beta = self.b_proj(hidden_states)[0].float().sigmoid()
         if self.options.allow_neg_eigval:
             beta = beta * 2.0
-        decay = -self.A_log.exp() * F.softplus(self.gk_proj(hidden_states)[0].float() + self.dt_bias)
-        gate = self.g_proj(hidden_states)[0] if self.options.use_gate else None
-        return (qkv, decay, beta), gate
+        gate = self.gate(hidden_states) if self.options.use_gate else None
+        return (qkv, self.decay(hidden_states), beta), gate
 
     def recur(self, inputs: Tensors, states: Tensors, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor, Tensors]:
         qkv, decay, beta = inputs
@@ -147,7 +165,7 @@ class GatedDeltaNet(RecurrentMixer):
             qkv, convs = F.silu(qkv), ()
         q, k, v = self._streams(qkv)
         k, v = self._expand(k, "k"), self._expand(v, "v")
-        o, after = gated_delta_rule(l2_normalise(q), l2_normalise(k), v, decay, beta, states[-1].mT, cu_seqlens)
+        o, after = self.op(l2_normalise(q), l2_normalise(k), v, decay, beta, states[-1].mT, cu_seqlens)
         return o, (*convs, after.mT)
 
     def _init_kernels(self) -> None:
@@ -250,7 +268,7 @@ class GatedDeltaNet(RecurrentMixer):
     def finish(self, mixed: torch.Tensor, rest: torch.Tensor | None) -> torch.Tensor:
         out = rms_norm(mixed, self.o_norm.weight, self.options.norm_eps)
         if rest is not None:
-            out = out * F.silu(rest.float()).view_as(out)
+            out = out * self.activation(rest.float()).view_as(out)
         return self.o_proj(out.flatten(1).to(mixed.dtype))[0]
 
     def _streams(self, qkv: torch.Tensor) -> list[torch.Tensor]:

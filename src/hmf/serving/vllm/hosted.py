@@ -2,8 +2,8 @@
 """Any mixer of `hmf.layers` inside vLLM, as it is.
 
 A mixer's `mix` takes states and packed documents and gives new states: all that vLLM's batches need. So a layer type
-is served from the day that it has a Hugging Face layer; one whose speed matters gets a file of its own: GDN all of it,
-GKA, Mamba2 and B'MOJO-F their way with states on a GPU.
+is served from the day that it has a Hugging Face layer; one whose speed matters gets a file of its own: GDN and KDA
+all of it, GKA, Mamba2 and B'MOJO-F their way with states on a GPU.
 
 Under tensor parallelism each rank builds the mixer of a model with its share of the heads, loads that share of every
 tensor, and adds up what the ranks' projections out of the heads give.

@@ -26,6 +26,7 @@ TESTED_VLLM = SpecifierSet(">=0.32.0,<0.33")
 # a mixer, and, where there are states, the `BUILDER` of what the mixer asks of a batch.
 SERVED_BY = {
     "GDN": "hmf.serving.vllm.gdn",
+    "KDA": "hmf.serving.vllm.kda",
     "GKA": "hmf.serving.vllm.gka",
     "M2": "hmf.serving.vllm.mamba2",
     "BMF": "hmf.serving.vllm.bmojo",
@@ -260,7 +261,7 @@ def _positions(config: Any) -> str | None:
 TABLE: tuple[Row, ...] = (
     Row(f"Hybrids of {', '.join(f'`{name}`' for name in READ_BY_VLLM)}", True),
     Row("Hybrids of other families", False, "`hmf chat`, or generate with Hugging Face", _family),
-    Row("GDN, GKA, Mamba2, B'MOJO-F and SWA layers, with all options, mixed in any pattern", True),
+    Row("GDN, KDA, GKA, Mamba2, B'MOJO-F and SWA layers, with all options, mixed in any pattern", True),
     Row("Continuous batching, chunked prefill, preemption, `n > 1`", True),
     Row("Prefix caching", True, "`--mamba-cache-mode align`, which is also vLLM's choice"),
     Row("Tool calls, reasoning parsers, streaming", True, "vLLM's own"),
@@ -270,7 +271,7 @@ TABLE: tuple[Row, ...] = (
         "Quantised weights",
         True,
         "compressed-tensors and fp8 checkpoints, `--quantization fp8_per_tensor` or `fp8_per_channel`: attention, MLPs "
-        "and GDN's q, k, v, g and o; a checkpoint must list all other modules in `ignore`",
+        "and q, k, v and o of GDN and KDA, with GDN's g; a checkpoint must list all other modules in `ignore`",
         _quantised,
     ),
     Row("Sliding windows of attention layers, all or some", True, "as the config of the base has them"),

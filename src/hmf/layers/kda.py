@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kimi Delta Attention (arXiv 2510.26692) with the dimensions of the attention that it replaces."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hmf.ops import kimi_delta_attention
+
+from .base import Start
+from .gdn import GatedDeltaNet
+
+
+class KimiDeltaAttention(GatedDeltaNet):
+    """Gated DeltaNet with a decay for each channel of the keys. Options: `KDAOptions`; states: those of GDN.
+
+    Decay and output gate are projections of rank head_dim. The gate is a sigmoid.
+    """
+
+    symbol = "KDA"
+    op = staticmethod(kimi_delta_attention)
+
+    def add_decay(self) -> None:
+        heads, head_dim = self.options.num_heads, self.options.head_dim
+        self.f_a_proj = nn.Linear(self.hidden_size, head_dim, bias=False)
+        self.f_b_proj = nn.Linear(head_dim, heads * head_dim, bias=False)
+        self.A_log = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.zeros(heads * head_dim, dtype=torch.float32))
+
+    def add_gate(self, inner: int) -> None:
+        self.g_a_proj = nn.Linear(self.hidden_size, self.options.head_dim, bias=False)
+        self.g_b_proj = nn.Linear(self.options.head_dim, inner, bias=False)
+
+    def decay(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Log decay g <= 0, [B, T, H, K] in float32 (float64 for float64 weights)."""
+        projected = self.f_b_proj(self.f_a_proj(hidden_states)).to(self.A_log.dtype) + self.dt_bias
+        return -self.A_log.exp()[:, None] * F.softplus(projected).unflatten(-1, (-1, self.options.head_dim))
+
+    def gate(self, hidden_states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self.g_b_proj(self.g_a_proj(hidden_states)).to(dtype).sigmoid()
+
+    def init_gate(self, given: dict[str, nn.Parameter], start: Start) -> None:
+        """The gate is random, so that all its factors are about one half."""
