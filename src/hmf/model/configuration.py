@@ -62,7 +62,7 @@ class HybridConfigMixin(Mixin):
         self.head_dim = base_head_dim(self)  # published for every family, also where the base leaves it out
         count = self.num_hidden_layers
         # The list may come from a file and have the pattern's symbols, or from memory and have transformers' names.
-        has_symbols = any(symbol.rstrip("*") in LAYER_KINDS for symbol in listed or ())
+        has_symbols = any(symbol[:1] == ATTENTION or symbol.rstrip("*") in LAYER_KINDS for symbol in listed or ())
         if self.hybrid_override_pattern is None:
             self.hybrid_override_pattern = "-".join(listed if has_symbols else [ATTENTION] * count)
         pattern = self.pattern
@@ -84,6 +84,11 @@ class HybridConfigMixin(Mixin):
             kind if symbol == ATTENTION else "linear_attention"
             for kind, symbol in zip(self.attention_types, pattern.symbols, strict=True)
         ]
+        if listed and not has_symbols and list(listed) not in (self.layer_types, self.attention_types):
+            raise HmfError(
+                f"config.json: layer_types {list(listed)} differs from {self.layer_types}, which follows from the "
+                "pattern and the other keys; delete layer_types"
+            )
         for kind in needed_kinds(self, pattern.symbols):
             setattr(self, kind.config_key, layer_options(self, kind.symbol).model_dump())
 

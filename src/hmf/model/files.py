@@ -150,15 +150,12 @@ def weight_files(folder: Path) -> list[str]:
     shards = {item.name for item in folder.iterdir() if SHARD.fullmatch(item.name)}
     names = [WEIGHTS] if single else []
     if index.exists():
-        content = read_object(index)
-        weight_map = content.get("weight_map")
+        weight_map = (content := read_object(index)).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise HmfError(f"{index}: weight_map: must map tensor names to file names; copy the file again")
         for tensor, name in weight_map.items():
             if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name):
                 raise HmfError(f"{index}: weight_map: {tensor}: {name!r} is not the name of a file in this folder")
-        if not isinstance(content.get("metadata"), dict):  # transformers reads it
-            raise HmfError(f'{index}: metadata: must be an object; add "metadata": {{}} to the index')
         names = sorted(set(weight_map.values()))
         if single and names != [WEIGHTS]:
             raise HmfError(f"{folder}: has both {WEIGHTS} and {INDEX}; remove the one that is not this model's")
@@ -174,6 +171,8 @@ def weight_files(folder: Path) -> list[str]:
     for name in names:
         if not (folder / name).exists():
             raise HmfError(f"{folder / name}: missing, though the index names it")
+    if index.exists() and not isinstance(content.get("metadata"), dict):  # transformers reads it
+        raise HmfError(f'{index}: metadata: must be an object; add "metadata": {{}} to the index')
     return names
 
 
