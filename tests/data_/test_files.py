@@ -18,6 +18,7 @@ from hmf.config.places import PairSettings
 from hmf.config.runs import DistillRecipe, read_recipe
 from hmf.config.strict import parse_json, parse_yaml
 from hmf.data import files
+from hmf.data.encoding import IGNORED, encode_chat
 from hmf.data.sources import Source, content, pair_of
 from hmf.errors import HmfError
 
@@ -224,7 +225,11 @@ def test_sharegpt_has_tools_and_calls(tmp_path):
 
 REFUSED = {
     "speaker": ({"conversations": [{"from": "humman", "value": "a"}]}, "sharegpt", "did you mean 'human'"),
-    "turn key": ({"conversations": [TALK[0] | {"weight": 0}]}, "sharegpt", r"conversations\[0\]: unknown key 'weight'"),
+    "turn and message": (
+        {"conversations": [TALK[0] | {"content": "a"}]},
+        "sharegpt",
+        r"conversations\[0\].content: a turn has from and value instead",
+    ),
     "two systems": (
         {"conversations": [{"from": "system", "value": "a"}], "system": "b"},
         "sharegpt",
@@ -234,6 +239,16 @@ REFUSED = {
     "history": ({"instruction": "a", "output": "b", "history": ["c"]}, "alpaca", r"history\[0\]: a list of two texts"),
     "surrogate": ({"instruction": "a", "output": "\ud83d"}, "alpaca", r"messages\[1\].content: a lone surrogate"),
     "empty": ({"prompt": "", "completion": "a"}, "prompt_completion", "prompt: is empty"),
+    "messages as text": (
+        {"prompt": json.dumps(said(("user", "a"))), "completion": "b"},
+        "prompt_completion",
+        "prompt: is text that holds messages as JSON; store the list",
+    ),
+    "message as text": (
+        {"prompt": "a", "completion": json.dumps(said(("assistant", "b"))[0])},
+        "prompt_completion",
+        "completion: is text that holds messages as JSON",
+    ),
 }
 
 
@@ -242,6 +257,26 @@ def test_what_a_shape_does_not_read_is_refused(tmp_path, name):
     row, shape, expected = REFUSED[name]
     with pytest.raises(HmfError, match=expected):
         shaped(tmp_path, row, shape=shape)
+
+
+@pytest.mark.parametrize("text", ['[{"role": "x"}]', "[]", "{}", "[1]", '{"role": ', "[a] list"])
+def test_other_json_is_text(tmp_path, text):
+    row = {"prompt": text, "completion": text}
+    assert shaped(tmp_path, row, shape="prompt_completion").messages == said(("user", text), ("assistant", text))
+
+
+def test_further_keys_of_a_turn_are_those_of_a_message(tmp_path, tokenizer):
+    talk = [TALK[0] | {"weight": None, "markdown": None}, TALK[1] | {"weight": 0}, TALK[0], TALK[1] | {"weight": 1.0}]
+    found = shaped(tmp_path, {"conversations": talk}, shape="sharegpt").messages
+    *_, last = encode_chat(tokenizer, found)
+    labels = [label for label in last.labels if label != IGNORED]
+    assert tokenizer.decode(last.ids).count("assistant\n") == 2
+    assert tokenizer.decode(labels).startswith("2") and len(labels) == 2
+    talk[1] |= {"score": 5}
+    found = shaped(tmp_path, {"conversations": talk}, shape="sharegpt").messages
+    with pytest.raises(HmfError, match=r"messages\[1\].score: unknown key .*ignore_keys"):
+        encode_chat(tokenizer, found)
+    assert encode_chat(tokenizer, found, ignore_keys=["score"])[-1] == last
 
 
 def test_fields_that_belong_to_a_conversation_are_read_or_ignored_by_name(tmp_path):
@@ -282,6 +317,8 @@ def test_pairs_that_do_not_share_their_prompt_are_refused(tmp_path):
     ):
         with pytest.raises(HmfError, match=expected):
             shaped(tmp_path, row | changes, PairSettings, shape="ultrafeedback")
+    with pytest.raises(HmfError, match="chosen: is text that holds messages as JSON"):
+        shaped(tmp_path, {"prompt": "a", "chosen": json.dumps(row["chosen"]), "rejected": "b"}, PairSettings)
     with pytest.raises(HmfError, match="set shape: ultrafeedback"):
         shaped(tmp_path, {name: row[name] for name in ("prompt", "chosen", "rejected")}, PairSettings)
 

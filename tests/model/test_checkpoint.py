@@ -169,6 +169,11 @@ def test_config_that_is_no_json_object(checkpoint, content):
         ({"gdn_config": {"conv_size": "four"}}, "gdn_config: conv_size: .*integer"),
         ({"gdn_config": {"conv_size": 0}}, "gdn_config: conv_size: .*greater than 0"),
         ({"gdn_config": {"kv_proj_rank": -1}}, "gdn_config: kv_proj_rank: "),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps: -1e-06 is not a number from 0 to 1"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps: nan is not a number"),
+        ({"attention_dropout": 1.5}, "attention_dropout: 1.5 is not a number from 0 to 1"),
+        ({"initializer_range": float("inf")}, "initializer_range: inf is not a number"),
+        ({"gdn_config": {"norm_eps": float("inf")}}, "gdn_config: norm_eps: .*finite"),
         ({"gdn_config": [1]}, r"gdn_config: \[1\] is not a mapping"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: 3 does not divide"),
         ({"state_dtype": "float31"}, "state_dtype 'float31'"),
@@ -190,12 +195,28 @@ def test_pattern_may_stand_in_either_key(checkpoint, fields):
     assert str(load_model(checkpoint).config.pattern) == "*-GDN-*-GDN"
 
 
-def test_derived_fields_are_not_trusted(checkpoint):
+@pytest.mark.parametrize("field", ["head_dim", "num_q_heads", "num_k_heads", "num_v_heads", "hidden_size"])
+def test_derived_fields_agree_with_the_base(checkpoint, field):
+    """8 heads of 8 have the shapes of 4 heads of 16: the tensors do not tell."""
     stored = json.loads((checkpoint / "config.json").read_text())["gdn_config"]
-    edit_config(checkpoint, gdn_config=stored | {"head_dim": 99, "num_k_heads": 7})
-    assert load_model(checkpoint).config.gdn_config == stored
-    edit_config(checkpoint, gdn_config="absent")
-    assert load_config(checkpoint).gdn_config == stored  # all its options are the defaults
+    edit_config(checkpoint, gdn_config=stored | {field: stored[field] * 2})
+    for load in (load_config, load_model):
+        refused(
+            load, checkpoint, f"gdn_config: {field}: {stored[field] * 2} differs from {stored[field]}, which follows"
+        )
+    for absent in (stored | {field: None}, "absent"):  # all options are the defaults
+        edit_config(checkpoint, gdn_config=absent)
+        assert load_config(checkpoint).gdn_config == stored
+
+
+@pytest.mark.parametrize("pattern", ["*-GDN-*-GDN", "absent"])
+def test_layer_types_in_other_words_agree_with_the_pattern(checkpoint, pattern):
+    kinds = ["full_attention", "linear_attention"] * 2
+    edit_config(checkpoint, layer_types=kinds)
+    assert str(load_model(checkpoint).config.pattern) == "*-GDN-*-GDN"
+    edit_config(checkpoint, layer_types=kinds[::-1], hybrid_override_pattern=pattern)
+    for load in (load_config, load_model):
+        refused(load, checkpoint, r"config.json: layer_types \['linear.* differs from .*delete layer_types")
 
 
 # --- saving ---

@@ -29,6 +29,7 @@ from hmf.priming.stage0 import make_stage0
 
 PATTERN = Pattern.parse("*-GDN-*-GDN")
 TEACHER = Path(hmf.__file__).parent / "assets" / "teacher"
+WEIGHTS = "model.safetensors"
 EMBEDDINGS, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -259,6 +260,10 @@ def points_at(name):
         (points_at("sub/x.safetensors"), "'sub/x.safetensors' is not the name"),
         (points_at(".."), "'..' is not the name"),
         (points_at(3), "3 is not the name"),
+        (
+            lambda base: edit_json(base / "model.safetensors.index.json", metadata="absent"),
+            "index.json: metadata: .*add",
+        ),
     ],
 )
 def test_shards_that_are_not_clear(base, change, said):
@@ -403,6 +408,15 @@ def test_an_implementation_on_the_hub_is_dropped(base, key, capfd):
 def test_a_config_does_not_choose_other_weights(base):
     edit_json(base / "config.json", transformers_weights="other.safetensors")
     refused("transformers_weights: .*delete the key", load_config, base)
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("method", ["fp8", "mxfp4", "gptq", "tomorrow", None])
+def test_plain_weights_under_a_quantised_config(base, key, method):
+    """transformers ignores the key, or quantises the weights or asks for a package, by method and machine."""
+    edit_json(base / "config.json", **{key: {"quant_method": method, "bits": 4}})
+    for load in (load_config, load_model, base_stage0):
+        refused(f"config.json: {key}: none of the weights are quantised; delete the key", load, base)
 
 
 # --- tokens and generation ---

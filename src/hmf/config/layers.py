@@ -2,7 +2,7 @@
 """Options of every layer kind. Their defaults are defined here and nowhere else.
 
 Each options class mirrors one dict of the published `config.json` (`gdn_config`, ...). The *derived* fields repeat
-dimensions of the base model. They are written for readers of the file; loading ignores them and computes them again.
+dimensions of the base model. They are written for readers of the file; a file in which they differ is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class LayerOptions(BaseModel):
         new_from_base: options that newly made layers copy from the base's config, with the config's key for each.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
     derived: ClassVar[frozenset[str]] = frozenset()
     format_only: ClassVar[frozenset[str]] = frozenset()
     new_where_queries_grow: ClassVar[Mapping[str, Any]] = {}
@@ -45,7 +45,7 @@ class LayerOptions(BaseModel):
         """Options for the model described by `base` (a Hugging Face config).
 
         Raises:
-            HmfError: an unknown option, or one with an invalid value.
+            HmfError: an unknown option, one with an invalid value, or a derived field that differs from the base's.
         """
         if not isinstance(options or {}, Mapping):
             raise HmfError(f'{source}: {options!r} is not a mapping of options; write {{"name": value, ...}}')
@@ -57,8 +57,15 @@ class LayerOptions(BaseModel):
         heads, kv_heads = base.num_attention_heads, base.num_key_value_heads
         if heads % kv_heads:
             raise HmfError(f"config.json: num_key_value_heads: {kv_heads} does not divide num_attention_heads, {heads}")
+        dimensions = cls.dimensions(base)
+        for key in cls.derived & (options or {}).keys():
+            if (stored := (options or {})[key]) is not None and stored != dimensions[key]:
+                raise HmfError(
+                    f"{source}: {key}: {stored!r} differs from {dimensions[key]!r}, which follows from the other keys "
+                    "of config.json; correct the wrong one"
+                )
         try:
-            return cls(**user, **cls.dimensions(base))
+            return cls(**user, **dimensions)
         except ValidationError as error:
             first = error.errors()[0]
             raise HmfError(

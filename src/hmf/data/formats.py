@@ -187,8 +187,24 @@ def _messages(row: Row, field: str, role: str) -> list[Message]:
     """The messages in a field, which holds a list of messages, one message, or the content of a message of `role`."""
     value = _field(row, field)
     if isinstance(value, str):
+        if _holds_messages(value):  # as tables may hold them; but it may also be the text that is meant
+            raise HmfError(
+                f"{field}: is text that holds messages as JSON; store the list of messages itself, or a list of one "
+                f"message of role {role} with this text as its content"
+            )
         return [_message(role, value, field)]
     return message_list([value] if isinstance(value, dict) else value, field)
+
+
+def _holds_messages(text: str) -> bool:
+    if not text.lstrip().startswith(("[", "{")):
+        return False
+    try:
+        value = parse_json(text)
+    except ValueError:
+        return False
+    messages = [value] if isinstance(value, dict) else value
+    return bool(messages) and all(isinstance(item, dict) and {"role", "content"} <= item.keys() for item in messages)
 
 
 def _system(row: Row) -> list[Message]:
@@ -208,26 +224,26 @@ def _turns(value: Any, field: str) -> list[Message]:
 
 
 def _turn(turn: Any, place: str) -> Message:
-    """The message of a ShareGPT turn {"from": ..., "value": ...}."""
+    """The message of a ShareGPT turn {"from": ..., "value": ...}. Its other keys become keys of the message."""
     if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
         content = f"it has {', '.join(map(repr, turn))}" if isinstance(turn, dict) else f"it is {turn!r:.40}"
         raise HmfError(f"{place}: a turn needs from and value, but {content}")
-    for name in turn:
-        if name not in ("from", "value"):
-            raise HmfError(f"{place}: {unknown_name('key', name, ('from', 'value'))}; a turn has only these two keys")
+    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    if both := sorted(rest.keys() & {"role", "content", "tool_calls"}):
+        raise HmfError(f"{place}.{both[0]}: a turn has from and value instead; remove one of the two")
     speaker, value = turn["from"], turn["value"]
     if not isinstance(speaker, str) or speaker not in SPEAKERS:
         raise HmfError(f"{place}.from: {unknown_name('speaker', str(speaker), SPEAKERS)}")
     if not isinstance(value, str):
         raise HmfError(f"{place}.value: holds {kind_of(value)} instead of text")
     if speaker != "function_call":
-        return {"role": SPEAKERS[speaker], "content": value}
+        return {"role": SPEAKERS[speaker], "content": value} | rest
     calls = decoded_field(value, f"{place}.value")
     calls = calls if isinstance(calls, list) else [calls]
     for call in calls:
         if not isinstance(call, dict) or call.keys() != {"name", "arguments"}:
             raise HmfError(f"{place}.value: a function call must have name and arguments, not {call!r:.60}")
-    return {"role": "assistant", "tool_calls": [{"type": "function", "function": call} for call in calls]}
+    return {"role": "assistant", "tool_calls": [{"type": "function", "function": call} for call in calls]} | rest
 
 
 ALPACA = ("instruction", "input", "system", "history")

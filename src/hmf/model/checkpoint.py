@@ -245,6 +245,8 @@ FACTORS = (
     "query_pre_attn_scalar",
     "residual_multiplier",
 )
+# Ranges of other numbers: smallest and largest value.
+RANGES = {"rms_norm_eps": (0, 1), "attention_dropout": (0, 1), "initializer_range": (0, math.inf)}
 
 # Where transformers looks for the config of a language model inside another config.
 NESTED = ("text_config", "decoder", "generator", "text_encoder")
@@ -263,6 +265,10 @@ def require_values(content: dict[str, Any], file: Path) -> None:
             raise HmfError(f"{file}: {name}: {value!r} is not a whole number from {least} to {most:,}; correct it")
     if not known:
         return
+    for name, (lowest, highest) in RANGES.items():
+        value = content.get(name)
+        if isinstance(value, int | float) and not (lowest <= value <= highest and math.isfinite(value)):
+            raise HmfError(f"{file}: {name}: {value!r} is not a number from {lowest} to {highest}; correct it")
     for name in ("dtype", "torch_dtype"):
         value = content.get(name)
         if value is not None and not (isinstance(value, str) and isinstance(_torch(value), torch.dtype)):

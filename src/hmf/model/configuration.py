@@ -55,7 +55,7 @@ class HybridConfigMixin(Mixin):
     def __post_init__(self, **kwargs: Any) -> None:
         listed = self.layer_types
         # The list may come from a file and have the pattern's symbols, or from memory and have transformers' names.
-        has_symbols = any(symbol.rstrip("*") in LAYER_KINDS for symbol in listed or ())
+        has_symbols = any(symbol[:1] == ATTENTION or symbol.rstrip("*") in LAYER_KINDS for symbol in listed or ())
         self.layer_types = self.base_layer_types
         if kwargs.get("per_layer_config") is not None:
             raise HmfError("config.json: per_layer_config: layers of different shapes are not supported; remove it")
@@ -98,6 +98,11 @@ class HybridConfigMixin(Mixin):
             kind if symbol == ATTENTION else RECURRENT
             for kind, symbol in zip(self.attention_types, pattern.symbols, strict=True)
         ]
+        if listed and not has_symbols and list(listed) not in (self.layer_types, self.attention_types):
+            raise HmfError(
+                f"config.json: layer_types {list(listed)} differs from {self.layer_types}, which follows from the "
+                "pattern and the other keys; delete layer_types"
+            )
         for kind in needed_kinds(self, pattern.symbols):
             setattr(self, kind.config_key, layer_options(self, kind.symbol).model_dump())
 

@@ -26,6 +26,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 # Tensors that old checkpoints store although they follow from the config. All loaders ignore them.
 COMPUTED = re.compile(r"(?:^|\.)rotary_emb\.inv_freq$")
 
+QUANTISED = ("quantization_config", "compression_config")  # keys of a config.json that describe quantised weights
+
 # Other files of a checkpoint are copied to a new one, except for these: files that are written anew, weights in other
 # formats, training state, code, and the model card, which describes the old model.
 ADAPTERS = re.compile(r"adapter_config\.json|adapter_model\..*")
@@ -122,6 +124,7 @@ def require_config(source: str | Path) -> Path:
 def require_checkpoint(source: str | Path) -> Path:
     """`source` as a directory with a config.json and complete weight files; HmfError names what is missing or wrong."""
     folder = require_config(source)
+    content = read_object(folder / "config.json")
     if not (stored := stored_tensors(folder)):
         raise HmfError(f"{folder / weight_files(folder)[0]}: has no tensors; copy the file again")
     for name, tensor in stored.items():
@@ -134,6 +137,10 @@ def require_checkpoint(source: str | Path) -> Path:
                 f"{folder / tensor.file}: tensor {name} has dtype {tensor.dtype}, not one of {', '.join(DTYPES)}; "
                 "give the unquantised weights"
             )
+    if key := next((key for key in QUANTISED if content.get(key) is not None), None):
+        raise HmfError(
+            f"{folder / 'config.json'}: {key}: none of the weights are quantised; delete the key to use them unchanged"
+        )
     return folder
 
 
@@ -143,7 +150,7 @@ def weight_files(folder: Path) -> list[str]:
     shards = {item.name for item in folder.iterdir() if SHARD.fullmatch(item.name)}
     names = [WEIGHTS] if single else []
     if index.exists():
-        weight_map = read_object(index).get("weight_map")
+        weight_map = (content := read_object(index)).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise HmfError(f"{index}: weight_map: must map tensor names to file names; copy the file again")
         for tensor, name in weight_map.items():
@@ -164,6 +171,8 @@ def weight_files(folder: Path) -> list[str]:
     for name in names:
         if not (folder / name).exists():
             raise HmfError(f"{folder / name}: missing, though the index names it")
+    if index.exists() and not isinstance(content.get("metadata"), dict):  # transformers reads it
+        raise HmfError(f'{index}: metadata: must be an object; add "metadata": {{}} to the index')
     return names
 
 
