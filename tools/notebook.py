@@ -20,9 +20,17 @@ def execute(path: Path) -> None:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of an earlier run
     place = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, coalesce_streams=True, record_timing=False, resources=place).execute()
+    NotebookClient(notebook, record_timing=False, resources=place).execute()
     for cell in notebook.cells:
+        outputs: list = []
         for output in cell.get("outputs", ()):
+            if outputs and output.output_type == "stream" and outputs[-1].get("name") == output.name:
+                outputs[-1].text += output.text
+            else:
+                outputs.append(output)
+        if cell.cell_type == "code":
+            cell.outputs = outputs
+        for output in outputs:
             for root in (str(ROOT), sys.prefix, sys.base_prefix):
                 if root in output.get("text", ""):
                     raise SystemExit(f"{path}: cell {cell.execution_count} prints {root}, a path of this machine")
