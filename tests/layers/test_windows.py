@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 
+from hmf.layers.attention import separate
 from hmf.layers.registry import MIXERS
 from hmf.model.families import FAMILIES, family_of
 from tests.hybrids import Case, randomise, tiny_config
@@ -15,6 +16,15 @@ TOKENS = 20
 
 pytestmark = pytest.mark.usefixtures("in_float64")
 
+# What the attentions of a family have in addition to their defaults.
+FIELDS = {
+    "gemma2": {"attn_logit_softcapping": None, "query_pre_attn_scalar": 20},
+    "gemma3_text": {"query_pre_attn_scalar": 20},
+    "granite": {"attention_multiplier": 0.3},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "smollm3": {"no_rope_layers": [0]},
+}
+
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -23,13 +33,15 @@ def mixer_and_attention(symbol, options, family, growth=None, **fields):
 
     growth: of the attention's queries with their position, in place of what the config says.
     """
+    fields = FIELDS.get(family, {}) | fields
     config = tiny_config(Case(symbol, "case", options=options), "X", family, **fields)
     config._attn_implementation = "eager"
     attention = family_of(family).class_named("Attention")(config, 0).double()
     randomise(attention)
     mixer = MIXERS[symbol](config, 0).double()
-    mixer.init_from_attention(attention, torch.Generator().manual_seed(1), 0.3)
-    rotary = family_of(family).class_named("RotaryEmbedding")(config)
+    mixer.init_from_attention(separate(attention), torch.Generator().manual_seed(1), 0.3)
+    with config.as_base():
+        rotary = family_of(family).class_named("RotaryEmbedding")(config)
     if growth is not None:  # the attention reads it whenever it is called, a mixer when it is made
         config.rope_parameters["llama_4_scaling_beta"] = growth
 
@@ -37,7 +49,8 @@ def mixer_and_attention(symbol, options, family, growth=None, **fields):
         """mixer's output, and the attention's where query i sees the keys that visible(i - j) allows."""
         x = torch.randn(1, TOKENS, config.hidden_size, dtype=torch.float64)
         positions = torch.arange(TOKENS)[None]
-        common = {"position_embeddings": rotary(x, positions), "position_ids": positions}
+        kind = (config.attention_types[0],) * family_of(family).positions_by_layer_type()
+        common = {"position_embeddings": rotary(x, positions, *kind), "position_ids": positions}
         distance = positions.T - positions
         mask = torch.where((distance >= 0) & visible(distance), 0.0, float("-inf")).double()
         return mixer(x, **common)[0], attention(x, attention_mask=mask[None, None], **common)[0]

@@ -354,6 +354,24 @@ def test_a_window_as_wide_as_the_base_sees_is_the_base(family, variant):
         assert_same(torch.cat(pieces, 1), stock(ids).logits)
 
 
+@every_family
+@pytest.mark.usefixtures("in_float64")
+@torch.no_grad()
+def test_documents_of_one_row_are_as_alone(family, variant):
+    """Packed by positions that restart; a row that is padded on the left is as alone too."""
+    small = {"swa_config": {"window_size": 5}}
+    fused = hybridise(widened(stock_model(family, variant)), Pattern.parse("*-GDN-SWA-M2"), small)
+    initialise(fused)
+    hybrid, ids = drop_teacher(fused), random_ids(1, 17)
+    first, second = hybrid(ids[:, :6]).logits, hybrid(ids[:, 6:]).logits
+    positions = torch.cat([torch.arange(6), torch.arange(11)])[None]
+    assert_same(hybrid(ids, position_ids=positions, use_cache=False).logits, torch.cat([first, second], 1))
+    padded, mask = torch.zeros(2, 11, dtype=torch.long), torch.ones(2, 11, dtype=torch.long)
+    padded[0, 5:], padded[1], mask[0, :5] = ids[0, :6], ids[0, 6:], 0
+    both = hybrid(padded, attention_mask=mask).logits
+    assert_same((both[:1, 5:], both[1:]), (first, second))
+
+
 @every_base
 @torch.no_grad()
 def test_losses_are_those_of_the_family(family, variant):

@@ -242,6 +242,11 @@ REFUSED = [
     ("Gemma 3 1B", {"query_pre_attn_scalar": -20}, "query_pre_attn_scalar: -20 is not a positive number"),
     ("Gemma 3 1B", {"rope_local_base_freq": 0}, "rope_local_base_freq"),
     ("Gemma 3 1B", {"rope_scaling": {"rope_type": "linear"}}, r"rope_scaling\.factor: is missing"),
+    (
+        "Gemma 3 12B, text",
+        {"rope_parameters": {"full_attention": TABLE, "sliding_attention": TABLE}},
+        "rope_scaling: the config has rope_parameters too",
+    ),
     ("Gemma 3 1B", {"rope_parameters": TABLE}, r"rope_parameters\.rope_theta: Gemma3 has positions for each type"),
     (
         "OLMo 3",

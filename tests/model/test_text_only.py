@@ -28,6 +28,7 @@ from tests.model.test_families import GEMMA, SIZES, TWO_TABLES, YARN, teacher_lo
 VISION = {
     "pixtral": {"num_attention_heads": 2, "image_size": 32},
     "siglip_vision_model": {"num_attention_heads": 2, "image_size": 32},
+    "qwen2_vl": {"depth": 1, "num_heads": 2, "embed_dim": 16, "hidden_size": 32},
     "qwen2_5_vl": {"depth": 1, "num_heads": 2, "out_hidden_size": 32, "fullatt_block_indexes": [0]},
     "qwen3_vl": {"depth": 1, "num_heads": 2, "out_hidden_size": 32, "deepstack_visual_indexes": [0]},
 }
@@ -57,6 +58,7 @@ WHOLE = {
         {"mm_tokens_per_image": 4},
         "gemma3_text",
     ),
+    "qwen2_vl": ("Qwen2VL", "qwen2_vl", {"rope_parameters": MROPE}, {"tie_word_embeddings": False}, "qwen2"),
     "qwen2_5_vl": (
         "Qwen2_5_VL",
         "qwen2_5_vl",
@@ -135,7 +137,7 @@ def test_the_command(tmp_path):
 def test_what_is_no_multimodal_model_is_refused(tmp_path):
     whole_model("mistral3-mistral", tmp_path / "whole")
     take_text(tmp_path / "whole", tmp_path / "text")
-    with pytest.raises(HmfError, match="text/config.json: 'mistral' is a language model; leave text-only out"):
+    with pytest.raises(HmfError, match="text/config.json: 'mistral' reads only text; leave --text-only"):
         take_text(tmp_path / "text", tmp_path / "again")
 
 

@@ -102,6 +102,8 @@ def _check_by_layer_type(
     Former configs have rope_theta and rope_scaling, which only layers without a window use, and for Gemma 3
     rope_local_base_freq. New ones have a table for each type in rope_parameters.
     """
+    if name == "rope_scaling" and fields.get("rope_parameters"):
+        raise HmfError(f"{source}: rope_scaling: the config has rope_parameters too; remove one of them")
     if name == "rope_scaling" or not table:
         local = {"rope_theta": fields[LOCAL]} if fields.get(LOCAL) is not None else {}
         tables = {name: table, LOCAL: local}

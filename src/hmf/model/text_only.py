@@ -53,7 +53,7 @@ def language_config(whole: Any, source: str | Path) -> Any:
     """The config of a multimodal model's language model, from the whole config; HmfError if it has none."""
     if (family := text_family(whole)) is None:
         family_of(whole.model_type, f"{source}/config.json")  # raises for an unsupported model
-        raise HmfError(f"{source}/config.json: {whole.model_type!r} is a language model; leave text-only out")
+        raise HmfError(f"{source}/config.json: {whole.model_type!r} reads only text; leave --text-only (text_only) out")
     with building(source):
         return _text_config(whole, family)
 
