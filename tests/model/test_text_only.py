@@ -23,13 +23,14 @@ from hmf.pipeline import prime
 from hmf.planning.training import plans
 from hmf.priming.stage0 import make_stage0, text_of
 from tests.hybrids import random_ids, randomise
-from tests.model.test_families import GEMMA, SIZES, TWO_TABLES, YARN, teacher_logits
+from tests.model.test_families import GEMMA, OWN, SIZES, TWO_TABLES, YARN, teacher_logits
 
 VISION = {
     "pixtral": {"num_attention_heads": 2, "image_size": 32},
     "siglip_vision_model": {"num_attention_heads": 2, "image_size": 32},
     "qwen2_vl": {"depth": 1, "num_heads": 2, "embed_dim": 16, "hidden_size": 32},
     "qwen2_5_vl": {"depth": 1, "num_heads": 2, "out_hidden_size": 32, "fullatt_block_indexes": [0]},
+    "qwen3_5_vision": {"depth": 1, "num_heads": 2, "out_hidden_size": 32},
     "qwen3_vl": {"depth": 1, "num_heads": 2, "out_hidden_size": 32, "deepstack_visual_indexes": [0]},
 }
 COMMON = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "patch_size": 16}
@@ -67,6 +68,13 @@ WHOLE = {
         "qwen2",
     ),
     "qwen2_5_vl-tied": ("Qwen2_5_VL", "qwen2_5_vl", {"rope_parameters": MROPE}, {"tie_word_embeddings": True}, "qwen2"),
+    "qwen3_5": (
+        "Qwen3_5",
+        "qwen3_5_vision",
+        OWN | {"layer_types": ["linear_attention", "full_attention"] * 2},
+        {"tie_word_embeddings": False},
+        "qwen3_5_text",
+    ),
     "qwen3_vl": (
         "Qwen3VL",
         "qwen3_vl",
