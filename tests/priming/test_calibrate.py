@@ -21,7 +21,7 @@ from hmf.priming.stage0 import make_stage0
 from tests.conftest import ROOT
 
 DATA = DataSettings(text=str(ROOT / "docs"), sequence_length=128)
-FIT = CalibrationSettings(rows=16, steps=16)
+FIT = CalibrationSettings(rows=16, steps=10)
 
 
 def stage0(out, symbol, calibration=FIT, seed=0, layers=(1, 4)):
@@ -46,7 +46,7 @@ def test_the_error_falls_on_text_that_was_not_read(tmp_path, symbol):
     stage0(tmp_path / "copied", symbol, None)
     report = stage0(tmp_path / "calibrated", symbol)
     before, after = error(tmp_path / "copied"), error(tmp_path / "calibrated")
-    assert after < (0.7 if symbol in ("GDN", "GKA", "M2") else 1.0) * before
+    assert after < (0.8 if symbol in ("GDN", "GKA", "M2") else 1.0) * before
     assert all(after < before for before, after in report.errors.values()) and len(report.errors) == 2
     assert report.describe().count("calibrated: model.layers.") == 2
 

@@ -113,7 +113,7 @@ def data_answers(
         Dtype | None, typer.Option(help="Dtype of the weights. Default: as stored on a GPU, float32 on a CPU.")
     ] = None,
 ) -> None:
-    """Let a model answer prompts of the generated tasks, and write conversations to train on.
+    """Let a model answer generated tasks, as training data.
 
     The answers are greedy and have their thinking. Prompts of an evaluation are not among them.
     """
