@@ -2,18 +2,22 @@
 """Options of every layer kind. Their defaults are defined here and nowhere else.
 
 Each options class mirrors one dict of the published `config.json` (`gdn_config`, ...). The *derived* fields repeat
-dimensions of the base model. They are written for readers of the file; a file in which they differ is refused.
+dimensions of the base model. They are written for readers of the file; loading ignores them and computes them again.
+A notice names those that differ.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
 
-from hmf.errors import HmfError, unknown_name
+from hmf.errors import HmfError, notice, unknown_name
+
+_notice_once = functools.cache(notice)  # a config is read several times
 
 
 class LayerOptions(BaseModel):
@@ -45,7 +49,7 @@ class LayerOptions(BaseModel):
         """Options for the model described by `base` (a Hugging Face config).
 
         Raises:
-            HmfError: an unknown option, one with an invalid value, or a derived field that differs from the base's.
+            HmfError: an unknown option, or one with an invalid value.
         """
         if not isinstance(options or {}, Mapping):
             raise HmfError(f'{source}: {options!r} is not a mapping of options; write {{"name": value, ...}}')
@@ -60,9 +64,8 @@ class LayerOptions(BaseModel):
         dimensions = cls.dimensions(base)
         for key in cls.derived & (options or {}).keys():
             if (stored := (options or {})[key]) is not None and stored != dimensions[key]:
-                raise HmfError(
-                    f"{source}: {key}: {stored!r} differs from {dimensions[key]!r}, which follows from the other keys "
-                    "of config.json; correct the wrong one"
+                _notice_once(
+                    f"{source}: {key}: {stored!r} is not read; {dimensions[key]!r} follows from the keys of the base"
                 )
         try:
             return cls(**user, **dimensions)
