@@ -15,10 +15,14 @@ from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError
 from hmf.folders import resolve_base
 from hmf.model.checkpoint import load_model
+from hmf.model.convert import hybridise
 from hmf.pipeline import prime
+from hmf.priming.calibrate import calibrate
 from hmf.priming.objectives import LayerwiseObjective
-from hmf.priming.stage0 import make_stage0
+from hmf.priming.stage0 import initialise, make_stage0
 from tests.conftest import ROOT
+from tests.hybrids import random_ids
+from tests.model.test_families import BASES, stock_model
 
 DATA = DataSettings(text=str(ROOT / "docs"), sequence_length=128)
 FIT = CalibrationSettings(rows=16, steps=10)
@@ -115,3 +119,13 @@ def test_the_recipe_and_the_command_calibrate(tmp_path, monkeypatch):
     file.write_text(yaml.safe_dump(content))
     with pytest.raises(HmfError, match=r"hybrid: calibration is read with start: calibrated"):
         load_recipe(file, PrimeRecipe)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_5_text"])
+def test_bases_with_layers_of_several_kinds(family):
+    """Rotary positions by layer type, and layers that are recurrent in the base."""
+    fused = hybridise(stock_model(family, next(iter(BASES[family]))), Pattern.parse("*-GDN-*-GDN"))
+    rows = [{"input_ids": ids, "position_ids": torch.arange(24)} for ids in random_ids(8, 24)]
+    errors = calibrate(fused, initialise(fused), rows, CalibrationSettings(rows=8, steps=4))
+    assert list(errors) == ["model.layers.1.gdn", "model.layers.3.gdn"]
+    assert all(after < before for before, after in errors.values())

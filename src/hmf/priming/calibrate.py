@@ -33,7 +33,8 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # relative to the mean square of a featu
 class Batch:
     """Some rows on their way through the teacher, and what the attention of the layer at hand reads and returns."""
 
-    inputs: Any  # what all layers share
+    inputs: Any  # of all layers (hmf.model.modeling.LayerInputs)
+    types: list[str]  # of the attention of each layer
     hidden_states: torch.Tensor  # [B, T, D]
     read: torch.Tensor | None = None  # [B, T, D]
     returned: torch.Tensor | None = None  # [B, T, D]
@@ -41,9 +42,12 @@ class Batch:
     def output(self, mixer: Mixer) -> torch.Tensor:
         """What the mixer returns in place of the attention, float32 [B, T, D]."""
         assert self.read is not None
-        shared = self.inputs.shared
-        positions = {name: shared[name] for name in ("position_ids", "position_embeddings")}
-        return mixer(self.read, layout=self.inputs.layout, **positions)[0]
+        return mixer(
+            self.read,
+            layout=self.inputs.layout,
+            position_ids=self.inputs.shared["position_ids"],
+            position_embeddings=self.inputs.rotary[self.types[mixer.layer_idx]],
+        )[0]
 
 
 def calibrate(
@@ -87,22 +91,24 @@ def _embedded(decoder: Any, rows: Sequence[PackedRow], device: torch.device) -> 
         inputs = decoder.prepare(
             inputs_embeds=embedded.detach(), position_ids=batch["position_ids"].to(device), use_cache=False
         )
-        batches.append(Batch(inputs, inputs.hidden_states))
+        batches.append(Batch(inputs, decoder.config.attention_types, inputs.hidden_states))
     return batches
 
 
 @torch.no_grad()
 def _step(decoder: Any, index: int, batch: Batch) -> None:
-    """Run one layer of the teacher, and keep what its attention read and returned."""
+    """Run one layer of the teacher, and keep what its attention, if it has one, read and returned."""
 
     def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         batch.read, batch.returned = kwargs["hidden_states"].float(), output[0].float()
 
-    hook = decoder.layers[index].self_attn.register_forward_hook(keep, with_kwargs=True)
+    attention = getattr(decoder.layers[index], "self_attn", None)
+    hook = attention and attention.register_forward_hook(keep, with_kwargs=True)
     try:
         batch.hidden_states = decoder.run_layers(batch.hidden_states, batch.inputs, range(index, index + 1), TEACHER)
     finally:
-        hook.remove()
+        if hook:
+            hook.remove()
 
 
 def _fit(
