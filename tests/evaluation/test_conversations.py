@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from hmf.cli import app
 from hmf.config.data import DataRecipe
 from hmf.data.encoding import IGNORED
-from hmf.data.prepare import PreparedDataset, prepare
+from hmf.data.prepare import prepare
+from hmf.data.prepared import PreparedDataset
 from hmf.data.tasks import sample
 from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError
