@@ -330,7 +330,8 @@ class Job:
     def teacher_answers(self) -> Path:
         """A prepared set of text and of the teacher's own answers, made once for each seed."""
         from hmf.config.data import DataRecipe
-        from hmf.data.prepare import INDEX, prepare
+        from hmf.data.prepare import prepare
+        from hmf.data.prepared import INDEX
         from hmf.data.tokenizer import load_tokenizer
         from hmf.evaluation.conversations import prompts, write_answers
         from hmf.evaluation.run import load_for_evaluation
