@@ -114,6 +114,10 @@ def tiny_config(case: Case, pattern: str = "X-*-X", family: str = "qwen3", **fie
         "eos_token_id": 2,
         "hybrid_override_pattern": pattern,
     }
+    if family_of(family).own_recurrence:  # the base's own recurrent layers are those that are kept
+        kinds = ["linear_attention" if symbol == "*" else "full_attention" for symbol in symbols]
+        sizes = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        dimensions |= {"base_layer_types": kinds, **sizes, "linear_key_head_dim": 8, "linear_value_head_dim": 12}
     options = SMALL | {case.symbol: SMALL.get(case.symbol, {}) | case.options}
     dicts = {LAYER_KINDS[symbol].config_key: given for symbol, given in options.items() if symbol in symbols}
     return hybrid_classes(family_of(family)).config(**(dimensions | case.base | dicts | fields))

@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 
+from hmf.errors import HmfError
 from hmf.layers.attention import separate
 from hmf.layers.registry import MIXERS
 from hmf.model.families import FAMILIES, family_of
@@ -50,7 +51,10 @@ def mixer_and_attention(symbol, options, family, growth=None, **fields):
         x = torch.randn(1, TOKENS, config.hidden_size, dtype=torch.float64)
         positions = torch.arange(TOKENS)[None]
         kind = (config.attention_types[0],) * family_of(family).positions_by_layer_type()
-        common = {"position_embeddings": rotary(x, positions, *kind), "position_ids": positions}
+        rows = (
+            positions.expand(axes, *positions.shape) if (axes := family_of(family).position_axes()) > 1 else positions
+        )
+        common = {"position_embeddings": rotary(x, rows, *kind), "position_ids": positions}
         distance = positions.T - positions
         mask = torch.where((distance >= 0) & visible(distance), 0.0, float("-inf")).double()
         return mixer(x, **common)[0], attention(x, attention_mask=mask[None, None], **common)[0]
@@ -102,6 +106,10 @@ def test_bmojo_scales_queries_by_position_if_its_config_says_so(tied, scaled):
 @torch.no_grad()
 def test_bmojo_within_its_window_is_the_bases_attention(family, tied):
     options = {"window_size": TOKENS, "ssm_mixer": "gdn", "tie_attn_weights": tied}
+    if family_of(family).own_recurrence:
+        with pytest.raises(HmfError, match="gates the output of its attention, and B'MOJO-F cannot"):
+            mixer_and_attention("BMF", options, family)
+        return
     _, outputs = mixer_and_attention("BMF", options, family)
     assert_same(*outputs(lambda distance: distance >= 0))
 
