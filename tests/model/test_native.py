@@ -163,6 +163,7 @@ def test_an_override_of_an_option_counts():
 @pytest.mark.parametrize(
     ("key", "config"),
     [
+        ("hybrid_override_pattern: KDA", lambda: tiny_config(Case("GDN", "x", options=EPS), "*-GDN-KDA")),
         ("hybrid_override_pattern: SWA", lambda: tiny_config(Case("GDN", "x", options=EPS), "*-GDN-SWA")),
         (
             ".*the model still has its teacher",
