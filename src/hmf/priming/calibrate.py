@@ -108,7 +108,7 @@ def _step(decoder: Any, index: int, batch: Batch) -> None:
 def _fit(
     mixer: Mixer, free: Sequence[str], fitted: Sequence[Batch], held: Sequence[Batch], settings: CalibrationSettings
 ) -> tuple[float, float]:
-    """Fit one mixer in float32, and write what was found into it. Its error on `held` before and after."""
+    """Fit one mixer in float32 and write the best weights into it. Returns its error on `held` before and after."""
     work = copy.deepcopy(mixer).float().requires_grad_(False)
     best, before = _weights(work), _error(work, held)
     least = before
@@ -169,18 +169,18 @@ def _solve_output(mixer: Mixer, batches: Sequence[Batch]) -> list[dict[str, torc
     """The output projection that is closest to the attention's output, near the present one: one for each of RIDGES."""
     projection, features = mixer.output_projection, []
     hook = projection.register_forward_pre_hook(lambda module, args: features.append(args[0].flatten(0, -2)))
-    gram, wanted = 0.0, 0.0
+    gram, correlation = 0.0, 0.0
     try:
         for batch in batches:
-            left = (batch.returned - batch.output(mixer)).flatten(0, -2)  # what the present projection leaves
+            residual = (batch.returned - batch.output(mixer)).flatten(0, -2)
             x = features.pop()
-            gram, wanted = gram + x.T.double() @ x.double(), wanted + x.T.double() @ left.double()
+            gram, correlation = gram + x.T.double() @ x.double(), correlation + x.T.double() @ residual.double()
     finally:
         hook.remove()
-    assert isinstance(gram, torch.Tensor) and isinstance(wanted, torch.Tensor)
+    assert isinstance(gram, torch.Tensor) and isinstance(correlation, torch.Tensor)
     name = next(name for name, module in mixer.named_modules() if module is projection)
-    weights, size, found = _weights(mixer), gram.diagonal().mean(), []
+    weights, size, candidates = _weights(mixer), gram.diagonal().mean(), []
     for ridge in RIDGES:
-        change = torch.linalg.solve(gram + ridge * size * torch.eye(len(gram), device=gram.device), wanted)
-        found.append(weights | {f"{name}.weight": weights[f"{name}.weight"] + change.T.float()})
-    return found
+        change = torch.linalg.solve(gram + ridge * size * torch.eye(len(gram), device=gram.device), correlation)
+        candidates.append(weights | {f"{name}.weight": weights[f"{name}.weight"] + change.T.float()})
+    return candidates

@@ -161,10 +161,10 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
 
         def others() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in account(weights, expected, optional):
-                if (found := MIXER_TENSOR.fullmatch(name)) is not None:
-                    mixer = getattr(self.model.layers[int(found["layer"])], "self_attn", None)
-                    if isinstance(mixer, HostedMixer) and (loaded := mixer.load(found["tensor"], tensor)):
-                        hosted.add(f"model.layers.{found['layer']}.self_attn.{loaded}")
+                if (match := MIXER_TENSOR.fullmatch(name)) is not None:
+                    mixer = getattr(self.model.layers[int(match["layer"])], "self_attn", None)
+                    if isinstance(mixer, HostedMixer) and (loaded := mixer.load(match["tensor"], tensor)):
+                        hosted.add(f"model.layers.{match['layer']}.self_attn.{loaded}")
                         continue
                 require_exact_products(name, tensor)
                 linear = self._linear_of(name.removesuffix(".bias")) if name.endswith(".bias") else None
