@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run with TRITON_INTERPRET=1: gka's Triton kernels on a CPU against the float64 reference; fails at what is off.
+"""Compares GKA's Triton kernels, interpreted on a CPU, with the float64 reference; fails at the first difference.
 
-The interpreter is set before Triton is imported, and for a whole process: so this one is a program of its own.
+Run with TRITON_INTERPRET=1. Triton reads the variable when it is imported, so this program needs its own process.
 """
 
 import functools
@@ -67,7 +67,7 @@ def changed(made, value_dim=None, alpha=True, symmetric=True):
 
 
 def nudged(made):
-    """The sample with every number off by what the kernels' products round to: see `hmf.ops.gka_triton`."""
+    """The sample with every number perturbed by the rounding error of the kernels' products (`hmf.ops.gka_triton`)."""
     generator = torch.Generator().manual_seed(0)
     tokens, exact = (
         {name: x * (1 + 2**-17 * torch.randn(x.shape, generator=generator, dtype=x.dtype)) for name, x in some.items()}
@@ -133,7 +133,7 @@ CASES = [  # name, shape, options, changes, dtype, with gradients
 
 
 def check_pool(device: str, dtype: torch.dtype, pool_dtype: torch.dtype) -> None:
-    """A step in pools with rows of nobody (NaN), of others and of padding, against `gka.step`."""
+    """Compare a decode step with `gka.step`: pools whose unused rows are NaN, and a batch with a padded request."""
     from hmf.ops import gka_decode
 
     made = sample("gka", Shape(batch=3, tokens=1, heads=2, head_dim=16, with_state=True))

@@ -214,7 +214,10 @@ def _evaluate_tasks(
     out: Path | None,
     name: str | None,
 ) -> None:
-    """Score models on text and the small tasks. fields: of `EvaluateSettings`. how: options of `evaluate_checkpoint`."""
+    """Score models on text and the small tasks.
+
+    fields: the fields of `EvaluateSettings`. how: arguments of `evaluate_checkpoint`.
+    """
     import json
 
     from hmf.config.runs import EvaluateSettings

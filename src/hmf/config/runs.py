@@ -67,7 +67,7 @@ class HybridSettings(Settings):
         if self.layers == "auto" and present != ["ratio", "layers"]:
             raise ValueError("layers: auto needs ratio, the share of layers to replace, and no pattern")
         if self.layers != "auto" and len(present) != 1:
-            raise ValueError(f"give exactly one of ratio, layers and pattern, not {' and '.join(given) or 'none'}")
+            raise ValueError(f"give exactly one of ratio, layers and pattern, not {' and '.join(present) or 'none'}")
         if self.start != "calibrated" and "calibration" in self.model_fields_set:
             raise ValueError("calibration is read with start: calibrated; set that, or leave calibration out")
         return self

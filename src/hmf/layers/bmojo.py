@@ -167,7 +167,7 @@ class BMojoF(Mixer):
 
     @torch.no_grad()
     def init_from_attention(self, attention: nn.Module, generator: torch.Generator, std: float) -> Start:
-        """Both windows' projections and norms, and the recurrent layer, from the same attention."""
+        """Initialise the projections and norms of both windows, and the recurrent layer, from the same attention."""
         start, parameters = Start(), dict(attention.named_parameters())
         for name, parameter in self.bmojo_attn.named_parameters(prefix="bmojo_attn"):
             module, _, kind = name.removeprefix("bmojo_attn.").rpartition(".")

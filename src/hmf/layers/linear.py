@@ -151,7 +151,7 @@ class LinearMixer(Mixer):
 
     @torch.no_grad()
     def init_from_attention(self, attention: nn.Module, generator: torch.Generator, std: float) -> Start:
-        """Projections are copied from attention; the rest is as in `init_gate`, or random."""
+        """Projections are copied from attention. `init_gate` sets the gate; other new matrices are random."""
         start = Start()
         parameters = dict(attention.named_parameters())
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):

@@ -8,7 +8,7 @@ tensors:
 - Its GDN layers have as many key as query heads, so keys, values and their convolutions are stored for all heads.
 - Its attention has an output gate. Gate rows of zero give sigmoid(0) = 1/2, so the output projection is doubled.
 - Its norms multiply by one plus the stored weight, except for the norm inside GDN.
-- Beside the experts that the router chooses, each layer has a shared one, which is zero here.
+- Besides the routed experts, each layer has a shared expert, whose weights are set to zero.
 
 Legend: H heads, K head_dim, D hidden_size, W conv_size.
 """

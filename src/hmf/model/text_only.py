@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The language model of a checkpoint that also reads images, as a checkpoint of its own."""
+"""Extracts the language model of a multimodal checkpoint into a separate checkpoint."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def given_options(source: str | Path, extra: Sequence[str]) -> dict[str, Any]:
 
 
 class ArgumentProblem(Exception):
-    """An error of vLLM's parser."""
+    """An error that vLLM's option parser reports."""
 
 
 @functools.cache
@@ -305,7 +305,7 @@ def run(launch: Launch) -> None:
     with tempfile.TemporaryDirectory(prefix="hmf-serve-") as folder, _handled(lambda: stops.append(time.monotonic())):
         reason = Path(folder) / "reason"
         environment = os.environ | launch.environment | {REASON_FILE: str(reason)}
-        # In its own process group, so that Ctrl-C reaches only this process, and all of the server's can be ended.
+        # The server has its own process group: Ctrl-C reaches only this process, which can then end the whole group.
         server = subprocess.Popen(command, env=environment, process_group=0)
         with _ended_with_us(server.pid):
             try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hybrids over vLLM's stock decoder stacks: one table row a family, no forward code.
+"""Hybrids built on vLLM's stock decoder stacks. Each family is one row of a table; there is no forward code.
 
 vLLM's stacks take their layer class as a parameter. A Hybrid's layer is the stock layer of its family whose attention,
 where the pattern says so, is swapped for a recurrent mixer; norms, MLP or experts, residuals and pipeline stages stay
@@ -78,7 +78,7 @@ def hybrid_layer(stock: type[nn.Module]) -> type[nn.Module]:
             window = config.attention_windows[index]
             if symbol == ATTENTION and stock_attention.attn.sliding_window == window:
                 return
-            # The stock layer has announced its attention to vLLM, which would give it a KV cache: take that back.
+            # The stock layer has registered its attention, and vLLM would allocate a KV cache for it. Remove the entry.
             announced = vllm_config.compilation_config.static_forward_context
             for name in [name for name in announced if name.startswith(f"{prefix}.self_attn.")]:
                 del announced[name]
@@ -92,7 +92,7 @@ def hybrid_layer(stock: type[nn.Module]) -> type[nn.Module]:
 
 
 class NoPositions(nn.Module):
-    """In place of rotary positions in layers that have none, as some of SmolLM3."""
+    """Replaces rotary positions in layers that have none, such as some layers of SmolLM3."""
 
     def forward(self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None) -> Any:
         return query, key
@@ -186,7 +186,7 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         return None
 
     def _parameters_of(self, published: str) -> list[str] | None:
-        """The names of its parameters without the bias, or None."""
+        """The names of the linear layer's parameters except the bias; None if there is no such layer on this rank."""
         if (module := self._linear_of(published)) is None:
             return None
         return [name for name, _ in module.named_parameters(recurse=False) if name != "bias"]
