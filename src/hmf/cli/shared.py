@@ -85,7 +85,7 @@ ComposeChunk = Annotated[
 
 
 def composition(compose: str | None, chunk: int) -> Any:
-    """The `Composition` that the options --compose and --compose-chunk give; None without the first."""
+    """The `Composition` for the options --compose and --compose-chunk; None without --compose."""
     if compose is None:
         return None
     from hmf.evaluation.chunks import Composition

@@ -112,8 +112,8 @@ def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
 
 
 def _known(value: str | None, dtypes: Mapping[str, torch.dtype | None]) -> str:
-    """The dtype of a cache for the plan: `value`, or "auto", which plans for more bytes, where the planner has no
-    size for it."""
+    """The dtype of a cache for the plan: `value` if the planner knows its size, else "auto", which plans for more
+    bytes."""
     return value if value is not None and value in dtypes else "auto"
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hybrids built on vLLM's stock decoder stacks. Each family is one row of a table; there is no forward code.
 
-vLLM's stacks take their layer class as a parameter. A Hybrid's layer is the stock layer of its family whose attention,
-where the pattern says so, is swapped for a recurrent mixer; norms, MLP or experts, residuals and pipeline stages stay
-vLLM's.
+vLLM's stacks take their layer class as a parameter. A Hybrid's layer is the stock layer of its family. Where
+the pattern has another symbol than attention, a mixer replaces the layer's attention. Norms, MLP or experts, residuals
+and pipeline stages are vLLM's.
 """
 
 from __future__ import annotations
