@@ -142,7 +142,7 @@ def keep_times(file: Path, seconds: dict[str, float]) -> None:
 
 
 def scored(path: Path, settings: EvaluateSettings, result: Path, name: str) -> dict[str, Any]:
-    """Scores and footprint of a checkpoint. They are read from the file `result` if it is intact, else written to it."""
+    """Scores and footprint of a checkpoint. They are read from the file `result` if it is intact, else written."""
     with suppress(FileNotFoundError, ValueError):
         return parse_sealed(result.read_text(encoding="utf-8"))
     answers = result.parent / ANSWERS / result.stem.removeprefix("scores.")
