@@ -53,7 +53,7 @@ def resolve_base(base: str, weights: bool = True) -> Path:
 
 
 def shown(folder: Path) -> str:
-    """A checkpoint directory as results and notices name it: the embedded teacher is no path of this machine."""
+    """The name of a checkpoint directory in results and notices: its path, or "teacher" for the embedded teacher."""
     return EMBEDDED_TEACHER if folder == ASSETS / "teacher" else str(folder)
 
 
@@ -149,7 +149,7 @@ def locked(output: Path) -> Iterator[None]:
 
 
 def _results(output: Path) -> set[str]:
-    """Names of the files and of the folders that are not empty, which a run has left in its output folder."""
+    """Names of a run's files and non-empty folders in its output folder, without temporary ones."""
     names = {item.name for item in output.iterdir() if item.is_file() or any(item.iterdir())}
     return {name for name in names - {HOLDER, PART} if not name.startswith((f".{STAGE0}.", f".{BASE}."))}
 

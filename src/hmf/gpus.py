@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hmf.errors import HmfError, unknown_name
 
 GIB = 2**30
+MFU = 0.35  # default of the model FLOPs utilisation in plans; an assumption, not a measurement
 
 
 @dataclass(frozen=True)

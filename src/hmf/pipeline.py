@@ -108,14 +108,14 @@ def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[st
 
 
 def check_tasks(settings: EvaluateSettings | None) -> None:
-    """HmfError for the name of a task that there is none of."""
+    """HmfError if `settings.tasks` has the name of an unknown task."""
     for task in settings.tasks if settings else ():
         if task not in tasks.TASKS:
             raise HmfError(f"evaluate.tasks: {unknown_name('task', task, tasks.TASKS)}")
 
 
 def finetuned_scores(recipe: FinetuneRecipe) -> dict[str, dict[str, Any]]:
-    """Scores of a finished run of `hmf finetune`, of the model before and after, as its recipe asks for them."""
+    """Scores of the model before and after a finished run of `hmf finetune`, by the recipe's section `evaluate`."""
     if recipe.evaluate is None:
         return {}
     models = {"before": recipe.model, "model": recipe.output / "model"}
@@ -127,14 +127,14 @@ def finetuned_scores(recipe: FinetuneRecipe) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
-    """Put the seconds that the block takes into `seconds`."""
+    """Measure the time of the block, and store it as `seconds[step]`."""
     started = time.perf_counter()
     yield
     seconds[step] = round(time.perf_counter() - started, 3)
 
 
 def keep_times(file: Path, seconds: dict[str, float]) -> None:
-    """Put the times of steps beside those that the file holds already."""
+    """Write the times of steps to `file`. Times of other steps in the file are kept."""
     if seconds:
         with suppress(FileNotFoundError, ValueError):
             seconds = parse_sealed(file.read_text(encoding="utf-8")) | seconds
@@ -142,7 +142,7 @@ def keep_times(file: Path, seconds: dict[str, float]) -> None:
 
 
 def scored(path: Path, settings: EvaluateSettings, result: Path, name: str) -> dict[str, Any]:
-    """Scores and footprint of a checkpoint, from the file `result` if it exists and is intact; else it is written."""
+    """Scores and footprint of a checkpoint. They are read from the file `result` if it is intact, else written."""
     with suppress(FileNotFoundError, ValueError):
         return parse_sealed(result.read_text(encoding="utf-8"))
     answers = result.parent / ANSWERS / result.stem.removeprefix("scores.")

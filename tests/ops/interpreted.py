@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run with TRITON_INTERPRET=1: gka's Triton kernels on a CPU against the float64 reference; fails at what is off.
+"""Compares GKA's Triton kernels, interpreted on a CPU, with the float64 reference; fails at the first difference.
 
-The interpreter is set before Triton is imported, and for a whole process: so this one is a program of its own.
+Run with TRITON_INTERPRET=1. Triton reads the variable when it is imported, so this program needs its own process.
 """
 
 import functools
@@ -67,7 +67,7 @@ def changed(made, value_dim=None, alpha=True, symmetric=True):
 
 
 def nudged(made):
-    """The sample with every number off by what the kernels' products round to: see `hmf.ops.gka_triton`."""
+    """The sample with every number perturbed by the rounding error of the kernels' products (`hmf.ops.gka_triton`)."""
     generator = torch.Generator().manual_seed(0)
     tokens, exact = (
         {name: x * (1 + 2**-17 * torch.randn(x.shape, generator=generator, dtype=x.dtype)) for name, x in some.items()}
@@ -133,7 +133,7 @@ CASES = [  # name, shape, options, changes, dtype, with gradients
 
 
 def check_pool(device: str, dtype: torch.dtype, pool_dtype: torch.dtype) -> None:
-    """A step in pools with rows of nobody (NaN), of others and of padding, against `gka.step`."""
+    """Compare a decode step with `gka.step`: pools whose unused rows are NaN, and a batch with a padded request."""
     from hmf.ops import gka_decode
 
     made = sample("gka", Shape(batch=3, tokens=1, heads=2, head_dim=16, with_state=True))
@@ -159,8 +159,8 @@ def check_pool(device: str, dtype: torch.dtype, pool_dtype: torch.dtype) -> None
     others = torch.ones(8, dtype=torch.bool).index_fill(0, used, False)
     assert not o[-1].any() and all(pool[others.to(device)].isnan().all() for pool in pools)
     plain = [y.to(kind) for y, kind in zip(step(torch.float32), (dtype, pool_dtype, pool_dtype), strict=True)]
-    found = [y.cpu() for y in (o[:-1], pools[0][used], pools[1][used])]
-    assert_near(found, step(torch.float64), plain, what=f"a pool of {pool_dtype}: output, covariance, recurrent")
+    outputs = [y.cpu() for y in (o[:-1], pools[0][used], pools[1][used])]
+    assert_near(outputs, step(torch.float64), plain, what=f"a pool of {pool_dtype}: output, covariance, recurrent")
 
 
 def shared_errors(device: str) -> dict[str, float]:
@@ -180,16 +180,16 @@ def shared_errors(device: str) -> dict[str, float]:
         strength = beta[at, :, None].double()
         return [y[None] for y in (x[0], x[1] * strength, x[2] * strength, *(y[at].double() for y in (g, gk, alpha)))]
 
-    def found(kernel, at, *rest, **more):
+    def run_kernel(kernel, at, *rest, **more):
         x = [y[at].to(device) for y in (q, k, v, g, gk, alpha)]
         return kernel(*x, *rest, **options, **more, beta=beta[at].to(device), eps=1e-6)
 
     whole, last, cu_seqlens = slice(0, 54), slice(54, 58), torch.tensor(bounds)
     expected, state = gka.reference(*expanded(whole), None, cu_seqlens, **options)
-    o, after = found(gka_chunk_triton.chunked, whole, None, cu_seqlens.to(device))
+    o, after = run_kernel(gka_chunk_triton.chunked, whole, None, cu_seqlens.to(device))
     result = {"output": (o, expected[0]), "covariance": (after[0], state[0]), "recurrent": (after[1], state[1])}
     expected, state = gka.reference(*expanded(last), state, torch.arange(5), **options)
-    o, after = found(gka_decode.step, last, after)
+    o, after = run_kernel(gka_decode.step, last, after)
     result |= {"next": (o, expected[0]), "next C": (after[0], state[0]), "next U": (after[1], state[1])}
     return {name: doctor.relative_error(y.cpu().double(), z) for name, (y, z) in result.items()}
 

@@ -24,7 +24,7 @@ DEBUG = "HMF_DEBUG"  # if set, unexpected errors show their traceback
 
 
 class Stopped(Exception):
-    """Stands for a KeyboardInterrupt and its message, which Typer would replace by a bare exit code."""
+    """Raised in place of a KeyboardInterrupt, whose message Typer would replace by a bare exit code."""
 
 
 class _Commands(TyperGroup):

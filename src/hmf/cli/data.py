@@ -137,18 +137,18 @@ def _weights(text: str) -> dict[str, float]:
     """ "recall=2,needle" -> {"recall": 2.0, "needle": 1.0}. HmfError names what is wrong."""
     from hmf.data.tasks import TASKS
 
-    found: dict[str, float] = {}
+    weights: dict[str, float] = {}
     for part in text.split(","):
         name, _, weight = part.strip().partition("=")
         if name not in TASKS:
             raise HmfError(f"--tasks: {unknown_name('task', name, TASKS)}")
         try:
-            found[name] = float(weight or 1)
+            weights[name] = float(weight or 1)
         except ValueError:
-            found[name] = math.nan
-        if not 0 < found[name] < math.inf:
+            weights[name] = math.nan
+        if not 0 < weights[name] < math.inf:
             raise HmfError(f"--tasks: {part.strip()}: give a weight above 0, such as {name}=2")
-    return found
+    return weights
 
 
 def _tokenizer(name: str) -> Path:

@@ -24,7 +24,7 @@ from hmf.cli.shared import (
 )
 from hmf.errors import HmfError
 from hmf.folders import find_recipe, require_parent, resolve_base
-from hmf.gpus import parse_gpus
+from hmf.gpus import MFU, parse_gpus
 
 app = group("")
 
@@ -115,7 +115,7 @@ def plan_training(
     gpu: Annotated[
         str | None, typer.Option(help="For example h200x8. Default: the GPUs that each recipe names.")
     ] = None,
-    mfu: Annotated[float, typer.Option(help="Assumed model FLOPs utilisation: share of the GPUs' peak.")] = 0.35,
+    mfu: Annotated[float, typer.Option(help="Assumed model FLOPs utilisation: share of the GPUs' peak.")] = MFU,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:

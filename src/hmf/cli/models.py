@@ -112,11 +112,11 @@ def evaluate(
     """
     if len(set(models)) < len(models):
         raise HmfError("MODEL: a model is named twice; name each model once")
-    given = {option for option in context.params if _is_given(context, option)}
+    explicit = {option for option in context.params if _is_given(context, option)}
     if suite is None and parity:
         suite, tasks = "retention", tasks or ""
     for option in OF_TASKS if suite else OF_SUITES:
-        if option in given:
+        if option in explicit:
             named = f"--{option.replace('_', '-')}"
             raise HmfError(
                 f"{named}: is not for a suite" if suite else f"{named}: is for a suite; add --suite retention"
@@ -193,10 +193,10 @@ def _show_suites(stores: Any, as_json: bool) -> None:
     if as_json:
         first = next(iter(stores))
         content = {model: store.scores for model, store in stores.items()}
-        for other, found in compared.items():
+        for other, paired in compared.items():
             content[other] = {
                 **content[other],
-                "paired": {"with": first, "tasks": {task: pair and asdict(pair) for task, pair in found.items()}},
+                "paired": {"with": first, "tasks": {task: pair and asdict(pair) for task, pair in paired.items()}},
             }
         typer.echo(json.dumps(content, indent=2))
     else:
@@ -208,13 +208,16 @@ def _show_suites(stores: Any, as_json: bool) -> None:
 
 def _evaluate_tasks(
     folders: dict[str, Path],
-    given: dict[str, Any],
+    fields: dict[str, Any],
     how: dict[str, Any],
     as_json: bool,
     out: Path | None,
     name: str | None,
 ) -> None:
-    """Score models on text and the small tasks. given: `EvaluateSettings`; how: arguments of `evaluate_checkpoint`."""
+    """Score models on text and the small tasks.
+
+    fields: the fields of `EvaluateSettings`. how: arguments of `evaluate_checkpoint`.
+    """
     import json
 
     from hmf.config.runs import EvaluateSettings
@@ -224,10 +227,10 @@ def _evaluate_tasks(
     from hmf.evaluation.run import evaluate_checkpoint
     from hmf.report.table import print_scores
 
-    for task in given["tasks"]:
+    for task in fields["tasks"]:
         if task not in TASKS:
             raise HmfError(f"--tasks: {unknown_name('task', task, TASKS)}")
-    settings = EvaluateSettings.model_validate(given)
+    settings = EvaluateSettings.model_validate(fields)
     scores = {model: evaluate_checkpoint(folder, settings, name=model, **how) for model, folder in folders.items()}
     if as_json:
         typer.echo(json.dumps(scores, indent=2))

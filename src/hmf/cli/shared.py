@@ -85,7 +85,7 @@ ComposeChunk = Annotated[
 
 
 def composition(compose: str | None, chunk: int) -> Any:
-    """The `Composition` that the options --compose and --compose-chunk give; None without the first."""
+    """The `Composition` for the options --compose and --compose-chunk; None without --compose."""
     if compose is None:
         return None
     from hmf.evaluation.chunks import Composition
@@ -115,8 +115,8 @@ def command() -> str:
     if not script.is_file():
         return f"{shlex.quote(sys.executable)} -m hmf.cli"
     script = Path(os.path.abspath(script))
-    found = shutil.which("hmf")
-    if found is not None and os.path.realpath(found) == os.path.realpath(script):
+    on_path = shutil.which("hmf")
+    if on_path is not None and os.path.realpath(on_path) == os.path.realpath(script):
         return "hmf"
     here = Path.cwd()
     return shlex.quote(str(script.relative_to(here) if script.is_relative_to(here) else script))

@@ -134,7 +134,7 @@ def select(
         keep = layers - len(Pattern.generate(layers, "gdn", ratio).replaced)
     if keep >= layers:
         raise HmfError(f"--keep: {keep} is not below {layers}, the model's layers")
-    given = {
+    recipe_values = {
         "base": source,
         "output": out,
         "hybrid.pattern": "null",
@@ -143,7 +143,7 @@ def select(
         "hybrid.mixer": mixer,
         "select.method": method,
     }
-    changes = [f"{key}={value}" for key, value in given.items() if value is not None]
+    changes = [f"{key}={value}" for key, value in recipe_values.items() if value is not None]
     settings, text = read_recipe(find_recipe(recipe), PrimeRecipe, [*changes, *(overrides or ())])
     settings = with_checkpoint(settings, "base")
     with run_folder(settings.output, text):

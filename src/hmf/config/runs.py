@@ -63,11 +63,11 @@ class HybridSettings(Settings):
 
     @model_validator(mode="after")
     def _one_choice(self) -> HybridSettings:
-        given = [name for name in ("ratio", "layers", "pattern") if getattr(self, name) is not None]
-        if self.layers == "auto" and given != ["ratio", "layers"]:
+        present = [name for name in ("ratio", "layers", "pattern") if getattr(self, name) is not None]
+        if self.layers == "auto" and present != ["ratio", "layers"]:
             raise ValueError("layers: auto needs ratio, the share of layers to replace, and no pattern")
-        if self.layers != "auto" and len(given) != 1:
-            raise ValueError(f"give exactly one of ratio, layers and pattern, not {' and '.join(given) or 'none'}")
+        if self.layers != "auto" and len(present) != 1:
+            raise ValueError(f"give exactly one of ratio, layers and pattern, not {' and '.join(present) or 'none'}")
         if self.start != "calibrated" and "calibration" in self.model_fields_set:
             raise ValueError("calibration is read with start: calibrated; set that, or leave calibration out")
         return self

@@ -73,16 +73,16 @@ class OptimiserSettings(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _present_names(cls, given: Any, info: ValidationInfo) -> Any:
-        if not isinstance(given, Mapping):
-            return given
+    def _present_names(cls, values: Any, info: ValidationInfo) -> Any:
+        if not isinstance(values, Mapping):
+            return values
         # If a key is given under both names, the former name stays and is refused as an unknown key.
-        former = {old: new for old, new in RENAMED.items() if old in given and new not in given}
+        former = {old: new for old, new in RENAMED.items() if old in values and new not in values}
         if former:
             place = f"{info.context['file']}: " if info.context else ""
             names = ", ".join(f"{old} is now {new}" for old, new in former.items())
             notice(f"{place}training: {names}; the former names are read until the next release")
-        return {former.get(name, name): value for name, value in given.items()}
+        return {former.get(name, name): value for name, value in values.items()}
 
     @model_validator(mode="after")
     def _one_choice(self) -> OptimiserSettings:

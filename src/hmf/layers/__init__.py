@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token mixers: projections -> op -> gate -> projection, each with its own start from attention."""
+"""Token mixers: projections -> op -> gate -> projection. Each defines its initialisation from attention."""

@@ -25,7 +25,7 @@ def stock_parameters(config: Any, layer_idx: int) -> frozenset[str]:
 
 
 def stock_attention(config: Any, layer_idx: int) -> Any:
-    """The base family's own attention, without values."""
+    """The base family's own attention on the meta device."""
     with torch.device("meta"):
         return config.family.class_named("Attention")(config, layer_idx)
 
@@ -71,7 +71,7 @@ def has_output_gate(attention: Any) -> bool:
 
 
 def has_positions(config: Any, layer_idx: int) -> bool:
-    """Whether the base's attention has rotary positions in this layer. SmolLM3 leaves some layers without."""
+    """Whether the base's attention has rotary positions in this layer. Some layers of SmolLM3 have none."""
     return bool(getattr(stock_attention(config, layer_idx), "use_rope", True))
 
 
@@ -96,7 +96,7 @@ def norm_like(norm: nn.Module, eps: float) -> nn.Module:
 
 
 def norm_offset(norm: nn.Module) -> float:
-    """What the norm adds to its weight: 1 for Gemma's norms, whose weights start at 0."""
+    """The constant that the norm adds to its weight: 1 for Gemma's norms, whose weights start at 0."""
     with torch.device("cpu"):
         return 1 - type(norm)(1).weight.item()
 
@@ -135,7 +135,7 @@ def with_query_scale(
 
 
 def without_positions(position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary tables that leave queries and keys as they are."""
+    """Rotary tables that do not change queries and keys."""
     cos, sin = position_embeddings
     return torch.ones_like(cos), torch.zeros_like(sin)
 

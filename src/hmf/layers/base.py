@@ -188,7 +188,7 @@ class Mixer(nn.Module):
 
     @property
     def output_projection(self) -> nn.Linear:
-        """The last module of `mix`, which is linear: its output is the mixer's."""
+        """The linear module that is applied last in `mix`; its output is the mixer's output."""
         return self.get_submodule("o_proj")
 
     @classmethod
@@ -201,7 +201,7 @@ class Mixer(nn.Module):
         return None
 
     def init_recurrence(self, generator: torch.Generator | None = None) -> None:
-        """Initialise the parameters that are no submodule's (decay, step size). By default there are none."""
+        """Initialise the mixer's direct parameters, which belong to no submodule (decay, step size). Default: none."""
 
     def _apply(self, fn, recurse=True):
         kept = {name: getattr(self, name) for name in self.float32_parameters if getattr(self, name, None) is not None}

@@ -167,13 +167,13 @@ class BMojoF(Mixer):
 
     @torch.no_grad()
     def init_from_attention(self, attention: nn.Module, generator: torch.Generator, std: float) -> Start:
-        """Both windows' projections and norms, and the recurrent layer, from the same attention."""
-        start, given = Start(), dict(attention.named_parameters())
+        """Initialise the projections and norms of both windows, and the recurrent layer, from the same attention."""
+        start, parameters = Start(), dict(attention.named_parameters())
         for name, parameter in self.bmojo_attn.named_parameters(prefix="bmojo_attn"):
             module, _, kind = name.removeprefix("bmojo_attn.").rpartition(".")
             source = f"{module.removesuffix('_')}.{kind}"
-            if source in given:
-                parameter.copy_(given[source])
+            if source in parameters:
+                parameter.copy_(parameters[source])
                 start.copied[name] = source
             else:  # a bias that this layer has and the attention does not have
                 parameter.zero_()

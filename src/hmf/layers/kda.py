@@ -42,4 +42,4 @@ class KimiDeltaAttention(GatedDeltaNet):
         return self.g_b_proj(self.g_a_proj(hidden_states)).to(dtype).sigmoid()
 
     def init_gate(self, given: dict[str, nn.Parameter], start: Start) -> None:
-        """The gate is random, so that all its factors are about one half."""
+        """The gate's projections stay random, so all factors of the gate are about one half."""

@@ -151,14 +151,14 @@ class LinearMixer(Mixer):
 
     @torch.no_grad()
     def init_from_attention(self, attention: nn.Module, generator: torch.Generator, std: float) -> Start:
-        """Projections are copied from attention; the rest is as in `init_gate`, or random."""
+        """Projections are copied from attention. `init_gate` sets the gate; other new matrices are random."""
         start = Start()
-        given = dict(attention.named_parameters())
+        parameters = dict(attention.named_parameters())
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            getattr(self, name).weight.copy_(given[f"{name}.weight"])
+            getattr(self, name).weight.copy_(parameters[f"{name}.weight"])
             start.copied[f"{name}.weight"] = f"{name}.weight"
         if self.options.use_gate:
-            self.init_gate(given, start)
+            self.init_gate(parameters, start)
         self.o_norm.weight.fill_(1.0)
         self.init_recurrence(generator)
         for name, parameter in self.named_parameters():
@@ -169,9 +169,9 @@ class LinearMixer(Mixer):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
             elif name.endswith(".bias"):
                 parameter.zero_()
-        start.mark_unused(given, ("q_norm.weight", "k_norm.weight"), "the layer normalises q and k itself")
-        start.mark_unused(given, [f"{name}_proj.bias" for name in "qkvo"], "the layer's projections have no bias")
-        start.mark_unused(given, ("gate_proj.weight", "gate_proj.bias"), "the layer has a gate of its own")
+        start.mark_unused(parameters, ("q_norm.weight", "k_norm.weight"), "the layer normalises q and k itself")
+        start.mark_unused(parameters, [f"{name}_proj.bias" for name in "qkvo"], "the layer's projections have no bias")
+        start.mark_unused(parameters, ("gate_proj.weight", "gate_proj.bias"), "the layer has a gate of its own")
         return start
 
     def init_gate(self, given: dict[str, nn.Parameter], start: Start) -> None:

@@ -121,19 +121,19 @@ class Mamba2(Mixer):
         norms over all heads, which become norms per head.
         """
         start = Start()
-        given = dict(attention.named_parameters())
-        v, transposed = (given[f"{name}_proj.weight"] for name in "vo")
-        k, q, norms = self._keys_and_queries(attention, given)
+        parameters = dict(attention.named_parameters())
+        v, transposed = (parameters[f"{name}_proj.weight"] for name in "vo")
+        k, q, norms = self._keys_and_queries(attention, parameters)
         transposed = transposed.T
         gate = (transposed + v.repeat_interleave(transposed.shape[0] // v.shape[0], 0)) / 2
         steps = torch.randn(self.heads, q.shape[1], generator=generator) * std
         self.in_proj.weight.copy_(torch.cat([gate, v, k, q, steps.to(q)]))
         start.derived["in_proj.weight"] = tuple(f"{name}_proj.weight" for name in "ovkq")
-        self.out_proj.weight.copy_(given["o_proj.weight"])
+        self.out_proj.weight.copy_(parameters["o_proj.weight"])
         start.copied["out_proj.weight"] = "o_proj.weight"
         for name, (source, weight) in norms.items():
             self.get_parameter(name).copy_(weight)
-            if weight is given[source]:
+            if weight is parameters[source]:
                 start.copied[name] = source
             else:
                 start.derived[name] = (source,)
@@ -143,28 +143,28 @@ class Mamba2(Mixer):
         weight.copy_(torch.randn(weight.shape, generator=generator) * std)
         nn.init.zeros_(self.conv1d.bias)
         start.initialised = ["A_log", "dt_bias", "D", "norm.weight", "conv1d.weight", "conv1d.bias"]
-        start.mark_unused(given, ("gate_proj.weight", "gate_proj.bias"), "the layer has a gate of its own")
-        for name in given.keys() - start.used() - start.unused.keys():
+        start.mark_unused(parameters, ("gate_proj.weight", "gate_proj.bias"), "the layer has a gate of its own")
+        for name in parameters.keys() - start.used() - start.unused.keys():
             start.unused[name] = (
                 "no q/k norm in this layer" if "norm" in name else "this layer's projections have no bias"
             )
         return start
 
     def _keys_and_queries(
-        self, attention: Any, given: dict[str, torch.Tensor]
+        self, attention: Any, parameters: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, tuple[str, torch.Tensor]]]:
         """Rows of in_proj for B and C, and for each norm of this layer the attention's norm and the weight.
 
         The layer multiplies C and B without a factor, as if the base's were 1 / sqrt(K). Another factor goes into C.
         A norm over all heads becomes one per head, and its weight, which differs by head, goes into the rows.
         """
-        k, q, scale = given["k_proj.weight"], given["q_proj.weight"], attention.scaling * self.head_dim**0.5
+        k, q, scale = parameters["k_proj.weight"], parameters["q_proj.weight"], attention.scaling * self.head_dim**0.5
         is_usual = math.isclose(scale, 1)
         if not hasattr(self, "B_norm"):
             return k, q if is_usual else q * scale, {}
         weights = []
         for name in ("k_norm", "q_norm"):
-            weight, offset = given[f"{name}.weight"], norm_offset(getattr(attention, name))
+            weight, offset = parameters[f"{name}.weight"], norm_offset(getattr(attention, name))
             weights.append(weight + offset if offset else weight)
         if len(weights[0]) != self.head_dim:
             k, q = k * weights[0][:, None], q * weights[1][:, None]

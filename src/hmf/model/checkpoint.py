@@ -67,12 +67,12 @@ class StrictLoading(Mixin):
         if source is not None and Path(source).is_dir():
             if variant := kwargs.get("variant"):
                 raise HmfError(f"{source}: variant={variant!r} is not supported; rename the weights without it")
-            folder, given = require_checkpoint(Path(source, kwargs.get("subfolder") or "")), kwargs.get("config")
-            if isinstance(given, PreTrainedConfig):
-                config = copy.deepcopy(given)
+            folder, given_config = require_checkpoint(Path(source, kwargs.get("subfolder") or "")), kwargs.get("config")
+            if isinstance(given_config, PreTrainedConfig):
+                config = copy.deepcopy(given_config)
             else:
-                config = cls.config_class.from_pretrained(given or folder)
-            if settle(config, folder) or given is not None:
+                config = cls.config_class.from_pretrained(given_config or folder)
+            if settle(config, folder) or given_config is not None:
                 kwargs["config"] = config
             check_merged(folder, config)
         with _without_load_report():

@@ -253,9 +253,9 @@ def new_directory(target: str | Path) -> Iterator[Path]:
         made = [parent for parent in target.parents if not parent.exists()]  # nearest first
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}")  # mkdtemp's names
-        for left in target.parent.iterdir():
-            if unfinished.fullmatch(left.name):
-                shutil.rmtree(left, ignore_errors=True)
+        for sibling in target.parent.iterdir():
+            if unfinished.fullmatch(sibling.name):
+                shutil.rmtree(sibling, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
         raise HmfError(f"{target}: cannot be created ({reason(error)}: {error.filename}); choose another") from None
@@ -282,21 +282,21 @@ def copy_companions(source: str | Path, target: str | Path, leave: re.Pattern[st
     There is no list of files for tokenizers, templates or generation: all plain files are copied except for `WRITTEN`
     and `LEFT_BEHIND`, and those whose names match `leave`. Of folders, only those with chat templates are copied.
     """
-    source, target, left = Path(source), Path(target), []
+    source, target, not_copied = Path(source), Path(target), []
     for item in sorted(require_folder(source).iterdir()):
         if item.is_dir() and item.name in TEMPLATES:
             shutil.copytree(item, target / item.name, copy_function=shutil.copyfile)
         elif WRITTEN.fullmatch(item.name):
             continue
         elif LEFT_BEHIND.fullmatch(item.name) or not item.is_file() or (leave and leave.fullmatch(item.name)):
-            left.append(item.name + "/" * item.is_dir())
+            not_copied.append(item.name + "/" * item.is_dir())
         else:
             with reading(item):
                 content = item.open("rb")
             with content, (target / item.name).open("wb") as copy:
                 shutil.copyfileobj(content, copy)
-    if left:
-        notice(f"{shown(source)}: not copied to the result: {listed(left, 8)}")
+    if not_copied:
+        notice(f"{shown(source)}: not copied to the result: {listed(not_copied, 8)}")
 
 
 # --- special tokens ---

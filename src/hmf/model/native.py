@@ -8,7 +8,7 @@ tensors:
 - Its GDN layers have as many key as query heads, so keys, values and their convolutions are stored for all heads.
 - Its attention has an output gate. Gate rows of zero give sigmoid(0) = 1/2, so the output projection is doubled.
 - Its norms multiply by one plus the stored weight, except for the norm inside GDN.
-- Beside the experts that the router chooses, each layer has a shared one, which is zero here.
+- Besides the routed experts, each layer has a shared expert, whose weights are set to zero.
 
 Legend: H heads, K head_dim, D hidden_size, W conv_size.
 """
@@ -200,7 +200,7 @@ def native_config(config: Any, source: str = "config.json") -> Any:
         notice(f"{source}: keys that the config of {FORMAT} does not have are left out: {listed(dropped, 8)}")
     # Without mrope_section, which divides positions by image axes: in text all axes have the same position.
     rope = {key: value for key, value in config.rope_parameters.items() if not key.startswith("mrope")}
-    # The shared expert, all zero, has the size of an expert: it splits and quantises as they do.
+    # The shared expert (all zeros) has the size of a routed expert, so that it can be split and quantised like one.
     shared = {"shared_expert_intermediate_size": config.moe_intermediate_size} if with_experts else {}
     return config_class(
         **kept

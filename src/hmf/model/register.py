@@ -25,7 +25,7 @@ def register() -> None:
 
 
 def _register_tokenizer(family: Family, config_class: type) -> None:
-    """Make AutoTokenizer read a Hybrid's tokenizer files with the same class as the base's, whose files they are.
+    """Make AutoTokenizer read a Hybrid's tokenizer files, which are the base's, with the base's tokenizer class.
 
     transformers chooses the class by the files and by tables of model types. For Qwen2, for example, a table overrides
     the files, because checkpoints often name a class that splits text in another way.

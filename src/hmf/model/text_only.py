@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The language model of a checkpoint that also reads images, as a checkpoint of its own."""
+"""Extracts the language model of a multimodal checkpoint into a separate checkpoint."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ PROCESSOR = re.compile(r"(video_|audio_|image_)?(preprocessor|processor)_config\
 
 @dataclass(frozen=True)
 class TextOnlyReport:
-    """What was taken out of a multimodal checkpoint, and what was left."""
+    """Which tensors of a multimodal checkpoint were written to the text-only checkpoint, and which were not."""
 
     family: str
     tensors: int
     left: dict[str, int]  # number of tensors that were left out, by module
 
     def describe(self) -> str:
-        left = ", ".join(f"{name} ({count} tensors)" for name, count in sorted(self.left.items()))
-        return f"{self.family} with {self.tensors} tensors; left out: {left or 'nothing'}"
+        omitted = ", ".join(f"{name} ({count} tensors)" for name, count in sorted(self.left.items()))
+        return f"{self.family} with {self.tensors} tensors; left out: {omitted or 'nothing'}"
 
 
 def text_family(config: Any) -> Family | None:
@@ -73,13 +73,13 @@ def take_text(source: str | Path, target: str | Path) -> TextOnlyReport:
         names = set(AutoModelForCausalLM.from_config(config).state_dict())
     stored = stored_tensors(source)
     taken = _names(source, stored, names)
-    left = Counter(name.removeprefix("model.").partition(".")[0] for name in stored.keys() - taken.keys())
+    omitted = Counter(name.removeprefix("model.").partition(".")[0] for name in stored.keys() - taken.keys())
     with new_directory(target) as folder:
         config.save_pretrained(folder)
         _write_weights(source, folder, taken)
         copy_companions(source, folder, leave=PROCESSOR)
         _write_template(source, folder)
-    return TextOnlyReport(family.model_type, len(taken), dict(left))
+    return TextOnlyReport(family.model_type, len(taken), dict(omitted))
 
 
 def _require_decoder(whole: Any, family: Family, source: Path) -> None:
@@ -105,7 +105,7 @@ def _require_decoder(whole: Any, family: Family, source: Path) -> None:
 
 
 def _text_config(whole: Any, family: Family) -> Any:
-    """The config of the language model; what the whole config says about embeddings, dtype and tokens comes first."""
+    """The config of the language model; the whole config's values for embeddings, dtype and tokens take precedence."""
     fields = whole.text_config.to_dict()
     for key in ("model_type", "architectures", "transformers_version"):
         fields.pop(key, None)
@@ -127,8 +127,10 @@ def _names(source: Path, stored: Any, expected: set[str]) -> dict[str, str]:
     """
     embeddings = [name for name in stored if name.endswith(EMBEDDINGS)]
     if len(embeddings) != 1:
-        found = listed(embeddings) if embeddings else "none"
-        raise HmfError(f"{source}: one tensor must be the language model's embeddings ({EMBEDDINGS}); found: {found}")
+        candidates = listed(embeddings) if embeddings else "none"
+        raise HmfError(
+            f"{source}: one tensor must be the language model's embeddings ({EMBEDDINGS}); found: {candidates}"
+        )
     prefix, taken = embeddings[0].removesuffix(EMBEDDINGS), {}
     for name in stored:
         own = f"model.{name.removeprefix(prefix)}" if name.startswith(prefix) else name

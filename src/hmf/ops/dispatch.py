@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place that chooses which implementation of an op runs.
+"""Chooses which implementation of an op runs; no other module does.
 
 Every op has a `reference` (the definition), a `chunked` version in plain PyTorch and, on CUDA, a `fast` one. The
 environment variable HMF_OPS selects one of the three for all ops, for debugging and for `hmf doctor`.

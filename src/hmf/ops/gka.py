@@ -132,7 +132,7 @@ def chunked(
     chunk_size: int = 32,
     solver=None,
 ) -> Result:
-    """Solves all tokens of many chunks at once, from the covariances at the chunks' starts.
+    """Solve for all tokens of many chunks in parallel, from the covariances at the chunks' starts.
 
     The covariance of a single token is never formed. With C_0 at the chunk's start, d_t the decay since then and M_ts
     the decay from token s to t, C_t p = d_t C_0 p + sum_{s <= t} M_ts k_s (k_s . p), so an iteration for a whole chunk

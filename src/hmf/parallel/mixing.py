@@ -102,7 +102,7 @@ def entering(shards: Shards, *decayed: tuple[torch.Tensor, torch.Tensor, torch.T
         weight = (since - g).exp() * shards.in_last[..., None]
         updates.append(torch.einsum("mchk,mchv->mhkv", k * weight[..., None], v))
         decays.append(since[:, 0].exp())
-    # One all-gather for everything.
+    # All tensors are exchanged in a single all-gather.
     message = torch.cat([*(x.flatten(1) for x in updates), *decays], -1)
     parts = shards.gather_chunks(message).split([x[0].numel() for x in (*updates, *decays)], -1)
     return [

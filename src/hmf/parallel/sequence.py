@@ -41,7 +41,7 @@ def sequence_group(ranks: int) -> Group:
 
 
 def split_batch(batch: dict[str, torch.Tensor], rank: int, ranks: int) -> dict[str, torch.Tensor]:
-    """The part of a batch of whole rows that process `rank` of `ranks` holds; all processes pass the same batch.
+    """The part of a batch of whole rows that process `rank` of `ranks` holds. All processes pass the same batch.
 
     batch: input_ids [B, T]; optional position_ids [B, T], which restart where a document begins, and labels [B, T].
     T must be a multiple of 2R. Returns parts [B, T/R] of input_ids and position_ids, in place of labels `shift_labels`

@@ -23,13 +23,12 @@ from hmf.config.layers import base_head_dim
 from hmf.config.pattern import ATTENTION
 from hmf.config.runs import DistillSettings, FinetuneRecipe
 from hmf.config.training import ParallelSettings
-from hmf.gpus import GIB, Device
+from hmf.gpus import GIB, MFU, Device
 from hmf.model.configuration import building
 from hmf.priming.distance import stage1_flops_per_token
 from hmf.priming.objectives import LOGITS_AT_ONCE
 from hmf.training.finetune import flops_per_token
 
-MFU = 0.35  # assumed model FLOPs utilisation; a guess, not a measurement
 USABLE = 0.92  # usable share of a GPU's memory; the rest is lost to fragmentation
 WIDE = 4  # bytes of a float32 number: a master weight, a gradient or a moment
 # Activations that a layer stores for the backward pass, in multiples of the inputs and outputs of its linear layers:

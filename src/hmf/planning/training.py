@@ -17,7 +17,7 @@ from hmf.config.strict import Settings, parse_yaml
 from hmf.data.mixture import row_length
 from hmf.data.prepared import read_index
 from hmf.errors import HmfError, notice
-from hmf.gpus import parse_gpus
+from hmf.gpus import MFU, parse_gpus
 from hmf.model.checkpoint import load_config
 from hmf.model.convert import attention_layers, hybrid_config
 from hmf.model.rope import with_rope
@@ -27,7 +27,7 @@ from hmf.training.evaluation import held_out_from
 from hmf.training.finetune import check_model
 from hmf.training.groups import adapter_targets, choose
 
-from .plan import MFU, USABLE, Job, TrainingPlan, without_memory
+from .plan import USABLE, Job, TrainingPlan, without_memory
 from .serving import size_of
 
 

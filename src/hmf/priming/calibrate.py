@@ -31,16 +31,16 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # relative to the mean square of a featu
 
 @dataclass
 class Batch:
-    """Some rows on their way through the teacher, and what the attention of the layer at hand reads and returns."""
+    """Rows at one layer of the teacher, and the input and output of this layer's attention."""
 
-    inputs: Any  # of all layers (hmf.model.modeling.LayerInputs)
-    types: list[str]  # of the attention of each layer
-    hidden_states: torch.Tensor  # [B, T, D]
-    read: torch.Tensor | None = None  # [B, T, D]
-    returned: torch.Tensor | None = None  # [B, T, D]
+    inputs: Any  # the decoder's inputs that all layers share
+    types: list[str]  # the type of each layer's attention
+    hidden_states: torch.Tensor  # [B, T, D], the input of the next layer
+    read: torch.Tensor | None = None  # float32 [B, T, D], the attention's input
+    returned: torch.Tensor | None = None  # float32 [B, T, D], the attention's output
 
     def output(self, mixer: Mixer) -> torch.Tensor:
-        """What the mixer returns in place of the attention, float32 [B, T, D]."""
+        """The mixer's output for the attention's input, float32 [B, T, D]."""
         assert self.read is not None
         return mixer(
             self.read,
@@ -53,13 +53,13 @@ class Batch:
 def calibrate(
     model: PreTrainedModel, starts: Mapping[str, Start], rows: Sequence[PackedRow], settings: CalibrationSettings
 ) -> dict[str, tuple[float, float]]:
-    """Fit the mixers of a fused `model`, in place; memory for one layer in float32 and for the rows' hidden states.
+    """Fit the mixers of a fused `model` in place. It needs memory for one float32 layer and the rows' hidden states.
 
     Args:
         starts: the report of each mixer, from `hmf.priming.stage0.initialise`.
-        rows: of one length; the last quarter of them is not fitted to and decides what is kept.
+        rows: rows of equal length. The last quarter is held out: a fit is kept if it lowers the error on these rows.
     Returns:
-        By the mixer's name, its squared error on those rows relative to the attention's output, before and after.
+        For each mixer's name, its relative squared error on the held-out rows before and after the fit.
     """
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     decoder, by_layer, errors = model.model, {mixer.layer_idx: (name, mixer) for name, mixer in mixers(model)}, {}
@@ -82,7 +82,7 @@ def calibrate(
 
 
 def _embedded(decoder: Any, rows: Sequence[PackedRow], device: torch.device) -> list[Batch]:
-    """Batches of equal size, so that a quarter of them is a quarter of the rows."""
+    """Batches of equal size, so that a quarter of the batches has a quarter of the rows."""
     size = min(ROWS_AT_ONCE, max(1, len(rows) // 4))
     batches = []
     for first in range(0, len(rows), size):
@@ -97,7 +97,7 @@ def _embedded(decoder: Any, rows: Sequence[PackedRow], device: torch.device) -> 
 
 @torch.no_grad()
 def _step(decoder: Any, index: int, batch: Batch) -> None:
-    """Run one layer of the teacher, and keep what its attention, if it has one, read and returned."""
+    """Run one layer of the teacher, and store the input and output of its attention, if it has one, in `batch`."""
 
     def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         batch.read, batch.returned = kwargs["hidden_states"].float(), output[0].float()
@@ -114,7 +114,7 @@ def _step(decoder: Any, index: int, batch: Batch) -> None:
 def _fit(
     mixer: Mixer, free: Sequence[str], fitted: Sequence[Batch], held: Sequence[Batch], settings: CalibrationSettings
 ) -> tuple[float, float]:
-    """Fit one mixer in float32, and write what was found into it. Its error on `held` before and after."""
+    """Fit one mixer in float32 and write the best weights into it. Returns its error on `held` before and after."""
     work = copy.deepcopy(mixer).float().requires_grad_(False)
     best, before = _weights(work), _error(work, held)
     least = before
@@ -145,7 +145,7 @@ Improve = Callable[[Mixer, Sequence[Batch]], list[dict[str, torch.Tensor]]]
 
 
 def _descend(free: Sequence[str], settings: CalibrationSettings) -> Improve:
-    """Adam on the parameters `free`, its rate falling to 0 along a cosine."""
+    """Adam on the parameters `free`, with a cosine schedule of the learning rate that ends at 0."""
 
     def improve(mixer: Mixer, batches: Sequence[Batch]) -> list[dict[str, torch.Tensor]]:
         chosen = [mixer.get_parameter(name).requires_grad_() for name in free]
@@ -157,7 +157,7 @@ def _descend(free: Sequence[str], settings: CalibrationSettings) -> Improve:
             batch = batches[step % len(batches)]
             assert batch.returned is not None
             loss = (batch.output(mixer) - batch.returned).square().mean() / batch.returned.square().mean()
-            if not loss.requires_grad:  # as the recurrent layer of B'MOJO-F, where rows fit into its window
+            if not loss.requires_grad:  # B'MOJO-F's recurrent layer, if the rows fit into the window
                 return []
             optimiser.zero_grad()
             loss.backward()
@@ -172,21 +172,21 @@ def _descend(free: Sequence[str], settings: CalibrationSettings) -> Improve:
 
 @torch.no_grad()
 def _solve_output(mixer: Mixer, batches: Sequence[Batch]) -> list[dict[str, torch.Tensor]]:
-    """The output projection that is closest to the attention's output, near the present one: one for each of RIDGES."""
+    """Ridge regression of the output projection around its present weights, once for each strength in RIDGES."""
     projection, features = mixer.output_projection, []
     hook = projection.register_forward_pre_hook(lambda module, args: features.append(args[0].flatten(0, -2)))
-    gram, wanted = 0.0, 0.0
+    gram, correlation = 0.0, 0.0
     try:
         for batch in batches:
-            left = (batch.returned - batch.output(mixer)).flatten(0, -2)  # what the present projection leaves
+            residual = (batch.returned - batch.output(mixer)).flatten(0, -2)
             x = features.pop()
-            gram, wanted = gram + x.T.double() @ x.double(), wanted + x.T.double() @ left.double()
+            gram, correlation = gram + x.T.double() @ x.double(), correlation + x.T.double() @ residual.double()
     finally:
         hook.remove()
-    assert isinstance(gram, torch.Tensor) and isinstance(wanted, torch.Tensor)
+    assert isinstance(gram, torch.Tensor) and isinstance(correlation, torch.Tensor)
     name = next(name for name, module in mixer.named_modules() if module is projection)
-    weights, size, found = _weights(mixer), gram.diagonal().mean(), []
+    weights, size, candidates = _weights(mixer), gram.diagonal().mean(), []
     for ridge in RIDGES:
-        change = torch.linalg.solve(gram + ridge * size * torch.eye(len(gram), device=gram.device), wanted)
-        found.append(weights | {f"{name}.weight": weights[f"{name}.weight"] + change.T.float()})
-    return found
+        change = torch.linalg.solve(gram + ridge * size * torch.eye(len(gram), device=gram.device), correlation)
+        candidates.append(weights | {f"{name}.weight": weights[f"{name}.weight"] + change.T.float()})
+    return candidates

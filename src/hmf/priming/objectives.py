@@ -125,7 +125,7 @@ class Stage1Objective:
 
 @dataclass(frozen=True)
 class LayerwiseObjective:
-    """Each mixer by itself: its input is the teacher's attention input, its target the teacher's attention output.
+    """Each mixer alone: its input is the teacher's attention input, and its target is the teacher's attention output.
 
     The squared error of each layer is divided by `sizes`, the mean square of its target (`attention_sizes`; None: that
     of this batch). The loss is the mean over replaced layers. Errors do not propagate between layers and there is no
@@ -301,18 +301,18 @@ def divergence(ours: torch.Tensor, theirs: torch.Tensor, direction: str) -> tupl
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
-    """A frozen parameter as a whole tensor, also if FSDP has sharded it."""
+    """The full tensor of a frozen parameter, gathered if FSDP has sharded it."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def _with_rest(logits: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Logits [n, V] -> [n, k + 1]: those of the tokens `kept` [n, k], and one for all other tokens."""
+    """Logits [n, V] -> [n, k + 1]: the logits of the tokens `kept` [n, k], and one for all other tokens."""
     rest = logits.scatter(-1, kept, -torch.inf).logsumexp(-1, keepdim=True)
     return torch.cat([logits.gather(-1, kept), rest], -1)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    """In float32; float64 stays float64."""
+    """Convert to float32; float64 is unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One fused model with a mixer in every layer, and one short training after which any choice can be scored.
+"""A fused model with a mixer in every layer, and its short training, after which any choice can be scored.
 
 First each mixer learns alone, from the teacher's inputs. Then a random subset of the layers is replaced at each step,
 as in a supernet of weight-sharing architecture search, and its mixers are trained jointly by the recipe's objective.

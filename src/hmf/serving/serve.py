@@ -78,14 +78,14 @@ def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
             )
     config = servable(config, source)
     generation_config(folder, config, needed=True)  # vLLM reads it too
-    given = given_options(source, extra)
+    user_options = given_options(source, extra)
     settings = ServingSettings(
-        prefix_caching=given.get("enable_prefix_caching") is not False,
-        utilisation=given.get("gpu_memory_utilization", UTILISATION),
-        kv_cache_dtype=_known(given.get("kv_cache_dtype"), KV_DTYPES),
-        mamba_ssm_cache_dtype=_known(given.get("mamba_ssm_cache_dtype"), STATE_DTYPES),
+        prefix_caching=user_options.get("enable_prefix_caching") is not False,
+        utilisation=user_options.get("gpu_memory_utilization", UTILISATION),
+        kv_cache_dtype=_known(user_options.get("kv_cache_dtype"), KV_DTYPES),
+        mamba_ssm_cache_dtype=_known(user_options.get("mamba_ssm_cache_dtype"), STATE_DTYPES),
     )
-    plan, options, environment = for_machine(config, settings, given.get("tensor_parallel_size"))
+    plan, options, environment = for_machine(config, settings, user_options.get("tensor_parallel_size"))
     if not plan.sequences(config.max_position_embeddings):
         longest = plan.longest(config.max_position_embeddings)
         if not longest:
@@ -94,26 +94,26 @@ def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
                 "--no-enable-prefix-caching"
             )
         options["--max-model-len"] = str(longest)
-    if given.get("uds") is None:
+    if user_options.get("uds") is None:
         options["--host"] = LOOPBACK
     options |= parsers(source)
     if not quantised:
-        _notice_narrowed(folder, config, given.get("dtype") or options.get("--dtype") or "auto")
+        _notice_narrowed(folder, config, user_options.get("dtype") or options.get("--dtype") or "auto")
     require_finite(folder)
     chosen = [
         text
         for name, value in options.items()
-        if name.removeprefix("--").replace("-", "_") not in given
+        if name.removeprefix("--").replace("-", "_") not in user_options
         for text in (name, value)
         if text is not None
     ]
-    keys = frozenset(key for key in given.get("api_key") or () if key)
-    return Launch((str(source), *chosen, *extra), environment, keys, access(given))
+    keys = frozenset(key for key in user_options.get("api_key") or () if key)
+    return Launch((str(source), *chosen, *extra), environment, keys, access(user_options))
 
 
 def _known(value: str | None, dtypes: Mapping[str, torch.dtype | None]) -> str:
-    """The dtype of a cache for the plan: `value`, or "auto", which plans for more bytes, where the planner has no
-    size for it."""
+    """The dtype of a cache for the plan: `value` if the planner knows its size, else "auto", which plans for more
+    bytes."""
     return value if value is not None and value in dtypes else "auto"
 
 
@@ -136,7 +136,7 @@ def given_options(source: str | Path, extra: Sequence[str]) -> dict[str, Any]:
 
 
 class ArgumentProblem(Exception):
-    """An error of vLLM's parser."""
+    """An error that vLLM's option parser reports."""
 
 
 @functools.cache
@@ -271,8 +271,8 @@ def _plan_cpu(config: Any, settings: ServingSettings) -> Plan:
     settings = replace(settings, max_num_seqs=settings.max_num_seqs or CPU_SEQUENCES)
     device = cpu(psutil.virtual_memory().available)
     plan = make_plan(config, device, dtype=dtype, settings=settings, room=device.memory)
-    if given := os.environ.get(CPU_SPACE):
-        return replace(plan, cache_bytes=_gibibytes(given))
+    if gibibytes := os.environ.get(CPU_SPACE):
+        return replace(plan, cache_bytes=_gibibytes(gibibytes))
     blocks = 1 + plan.max_num_seqs * plan.blocks.of_sequence(config.max_position_embeddings)
     half = (device.memory - plan.weights.total) // 2
     return replace(plan, cache_bytes=max(1, min(math.ceil(blocks * plan.blocks.bytes / GIB), half // GIB)) * GIB)
@@ -305,7 +305,7 @@ def run(launch: Launch) -> None:
     with tempfile.TemporaryDirectory(prefix="hmf-serve-") as folder, _handled(lambda: stops.append(time.monotonic())):
         reason = Path(folder) / "reason"
         environment = os.environ | launch.environment | {REASON_FILE: str(reason)}
-        # In its own process group, so that Ctrl-C reaches only this process, and all of the server's can be ended.
+        # The server has its own process group: Ctrl-C reaches only this process, which can then end the whole group.
         server = subprocess.Popen(command, env=environment, process_group=0)
         with _ended_with_us(server.pid):
             try:

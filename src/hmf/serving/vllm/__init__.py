@@ -30,6 +30,6 @@ def register() -> None:
         architecture = f"{family.hybrid_prefix}ForCausalLM"
         MODELS_CONFIG_MAP[architecture] = HybridConfig
         # By name, so that the front end does not import kernels.
-        # `support.check` refuses families that are not served; until then the base class stands for them.
+        # `support.check` refuses families that are not served. They are registered with the base class to reach it.
         name = architecture if family.model_type in READ_BY_VLLM else "HybridForCausalLM"
         ModelRegistry.register_model(architecture, f"hmf.serving.vllm.models:{name}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""B'MOJO-F inside vLLM: its recurrent layer as served for that type, and two windows of keys and values in the pool.
+"""B'MOJO-F inside vLLM: the served layer of its recurrent type, and two windows of keys and values in the pool.
 
 States of a request: those of the recurrent layer, then near keys and values [W - 1, Hk, K] and fading ones
 [2 W - 1, Hk, K] as ring buffers: position p has index p modulo the ring's size, so that a step writes one row. On a

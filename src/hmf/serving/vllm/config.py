@@ -44,11 +44,11 @@ def _set_state_dtypes(vllm_config: Any) -> None:
     default = getattr(vllm_config.model_config.hf_config, "state_dtype", None) or "float32"
     narrow = []
     for option in ("mamba_cache_dtype", "mamba_ssm_cache_dtype"):
-        given = getattr(cache, option)
-        if given == "auto":
+        dtype = getattr(cache, option)
+        if dtype == "auto":
             setattr(cache, option, default)
-        elif getattr(torch, given).itemsize < getattr(torch, default).itemsize:
-            narrow.append(f"--{option.replace('_', '-')} {given}")
+        elif getattr(torch, dtype).itemsize < getattr(torch, default).itemsize:
+            narrow.append(f"--{option.replace('_', '-')} {dtype}")
     if narrow:
         logger.warning_once(
             "%s: recurrent states are stored less precisely than the checkpoint's state_dtype, %s, and outputs drift: "

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gated KalmaNet inside vLLM: the layer of `hmf.layers`, with one product for all projections into it and, on a GPU,
-kernels that share heads of keys and values and take states from the pool.
+"""Gated KalmaNet inside vLLM: the layer of `hmf.layers`, with one product for all its input projections.
+
+On a GPU the kernels do not repeat shared key and value heads, and they read and write states in the pool.
 
 States of a request: the last conv_size - 1 inputs of the short convolutions of q, k and (with `use_v_conv`) v
 [conv_size - 1, channels], the layout of vLLM's kernels; the covariance and the values' state [H, K, K].
 
-A decode step on a GPU is two kernels: the convolutions', and one for the norms, the solve, both states and the output.
-They are not one, because the heads that share a key also share its convolution's state, which changes in place.
+A decode step on a GPU runs two kernels: one for the convolutions, and one for the norms, the solve, both states and
+the output. They are separate because the heads that share a key also share its convolution state, which is updated in
+place.
 
 Legend: N tokens of the batch, S sequences, T tokens a sequence, H heads, K head_dim, D model dim.
 """

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any mixer of `hmf.layers` inside vLLM, as it is.
+"""Runs any mixer of `hmf.layers` inside vLLM without changes.
 
-A mixer's `mix` takes states and packed documents and gives new states: all that vLLM's batches need. So a layer type
-is served from the day that it has a Hugging Face layer; one whose speed matters gets a file of its own: GDN and KDA
-all of it, GKA, Mamba2 and B'MOJO-F their way with states on a GPU.
+A mixer's `mix` maps states and packed documents to outputs and new states, which is sufficient for vLLM's batches.
+Every layer type with a Hugging Face layer can therefore be served. Faster implementations have separate files: GDN and
+KDA are implemented completely, and GKA, Mamba2 and B'MOJO-F implement their handling of states on a GPU.
 
-Under tensor parallelism each rank builds the mixer of a model with its share of the heads, loads that share of every
-tensor, and adds up what the ranks' projections out of the heads give.
+Under tensor parallelism each rank builds a mixer with its share of the heads and loads this share of every tensor. The
+outputs of the ranks' output projections are added.
 
 Legend: N tokens of the batch, S sequences, T tokens a sequence, D model dim.
 """
@@ -33,7 +33,7 @@ BUILDER = RecurrentMetadataBuilder
 
 
 def states(symbol: str, config: Any, ranks: int) -> dict[str, StateShape]:
-    """The states of one request on one of `ranks` ranks: widest first, as each must be aligned to its own width.
+    """The states of one request on one of `ranks` ranks, widest dtype first so that each state is aligned.
 
     A state that is one number has an axis here: vLLM takes a pool of one axis for a single state when it copies blocks.
     """

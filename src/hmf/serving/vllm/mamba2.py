@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mamba2 inside vLLM: the layer of `hmf.layers`, on a GPU with kernels for what lies between its projections, which
-are compiled with the model: vLLM's for convolutions and prefill, ours for a decode step.
+"""Mamba2 inside vLLM: the layer of `hmf.layers`, with kernels on a GPU.
 
-Their states have the layout [H, V, K]. B and C have equally many heads in vLLM's; here B has those of keys and C those
-of queries, so B and x are repeated for prefill.
+The projections are compiled with the model. Between them, vLLM's kernels run the convolutions and the prefill, and a
+kernel of `hmf.ops` runs a decode step. The kernels' states have the layout [H, V, K]. vLLM's kernels require as many
+heads for B as for C. Here B has the key heads and C has the query heads, so B and x are repeated for prefill.
 
 Legend: N tokens of the batch, S sequences, D model dim, H query heads, K/V head_dim.
 """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hybrids over vLLM's stock decoder stacks: one table row a family, no forward code.
+"""Hybrids built on vLLM's stock decoder stacks. Each family is one row of a table; there is no forward code.
 
-vLLM's stacks take their layer class as a parameter. A Hybrid's layer is the stock layer of its family whose attention,
-where the pattern says so, is swapped for a recurrent mixer; norms, MLP or experts, residuals and pipeline stages stay
-vLLM's.
+vLLM's stacks take their layer class as a parameter. A Hybrid's layer is the stock layer of its family. Where
+the pattern has another symbol than attention, a mixer replaces the layer's attention. Norms, MLP or experts, residuals
+and pipeline stages are vLLM's.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def hybrid_layer(stock: type[nn.Module]) -> type[nn.Module]:
             window = config.attention_windows[index]
             if symbol == ATTENTION and stock_attention.attn.sliding_window == window:
                 return
-            # The stock layer has announced its attention to vLLM, which would give it a KV cache: take that back.
+            # The stock layer has registered its attention, and vLLM would allocate a KV cache for it. Remove the entry.
             announced = vllm_config.compilation_config.static_forward_context
             for name in [name for name in announced if name.startswith(f"{prefix}.self_attn.")]:
                 del announced[name]
@@ -92,7 +92,7 @@ def hybrid_layer(stock: type[nn.Module]) -> type[nn.Module]:
 
 
 class NoPositions(nn.Module):
-    """In place of rotary positions in layers that have none, as some of SmolLM3."""
+    """Replaces rotary positions in layers that have none, such as some layers of SmolLM3."""
 
     def forward(self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None) -> Any:
         return query, key
@@ -161,10 +161,10 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
 
         def others() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in account(weights, expected, optional):
-                if (found := MIXER_TENSOR.fullmatch(name)) is not None:
-                    mixer = getattr(self.model.layers[int(found["layer"])], "self_attn", None)
-                    if isinstance(mixer, HostedMixer) and (loaded := mixer.load(found["tensor"], tensor)):
-                        hosted.add(f"model.layers.{found['layer']}.self_attn.{loaded}")
+                if (match := MIXER_TENSOR.fullmatch(name)) is not None:
+                    mixer = getattr(self.model.layers[int(match["layer"])], "self_attn", None)
+                    if isinstance(mixer, HostedMixer) and (loaded := mixer.load(match["tensor"], tensor)):
+                        hosted.add(f"model.layers.{match['layer']}.self_attn.{loaded}")
                         continue
                 require_exact_products(name, tensor)
                 linear = self._linear_of(name.removesuffix(".bias")) if name.endswith(".bias") else None
@@ -186,7 +186,7 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         return None
 
     def _parameters_of(self, published: str) -> list[str] | None:
-        """The names of its parameters without the bias, or None."""
+        """The names of the linear layer's parameters except the bias; None if there is no such layer on this rank."""
         if (module := self._linear_of(published)) is None:
             return None
         return [name for name, _ in module.named_parameters(recurse=False) if name != "bias"]

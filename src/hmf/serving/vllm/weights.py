@@ -47,12 +47,12 @@ def quantised_tensors(
 
     `parameters` names those that a published module has in the serving model; None: the module is not on this rank.
     """
-    found: dict[str, torch.Size | None] = {}
+    shapes: dict[str, torch.Size | None] = {}
     for name, shape in expected.items():
         module, _, kind = name.rpartition(".")
         names = parameters(module) if kind == "weight" else None
-        found |= {name: shape} if names is None else {f"{module}.{x}": shape if x == kind else None for x in names}
-    return found
+        shapes |= {name: shape} if names is None else {f"{module}.{x}": shape if x == kind else None for x in names}
+    return shapes
 
 
 def require_exact_products(name: str, tensor: torch.Tensor) -> None:
@@ -104,8 +104,8 @@ def account(
         if COMPUTED.search(name):
             continue
         if name not in expected:
-            if found := QUANTISED.match(name):
-                quantised[found["module"]] = True
+            if match := QUANTISED.match(name):
+                quantised[match["module"]] = True
             else:
                 unexpected.append(name)
         elif (shape := expected[name]) is not None and tensor.shape != shape:
