@@ -65,5 +65,5 @@ def greedy(model, ids):
     return ids
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-5)
+def close(found, expected, atol=3e-5):
+    torch.testing.assert_close(found, expected, atol=atol, rtol=1e-5)

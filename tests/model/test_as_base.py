@@ -107,11 +107,17 @@ CALLS = {
 }
 
 
+# The stock model of a base with recurrent layers of its own does not accept a cache without a config.
+WITH_CONFIG = {"empty cache": "cache with config", "cache by hand": "generate"}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+@pytest.mark.parametrize("call", CALLS)
 @torch.no_grad()
 def test_a_twin_answers_as_its_base(call, family, families):
-    close(call(families[family]["twin"]), call(families[family]["base"]))
+    own = FAMILIES[family].own_recurrence is not None
+    expected = CALLS[WITH_CONFIG.get(call, call) if own else call](families[family]["base"])
+    close(CALLS[call](families[family]["twin"]), expected, atol=1e-4 if own else 3e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -23,6 +23,7 @@ from hmf.model.checkpoint import load_model
 from hmf.model.convert import drop_teacher, hybridise
 from hmf.model.families import CANNOT_FIT, FAMILIES, family_of
 from hmf.model.modeling import TEACHER, hybrid_classes, logits_of
+from hmf.model.native import native_config
 from hmf.model.register import register
 from hmf.priming.export import export
 from hmf.priming.objectives import Stage1Objective, train_only_mixers
@@ -762,3 +763,10 @@ def test_a_base_without_recurrences_lists_none(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_layer_types": ["full_attention"] * 4}))
     with pytest.raises(HmfError, match=f"^{file}: base_layer_types: all layers of Qwen3 are attention; remove the key"):
         load_model(tmp_path)
+
+
+@own_recurrences
+def test_a_hybrid_of_a_base_with_recurrences_is_not_converted(family):
+    config = drop_teacher(hybridise(stock_model(family, "listed"), PATTERN)).config
+    with pytest.raises(HmfError, match=f"^config.json: model_type: 'hybrid_{family}': qwen3_5 has one shape for all"):
+        native_config(config)
