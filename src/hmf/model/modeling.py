@@ -382,7 +382,7 @@ def hybrid_classes(family: Family) -> HybridClasses:
 
 
 def __getattr__(name: str) -> type:
-    """`Hybrid<Family>Model`, `...ForCausalLM`, `...DecoderLayer` and the base's own recurrence, for imports and pickle."""
+    """`Hybrid<Family>Model`, `...ForCausalLM`, `...DecoderLayer`, the base's own recurrence: for imports, pickle."""
     for family in FAMILIES.values():
         if name == f"{family.hybrid_prefix}DecoderLayer":
             return hybrid_layer_class(family.class_named("DecoderLayer"))
