@@ -107,6 +107,11 @@ def test_bad_ratio(ratio):
         Pattern.generate(4, "gdn", ratio=ratio)
 
 
+def test_a_base_without_attention_has_no_share_of_it():
+    with pytest.raises(HmfError, match="ratio: none of the base's 4 layers is attention; give another base"):
+        Pattern.generate(4, "gdn", ratio=0.5, attention=[])
+
+
 @pytest.mark.parametrize(
     ("layers", "said"), [([], "empty"), ([1, 4], r"\[4\] are not layers"), ([-1], r"\[-1\] are not layers")]
 )

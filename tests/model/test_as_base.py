@@ -107,11 +107,17 @@ CALLS = {
 }
 
 
+# The stock model of a base with recurrent layers of its own does not accept a cache without a config.
+WITH_CONFIG = {"empty cache": "cache with config", "cache by hand": "generate"}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+@pytest.mark.parametrize("call", CALLS)
 @torch.no_grad()
 def test_a_twin_answers_as_its_base(call, family, families):
-    close(call(families[family]["twin"]), call(families[family]["base"]))
+    own = FAMILIES[family].own_recurrence is not None
+    expected = CALLS[WITH_CONFIG.get(call, call) if own else call](families[family]["base"])
+    close(CALLS[call](families[family]["twin"]), expected, atol=1e-4 if own else 3e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -225,6 +231,12 @@ def refused(name, model, folder):
             model(IDS, attention_mask=mask)
         case "masks by layer type":
             model(IDS, attention_mask={"full_attention": mask})
+        case "positions of images":
+            model(IDS, position_ids=torch.arange(12).expand(3, 2, 12))
+        case "positions of another length":
+            model(IDS, position_ids=torch.arange(11)[None])
+        case "listed positions":
+            model(IDS, position_ids=[list(range(12))])
         case "mask of one row":
             model(IDS, attention_mask=MASK[1:])
         case "mask of new tokens":
@@ -269,6 +281,9 @@ REFUSED = {
     "a base's cache": "past_key_values: another model filled the cache",
     "4-D mask": r"attention_mask: .* \[2, 12\], not \[2, 1, 12, 12\]",
     "masks by layer type": "attention_mask: .*not dict",
+    "positions of images": r"position_ids: .* \[2, 12\], not \[3, 2, 12\]",
+    "positions of another length": r"position_ids: .* \[2, 12\], not \[1, 11\]",
+    "listed positions": r"position_ids: .* not list",
     "mask of one row": r"attention_mask: .* \[2, 12\], not \[1, 12\]",
     "mask of new tokens": r"attention_mask: .* \[2, 16\], not \[2, 4\]",
     "other rows": "past_key_values: the cache holds 1 sequences and the batch has 2",

@@ -2,6 +2,7 @@
 """Every base family, from a checkpoint that stock transformers wrote to a Hybrid that generates."""
 
 import json
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -22,6 +23,7 @@ from hmf.model.checkpoint import load_model
 from hmf.model.convert import attention_layers, drop_teacher, hybridise
 from hmf.model.families import CANNOT_FIT, FAMILIES, family_of
 from hmf.model.modeling import TEACHER, hybrid_classes, logits_of
+from hmf.model.native import native_config
 from hmf.model.register import register
 from hmf.priming.export import export
 from hmf.priming.objectives import Stage1Objective, train_only_mixers
@@ -210,10 +212,10 @@ GOLDEN_LOSSES = {
 }
 
 
-def stock_model(family: str, variant: str) -> Any:
+def stock_model(family: str, variant: str, **fields: Any) -> Any:
     """A random model of the family's stock class; norms and biases are random too."""
     row = FAMILIES[family]
-    model = row.class_named("ForCausalLM")(row.config_class()(**(SIZES | BASES[family][variant])))
+    model = row.class_named("ForCausalLM")(row.config_class()(**(SIZES | BASES[family][variant] | fields)))
     randomise(model)
     return model.eval()
 
@@ -730,3 +732,59 @@ def test_the_example_of_adding_a_family(tmp_path):
         for name in set(FAMILIES) - before:
             del FAMILIES[name]
         register()
+
+
+own_recurrences = pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.own_recurrence])
+
+
+@own_recurrences
+@torch.no_grad()
+def test_recurrences_of_the_base_are_cast_loaded_and_pickled_as_mixers_are(family, tmp_path):
+    """Their decays stay in float32."""
+    hybrid, ids = drop_teacher(hybridise(stock_model(family, "listed"), PATTERN)), random_ids(1, 9)
+    randomise(hybrid)
+    assert torch.equal(pickle.loads(pickle.dumps(hybrid))(ids).logits, hybrid(ids).logits)
+    loaded = AutoModelForCausalLM.from_pretrained(saved(hybrid, tmp_path), dtype=torch.bfloat16)
+    decays = [f"model.layers.{index}.linear_attn.{name}" for index in (0, 2) for name in ("A_log", "dt_bias")]
+    kept = [hybrid.get_parameter(name).clone() for name in decays]
+    cast = hybrid.bfloat16()
+    for model in (loaded, cast):
+        assert all(torch.equal(model.get_parameter(name), x) for name, x in zip(decays, kept, strict=True))
+    assert loaded.get_parameter("model.layers.0.linear_attn.out_proj.weight").dtype == torch.bfloat16
+
+
+REFUSED_CONFIGS = {
+    "short": ({"base_layer_types": [RECURRENT, "full_attention"]}, "base_layer_types: .* each of the 4 layers"),
+    "unknown": (
+        {"base_layer_types": [RECURRENT] * 3 + ["sliding_attention"]},
+        "base_layer_types: .* or full_attention",
+    ),
+    "no list": ({"base_layer_types": RECURRENT}, "base_layer_types: linear_attention: must be a list"),
+    "no key heads": ({"linear_num_key_heads": 0}, "linear_num_key_heads: 0 is not"),
+    "no filter": ({"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim: 0 is not"),
+    "no interval": ({"full_attention_interval": 0}, "full_attention_interval: 0 is not"),
+    "no gate": ({"attn_output_gate": False}, "attn_output_gate: False: must be true"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_CONFIGS)
+def test_layers_that_a_base_with_recurrences_cannot_have_are_refused(case, tmp_path):
+    change, why = REFUSED_CONFIGS[case]
+    file = saved(drop_teacher(hybridise(stock_model("qwen3_5_text", "listed"), PATTERN)), tmp_path) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(HmfError, match=f"^{file}: {why}"):
+        load_model(tmp_path)
+
+
+def test_a_base_without_recurrences_lists_none(tmp_path):
+    file = saved(drop_teacher(hybridise(stock_model("qwen3", "odd-head-dim"), PATTERN)), tmp_path) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_layer_types": ["full_attention"] * 4}))
+    with pytest.raises(HmfError, match=f"^{file}: base_layer_types: all layers of Qwen3 are attention; remove the key"):
+        load_model(tmp_path)
+
+
+@own_recurrences
+def test_a_hybrid_of_a_base_with_recurrences_is_not_converted(family):
+    config = drop_teacher(hybridise(stock_model(family, "listed"), PATTERN)).config
+    with pytest.raises(HmfError, match=f"^config.json: model_type: 'hybrid_{family}': qwen3_5 has one shape for all"):
+        native_config(config)

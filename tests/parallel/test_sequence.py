@@ -8,11 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hmf.config.pattern import Pattern
 from hmf.errors import HmfError
+from hmf.model.convert import drop_teacher, hybridise
 from hmf.ops import dispatch, linear_attention, short_conv
 from hmf.parallel.collectives import Group
 from hmf.parallel.sequence import attach, shard
-from tests.hybrids import random_ids, tiny_hybrid
+from tests.hybrids import random_ids, randomise, tiny_hybrid
+from tests.model.test_families import stock_model
 from tests.numerics import assert_near, assert_same, in_float64
 from tests.parallel import ranks
 from tests.parallel.ranks import JOBS
@@ -75,6 +78,18 @@ def test_what_cannot_be_cut_is_refused(alone):
         model(**shard(alone, {"input_ids": ids}), use_cache=True)
     same = model(**shard(alone, {"input_ids": ids}), use_cache=False).logits, model(ids, use_cache=False).logits
     assert_same(*same)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_next"])
+def test_recurrent_layers_of_the_base_run_on_shards(family, alone):
+    """One process holds two chunks of each row; documents, states and convolutions cross from one to the other."""
+    fields = {"mlp_only_layers": [0, 1, 2, 3]} if family == "qwen3_next" else {}  # experts do not support float64
+    base = stock_model(family, "listed", **fields).double()
+    model = drop_teacher(hybridise(base, Pattern.parse("*-GDN-*-*"), {"gdn_config": {"conv_size": 3}}))
+    randomise(model)
+    batch = ranks.Job(ranks.ONE_EACH[0], "", "packed", 1).batch()
+    whole = ranks.loss_and_gradients(copy.deepcopy(model), dict(batch))
+    assert_same(ranks.on_shards(model, batch, Group()), whole)
 
 
 def test_an_op_that_is_not_known_is_refused():

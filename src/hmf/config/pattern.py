@@ -108,6 +108,8 @@ class Pattern:
             if ratio is None or not 0 < ratio <= 1:
                 raise HmfError(f"ratio: {ratio} is not in (0, 1]; 0.5 replaces half of the attention layers")
             attention = range(num_layers) if attention is None else attention
+            if not attention:
+                raise HmfError(f"ratio: none of the base's {num_layers} layers is attention; give another base")
             count = round(ratio * len(attention))
             if count == 0:
                 least = math.ceil(1000 / len(attention)) / 1000

@@ -106,26 +106,16 @@ class Start:
             )
 
 
-class Mixer(nn.Module):
-    """A layer that replaces `self_attn` in a decoder layer: it takes and returns hidden_states.
+class Stateful(nn.Module):
+    """A token mixer with states: one that replaces an attention, or a recurrent layer of the base's own (own.py).
 
-    A subclass implements `init_from_attention`, and `mix`, which handles neither padding, nor caches, nor parallelism.
+    A subclass implements `mix`, which handles neither padding, nor caches, nor parallelism.
     """
 
     symbol: ClassVar[str]
+    layer_idx: int
     # Parameters that stay in float32 when the model is cast to bfloat16 or float16: rounding them changes every decay.
     float32_parameters: ClassVar[tuple[str, ...]] = ()
-
-    def __init__(self, config: Any, layer_idx: int):
-        super().__init__()
-        self.options = self.options_for(config)
-        self.hidden_size = config.hidden_size
-        self.layer_idx = layer_idx
-
-    @classmethod
-    def options_for(cls, config: Any) -> Any:
-        """The options of this layer type in a hybrid config, with the base model's dimensions."""
-        return layer_options(config, cls.symbol)
 
     def mix(
         self,
@@ -177,6 +167,34 @@ class Mixer(nn.Module):
             cache.store(states, hidden_states.shape[1])
         return output, None
 
+    def _apply(self, fn, recurse=True):
+        kept = {name: getattr(self, name) for name in self.float32_parameters if getattr(self, name, None) is not None}
+        kept = {name: parameter.data for name, parameter in kept.items()}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            parameter = getattr(self, name)
+            if parameter.dtype.itemsize < 4 <= before.dtype.itemsize:
+                parameter.data = before.to(parameter.device)
+        return self
+
+
+class Mixer(Stateful):
+    """A layer that replaces `self_attn` in a decoder layer: it takes and returns hidden_states.
+
+    A subclass implements `mix` and `init_from_attention`.
+    """
+
+    def __init__(self, config: Any, layer_idx: int):
+        super().__init__()
+        self.options = self.options_for(config)
+        self.hidden_size = config.hidden_size
+        self.layer_idx = layer_idx
+
+    @classmethod
+    def options_for(cls, config: Any) -> Any:
+        """The options of this layer type in a hybrid config, with the base model's dimensions."""
+        return layer_options(config, cls.symbol)
+
     def init_from_attention(self, attention: nn.Module, generator: torch.Generator, std: float) -> Start:
         """Initialise every parameter from a trained attention (Stage 0).
 
@@ -202,16 +220,6 @@ class Mixer(nn.Module):
 
     def init_recurrence(self, generator: torch.Generator | None = None) -> None:
         """Initialise the mixer's direct parameters, which belong to no submodule (decay, step size). Default: none."""
-
-    def _apply(self, fn, recurse=True):
-        kept = {name: getattr(self, name) for name in self.float32_parameters if getattr(self, name, None) is not None}
-        kept = {name: parameter.data for name, parameter in kept.items()}
-        super()._apply(fn, recurse)
-        for name, before in kept.items():
-            parameter = getattr(self, name)
-            if parameter.dtype.itemsize < 4 <= before.dtype.itemsize:
-                parameter.data = before.to(parameter.device)
-        return self
 
 
 def init_decay(A_log: nn.Parameter, dt_bias: nn.Parameter, generator: torch.Generator | None = None) -> None:

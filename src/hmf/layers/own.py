@@ -17,7 +17,7 @@ from transformers.cache_utils import LinearAttentionLayer
 from hmf.errors import HmfError
 from hmf.ops import gated_delta_rule, short_conv
 
-from .base import Mixer, States, StateShape
+from .base import Stateful, States, StateShape
 from .gdn import l2_normalise
 
 RECURRENT = "linear_attention"  # transformers' name of such a layer in `layer_types`
@@ -60,7 +60,7 @@ def own_recurrence_class(stock: type[nn.Module]) -> type[nn.Module]:
         **kwargs: Any,
     ) -> torch.Tensor:
         if layout is not None or "shards" in kwargs:
-            return Mixer.forward(self, hidden_states, layout, cache_params)[0]
+            return Stateful.forward(self, hidden_states, layout, cache_params)[0]
         if cache_params is None:
             return stock.forward(self, hidden_states)
         kept = cache_params.layers[self.layer_idx]
@@ -70,7 +70,8 @@ def own_recurrence_class(stock: type[nn.Module]) -> type[nn.Module]:
         kept.store({"conv": conv, "recurrent": recurrent}, hidden_states.shape[1])
         return output
 
-    return type(f"Own{stock.__name__}", (stock,), {"mix": mix, "forward": forward, "__module__": __name__})
+    namespace = {"mix": mix, "forward": forward, "symbol": RECURRENT, "float32_parameters": ("A_log", "dt_bias")}
+    return type(f"Own{stock.__name__}", (Stateful, stock), namespace)
 
 
 def _projected(layer: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -111,7 +112,9 @@ def own_state_shapes(config: Any, ranks: int = 1) -> dict[str, StateShape]:
 
 
 def check_own_layers(config: Any) -> None:
-    """HmfError for a config whose recurrent layers cannot run here."""
+    """HmfError for a config whose layers cannot run here; transformers' attention has its gate in any case."""
+    if getattr(config, "attn_output_gate", True) is not True:
+        raise HmfError(f"config.json: attn_output_gate: {config.attn_output_gate!r}: must be true, or left out")
     if config.hidden_act != "silu":
         raise HmfError(f"config.json: hidden_act: {config.hidden_act!r}: the convolutions of GDN layers need silu")
     if config.linear_num_value_heads % config.linear_num_key_heads:

@@ -24,7 +24,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from hmf.errors import HmfError, listed, notice, unknown_name
-from hmf.layers.base import Mixer
+from hmf.layers.base import Stateful
 
 from .configuration import building
 from .families import FAMILIES, Mixin, family_of
@@ -93,7 +93,7 @@ def _check_offloading(model: PreTrainedModel) -> None:
     """
     places = set(map(str, getattr(model, "hf_device_map", {}).values()))
     for name, module in model.named_modules() if places & {"cpu", "disk"} else ():
-        if isinstance(module, Mixer) and any(parameter.is_meta for parameter in module.parameters()):
+        if isinstance(module, Stateful) and any(parameter.is_meta for parameter in module.parameters()):
             raise HmfError(
                 f"device_map: {name} cannot be offloaded to the CPU or disk; place its layer on a GPU, or the whole "
                 "model on the CPU"
@@ -226,6 +226,9 @@ SIZES = {
     "num_hidden_layers": 10_000,
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 2**16),
     **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), 2**16),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2**16),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim"), 2**16),
+    "full_attention_interval": 10_000,
     "hidden_size": 2**20,
     **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), 2**24),
     "vocab_size": 2**26,

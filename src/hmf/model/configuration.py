@@ -56,6 +56,8 @@ class HybridConfigMixin(Mixin):
         listed = self.layer_types
         # The list may come from a file and have the pattern's symbols, or from memory and have transformers' names.
         has_symbols = any(symbol[:1] == ATTENTION or symbol.rstrip("*") in LAYER_KINDS for symbol in listed or ())
+        if self.base_layer_types is not None:
+            self._check_base_layer_types()
         self.layer_types = self.base_layer_types
         if kwargs.get("per_layer_config") is not None:
             raise HmfError("config.json: per_layer_config: layers of different shapes are not supported; remove it")
@@ -105,6 +107,19 @@ class HybridConfigMixin(Mixin):
             )
         for kind in needed_kinds(self, pattern.symbols):
             setattr(self, kind.config_key, layer_options(self, kind.symbol).model_dump())
+
+    def _check_base_layer_types(self) -> None:
+        given, count = self.base_layer_types, self.num_hidden_layers
+        if not self.family.own_recurrence:
+            raise HmfError(
+                f"config.json: base_layer_types: all layers of {self.family.prefix} are attention; remove the key"
+            )
+        kinds = (RECURRENT, "full_attention")
+        if not isinstance(given, list) or len(given) != count or not all(kind in kinds for kind in given):
+            raise HmfError(
+                f"config.json: base_layer_types: {given}: must be a list of {' or '.join(kinds)} for each of the "
+                f"{count} layers of the base"
+            )
 
     @contextmanager
     def as_base(self) -> Iterator[None]:

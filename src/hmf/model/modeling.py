@@ -81,6 +81,12 @@ class LayerInputs:
     shared: dict[str, Any]  # position_ids, past_key_values, use_cache and further keywords
 
 
+def _own_class(family: Family) -> type[nn.Module]:
+    cls = own_recurrence_class(family.class_named(family.own_recurrence or ""))
+    cls.__module__ = __name__  # where pickle finds it
+    return cls
+
+
 class AsItsFamily(Mixin):
     """The implementation of experts. transformers decides by the source of the class's module; here the family's."""
 
@@ -106,7 +112,7 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
         for index in config.pattern.replaced:
             self.layers[index] = hybrid_layer_class(stock)(config, index)
         if self.family.own_recurrence:
-            own = own_recurrence_class(self.family.class_named(self.family.own_recurrence))
+            own = _own_class(self.family)
             with config.as_base():
                 for index in own_layers(config):
                     setattr(self.layers[index], OWN_MODULE, own(config, index))
@@ -143,6 +149,12 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
             )
         if attention_mask is not None and tokens > 1 and bool(attention_mask.all()):
             attention_mask = None
+        if position_ids is not None and getattr(position_ids, "shape", None) not in ((1, tokens), (batch, tokens)):
+            got = list(position_ids.shape) if hasattr(position_ids, "shape") else type(position_ids).__name__
+            raise HmfError(
+                f"position_ids: must be of shape [batch, new tokens], {[batch, tokens]}, not {got}; positions on the "
+                "axes of images are not supported"
+            )
         cu_seqlens = kwargs.get("cu_seq_lens_q")
         if position_ids is None:
             if cu_seqlens is not None:
@@ -370,10 +382,12 @@ def hybrid_classes(family: Family) -> HybridClasses:
 
 
 def __getattr__(name: str) -> type:
-    """`Hybrid<Family>Model`, `...ForCausalLM` and `...DecoderLayer` as attributes, for imports and pickle."""
+    """`Hybrid<Family>Model`, `...ForCausalLM`, `...DecoderLayer`, the base's own recurrence: for imports, pickle."""
     for family in FAMILIES.values():
         if name == f"{family.hybrid_prefix}DecoderLayer":
             return hybrid_layer_class(family.class_named("DecoderLayer"))
+        if family.own_recurrence and name == f"Own{family.prefix}{family.own_recurrence}":
+            return _own_class(family)
         if name in (f"{family.hybrid_prefix}Model", f"{family.hybrid_prefix}ForCausalLM"):
             classes = hybrid_classes(family)
             return classes.model if name.endswith("Model") else classes.causal_lm

@@ -152,6 +152,12 @@ def native_config(config: Any, source: str = "config.json") -> Any:
         refuse("model_type", f"{name!r} is not a Hybrid; make one with hmf init, or serve the model as it is")
     if pattern.fused:
         refuse("hybrid_override_pattern", f"the model still has its teacher; use hmf export --format {FORMAT}")
+    if config.family.own_recurrence:
+        refuse(
+            "model_type",
+            f"{name!r}: {FORMAT} has one shape for all of its GDN layers, here that of the base's own, which new "
+            "layers do not have; use the Hybrid's own format",
+        )
     if name not in CLASSES:
         refuse(
             "model_type",

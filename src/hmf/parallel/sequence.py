@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hmf.data.encoding import IGNORED
 from hmf.errors import HmfError
-from hmf.layers.base import Mixer
+from hmf.layers.base import Stateful
 from hmf.layers.layout import document_starts
 from hmf.ops.dispatch import set_wrappers
 
@@ -84,12 +84,12 @@ def attach(model: PreTrainedModel) -> None:
     """Make `model` accept batches from `shard`. Whole batches work as before, with transformers' "sdpa" attention."""
     model.set_attn_implementation(ATTENTION)
     for module in model.modules():
-        if isinstance(module, Mixer):
+        if isinstance(module, Stateful):
             module.register_forward_pre_hook(_enter, with_kwargs=True)
             module.register_forward_hook(_leave, always_call=True)
 
 
-def _enter(mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _enter(mixer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     layout = kwargs.get("layout")
     if isinstance(layout, ShardedLayout):
         layout.shards.group.label = f"{mixer.layer_idx} {mixer.symbol}"
