@@ -123,6 +123,7 @@ WRONG = [
     "prime quickstart --set distill.data.text=nowhere",
     "data prepare in.yaml",
     "data show in.yaml",
+    "data answers nobody/nowhere --out new.jsonl",
     "finetune in-pairs.yaml",
     "plan teacher --gpu nowhere",
     "plan-training quickstart --gpu nowhere",
@@ -192,8 +193,11 @@ def test_lengths_are_taken_with_a_unit_wherever_they_are_asked_for(tmp_path, mon
         for parameter in command_object(command).params
         if re.search("length|tokens$|context|^output", parameter.name) and command != "pretrain"
     ]
-    assert len(counts) == 16
-    needed = {"harness lm-eval": ["teacher", "--tasks", "short", "--run", "."]}
+    assert len(counts) == 18
+    needed = {
+        "harness lm-eval": ["teacher", "--tasks", "short", "--run", "."],
+        "data answers": ["teacher", "--out", "new.jsonl"],
+    }
     for command, option in counts:
         code, _, err = run(monkeypatch, capsys, *command.split(), *needed.get(command, []), option, "1.5K")
         assert code == 2 and "write for example 131072, 128K or 1M" in err or option == "--context", (command, err)

@@ -188,7 +188,7 @@ def states(
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Device to measure on.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Measure the effect of storing states, keys and values in fewer bits.
+    """Measure the effect of caches in fewer bits.
 
     Prints how far the log-probabilities move when recurrent states, and keys and values, are stored in the given
     dtypes.
