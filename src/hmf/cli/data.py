@@ -119,8 +119,8 @@ def data_answers(
     """
     if out.exists():
         raise HmfError(f"{out}: exists; choose another file or remove it")
+    source = resolve_base(model)  # before imports that take seconds
     weights = _weights(tasks)
-    source = resolve_base(model)
 
     from hmf.data.tokenizer import load_tokenizer
     from hmf.evaluation.conversations import described, prompts, write_answers
