@@ -788,3 +788,13 @@ def test_a_hybrid_of_a_base_with_recurrences_is_not_converted(family):
     config = drop_teacher(hybridise(stock_model(family, "listed"), PATTERN)).config
     with pytest.raises(HmfError, match=f"^config.json: model_type: 'hybrid_{family}': qwen3_5 has one shape for all"):
         native_config(config)
+
+
+def test_tensors_of_multi_token_prediction_are_named(tmp_path, capfd):
+    """transformers passes over them without a word."""
+    saved(stock_model("qwen3_5_text", "listed"), tmp_path / "base")
+    tensors = load_file(tmp_path / "base/model.safetensors")
+    save_file(tensors | {"mtp.fc.weight": torch.zeros(2)}, tmp_path / "base/model.safetensors", {"format": "pt"})
+    report = make_stage0(tmp_path / "base", PATTERN, tmp_path / "fused")
+    assert report.kept == len(tensors)
+    assert f"{tmp_path}/base: not read, and not in the Hybrid: mtp.fc.weight" in capfd.readouterr().err

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from hmf.config.pattern import Pattern
 from hmf.config.runs import CalibrationSettings, DataSettings, HybridSettings
 from hmf.data.mixture import mixture
 from hmf.data.tokenizer import check_tokenizer, load_tokenizer
-from hmf.errors import HmfError
+from hmf.errors import HmfError, listed, notice
 from hmf.folders import require_unused
 from hmf.layers.attention import separate
 from hmf.layers.base import Start
@@ -113,12 +114,17 @@ def make_stage0(
     check_tokenizer(base)
     base_model = load_model(base, dtype=STORED)
     model = hybridise(base_model, pattern, options)
-    kept = len([name for name in stored_tensors(Path(base)) if not COMPUTED.search(name)])
+    names = [name for name in stored_tensors(Path(base)) if not COMPUTED.search(name)]
+    # Tensors that transformers passes over without a word, such as those of multi-token prediction (mtp.).
+    ignored = getattr(type(base_model), "_keys_to_ignore_on_load_unexpected", None) or ()
+    unread = [name for name in names if any(re.search(pattern, name) for pattern in ignored)]
+    if unread:
+        notice(f"{base}: not read, and not in the Hybrid: {listed(unread)}")
     starts, errors = initialise(model, seed, conv_start), {}
     if calibration is not None:
         errors = calibrate_on(model, starts, base, calibration, data or DataSettings(), seed)
     save_checkpoint(model, out, companions=base)
-    return Stage0Report(model.config.pattern, kept, starts, errors)
+    return Stage0Report(model.config.pattern, len(names) - len(unread), starts, errors)
 
 
 def calibrate_on(
