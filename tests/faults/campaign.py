@@ -152,9 +152,9 @@ def require_promised(ended: Outcome, trains: bool = False) -> None:
     last = lines[-1] if lines else ""
     if "; please report it, with the file " in last:
         log = Path(last.rpartition(" ")[2])
-        told = log.read_text()
+        text = log.read_text()
         log.unlink()
-        raise AssertionError(f"{last}\n{told[-6000:]}")
+        raise AssertionError(f"{last}\n{text[-6000:]}")
     if trains and ended.code == 130:
         assert last.startswith("hmf: stopped"), ended.err
         return

