@@ -18,9 +18,10 @@ from hmf.errors import HmfError, notice, unknown_name
 from hmf.evaluation.results import ANSWERS
 from hmf.evaluation.run import evaluate_checkpoint
 from hmf.folders import BASE, resolve_base
+from hmf.model.convert import base_pattern
 from hmf.model.text_only import take_text
 from hmf.priming.export import export
-from hmf.priming.stage0 import base_config, base_pattern, make_stage0
+from hmf.priming.stage0 import base_config, make_stage0
 from hmf.report.card import write_card
 from hmf.report.curves import draw_curves
 from hmf.report.page import write_report

@@ -28,6 +28,7 @@ from hmf.selection.supernet import SubsetLoss
 from hmf.training.losses import CrossEntropy
 from hmf.training.trainer import HybridTrainer
 from tests.conftest import ROOT
+from tests.model.test_families import stock_model
 from tests.numerics import assert_near
 
 TEXT = str(ROOT / "docs")  # small: the standard library takes seconds to encode
@@ -279,3 +280,11 @@ def test_auto_needs_a_ratio_and_no_pattern(tmp_path):
             load_recipe(written(tmp_path, hybrid=wrong), PrimeRecipe)
     with pytest.raises(HmfError, match="auto"):
         load_recipe(written(tmp_path), PrimeRecipe).hybrid.layer_pattern(6)
+
+
+@pytest.mark.parametrize("method", ["uniform", "supernet"])
+def test_a_base_with_recurrent_layers_of_its_own_is_refused(tmp_path, method):
+    stock_model("qwen3_5_text", "listed").save_pretrained(tmp_path / "base")
+    with pytest.raises(HmfError, match=r"base: layers \[0, 2\] are recurrent in the base itself"):
+        command(tmp_path / "base", "--keep", "2", "--method", method, "--out", tmp_path / "out")
+    assert not (tmp_path / "out/selection.json").exists()

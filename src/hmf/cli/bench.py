@@ -150,13 +150,13 @@ def distill(
     from hmf.bench import machine
     from hmf.config.runs import HybridSettings
     from hmf.model.checkpoint import load_config
-    from hmf.model.convert import attention_layers
+    from hmf.model.convert import base_pattern
 
     config = steps.changed(load_config(folder, weights=False), overrides or ())
     if ratio is not None and pattern is not None:
         raise HmfError("give at most one of --ratio and --pattern")
     settings = HybridSettings(mixer=mixer, ratio=None if pattern else ratio or 0.5, pattern=pattern)
-    layers = str(settings.layer_pattern(config.num_hidden_layers, attention_layers(config)))
+    layers = str(base_pattern(config, settings))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     case = steps.Case(config, layers, rows, tokens, kl, device, dtype, repeats)
     table = steps.rows(case, steps.run(case, rounds))
@@ -302,7 +302,7 @@ def serving(
     from hmf.bench import machine, tables, throughput, variants
     from hmf.config.runs import HybridSettings
     from hmf.model.checkpoint import load_config
-    from hmf.model.convert import attention_layers, hybrid_config
+    from hmf.model.convert import base_pattern, hybrid_config
     from hmf.serving.serve import require_vllm
 
     dtype = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
@@ -324,9 +324,7 @@ def serving(
             for name in dict.fromkeys(mixer.split(",")) if pattern is None else ("a pattern",):
                 settings = HybridSettings(mixer=name.strip(), ratio=ratio, pattern=pattern)
                 place = Path(folder) / str(len(named))
-                hybrid_config(
-                    config, settings.layer_pattern(config.num_hidden_layers, attention_layers(config))
-                ).save_pretrained(place)
+                hybrid_config(config, base_pattern(config, settings)).save_pretrained(place)
                 named.append((f"{models[0]} with {name.strip()}", place))
         subjects = variants.subjects(named, run, hf_overrides, variant or ())
         require_vllm()

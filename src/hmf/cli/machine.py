@@ -70,7 +70,7 @@ def plan(
 
     from hmf.config.runs import HybridSettings
     from hmf.model.checkpoint import load_config
-    from hmf.model.convert import attention_layers, hybrid_config
+    from hmf.model.convert import base_pattern, hybrid_config
     from hmf.planning import serving as planner
 
     config = load_config(folder, weights=False)
@@ -78,7 +78,7 @@ def plan(
         if ratio is not None and pattern is not None:
             raise HmfError("give at most one of --ratio and --pattern")
         settings = HybridSettings(mixer=mixer, ratio=ratio, pattern=pattern)
-        config = hybrid_config(config, settings.layer_pattern(config.num_hidden_layers, attention_layers(config)))
+        config = hybrid_config(config, base_pattern(config, settings))
     options = planner.ServingSettings(
         gpu_memory_utilization,
         layer_overhead / 1e6,

@@ -82,7 +82,8 @@ def init(
     require_unused(out)
     source = resolve_base(base)
 
-    from hmf.priming.stage0 import base_config, base_pattern, make_stage0, text_of
+    from hmf.model.convert import base_pattern
+    from hmf.priming.stage0 import base_config, make_stage0, text_of
 
     with text_of(source, out, typer.echo) if text_only else nullcontext(source) as language:
         layout = base_pattern(base_config(language), settings)

@@ -17,6 +17,7 @@ from transformers.initialization import no_init_weights
 
 from hmf.config.layers import LAYER_KINDS, base_head_dim
 from hmf.config.pattern import ATTENTION, Pattern
+from hmf.config.runs import HybridSettings
 from hmf.errors import HmfError
 from hmf.layers.attention import separate
 from hmf.layers.own import own_layers, own_state_shapes
@@ -30,6 +31,11 @@ def attention_layers(config: Any) -> list[int]:
     """Indices of the layers of a base config that are attention and can be replaced."""
     own = own_layers(config)
     return [index for index in range(config.num_hidden_layers) if index not in own]
+
+
+def base_pattern(config: Any, settings: HybridSettings) -> Pattern:
+    """The pattern that `settings` give for a base with this config; a ratio is a share of its attention layers."""
+    return settings.layer_pattern(config.num_hidden_layers, attention_layers(config))
 
 
 def hybrid_config(base: Any, pattern: Pattern, options: Mapping[str, Mapping[str, Any]] | None = None) -> Any:

@@ -19,7 +19,7 @@ from hmf.data.prepared import read_index
 from hmf.errors import HmfError, notice
 from hmf.gpus import MFU, parse_gpus
 from hmf.model.checkpoint import load_config
-from hmf.model.convert import attention_layers, hybrid_config
+from hmf.model.convert import base_pattern, hybrid_config
 from hmf.model.rope import with_rope
 from hmf.model.text_only import language_config
 from hmf.priming.objectives import train_only_mixers
@@ -193,7 +193,7 @@ class Recipes:
             notice(
                 f"{path}: hybrid.layers: auto is planned as if the layers were spread evenly; `hmf prime` chooses them"
             )
-        pattern = recipe.hybrid.spread_evenly().layer_pattern(config.num_hidden_layers, attention_layers(config))
+        pattern = base_pattern(config, recipe.hybrid.spread_evenly())
         return hybrid_config(config, pattern.with_fused(True), recipe.hybrid.options_by_key())
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hmf.config.pattern import Pattern
-from hmf.config.runs import CalibrationSettings, DataSettings, HybridSettings
+from hmf.config.runs import CalibrationSettings, DataSettings
 from hmf.data.mixture import mixture
 from hmf.data.tokenizer import check_tokenizer, load_tokenizer
 from hmf.errors import HmfError, listed, notice
@@ -24,7 +24,7 @@ from hmf.folders import require_unused
 from hmf.layers.attention import separate
 from hmf.layers.base import Start
 from hmf.model.checkpoint import STORED, load_config, load_model, save_checkpoint
-from hmf.model.convert import attention_layers, hybridise, mixers
+from hmf.model.convert import hybridise, mixers
 from hmf.model.families import family_of
 from hmf.model.files import COMPUTED, reading, require_finite, stored_tensors
 from hmf.model.text_only import language_config, take_text, text_family
@@ -172,8 +172,3 @@ def base_config(base: str | Path, text_only: bool = False) -> Any:
     if config.model_type.startswith("hybrid_"):
         raise HmfError(f"{base}: is already a Hybrid ({config.hybrid_override_pattern}); give the base Transformer")
     return config
-
-
-def base_pattern(config: Any, settings: HybridSettings) -> Pattern:
-    """The pattern that `settings` give for a base with this config."""
-    return settings.layer_pattern(config.num_hidden_layers, attention_layers(config))

@@ -22,6 +22,8 @@ from hmf.data.mixture import mixture
 from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError
 from hmf.folders import reason
+from hmf.layers.own import own_layers
+from hmf.model.checkpoint import load_config
 from hmf.training.checkpoints import replace_text
 
 from .choose import agreement, by_rank, greedy, search, stability
@@ -54,11 +56,17 @@ def select(
     Args:
         draw: called with the path of selection.json.
     Raises:
-        HmfError: `keep` is not from 0 to `layers` - 1; a file of scores is damaged or belongs to another model.
+        HmfError: `keep` is not from 0 to `layers` - 1; a file of scores is damaged or belongs to another model; the
+            base has recurrent layers of its own.
     """
     settings = recipe.select
     if not 0 <= keep < layers:
         raise HmfError(f"keep: {keep} is not from 0 to {layers - 1}; the model has {layers} layers")
+    if own := own_layers(load_config(base, weights=False)):
+        raise HmfError(
+            f"{base}: layers {own} are recurrent in the base itself, and selection chooses among all layers; name the "
+            "layers to replace, or give a ratio alone"
+        )
     file = out / SELECTION
     if (stored := read_selection(file)) is not None:
         return stored

@@ -19,8 +19,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from hmf.config.pattern import Pattern, mixer_symbol
 from hmf.config.runs import CalibrationSettings, DataSettings, DistillSettings, ObjectiveSettings
 from hmf.data.mixture import mixture, row_length
-from hmf.errors import HmfError
-from hmf.layers.own import own_layers
 from hmf.model.checkpoint import load_model
 from hmf.model.convert import hybridise
 from hmf.priming.objectives import Objective, Stage1Objective, train_only_mixers
@@ -43,11 +41,6 @@ def fused_everywhere(
 ) -> PreTrainedModel:
     """The float32 model of `base` with a `mixer` in every layer beside its attention, initialised as in Stage 0."""
     teacher = load_model(base, dtype=torch.float32)
-    if own_layers(teacher.config):
-        raise HmfError(
-            "hybrid.layers: auto: the base has recurrent layers of its own, among which selection does not work yet; "
-            "name layers or a ratio"
-        )
     everywhere = Pattern((mixer_symbol(mixer),) * teacher.config.num_hidden_layers)
     model = hybridise(teacher, everywhere, options)
     starts = initialise(model, seed, conv_start)
