@@ -40,16 +40,20 @@ def test_time_left_and_rate_count_this_processes_steps(monkeypatch, capsys):
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: False, raising=False)
     line, args = ProgressLine("distil", tokens_per_step=64), SimpleNamespace(device=torch.device("cpu"))
     state = SimpleNamespace(global_step=900, max_steps=1000, is_world_process_zero=True)
+    now = 40.0
     line.on_train_begin(args, state, None)
-    state.global_step, now = 910, 120.0  # 10 steps in 20 s: 90 more need 180 s
+    line.on_step_begin(args, state, None)
+    state.global_step, now = 901, 100.0  # the first step of a process takes a minute and does not count
+    line.on_step_begin(args, state, None)
+    state.global_step, now = 911, 120.0  # 10 steps in 20 s: 89 more need 178 s
     line.on_log(args, state, None, {"loss": 0.5, "train_loss": 2.0})
     line.on_step_end(args, state, None)
-    assert capsys.readouterr().err == "distil: step 910/1000 loss 0.5000 32 tokens/s ETA 180 s\n"
+    assert capsys.readouterr().err == "distil: step 911/1000 loss 0.5000 32 tokens/s ETA 178 s\n"
     line.on_log(args, state, None, {"loss": 0.25, "loss_kl": 0.5, "learning_rate": 1.234e-4, "grad_norm": 2.5})
     line.on_log(args, state, None, {"train_loss": 2.0})  # the summary at the end
     line.on_train_end(args, state, None)
     said = "loss 0.2500 loss_kl 0.5000 lr 0.000123 grad norm 2.5 32 tokens/s"
-    assert capsys.readouterr().err == f"distil: step 910/1000 {said} ETA 180 s\n"
+    assert capsys.readouterr().err == f"distil: step 911/1000 {said} ETA 178 s\n"
 
 
 def test_peak_memory_is_shown_on_cuda(monkeypatch):

@@ -36,7 +36,8 @@ class ProgressLine(TrainerCallback):
     """Shows step, loss, the last evaluation's loss, learning rate, gradient norm, tokens/s, peak memory (on CUDA) and
     the remaining time.
 
-    Rates are computed from the steps of this process, so that they are correct after a resume.
+    Rates are computed from the steps of this process, so that they are correct after a resume. Its first step does not
+    count once there are others: it compiles and tunes kernels, which takes minutes on a GPU.
 
     flops_per_token: FLOPs of the model per token. With it, GPUs of known peak show the model FLOPs utilisation (MFU).
     """
@@ -48,7 +49,8 @@ class ProgressLine(TrainerCallback):
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.first_step, self.started, self.printed = state.global_step, time.perf_counter(), time.perf_counter()
+        self.began, self.printed = state.global_step, time.perf_counter()
+        self.first_step, self.started = state.global_step, time.perf_counter()  # of the steps that rates count
         if not state.is_world_process_zero:
             return
         if args.device.type == "cuda":
@@ -64,6 +66,10 @@ class ProgressLine(TrainerCallback):
         if logs and "eval_loss" in logs:
             self.evaluated = logs["eval_loss"]
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.began + 1:
+            self.first_step, self.started = state.global_step, time.perf_counter()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.update(1)
@@ -75,7 +81,7 @@ class ProgressLine(TrainerCallback):
         if self.bar is not None:
             self.bar.set_postfix_str(self.status(args, state))
             self.bar.close()
-        elif state.global_step > self.first_step:
+        elif state.global_step > self.began:
             self.print_line(args, state)
 
     def print_line(self, args: Any, state: Any) -> None:
