@@ -61,7 +61,7 @@ def calibrate(
     Returns:
         For each mixer's name, its relative squared error on the held-out rows before and after the fit.
     """
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     decoder, by_layer, errors = model.model, {mixer.layer_idx: (name, mixer) for name, mixer in mixers(model)}, {}
     batches = _embedded(decoder, rows, device)
     held = max(1, len(batches) // 4)
