@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -78,7 +79,7 @@ class HybridSettings(Settings):
         attention: the indices of the layers that are attention, of which `ratio` is a share; None: all are.
         """
         if self.pattern is not None:
-            pattern = Pattern.parse(self.pattern, num_layers, source="pattern").with_fused(False)
+            pattern = replace(Pattern.parse(self.pattern, num_layers, source="pattern"), fused=False)
             if not pattern.replaced:
                 raise HmfError("pattern: no layer is replaced; name at least one mixer")
             return pattern

@@ -95,12 +95,12 @@ def layer_caches(
         config.pattern.symbols, config.attention_types, config.attention_windows, strict=True
     ):
         shapes = [] if symbol == ATTENTION else list(mixer_class(symbol).state_shapes(config, ranks).values())
-        if kind == RECURRENT:
+        if own := symbol == ATTENTION and kind == RECURRENT:
             shapes = list(own_state_shapes(config, ranks).values())
         if any(shape.kind == "recurrent" for shape in shapes):
             sizes = [shape.bytes(dtype, recurrent_dtype, state_dtype) for shape in shapes]
             moved = sum(_moved(shape, size) for shape, size in zip(shapes, sizes, strict=True))
-            caches.append(LayerCache(kind if kind == RECURRENT else symbol, state_bytes=sum(sizes), moved_bytes=moved))
+            caches.append(LayerCache(kind if own else symbol, state_bytes=sum(sizes), moved_bytes=moved))
         elif shapes:
             reach = next(shape.shape[0] for shape in shapes if shape.kind == "window")
             caches.append(LayerCache("sliding_attention", token_bytes, reach + 1))
