@@ -18,7 +18,7 @@ from hmf.errors import HmfError
 from hmf.folders import find_recipe, resolve_base
 
 Dtype = Literal["float32", "bfloat16"]
-NativeFormat = Literal["qwen3_5"]
+NativeFormat = Literal["qwen3_5", "qwen3_next"]
 Out = Annotated[Path, typer.Option(help="Output directory; it must be empty or not exist.")]
 RecipeFile = Annotated[
     Path,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Annotated, Literal
 
 import typer
@@ -203,7 +204,8 @@ def export(
     from hmf.model.native import save_native
     from hmf.priming.export import export as run
 
-    run(source, out, getattr(torch, dtype) if dtype else None, save_native if format else save_checkpoint)
+    save = partial(save_native, to=format) if format else save_checkpoint
+    run(source, out, getattr(torch, dtype) if dtype else None, save)
     typer.echo(f"saved {out}; load it with AutoModelForCausalLM{'' if format else ' after `import hmf`'}")
 
 

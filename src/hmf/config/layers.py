@@ -51,8 +51,7 @@ class LayerOptions(BaseModel):
 
     @classmethod
     def dimensions(cls, base: Any, own_shape: bool = False) -> dict[str, Any]:
-        """The derived fields, from the attributes of a base model's config, and the option `own_shape` if there is one.
-        """
+        """The derived fields, from the attributes of a base model's config, and the option `own_shape` if there is one."""
         raise NotImplementedError
 
     @classmethod

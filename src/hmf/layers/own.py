@@ -105,16 +105,6 @@ def base_mixer(layer: nn.Module) -> Any:
     return layer.get_submodule(base_mixer_name(layer))
 
 
-def base_mixer_name(layer: nn.Module) -> str:
-    """What the family calls the token mixer that a decoder layer has of its own."""
-    return OWN_MODULE if hasattr(layer, OWN_MODULE) else "self_attn"
-
-
-def base_mixer(layer: nn.Module) -> Any:
-    """The base's own token mixer in a decoder layer; in a replaced layer of a fused model it is the teacher."""
-    return layer.get_submodule(base_mixer_name(layer))
-
-
 def own_layers(config: Any) -> list[int]:
     """Indices of the layers of a base or hybrid config that are recurrent in the base itself."""
     types = getattr(config, "attention_types", None) or getattr(config, "layer_types", None) or []
