@@ -51,7 +51,7 @@ class LayerOptions(BaseModel):
 
     @classmethod
     def dimensions(cls, base: Any, own_shape: bool = False) -> dict[str, Any]:
-        """The derived fields, from the attributes of a base model's config, and the option `own_shape` if there is one."""
+        """The derived fields, from a base model's config; own_shape: the option of that name, if there is one."""
         raise NotImplementedError
 
     @classmethod
@@ -97,6 +97,11 @@ class LayerOptions(BaseModel):
 
 def base_head_dim(base: Any) -> int:
     return getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
+
+
+def base_intermediate_size(base: Any) -> int:
+    """The width of a base's MLPs, or of its experts where no layer is without (Qwen3.5-MoE)."""
+    return getattr(base, "intermediate_size", None) or base.moe_intermediate_size
 
 
 def base_activation(base: Any) -> str:
@@ -216,7 +221,7 @@ class Mamba2Options(LayerOptions):
             "d_model": base.hidden_size,
             "d_inner": base.num_attention_heads * head_dim,
             "d_xb": base.num_key_value_heads * head_dim,
-            "intermediate_size": base.intermediate_size,
+            "intermediate_size": base_intermediate_size(base),
             "hidden_act": base_activation(base),
             "rms_norm_eps": base.rms_norm_eps,
             "n_layer": base.num_hidden_layers,

@@ -39,7 +39,10 @@ def base_pattern(config: Any, settings: HybridSettings) -> Pattern:
     HmfError if the base's layers cannot be replaced so, before any weights are read.
     """
     pattern = settings.layer_pattern(config.num_hidden_layers, attention_layers(config))
-    hybrid_config(config, pattern.with_fused(True), settings.options_by_key())
+    try:
+        hybrid_config(config, pattern.with_fused(True), settings.options_by_key())
+    except HmfError as error:  # the user wrote a pattern, and no config.json yet
+        raise HmfError(str(error).replace("config.json: hybrid_override_pattern", "pattern")) from None
     return pattern
 
 
@@ -152,6 +155,6 @@ def footprint(model: PreTrainedModel) -> dict[str, int]:
     kv = attention_layers * 2 * config.num_key_value_heads * base_head_dim(config) * model.dtype.itemsize
     shapes = [mixer.state_shapes(config) for _, mixer in mixers(model)] if pattern else []
     kept = set(own_layers(config)) - set(pattern.replaced if pattern else ())
-    shapes += [own_state_shapes(config)] * len(kept)
+    shapes += [own_state_shapes(config) for _ in kept]
     state = sum(shape.bytes(model.dtype) for layer in shapes for shape in layer.values())
     return {"parameters": model.num_parameters(), "kv_bytes_per_token": kv, "state_bytes": state}

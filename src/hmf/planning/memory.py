@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from hmf.config.layers import base_head_dim
+from hmf.config.layers import base_head_dim, base_intermediate_size
 from hmf.config.pattern import ATTENTION
 from hmf.errors import HmfError
 from hmf.gpus import GIB
@@ -165,7 +165,7 @@ def working_bytes(config: Any, dtype: torch.dtype, ranks: int, batched_tokens: i
     These are the activations of the largest prefill step, the logits of every sequence in float32, and 1 GiB for the
     CUDA context, kernels and captured graphs.
     """
-    inner = config.intermediate_size
+    inner = base_intermediate_size(config)
     if getattr(config, "num_experts_per_tok", None):
         inner = config.num_experts_per_tok * (config.moe_intermediate_size + config.hidden_size)
     activations = batched_tokens * (4 * config.hidden_size + 3 * inner // ranks) * dtype.itemsize
