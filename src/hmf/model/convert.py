@@ -21,6 +21,7 @@ from hmf.config.runs import HybridSettings
 from hmf.errors import HmfError
 from hmf.layers.attention import separate
 from hmf.layers.own import base_mixer, base_mixer_name, own_layers, own_state_shapes
+from hmf.layers.registry import layer_states
 
 from .configuration import building
 from .families import family_of
@@ -153,8 +154,6 @@ def footprint(model: PreTrainedModel) -> dict[str, int]:
     recurrent = config.recurrent_layers if pattern else own_layers(config)
     attention_layers = config.num_hidden_layers - len(recurrent)
     kv = attention_layers * 2 * config.num_key_value_heads * base_head_dim(config) * model.dtype.itemsize
-    shapes = [mixer.state_shapes(config) for _, mixer in mixers(model)] if pattern else []
-    kept = set(own_layers(config)) - set(pattern.replaced if pattern else ())
-    shapes += [own_state_shapes(config) for _ in kept]
+    shapes = [layer_states(config, index) if pattern else own_state_shapes(config) for index in recurrent]
     state = sum(shape.bytes(model.dtype) for layer in shapes for shape in layer.values())
     return {"parameters": model.num_parameters(), "kv_bytes_per_token": kv, "state_bytes": state}

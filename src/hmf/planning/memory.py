@@ -23,8 +23,7 @@ from hmf.config.pattern import ATTENTION
 from hmf.errors import HmfError
 from hmf.gpus import GIB
 from hmf.layers.base import StateShape, split_heads
-from hmf.layers.own import RECURRENT, own_state_shapes
-from hmf.layers.registry import mixer_class
+from hmf.layers.registry import layer_states
 from hmf.model.configuration import building
 
 
@@ -91,16 +90,16 @@ def layer_caches(
     kv_dtype, recurrent_dtype = kv_dtype or dtype, recurrent_dtype or state_dtype
     token_bytes = 2 * split_heads(config.num_key_value_heads, ranks) * base_head_dim(config) * kv_dtype.itemsize
     caches = []
-    for symbol, kind, window in zip(
-        config.pattern.symbols, config.attention_types, config.attention_windows, strict=True
+    for index, (symbol, kind, window) in enumerate(
+        zip(config.pattern.symbols, config.attention_types, config.attention_windows, strict=True)
     ):
-        shapes = [] if symbol == ATTENTION else list(mixer_class(symbol).state_shapes(config, ranks).values())
-        if own := symbol == ATTENTION and kind == RECURRENT:
-            shapes = list(own_state_shapes(config, ranks).values())
+        shapes = list(layer_states(config, index, ranks).values())
         if any(shape.kind == "recurrent" for shape in shapes):
             sizes = [shape.bytes(dtype, recurrent_dtype, state_dtype) for shape in shapes]
             moved = sum(_moved(shape, size) for shape, size in zip(shapes, sizes, strict=True))
-            caches.append(LayerCache(kind if own else symbol, state_bytes=sum(sizes), moved_bytes=moved))
+            caches.append(
+                LayerCache(kind if symbol == ATTENTION else symbol, state_bytes=sum(sizes), moved_bytes=moved)
+            )
         elif shapes:
             reach = next(shape.shape[0] for shape in shapes if shape.kind == "window")
             caches.append(LayerCache("sliding_attention", token_bytes, reach + 1))
