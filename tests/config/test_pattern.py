@@ -3,6 +3,7 @@
 
 import inspect
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,12 @@ from hmf.config.runs import HybridSettings
 from hmf.errors import HmfError
 
 SYMBOLS = [ATTENTION, *LAYER_KINDS]
-patterns = st.builds(Pattern, st.lists(st.sampled_from(SYMBOLS), min_size=1, max_size=80).map(tuple), st.booleans())
+plain = st.lists(st.sampled_from(SYMBOLS), min_size=1, max_size=80).map(tuple)
+patterns = st.builds(Pattern, plain, st.booleans()).flatmap(
+    lambda pattern: st.sets(st.sampled_from(range(len(pattern)))).map(
+        lambda chosen: replace(pattern, from_recurrent=frozenset(chosen) & frozenset(pattern.replaced))
+    )
+)
 
 
 @given(patterns)
@@ -28,11 +34,12 @@ def test_printed_pattern_parses_back(pattern):
 def test_fused_pattern_replaces_the_same_layers(pattern):
     fused, plain = pattern.with_fused(True), pattern.with_fused(False)
     assert fused.replaced == plain.replaced == tuple(i for i, symbol in enumerate(pattern.symbols) if symbol != "*")
-    assert str(plain) == str(fused).replace("*DA", "@").replace("*", "").replace("@", "*")
+    assert str(plain) == str(fused).replace("*DA", "@").replace("*", "").replace("@", "*").replace("GDN>", "")
 
 
 def test_published_spellings():
     assert Pattern.parse("*-GDN-*-M2").symbols == ("*", "GDN", "*", "M2")
+    assert Pattern.parse("GDN>GKA-*") == Pattern(("GKA", "*"), from_recurrent=frozenset({0}))
     assert Pattern.parse("*DA-GDN*-*DA-GKA*") == Pattern(("*", "GDN", "*", "GKA"), fused=True)
     assert str(Pattern(("*", "BMF", "SWA"), fused=True)) == "*DA-BMF*-SWA*"
 

@@ -253,9 +253,12 @@ def _why_not(config: Any) -> str:
         return f"attention in {FORMAT} normalises queries and keys, which this family does not"
     with torch.device("meta"), config.as_base():
         layer = config.family.class_named("DecoderLayer")(config, 0)
-    usual = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-    if unusual := sorted({name for name, _ in layer.named_children()} ^ usual):
-        return f"layers in {FORMAT} have one norm before the attention and one before the MLP, not {', '.join(unusual)}"
+    norms = [name for name, _ in layer.named_children() if "norm" in name]
+    if {*norms} != {"input_layernorm", "post_attention_layernorm"}:
+        return (
+            f"layers in {FORMAT} have a norm before the attention and one before the MLP, and this family's have "
+            f"{', '.join(norms)}"
+        )
     return "only Hybrids of Qwen3, Qwen3-MoE and bases with Gated DeltaNet layers can be converted"
 
 
