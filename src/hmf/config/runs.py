@@ -50,7 +50,7 @@ class HybridSettings(Settings):
     """
 
     mixer: str = "gdn"  # layer type: gdn, kda, gka, mamba2, bmojo or swa
-    ratio: float | None = None  # share of layers to replace, spread evenly
+    ratio: float | None = None  # share of the attention layers to replace, spread evenly
     # indices of the layers to replace, from 0; or auto: as many as ratio says, chosen by the section select
     layers: list[int] | Literal["auto"] | None = None
     pattern: str | None = None  # one symbol per layer, joined by -, for example *-GDN-*-GDN

@@ -70,7 +70,8 @@ class _SeparateRecurrence:
 
     def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         of = self._recurrence
-        given, widths = dict(of.named_parameters()), [of.key_dim, of.key_dim, of.value_dim]
+        given: dict[str, torch.Tensor] = dict(of.named_parameters())
+        widths = [of.key_dim, of.key_dim, of.value_dim]
         if hasattr(of, "in_proj_qkvz"):  # the module's own method divides the last dimension of [B, T, rows]
             merged = (given.pop(f"in_proj_{name}.weight").T[None] for name in ("qkvz", "ba"))
             parts = [x.flatten(2)[0].T for x in of.fix_query_key_value_ordering(*merged)]
@@ -80,7 +81,7 @@ class _SeparateRecurrence:
         yield from zip((f"{name}_proj.weight" for name in ("q", "k", "v", "g", "b", "gk")), parts, strict=True)
         filters = given.pop("conv1d.weight").split(widths)
         yield from zip((f"{name}_conv1d.weight" for name in "qkv"), filters, strict=True)
-        renamed = {"norm.weight": "o_norm.weight", "out_proj.weight": "o_proj.weight"}
+        renamed: dict[str, str] = {"norm.weight": "o_norm.weight", "out_proj.weight": "o_proj.weight"}
         yield from ((renamed.get(name, name), x) for name, x in given.items())
 
 

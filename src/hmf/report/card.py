@@ -176,7 +176,7 @@ class Card:
     def why(self) -> str:
         replaced, attention = self.config.pattern.replaced, self.config.attention_layers
         recurrent = len(set(replaced) - set(attention))
-        others = f" and {recurrent} recurrent layers" if recurrent else ""
+        others = f" and {recurrent} of {len(self.config.pattern) - len(attention)} recurrent layers" if recurrent else ""
         return (
             f"The Hybrid is initialised from a pre-trained model. {len(replaced) - recurrent} of {len(attention)} "
             f"Attention layers{others} are converted into layers that keep a state of fixed size for a sequence, "
@@ -290,7 +290,7 @@ class Card:
             elif chosen.ratio is not None:
                 how = f"The recipe spreads the replaced layers evenly (ratio {chosen.ratio:g})."
         where = ", ".join(map(str, self.config.pattern.replaced))
-        own = f", except that layers {', '.join(map(str, self.own))} are recurrent in the base" if self.own else ""
+        own = f" (recurrent in the base: {', '.join(map(str, self.own))})" if self.own else ""
         return f"```\n{self.config.pattern}\n```\n\n`*` is Attention{own}. Replaced layers (from 0): {where}. {how}"
 
     def efficiency(self) -> str:
