@@ -216,6 +216,10 @@ def test_a_checkpoint_keeps_the_shape_that_its_config_says():
     base = stock_model().config
     new = hybrid_config(base, Pattern.parse("*-GDN-*-*"))
     assert new.gdn_config["own_shape"] is True and new.gdn_config["num_v_heads"] == 8
+    for symbol, key in (("GKA", "gka_config"), ("KDA", "kda_config")):  # only where some replace a recurrent layer
+        (beside, alone) = (Pattern.parse(f"{first}-{symbol}-*-*") for first in (f"GDN>{symbol}", "*"))
+        assert getattr(hybrid_config(base, beside), key)["own_shape"] is True
+        assert "own_shape" not in getattr(hybrid_config(base, alone), key)
     off = hybrid_config(base, Pattern.parse("*-GDN-*-*"), {"gdn_config": {"own_shape": False}})
     assert "own_shape" not in off.gdn_config and off.gdn_config["head_dim"] == base.head_dim
     again = type(off)(**{key: value for key, value in off.to_dict().items() if key != "model_type"})

@@ -55,8 +55,11 @@ class LayerOptions(BaseModel):
         raise NotImplementedError
 
     @classmethod
-    def new_values(cls, base: Any, queries_grow: bool) -> dict[str, Any]:
-        """Values for newly made layers on a base with this config that differ from the defaults."""
+    def new_values(cls, base: Any, queries_grow: bool, from_recurrent: bool) -> dict[str, Any]:
+        """Values in place of the defaults for newly made layers on a base with this config.
+
+        queries_grow: the base scales its queries by position; from_recurrent: some replace a recurrent layer of it.
+        """
         new = {key: getattr(base, name) for key, name in cls.new_from_base.items() if hasattr(base, name)}
         return new | (dict(cls.new_where_queries_grow) if queries_grow else {})
 
@@ -130,6 +133,7 @@ class _LinearOptions(LayerOptions):
     """Options shared by GDN, KDA and GKA. Expanded heads H = max(num_q_heads, num_k_heads, num_v_heads)."""
 
     new_from_base = {"conv_size": "linear_conv_kernel_dim"}
+    new_in_own_shape: ClassVar[bool] = False  # whether new layers have `own_shape` in place of attention, too
     derived = frozenset({"hidden_size", "head_dim", "num_q_heads", "num_k_heads", "num_v_heads"})
     hidden_size: int
     head_dim: int
@@ -148,9 +152,10 @@ class _LinearOptions(LayerOptions):
         return max(self.num_q_heads, self.num_k_heads, self.num_v_heads)
 
     @classmethod
-    def new_values(cls, base: Any, queries_grow: bool) -> dict[str, Any]:
-        own = {} if own_shape_problem(base) else {"own_shape": True}
-        return super().new_values(base, queries_grow) | own
+    def new_values(cls, base: Any, queries_grow: bool, from_recurrent: bool) -> dict[str, Any]:
+        new = super().new_values(base, queries_grow, from_recurrent)
+        own = (from_recurrent or cls.new_in_own_shape) and own_shape_problem(base) is None
+        return new | ({"own_shape": True} if own else {})
 
     @classmethod
     def dimensions(cls, base: Any, own_shape: bool = False) -> dict[str, Any]:
@@ -168,6 +173,7 @@ class GDNOptions(_LinearOptions):
 
     # As in Qwen3.5: one epsilon for all norms.
     new_from_base = {"norm_eps": "rms_norm_eps", **_LinearOptions.new_from_base}
+    new_in_own_shape = True  # so that a Hybrid of Qwen3.5 can become a stock Qwen3.5
     use_short_conv: bool = True  # convolutions on q, k and v
     allow_neg_eigval: bool = False  # doubles beta
     conv_bias: bool = False  # biases in convolutions
@@ -176,6 +182,8 @@ class GDNOptions(_LinearOptions):
 
 class KDAOptions(GDNOptions):
     """Kimi Delta Attention (arXiv 2510.26692), `kda_config`: the options of GDN, with their meaning."""
+
+    new_in_own_shape = False
 
 
 class GKAOptions(_LinearOptions):

@@ -52,6 +52,7 @@ def hybrid_config(base: Any, pattern: Pattern, options: Mapping[str, Mapping[str
 
     The config of a plain Hybrid does not keep which of its layers replaced a recurrent one (`GDN>GKA` becomes GKA).
     """
+    from_recurrent = {pattern.symbols[index] for index in pattern.from_recurrent}
     if not pattern.fused:
         pattern = pattern.with_fused(False)
     family = family_of(base.model_type)
@@ -61,7 +62,7 @@ def hybrid_config(base: Any, pattern: Pattern, options: Mapping[str, Mapping[str
     for kind in (LAYER_KINDS[symbol] for symbol in set(pattern.symbols) - {ATTENTION}):
         if kind.config_key in fields:
             continue
-        if new := kind.options.new_values(base, family.query_growth() is not None):
+        if new := kind.options.new_values(base, family.query_growth() is not None, kind.symbol in from_recurrent):
             options[kind.config_key] = {**new, **options.get(kind.config_key, {})}
     for key in ("model_type", "architectures", "layer_types", "transformers_version", *options):
         fields.pop(key, None)

@@ -175,8 +175,8 @@ class Card:
 
     def why(self) -> str:
         replaced, attention = self.config.pattern.replaced, self.config.attention_layers
-        recurrent = len(set(replaced) - set(attention))
-        others = f" and {recurrent} of {len(self.config.pattern) - len(attention)} recurrent layers" if recurrent else ""
+        recurrent, all_recurrent = len(set(replaced) - set(attention)), len(self.config.pattern) - len(attention)
+        others = f" and {recurrent} of {all_recurrent} recurrent layers" if recurrent else ""
         return (
             f"The Hybrid is initialised from a pre-trained model. {len(replaced) - recurrent} of {len(attention)} "
             f"Attention layers{others} are converted into layers that keep a state of fixed size for a sequence, "
