@@ -125,6 +125,15 @@ def test_a_start_in_place_of_a_recurrent_layer_can_be_calibrated():
     assert errors[1] < errors[0]
 
 
+@torch.no_grad()
+def test_channels_of_kda_start_with_the_decay_of_their_head():
+    fused = hybridise(stock_model(), Pattern.parse("GDN>GDN-*-GDN>KDA-*"))
+    fused.model.layers[2].linear_attn.load_state_dict(fused.model.layers[0].linear_attn.state_dict())
+    initialise(fused)
+    gdn, kda, x = fused.model.layers[0].gdn, fused.model.layers[2].kda, torch.randn(1, 5, 32)
+    assert_same(kda.decay(x), gdn.decay(x)[..., None].expand(1, 5, 8, 8), tolerance=1e-5)
+
+
 RECURRENT_LAYER = st.sampled_from(["*", "GDN>GDN", "GDN>GKA", "GDN>KDA", "GDN", "GDN>SWA"])
 ATTENTION_LAYER = st.sampled_from(["*", "GDN", "SWA", "M2", "BMF", "GDN>GKA"])
 
