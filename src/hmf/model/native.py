@@ -299,7 +299,13 @@ def _conv_width(config: Any) -> int:
 @torch.no_grad()
 def native_tensors(model: PreTrainedModel, source: str = "") -> dict[str, torch.Tensor]:
     """The tensors of `native_config(model.config)` by name, from those of a Hybrid; unchanged tensors are shared."""
-    tensors, converted, own = dict(model.state_dict()), {}, model.config.family.own_recurrence
+    config, tensors, converted = model.config, dict(model.state_dict()), {}
+    for index in config.pattern.replaced:
+        layer, mixer = f"model.layers.{index}.", f"model.layers.{index}.{GDN.module_name}"
+        own = {name: tensors.pop(f"{mixer}.{name}") for name in model.get_submodule(mixer).state_dict()}
+        converted |= {f"{layer}linear_attn.{name}": x for name, x in _gdn_tensors(config, own).items()}
+    if config.family.own_recurrence:
+        return converted | tensors
     rounded: list[str] = []
 
     def minus_one(name: str) -> torch.Tensor:
@@ -311,24 +317,18 @@ def native_tensors(model: PreTrainedModel, source: str = "") -> dict[str, torch.
         rounded.append(name)
         return wide
 
-    for index, symbol in enumerate(model.config.pattern.symbols):
+    for index, symbol in enumerate(config.pattern.symbols):
         layer = f"model.layers.{index}."
-        if symbol == ATTENTION and own:
-            continue
         if symbol == ATTENTION:
-            attention, heads = f"{layer}self_attn.", model.config.num_attention_heads
+            attention, heads = f"{layer}self_attn.", config.num_attention_heads
             query = tensors.pop(f"{attention}q_proj.weight").unflatten(0, (heads, -1))  # [H, K, D]
             converted[f"{attention}q_proj.weight"] = torch.cat([query, torch.zeros_like(query)], 1).flatten(0, 1)
             converted[f"{attention}o_proj.weight"] = tensors.pop(f"{attention}o_proj.weight") * 2
             for name in ("q_norm.weight", "k_norm.weight"):
                 converted[attention + name] = minus_one(attention + name)
-        else:
-            mixer = model.get_submodule(layer + GDN.module_name)
-            tensors_of = {name: tensors.pop(f"{layer}{GDN.module_name}.{name}") for name in mixer.state_dict()}
-            converted |= {f"{layer}linear_attn.{name}": x for name, x in _gdn_tensors(model.config, tensors_of).items()}
-        if not own and (router := tensors.get(f"{layer}mlp.gate.weight")) is not None:
-            converted |= {f"{layer}mlp.{name}.weight": x for name, x in _shared_expert(model.config, router).items()}
-    for name in [name for name in tensors if name.endswith(NORMS) and not own]:
+        if (router := tensors.get(f"{layer}mlp.gate.weight")) is not None:
+            converted |= {f"{layer}mlp.{name}.weight": x for name, x in _shared_expert(config, router).items()}
+    for name in [name for name in tensors if name.endswith(NORMS)]:
         converted[name] = minus_one(name)
     if rounded:
         notice(
