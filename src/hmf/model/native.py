@@ -299,7 +299,8 @@ def _conv_width(config: Any) -> int:
 @torch.no_grad()
 def native_tensors(model: PreTrainedModel, source: str = "") -> dict[str, torch.Tensor]:
     """The tensors of `native_config(model.config)` by name, from those of a Hybrid; unchanged tensors are shared."""
-    config, tensors, converted = model.config, dict(model.state_dict()), {}
+    config, tensors = model.config, dict(model.state_dict())
+    converted: dict[str, torch.Tensor] = {}
     for index in config.pattern.replaced:
         layer, mixer = f"model.layers.{index}.", f"model.layers.{index}.{GDN.module_name}"
         own = {name: tensors.pop(f"{mixer}.{name}") for name in model.get_submodule(mixer).state_dict()}
