@@ -3,6 +3,7 @@
 
 import inspect
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,12 @@ from hmf.config.runs import HybridSettings
 from hmf.errors import HmfError
 
 SYMBOLS = [ATTENTION, *LAYER_KINDS]
-patterns = st.builds(Pattern, st.lists(st.sampled_from(SYMBOLS), min_size=1, max_size=80).map(tuple), st.booleans())
+plain = st.lists(st.sampled_from(SYMBOLS), min_size=1, max_size=80).map(tuple)
+patterns = st.builds(Pattern, plain, st.booleans()).flatmap(
+    lambda pattern: st.sets(st.sampled_from(range(len(pattern)))).map(
+        lambda chosen: replace(pattern, from_recurrent=frozenset(chosen) & frozenset(pattern.replaced))
+    )
+)
 
 
 @given(patterns)
@@ -28,11 +34,12 @@ def test_printed_pattern_parses_back(pattern):
 def test_fused_pattern_replaces_the_same_layers(pattern):
     fused, plain = pattern.with_fused(True), pattern.with_fused(False)
     assert fused.replaced == plain.replaced == tuple(i for i, symbol in enumerate(pattern.symbols) if symbol != "*")
-    assert str(plain) == str(fused).replace("*DA", "@").replace("*", "").replace("@", "*")
+    assert str(plain) == str(fused).replace("*DA", "@").replace("*", "").replace("@", "*").replace("GDN>", "")
 
 
 def test_published_spellings():
     assert Pattern.parse("*-GDN-*-M2").symbols == ("*", "GDN", "*", "M2")
+    assert Pattern.parse("GDN>GKA-*") == Pattern(("GKA", "*"), from_recurrent=frozenset({0}))
     assert Pattern.parse("*DA-GDN*-*DA-GKA*") == Pattern(("*", "GDN", "*", "GKA"), fused=True)
     assert str(Pattern(("*", "BMF", "SWA"), fused=True)) == "*DA-BMF*-SWA*"
 
@@ -89,7 +96,11 @@ def test_every_layer_type_is_named_where_it_is_chosen():
         ("*-**", "layer 1: unknown layer symbol|mixes fused"),
         ("*-GDN*", "mixes fused"),
         ("*DA-GDN", "mixes fused"),
-        ("*-GDN>GKA", "layer 1: 'GDN>GKA'.*not supported"),
+        ("*-GKA>GDN", "layer 1: 'GKA>GDN': write for example GDN>GKA for GKA in place of a recurrent layer"),
+        ("GDN>*-GDN", "layer 0: 'GDN>.': write for example GDN>GKA"),
+        ("*-GDN>GDN>GKA", "layer 1: 'GDN>GDN>GKA': write for example GDN>GKA"),
+        ("*-GDN>GKB", "layer 1: unknown layer symbol 'GKB'"),
+        ("*-GDN>GKA*", "mixes fused"),
         ("*-GDN-*", "has 3 layers, but the model has 2"),
         (["*", "GDN"], "is not a string"),
     ],

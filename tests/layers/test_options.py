@@ -20,12 +20,15 @@ CHOSEN = [
 ]
 # What an option needs beside it, as these change other options' work.
 BESIDE: dict[str, dict[str, Any]] = {"kv_learnable_residual": {"kv_proj_rank": 6}}
-GROWING_BASE = {"family": "ministral3", "rope_parameters": GROWING}
+# The bases of options that are for some bases only.
+BASES = {
+    "own_shape": {"family": "qwen3_5_text", "linear_value_head_dim": 8},
+    "scale_queries": {"family": "ministral3", "rope_parameters": GROWING},
+}
 
 
 def config_of(symbol: str, options: dict[str, Any], name: str) -> Any:
-    base = GROWING_BASE if name == "scale_queries" else {}
-    return tiny_config(Case(symbol, name, options=BESIDE.get(name, {}) | options), "X-*", **base)
+    return tiny_config(Case(symbol, name, options=BESIDE.get(name, {}) | options), "X-*", **BASES.get(name, {}))
 
 
 def results(symbol: str, options: dict[str, Any], name: str) -> dict[str, torch.Tensor]:

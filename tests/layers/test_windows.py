@@ -6,7 +6,6 @@ import copy
 import pytest
 import torch
 
-from hmf.errors import HmfError
 from hmf.layers.attention import separate
 from hmf.layers.registry import MIXERS
 from hmf.model.families import FAMILIES, family_of
@@ -106,10 +105,6 @@ def test_bmojo_scales_queries_by_position_if_its_config_says_so(tied, scaled):
 @torch.no_grad()
 def test_bmojo_within_its_window_is_the_bases_attention(family, tied):
     options = {"window_size": TOKENS, "ssm_mixer": "gdn", "tie_attn_weights": tied}
-    if family_of(family).own_recurrence:
-        with pytest.raises(HmfError, match="gates the output of its attention, and B'MOJO-F cannot"):
-            mixer_and_attention("BMF", options, family)
-        return
     _, outputs = mixer_and_attention("BMF", options, family)
     assert_same(*outputs(lambda distance: distance >= 0))
 

@@ -23,7 +23,6 @@ from hmf.model.checkpoint import load_model
 from hmf.model.convert import attention_layers, drop_teacher, hybridise
 from hmf.model.families import CANNOT_FIT, FAMILIES, family_of
 from hmf.model.modeling import TEACHER, hybrid_classes, logits_of
-from hmf.model.native import native_config
 from hmf.model.register import register
 from hmf.priming.export import export
 from hmf.priming.objectives import Stage1Objective, train_only_mixers
@@ -457,10 +456,6 @@ def test_every_layer_type_at_once(family, variant, tmp_path):
         fields["layer_types"] = ["linear_attention"] + ["full_attention"] * len(MIXERS)
     stock = row.class_named("ForCausalLM")(row.config_class()(**fields))
     randomise(stock)
-    if row.own_recurrence:  # its attention has a gate
-        with pytest.raises(HmfError, match="B'MOJO-F cannot; use other layer types"):
-            hybridise(stock, pattern)
-        pattern = Pattern(tuple("GDN" if symbol == "BMF" else symbol for symbol in pattern.symbols))
     small = {"swa_config": {"window_size": 5}, "bmojo_config": {"window_size": 5, "ssm_mixer": "gdn"}}
     make_stage0(saved(stock, tmp_path / "base"), pattern, tmp_path / "fused", small)
     hybrid = export(tmp_path / "fused", tmp_path / "hybrid").eval()
@@ -784,13 +779,6 @@ def test_a_base_without_recurrences_lists_none(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_layer_types": ["full_attention"] * 4}))
     with pytest.raises(HmfError, match=f"^{file}: base_layer_types: all layers of Qwen3 are attention; remove the key"):
         load_model(tmp_path)
-
-
-@own_recurrences
-def test_a_hybrid_of_a_base_with_recurrences_is_not_converted(family):
-    config = drop_teacher(hybridise(stock_model(family, "listed"), PATTERN)).config
-    with pytest.raises(HmfError, match=f"^config.json: model_type: 'hybrid_{family}': qwen3_5 has one shape for all"):
-        native_config(config)
 
 
 def test_tensors_of_multi_token_prediction_are_named(tmp_path, capfd):

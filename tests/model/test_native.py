@@ -178,8 +178,18 @@ def test_an_override_of_an_option_counts():
             ),
         ),
         ("model_type: 'qwen3' is not a Hybrid", lambda: Qwen3Config()),
-        ("model_type: 'hybrid_qwen2'", lambda: tiny_config(Case("GDN", "x"), PATTERN, "qwen2")),
-        ("model_type: 'hybrid_llama'", lambda: tiny_config(Case("GDN", "x"), PATTERN, "llama")),
+        *(
+            (
+                f"model_type: 'hybrid_{family}': {why}",
+                lambda family=family: tiny_config(Case("GDN", "x"), PATTERN, family, attn_logit_softcapping=None),
+            )
+            for family, why in {
+                "qwen2": "attention in qwen3_5 normalises queries and keys, which this family does not",
+                "gemma2": "attention in qwen3_5 normalises queries and keys, which this family does not",
+                "gemma3_text": "layers in qwen3_5 have a norm before .*, and this family's have .* pre_feedforward",
+                "olmo3": "layers in qwen3_5 have a norm before .*, and this family's have post_attention",
+            }.items()
+        ),
         *(
             (
                 f"{key}: ",

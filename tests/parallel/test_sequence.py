@@ -16,6 +16,7 @@ from hmf.parallel.collectives import Group
 from hmf.parallel.sequence import attach, shard
 from tests.hybrids import random_ids, randomise, tiny_hybrid
 from tests.model.test_families import stock_model
+from tests.model.test_recurrent_bases import FIT
 from tests.numerics import assert_near, assert_same, in_float64
 from tests.parallel import ranks
 from tests.parallel.ranks import JOBS
@@ -83,7 +84,8 @@ def test_what_cannot_be_cut_is_refused(alone):
 @pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_next"])
 def test_recurrent_layers_of_the_base_run_on_shards(family, alone):
     """One process holds two chunks of each row; documents, states and convolutions cross from one to the other."""
-    fields = {"mlp_only_layers": [0, 1, 2, 3]} if family == "qwen3_next" else {}  # experts do not support float64
+    # Qwen3-Next without experts, which do not support float64; new layers of Qwen3.5 in the shape of the base's own.
+    fields = {"mlp_only_layers": [0, 1, 2, 3]} if family == "qwen3_next" else FIT
     base = stock_model(family, "listed", **fields).double()
     model = drop_teacher(hybridise(base, Pattern.parse("*-GDN-*-*"), {"gdn_config": {"conv_size": 3}}))
     randomise(model)

@@ -22,6 +22,7 @@ from hmf.model.families import FAMILIES
 from hmf.model.modeling import hybrid_classes
 from tests.conftest import ROOT
 from tests.hybrids import VOCABULARY, Case, random_ids, randomise, tiny_config
+from tests.model.test_recurrent_bases import hybrid_of, stock_model
 from tests.serving.engines import CUDA, ENVIRONMENT, EXPERTS, FACTOR, POOL
 from tests.serving.quantised import quantise
 from tests.serving.test_server import start_server, stop
@@ -145,6 +146,16 @@ def stock(folder, dtype=torch.float32, name="stock"):
 
 PROMPTS = [random_ids(1, length, length)[0].tolist() for length in (5, 40, 70, 130)]
 EVERY_TOKEN = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def test_vllm_without_the_plugin_serves_a_hybrid_of_qwen3_5(tmp_path):
+    """New layers beside the base's own, all of one shape."""
+    own = {"linear_num_key_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64}
+    base = BASE | {"vocab_size": VOCABULARY, "max_position_embeddings": 256}
+    hybrid_of(stock_model(**base | own), "*-GDN-GDN>GDN-*").save_pretrained(tmp_path / "hybrid")
+    native.convert(tmp_path / "hybrid", tmp_path / "stock")
+    rows, _ = serve(tmp_path, tmp_path / "stock", PROMPTS)
+    require_near(PROMPTS, rows, *hybrids(tmp_path))
 
 
 def test_vllm_without_the_plugin_gives_the_hybrids_tokens(dense):

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from hmf.data.text import STDLIB, documents
 from hmf.data.tokenizer import encode_texts, load_tokenizer
 from hmf.errors import HmfError
-from hmf.layers.registry import mixer_class
+from hmf.layers.registry import layer_states
 from hmf.model.checkpoint import load_model
 
 from . import machine
@@ -87,9 +87,8 @@ def _decode(
     config, cache = model.config, DynamicCache(config=model.config)
     generator = torch.Generator(input_ids.device).manual_seed(0)
     narrowed = {
-        index: [n for n, s in mixer_class(symbol).state_shapes(config).items() if s.kind in ("recurrent", "conv")]
-        for index, symbol in enumerate(config.pattern.symbols)
-        if index in config.pattern.replaced
+        index: [n for n, s in layer_states(config, index).items() if s.kind in ("recurrent", "conv")]
+        for index in config.recurrent_layers
     }
     attention = [index for index in range(len(config.pattern)) if index not in config.recurrent_layers]
     for now, after in zip(input_ids.T[:-1], input_ids.T[1:], strict=True):
@@ -112,7 +111,7 @@ def measure(
 ) -> list[Drift]:
     """The drift on `batch` sequences of `tokens` tokens of held-out text, for the Hybrid at `source`."""
     model = load_model(source).to(device).eval()
-    if not getattr(model.config, "pattern", None) or not model.config.pattern.replaced:
+    if not getattr(model.config, "recurrent_layers", None):
         raise HmfError(f"{source}: has no recurrent layer; give a Hybrid")
     limit = model.config.max_position_embeddings
     if not 2 <= tokens <= limit:

@@ -308,7 +308,7 @@ def serve(
 
 @app.command(epilog=epilog("hmf convert runs/quickstart/model --to qwen3_5 --out runs/quickstart/native"))
 def convert(
-    model: Annotated[str, typer.Argument(help=f"GDN Hybrid of Qwen3 or Qwen3-MoE. {MODEL}")],
+    model: Annotated[str, typer.Argument(help=f"GDN Hybrid of Qwen3, Qwen3.5 or Qwen3-Next. {MODEL}")],
     to: Annotated[NativeFormat, typer.Option(help="Stock architecture to convert to.")],
     out: Out,
 ) -> None:
@@ -322,7 +322,7 @@ def convert(
 
     from hmf.model.native import convert as run
 
-    run(source, out)
+    run(source, out, to)
     typer.echo(f"saved {out} as {to}; transformers and vLLM load it without hmf")
 
 

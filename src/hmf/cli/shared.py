@@ -18,7 +18,7 @@ from hmf.errors import HmfError
 from hmf.folders import find_recipe, resolve_base
 
 Dtype = Literal["float32", "bfloat16"]
-NativeFormat = Literal["qwen3_5"]
+NativeFormat = Literal["qwen3_5", "qwen3_next"]
 Out = Annotated[Path, typer.Option(help="Output directory; it must be empty or not exist.")]
 RecipeFile = Annotated[
     Path,
@@ -37,7 +37,10 @@ Mixer = Annotated[str, typer.Option(help="Type of the layers that replace attent
 Ratio = Annotated[float | None, typer.Option(help="Share of layers to replace.")]
 MODEL = 'Checkpoint directory, model of the Hub (Qwen/Qwen3-8B@revision), or "teacher".'
 CONFIG = f"{MODEL} Only config.json is needed."
-PATTERN = "One symbol per layer, joined by '-': * keeps attention; GDN, KDA, GKA, M2, BMF and SWA replace it."
+PATTERN = (
+    "One symbol per layer, joined by '-': * keeps the base's layer; GDN, KDA, GKA, M2, BMF and SWA replace attention; "
+    "GDN>GKA replaces a GDN layer of the base."
+)
 
 
 def tokens(help: str, least: int = 1) -> Any:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Annotated, Literal
 
 import typer
@@ -62,8 +63,8 @@ def init(
     """Stage 0: initialise mixers from attention.
 
     The result is a fused checkpoint, which holds the frozen teacher beside the mixers. Its pattern marks every symbol:
-    `*DA` is a layer that keeps its attention, and `GDN*` is a layer with a mixer beside the attention that it learns
-    from. `hmf export` drops that attention.
+    `*DA` is a layer of the base as it is, and `GDN*` is a layer with a mixer beside the attention that it learns from.
+    `hmf export` drops that attention.
     """
     from pydantic import ValidationError
 
@@ -90,7 +91,7 @@ def init(
         data = DataSettings(text=text)
         report = make_stage0(language, layout, out, seed=seed, calibration=settings.calibrated, data=data)
     typer.echo(report.describe())
-    typer.echo("*DA: a layer that keeps attention; GDN* and so on: a mixer beside the attention that it learns from")
+    typer.echo("*DA: a layer of the base as it is; GDN* and so on: a mixer beside the layer that it learns from")
     typer.echo(f"saved {out}; next: {command()} distill RECIPE.yaml with model: {out}")
 
 
@@ -203,7 +204,8 @@ def export(
     from hmf.model.native import save_native
     from hmf.priming.export import export as run
 
-    run(source, out, getattr(torch, dtype) if dtype else None, save_native if format else save_checkpoint)
+    save = partial(save_native, to=format) if format else save_checkpoint
+    run(source, out, getattr(torch, dtype) if dtype else None, save)
     typer.echo(f"saved {out}; load it with AutoModelForCausalLM{'' if format else ' after `import hmf`'}")
 
 

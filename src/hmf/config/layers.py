@@ -13,7 +13,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    StrictBool,
+    ValidationError,
+)
 
 from hmf.errors import HmfError, notice, unknown_name
 
@@ -30,7 +39,8 @@ class LayerOptions(BaseModel):
         format_only: fields of published checkpoints that have no effect here; they are checked, kept and written again.
         new_where_queries_grow: values for newly made layers on a base that scales its queries by position, in place of
             the defaults.
-        new_from_base: options that newly made layers copy from the base's config, with the config's key for each.
+        new_from_base: options that newly made layers copy from the base's config, with the config's key for each, where
+            the config has that key.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
@@ -40,9 +50,18 @@ class LayerOptions(BaseModel):
     new_from_base: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
-    def dimensions(cls, base: Any) -> dict[str, Any]:
-        """The derived fields, from the attributes of a base model's config."""
+    def dimensions(cls, base: Any, own_shape: bool = False) -> dict[str, Any]:
+        """The derived fields, from a base model's config; own_shape: the option of that name, if there is one."""
         raise NotImplementedError
+
+    @classmethod
+    def new_values(cls, base: Any, queries_grow: bool, from_recurrent: bool) -> dict[str, Any]:
+        """Values in place of the defaults for newly made layers on a base with this config.
+
+        queries_grow: the base scales its queries by position; from_recurrent: some replace a recurrent layer of it.
+        """
+        new = {key: getattr(base, name) for key, name in cls.new_from_base.items() if hasattr(base, name)}
+        return new | (dict(cls.new_where_queries_grow) if queries_grow else {})
 
     @classmethod
     def from_base(cls, base: Any, options: Mapping[str, Any] | None = None, source: str = "config.json") -> Any:
@@ -61,7 +80,10 @@ class LayerOptions(BaseModel):
         heads, kv_heads = base.num_attention_heads, base.num_key_value_heads
         if heads % kv_heads:
             raise HmfError(f"config.json: num_key_value_heads: {kv_heads} does not divide num_attention_heads, {heads}")
-        dimensions = cls.dimensions(base)
+        own = user.get("own_shape") is True
+        if own and (why := own_shape_problem(base)):
+            raise HmfError(f"{source}: own_shape: true, but {why}; leave it out")
+        dimensions = cls.dimensions(base, own)
         for key in cls.derived & (options or {}).keys():
             if (stored := (options or {})[key]) is not None and stored != dimensions[key]:
                 _notice_once(
@@ -80,14 +102,38 @@ def base_head_dim(base: Any) -> int:
     return getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
 
 
+def base_intermediate_size(base: Any) -> int:
+    """The width of a base's MLPs, or of its experts where no layer is without (Qwen3.5-MoE)."""
+    return getattr(base, "intermediate_size", None) or base.moe_intermediate_size
+
+
 def base_activation(base: Any) -> str:
     """The activation of a base's MLPs; Gemma's configs may have `hidden_act` too, which its modules do not read."""
     return getattr(base, "hidden_activation", None) or base.hidden_act
 
 
+def own_shape_problem(base: Any) -> str | None:
+    """The reason why a new layer cannot have the heads of the base's own recurrent layers, or None.
+
+    It needs one head_dim for keys and values, and as many channels of values as attention has.
+    """
+    if (values := getattr(base, "linear_num_value_heads", None)) is None:
+        return "the base has no recurrent layers of its own"
+    keys, size = base.linear_num_key_heads, base.linear_value_head_dim
+    if values % keys:
+        return f"linear_num_value_heads, {values}, is not a multiple of linear_num_key_heads, {keys}"
+    if base.linear_key_head_dim != size:
+        return f"linear_key_head_dim, {base.linear_key_head_dim}, differs from linear_value_head_dim, {size}"
+    if values * size != (channels := base.num_attention_heads * base_head_dim(base)):
+        return f"the base's recurrent layers have {values} x {size} channels of values, and its attention {channels}"
+    return None
+
+
 class _LinearOptions(LayerOptions):
     """Options shared by GDN, KDA and GKA. Expanded heads H = max(num_q_heads, num_k_heads, num_v_heads)."""
 
+    new_from_base = {"conv_size": "linear_conv_kernel_dim"}
+    new_in_own_shape: ClassVar[bool] = False  # whether new layers have `own_shape` in place of attention, too
     derived = frozenset({"hidden_size", "head_dim", "num_q_heads", "num_k_heads", "num_v_heads"})
     hidden_size: int
     head_dim: int
@@ -98,26 +144,36 @@ class _LinearOptions(LayerOptions):
     conv_size: PositiveInt = 4  # width of the short convolutions
     kv_proj_rank: NonNegativeInt | None = None  # rank of the correction that is added to the repeated heads of k and v
     kv_learnable_residual: bool = False  # with kv_proj_rank: heads are repeated with learned factors
+    # Heads as in the base's own recurrent layers (Qwen3.5), not as in attention. Written only if it is true.
+    own_shape: StrictBool = Field(False, exclude_if=lambda value: not value)
 
     @property
     def num_heads(self) -> int:
         return max(self.num_q_heads, self.num_k_heads, self.num_v_heads)
 
     @classmethod
-    def dimensions(cls, base: Any) -> dict[str, Any]:
-        return {
-            "hidden_size": base.hidden_size,
-            "head_dim": base_head_dim(base),
-            "num_q_heads": base.num_attention_heads,
-            "num_k_heads": base.num_key_value_heads,
-            "num_v_heads": base.num_key_value_heads,
-        }
+    def new_values(cls, base: Any, queries_grow: bool, from_recurrent: bool) -> dict[str, Any]:
+        new = super().new_values(base, queries_grow, from_recurrent)
+        own = (from_recurrent or cls.new_in_own_shape) and own_shape_problem(base) is None
+        return new | ({"own_shape": True} if own else {})
+
+    @classmethod
+    def dimensions(cls, base: Any, own_shape: bool = False) -> dict[str, Any]:
+        heads, kv_heads = base.num_attention_heads, base.num_key_value_heads
+        shape = (base_head_dim(base), heads, kv_heads, kv_heads)
+        if own_shape:
+            keys = base.linear_num_key_heads
+            shape = (base.linear_value_head_dim, keys, keys, base.linear_num_value_heads)
+        names = ("head_dim", "num_q_heads", "num_k_heads", "num_v_heads")
+        return {"hidden_size": base.hidden_size, **dict(zip(names, shape, strict=True))}
 
 
 class GDNOptions(_LinearOptions):
     """Gated DeltaNet (arXiv 2412.06464), `gdn_config`."""
 
-    new_from_base = {"norm_eps": "rms_norm_eps"}  # as in Qwen3.5: one epsilon for all norms
+    # As in Qwen3.5: one epsilon for all norms.
+    new_from_base = {"norm_eps": "rms_norm_eps", **_LinearOptions.new_from_base}
+    new_in_own_shape = True  # so that a Hybrid of Qwen3.5 can become a stock Qwen3.5
     use_short_conv: bool = True  # convolutions on q, k and v
     allow_neg_eigval: bool = False  # doubles beta
     conv_bias: bool = False  # biases in convolutions
@@ -126,6 +182,8 @@ class GDNOptions(_LinearOptions):
 
 class KDAOptions(GDNOptions):
     """Kimi Delta Attention (arXiv 2510.26692), `kda_config`: the options of GDN, with their meaning."""
+
+    new_in_own_shape = False
 
 
 class GKAOptions(_LinearOptions):
@@ -165,13 +223,13 @@ class Mamba2Options(LayerOptions):
     use_pos_emb: bool = False  # rotary positions
 
     @classmethod
-    def dimensions(cls, base: Any) -> dict[str, Any]:
+    def dimensions(cls, base: Any, own_shape: bool = False) -> dict[str, Any]:
         head_dim = base_head_dim(base)
         return {
             "d_model": base.hidden_size,
             "d_inner": base.num_attention_heads * head_dim,
             "d_xb": base.num_key_value_heads * head_dim,
-            "intermediate_size": base.intermediate_size,
+            "intermediate_size": base_intermediate_size(base),
             "hidden_act": base_activation(base),
             "rms_norm_eps": base.rms_norm_eps,
             "n_layer": base.num_hidden_layers,
@@ -202,7 +260,7 @@ class BMojoFOptions(LayerOptions):
         return {"mamba2": "M2", "gdn": "GDN", "gated_deltanet": "GDN"}.get(self.ssm_mixer, "GKA")
 
     @classmethod
-    def dimensions(cls, base: Any) -> dict[str, Any]:
+    def dimensions(cls, base: Any, own_shape: bool = False) -> dict[str, Any]:
         return {
             "hidden_size": base.hidden_size,
             "num_heads": base.num_attention_heads,
@@ -218,7 +276,7 @@ class SWAOptions(LayerOptions):
     window_size: PositiveInt = 2048  # tokens of the window
 
     @classmethod
-    def dimensions(cls, base: Any) -> dict[str, Any]:
+    def dimensions(cls, base: Any, own_shape: bool = False) -> dict[str, Any]:
         return {}
 
 

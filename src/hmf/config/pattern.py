@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layer pattern of a Hybrid: parse, print and generate `hybrid_override_pattern`.
 
-A pattern has one symbol per layer, joined by "-". `*` is attention. A *fused* checkpoint (Stages 0 and 1) keeps the
-teacher's attention in every layer, and its pattern marks all symbols: `*DA` is an attention layer, `GDN*` a layer that
-holds both attention and mixer.
+A pattern has one symbol per layer, joined by "-". `*` is the base's own layer, which is attention in most families. A
+*fused* checkpoint (Stages 0 and 1) keeps the base's token mixer in every layer, as the teacher, and its pattern marks
+all symbols: `*DA` is a layer of the base alone, `GDN*` a layer that holds both attention and mixer.
+
+`GDN>GKA` is GKA in place of a recurrent layer of the base, which is Gated DeltaNet in all families that have one. The
+pattern of a fused checkpoint keeps what was replaced, because that is the teacher; in a plain Hybrid the layer is GKA.
 """
 
 from __future__ import annotations
@@ -20,14 +23,19 @@ from .layers import LAYER_KINDS
 
 ATTENTION = "*"
 FUSED_ATTENTION = "*DA"
+FROM_RECURRENT = "GDN>"
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Symbols of the layers (`ATTENTION` or a key of `LAYER_KINDS`), and whether the checkpoint is fused."""
+    """Symbols of the layers (`ATTENTION` or a key of `LAYER_KINDS`), and whether the checkpoint is fused.
+
+    from_recurrent: indices of the new layers that replace a recurrent layer of the base.
+    """
 
     symbols: tuple[str, ...]
     fused: bool = False
+    from_recurrent: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.symbols)
@@ -37,17 +45,19 @@ class Pattern:
 
     def as_list(self) -> list[str]:
         """The symbols as in the published `layer_types`."""
+        named = [FROM_RECURRENT * (i in self.from_recurrent) + symbol for i, symbol in enumerate(self.symbols)]
         if not self.fused:
-            return list(self.symbols)
-        return [FUSED_ATTENTION if symbol == ATTENTION else f"{symbol}*" for symbol in self.symbols]
+            return named
+        return [FUSED_ATTENTION if symbol == ATTENTION else f"{symbol}*" for symbol in named]
 
     @property
     def replaced(self) -> tuple[int, ...]:
-        """Indices of the layers that are not plain attention."""
+        """Indices of the layers that are not the base's own."""
         return tuple(i for i, symbol in enumerate(self.symbols) if symbol != ATTENTION)
 
     def with_fused(self, fused: bool) -> Pattern:
-        return Pattern(self.symbols, fused)
+        """The pattern of the fused checkpoint, or of its plain Hybrid, in which nothing is left of replaced layers."""
+        return Pattern(self.symbols, fused, self.from_recurrent if fused else frozenset())
 
     @classmethod
     def parse(cls, text: str, num_layers: int | None = None, source: str = "hybrid_override_pattern") -> Pattern:
@@ -60,11 +70,17 @@ class Pattern:
         """
         if not isinstance(text, str):
             raise HmfError(f'{source}: {text!r} is not a string; join the symbols by "-", for example *-GDN-*-GDN')
-        symbols, fused_marks = [], set()
-        for position, raw in enumerate(text.split("-")):
-            if ">" in raw:
-                why = "priming a recurrent layer from another recurrent layer is not supported; prime from attention"
-                raise HmfError(f"{source}: layer {position}: {raw!r}: {why}")
+        symbols, fused_marks, from_recurrent = [], set(), set()
+        for position, whole in enumerate(text.split("-")):
+            raw = whole.removeprefix(FROM_RECURRENT)
+            if raw != whole:
+                from_recurrent.add(position)
+            if ">" in raw or (raw != whole and raw.startswith(ATTENTION)):
+                why = (
+                    f"write for example {FROM_RECURRENT}GKA for GKA in place of a recurrent layer of the base, and GKA "
+                    "for GKA in place of attention"
+                )
+                raise HmfError(f"{source}: layer {position}: {whole!r}: {why}")
             if raw == FUSED_ATTENTION:
                 symbol, fused = ATTENTION, True
             elif raw != ATTENTION and raw.endswith("*"):
@@ -85,7 +101,7 @@ class Pattern:
             raise HmfError(
                 f"{source}: has {len(symbols)} layers, but the model has {num_layers}; give one symbol per layer"
             )
-        return cls(tuple(symbols), fused_marks.pop())
+        return cls(tuple(symbols), fused_marks.pop(), frozenset(from_recurrent))
 
     @classmethod
     def generate(
@@ -101,7 +117,7 @@ class Pattern:
         attention: the indices of the base's attention layers; None: all layers are.
 
         Raises:
-            HmfError: the ratio is outside (0, 1] or selects no layer, or an index is out of range.
+            HmfError: the ratio is outside (0, 1] or selects no layer, or an index is out of range or not of attention.
         """
         symbol = mixer_symbol(mixer)
         if layers is None:
@@ -120,6 +136,11 @@ class Pattern:
             raise HmfError("layers: the list is empty; name at least one layer to replace")
         if outside := sorted(i for i in chosen if not 0 <= i < num_layers):
             raise HmfError(f"layers: {outside} are not layers of the model; its layers are 0 to {num_layers - 1}")
+        if attention is not None and (recurrent := sorted(chosen - set(attention))):
+            raise HmfError(
+                f"layers: {recurrent} are recurrent in the base; its attention layers are {list(attention)}. To "
+                f"replace a recurrent layer, write a pattern with {FROM_RECURRENT}GKA there"
+            )
         return cls(tuple(symbol if i in chosen else ATTENTION for i in range(num_layers)))
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -49,7 +50,7 @@ class HybridSettings(Settings):
     """
 
     mixer: str = "gdn"  # layer type: gdn, kda, gka, mamba2, bmojo or swa
-    ratio: float | None = None  # share of layers to replace, spread evenly
+    ratio: float | None = None  # share of the attention layers to replace, spread evenly
     # indices of the layers to replace, from 0; or auto: as many as ratio says, chosen by the section select
     layers: list[int] | Literal["auto"] | None = None
     pattern: str | None = None  # one symbol per layer, joined by -, for example *-GDN-*-GDN
@@ -78,7 +79,7 @@ class HybridSettings(Settings):
         attention: the indices of the layers that are attention, of which `ratio` is a share; None: all are.
         """
         if self.pattern is not None:
-            pattern = Pattern.parse(self.pattern, num_layers, source="pattern").with_fused(False)
+            pattern = replace(Pattern.parse(self.pattern, num_layers, source="pattern"), fused=False)
             if not pattern.replaced:
                 raise HmfError("pattern: no layer is replaced; name at least one mixer")
             return pattern

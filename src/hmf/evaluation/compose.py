@@ -248,7 +248,8 @@ def _empty_cache(config: Any) -> Cache:
     if hasattr(config, "pattern"):
         adopt(cache, config)
     for index, layer in enumerate(cache.layers):
-        if not isinstance(layer, MixerCacheLayer) and type(layer) is not DynamicLayer:
+        own = hasattr(config, "pattern") and index in config.recurrent_layers and index not in config.pattern.replaced
+        if own or (not isinstance(layer, MixerCacheLayer) and type(layer) is not DynamicLayer):
             kind = (getattr(config, "layer_types", None) or {index: type(layer).__name__})[index]
             raise HmfError(
                 f"compose: layer {index} ({kind}): only full attention and this package's mixers can be composed; "

@@ -58,8 +58,40 @@ class _Separate:
                 yield name, x
 
 
+class _SeparateRecurrence:
+    """A view of a base's own Gated DeltaNet whose parameters have the names and rows of `hmf.layers.gdn`.
+
+    The base has one projection for queries, keys and values, and one convolution (Qwen3.5), or two projections whose
+    rows go by key heads (Qwen3-Next).
+    """
+
+    def __init__(self, recurrence: Any):
+        self._recurrence = recurrence
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        of = self._recurrence
+        given: dict[str, torch.Tensor] = dict(of.named_parameters())
+        widths = [of.key_dim, of.key_dim, of.value_dim]
+        if hasattr(of, "in_proj_qkvz"):  # the module's own method divides the last dimension of [B, T, rows]
+            merged = (given.pop(f"in_proj_{name}.weight").T[None] for name in ("qkvz", "ba"))
+            parts = [x.flatten(2)[0].T for x in of.fix_query_key_value_ordering(*merged)]
+        else:
+            parts = [*given.pop("in_proj_qkv.weight").split(widths)]
+            parts += [given.pop(f"in_proj_{name}.weight") for name in "zba"]
+        yield from zip((f"{name}_proj.weight" for name in ("q", "k", "v", "g", "b", "gk")), parts, strict=True)
+        filters = given.pop("conv1d.weight").split(widths)
+        yield from zip((f"{name}_conv1d.weight" for name in "qkv"), filters, strict=True)
+        renamed: dict[str, str] = {"norm.weight": "o_norm.weight", "out_proj.weight": "o_proj.weight"}
+        yield from ((renamed.get(name, name), x) for name, x in given.items())
+
+
 def separate(attention: Any) -> Any:
-    """An attention whose `named_parameters` have q_proj, k_proj and v_proj, and gate_proj where it gates its output."""
+    """An attention whose `named_parameters` have q_proj, k_proj and v_proj, and gate_proj where it gates its output.
+
+    A recurrent layer of the base becomes one whose parameters are those of GDN.
+    """
+    if not hasattr(attention, "o_proj"):
+        return _SeparateRecurrence(attention)
     return _Separate(attention) if hasattr(attention, "qkv_proj") or has_output_gate(attention) else attention
 
 

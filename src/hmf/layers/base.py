@@ -179,10 +179,13 @@ class Stateful(nn.Module):
 
 
 class Mixer(Stateful):
-    """A layer that replaces `self_attn` in a decoder layer: it takes and returns hidden_states.
+    """A layer that replaces the token mixer of a decoder layer: it takes and returns hidden_states.
 
-    A subclass implements `mix` and `init_from_attention`.
+    A subclass implements `mix` and `init_from_attention`. One that can also start from a recurrent layer of the base
+    (`GDN>GKA` in a pattern) sets `starts_from_recurrence` and implements `init_from_recurrence`.
     """
+
+    starts_from_recurrence: ClassVar[bool] = False
 
     def __init__(self, config: Any, layer_idx: int):
         super().__init__()
@@ -202,6 +205,10 @@ class Mixer(Stateful):
         Random values come from `generator`; random matrices have the standard deviation `std`. Returns the origin of
         each tensor.
         """
+        raise NotImplementedError
+
+    def init_from_recurrence(self, recurrence: Any, generator: torch.Generator, std: float) -> Start:
+        """The same from a recurrent layer of the base, whose `named_parameters` are those of GDN (see `separate`)."""
         raise NotImplementedError
 
     @property

@@ -16,13 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from hmf.config.layers import LAYER_KINDS
-from hmf.errors import HmfError
 from hmf.ops import KeySet, windowed_attention
 from hmf.ops.window import latest
 
 from .attention import (
     attention_scale,
-    has_output_gate,
     has_positions,
     norm_like,
     normalised,
@@ -61,17 +59,14 @@ class BMojoAttention(nn.Module):
             scale = (options.head_dim if qk_norm else whole.hidden_size // whole.num_attention_heads) ** -0.5
         self.scale = scale
         norms = stock_attention(config, layer_idx)
-        if has_output_gate(norms):
-            raise HmfError(
-                f"{config.family.hybrid_model_type}: this base gates the output of its attention, and B'MOJO-F cannot; "
-                "use other layer types"
-            )
         for end in ("",) if self.tied else ("", "_"):
             for name, width in (("q", inner), ("k", kv), ("v", kv)):
                 self.add_module(f"{name}_proj{end}", nn.Linear(options.hidden_size, width, bias=bias))
             for name in ("q", "k") if qk_norm else ():
                 norm = norm_like(getattr(norms, f"{name}_norm"), options.rms_norm_eps)
                 self.add_module(f"{name}_norm{end}", norm)
+        if "gate_proj.weight" in stock:
+            self.gate_proj = nn.Linear(options.hidden_size, inner, bias="gate_proj.bias" in stock)
         self.o_proj = nn.Linear(inner, options.hidden_size, bias=o_bias)
 
     def normed(self, name: str, x: torch.Tensor, fading: bool) -> torch.Tensor:
@@ -97,6 +92,11 @@ class BMojoAttention(nn.Module):
             q = torch.cat([q, *fading_q], -1)
             sets = [_widened(keys, fading=keys.low > 0) for keys in sets]
         return windowed_attention(q, sets, self.scale, seen, cu_seqlens)
+
+    def output(self, o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The result of `attend`, [B, T, H, K], gated by the layer's input x [B, T, D] where the base does it."""
+        o = o.flatten(-2)
+        return self.o_proj(o * self.gate_proj(x).sigmoid() if hasattr(self, "gate_proj") else o)
 
 
 class BMojoF(Mixer):
@@ -163,7 +163,7 @@ class BMojoF(Mixer):
         windows = (False,) if attention.tied else (False, True)
         queries = [attention.project("q", hidden_states, fading, position_embeddings) for fading in windows]
         o = attention.attend(queries, sets, before.get("seen"), cu_seqlens)
-        return attention.o_proj(o.flatten(-2)), new
+        return attention.output(o, hidden_states), new
 
     @torch.no_grad()
     def init_from_attention(self, attention: nn.Module, generator: torch.Generator, std: float) -> Start:

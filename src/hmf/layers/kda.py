@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -40,6 +42,24 @@ class KimiDeltaAttention(GatedDeltaNet):
 
     def gate(self, hidden_states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return self.g_b_proj(self.g_a_proj(hidden_states)).to(dtype).sigmoid()
+
+    @torch.no_grad()
+    def init_from_recurrence(self, recurrence: Any, generator: torch.Generator, std: float) -> Start:
+        """As GDN does. Where the decay's rank allows it, every channel starts with the decay of its head."""
+        start = super().init_from_recurrence(recurrence, generator, std)
+        heads, size = self.options.num_heads, self.options.head_dim
+        if heads > size:
+            return start
+        given = dict(recurrence.named_parameters())
+        self.f_a_proj.weight[:heads] = given["gk_proj.weight"]
+        self.f_b_proj.weight.zero_()
+        self.f_b_proj.weight[:, :heads] = torch.eye(heads).repeat_interleave(size, 0)
+        self.dt_bias.copy_(given["dt_bias"].repeat_interleave(size))
+        for name, source in {"f_a_proj.weight": "gk_proj.weight", "dt_bias": "dt_bias"}.items():
+            start.initialised.remove(name)
+            start.derived[name] = (source,)
+            del start.unused[source]
+        return start
 
     def init_gate(self, given: dict[str, nn.Parameter], start: Start) -> None:
         """The gate's projections stay random, so all factors of the gate are about one half."""

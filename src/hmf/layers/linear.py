@@ -33,6 +33,7 @@ class LinearMixer(Mixer):
     """Base class of GDN, KDA and GKA. A subclass names its convolutions, its decay projection and its states."""
 
     float32_parameters = ("A_log", "dt_bias")
+    starts_from_recurrence = True
     decay_name: ClassVar[str]
     recurrent_states: ClassVar[tuple[str, ...]]  # names of the [S, H, K, K] states
 
@@ -151,16 +152,54 @@ class LinearMixer(Mixer):
 
     @torch.no_grad()
     def init_from_attention(self, attention: nn.Module, generator: torch.Generator, std: float) -> Start:
-        """Projections are copied from attention. `init_gate` sets the gate; other new matrices are random."""
+        """Projections are copied from attention. `init_gate` sets the gate; other new matrices are random.
+
+        With `own_shape`, values are copied for all query heads. A key head gets those rows of queries and keys that
+        belong to the first of the channels of values that it serves.
+        """
         start = Start()
         parameters = dict(attention.named_parameters())
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            getattr(self, name).weight.copy_(parameters[f"{name}.weight"])
-            start.copied[f"{name}.weight"] = f"{name}.weight"
+        for name in ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"):
+            rows = parameters[name]
+            if self.options.own_shape and name != "o_proj.weight":
+                rows = self.rows_in_own_shape(rows, attention.head_dim, keep_all=name == "v_proj.weight")
+                start.derived[name] = (name,)
+            else:
+                start.copied[name] = name
+            self.get_parameter(name).copy_(rows)
         if self.options.use_gate:
             self.init_gate(parameters, start)
         self.o_norm.weight.fill_(1.0)
         self.init_recurrence(generator)
+        self.init_rest(start, generator, std)
+        start.mark_unused(parameters, ("q_norm.weight", "k_norm.weight"), "the layer normalises q and k itself")
+        start.mark_unused(parameters, [f"{name}_proj.bias" for name in "qkvo"], "the layer's projections have no bias")
+        start.mark_unused(parameters, ("gate_proj.weight", "gate_proj.bias"), "the layer has a gate of its own")
+        return start
+
+    def rows_in_own_shape(self, rows: torch.Tensor, head_dim: int, keep_all: bool) -> torch.Tensor:
+        """Rows [Hk head_dim, D] of attention for its query heads; of these all, or those of this layer's key heads."""
+        o, heads = self.options, rows.unflatten(0, (-1, head_dim))
+        channels = o.num_v_heads * o.head_dim
+        rows = heads.repeat_interleave(channels // len(rows), 0).flatten(0, 1)
+        return rows if keep_all else rows.unflatten(0, (o.num_k_heads, -1))[:, : o.head_dim].flatten(0, 1)
+
+    @torch.no_grad()
+    def init_from_recurrence(self, recurrence: Any, generator: torch.Generator, std: float) -> Start:
+        """Every tensor of the same name and shape is copied. The others start as they do from attention."""
+        start, parameters = Start(), dict(recurrence.named_parameters())
+        self.init_recurrence(generator)
+        for name, parameter in self.named_parameters():
+            source = "gk_proj.weight" if name == f"{self.decay_name}.weight" else name
+            if (given := parameters.get(source)) is not None and given.shape == parameter.shape:
+                parameter.copy_(given)
+                start.copied[name] = source
+        self.init_rest(start, generator, std)
+        start.mark_unused(parameters, parameters, "the layer has no such tensor, or one of another shape")
+        return start
+
+    def init_rest(self, start: Start, generator: torch.Generator, std: float) -> None:
+        """Record the tensors that `start` does not have as initialised. Matrices are random, biases zero."""
         for name, parameter in self.named_parameters():
             if name in start.copied or name in start.derived:
                 continue
@@ -169,10 +208,6 @@ class LinearMixer(Mixer):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
             elif name.endswith(".bias"):
                 parameter.zero_()
-        start.mark_unused(parameters, ("q_norm.weight", "k_norm.weight"), "the layer normalises q and k itself")
-        start.mark_unused(parameters, [f"{name}_proj.bias" for name in "qkvo"], "the layer's projections have no bias")
-        start.mark_unused(parameters, ("gate_proj.weight", "gate_proj.bias"), "the layer has a gate of its own")
-        return start
 
     def init_gate(self, given: dict[str, nn.Parameter], start: Start) -> None:
         """The gate is (W_o^T + W_v) / 2, with W_v's rows repeated H/Hk times."""

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from hmf.config.layers import LAYER_KINDS, base_head_dim, layer_options, needed_kinds
-from hmf.config.pattern import ATTENTION, Pattern
+from hmf.config.layers import LAYER_KINDS, base_head_dim, layer_options, needed_kinds, own_shape_problem
+from hmf.config.pattern import ATTENTION, FROM_RECURRENT, Pattern
 from hmf.errors import HmfError
 from hmf.layers.own import RECURRENT, check_own_layers, own_layers
+from hmf.layers.registry import MIXERS
 
 from .families import FAMILIES, Family, Mixin
 from .rope import check_rope
@@ -55,7 +56,10 @@ class HybridConfigMixin(Mixin):
     def __post_init__(self, **kwargs: Any) -> None:
         listed = self.layer_types
         # The list may come from a file and have the pattern's symbols, or from memory and have transformers' names.
-        has_symbols = any(symbol[:1] == ATTENTION or symbol.rstrip("*") in LAYER_KINDS for symbol in listed or ())
+        has_symbols = any(
+            symbol[:1] == ATTENTION or symbol.removeprefix(FROM_RECURRENT).rstrip("*") in LAYER_KINDS
+            for symbol in listed or ()
+        )
         if self.base_layer_types is not None:
             self._check_base_layer_types()
         self.layer_types = self.base_layer_types
@@ -90,12 +94,7 @@ class HybridConfigMixin(Mixin):
         if own := own_layers(self):
             check_own_layers(self)
             self.base_layer_types = list(self.attention_types)
-            if replaced := sorted(set(own) & set(pattern.replaced)):
-                raise HmfError(
-                    f"config.json: hybrid_override_pattern: layer {replaced[0]}: {pattern.symbols[replaced[0]]}: this "
-                    f"layer of the base is recurrent by itself; write * there. Layers {self.attention_layers} are "
-                    "attention and can be replaced"
-                )
+        self._check_from_recurrent(pattern, own)
         self.layer_types = [
             kind if symbol == ATTENTION else RECURRENT
             for kind, symbol in zip(self.attention_types, pattern.symbols, strict=True)
@@ -107,6 +106,36 @@ class HybridConfigMixin(Mixin):
             )
         for kind in needed_kinds(self, pattern.symbols):
             setattr(self, kind.config_key, layer_options(self, kind.symbol).model_dump())
+        for index in sorted(pattern.from_recurrent):
+            if not getattr(self, LAYER_KINDS[pattern.symbols[index]].config_key).get("own_shape"):
+                symbol, why = pattern.symbols[index], own_shape_problem(self) or "own_shape of its options is false"
+                raise HmfError(
+                    f"config.json: hybrid_override_pattern: layer {index}: {FROM_RECURRENT}{symbol}: {symbol} cannot "
+                    f"have the heads of the base's recurrent layers: {why}; write * there"
+                )
+
+    def _check_from_recurrent(self, pattern: Pattern, own: list[int]) -> None:
+        """HmfError unless the pattern of a fused model names the teacher of each layer, and that of a Hybrid none."""
+
+        def refuse(index: int, why: str) -> None:
+            written = pattern.as_list()[index].removesuffix("*")
+            raise HmfError(f"config.json: hybrid_override_pattern: layer {index}: {written}: {why}")
+
+        for index in pattern.replaced:
+            symbol, named = pattern.symbols[index], index in pattern.from_recurrent
+            if named and index not in own:
+                refuse(index, f"this layer of the base has attention; write {symbol}")
+            if named and not pattern.fused:
+                refuse(index, f"a Hybrid without its teacher does not keep what the layer was; write {symbol}")
+            if pattern.fused and index in own and not named:
+                refuse(
+                    index,
+                    f"this layer of the base is recurrent by itself; write * to keep it, or {FROM_RECURRENT}{symbol} "
+                    f"to replace it. Layers {self.attention_layers} are attention",
+                )
+            if named and not MIXERS[symbol].starts_from_recurrence:
+                able = ", ".join(name for name, mixer in MIXERS.items() if mixer.starts_from_recurrence)
+                refuse(index, f"only {able} can start from a recurrent layer of the base; write * there")
 
     def _check_base_layer_types(self) -> None:
         given, count = self.base_layer_types, self.num_hidden_layers

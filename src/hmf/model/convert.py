@@ -20,7 +20,8 @@ from hmf.config.pattern import ATTENTION, Pattern
 from hmf.config.runs import HybridSettings
 from hmf.errors import HmfError
 from hmf.layers.attention import separate
-from hmf.layers.own import own_layers, own_state_shapes
+from hmf.layers.own import base_mixer, base_mixer_name, own_layers, own_state_shapes
+from hmf.layers.registry import layer_states
 
 from .configuration import building
 from .families import family_of
@@ -34,12 +35,26 @@ def attention_layers(config: Any) -> list[int]:
 
 
 def base_pattern(config: Any, settings: HybridSettings) -> Pattern:
-    """The pattern that `settings` give for a base with this config; a ratio is a share of its attention layers."""
-    return settings.layer_pattern(config.num_hidden_layers, attention_layers(config))
+    """The pattern that `settings` give for a base with this config; a ratio is a share of its attention layers.
+
+    HmfError if the base's layers cannot be replaced so, before any weights are read.
+    """
+    pattern = settings.layer_pattern(config.num_hidden_layers, attention_layers(config))
+    try:
+        hybrid_config(config, pattern.with_fused(True), settings.options_by_key())
+    except HmfError as error:  # the user wrote a pattern, and no config.json yet
+        raise HmfError(str(error).replace("config.json: hybrid_override_pattern", "pattern")) from None
+    return pattern
 
 
 def hybrid_config(base: Any, pattern: Pattern, options: Mapping[str, Mapping[str, Any]] | None = None) -> Any:
-    """A Hybrid's config from a base or hybrid config; `options`, by config key (`gdn_config`), override defaults."""
+    """A Hybrid's config from a base or hybrid config; `options`, by config key (`gdn_config`), override defaults.
+
+    The config of a plain Hybrid does not keep which of its layers replaced a recurrent one (`GDN>GKA` becomes GKA).
+    """
+    from_recurrent = {pattern.symbols[index] for index in pattern.from_recurrent}
+    if not pattern.fused:
+        pattern = pattern.with_fused(False)
     family = family_of(base.model_type)
     classes = hybrid_classes(family)
     fields = base.to_dict()
@@ -47,10 +62,7 @@ def hybrid_config(base: Any, pattern: Pattern, options: Mapping[str, Mapping[str
     for kind in (LAYER_KINDS[symbol] for symbol in set(pattern.symbols) - {ATTENTION}):
         if kind.config_key in fields:
             continue
-        new = {key: fields[source] for key, source in kind.options.new_from_base.items()}
-        if family.query_growth() is not None:
-            new |= kind.options.new_where_queries_grow
-        if new:
+        if new := kind.options.new_values(base, family.query_growth() is not None, kind.symbol in from_recurrent):
             options[kind.config_key] = {**new, **options.get(kind.config_key, {})}
     for key in ("model_type", "architectures", "layer_types", "transformers_version", *options):
         fields.pop(key, None)
@@ -82,7 +94,7 @@ def hybridise(
     if lacking := sorted(name for name in missing if not names & set(name.split("."))):
         raise HmfError(f"{type(base).__name__}: the base has no tensor {', '.join(lacking)}")
     for name, mixer in mixers(model):
-        _take_dtypes(mixer, model.get_submodule(name.rpartition(".")[0]).self_attn)
+        _take_dtypes(mixer, base_mixer(model.get_submodule(name.rpartition(".")[0])))
     return model
 
 
@@ -96,9 +108,10 @@ def _take_dtypes(mixer: nn.Module, attention: nn.Module) -> None:
 
 
 def drop_teacher(fused: PreTrainedModel) -> PreTrainedModel:
-    """The plain Hybrid of a fused model: every replaced layer without its attention."""
+    """The plain Hybrid of a fused model: every replaced layer without the base's own token mixer."""
     config = hybrid_config(fused.config, fused.config.pattern.with_fused(False))
-    prefixes = tuple(f"model.layers.{i}.self_attn." for i in fused.config.pattern.replaced)
+    layers = {i: fused.model.layers[i] for i in fused.config.pattern.replaced}
+    prefixes = tuple(f"model.layers.{i}.{base_mixer_name(layer)}." for i, layer in layers.items())
     model, missing = _rebuild(config, fused, dropped=prefixes)
     if missing:
         raise HmfError(f"{type(fused).__name__}: the model has no tensor {', '.join(sorted(missing))}")
@@ -142,7 +155,6 @@ def footprint(model: PreTrainedModel) -> dict[str, int]:
     recurrent = config.recurrent_layers if pattern else own_layers(config)
     attention_layers = config.num_hidden_layers - len(recurrent)
     kv = attention_layers * 2 * config.num_key_value_heads * base_head_dim(config) * model.dtype.itemsize
-    shapes = [mixer.state_shapes(config) for _, mixer in mixers(model)] if pattern else []
-    shapes += [own_state_shapes(config) for _ in own_layers(config)]
+    shapes = [layer_states(config, index) if pattern else own_state_shapes(config) for index in recurrent]
     state = sum(shape.bytes(model.dtype) for layer in shapes for shape in layer.values())
     return {"parameters": model.num_parameters(), "kv_bytes_per_token": kv, "state_bytes": state}

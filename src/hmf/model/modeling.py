@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A family's decoder with mixers in place of some attentions; until export it keeps these attentions as the teacher.
+"""A family's decoder with mixers in place of some of its token mixers, which it keeps as the teacher until export.
 
 The modules are the family's own. This file adds one forward for all families, and a decoder layer that runs the
-family's layer code with a mixer as `self_attn`.
+family's layer code with a mixer in place of its attention or its own recurrent layer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hmf.config.pattern import ATTENTION
 from hmf.errors import HmfError
 from hmf.layers.base import Mixer
 from hmf.layers.layout import packed_layout
-from hmf.layers.own import OWN_MODULE, RECURRENT, own_layers, own_recurrence_class
+from hmf.layers.own import OWN_MODULE, RECURRENT, base_mixer_name, own_layers, own_recurrence_class
 from hmf.layers.registry import MIXERS, mixer_class
 
 from .cache import adopt
@@ -36,10 +36,12 @@ STUDENT, TEACHER = "student", "teacher"
 
 
 class _WithMixer:
-    """A view of a decoder layer whose `self_attn` is a mixer; all other attributes are the layer's."""
+    """A view of a decoder layer whose attention is a mixer; all other attributes are the layer's."""
 
     def __init__(self, layer: nn.Module, mixer: nn.Module):
         self._layer, self.self_attn = layer, mixer
+        if getattr(layer, "block_type", None) == RECURRENT:  # a layer of Qwen3.5 that has no attention itself
+            self.block_type = "full_attention"
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
@@ -47,19 +49,21 @@ class _WithMixer:
 
 @functools.cache
 def hybrid_layer_class(stock: type[nn.Module]) -> type[nn.Module]:
-    """A family's decoder layer with a mixer under its published name. In a fused model it also keeps `self_attn`."""
+    """A family's decoder layer with a mixer under its published name. In a fused model it also keeps the family's."""
 
     def __init__(self, config: Any, layer_idx: int):
         with config.as_base():
             super(cls, self).__init__(config, layer_idx)
         if not config.pattern.fused:
-            del self.self_attn
+            delattr(self, base_mixer_name(self))
         symbol = config.pattern.symbols[layer_idx]
         self.mixer_name = LAYER_KINDS[symbol].module_name
         self.add_module(self.mixer_name, mixer_class(symbol)(config, layer_idx))
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, path: str = STUDENT, layout: Any = None, **kwargs: Any):
         if path == TEACHER:
+            if layout is not None:
+                kwargs["layout"] = layout
             return super(cls, self).forward(hidden_states, *args, **kwargs)
         view = _WithMixer(self, self.get_submodule(self.mixer_name))
         return stock.forward(view, hidden_states, *args, layout=layout, **kwargs)
@@ -115,7 +119,8 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
             own = _own_class(self.family)
             with config.as_base():
                 for index in own_layers(config):
-                    setattr(self.layers[index], OWN_MODULE, own(config, index))
+                    if hasattr(self.layers[index], OWN_MODULE):  # not replaced, or the teacher
+                        setattr(self.layers[index], OWN_MODULE, own(config, index))
         self.post_init()
 
     def prepare(
@@ -210,18 +215,16 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
     def run_layers(
         self, hidden_states: torch.Tensor, inputs: LayerInputs, layers: range, path: str | frozenset[int] = STUDENT
     ) -> torch.Tensor:
-        """Run hidden_states [B, T, D] through `layers`. Replaced layers use their mixer, or on the teacher's path their
-        original attention. If `path` is a set of layers, these use their mixer and the others their attention."""
+        """Run hidden_states [B, T, D] through `layers`. Replaced layers use their mixer, or on the teacher's path what
+        the base has there. If `path` is a set of layers, these use their mixer and the others the base's."""
         symbols, types = self.config.pattern.symbols, self.config.attention_types
         for index in layers:
-            if symbols[index] == ATTENTION:
-                own: dict[str, Any] = {"attention_mask": inputs.masks.get(types[index])}
-                if types[index] == RECURRENT:
-                    own["layout"] = inputs.layout
-            elif path == TEACHER or (isinstance(path, frozenset) and index not in path):
-                own = {"attention_mask": inputs.masks[types[index]], "path": TEACHER}
-            else:
-                own = {"attention_mask": None, "layout": inputs.layout}
+            mixed = symbols[index] != ATTENTION and (index in path if isinstance(path, frozenset) else path != TEACHER)
+            own: dict[str, Any] = {"attention_mask": None if mixed else inputs.masks.get(types[index])}
+            if mixed or types[index] == RECURRENT:
+                own["layout"] = inputs.layout
+            if symbols[index] != ATTENTION and not mixed:
+                own["path"] = TEACHER
             own["position_embeddings"] = inputs.rotary[types[index]]
             hidden_states = self.layers[index](hidden_states, **own, **inputs.shared)
         return hidden_states

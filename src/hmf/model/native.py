@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converts a GDN Hybrid of Qwen3 or Qwen3-MoE to a stock `Qwen3_5ForCausalLM` or `Qwen3_5MoeForCausalLM`, which
-load without this package.
+"""Converts a GDN Hybrid of Qwen3 or Qwen3-MoE to a stock `Qwen3_5ForCausalLM` or `Qwen3_5MoeForCausalLM`, and one of
+Qwen3.5, Qwen3.5-MoE or Qwen3-Next to its base's class. They load without this package.
 
-Qwen3.5's text model is a hybrid of attention and Gated DeltaNet. The result computes the same function with other
-tensors:
+Qwen3.5's text model is a hybrid of attention and Gated DeltaNet. A Hybrid of Qwen3.5 itself becomes one with other
+`layer_types`, in which new GDN layers have the base's names of tensors. A Hybrid of Qwen3 computes the same function
+with other tensors:
 
 - Its GDN layers have as many key as query heads, so keys, values and their convolutions are stored for all heads.
 - Its attention has an output gate. Gate rows of zero give sigmoid(0) = 1/2, so the output projection is doubled.
@@ -32,9 +33,11 @@ from transformers import (
 )
 from transformers.models.auto import tokenization_auto
 
-from hmf.config.layers import LAYER_KINDS, layer_options
+from hmf.config.layers import LAYER_KINDS, layer_options, own_shape_problem
 from hmf.config.pattern import ATTENTION
 from hmf.errors import HmfError, listed, notice
+from hmf.layers.attention import stock_parameters
+from hmf.layers.own import RECURRENT
 
 from .checkpoint import STORED, load_config, load_model, save_checkpoint
 from .configuration import OPTION_KEYS
@@ -46,6 +49,8 @@ CLASSES: dict[str, tuple[type[Any], type[Any]]] = {
     "hybrid_qwen3": (Qwen3_5TextConfig, Qwen3_5ForCausalLM),
     "hybrid_qwen3_moe": (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM),
 }
+# Per model type of a base with recurrent layers of its own, the name of its format.
+OWN = {"qwen3_5_text": FORMAT, "qwen3_5_moe_text": FORMAT, "qwen3_next": "qwen3_next"}
 SYMBOL, GDN = "GDN", LAYER_KINDS["GDN"]
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight", "model.norm.weight")
 
@@ -64,6 +69,18 @@ def _norm_eps(option: float, config: Any) -> str | None:
     )
 
 
+def _own_shape(option: bool, config: Any) -> str | None:
+    if option or not config.family.own_recurrence:
+        return None
+    why, shape = own_shape_problem(config), "the format has one shape for all GDN layers, that of the base's own"
+    return f"{shape}, but {why}; use the Hybrid's own format" if why else f"{shape}; make the Hybrid again with it"
+
+
+def _conv_size(option: int, config: Any) -> str | None:
+    width = config.linear_conv_kernel_dim if config.family.own_recurrence else option
+    return None if option <= width else f"the convolutions of the base's own layers have {width}; {TRAIN}"
+
+
 def _expressed(option: Any, config: Any) -> str | None:
     return None
 
@@ -73,13 +90,14 @@ TRAIN = "make the Hybrid again without it (hmf init), or keep it in its own form
 OPTIONS: dict[str, Callable[[Any, Any], str | None]] = {
     **dict.fromkeys(("hidden_size", "head_dim", "num_q_heads", "num_k_heads", "num_v_heads"), _expressed),
     "use_gate": _must_be(True, f"the format always gates the output; {TRAIN}"),
-    "conv_size": _expressed,  # a filter of width 1 gets a zero for the previous token
+    "conv_size": _conv_size,  # a narrower filter gets zeros for the tokens before
     "use_short_conv": _expressed,  # False becomes a filter that returns the current token
     "kv_proj_rank": lambda option, config: f"the format has no low-rank term; {TRAIN}" if option else None,
     "kv_learnable_residual": _expressed,  # without kv_proj_rank it has no effect
     "allow_neg_eigval": _must_be(False, f"the format's beta is at most 1; {TRAIN}"),
     "conv_bias": _must_be(False, f"the format's convolutions have no bias; {TRAIN}"),
     "norm_eps": _norm_eps,
+    "own_shape": _own_shape,
 }
 # Of a base with experts, every key that the format lacks: the only value that it can express, and the reason.
 EXPERTS: dict[str, tuple[Any, str]] = {
@@ -106,32 +124,34 @@ class NativeReport:
     def describe(self) -> str:
         """One line of text."""
         added = self.after - self.before
+        if not added:
+            return f"{self.after:,} parameters, as many as the Hybrid"
         return (
             f"{self.after:,} parameters: {added:,} ({added / self.before:.1%}) more than the Hybrid, for repeated "
-            "heads, the gates of attention and, beside experts, shared ones that are zero"
+            "heads, convolutions of one width, the gates of attention and, beside experts, shared ones that are zero"
         )
 
 
-def convert(source: str | Path, out: str | Path) -> NativeReport:
-    """`hmf convert`: write the Hybrid `source` as a stock Qwen3.5 to the new directory `out`, with its other files.
+def convert(source: str | Path, out: str | Path, to: str = FORMAT) -> NativeReport:
+    """`hmf convert`: write the Hybrid `source` as a stock model to the new directory `out`, with its other files.
 
     Tensors keep their dtypes; norms become float32 if weight - 1 cannot be stored exactly. HmfError names the key that
     the format does not support.
     """
-    native_config(load_config(source), f"{source}/config.json")  # checks before the weights are read
+    native_config(load_config(source), f"{source}/config.json", to)  # checks before the weights are read
     model = load_model(source, dtype=STORED)
     require_finite(Path(source))
-    return save_native(model, out, companions=source)
+    return save_native(model, out, companions=source, to=to)
 
 
-def save_native(model: PreTrainedModel, out: str | Path, companions: str | Path) -> NativeReport:
-    """Save a GDN Hybrid in memory as a stock Qwen3.5, with the other files of the checkpoint `companions`."""
-    config = native_config(model.config, f"{companions}/config.json")
+def save_native(model: PreTrainedModel, out: str | Path, companions: str | Path, to: str = FORMAT) -> NativeReport:
+    """Save a GDN Hybrid in memory as a stock model, with the other files of the checkpoint `companions`."""
+    config = native_config(model.config, f"{companions}/config.json", to)
     with torch.device("meta"):
-        native = CLASSES[model.config.model_type][1](config)
+        native = classes(model.config)[1](config)
     missing, unexpected = native.load_state_dict(native_tensors(model, str(companions)), strict=False, assign=True)
     if wrong := sorted({*missing, *unexpected}):
-        raise HmfError(f"{companions}: tensors without a counterpart in {FORMAT}: {listed(wrong)}")
+        raise HmfError(f"{companions}: tensors without a counterpart in {to}: {listed(wrong)}")
     native.tie_weights()
     native.generation_config = model.generation_config
     native.config.dtype = model.config.dtype or model.dtype
@@ -141,8 +161,15 @@ def save_native(model: PreTrainedModel, out: str | Path, companions: str | Path)
     return report
 
 
-def native_config(config: Any, source: str = "config.json") -> Any:
-    """The Qwen3.5 config of a Hybrid's config; HmfError names the key that the format does not support."""
+def classes(config: Any) -> tuple[type[Any], type[Any]]:
+    """The stock config and model that a Hybrid with this config becomes; those of the base, if it has recurrences."""
+    if config.family.own_recurrence:
+        return config.family.config_class(), config.family.class_named("ForCausalLM")
+    return CLASSES[config.model_type]
+
+
+def native_config(config: Any, source: str = "config.json", to: str = FORMAT) -> Any:
+    """The config in the format `to` of a Hybrid's config; HmfError names the key that the format does not support."""
 
     def refuse(key: str, why: str) -> NoReturn:
         raise HmfError(f"{source}: {key}: {why}")
@@ -151,31 +178,28 @@ def native_config(config: Any, source: str = "config.json") -> Any:
     if pattern is None:
         refuse("model_type", f"{name!r} is not a Hybrid; make one with hmf init, or serve the model as it is")
     if pattern.fused:
-        refuse("hybrid_override_pattern", f"the model still has its teacher; use hmf export --format {FORMAT}")
-    if config.family.own_recurrence:
+        refuse("hybrid_override_pattern", f"the model still has its teacher; use hmf export --format {to}")
+    own = OWN.get(config.family.model_type)
+    if own is None and name not in CLASSES:
+        refuse("model_type", f"{name!r}: {_why_not(config)}; use the Hybrid's own format")
+    if (able := own or FORMAT) != to:
+        refuse("model_type", f"{name!r} can be converted to {able}, not to {to}; give {able}")
+    if others := sorted(set(pattern.symbols) - {ATTENTION, SYMBOL}):
         refuse(
-            "model_type",
-            f"{name!r}: {FORMAT} has one shape for all of its GDN layers, here that of the base's own, which new "
-            "layers do not have; use the Hybrid's own format",
+            "hybrid_override_pattern",
+            f"{', '.join(others)}: {to} has only attention and GDN layers; use the Hybrid's own format",
         )
-    if name not in CLASSES:
-        refuse(
-            "model_type",
-            f"{name!r}: attention in {FORMAT} normalises queries and keys, which this family does not; only "
-            "Hybrids of Qwen3 and Qwen3-MoE can be converted; use the Hybrid's own format",
-        )
-    config_class, model_class = CLASSES[name]
+    if config.layer_types.count(RECURRENT) in (0, len(pattern)):
+        refuse("hybrid_override_pattern", f"{pattern}: {to} needs both attention and GDN layers")
+    if SYMBOL in pattern.symbols:
+        _check_options(config, to, refuse)
+    if own:
+        return _own_config(config)
+    config_class, model_class = classes(config)
     with_experts = config_class is Qwen3_5MoeTextConfig
     for key, (only, cause) in EXPERTS.items() if with_experts else ():
         if getattr(config, key) != only:
             refuse(key, f"{getattr(config, key)!r}: {cause}; use the Hybrid's own format")
-    if others := sorted(set(pattern.symbols) - {ATTENTION, SYMBOL}):
-        refuse(
-            "hybrid_override_pattern",
-            f"{', '.join(others)}: {FORMAT} has only attention and GDN layers; use the Hybrid's own format",
-        )
-    if SYMBOL not in pattern.symbols or ATTENTION not in pattern.symbols:
-        refuse("hybrid_override_pattern", f"{pattern}: {FORMAT} needs both attention and GDN layers")
     if config.attention_bias:
         refuse("attention_bias", "serving engines ignore biases in this format; use the Hybrid's own format")
     if config.hidden_act not in ("silu", "swish"):
@@ -190,13 +214,6 @@ def native_config(config: Any, source: str = "config.json") -> Any:
     if any(kept_windows):
         refuse("sliding_window", "the format has only full attention; use the Hybrid's own format")
     options = layer_options(config, SYMBOL)
-    if unknown := type(options).model_fields.keys() ^ OPTIONS.keys():
-        raise HmfError(f"{GDN.config_key}: {listed(sorted(unknown))}: the conversion to {FORMAT} does not know this")
-    for key, reason in OPTIONS.items():
-        value = getattr(options, key)
-        if why := reason(value, config):
-            refuse(f"{GDN.config_key}.{key}", f"{value!r}: {why}")
-
     attributes = {stored: name for name, stored in config.attribute_map.items()}  # num_local_experts: num_experts
     fields = {attributes.get(key, key): value for key, value in config.to_dict().items()}
     known = {field.name for field in dataclasses.fields(config_class)}
@@ -218,7 +235,7 @@ def native_config(config: Any, source: str = "config.json") -> Any:
             ],
             "rope_parameters": {**rope, "partial_rotary_factor": 1.0},
             "partial_rotary_factor": 1.0,  # otherwise the class writes its own default next to the table
-            "linear_conv_kernel_dim": max(2, options.conv_size) if options.use_short_conv else 2,
+            "linear_conv_kernel_dim": _conv_width(config),
             "linear_key_head_dim": options.head_dim,
             "linear_value_head_dim": options.head_dim,
             "linear_num_key_heads": options.num_heads,
@@ -230,10 +247,66 @@ def native_config(config: Any, source: str = "config.json") -> Any:
     )
 
 
+def _why_not(config: Any) -> str:
+    """The reason why a Hybrid of this family cannot be written as a Qwen3.5."""
+    if "q_norm.weight" not in stock_parameters(config, 0):
+        return f"attention in {FORMAT} normalises queries and keys, which this family does not"
+    with torch.device("meta"), config.as_base():
+        layer = config.family.class_named("DecoderLayer")(config, 0)
+    norms = [name for name, _ in layer.named_children() if "norm" in name]
+    if {*norms} != {"input_layernorm", "post_attention_layernorm"}:
+        return (
+            f"layers in {FORMAT} have a norm before the attention and one before the MLP, and this family's have "
+            f"{', '.join(norms)}"
+        )
+    return "only Hybrids of Qwen3, Qwen3-MoE and bases with Gated DeltaNet layers can be converted"
+
+
+def _check_options(config: Any, to: str, refuse: Callable[[str, str], NoReturn]) -> None:
+    """`refuse` the first option of GDN that the format does not have."""
+    options = layer_options(config, SYMBOL)
+    if unknown := type(options).model_fields.keys() ^ OPTIONS.keys():
+        raise HmfError(f"{GDN.config_key}: {listed(sorted(unknown))}: the conversion to {to} does not know this")
+    for key, reason in OPTIONS.items():
+        value = getattr(options, key)
+        if why := reason(value, config):
+            refuse(f"{GDN.config_key}.{key}", f"{value!r}: {why}")
+
+
+def _own_config(config: Any) -> Any:
+    """The config of the base itself, with the Hybrid's kinds of layers."""
+    hybrid = {"model_type", "transformers_version", "hybrid_override_pattern", "base_layer_types", "state_dtype"}
+    if config.layer_types != config.base_layer_types:
+        hybrid.add("full_attention_interval")  # of the base's layers; `layer_types` lists them
+    fields = {key: value for key, value in config.to_dict().items() if key not in {*hybrid, *OPTION_KEYS}}
+    config_class, model_class = classes(config)
+    changed = {
+        "architectures": [model_class.__name__],
+        "layer_types": config.layer_types,
+        "mamba_ssm_dtype": config.state_dtype,
+    }
+    return config_class(**fields | changed)
+
+
+def _conv_width(config: Any) -> int:
+    """The width of the convolutions of all GDN layers in the format."""
+    if config.family.own_recurrence:
+        return config.linear_conv_kernel_dim
+    options = layer_options(config, SYMBOL)
+    return max(2, options.conv_size) if options.use_short_conv else 2
+
+
 @torch.no_grad()
 def native_tensors(model: PreTrainedModel, source: str = "") -> dict[str, torch.Tensor]:
     """The tensors of `native_config(model.config)` by name, from those of a Hybrid; unchanged tensors are shared."""
-    tensors, converted = dict(model.state_dict()), {}
+    config, tensors = model.config, dict(model.state_dict())
+    converted: dict[str, torch.Tensor] = {}
+    for index in config.pattern.replaced:
+        layer, mixer = f"model.layers.{index}.", f"model.layers.{index}.{GDN.module_name}"
+        own = {name: tensors.pop(f"{mixer}.{name}") for name in model.get_submodule(mixer).state_dict()}
+        converted |= {f"{layer}linear_attn.{name}": x for name, x in _gdn_tensors(config, own).items()}
+    if config.family.own_recurrence:
+        return converted | tensors
     rounded: list[str] = []
 
     def minus_one(name: str) -> torch.Tensor:
@@ -245,21 +318,17 @@ def native_tensors(model: PreTrainedModel, source: str = "") -> dict[str, torch.
         rounded.append(name)
         return wide
 
-    for index, symbol in enumerate(model.config.pattern.symbols):
+    for index, symbol in enumerate(config.pattern.symbols):
         layer = f"model.layers.{index}."
         if symbol == ATTENTION:
-            attention, heads = f"{layer}self_attn.", model.config.num_attention_heads
+            attention, heads = f"{layer}self_attn.", config.num_attention_heads
             query = tensors.pop(f"{attention}q_proj.weight").unflatten(0, (heads, -1))  # [H, K, D]
             converted[f"{attention}q_proj.weight"] = torch.cat([query, torch.zeros_like(query)], 1).flatten(0, 1)
             converted[f"{attention}o_proj.weight"] = tensors.pop(f"{attention}o_proj.weight") * 2
             for name in ("q_norm.weight", "k_norm.weight"):
                 converted[attention + name] = minus_one(attention + name)
-        else:
-            mixer = model.get_submodule(layer + GDN.module_name)
-            own = {name: tensors.pop(f"{layer}{GDN.module_name}.{name}") for name in mixer.state_dict()}
-            converted |= {f"{layer}linear_attn.{name}": x for name, x in _gdn_tensors(mixer.options, own).items()}
         if (router := tensors.get(f"{layer}mlp.gate.weight")) is not None:
-            converted |= {f"{layer}mlp.{name}.weight": x for name, x in _shared_expert(model.config, router).items()}
+            converted |= {f"{layer}mlp.{name}.weight": x for name, x in _shared_expert(config, router).items()}
     for name in [name for name in tensors if name.endswith(NORMS)]:
         converted[name] = minus_one(name)
     if rounded:
@@ -281,28 +350,36 @@ def _shared_expert(config: Any, router: torch.Tensor) -> dict[str, torch.Tensor]
     }
 
 
-def _gdn_tensors(options: Any, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Qwen3.5's tensors of one GDN layer from the layer's `own` tensors; those that need no change keep their names."""
+def _gdn_tensors(config: Any, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The format's tensors of one GDN layer from the layer's `own` tensors; those that need no change keep their names.
 
-    def all_heads(name: str) -> torch.Tensor:
-        """Rows for all heads [H K, ...] from the rows of query, key or value heads [Hk K, ...]."""
-        heads = own.pop(name).unflatten(0, (-1, options.head_dim))
-        return heads.repeat_interleave(options.num_heads // heads.shape[0], 0).flatten(0, 1)
+    A base with recurrent layers of its own has its heads; in other Hybrids, rows are repeated for all heads.
+    """
+    options, width = layer_options(config, SYMBOL), _conv_width(config)
 
-    projections = torch.cat([all_heads(f"{name}_proj.weight") for name in "qkv"])  # [3 H K, D]
-    if options.use_short_conv:
-        filters = torch.cat([all_heads(f"{name}_conv1d.weight") for name in "qkv"])  # [3 H K, 1, W]
-        filters = F.pad(filters, (max(0, 2 - options.conv_size), 0))
-    else:
-        filters = projections.new_tensor([0.0, 1.0]).repeat(len(projections), 1, 1)
-    renamed = {
-        "in_proj_z.weight": "g_proj.weight",
-        "in_proj_b.weight": "b_proj.weight",
-        "in_proj_a.weight": "gk_proj.weight",
-        "A_log": "A_log",
-        "dt_bias": "dt_bias",
-        "norm.weight": "o_norm.weight",
-        "out_proj.weight": "o_proj.weight",
+    def rows(kind: str) -> list[torch.Tensor]:
+        given = [own.pop(f"{name}_{kind}.weight") for name in "qkv"]  # each [Hk K, ...]
+        if options.own_shape:
+            return given
+        heads = [x.unflatten(0, (-1, options.head_dim)) for x in given]
+        return [x.repeat_interleave(options.num_heads // len(x), 0).flatten(0, 1) for x in heads]
+
+    projections = rows("proj")
+    filters = torch.cat(rows("conv1d") if options.use_short_conv else [x.new_ones(len(x), 1, 1) for x in projections])
+    parts = {
+        "qkv": projections,
+        "z": [own.pop("g_proj.weight")],
+        "b": [own.pop("b_proj.weight")],
+        "a": [own.pop("gk_proj.weight")],
     }
-    converted = {name: own.pop(source) for name, source in renamed.items()}
-    return converted | {"in_proj_qkv.weight": projections, "conv1d.weight": filters} | own
+    if OWN.get(config.family.model_type) == "qwen3_next":  # rows of each key head together
+        merged = {"qkvz": parts["qkv"] + parts["z"], "ba": parts["b"] + parts["a"]}
+        by_head = {name: [x.unflatten(0, (options.num_k_heads, -1)) for x in xs] for name, xs in merged.items()}
+        parts = {name: [torch.cat(xs, 1).flatten(0, 1)] for name, xs in by_head.items()}
+    return {
+        **{f"in_proj_{name}.weight": torch.cat(xs) for name, xs in parts.items()},
+        "conv1d.weight": F.pad(filters, (width - filters.shape[-1], 0)),
+        "norm.weight": own.pop("o_norm.weight"),
+        "out_proj.weight": own.pop("o_proj.weight"),
+        **own,
+    }

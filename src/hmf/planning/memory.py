@@ -18,13 +18,12 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from hmf.config.layers import base_head_dim
+from hmf.config.layers import base_head_dim, base_intermediate_size
 from hmf.config.pattern import ATTENTION
 from hmf.errors import HmfError
 from hmf.gpus import GIB
 from hmf.layers.base import StateShape, split_heads
-from hmf.layers.own import RECURRENT, own_state_shapes
-from hmf.layers.registry import mixer_class
+from hmf.layers.registry import layer_states
 from hmf.model.configuration import building
 
 
@@ -91,16 +90,16 @@ def layer_caches(
     kv_dtype, recurrent_dtype = kv_dtype or dtype, recurrent_dtype or state_dtype
     token_bytes = 2 * split_heads(config.num_key_value_heads, ranks) * base_head_dim(config) * kv_dtype.itemsize
     caches = []
-    for symbol, kind, window in zip(
-        config.pattern.symbols, config.attention_types, config.attention_windows, strict=True
+    for index, (symbol, kind, window) in enumerate(
+        zip(config.pattern.symbols, config.attention_types, config.attention_windows, strict=True)
     ):
-        shapes = [] if symbol == ATTENTION else list(mixer_class(symbol).state_shapes(config, ranks).values())
-        if kind == RECURRENT:
-            shapes = list(own_state_shapes(config, ranks).values())
+        shapes = list(layer_states(config, index, ranks).values())
         if any(shape.kind == "recurrent" for shape in shapes):
             sizes = [shape.bytes(dtype, recurrent_dtype, state_dtype) for shape in shapes]
             moved = sum(_moved(shape, size) for shape, size in zip(shapes, sizes, strict=True))
-            caches.append(LayerCache(kind if kind == RECURRENT else symbol, state_bytes=sum(sizes), moved_bytes=moved))
+            caches.append(
+                LayerCache(kind if symbol == ATTENTION else symbol, state_bytes=sum(sizes), moved_bytes=moved)
+            )
         elif shapes:
             reach = next(shape.shape[0] for shape in shapes if shape.kind == "window")
             caches.append(LayerCache("sliding_attention", token_bytes, reach + 1))
@@ -165,7 +164,7 @@ def working_bytes(config: Any, dtype: torch.dtype, ranks: int, batched_tokens: i
     These are the activations of the largest prefill step, the logits of every sequence in float32, and 1 GiB for the
     CUDA context, kernels and captured graphs.
     """
-    inner = config.intermediate_size
+    inner = base_intermediate_size(config)
     if getattr(config, "num_experts_per_tok", None):
         inner = config.num_experts_per_tok * (config.moe_intermediate_size + config.hidden_size)
     activations = batched_tokens * (4 * config.hidden_size + 3 * inner // ranks) * dtype.itemsize

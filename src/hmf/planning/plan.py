@@ -24,6 +24,7 @@ from hmf.config.pattern import ATTENTION
 from hmf.config.runs import DistillSettings, FinetuneRecipe
 from hmf.config.training import ParallelSettings
 from hmf.gpus import GIB, MFU, Device
+from hmf.layers.own import base_mixer_name
 from hmf.model.configuration import building
 from hmf.priming.distance import stage1_flops_per_token
 from hmf.priming.objectives import LOGITS_AT_ONCE
@@ -164,7 +165,8 @@ class TrainingPlan:
             total = flops_per_token(model)
         if total is None:
             return None
-        for index, window in enumerate(config.attention_windows):
+        for index in config.attention_layers:
+            window = config.attention_windows[index]
             reach = min(length / 2, window or length)  # a causal mask leaves half of the pairs
             forward = 4 * config.num_attention_heads * base_head_dim(config) * reach
             keeps = config.pattern.symbols[index] == ATTENTION
@@ -233,14 +235,15 @@ def has_kl(recipe: DistillSettings) -> bool:
 
 
 def linear_widths(layer: nn.Module, config: Any) -> float:
-    """The summed input and output widths of a layer's linear layers for one token, without the teacher's attention.
+    """The summed input and output widths of a layer's linear layers for one token, without the teacher's.
 
     Only the experts of one token are counted.
     """
+    teacher = f"{base_mixer_name(layer)}." if hasattr(layer, "mixer_name") else None
     total = sum(
         x.in_features + x.out_features
         for name, x in layer.named_modules()
-        if isinstance(x, nn.Linear) and not (hasattr(layer, "mixer_name") and name.startswith("self_attn."))
+        if isinstance(x, nn.Linear) and not (teacher and name.startswith(teacher))
     )
     if getattr(config, "num_experts_per_tok", None):
         total += config.num_experts_per_tok * (3 * config.hidden_size + 3 * config.moe_intermediate_size)

@@ -24,6 +24,7 @@ from hmf.config.pattern import ATTENTION, Pattern, is_fused
 from hmf.errors import HmfError, unknown_name
 from hmf.gpus import COPY_SHARE, GIB, Device, parse_gpus
 from hmf.layers.base import heads_fit
+from hmf.layers.own import RECURRENT
 from hmf.model.convert import hybrid_config
 
 from .memory import Blocks, LayerCache, Weights, layer_caches, require_unquantised, weights, working_bytes
@@ -194,12 +195,12 @@ def as_hybrid(config: Any) -> Any:
 
 
 def base_of(config: Any) -> Any:
-    """The config of a Hybrid's base Transformer, as a Hybrid without replaced layers."""
+    """The config of a Hybrid's base, as a Hybrid without replaced layers."""
     return hybrid_config(config, Pattern((ATTENTION,) * config.num_hidden_layers))
 
 
 def plans(config: Any, gpus: str, settings: ServingSettings | None = None) -> list[Plan]:
-    """Plans for the model and, if it is a Hybrid, for its base Transformer, on `gpus`, such as "h200x8"."""
+    """Plans for the model and, if it has replaced layers, for its base, on `gpus`, such as "h200x8"."""
     device, ranks = parse_gpus(gpus)
     config = as_hybrid(config)
     kinds = [config, base_of(config)] if config.pattern.replaced else [config]
@@ -210,10 +211,12 @@ def plans(config: Any, gpus: str, settings: ServingSettings | None = None) -> li
 
 
 def title(plan: Plan) -> str:
-    replaced = len(plan.pattern.replaced)
-    if not replaced:
+    """What the model is, with its numbers of attention layers and of others."""
+    replaced, own = len(plan.pattern.replaced), sum(cache.kind == RECURRENT for cache in plan.caches)
+    if not replaced and not own:
         return "Transformer"
-    return f"Hybrid, {len(plan.pattern) - replaced} + {replaced}"
+    layers = f"{len(plan.pattern) - replaced - own} + {replaced + own}"
+    return f"Hybrid, {layers}" if replaced else f"Hybrid base, {layers}"
 
 
 def figures(plan: Plan, context: int) -> dict[str, Any]:
@@ -295,7 +298,7 @@ def print_plans(plans: Sequence[Plan], context: int) -> None:
 def plot(plans: Sequence[Plan], context: int, path: Path, model: str) -> None:
     """Plot the sequences that fit and the decode throughput, at context lengths from 1K to `context`, to `path`.
 
-    model: its name, for the title. The points of a Hybrid are annotated with the ratio to its Transformer.
+    model: its name, for the title. The points of a Hybrid are annotated with the ratio to its base.
     """
     from matplotlib.figure import Figure
 
@@ -328,7 +331,7 @@ def plot(plans: Sequence[Plan], context: int, path: Path, model: str) -> None:
         panel.margins(x=0.11, y=0.1)
         panel.grid(alpha=0.3)
     panels[1].legend(frameon=False)
-    ratios = "; ratios: Hybrid to Transformer" if len(plans) > 1 else ""
+    ratios = "; ratios: Hybrid to its base" if len(plans) > 1 else ""
     limit = f"at most {plans[0].max_num_seqs} sequences"
     figure.suptitle(f"{model} on {devices(plans[0])}, {limit}, planned{ratios}", fontsize=10)
     try:

@@ -22,6 +22,7 @@ from hmf.config.runs import CalibrationSettings
 from hmf.data.packing import PackedRow
 from hmf.data.progress import Progress
 from hmf.layers.base import Mixer, Start
+from hmf.layers.own import base_mixer
 from hmf.model.convert import mixers
 from hmf.model.modeling import TEACHER
 
@@ -97,18 +98,17 @@ def _embedded(decoder: Any, rows: Sequence[PackedRow], device: torch.device) -> 
 
 @torch.no_grad()
 def _step(decoder: Any, index: int, batch: Batch) -> None:
-    """Run one layer of the teacher, and store the input and output of its attention, if it has one, in `batch`."""
+    """Run one layer of the teacher, and store the input and output of its token mixer in `batch`."""
 
     def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        batch.read, batch.returned = kwargs["hidden_states"].float(), output[0].float()
+        batch.read = kwargs["hidden_states"].float()
+        batch.returned = (output[0] if isinstance(output, tuple) else output).float()
 
-    attention = getattr(decoder.layers[index], "self_attn", None)
-    hook = attention and attention.register_forward_hook(keep, with_kwargs=True)
+    hook = base_mixer(decoder.layers[index]).register_forward_hook(keep, with_kwargs=True)
     try:
         batch.hidden_states = decoder.run_layers(batch.hidden_states, batch.inputs, range(index, index + 1), TEACHER)
     finally:
-        if hook:
-            hook.remove()
+        hook.remove()
 
 
 def _fit(

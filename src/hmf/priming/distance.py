@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hmf.layers.own import base_mixer
 from hmf.model.modeling import STUDENT, TEACHER
 
 
@@ -50,7 +51,7 @@ def stage1_flops_per_token(model: PreTrainedModel, head: bool = False) -> float 
         frozen = sum(x.numel() for x in layer.parameters() if not x.requires_grad)
         if trained:
             started = True
-            student = trained + frozen - sum(x.numel() for x in layer.self_attn.parameters())
+            student = trained + frozen - sum(x.numel() for x in base_mixer(layer).parameters())
         else:
             student = frozen
         total += 2 * frozen + (4 * student + 2 * trained if started else 0)

@@ -23,7 +23,7 @@ from hmf.config.pattern import require_fused
 from hmf.config.runs import LayerTarget, ObjectiveSettings
 from hmf.data.encoding import IGNORED
 from hmf.errors import HmfError
-from hmf.layers.own import OWN_MODULE
+from hmf.layers.own import base_mixer
 from hmf.model.convert import mixer_names
 from hmf.model.modeling import TEACHER, logits_of
 
@@ -341,17 +341,17 @@ def _predicts_a_label(labels: torch.Tensor | None, shift_labels: torch.Tensor | 
 
 
 def _attentions(model: PreTrainedModel, inputs: Any) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Input and output [B, T, D] of every replaced attention on the teacher's path, by layer index."""
+    """Input and output [B, T, D] of the base's token mixer in every replaced layer, on the teacher's path."""
     recorded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def keep(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            recorded[index] = (kwargs["hidden_states"], output[0])
+            recorded[index] = (kwargs["hidden_states"], output[0] if isinstance(output, tuple) else output)
 
         return hook
 
     replaced = model.config.pattern.replaced
-    attentions = {index: model.model.layers[index].self_attn for index in replaced}
+    attentions = {index: base_mixer(model.model.layers[index]) for index in replaced}
     hooks = [x.register_forward_hook(keep(index), with_kwargs=True) for index, x in attentions.items()]
     try:
         with torch.no_grad():
@@ -380,8 +380,8 @@ def _recorded(
     for index, layer in enumerate(model.model.layers):
         if index < first:
             continue
-        own = "self_attn" if hasattr(layer, "self_attn") else OWN_MODULE
-        modules = {"decoder": layer, "mlp": layer.mlp, "mixer": getattr(layer, names.get(index, own))}
+        mixer = layer.get_submodule(names[index]) if index in names else base_mixer(layer)
+        modules = {"decoder": layer, "mlp": layer.mlp, "mixer": mixer}
         hooks += [modules[part].register_forward_hook(keep(part)) for part in parts]
     try:
         yield outputs

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 0: initialise every mixer of a fused model from the attention that it replaces."""
+"""Stage 0: initialise every mixer of a fused model from the attention or the recurrent layer that it replaces."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from hmf.errors import HmfError, listed, notice
 from hmf.folders import require_unused
 from hmf.layers.attention import separate
 from hmf.layers.base import Start
+from hmf.layers.own import base_mixer
 from hmf.model.checkpoint import STORED, load_config, load_model, save_checkpoint
 from hmf.model.convert import hybridise, mixers
 from hmf.model.families import family_of
@@ -67,16 +68,19 @@ def initialise(model: PreTrainedModel, seed: int = 0, conv_start: str = "random"
     """Initialise all mixers of a fused `model`. A layer's random tensors depend only on `seed` and the layer's index.
 
     `conv_start` "random" is the published initialisation. With "identity" every short convolution initially returns
-    its current token, so that the projections copied from attention have their effect from the first step.
+    its current token, so that the projections copied from attention have their effect from the first step. Convolutions
+    that come from a recurrent layer of the base stay as they are.
 
     Returns each mixer's report. HmfError if the report does not cover all tensors of the mixer and of the attention.
     """
     starts = {}
     for name, mixer in mixers(model):
-        attention = separate(model.get_submodule(name.rpartition(".")[0]).self_attn)
+        attention = separate(base_mixer(model.get_submodule(name.rpartition(".")[0])))
+        recurs = mixer.layer_idx in model.config.pattern.from_recurrent
+        start = mixer.init_from_recurrence if recurs else mixer.init_from_attention
         generator = torch.Generator().manual_seed(seed * 100_003 + mixer.layer_idx)
-        starts[name] = mixer.init_from_attention(attention, generator, model.config.initializer_range)
-        if conv_start == "identity":
+        starts[name] = start(attention, generator, model.config.initializer_range)
+        if conv_start == "identity" and not recurs:
             _pass_through(mixer)
         try:
             starts[name].check(mixer, attention)

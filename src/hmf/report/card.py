@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 import hmf
 from hmf.bench import tables
-from hmf.config.layers import base_head_dim, needed_kinds
+from hmf.config.layers import base_head_dim, base_intermediate_size, needed_kinds
 from hmf.config.pattern import is_fused
 from hmf.config.runs import DistillRecipe, FinetuneRecipe, PrimeRecipe
 from hmf.errors import HmfError
@@ -148,8 +148,14 @@ class Card:
     @property
     def layers(self) -> str:
         symbols = self.config.pattern.symbols
-        counts = {symbol: symbols.count(symbol) for symbol in sorted(set(symbols))}
-        return " + ".join(f"{count} {'Attention' if symbol == '*' else symbol}" for symbol, count in counts.items())
+        counts = {"Attention": symbols.count("*") - len(self.own), "recurrent of the base": len(self.own)}
+        counts |= {symbol: symbols.count(symbol) for symbol in sorted(set(symbols) - {"*"})}
+        return " + ".join(f"{count} {name}" for name, count in counts.items() if count)
+
+    @property
+    def own(self) -> list[int]:
+        """Indices of the layers that keep a recurrent layer of the base."""
+        return sorted(set(self.config.recurrent_layers) - set(self.config.pattern.replaced))
 
     def link(self, text: str, file: str) -> str:
         return f"[{text}]({RESULTS if self.repo else '..'}/{file})"
@@ -158,20 +164,23 @@ class Card:
 
     def overview(self) -> str:
         pattern = self.config.pattern
-        share = len(pattern.replaced) / len(pattern)
+        share, own = len(pattern.replaced) / len(pattern), len(self.own) / len(pattern)
+        kept = f", {own:.0%} are recurrent layers of the base" if own else ""
         names = ", ".join(reference(kind)[0] for kind in self.kinds)
         return (
-            f"{self.title} is a Hybrid language model: {1 - share:.0%} of its layers are Attention, and {share:.0%} "
-            f"are {names}. It was primed from {self.evidence.base_name} with Hybrid Model Factory. "
+            f"{self.title} is a Hybrid language model: {1 - share - own:.0%} of its layers are Attention{kept}, and "
+            f"{share:.0%} are {names}. It was primed from {self.evidence.base_name} with Hybrid Model Factory. "
             f"Its config allows {self.config.max_position_embeddings:,} tokens of context."
         )
 
     def why(self) -> str:
-        pattern = self.config.pattern
+        replaced, attention = self.config.pattern.replaced, self.config.attention_layers
+        recurrent, all_recurrent = len(set(replaced) - set(attention)), len(self.config.pattern) - len(attention)
+        others = f" and {recurrent} of {all_recurrent} recurrent layers" if recurrent else ""
         return (
-            f"The Hybrid is initialised from a Transformer. {len(pattern.replaced)} of {len(pattern)} Attention layers "
-            "are converted into layers that keep a state of fixed size for a sequence, whatever its length. A KV cache "
-            "grows with every token. So, beside the base:\n\n"
+            f"The Hybrid is initialised from a pre-trained model. {len(replaced) - recurrent} of {len(attention)} "
+            f"Attention layers{others} are converted into layers that keep a state of fixed size for a sequence, "
+            "whatever its length. A KV cache grows with every token. So, beside the base:\n\n"
             "- less memory for each long sequence, and more sequences at once on the same GPU;\n"
             "- more tokens per second where a decode step mostly reads the KV cache;\n"
             "- an advantage that grows with the length of the context.\n\n"
@@ -256,7 +265,7 @@ class Card:
             ["Hidden Dimension", f"{config.hidden_size:,}"],
             ["Attention Heads", f"{config.num_attention_heads} (Q) / {config.num_key_value_heads} (KV)"],
             ["Head Dimension", f"{base_head_dim(config)}"],
-            ["Intermediate Dimension (FFN)", f"{config.intermediate_size:,}"],
+            ["Intermediate Dimension (FFN)", f"{base_intermediate_size(config):,}"],
         ]
         if active := getattr(config, "num_experts_per_tok", None):
             experts = f"{config.num_experts} of {config.moe_intermediate_size:,}, {active} active for each token"
@@ -281,7 +290,8 @@ class Card:
             elif chosen.ratio is not None:
                 how = f"The recipe spreads the replaced layers evenly (ratio {chosen.ratio:g})."
         where = ", ".join(map(str, self.config.pattern.replaced))
-        return f"```\n{self.config.pattern}\n```\n\n`*` is Attention. Replaced layers (from 0): {where}. {how}"
+        own = f" (recurrent in the base: {', '.join(map(str, self.own))})" if self.own else ""
+        return f"```\n{self.config.pattern}\n```\n\n`*` is Attention{own}. Replaced layers (from 0): {where}. {how}"
 
     def efficiency(self) -> str:
         return "\n\n".join(("### Planned", self._planned(), "### Measured", *self._measured()))

@@ -42,9 +42,9 @@ def planned(config: Any, evidence: Evidence, gpu: str) -> Iterator[Block]:
     ]
     for key, title, label, value in measures:
         series = []
-        for number, plan in enumerate(reversed(plans)):  # if there are two, the Transformer comes first
+        for number, plan in enumerate(reversed(plans)):  # if there are two, the base comes first
             fitting = [n for n in contexts if plan.sequences(n)]
-            name = "Transformer" if not plan.pattern.replaced else "Hybrid"
+            name = planner.title(plan).partition(",")[0]
             values = [value(plan, n) for n in fitting]
             series.append(charts.Series(name, fitting, values, colour=number, dash=number))
         yield charts.lines(

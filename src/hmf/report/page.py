@@ -114,6 +114,13 @@ class Page:
         return None if self.config is None else planner.as_hybrid(self.config).pattern.with_fused(False)
 
     @cached_property
+    def own(self) -> frozenset[int]:
+        """The layers that keep a recurrent layer of the base."""
+        if self.pattern is None:
+            return frozenset()
+        return frozenset(planner.as_hybrid(self.config).recurrent_layers) - set(self.pattern.replaced)
+
+    @cached_property
     def title(self) -> str:
         if self.config is None or is_fused(self.config) or not getattr(self.config, "pattern", None):
             return self.evidence.run.resolve().name
@@ -154,8 +161,12 @@ class Page:
         if self.pattern is not None:
             replaced, layers = len(self.pattern.replaced), len(self.pattern)
             types = ", ".join(dict.fromkeys(self.kind(self.pattern.symbols[index]) for index in self.pattern.replaced))
-            mixed = f"{replaced} of {layers} are {types}" if replaced else "all are Attention"
-            rows.append([Cell("Layers"), Cell(f"all {layers} are Attention"), Cell(mixed, "#layers")])
+            attention = len(planner.as_hybrid(self.config).attention_layers)
+            before = f"all {layers} are Attention"
+            if attention < layers:
+                before = f"{attention} of {layers} are Attention, {layers - attention} are recurrent"
+            mixed = f"{replaced} of {layers} are {types}" if replaced else "as in the base"
+            rows.append([Cell("Layers"), Cell(before), Cell(mixed, "#layers")])
         head, comparison = self.retention.glance()
         if comparison:
             yield Table("The model and its teacher", ["", *head], [*rows, *comparison])
@@ -271,7 +282,9 @@ class Page:
             str(self.pattern),
             kind="layers",
             items=[
-                (str(index), "A" if symbol == ATTENTION else symbol, symbol == ATTENTION, self.kind(symbol))
+                (str(index), "R", True, "Recurrent layer of the base")
+                if index in self.own
+                else (str(index), "A" if symbol == ATTENTION else symbol, symbol == ATTENTION, self.kind(symbol))
                 for index, symbol in enumerate(symbols)
             ],
         )
@@ -304,7 +317,10 @@ class Page:
                 "Last distance from the teacher",
                 [str(index) for index in errors],
                 list(errors.values()),
-                ["attention" if symbols[index] == ATTENTION else "replaced" for index in errors],
+                [
+                    "recurrent" if i in self.own else "attention" if symbols[i] == ATTENTION else "replaced"
+                    for i in errors
+                ],
                 "layer",
                 "relative squared error",
                 source=log,
