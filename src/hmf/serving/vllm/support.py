@@ -18,6 +18,7 @@ from hmf.config.pattern import ATTENTION, is_fused
 from hmf.config.runs import ROPE_KEYS, ROPE_SCALING_KEYS
 from hmf.errors import HmfError
 from hmf.layers.base import heads_fit
+from hmf.layers.own import RECURRENT
 from hmf.layers.registry import mixer_class
 
 TESTED_VLLM = SpecifierSet(">=0.32.0,<0.33")
@@ -31,6 +32,7 @@ SERVED_BY = {
     "M2": "hmf.serving.vllm.mamba2",
     "BMF": "hmf.serving.vllm.bmojo",
     "SWA": "hmf.serving.vllm.window",
+    RECURRENT: "hmf.serving.vllm.own",  # no symbol of a pattern: see `layer_symbols`
 }
 
 # Environment variable: a file to which a process of the server writes why it cannot continue. `hmf serve` prints it.
@@ -58,6 +60,12 @@ def _when(condition: Callable[[Any], bool], line: str) -> Problem:
 def mixer_module(symbol: str) -> Any:
     """The module that serves a layer symbol. It imports vLLM's layers, so only processes that run the model call it."""
     return importlib.import_module(SERVED_BY[symbol])
+
+
+def layer_symbols(config: Any) -> list[str]:
+    """The symbol of each layer of a Hybrid; `RECURRENT` for a recurrent layer that the base has of its own."""
+    layers = zip(config.pattern.symbols, config.attention_types, strict=True)
+    return [kind if symbol == ATTENTION and kind == RECURRENT else symbol for symbol, kind in layers]
 
 
 def _fused(config: Any) -> str | None:
@@ -93,8 +101,8 @@ def _split(config: Any) -> str | None:
 
 def keeps_states(symbol: str, config: Any) -> bool:
     """Whether a layer type has a recurrent state under a Hugging Face `config`; attention and windows have none."""
-    if symbol == ATTENTION:
-        return False
+    if symbol in (ATTENTION, RECURRENT):
+        return symbol == RECURRENT
     return any(state.kind == "recurrent" for state in mixer_class(symbol).state_shapes(config).values())
 
 
@@ -105,7 +113,7 @@ def _stages(config: Any) -> str | None:
     from vllm.distributed.utils import get_pp_indices
 
     hf_config = config.model_config.hf_config
-    recurrent = [keeps_states(symbol, hf_config) for symbol in hf_config.pattern.symbols]
+    recurrent = [keeps_states(symbol, hf_config) for symbol in layer_symbols(hf_config)]
     bounds = [get_pp_indices(len(recurrent), stage, stages) for stage in range(stages)]
     without = [stage for stage, (first, last) in enumerate(bounds) if not any(recurrent[first:last])]
     if not without or not any(recurrent):
@@ -161,6 +169,7 @@ def _quantised(config: Any) -> str | None:
     return None
 
 
+OWN_RECURRENCE = ("dual_chunk_attention_config", "layer_scale", "output_gate_type", "qkv_bias")
 # The families with a class in models.py, and the keys that vLLM's stock layers for them read and transformers' do not.
 # With such a key the two would compute different functions.
 READ_BY_VLLM = {
@@ -185,7 +194,10 @@ READ_BY_VLLM = {
     "phi3": ("attention_bias", "bias", "mlp_bias", "qkv_bias", "target_layer_count"),
     "qwen2": ("dual_chunk_attention_config", "qk_norm"),
     "qwen3": ("dual_chunk_attention_config",),
+    "qwen3_5_moe_text": OWN_RECURRENCE,
+    "qwen3_5_text": OWN_RECURRENCE,
     "qwen3_moe": ("dual_chunk_attention_config", "shared_expert_intermediate_size"),
+    "qwen3_next": OWN_RECURRENCE,
     "smollm3": ("bias", "qkv_bias", "target_layer_count"),
 }
 # And those that vLLM reads in every model.
@@ -232,8 +244,9 @@ def _whole_width(config: Any) -> str | None:
 # Keys of `rope_parameters` that vLLM and transformers use in the same way.
 ROPE = ROPE_SCALING_KEYS | {"rope_type", "type", "rope_theta", "llama_4_scaling_beta", "max_position_embeddings"}
 
+IMAGE_AXES = {"mrope_section", "mrope_interleaved"}  # in text, positions on all axes of an image are the same
 
-PARTIAL = ("phi3",)  # families in which transformers rotates a part of each head, if the config says so
+PARTIAL = ("phi3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")  # families in which transformers rotates a part of each head, if the config says so
 
 
 def _positions(config: Any) -> str | None:
@@ -243,7 +256,8 @@ def _positions(config: Any) -> str | None:
         return f"rope_type {kind!r}: vLLM computes other positions than transformers; {ELSEWHERE}"
     if rope.get("partial_rotary_factor", 1) != 1 and model.hf_config.family.model_type not in PARTIAL:
         return "partial_rotary_factor: transformers rotates whole heads in this family; remove it"
-    if unknown := sorted(rope.keys() - ROPE - {"partial_rotary_factor"}):
+    of_images = IMAGE_AXES if model.hf_config.family.position_axes() > 1 else set()
+    if unknown := sorted(rope.keys() - ROPE - {"partial_rotary_factor"} - of_images):
         return f"rope_parameters.{unknown[0]}: transformers does not read it, and vLLM may; remove it"
     # vLLM computes a table of `length` positions, and does not check for positions beyond its end.
     if kind == "yarn":
