@@ -2,19 +2,65 @@
 """Hybrids of bases that have recurrent layers of their own: Qwen3.5, with and without experts, and Qwen3-Next."""
 
 import pytest
+import torch
 
+from tests import numerics
 from tests.hybrids import Case
 from tests.serving import engines
 from tests.serving.test_layer_types import check
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-KINDS = ["linear_attention", "full_attention"]
-PATTERN, TYPES = "*-GDN-*-GKA-SWA-M2-KDA-*", ["linear_attention", "full_attention"] * 2 + ["full_attention"] * 4
+TYPES = ["linear_attention", "full_attention"] * 2 + ["full_attention"] * 4
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
-FIELDS = {"base_layer_types": TYPES, "swa_config": {"window_size": 7}, "rope_parameters": ROPE}
+IMAGES = {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+EXPERTS = engines.EXPERTS | {"shared_expert_intermediate_size": 48}
+# What the configs of each family can hold and vLLM's stock layers might not heed.
+FIELDS = {
+    "qwen3_5_text": {"rope_parameters": ROPE | IMAGES, "attention_bias": True, "tie_word_embeddings": True},
+    "qwen3_5_moe_text": EXPERTS | {"rope_parameters": ROPE | {"rope_type": "linear", "factor": 4}},
+    "qwen3_next": EXPERTS | {"mlp_only_layers": [1], "decoder_sparse_step": 2, "norm_topk_prob": True},
+}
 
 
-def test_dense(tmp_path):
-    model = engines.save_hybrid(tmp_path, Case("GDN", "own"), PATTERN, "qwen3_5_text", **FIELDS)
-    check(tmp_path, model)
+def save(path, family, pattern="*-GDN-*-GKA-SWA-M2-KDA-*", **fields):
+    own = {"base_layer_types": TYPES, "swa_config": {"window_size": 7}} | FIELDS[family]
+    return engines.save_hybrid(path, Case("GDN", family), pattern, family, **own | fields)
+
+
+@pytest.mark.parametrize("family", FIELDS)
+def test_family(tmp_path, family):
+    """Every layer type that these bases can have, beside attention and the recurrent layers of the base."""
+    check(tmp_path, save(tmp_path, family))
+
+
+@engines.devices(2)
+@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_next"])
+def test_tensor_parallel(tmp_path, family):
+    model = save(tmp_path, family, "*-GDN-*-SWA-GKA-M2-KDA-*")
+    check(tmp_path, model, tensor_parallel_size=2, distributed_executor_backend="mp")
+
+
+@pytest.mark.parametrize("family", FIELDS)
+def test_vllms_own_module(tmp_path, monkeypatch, family):
+    """It runs these layers on a GPU. Its CPU kernels need states of convolutions in bfloat16 and heads of 64."""
+    from hmf.serving.vllm import own
+
+    heads = {"linear_key_head_dim": 64, "linear_value_head_dim": 64, "base_layer_types": TYPES[:4]}
+    model = save(tmp_path, family, "*-GDN-*-SWA", **heads)
+    prompts = engines.random_prompts([1, 5, 70, 600], seed=4)  # the last is longer than a block
+    exact = torch.stack([engines.hugging_face(model, prompt, 1).logprobs[0] for prompt in prompts])
+    options = {"dtype": "bfloat16", "enable_prefix_caching": True, "max_num_batched_tokens": 160}
+    if not engines.CUDA:
+        monkeypatch.setattr(own, "has_kernels", lambda vllm_config: True)
+        options["mamba_cache_dtype"] = "bfloat16"
+    with engines.engine(tmp_path, **options) as llm:
+        layers = {name for name, _ in engines.runner(llm).model.named_parameters() if "in_proj_qkvz" in name}
+        assert layers == {f"model.layers.{layer}.linear_attn.in_proj_qkvz.weight" for layer in (0, 2)}
+        cold = engines.greedy(llm, prompts, 4)
+        # Alone, because in a used slot the CPU kernel multiplies what a new request finds by zero, and NaN stays NaN.
+        (warm,) = engines.greedy(llm, prompts[-1:], 1)
+        assert warm.num_cached_tokens > 0
+    rounded = engines.first_logprobs(model.bfloat16(), prompts)
+    for served in (cold, [*cold[:-1], warm]):
+        numerics.assert_mean_near(engines.first_rows(served), exact, rounded)
