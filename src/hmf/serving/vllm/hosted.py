@@ -23,7 +23,7 @@ from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.models.utils import extract_layer_index
 
 from hmf.config.layers import base_head_dim
-from hmf.layers.base import Mixer, StateShape, split_heads
+from hmf.layers.base import StateShape, split_heads
 from hmf.layers.registry import mixer_class
 
 from .backends import RecurrentMetadataBuilder

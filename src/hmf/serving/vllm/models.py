@@ -8,6 +8,7 @@ class as a parameter; in the others the finished layers are changed.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -46,10 +47,11 @@ from hmf.layers.attention import has_positions, stock_parameters
 from hmf.layers.base import StateShape
 from hmf.layers.own import OWN_MODULE, RECURRENT
 
+from .configs import ELSEWHERE
 from .hosted import HostedMixer
 from .own import OWN_STACKED
 from .recurrent import state_dtypes
-from .support import ELSEWHERE, layer_symbols, mixer_module, reported
+from .support import layer_symbols, mixer_module, reported
 from .weights import account, expected_tensors, quantised_tensors, require_exact_products
 from .window import windowed, with_gates
 
@@ -71,8 +73,13 @@ class Stack:
         """The decoder with the layers of a Hybrid."""
         if self.parameter is not None:
             return self.model(vllm_config=vllm_config, prefix=prefix, **{self.parameter: hybrid_layer(self.layer)})
-        with vllm_config.model_config.hf_config.as_base():  # every layer as it is in the base
-            model = self.model(vllm_config=vllm_config, prefix=prefix)
+        config = vllm_config.model_config.hf_config
+        mixed = config.layer_types
+        config.layer_types = [
+            RECURRENT if symbol == RECURRENT else "full_attention" for symbol in layer_symbols(config)
+        ]
+        model = self.model(vllm_config=vllm_config, prefix=prefix)
+        config.layer_types = mixed
         for index, layer in enumerate(model.layers):
             if isinstance(layer, self.layer):  # on this rank
                 replace_mixer(layer, f"{prefix}.layers.{index}")
@@ -138,7 +145,7 @@ def _complete(attention: Any, config: Any, index: int, quant_config: Any, prefix
 
 
 class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
-    """A Hybrid of any family. A subclass sets its `stack`, and `READ_BY_VLLM` in support.py has its family."""
+    """A Hybrid of any family. A subclass sets its `stack`, and `READ_BY_VLLM` in configs.py has its family."""
 
     stack: ClassVar[Stack]
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -246,16 +253,22 @@ def _largest_states(vllm_config: VllmConfig) -> list[StateShape]:
     return max((list(mixer_module(s).states(s, config, ranks).values()) for s in symbols), key=bytes_of, default=[])
 
 
+# Keys of Qwen3-Next, and what the layers of Qwen3.5 do, whose config does not have them.
+QWEN3_NEXT = {"num_experts": 0, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
+
+
 def _suit_stock_layers(config: Any) -> None:
     """Set attributes that vLLM's stock layers read under other names or in other forms than transformers'."""
     # Qwen2's stack rejects differing layer types as windows that its layers do not have, unless this says that no layer
     # has one. The attention of `hybrid_layer` has them.
     config.max_window_layers = config.num_hidden_layers
     rope = config.rope_parameters
-    if config.family.own_recurrence:  # served by Qwen3-Next's stack, which reads these keys of it
+    if config.family.own_recurrence:  # served by the stack of Qwen3-Next
         config.qkv_bias = config.attention_bias
-        config.num_experts = getattr(config, "num_experts", 0)
-        config.decoder_sparse_step = getattr(config, "decoder_sparse_step", 1)
+        known = {field.name for field in dataclasses.fields(config.family.config_class())}
+        for name, value in QWEN3_NEXT.items():
+            if name not in known:
+                setattr(config, name, value)
     if config.family.query_growth() is not None:  # Ministral 3
         keys = {"beta": "llama_4_scaling_beta", "original_max_position_embeddings": "original_max_position_embeddings"}
         config.llama_4_scaling = {name: rope[key] for name, key in keys.items()}
