@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests import numerics
-from tests.hybrids import Case
+from tests.hybrids import Case, randomise, tiny_config
 from tests.serving import engines
 from tests.serving.test_layer_types import check
 
@@ -35,10 +35,35 @@ def test_family(tmp_path, family):
 
 
 @engines.devices(2)
-@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_next"])
-def test_tensor_parallel(tmp_path, family):
-    model = save(tmp_path, family, "*-GDN-*-SWA-GKA-M2-KDA-*")
+def test_tensor_parallel(tmp_path):
+    model = save(tmp_path, "qwen3_5_moe_text")
     check(tmp_path, model, tensor_parallel_size=2, distributed_executor_backend="mp")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FIELDS)
+def test_two_ranks_add_up(family):
+    """The shares of a recurrent layer of the base, each run alone, give outputs that add up to the whole layer's."""
+    from hmf.serving.vllm.hosted import rank_config, share
+    from hmf.serving.vllm.own import OwnRecurrence
+
+    config = tiny_config(Case("GDN", "shares"), "*-X", family, **(EXPERTS if "num_experts" in FIELDS[family] else {}))
+    cls = OwnRecurrence.class_of("", config)
+    whole, hidden_states, total = cls(config, 0).double(), torch.randn(2, 9, config.hidden_size).double(), 0
+    randomise(whole)
+    for rank in range(2):
+        part = cls(rank_config(config, 2), 0).double()
+        for name, tensor in whole.named_parameters():
+            mine = part.get_parameter(name)
+            mine.copy_(share(tensor, mine.shape, whole.sections(name), part.sections(name), rank, 2))
+        with numerics.in_float64():
+            output, states = part.mix(hidden_states, None, None, None)
+        assert {name: tuple(x.shape[1:]) for name, x in states.items()} == {
+            name: state.shape for name, state in part.state_shapes(config, 2).items()
+        }
+        total = total + output
+    with numerics.in_float64():
+        numerics.assert_same(total, whole.mix(hidden_states, None, None, None)[0])
 
 
 @pytest.mark.parametrize("family", FIELDS)
