@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache
-from transformers.cache_utils import LinearAttentionLayer
 
 from hmf.errors import HmfError
 from hmf.ops import gated_delta_rule, short_conv
@@ -64,8 +62,8 @@ def own_recurrence_class(stock: type[nn.Module]) -> type[nn.Module]:
         if cache_params is None:
             return stock.forward(self, hidden_states)
         kept = cache_params.layers[self.layer_idx]
-        states = _as_stock(kept.states)
-        output = stock.forward(self, hidden_states, Cache(layers=[states] * (self.layer_idx + 1)))
+        states, stock_cache = _as_stock(kept.states, self.layer_idx)
+        output = stock.forward(self, hidden_states, stock_cache)
         conv, recurrent = states.conv_states[0][..., 1:], states.recurrent_states[0]
         kept.store({"conv": conv, "recurrent": recurrent}, hidden_states.shape[1])
         return output
@@ -89,15 +87,22 @@ def _projected(layer: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, .
     return torch.cat([x.flatten(2) for x in (q, k, v)], -1), z.flatten(2), b, a
 
 
-def _as_stock(states: States) -> LinearAttentionLayer:
-    """transformers' cache of one such layer, with `states`. It keeps one more input of the convolution, not used."""
+def _as_stock(states: States, layer_idx: int) -> tuple[Any, Any]:
+    """transformers' cache of layer `layer_idx` with `states`, alone and in a cache of the model.
+
+    It keeps one more input of the convolution, not used.
+    """
+    # Not at the top: importing transformers registers the Hybrids (hmf/__init__.py), which need this module.
+    from transformers import Cache
+    from transformers.cache_utils import LinearAttentionLayer
+
     layer = LinearAttentionLayer()
     if states:
         conv = nn.functional.pad(states["conv"], (1, 0))
         layer.lazy_initialization(conv, states["recurrent"])
         layer.conv_states[0], layer.recurrent_states[0] = conv, states["recurrent"]
         layer.has_previous_state[0] = True
-    return layer
+    return layer, Cache(layers=[layer] * (layer_idx + 1))
 
 
 def own_layers(config: Any) -> list[int]:

@@ -171,6 +171,11 @@ TABLE: tuple[Row, ...] = (
     Row(f"Hybrids of {', '.join(f'`{name}`' for name in READ_BY_VLLM)}", True),
     Row("Hybrids of other families", False, "`hmf chat`, or generate with Hugging Face", configs.family),
     Row("GDN, KDA, GKA, Mamba2, B'MOJO-F and SWA layers, with all options, mixed in any pattern", True),
+    Row(
+        "Recurrent layers of the base (Qwen3.5, Qwen3-Next)",
+        True,
+        "by vLLM's module on a GPU in bfloat16 and float16, otherwise by the one of `hmf`",
+    ),
     Row("Continuous batching, chunked prefill, preemption, `n > 1`", True),
     Row("Prefix caching", True, "`--mamba-cache-mode align`, which is also vLLM's choice"),
     Row("Tool calls, reasoning parsers, streaming", True, "vLLM's own"),
@@ -180,7 +185,8 @@ TABLE: tuple[Row, ...] = (
         "Quantised weights",
         True,
         "compressed-tensors and fp8 checkpoints, `--quantization fp8_per_tensor` or `fp8_per_channel`: attention, MLPs "
-        "and q, k, v and o of GDN and KDA, with GDN's g; a checkpoint must list all other modules in `ignore`",
+        "and q, k, v and o of GDN and KDA, with GDN's g; a checkpoint must list all other modules in `ignore`; without "
+        "Phi-3, experts, and bases with recurrent layers",
         _quantised,
     ),
     Row("Sliding windows of attention layers, all or some", True, "as the config of the base has them"),
