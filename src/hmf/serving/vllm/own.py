@@ -67,7 +67,7 @@ class OwnRecurrence(HostedMixer):
     def class_of(symbol: str, config: Any) -> Any:
         return _hosted(config)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """[N, D] -> [N, D], with the signature of vLLM's module."""
         return super().forward(None, hidden_states)
 
