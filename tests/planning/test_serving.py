@@ -270,6 +270,14 @@ def test_command_line(tmp_path, monkeypatch):
     assert isinstance(result.exception, HmfError) and "create it or choose another" in str(result.exception)
 
 
+OWN_RECURRENCE = {
+    "family": "qwen3_5_text",
+    "base_layer_types": ["linear_attention", "full_attention"] * 3,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 384,
+}
+
+
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.timeout(600)
@@ -280,9 +288,10 @@ def test_command_line(tmp_path, monkeypatch):
         (Case("M2", "fp8"), "X-*-X-*", {"kv_cache_dtype": "fp8"}),
         (Case("GKA", "uneven"), "X-X-X-*", {}),
         (Case("SWA", "windows"), "GDN-*-X-M2-*", {"swa_config": {"window_size": 300}}),
+        (Case("GKA", "beside recurrent layers of the base"), "*-X-*-*-*-M2", OWN_RECURRENCE),
         (None, "*-*-*", {}),
     ],
-    ids=["gdn", "fp8 keys", "gka", "mixed", "transformer"],
+    ids=["gdn", "fp8 keys", "gka", "mixed", "own recurrence", "transformer"],
 )
 def test_vllm_agrees(tmp_path, case, pattern, fields):
     """The pool that vLLM makes of 1 GiB is the planned one."""

@@ -15,6 +15,7 @@ import torch
 from hmf.config.layers import LAYER_KINDS
 from hmf.errors import HmfError
 from hmf.layers.bmojo import INNER_MIXERS
+from hmf.layers.own import RECURRENT
 from tests import numerics
 from tests.hybrids import OPTIONS, Case, randomise, tiny_config
 from tests.serving import engines
@@ -342,7 +343,7 @@ def test_a_bias_without_a_place_stops(tmp_path, monkeypatch):
 def test_every_layer_type_is_served():
     from hmf.serving.vllm.support import SERVED_BY
 
-    assert SERVED_BY.keys() == LAYER_KINDS.keys()
+    assert SERVED_BY.keys() == LAYER_KINDS.keys() | {RECURRENT}
 
 
 def test_a_layer_that_holds_another_one_asks_for_its_metadata_too():

@@ -4,6 +4,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +29,7 @@ from tests.serving.scripted import save_scripted
 
 STATES = ["--mamba-cache-dtype", "float32", "--mamba-ssm-cache-dtype", "float32"]
 PARSERS = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"]
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2, "original_max_position_embeddings": 128}
 LOCAL = ["--host", "127.0.0.1"]
 PREFIXES = ["--enable-prefix-caching", "--mamba-cache-mode", "align"]
 
@@ -168,6 +170,43 @@ class TestOptions:
         line = capfd.readouterr().err
         assert (f"tensors to {narrowed}, such as " in line) if narrowed else not line
         assert "A_log" not in line
+
+    def test_what_the_start_refuses_is_refused_before(self, tmp_path, scripted):
+        """The same line as tests/serving/test_support.py sees from vLLM."""
+        engines.save_hybrid(_with_tokenizer(tmp_path), Case("GDN", "other"), "X-*", "olmo2")
+        with pytest.raises(HmfError, match=f"^{tmp_path}: vLLM's decoder for olmo2 does not take the layers of a Hyb"):
+            serve.prepare(tmp_path)
+        config = json.loads((scripted / "config.json").read_text())
+        for change, line in (
+            ({"dual_chunk_attention_config": {"chunk_size": 64}}, "dual_chunk_attention_config in config.json: vLLM's"),
+            ({"rope_parameters": YARN}, r"vLLM's table of rotary positions \(yarn\) ends at 256, before the 1024 of"),
+        ):
+            (tmp_path / "config.json").write_text(json.dumps(config | change))
+            for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(scripted / name, tmp_path)
+            with pytest.raises(HmfError, match=f"^{tmp_path}: {line}"):
+                serve.prepare(tmp_path)
+
+    @needs_vllm
+    @pytest.mark.parametrize(
+        ("extra", "line"),
+        [
+            (["--enable-lora"], "LoRA is not supported on Hybrids"),
+            (["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'], "drop --speculative-config"),
+            (["--quantization", "fp8"], "vLLM's CPU build cannot quantise to fp8"),
+            (["--pipeline-parallel-size", "2"], "stage 2 of 2 has no recurrent layer"),
+            (["--tensor-parallel-size=3"], "do not split over 3 ranks"),
+        ],
+    )
+    def test_options_that_the_start_refuses(self, scripted, extra, line):
+        with pytest.raises(HmfError, match=line):
+            serve.prepare(scripted, extra)
+
+    @needs_vllm
+    def test_a_head_dim_without_a_kernel(self, tmp_path):
+        engines.save_hybrid(_with_tokenizer(tmp_path), Case("GDN", "narrow"), "X-*", head_dim=8)
+        with pytest.raises(HmfError, match=f"^{tmp_path}: vLLM's attention on a CPU has no kernel for head_dim 8"):
+            serve.prepare(tmp_path)
 
     def test_teacher_still_in_it(self, tmp_path):
         engines.save_hybrid(tmp_path, Case("GDN", "fused"), "GDN*-*DA")

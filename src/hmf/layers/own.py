@@ -68,7 +68,12 @@ def own_recurrence_class(stock: type[nn.Module]) -> type[nn.Module]:
         kept.store({"conv": conv, "recurrent": recurrent}, hidden_states.shape[1])
         return output
 
+    def sections(self: Any, name: str) -> tuple[int, ...] | None:
+        joined = name in ("in_proj_qkv.weight", "conv1d.weight")
+        return (self.key_dim, self.key_dim, self.value_dim) if joined else None
+
     namespace = {"mix": mix, "forward": forward, "symbol": RECURRENT, "float32_parameters": ("A_log", "dt_bias")}
+    namespace |= {"sections": sections, "state_shapes": staticmethod(own_state_shapes)}
     return type(f"Own{stock.__name__}", (Stateful, stock), namespace)
 
 

@@ -31,7 +31,8 @@ from hmf.layers.registry import MIXERS
 from hmf.model.checkpoint import generation_config, has_own_head, load_config
 from hmf.model.files import DTYPES, require_checkpoint, require_finite, stored_tensors
 from hmf.planning.serving import KV_DTYPES, STATE_DTYPES, UTILISATION, Plan, ServingSettings, as_hybrid, make_plan
-from hmf.serving.vllm.support import REASON_FILE, STILL_FUSED, split_problem
+from hmf.serving.vllm.start import Start
+from hmf.serving.vllm.support import REASON_FILE, STILL_FUSED, require_served, split_problem
 
 CPU_SEQUENCES = 128  # vLLM's default of concurrent sequences on a CPU
 CPU_SPACE = "VLLM_CPU_KVCACHE_SPACE"  # in GiB
@@ -64,10 +65,12 @@ class Launch:
 def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
     """The command for the checkpoint at `source` on this machine; vLLM's options in `extra` override the chosen ones.
 
-    Raises HmfError for an invalid or fused checkpoint, and if it does not fit into memory.
+    Raises HmfError for an invalid checkpoint, for one that the plugin refuses with these options, and if it does not
+    fit into memory.
     """
     config = load_config(source, weights=False)
-    quantised = bool(getattr(config, "quantization_config", None))
+    quantization = getattr(config, "quantization_config", None)
+    quantised, is_hybrid = bool(quantization), hasattr(config, "hybrid_override_pattern")
     folder = Path(source)
     if not quantised:
         require_checkpoint(source)
@@ -79,6 +82,8 @@ def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
     config = servable(config, source)
     generation_config(folder, config, needed=True)  # vLLM reads it too
     user_options = given_options(source, extra)
+    if is_hybrid:  # vLLM serves others without the plugin
+        require_served(source, Start.given(config, not torch.cuda.is_available(), quantization, user_options))
     settings = ServingSettings(
         prefix_caching=user_options.get("enable_prefix_caching") is not False,
         utilisation=user_options.get("gpu_memory_utilization", UTILISATION),

@@ -22,7 +22,8 @@ def register() -> None:
 
     from .backends import state_backend
     from .config import HybridConfig
-    from .support import READ_BY_VLLM, SERVED_BY
+    from .configs import READ_BY_VLLM
+    from .support import SERVED_BY
 
     for symbol in SERVED_BY:
         state_backend(symbol)  # in every process, because vLLM sends these enum members between its processes

@@ -91,7 +91,7 @@ class BMojoMixer(HostedMixer):
     def output_shape(self) -> tuple[int, ...]:
         return (self.options.num_heads, self.options.head_dim)
 
-    def project(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> tuple[Tensors, None]:
+    def project(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> tuple[Tensors, torch.Tensor | None]:
         attention = self.mixer.bmojo_attn
         fading = self.get_submodule(self.inner_name)(positions, hidden_states)
         q, k, v, *fading_q = self._projected(hidden_states, slice(4))
@@ -105,7 +105,8 @@ class BMojoMixer(HostedMixer):
             queries = (q, other_q)
         for factor in self.mixer.positioned((hidden_states, hidden_states), positions[None])[2:]:
             queries = tuple(query * factor[0] for query in queries)
-        return (positions, k, v, fading_k, fading_v, *queries), None
+        gate = attention.gate_proj(hidden_states) if hasattr(attention, "gate_proj") else None
+        return (positions, k, v, fading_k, fading_v, *queries), gate
 
     def _projected(self, x: torch.Tensor, part: slice) -> list[torch.Tensor]:
         """x [N, D] projected by some of `projections`; each result [N, heads, K] is normalised."""
@@ -120,8 +121,9 @@ class BMojoMixer(HostedMixer):
         rotated = self.rotary(positions, first.flatten(1), None if second is None else second.flatten(1))
         return tuple(y.view_as(x) for x, y in zip(inputs, rotated, strict=False))
 
-    def finish(self, mixed: torch.Tensor, rest: None) -> torch.Tensor:
-        return self.mixer.bmojo_attn.o_proj(mixed.flatten(1))
+    def finish(self, mixed: torch.Tensor, rest: torch.Tensor | None) -> torch.Tensor:
+        mixed = mixed.flatten(1)
+        return self.mixer.bmojo_attn.o_proj(mixed if rest is None else mixed * rest.sigmoid())
 
     def recur(self, inputs: Tensors, states: Tensors, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor, Tensors]:
         """The two windows; `states` are their rings."""

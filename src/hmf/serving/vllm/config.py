@@ -11,6 +11,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from . import support
+from .configs import IMAGE_AXES
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handler prints it
 
@@ -24,9 +25,11 @@ class HybridConfig(VerifyAndUpdateConfig):
         support.check(vllm_config)
         _set_state_dtypes(vllm_config)
         config = vllm_config.model_config.hf_config
-        if not any(support.keeps_states(symbol, config) for symbol in set(config.pattern.symbols)):
+        if not any(support.keeps_states(symbol, config) for symbol in set(support.layer_symbols(config))):
             # With sliding windows only, the caches are keys and values, so the model is not a hybrid for vLLM.
             config.layer_types = ["full_attention"] * config.num_hidden_layers
+        for key in IMAGE_AXES:
+            config.rope_parameters.pop(key, None)
         # A rank must read all experts to account for every tensor; the filter would skip those of other ranks.
         vllm_config.parallel_config.enable_ep_weight_filter = False
         # CUDA graphs are split at the operator, for Hybrids only: other models keep vLLM's list.

@@ -87,7 +87,9 @@ class GatedDeltaNet(RecurrentMixer):
         self.options: GDNOptions = layer_options(config, symbol)
         options = self.options
         model_dim, head_dim, heads = options.hidden_size, options.head_dim, options.num_heads
-        self.heads, self.kv_heads = heads // ranks, split_heads(options.num_k_heads, ranks)
+        self.heads = heads // ranks
+        streams = {"q": options.num_q_heads, "k": options.num_k_heads, "v": options.num_v_heads}
+        self.widths = [split_heads(count, ranks) * head_dim for count in streams.values()]
 
         def column(outputs: int, name: str, quantised: bool = True) -> ColumnParallelLinear:
             quant = quant_config if quantised else None
@@ -101,6 +103,7 @@ class GatedDeltaNet(RecurrentMixer):
             bias=False,
             quant_config=quant_config,
             prefix=f"{prefix}.qkv_proj",
+            v_head_size=head_dim * (options.num_v_heads // options.num_k_heads),
         )
         self.b_proj = column(heads, "b_proj", quantised=False)
         decays = self._init_gates(column)
@@ -108,7 +111,6 @@ class GatedDeltaNet(RecurrentMixer):
             heads * head_dim, model_dim, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj"
         )
         if options.use_short_conv:
-            streams = {"q": options.num_q_heads, "k": options.num_k_heads, "v": options.num_v_heads}
             self.conv1d = ShortConvWeights(streams, head_dim, options.conv_size, options.conv_bias)
         # The decay is computed in float32 for any dtype of the model, and its parameters are float32.
         self.A_log = nn.Parameter(torch.empty(self.heads, dtype=torch.float32), requires_grad=False)
@@ -118,9 +120,8 @@ class GatedDeltaNet(RecurrentMixer):
         self.o_norm = NormWeight(head_dim)
         self._init_kernels()
         if options.kv_proj_rank:
-            kv_dim = options.num_k_heads * head_dim
-            self.proj_k = LowRank(kv_dim, options.kv_proj_rank, heads * head_dim)
-            self.proj_v = LowRank(kv_dim, options.kv_proj_rank, heads * head_dim)
+            self.proj_k = LowRank(options.num_k_heads * head_dim, options.kv_proj_rank, heads * head_dim)
+            self.proj_v = LowRank(options.num_v_heads * head_dim, options.kv_proj_rank, heads * head_dim)
             if options.kv_learnable_residual:
                 self.k_rep = nn.Parameter(torch.empty(heads, options.num_k_heads), requires_grad=False)
                 self.v_rep = nn.Parameter(torch.empty(heads, options.num_v_heads), requires_grad=False)
@@ -223,7 +224,7 @@ class GatedDeltaNet(RecurrentMixer):
         else:
             qkv = F.silu(qkv)
         q, k, v = self._streams(qkv[None])
-        if not self.shares_heads or self.options.kv_proj_rank:
+        if not self.shares_heads or self.options.kv_proj_rank or k.shape[2] != v.shape[2]:
             k, v = self._expand(k, "k"), self._expand(v, "v")
         slots = slots.long()
         o, after = self.chunks(
@@ -272,9 +273,9 @@ class GatedDeltaNet(RecurrentMixer):
         return self.o_proj(out.flatten(1).to(mixed.dtype))[0]
 
     def _streams(self, qkv: torch.Tensor) -> list[torch.Tensor]:
-        """[..., channels] -> q, k, v by heads, as views."""
-        sizes = [heads * self.options.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
-        return [x.unflatten(-1, (-1, self.options.head_dim)) for x in qkv.split(sizes, dim=-1)]
+        """[..., channels] -> q for all heads, k and v for theirs, as views where no head is repeated."""
+        q, k, v = (x.unflatten(-1, (-1, self.options.head_dim)) for x in qkv.split(self.widths, dim=-1))
+        return [q if q.shape[-2] == self.heads else q.repeat_interleave(self.heads // q.shape[-2], dim=-2), k, v]
 
     def _expand(self, x: torch.Tensor, stream: str) -> torch.Tensor:
         """Key or value heads [S, T, Hkv, D] -> [S, T, H, D]."""

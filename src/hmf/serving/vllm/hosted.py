@@ -23,7 +23,7 @@ from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.models.utils import extract_layer_index
 
 from hmf.config.layers import base_head_dim
-from hmf.layers.base import Mixer, StateShape, split_heads
+from hmf.layers.base import StateShape, split_heads
 from hmf.layers.registry import mixer_class
 
 from .backends import RecurrentMetadataBuilder
@@ -53,20 +53,25 @@ def rank_config(config: Any, ranks: int) -> Any:
     share.head_dim = base_head_dim(config)
     share.num_attention_heads = config.num_attention_heads // ranks
     share.num_key_value_heads = split_heads(config.num_key_value_heads, ranks)
+    for name in ("linear_num_key_heads", "linear_num_value_heads"):  # of recurrent layers that the base has of its own
+        if hasattr(config, name):
+            setattr(share, name, getattr(config, name) // ranks)
     share.whole = config
     return share
 
 
 class HostedMixer(RecurrentMixer):
+    mixer: Any
+
     def __init__(self, symbol: str, config: Any, prefix: str):
         self.rank, self.ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         super().__init__(symbol, self.states_of(symbol, config, self.ranks), prefix)
-        layer = extract_layer_index(prefix)
-        shapes = mixer_class(symbol).state_shapes(config, self.ranks)
+        layer, cls = extract_layer_index(prefix), self.class_of(symbol, config)
+        shapes = cls.state_shapes(config, self.ranks)
         self.numbers = {name for name, state in shapes.items() if not state.shape}
-        self.mixer: Mixer = mixer_class(symbol)(rank_config(config, self.ranks), layer).requires_grad_(False)
+        self.mixer = cls(rank_config(config, self.ranks), layer).requires_grad_(False)
         with torch.device("meta"):
-            whole = mixer_class(symbol)(config, layer)
+            whole = cls(config, layer)
         self._whole_sections = whole.sections
         for name, linear in whole.named_modules():
             if isinstance(linear, nn.Linear) and linear.in_features != self.mixer.get_submodule(name).in_features:
@@ -79,9 +84,21 @@ class HostedMixer(RecurrentMixer):
                 )
                 self.mixer.set_submodule(name, summed)
         self.rotary = config.family.class_named("RotaryEmbedding")(config)
+        self.position_axes = config.family.position_axes()
         self.model_dim = config.hidden_size
 
     states_of = staticmethod(states)
+
+    @staticmethod
+    def class_of(symbol: str, config: Any) -> Any:
+        """The class of the hosted mixer."""
+        return mixer_class(symbol)
+
+    def tables(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The base's rotary tables (cos, sin) [S, T, head_dim] in the dtype of x; positions [S, T]."""
+        if self.position_axes > 1:
+            positions = positions.expand(self.position_axes, *positions.shape)
+        return self.rotary(x, positions)
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -94,7 +111,7 @@ class HostedMixer(RecurrentMixer):
         hidden_states, positions = inputs
         named = zip(self.states, states, strict=True)
         before = {name: x[:, 0] if name in self.numbers else x for name, x in named}
-        rotary = self.mixer.positioned(self.rotary(hidden_states, positions), positions)
+        rotary = self.mixer.positioned(self.tables(hidden_states, positions), positions)
         mixed, after = self.mixer.mix(hidden_states, before, cu_seqlens, rotary)
         return mixed, tuple(after[name][:, None] if name in self.numbers else after[name] for name in self.states)
 

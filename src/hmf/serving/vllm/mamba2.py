@@ -41,7 +41,7 @@ class Mamba2Mixer(HostedMixer):
     def project(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
         x, rotary = hidden_states[None], None
         if self.mixer.options.use_pos_emb:
-            rotary = self.rotary(x, positions[None])
+            rotary = self.tables(x, positions[None])
         z, x, dt = (y[0] for y in self.mixer.project(x, rotary))
         return (x, dt), z
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hybrids built on vLLM's stock decoder stacks. Each family is one row of a table; there is no forward code.
 
-vLLM's stacks take their layer class as a parameter. A Hybrid's layer is the stock layer of its family. Where
-the pattern has another symbol than attention, a mixer replaces the layer's attention. Norms, MLP or experts, residuals
-and pipeline stages are vLLM's.
+A Hybrid's layer is the stock layer of its family. Where the pattern has another symbol than attention, a mixer replaces
+the layer's attention. Norms, MLP or experts, residuals and pipeline stages are vLLM's. Most stacks take their layer
+class as a parameter; in the others the finished layers are changed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -21,6 +22,7 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsPP
@@ -29,6 +31,7 @@ from vllm.model_executor.models.mistral import MistralDecoderLayer, MistralModel
 from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer, Qwen2Model
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
 from vllm.model_executor.models.qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeModel
+from vllm.model_executor.models.qwen3_next import Qwen3NextDecoderLayer, Qwen3NextModel
 from vllm.model_executor.models.utils import (
     AutoWeightsLoader,
     PPMissingLayer,
@@ -42,24 +45,45 @@ from hmf.config.pattern import ATTENTION
 from hmf.errors import HmfError
 from hmf.layers.attention import has_positions, stock_parameters
 from hmf.layers.base import StateShape
+from hmf.layers.own import OWN_MODULE, RECURRENT
 
+from .configs import ELSEWHERE
 from .hosted import HostedMixer
-from .recurrent import RecurrentMixer, state_dtypes
-from .support import ELSEWHERE, mixer_module, reported
+from .own import OWN_STACKED
+from .recurrent import state_dtypes
+from .support import layer_symbols, mixer_module, reported
 from .weights import account, expected_tensors, quantised_tensors, require_exact_products
-from .window import windowed
+from .window import windowed, with_gates
 
 _NAMES = "|".join(kind.module_name for kind in LAYER_KINDS.values())
 MIXER_TENSOR = re.compile(rf"model\.layers\.(?P<layer>\d+)\.(?:{_NAMES})\.(?P<tensor>.+)")
+IN_A_MIXER = re.compile(rf"model\.layers\.(?P<layer>\d+)\.(?P<mixer>self_attn|{OWN_MODULE})\.(?P<tensor>.+)")
+PLACE = r"model.layers.\g<layer>.self_attn.\g<tensor>"  # of a new mixer's tensor in this model
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A stock decoder stack, its layer class, and the name of the stack's parameter that takes one."""
+    """A stock decoder stack, its layer class, and the name of the stack's parameter that takes one, if it has one."""
 
     model: type[nn.Module]
     layer: type[nn.Module]
-    parameter: str
+    parameter: str | None = None
+
+    def build(self, vllm_config: VllmConfig, prefix: str) -> nn.Module:
+        """The decoder with the layers of a Hybrid."""
+        if self.parameter is not None:
+            return self.model(vllm_config=vllm_config, prefix=prefix, **{self.parameter: hybrid_layer(self.layer)})
+        config = vllm_config.model_config.hf_config
+        mixed = config.layer_types
+        config.layer_types = [
+            RECURRENT if symbol == RECURRENT else "full_attention" for symbol in layer_symbols(config)
+        ]
+        model = self.model(vllm_config=vllm_config, prefix=prefix)
+        config.layer_types = mixed
+        for index, layer in enumerate(model.layers):
+            if isinstance(layer, self.layer):  # on this rank
+                replace_mixer(layer, f"{prefix}.layers.{index}")
+        return model
 
 
 def hybrid_layer(stock: type[nn.Module]) -> type[nn.Module]:
@@ -68,27 +92,40 @@ def hybrid_layer(stock: type[nn.Module]) -> type[nn.Module]:
     class HybridDecoderLayer(stock):
         def __init__(self, *args: Any, prefix: str = "", **kwargs: Any):
             super().__init__(*args, prefix=prefix, **kwargs)
-            vllm_config = get_current_vllm_config()
-            config = vllm_config.model_config.hf_config
-            index, quant_config = extract_layer_index(prefix), vllm_config.quant_config
-            symbol, stock_attention = config.pattern.symbols[index], self.get_submodule("self_attn")
-            _complete(stock_attention, config, index, quant_config, f"{prefix}.self_attn")
-            if not has_positions(config, index):
-                stock_attention.rotary_emb = NoPositions()
-            window = config.attention_windows[index]
-            if symbol == ATTENTION and stock_attention.attn.sliding_window == window:
-                return
-            # The stock layer has registered its attention, and vLLM would allocate a KV cache for it. Remove the entry.
-            announced = vllm_config.compilation_config.static_forward_context
-            for name in [name for name in announced if name.startswith(f"{prefix}.self_attn.")]:
-                del announced[name]
-            if symbol == ATTENTION:  # the stock layers of Qwen have no windows of their own
-                self.self_attn = windowed(stock_attention, window, quant_config, f"{prefix}.self_attn")
-            else:
-                name = f"{prefix}.{LAYER_KINDS[symbol].module_name}"
-                self.self_attn = mixer_module(symbol).build(symbol, config, quant_config, name, stock_attention)
+            replace_mixer(self, prefix)
 
     return HybridDecoderLayer
+
+
+def replace_mixer(layer: Any, prefix: str) -> None:
+    """Give a stock decoder layer the mixer of its symbol, or the window of its attention."""
+    vllm_config = get_current_vllm_config()
+    config, quant_config = vllm_config.model_config.hf_config, vllm_config.quant_config
+    index = extract_layer_index(prefix)
+    symbol, window = layer_symbols(config)[index], config.attention_windows[index]
+    stock_name = OWN_MODULE if symbol == RECURRENT else "self_attn"
+    stock = layer.get_submodule(stock_name)
+    if symbol != RECURRENT:
+        _complete(stock, config, index, quant_config, f"{prefix}.self_attn")
+        if not has_positions(config, index):
+            stock.rotary_emb = NoPositions()
+    if symbol == ATTENTION and stock.attn.sliding_window == window:
+        return
+    # The stock layer has registered its mixer, and vLLM would allocate a cache for it. Remove the entry.
+    announced = vllm_config.compilation_config.static_forward_context
+    for name in [name for name in announced if f"{name}.".startswith(f"{prefix}.{stock_name}.")]:
+        del announced[name]
+    if symbol == ATTENTION:  # the stock layers of Qwen have no windows of their own
+        mixer = windowed(stock, window, quant_config, f"{prefix}.self_attn")
+    else:
+        name = OWN_MODULE if symbol == RECURRENT else LAYER_KINDS[symbol].module_name
+        mixer = mixer_module(symbol).build(symbol, config, quant_config, f"{prefix}.{name}", stock)
+    setattr(layer, stock_name, mixer)
+
+
+def _place(published: str) -> str:
+    """The place of a published tensor in this model, before projections are joined."""
+    return MIXER_TENSOR.sub(PLACE, published)
 
 
 class NoPositions(nn.Module):
@@ -108,14 +145,14 @@ def _complete(attention: Any, config: Any, index: int, quant_config: Any, prefix
 
 
 class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
-    """A Hybrid of any family. A subclass sets its `stack`, and `READ_BY_VLLM` in support.py has its family."""
+    """A Hybrid of any family. A subclass sets its `stack`, and `READ_BY_VLLM` in configs.py has its family."""
 
     stack: ClassVar[Stack]
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
     # Published names to the place of the mixer; the stock stack's mapper then joins q, k and v as for attention.
     weights_mapper = WeightsMapper(
-        orig_to_new_regex={MIXER_TENSOR: r"model.layers.\g<layer>.self_attn.\g<tensor>"},
-        orig_to_new_stacked={f".{stream}_conv1d.": (".conv1d.", stream) for stream in "qkv"},
+        orig_to_new_regex={MIXER_TENSOR: PLACE},
+        orig_to_new_stacked={f".{stream}_conv1d.": (".conv1d.", stream) for stream in "qkv"} | OWN_STACKED,
     )
     # For the ignore list of quantised checkpoints: in vLLM the projections of a sliding-window layer are attention's.
     hf_to_vllm_mapper = WeightsMapper(orig_to_new_substr={".swa.": ".self_attn."})
@@ -127,8 +164,7 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
         _suit_stock_layers(config)
         self.config = config
         self.quant_config = vllm_config.quant_config
-        layer = {self.stack.parameter: hybrid_layer(self.stack.layer)}
-        self.model = self.stack.model(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"), **layer)
+        self.model = self.stack.build(vllm_config, maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:
             name = maybe_prefix(prefix, "lm_head")
             self.lm_head = ParallelLMHead(
@@ -160,11 +196,11 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
             expected = quantised_tensors(expected, self._parameters_of)
 
         def others() -> Iterator[tuple[str, torch.Tensor]]:
-            for name, tensor in account(weights, expected, optional):
-                if (match := MIXER_TENSOR.fullmatch(name)) is not None:
-                    mixer = getattr(self.model.layers[int(match["layer"])], "self_attn", None)
+            for name, tensor in with_gates(account(weights, expected, optional), expected, self.config):
+                if (match := IN_A_MIXER.fullmatch(_place(name))) is not None:
+                    mixer = getattr(self.model.layers[int(match["layer"])], match["mixer"], None)
                     if isinstance(mixer, HostedMixer) and (loaded := mixer.load(match["tensor"], tensor)):
-                        hosted.add(f"model.layers.{match['layer']}.self_attn.{loaded}")
+                        hosted.add(f"model.layers.{match['layer']}.{match['mixer']}.{loaded}")
                         continue
                 require_exact_products(name, tensor)
                 linear = self._linear_of(name.removesuffix(".bias")) if name.endswith(".bias") else None
@@ -176,9 +212,7 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
 
     def _linear_of(self, published: str) -> LinearBase | None:
         """vLLM's linear layer for a published one, or None if there is none on this rank."""
-        match = MIXER_TENSOR.fullmatch(published)
-        path = f"model.layers.{match['layer']}.self_attn.{match['tensor']}" if match else published
-        parent, _, child = path.rpartition(".")
+        parent, _, child = _place(published).rpartition(".")
         for name in (child, *(name for name, parts in self.packed_modules_mapping.items() if child in parts)):
             with suppress(AttributeError):  # no such module
                 if isinstance(module := self.get_submodule(f"{parent}.{name}".lstrip(".")), LinearBase):
@@ -203,8 +237,8 @@ class HybridForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP):
 
     def get_mamba_state_copy_funcs(self, mamba_types: set) -> dict:
         """How the states of each type are copied between blocks: as a whole, because speculation is not supported."""
-        mixers = [module for module in self.modules() if isinstance(module, RecurrentMixer) and module.has_slots]
-        return {mixer.mamba_type: (get_temporal_copy_spec,) * len(mixer.states) for mixer in mixers}
+        mixers = [x for x in self.modules() if isinstance(x, MambaBase) and getattr(x, "has_slots", True)]
+        return {mixer.mamba_type: (get_temporal_copy_spec,) * len(tuple(mixer.get_state_shape())) for mixer in mixers}
 
 
 def _largest_states(vllm_config: VllmConfig) -> list[StateShape]:
@@ -215,8 +249,12 @@ def _largest_states(vllm_config: VllmConfig) -> list[StateShape]:
         dtypes = state_dtypes(states, vllm_config)
         return sum(math.prod(state.shape) * dtype.itemsize for state, dtype in zip(states, dtypes, strict=True))
 
-    symbols = set(config.pattern.symbols) - {ATTENTION}
+    symbols = set(layer_symbols(config)) - {ATTENTION}
     return max((list(mixer_module(s).states(s, config, ranks).values()) for s in symbols), key=bytes_of, default=[])
+
+
+# Keys of Qwen3-Next, and what the layers of Qwen3.5 do, whose config does not have them.
+QWEN3_NEXT = {"num_experts": 0, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
 
 
 def _suit_stock_layers(config: Any) -> None:
@@ -225,6 +263,12 @@ def _suit_stock_layers(config: Any) -> None:
     # has one. The attention of `hybrid_layer` has them.
     config.max_window_layers = config.num_hidden_layers
     rope = config.rope_parameters
+    if config.family.own_recurrence:  # served by the stack of Qwen3-Next
+        config.qkv_bias = config.attention_bias
+        known = {field.name for field in dataclasses.fields(config.family.config_class())}
+        for name, value in QWEN3_NEXT.items():
+            if name not in known:
+                setattr(config, name, value)
     if config.family.query_growth() is not None:  # Ministral 3
         keys = {"beta": "llama_4_scaling_beta", "original_max_position_embeddings": "original_max_position_embeddings"}
         config.llama_4_scaling = {name: rope[key] for name, key in keys.items()}
@@ -263,4 +307,17 @@ class HybridPhi3ForCausalLM(HybridLlamaForCausalLM):
 
 
 class HybridSmolLM3ForCausalLM(HybridLlamaForCausalLM):
+    pass
+
+
+# The decoders of these three are the same in vLLM; the classes that are called Qwen3.5 also import those for images.
+class HybridQwen3NextForCausalLM(HybridForCausalLM):
+    stack = Stack(Qwen3NextModel, Qwen3NextDecoderLayer)
+
+
+class HybridQwen3_5ForCausalLM(HybridQwen3NextForCausalLM):
+    pass
+
+
+class HybridQwen3_5MoeForCausalLM(HybridQwen3NextForCausalLM):
     pass

@@ -13,12 +13,16 @@ from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
-from hmf.config.layers import BMojoFOptions, base_activation, base_head_dim, layer_options, needed_kinds
+from hmf.config.layers import BMojoFOptions, base_head_dim, layer_options, needed_kinds
 from hmf.config.pattern import ATTENTION, is_fused
-from hmf.config.runs import ROPE_KEYS, ROPE_SCALING_KEYS
 from hmf.errors import HmfError
 from hmf.layers.base import heads_fit
+from hmf.layers.own import RECURRENT
 from hmf.layers.registry import mixer_class
+
+from . import configs
+from .configs import ELSEWHERE, READ_BY_VLLM, READ_BY_VLLM_ALWAYS
+from .start import Start
 
 TESTED_VLLM = SpecifierSet(">=0.32.0,<0.33")
 
@@ -31,19 +35,19 @@ SERVED_BY = {
     "M2": "hmf.serving.vllm.mamba2",
     "BMF": "hmf.serving.vllm.bmojo",
     "SWA": "hmf.serving.vllm.window",
+    RECURRENT: "hmf.serving.vllm.own",  # no symbol of a pattern: see `layer_symbols`
 }
 
 # Environment variable: a file to which a process of the server writes why it cannot continue. `hmf serve` prints it.
 REASON_FILE = "HMF_SERVE_REASON_FILE"
 
-Problem = Callable[[Any], str | None]
+Problem = Callable[[Start], str | None]
 STILL_FUSED = "still has the teacher (Stage 0 or 1); run `hmf export` on it and serve the result"
-ELSEWHERE = "generate with Hugging Face instead"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table. `problem` returns why a vLLM configuration is refused, or None."""
+    """One row of the table. `problem` returns why a start of the server is refused, or None."""
 
     feature: str
     supported: bool
@@ -51,8 +55,8 @@ class Row:
     problem: Problem | None = None
 
 
-def _when(condition: Callable[[Any], bool], line: str) -> Problem:
-    return lambda config: line if condition(config) else None
+def _when(condition: Callable[[Start], bool], line: str) -> Problem:
+    return lambda start: line if condition(start) else None
 
 
 def mixer_module(symbol: str) -> Any:
@@ -60,29 +64,42 @@ def mixer_module(symbol: str) -> Any:
     return importlib.import_module(SERVED_BY[symbol])
 
 
-def _fused(config: Any) -> str | None:
-    return f"this checkpoint {STILL_FUSED}" if is_fused(config.model_config.hf_config) else None
+def layer_symbols(config: Any) -> list[str]:
+    """The symbol of each layer of a Hybrid; `RECURRENT` for a recurrent layer that the base has of its own."""
+    layers = zip(config.pattern.symbols, config.attention_types, strict=True)
+    return [kind if symbol == ATTENTION and kind == RECURRENT else symbol for symbol, kind in layers]
 
 
-def _unknown_layers(config: Any) -> str | None:
-    symbols = set(config.model_config.hf_config.pattern.symbols) - {ATTENTION, *SERVED_BY}
+def _fused(start: Start) -> str | None:
+    return f"this checkpoint {STILL_FUSED}" if is_fused(start.config) else None
+
+
+def _unknown_layers(start: Start) -> str | None:
+    symbols = set(start.config.pattern.symbols) - {ATTENTION, *SERVED_BY}
     if not symbols:
         return None
     return f"layers of type {', '.join(sorted(symbols))} have no row in SERVED_BY; {ELSEWHERE}"
 
 
-def _like_own(config: Any) -> str | None:
+def _like_own(start: Start) -> str | None:
     """New layers beside a base's own recurrent layers that this plugin's modules would compute in another way."""
-    hf_config = config.model_config.hf_config
-    for kind in needed_kinds(hf_config, hf_config.pattern.symbols):
-        if getattr(layer_options(hf_config, kind.symbol), "own_shape", False):
+    config = start.config
+    for kind in needed_kinds(config, config.pattern.symbols):
+        if getattr(layer_options(config, kind.symbol), "own_shape", False):
             return (
                 f"{kind.config_key}.own_shape: layers with the heads of the base's recurrent layers are not served; "
                 f"use `hmf convert` if all new layers are GDN, or {ELSEWHERE}"
             )
-        if issubclass(kind.options, BMojoFOptions) and hf_config.family.own_recurrence:
+        if issubclass(kind.options, BMojoFOptions) and config.family.own_recurrence:
             return f"{kind.symbol}: B'MOJO-F with the output gate of this base is not served; {ELSEWHERE}"
     return None
+
+
+# Keys of a config whose values the ranks divide; the last two are of recurrent layers that a base has of its own.
+SPLIT_SIZES = (
+    *("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"),
+    *("linear_num_key_heads", "linear_num_value_heads"),
+)
 
 
 def split_problem(config: Any, ranks: int) -> str | None:
@@ -92,7 +109,7 @@ def split_problem(config: Any, ranks: int) -> str | None:
     if not heads_fit(config, ranks):
         queries, keys = config.num_attention_heads, config.num_key_value_heads
         return f"{queries} query and {keys} key/value heads do not split over {ranks} ranks; use a divisor of both"
-    for name in ("intermediate_size", "moe_intermediate_size"):
+    for name in SPLIT_SIZES:
         if (size := getattr(config, name, 0)) % ranks:
             return f"{name} {size} does not split over {ranks} ranks; use a divisor of it"
     for kind in needed_kinds(config, config.pattern.symbols):
@@ -101,25 +118,20 @@ def split_problem(config: Any, ranks: int) -> str | None:
     return None
 
 
-def _split(config: Any) -> str | None:
-    return split_problem(config.model_config.hf_config, config.parallel_config.tensor_parallel_size)
-
-
 def keeps_states(symbol: str, config: Any) -> bool:
     """Whether a layer type has a recurrent state under a Hugging Face `config`; attention and windows have none."""
-    if symbol == ATTENTION:
-        return False
+    if symbol in (ATTENTION, RECURRENT):
+        return symbol == RECURRENT
     return any(state.kind == "recurrent" for state in mixer_class(symbol).state_shapes(config).values())
 
 
-def _stages(config: Any) -> str | None:
-    stages = config.parallel_config.pipeline_parallel_size
-    if stages == 1 or not config.cache_config.enable_prefix_caching:
+def _stages(start: Start) -> str | None:
+    stages = start.stages
+    if stages == 1 or not start.prefix_caching:
         return None
     from vllm.distributed.utils import get_pp_indices
 
-    hf_config = config.model_config.hf_config
-    recurrent = [keeps_states(symbol, hf_config) for symbol in hf_config.pattern.symbols]
+    recurrent = [keeps_states(symbol, start.config) for symbol in layer_symbols(start.config)]
     bounds = [get_pp_indices(len(recurrent), stage, stages) for stage in range(stages)]
     without = [stage for stage, (first, last) in enumerate(bounds) if not any(recurrent[first:last])]
     if not without or not any(recurrent):
@@ -130,152 +142,54 @@ def _stages(config: Any) -> str | None:
     )
 
 
-def _head_dim(config: Any) -> str | None:
-    from vllm.platforms import current_platform
+def _split(start: Start) -> str | None:
+    return split_problem(start.config, start.ranks)
 
-    if not current_platform.is_cpu() or ATTENTION not in config.model_config.hf_config.pattern.symbols:
+
+def _head_dim(start: Start) -> str | None:
+    if not start.on_cpu or all(keeps_states(symbol, start.config) for symbol in layer_symbols(start.config)):
         return None
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-
-    sizes, head_dim = CPUAttentionBackend.get_supported_head_sizes(), config.model_config.get_head_size()
+    try:
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+    except ImportError:  # `hmf serve --dry-run` without vLLM
+        return None
+    sizes, head_dim = CPUAttentionBackend.get_supported_head_sizes(), base_head_dim(start.config)
     if head_dim in sizes:
         return None
     supported = ", ".join(map(str, sizes))
     return f"vLLM's attention on a CPU has no kernel for head_dim {head_dim} (only {supported}); use a GPU"
 
 
-def _on_cpu(condition: Callable[[Any], bool], line: str) -> Problem:
-    def problem(config: Any) -> str | None:
-        from vllm.platforms import current_platform
-
-        return line if current_platform.is_cpu() and condition(config) else None
-
-    return problem
-
-
 QUANTISED = ("compressed-tensors", "fp8", "fp8_per_tensor", "fp8_per_channel")
 
 
-def _quantised(config: Any) -> str | None:
-    from vllm.platforms import current_platform
-
-    method, hf_config = config.model_config.quantization, config.model_config.hf_config
+def _quantised(start: Start) -> str | None:
+    method, family = start.quantization, start.config.family
     if method is None:
         return None
     if method not in QUANTISED:
         return f"--quantization {method} is not supported; use {', '.join(QUANTISED)}, or the unquantised checkpoint"
-    if method in ("fp8", "fp8_per_tensor") and current_platform.is_cpu():
+    if method in ("fp8", "fp8_per_tensor") and start.on_cpu:
         return f"vLLM's CPU build cannot quantise to {method}; use fp8_per_channel, compressed-tensors, or a GPU"
-    if hf_config.family.model_type == "phi3":
-        return "quantised Phi-3 is not supported; serve the unquantised checkpoint without --quantization"
-    if getattr(hf_config, "num_experts", 0):
+    if family.model_type == "phi3" or family.own_recurrence:
+        name = "Phi-3" if family.model_type == "phi3" else family.prefix
+        return f"quantised {name} is not supported; serve the unquantised checkpoint without --quantization"
+    if getattr(start.config, "num_experts", 0):
         return "quantised experts are not supported; serve the unquantised checkpoint without --quantization"
-    if getattr(hf_config, "quantization_config", None) and config.parallel_config.pipeline_parallel_size > 1:
+    if start.quantised_checkpoint and start.stages > 1:
         return "pipeline parallelism does not support quantised checkpoints; drop --pipeline-parallel-size"
     return None
 
 
-# The families with a class in models.py, and the keys that vLLM's stock layers for them read and transformers' do not.
-# With such a key the two would compute different functions.
-READ_BY_VLLM = {
-    "llama": ("bias", "qkv_bias", "target_layer_count"),
-    "ministral3": (
-        "ada_rms_norm_t_cond",
-        "attention_bias",
-        "bias",
-        "mlp_bias",
-        "qkv_bias",
-        "target_layer_count",
-    ),
-    "mistral": (
-        "ada_rms_norm_t_cond",
-        "attention_bias",
-        "bias",
-        "llama_4_scaling",
-        "mlp_bias",
-        "qkv_bias",
-        "target_layer_count",
-    ),
-    "phi3": ("attention_bias", "bias", "mlp_bias", "qkv_bias", "target_layer_count"),
-    "qwen2": ("dual_chunk_attention_config", "qk_norm"),
-    "qwen3": ("dual_chunk_attention_config",),
-    "qwen3_moe": ("dual_chunk_attention_config", "shared_expert_intermediate_size"),
-    "smollm3": ("bias", "qkv_bias", "target_layer_count"),
-}
-# And those that vLLM reads in every model.
-READ_BY_VLLM_ALWAYS = ("mrope_section", "rotary_emb_base", "rotary_emb_fraction", "rotary_pct", "xdrope_section")
-
-
-def _family(config: Any) -> str | None:
-    family = config.model_config.hf_config.family
-    if family.model_type in READ_BY_VLLM:
-        return None
-    return (
-        f"vLLM's decoder for {family.model_type} does not take the layers of a Hybrid; use hmf chat, or generate with "
-        "Hugging Face"
-    )
-
-
-def _unlike_transformers(config: Any) -> str | None:
-    hf_config = config.model_config.hf_config
-    names = (*READ_BY_VLLM[hf_config.family.model_type], *READ_BY_VLLM_ALWAYS)
-    unsupported = [name for name in names if getattr(hf_config, name, None)]
-    if "qkv_bias" in names and hasattr(hf_config, "qkv_bias"):  # also false, because it overrides `attention_bias`
-        unsupported.append("qkv_bias")
-    if not unsupported:
-        return None
-    return f"{unsupported[0]} in config.json: vLLM's layers read it and transformers' do not; remove it"
-
-
-def _activation(config: Any) -> str | None:
-    activation = base_activation(config.model_config.hf_config)
-    return None if activation == "silu" else f"hidden_act {activation!r}: vLLM's MLPs support only silu; {ELSEWHERE}"
-
-
-def _whole_width(config: Any) -> str | None:
-    hf_config = config.model_config.hf_config
-    width = base_head_dim(hf_config) * hf_config.num_attention_heads
-    if hf_config.family.model_type != "qwen2" or width == hf_config.hidden_size:
-        return None
-    return (
-        f"head_dim {hf_config.head_dim}: vLLM's Qwen2 assumes hidden_size / num_attention_heads, "
-        f"{hf_config.hidden_size // hf_config.num_attention_heads}; {ELSEWHERE}"
-    )
-
-
-# Keys of `rope_parameters` that vLLM and transformers use in the same way.
-ROPE = ROPE_SCALING_KEYS | {"rope_type", "type", "rope_theta", "llama_4_scaling_beta", "max_position_embeddings"}
-
-
-PARTIAL = ("phi3",)  # families in which transformers rotates a part of each head, if the config says so
-
-
-def _positions(config: Any) -> str | None:
-    model, rope = config.model_config, config.model_config.hf_config.rope_parameters
-    kind, length = rope["rope_type"], model.hf_config.max_position_embeddings
-    if kind not in ROPE_KEYS:
-        return f"rope_type {kind!r}: vLLM computes other positions than transformers; {ELSEWHERE}"
-    if rope.get("partial_rotary_factor", 1) != 1 and model.hf_config.family.model_type not in PARTIAL:
-        return "partial_rotary_factor: transformers rotates whole heads in this family; remove it"
-    if unknown := sorted(rope.keys() - ROPE - {"partial_rotary_factor"}):
-        return f"rope_parameters.{unknown[0]}: transformers does not read it, and vLLM may; remove it"
-    # vLLM computes a table of `length` positions, and does not check for positions beyond its end.
-    if kind == "yarn":
-        length = rope["original_max_position_embeddings"] * rope["factor"]
-    elif kind == "linear":
-        length *= rope["factor"]
-    if model.max_model_len <= length:
-        return None
-    return (
-        f"vLLM's table of rotary positions ({kind}) ends at {int(length)}, before the {model.max_model_len} of the "
-        f"longest sequence; use --max-model-len {int(length)}"
-    )
-
-
 TABLE: tuple[Row, ...] = (
     Row(f"Hybrids of {', '.join(f'`{name}`' for name in READ_BY_VLLM)}", True),
-    Row("Hybrids of other families", False, "`hmf chat`, or generate with Hugging Face", _family),
+    Row("Hybrids of other families", False, "`hmf chat`, or generate with Hugging Face", configs.family),
     Row("GDN, KDA, GKA, Mamba2, B'MOJO-F and SWA layers, with all options, mixed in any pattern", True),
+    Row(
+        "Recurrent layers of the base (Qwen3.5, Qwen3-Next)",
+        True,
+        "by vLLM's module on a GPU in bfloat16 and float16, otherwise by the one of `hmf`",
+    ),
     Row("Continuous batching, chunked prefill, preemption, `n > 1`", True),
     Row("Prefix caching", True, "`--mamba-cache-mode align`, which is also vLLM's choice"),
     Row("Tool calls, reasoning parsers, streaming", True, "vLLM's own"),
@@ -285,7 +199,8 @@ TABLE: tuple[Row, ...] = (
         "Quantised weights",
         True,
         "compressed-tensors and fp8 checkpoints, `--quantization fp8_per_tensor` or `fp8_per_channel`: attention, MLPs "
-        "and q, k, v and o of GDN and KDA, with GDN's g; a checkpoint must list all other modules in `ignore`",
+        "and q, k, v and o of GDN and KDA, with GDN's g; a checkpoint must list all other modules in `ignore`; without "
+        "Phi-3, experts, and bases with recurrent layers",
         _quantised,
     ),
     Row("Sliding windows of attention layers, all or some", True, "as the config of the base has them"),
@@ -300,22 +215,32 @@ TABLE: tuple[Row, ...] = (
     Row("Stage-0 and Stage-1 checkpoints", False, "`hmf export` first", _fused),
     Row("Heads or MLPs that do not split over the ranks", False, "use a divisor of their sizes", _split),
     Row("Prefix caching where a pipeline stage has no recurrent layer", False, "`--no-enable-prefix-caching`", _stages),
-    Row("Rotary positions of other types or beyond their table", False, "generate with Hugging Face", _positions),
-    Row("Activations other than SiLU", False, "generate with Hugging Face", _activation),
-    Row("Qwen2 with a `head_dim` that is not hidden size / heads", False, "generate with Hugging Face", _whole_width),
+    Row(
+        "Rotary positions of other types or beyond their table",
+        False,
+        "generate with Hugging Face",
+        configs.positions,
+    ),
+    Row("Activations other than SiLU", False, "generate with Hugging Face", configs.activation),
+    Row(
+        "Qwen2 with a `head_dim` that is not hidden size / heads",
+        False,
+        "generate with Hugging Face",
+        configs.whole_width,
+    ),
     Row(
         "Config keys that vLLM reads and transformers does not",
         False,
         ", ".join(f"`{key}`" for key in sorted({*READ_BY_VLLM_ALWAYS, *sum(READ_BY_VLLM.values(), ())})),
-        _unlike_transformers,
+        configs.unlike_transformers,
     ),
     Row("Head dimensions without an attention kernel on a CPU", False, "use a GPU", _head_dim),
     Row(
         "Expert parallelism on a CPU",
         False,
         "use tensor parallelism alone",
-        _on_cpu(
-            lambda c: c.parallel_config.enable_expert_parallel,
+        _when(
+            lambda s: s.on_cpu and s.expert_parallel,
             "vLLM does not support expert parallelism on a CPU; drop --enable-expert-parallel",
         ),
     ),
@@ -323,8 +248,8 @@ TABLE: tuple[Row, ...] = (
         "Pipeline parallelism on a CPU",
         False,
         "use tensor parallelism",
-        _on_cpu(
-            lambda c: c.parallel_config.pipeline_parallel_size > 1,
+        _when(
+            lambda s: s.on_cpu and s.stages > 1,
             "vLLM does not support pipeline parallelism on a CPU; use --tensor-parallel-size instead",
         ),
     ),
@@ -333,7 +258,7 @@ TABLE: tuple[Row, ...] = (
         False,
         "drop `--speculative-config`: recurrent states cannot be rolled back",
         _when(
-            lambda c: c.speculative_config is not None,
+            lambda s: s.speculation,
             "speculative decoding cannot roll a recurrent state back; drop --speculative-config",
         ),
     ),
@@ -342,7 +267,7 @@ TABLE: tuple[Row, ...] = (
         False,
         "merge the adapter into the checkpoint",
         _when(
-            lambda c: c.lora_config is not None,
+            lambda s: s.lora,
             "LoRA is not supported on Hybrids; merge the adapter into the checkpoint and drop --enable-lora",
         ),
     ),
@@ -351,7 +276,7 @@ TABLE: tuple[Row, ...] = (
         False,
         "use `align`",
         _when(
-            lambda c: c.cache_config.mamba_cache_mode not in ("none", "align"),
+            lambda s: s.cache_mode not in ("auto", "none", "align"),
             "--mamba-cache-mode: only `none` and `align` are supported; use --mamba-cache-mode align",
         ),
     ),
@@ -360,7 +285,7 @@ TABLE: tuple[Row, ...] = (
         False,
         "drop `--kv-transfer-config`: states are not moved",
         _when(
-            lambda c: c.kv_transfer_config is not None,
+            lambda s: s.kv_transfer,
             "KV transfer does not move recurrent states; drop --kv-transfer-config",
         ),
     ),
@@ -368,14 +293,14 @@ TABLE: tuple[Row, ...] = (
         "ReplaySSM",
         False,
         "drop `--use-replayssm`",
-        _when(lambda c: c.cache_config.use_replayssm, "ReplaySSM does not support Hybrids; drop --use-replayssm"),
+        _when(lambda s: s.replay, "ReplaySSM does not support Hybrids; drop --use-replayssm"),
     ),
     Row(
         "Stochastic rounding of states",
         False,
         "drop `--enable-mamba-cache-stochastic-rounding`",
         _when(
-            lambda c: c.mamba_config.enable_stochastic_rounding,
+            lambda s: s.stochastic_rounding,
             "stochastic rounding of states is not supported; drop --enable-mamba-cache-stochastic-rounding",
         ),
     ),
@@ -384,17 +309,25 @@ TABLE: tuple[Row, ...] = (
         False,
         "use tensor parallelism",
         _when(
-            lambda c: (
-                max(c.parallel_config.decode_context_parallel_size, c.parallel_config.prefill_context_parallel_size) > 1
-            ),
+            lambda s: s.context_ranks > 1,
             "context parallelism does not split recurrent states; use --tensor-parallel-size",
+        ),
+    ),
+    Row(
+        "Experts of Qwen3.5-MoE and Qwen3-Next under tensor, data and expert parallelism at once",
+        False,
+        "drop one of them",
+        _when(
+            lambda s: bool(s.config.family.own_recurrence) and s.divided_tokens,
+            "vLLM then divides tokens over the ranks in this family's layers, which new layers do not support; drop "
+            "--enable-expert-parallel",
         ),
     ),
     Row(
         "Expert load balancing",
         False,
         "drop `--enable-eplb`",
-        _when(lambda c: c.parallel_config.enable_eplb, "expert load balancing is not supported; drop --enable-eplb"),
+        _when(lambda s: s.balanced_experts, "expert load balancing is not supported; drop --enable-eplb"),
     ),
 )
 
@@ -412,10 +345,15 @@ def reported() -> Iterator[None]:
 
 @reported()
 def check(vllm_config: Any) -> None:
-    """Raise HmfError for the first row of the table that refuses this configuration."""
+    """Raise HmfError for the first row of the table that refuses this configuration of vLLM."""
+    require_served(vllm_config.model_config.model, Start.of(vllm_config))
+
+
+def require_served(source: str | Path, start: Start) -> None:
+    """Raise HmfError for the first row of the table that refuses a start of the server with the Hybrid `source`."""
     for row in TABLE:
-        if row.problem is not None and (problem := row.problem(vllm_config)):
-            raise HmfError(f"{vllm_config.model_config.model}: {problem}")
+        if row.problem is not None and (problem := row.problem(start)):
+            raise HmfError(f"{source}: {problem}")
 
 
 @reported()

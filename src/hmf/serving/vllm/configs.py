@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of a checkpoint's config.json vLLM's layers would compute otherwise than transformers, or not at all.
+
+Each function returns why a start of the server is refused, or None.
+"""
+
+from __future__ import annotations
+
+from hmf.config.layers import base_activation, base_head_dim
+from hmf.config.runs import ROPE_KEYS, ROPE_SCALING_KEYS
+
+from .start import Start
+
+ELSEWHERE = "generate with Hugging Face instead"
+
+# Of bases with recurrent layers of their own, which vLLM's Qwen3-Next serves.
+OWN_RECURRENCE = ("dual_chunk_attention_config", "layer_scale", "output_gate_type", "qkv_bias")
+# The families with a class in models.py, and the keys that vLLM's stock layers for them read and transformers' do not.
+# With such a key the two would compute different functions.
+READ_BY_VLLM = {
+    "llama": ("bias", "qkv_bias", "target_layer_count"),
+    "ministral3": (
+        "ada_rms_norm_t_cond",
+        "attention_bias",
+        "bias",
+        "mlp_bias",
+        "qkv_bias",
+        "target_layer_count",
+    ),
+    "mistral": (
+        "ada_rms_norm_t_cond",
+        "attention_bias",
+        "bias",
+        "llama_4_scaling",
+        "mlp_bias",
+        "qkv_bias",
+        "target_layer_count",
+    ),
+    "phi3": ("attention_bias", "bias", "mlp_bias", "qkv_bias", "target_layer_count"),
+    "qwen2": ("dual_chunk_attention_config", "qk_norm"),
+    "qwen3": ("dual_chunk_attention_config",),
+    "qwen3_5_moe_text": OWN_RECURRENCE,
+    "qwen3_5_text": OWN_RECURRENCE,
+    "qwen3_moe": ("dual_chunk_attention_config", "shared_expert_intermediate_size"),
+    "qwen3_next": OWN_RECURRENCE,
+    "smollm3": ("bias", "qkv_bias", "target_layer_count"),
+}
+# And those that vLLM reads in every model.
+READ_BY_VLLM_ALWAYS = ("mrope_section", "rotary_emb_base", "rotary_emb_fraction", "rotary_pct", "xdrope_section")
+
+
+def family(start: Start) -> str | None:
+    """No decoder for the family."""
+    name = start.config.family.model_type
+    if name in READ_BY_VLLM:
+        return None
+    return (
+        f"vLLM's decoder for {name} does not take the layers of a Hybrid; use hmf chat, or generate with Hugging Face"
+    )
+
+
+def unlike_transformers(start: Start) -> str | None:
+    """A key that only vLLM's layers read."""
+    config = start.config
+    names = (*READ_BY_VLLM[config.family.model_type], *READ_BY_VLLM_ALWAYS)
+    unsupported = [name for name in names if getattr(config, name, None)]
+    if "qkv_bias" in names and hasattr(config, "qkv_bias"):  # also false, because it overrides `attention_bias`
+        unsupported.append("qkv_bias")
+    if not unsupported:
+        return None
+    return f"{unsupported[0]} in config.json: vLLM's layers read it and transformers' do not; remove it"
+
+
+def activation(start: Start) -> str | None:
+    """An activation that vLLM's MLPs lack."""
+    name = base_activation(start.config)
+    return None if name == "silu" else f"hidden_act {name!r}: vLLM's MLPs support only silu; {ELSEWHERE}"
+
+
+def whole_width(start: Start) -> str | None:
+    """A head_dim that vLLM's Qwen2 does not read."""
+    config = start.config
+    width = base_head_dim(config) * config.num_attention_heads
+    if config.family.model_type != "qwen2" or width == config.hidden_size:
+        return None
+    return (
+        f"head_dim {config.head_dim}: vLLM's Qwen2 assumes hidden_size / num_attention_heads, "
+        f"{config.hidden_size // config.num_attention_heads}; {ELSEWHERE}"
+    )
+
+
+# Keys of `rope_parameters` that vLLM and transformers use in the same way.
+ROPE = ROPE_SCALING_KEYS | {"rope_type", "type", "rope_theta", "llama_4_scaling_beta", "max_position_embeddings"}
+IMAGE_AXES = {"mrope_section", "mrope_interleaved"}  # in text, positions on all axes of an image are the same
+# Families in which transformers rotates a part of each head, if the config says so.
+PARTIAL = ("phi3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
+
+
+def positions(start: Start) -> str | None:
+    """Rotary positions of another kind, or that end before the longest sequence."""
+    config, longest = start.config, start.longest
+    rope, length = config.rope_parameters, config.max_position_embeddings
+    kind = rope["rope_type"]
+    if kind not in ROPE_KEYS:
+        return f"rope_type {kind!r}: vLLM computes other positions than transformers; {ELSEWHERE}"
+    if rope.get("partial_rotary_factor", 1) != 1 and config.family.model_type not in PARTIAL:
+        return "partial_rotary_factor: transformers rotates whole heads in this family; remove it"
+    of_images = IMAGE_AXES if config.family.position_axes() > 1 else set()
+    if unknown := sorted(rope.keys() - ROPE - {"partial_rotary_factor"} - of_images):
+        return f"rope_parameters.{unknown[0]}: transformers does not read it, and vLLM may; remove it"
+    # vLLM computes a table of `length` positions, and does not check for positions beyond its end.
+    if kind == "yarn":
+        length = rope["original_max_position_embeddings"] * rope["factor"]
+    elif kind == "linear":
+        length *= rope["factor"]
+    if longest <= length:
+        return None
+    return (
+        f"vLLM's table of rotary positions ({kind}) ends at {int(length)}, before the {longest} of the longest "
+        f"sequence; use --max-model-len {int(length)}"
+    )
