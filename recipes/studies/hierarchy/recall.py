@@ -22,7 +22,7 @@ from hmf.model.convert import drop_teacher, hybridise
 from hmf.priming.stage0 import initialise
 
 KEYS, VALUES = 64, 16
-PAIRS = (4, 8, 16, 32, 64)
+PAIRS, FEW = (4, 8, 16, 32, 64), (2, 4, 8)
 LAYERS, HIDDEN = 2, 64
 TOKENS = 1024  # of a step
 QUERIES = 1024  # that are scored, for each number of pairs
@@ -73,7 +73,7 @@ def answers(model: Any, ids: torch.Tensor, count: int) -> torch.Tensor:
 def train(model: Any, steps: int, rate: float, seed: int, growing: bool = False) -> None:
     """AdamW with cosine decay, steps of TOKENS tokens, whose number of pairs goes round.
 
-    growing: the first half has the two smallest numbers only, because attention learns from few pairs first.
+    growing: the first half has few pairs only, because attention learns from these first.
     """
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
@@ -82,7 +82,7 @@ def train(model: Any, steps: int, rate: float, seed: int, growing: bool = False)
     )
     model.train()
     for step in range(steps):
-        known = PAIRS[:2] if growing and step < steps / 2 else PAIRS
+        known = FEW if growing and step < steps / 2 else PAIRS
         pairs = known[step % len(known)]
         ids, values = rows(pairs, max(1, TOKENS // (3 * pairs)), generator)
         loss = F.cross_entropy(answers(model, ids, pairs).flatten(0, 1), values.flatten())
