@@ -70,7 +70,7 @@ def jobs(options: Any) -> Iterator[dict[str, Any]]:
             for rate in options.teacher_rates.split(","):
                 for name in TYPES:
                     changes = [*TEACHER[name], f"distill.training.learning_rate={rate}"]
-                    about = {"variant": f"{name}, {rate}", "type": name, "rate": float(rate), "set": changes}
+                    about = {"variant": f"{name}-{rate}", "type": name, "rate": float(rate), "set": changes}
                     yield {"kind": "prime", **about, "replaced": replaced, "seed": seed}
         for rate in rates if "recall" in parts else ():
             for name in (*TYPES, *WIDE):
