@@ -20,7 +20,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from common import interval, read_lines
 from selection.study import TASKS
-from study import WIDE
+from study import TYPES, WIDE
 
 from hmf.errors import HmfError
 
@@ -218,14 +218,14 @@ def draw(picture: Path, found: dict[str, Runs], label: str, columns: list[str] |
     numbered = columns is None
     columns = columns or [column for column in next(iter(next(iter(found.values())).values())) if column != "mean"]
     for index, (name, runs) in enumerate(found.items()):
-        across = [position + 0.08 * (index - len(found) / 2) for position in range(len(columns))]
+        across = [position + 0.5 * (index / len(found) - 0.5) for position in range(len(columns))]
         values = [interval([x[column] for x in runs.values()]) for column in columns]
         middle, half = [x for x, _ in values], [0 if math.isnan(x) else x for _, x in values]
         style = {"linestyle": "-" if numbered else "", "marker": "o", "markersize": 4, "capsize": 2, "linewidth": 1}
-        if name.startswith("attention"):
-            style |= {"color": "grey", "linestyle": ":" if name == "attention" else "--"}
-        elif name.endswith("-wide"):
-            style |= {"linestyle": "--"}
+        family = name.removesuffix("-wide")
+        style |= {"color": "grey" if family == "attention" else f"C{TYPES.index(family)}"}
+        if family != name and numbered:
+            style |= {"linestyle": "--", "markerfacecolor": "white"}
         axes.errorbar(across, middle, yerr=half, label=name, **style)
     axes.set(xlabel=label, ylabel="accuracy, %", ylim=(-3, 103), xticks=range(len(columns)), xticklabels=columns)
     save(figure, axes, picture)
