@@ -21,7 +21,7 @@ def scripts(monkeypatch):
     import study
 
     yield study, report
-    for name in ("study", "report"):
+    for name in ("study", "report", "common"):
         sys.modules.pop(name)
 
 
@@ -108,11 +108,11 @@ def test_a_variant_changes_the_recipe_as_its_name_says(scripts, tmp_path):
 
 
 def test_a_line_that_was_cut_off_spoils_no_other(scripts, tmp_path):
-    study, file = scripts[0], tmp_path / "results.jsonl"
-    study.append(file, [{"key": "a", "finished": True}])
+    common, file = sys.modules["common"], tmp_path / "results.jsonl"
+    common.append(file, [{"key": "a", "finished": True}])
     with file.open("a") as cut:
         cut.write('{"key": "b", "fini')
-    assert study.finished(file) == {"a"}
-    study.append(file, [{"key": "c", "finished": True}, {"key": "d"}])
-    assert study.finished(file) == {"a", "c"}
-    assert [line["key"] for line in study.read_lines(file)] == ["a", "c", "d"]
+    assert common.finished(file) == {"a"}
+    common.append(file, [{"key": "c", "finished": True}, {"key": "d"}])
+    assert common.finished(file) == {"a", "c"}
+    assert [line["key"] for line in common.read_lines(file)] == ["a", "c", "d"]

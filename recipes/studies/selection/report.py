@@ -11,13 +11,18 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from study import TASKS, read_lines
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from common import interval, read_lines
+from study import TASKS
 
 from hmf.config.pattern import Pattern
 from hmf.errors import HmfError
@@ -26,8 +31,6 @@ from hmf.selection.scores import Choice, cost
 
 KL = ("kl_text", "kl_answers")
 Costs = dict[Choice, float]
-# 97.5% quantile of Student's t by degrees of freedom, from 1; the normal one above.
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 # By column: mean over seeds and half of the 95% interval, which is NaN with one seed.
 Means = dict[str, tuple[float, float]]
 
@@ -178,15 +181,6 @@ def variants(lines: list[dict[str, Any]], tasks: list[str]) -> dict[str, Means]:
             means[name] |= {"seeds": (len(by_seed), math.nan)}
             means[name] |= {"against recipe": interval(paired)} if paired and name != "recipe" else {}
     return dict(sorted(means.items(), key=lambda item: -item[1]["mean"][0]))
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half of its 95% interval, NaN for one value."""
-    count, mean = len(values), sum(values) / len(values)
-    if count == 1:
-        return mean, math.nan
-    deviation = math.sqrt(sum((x - mean) ** 2 for x in values) / (count - 1))
-    return mean, (T[count - 2] if count - 2 < len(T) else 1.96) * deviation / math.sqrt(count)
 
 
 def teacher_of(lines: list[dict[str, Any]], tasks: list[str]) -> dict[str, float]:

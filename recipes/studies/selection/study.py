@@ -14,15 +14,16 @@ import os
 import shutil
 import sys
 import time
-import traceback
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from functools import cache
 from itertools import combinations
-from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from common import carry_out, set_environment
 
 HERE = Path(__file__).resolve().parent
 TASKS = ("recall", "needle", "arithmetic", "tool_call")
@@ -84,74 +85,11 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="all processes share one GPU")
     options = parser.parse_args()
     set_environment(options.device)
-    options.out.mkdir(parents=True, exist_ok=True)
-    options.work = options.work or options.out / "work"
-    options.work.mkdir(parents=True, exist_ok=True)
-    results = options.out / "results.jsonl"
-    plan = list(jobs(options))
-    done = finished(results)
-    left = [job for job in plan if key(job) not in done]
-    print(f"{len(left)} of {len(plan)} runs to do, {options.jobs} at a time", flush=True)
-    deadline = float("inf") if options.minutes is None else time.time() + 60 * options.minutes
-    failed = False
-    # Processes are spawned, because CUDA cannot be used after a fork. Each does one run after another.
-    with ProcessPoolExecutor(options.jobs, get_context("spawn"), log_to, (options.work,)) as pool:
-        futures = {pool.submit(run, options, job, deadline): key(job) for job in left}
-        for future in as_completed(futures):
-            outcome, lines = outcome_of(future)
-            append(results, lines)
-            failed |= outcome.startswith("failed")
-            print(f"{futures[future]}: {outcome}", flush=True)
-    sys.exit(failed)
+    sys.exit(carry_out(options, list(jobs(options)), key, lines_of))
 
 
-def set_environment(device: str) -> None:
-    """For this process, before torch is imported, and for the processes that it starts."""
-    os.environ |= {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")}
-    os.environ |= {
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        return
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    # Kernels that are compiled and tuned in every process would take longer than these runs.
-    os.environ.setdefault("HMF_OPS", "chunked")
-
-
-def log_to(folder: Path) -> None:
-    """What this process prints goes to a file of its own in `folder`."""
-    with (folder / f"process-{os.getpid()}.log").open("a") as log:
-        for stream in (1, 2):
-            os.dup2(log.fileno(), stream)
-
-
-def run(options: Any, job: dict[str, Any], deadline: float) -> tuple[str, list[dict[str, Any]]]:
-    """Do one run in this process: how it ended, and its results."""
-    if time.time() > deadline:
-        return "not started", []
-    import gc
-
-    import torch
-
-    try:
-        lines = list(Job(options, job).run())
-    except Exception as error:
-        traceback.print_exc()
-        return f"failed ({type(error).__name__}: {error})", []
-    finally:
-        gc.collect()  # a Trainer and its model refer to each other
-        torch.cuda.empty_cache()
-    return f"done in {lines[-1]['seconds']:.0f} s", lines
-
-
-def outcome_of(future: Future) -> tuple[str, list[dict[str, Any]]]:
-    try:
-        return future.result()
-    except Exception as error:  # the process was killed
-        return f"failed ({type(error).__name__}: {error})", []
+def lines_of(options: Any, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    return Job(options, job).run()
 
 
 def jobs(options: Any) -> Any:
@@ -199,29 +137,6 @@ def key(job: dict[str, Any]) -> str:
     if job["kind"] == "method":
         return f"{job['method']}-seed{job['seed']}"
     return f"{job['variant']}-{'_'.join(map(str, job['replaced']))}-seed{job['seed']}"
-
-
-def finished(results: Path) -> set[str]:
-    """Keys of the finished runs. An incomplete line, from an interrupted write, is ignored."""
-    return {line["key"] for line in read_lines(results) if line.get("finished")}
-
-
-def read_lines(results: Path) -> list[dict[str, Any]]:
-    lines = []
-    for line in results.read_text().splitlines() if results.is_file() else ():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
-
-
-def append(results: Path, lines: list[dict[str, Any]]) -> None:
-    """Only the first process writes, the lines of a run at once; a line that a kill cut off is ended first."""
-    with results.open("ab+") as file:
-        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-            file.write(b"\n")
-        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 @cache
