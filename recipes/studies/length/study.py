@@ -302,7 +302,11 @@ def answered(model: Any, tokenizer: Any, name: str, length: int, prompts: list[d
     for task, depth in dict.fromkeys((one["task"], one["depth"]) for one in prompts):
         places = [i for i, one in enumerate(prompts) if (one["task"], one["depth"]) == (task, depth)]
         yield {
-            **{"kind": task, "model": name, "length": length, "depth": depth, "n": len(places)},
+            "kind": task,
+            "model": name,
+            "length": length,
+            "depth": depth,
+            "n": len(places),
             "correct": [int(samples[i].is_correct(answers[i].text)) for i in places],
             "cut_off": sum(not answers[i].ended for i in places),
             "seconds": seconds,  # of all cells of this length
