@@ -81,7 +81,7 @@ def share(correct: Sequence[int]) -> str:
 
 
 def paired(before: Sequence[int], after: Sequence[int]) -> tuple[float, float]:
-    """Mean difference on the same prompts in points, and half of its 95% interval (normal)."""
+    """Mean difference on the same prompts in points, and half of its 95% interval."""
     return interval([100 * (y - x) for x, y in zip(before, after, strict=True)])
 
 

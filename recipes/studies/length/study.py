@@ -12,6 +12,7 @@ import argparse
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 HYBRIDS = ("short", "short-extended", "long", "long-extended")
-MODELS = ("embedded", "teacher", *HYBRIDS)
+MODELS = ("embedded", "stretched", "teacher", *HYBRIDS)
+UNTRAINED = ("embedded", "stretched")
 MAX_NEW_TOKENS = 80  # an answer has at most about 60
 
 
@@ -81,10 +83,10 @@ def stages(options: Any) -> list[Stage]:
         found += [made, extended(options, name)]
     wanted, chosen = options.models.split(","), set[str]()
     for name in wanted:  # with the models that they are made from
-        chosen |= {name, name.removesuffix("-extended"), "teacher"} if name != "embedded" else set()
+        chosen |= {name, name.removesuffix("-extended"), "teacher"} if name not in UNTRAINED else set()
     found = [stage for stage in found if stage.name in {"prompts", *chosen}]
     for name in wanted:
-        found.append(Stage(f"score-{name}", ("prompts",) if name == "embedded" else ("prompts", name)))
+        found.append(Stage(f"score-{name}", ("prompts",) if name in UNTRAINED else ("prompts", name)))
     return found
 
 
@@ -271,8 +273,8 @@ def score(options: Any, name: str) -> None:
     from hmf.evaluation.run import load_for_evaluation
     from hmf.folders import resolve_base
 
-    path = resolve_base("teacher") if name == "embedded" else options.work / name
-    path = path / "model" if name in HYBRIDS else path
+    path = stretched(options) if name == "stretched" else options.work / name
+    path = resolve_base("teacher") if name == "embedded" else path / "model" if name in HYBRIDS else path
     tokenizer, model = load_tokenizer(path), load_for_evaluation(path, None, None).eval()
     done = [line for line in read_lines(options.results) if line["kind"] != "stage" and line["model"] == name]
     cells = {(line["kind"], line["length"], line["depth"]) for line in done}
@@ -287,6 +289,22 @@ def score(options: Any, name: str) -> None:
         texts = [nats_by_range(engine, window(tokenizer, 0, index, longest)) for index in range(options.windows)]
         line = {"kind": "text", "model": name, "length": longest, "depth": None, "texts": texts}
         append(options.results, [{**line, "seconds": round(time.perf_counter() - started, 1)}])
+
+
+def stretched(options: Any) -> Path:
+    """The embedded teacher with the positions of teacher.yaml, not trained."""
+    from transformers import AutoConfig
+
+    from hmf.config.runs import load_recipe
+    from hmf.folders import resolve_base
+    from hmf.model.rope import with_rope
+    from hmf.training.pretrain import PretrainRecipe
+
+    source, folder = resolve_base("teacher"), options.work / "stretched"
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    rope = load_recipe(HERE / "teacher.yaml", PretrainRecipe).rope
+    with_rope(AutoConfig.from_pretrained(source), rope).save_pretrained(folder)
+    return folder
 
 
 def answered(model: Any, tokenizer: Any, name: str, length: int, prompts: list[dict[str, Any]]) -> Iterator[dict]:
