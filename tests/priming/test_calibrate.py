@@ -74,7 +74,10 @@ def test_nothing_but_the_mixers_changes_and_the_seed_decides_the_result(tmp_path
 
 def test_without_steps_only_the_output_projection_is_fitted(tmp_path, monkeypatch):
     """Also where PyTorch was built for GPUs and there is none."""
-    built_for = lambda check_available=False: None if check_available else torch.device("cuda")
+
+    def built_for(check_available=False):
+        return None if check_available else torch.device("cuda")
+
     monkeypatch.setattr(torch.accelerator, "current_accelerator", built_for)
     stage0(tmp_path / "copied", "M2", None)
     stage0(tmp_path / "solved", "M2", FIT.model_copy(update={"steps": 0}))

@@ -137,6 +137,13 @@ def test_accumulated_batches_are_one_large_batch(hybrid, tmp_path):
     assert len(set(ends[0])) == 3
 
 
+def test_rows_that_workers_make_are_those_of_one_process(recipe, tmp_path):
+    training = {"max_steps": 2, "per_device_train_batch_size": 2, "save_steps": 2}
+    runs = [recipe(output=str(tmp_path / str(n)), training=training | {"workers": n}) for n in (0, 2)]
+    alone, shared = (load_file(finetune(run) / "model.safetensors") for run in runs)
+    assert_same(shared, alone)
+
+
 def test_the_result_has_the_dtype_that_was_asked_for(recipe):
     out = finetune(recipe(dtype="bfloat16", training={"max_steps": 1, "per_device_train_batch_size": 1}))
     dtypes = {name: x.dtype for name, x in load_file(out / "model.safetensors").items()}

@@ -63,6 +63,18 @@ def test_a_run_makes_a_model_that_loads_and_a_second_one_goes_on_from_it(tmp_pat
     assert 0 < max(moved) < 0.1
 
 
+def test_a_run_extends_the_context_of_another_ones_model(tmp_path, recipe):
+    main(str(write(tmp_path, recipe)))
+    following = {name: part for name, part in recipe.items() if name not in ("tokenizer", "model")}
+    following |= {"output": str(tmp_path / "next"), "start_from": recipe["output"]}
+    main(str(write(tmp_path, following | {"rope": {"theta": 5e6, "max_position_embeddings": 8192}})))
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(path).config for path in (recipe["output"], tmp_path / "next")
+    )
+    assert before.rope_parameters["rope_theta"] == recipe["model"]["rope_theta"] == 1e6
+    assert (after.rope_parameters["rope_theta"], after.max_position_embeddings) == (5e6, 8192)
+
+
 @pytest.mark.parametrize("name", ["recipe", "continue"])
 def test_the_recipes_are_valid(name):
     recipe = load_recipe(RECIPES / f"{name}.yaml", PretrainRecipe)
@@ -75,6 +87,7 @@ def test_the_recipes_are_valid(name):
         ({"start_from": "runs/other"}, "either start_from, or both"),
         ({"model": None}, "either start_from, or both"),
         ({"sede": 1}, "seed"),
+        ({"rope": {"theta": 5e6}}, "rope: changes the positions of start_from"),
         ({"start_from": "nowhere", "model": None, "tokenizer": None}, "nowhere"),
         ({"tokenizer": {"vocab_size": 320, "chat_template": "no.jinja", "task_samples": 1}}, "no.jinja"),
     ],

@@ -55,6 +55,7 @@ class OptimiserSettings(Settings):
     logging_steps: Steps = 10  # steps between log entries; there is one at each checkpoint, too
     save_steps: Steps = 500  # steps between checkpoints
     save_total_limit: int = Field(2, ge=1)  # number of checkpoints that are kept, the newest ones
+    workers: int = Field(0, ge=0, le=1024)  # processes that make the rows; 0: the training process makes them itself
     # when the loss of rows that training does not see is computed: at every eval_steps and at the end, or at the end of
     # every epoch
     eval_strategy: Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_as_strategy)] = "no"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from pydantic import Field, model_validator
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedTokenizerBase,
     Qwen3Config,
@@ -19,7 +20,7 @@ from transformers import (
     set_seed,
 )
 
-from hmf.config.runs import DataSettings, evaluation_conflicts, load_recipe
+from hmf.config.runs import DataSettings, RopeSettings, evaluation_conflicts, load_recipe
 from hmf.config.strict import Settings, Steps, require_none
 from hmf.config.training import OptimiserSettings
 from hmf.data import tasks, text
@@ -29,6 +30,7 @@ from hmf.data.packing import PackedRow
 from hmf.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 from hmf.errors import HmfError
 from hmf.model.files import follow_umask
+from hmf.model.rope import with_rope
 
 from .checkpoints import published
 from .evaluation import with_evaluation
@@ -64,7 +66,6 @@ class PretrainOptimiserSettings(OptimiserSettings):
 
     save_total_limit: int = Field(1, ge=1)  # number of newest checkpoints that are kept
     logging_steps: Steps = 50  # steps between entries of the log; each checkpoint has one too
-    workers: int = Field(0, ge=0)  # processes that make the data
     compile: bool = False  # torch.compile, on a GPU only
     # False: documents in a row attend to each other, and positions run through the row. Attention then needs no mask.
     isolate_documents: bool = True
@@ -78,6 +79,7 @@ class PretrainRecipe(Settings):
     data: DataSettings  # training data
     eval_data: DataSettings | None = None  # data for training.eval_strategy; without it, rows of data are held out
     start_from: Path | None = None  # output of another run to start from
+    rope: RopeSettings = Field(default_factory=RopeSettings)  # changes to rotary positions, with start_from
     tokenizer: TokenizerSettings | None = None  # not allowed with start_from, required without it
     model: ModelSettings | None = None  # not allowed with start_from, required without it
     training: PretrainOptimiserSettings
@@ -87,6 +89,8 @@ class PretrainRecipe(Settings):
         fresh = [part is not None for part in (self.tokenizer, self.model)]
         if any(fresh) if self.start_from else not all(fresh):
             raise ValueError("give either start_from, or both tokenizer and model")
+        if self.start_from is None and "rope" in self.model_fields_set:
+            raise ValueError("rope: changes the positions of start_from; without it, model has rope_theta")
         if self.data.prepared is not None:
             raise ValueError("data.prepared: hmf pretrain cannot use rows of another tokenizer; give text and tasks")
         if self.eval_data is not None and self.eval_data.prepared is not None:
@@ -171,7 +175,8 @@ def _tokenizer(recipe: PretrainRecipe, folder: Path) -> PreTrainedTokenizerBase:
 
 def _model(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase) -> Any:
     if recipe.start_from is not None:
-        return AutoModelForCausalLM.from_pretrained(recipe.start_from, dtype=torch.float32)
+        config = with_rope(AutoConfig.from_pretrained(recipe.start_from), recipe.rope)
+        return AutoModelForCausalLM.from_pretrained(recipe.start_from, config=config, dtype=torch.float32)
     assert recipe.model is not None  # the recipe's validator ensures this
     settings = recipe.model.model_dump()
     rope = {"rope_type": "default", "rope_theta": settings.pop("rope_theta")}
@@ -204,6 +209,4 @@ def _arguments(recipe: PretrainRecipe, checkpoints: Path) -> TrainingArguments:
         bf16=cuda and training.precision == "bfloat16",
         tf32=cuda or None,
         torch_compile=training.compile and cuda,
-        dataloader_num_workers=training.workers,
-        dataloader_prefetch_factor=4 if training.workers else None,
     )

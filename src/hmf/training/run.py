@@ -83,6 +83,8 @@ def arguments(
             # Rows are already drawn independently, and their order is part of the recipe.
             "train_sampling_strategy": "sequential",
             "dataloader_pin_memory": torch.cuda.is_available(),
+            "dataloader_num_workers": training.workers,
+            "dataloader_prefetch_factor": 4 if training.workers else None,
             "disable_tqdm": True,
             "ddp_find_unused_parameters": False,  # there are none, and the search takes time
             **others,
