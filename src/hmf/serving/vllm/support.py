@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -149,10 +150,13 @@ def _split(start: Start) -> str | None:
 def _head_dim(start: Start) -> str | None:
     if not start.on_cpu or all(keeps_states(symbol, start.config) for symbol in layer_symbols(start.config)):
         return None
+    if importlib.util.find_spec("vllm") is None:  # `hmf serve --dry-run`
+        return None
+    logging.disable(logging.WARNING)  # importing vLLM logs what it lacks
     try:
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-    except ImportError:  # `hmf serve --dry-run` without vLLM
-        return None
+    finally:
+        logging.disable(logging.NOTSET)
     sizes, head_dim = CPUAttentionBackend.get_supported_head_sizes(), base_head_dim(start.config)
     if head_dim in sizes:
         return None
