@@ -34,9 +34,23 @@ def test_family(tmp_path, family):
     check(tmp_path, save(tmp_path, family))
 
 
+def save_like_own(path, family):
+    """New layers in the shape of the base's own, also in their place; B'MOJO-F has the base's output gate."""
+    shape = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}  # 4 heads of values, as attention of queries
+    options = {f"{name}_config": {"own_shape": True} for name in ("gdn", "kda", "gka")}
+    bmojo = {"bmojo_config": {"window_size": 9, "ssm_mixer": "gdn", "tie_attn_weights": False}}
+    return save(path, family, "GDN-KDA-*-GKA-BMF-GDN-GKA-*", **shape, **options, **bmojo)
+
+
+@pytest.mark.parametrize("family", FIELDS)
+def test_layers_like_the_bases_own(tmp_path, family):
+    check(tmp_path, save_like_own(tmp_path, family))
+
+
 @engines.devices(2)
-def test_tensor_parallel(tmp_path):
-    model = save(tmp_path, "qwen3_5_moe_text")
+@pytest.mark.parametrize("saved", [save, save_like_own])
+def test_tensor_parallel(tmp_path, saved):
+    model = saved(tmp_path, "qwen3_5_moe_text")
     check(tmp_path, model, tensor_parallel_size=2, distributed_executor_backend="mp")
 
 

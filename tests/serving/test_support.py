@@ -4,7 +4,6 @@
 import pickle
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -436,27 +435,6 @@ class TestWeights:
         dict(account(tensors.items(), *expected))
         del tensors["lm_head.weight"]
         dict(account(tensors.items(), *expected))
-
-
-@pytest.mark.parametrize(
-    ("case", "why"),
-    [
-        (
-            Case("GDN", "own", options={"own_shape": True}),
-            r"gdn_config.own_shape: .* use `hmf convert` if all new layers",
-        ),
-        (Case("BMF", "own", options={"ssm_mixer": "gka"}), "BMF: B'MOJO-F with the output gate of this base is not"),
-        (Case("GDN", "attention"), None),
-    ],
-    ids=str,
-)
-def test_layers_beside_a_bases_own_that_would_be_served_in_another_way_are_refused(case, why):
-    fits = {"head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
-    config = tiny_config(case, family="qwen3_5_text", **fits)
-    found = [row.problem for row in support.TABLE if row.feature.startswith("Layers with `own_shape`")][0](
-        SimpleNamespace(model_config=SimpleNamespace(hf_config=config))
-    )
-    assert (found is None) if why is None else re.match(why, found)
 
 
 def test_documentation_prints_the_table():

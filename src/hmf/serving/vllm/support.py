@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
-from hmf.config.layers import BMojoFOptions, base_head_dim, layer_options, needed_kinds
+from hmf.config.layers import base_head_dim, layer_options, needed_kinds
 from hmf.config.pattern import ATTENTION, is_fused
 from hmf.errors import HmfError
 from hmf.layers.base import heads_fit
@@ -81,20 +82,6 @@ def _unknown_layers(start: Start) -> str | None:
     return f"layers of type {', '.join(sorted(symbols))} have no row in SERVED_BY; {ELSEWHERE}"
 
 
-def _like_own(start: Start) -> str | None:
-    """New layers beside a base's own recurrent layers that this plugin's modules would compute in another way."""
-    config = start.config
-    for kind in needed_kinds(config, config.pattern.symbols):
-        if getattr(layer_options(config, kind.symbol), "own_shape", False):
-            return (
-                f"{kind.config_key}.own_shape: layers with the heads of the base's recurrent layers are not served; "
-                f"use `hmf convert` if all new layers are GDN, or {ELSEWHERE}"
-            )
-        if issubclass(kind.options, BMojoFOptions) and config.family.own_recurrence:
-            return f"{kind.symbol}: B'MOJO-F with the output gate of this base is not served; {ELSEWHERE}"
-    return None
-
-
 # Keys of a config whose values the ranks divide; the last two are of recurrent layers that a base has of its own.
 SPLIT_SIZES = (
     *("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"),
@@ -149,10 +136,13 @@ def _split(start: Start) -> str | None:
 def _head_dim(start: Start) -> str | None:
     if not start.on_cpu or all(keeps_states(symbol, start.config) for symbol in layer_symbols(start.config)):
         return None
+    if importlib.util.find_spec("vllm") is None:  # `hmf serve --dry-run`
+        return None
+    logging.disable(logging.WARNING)  # importing vLLM logs what it lacks
     try:
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-    except ImportError:  # `hmf serve --dry-run` without vLLM
-        return None
+    finally:
+        logging.disable(logging.NOTSET)
     sizes, head_dim = CPUAttentionBackend.get_supported_head_sizes(), base_head_dim(start.config)
     if head_dim in sizes:
         return None
@@ -206,12 +196,6 @@ TABLE: tuple[Row, ...] = (
     Row("Sliding windows of attention layers, all or some", True, "as the config of the base has them"),
     Row("Rotary positions: `default`, `linear`, `yarn`, `llama3`", True, "and Ministral 3's queries"),
     Row("Layer types of your own without a row in `SERVED_BY`", False, "generate with Hugging Face", _unknown_layers),
-    Row(
-        "Layers with `own_shape`, and B'MOJO-F with the output gate of its base",
-        False,
-        "`hmf convert` if all new layers are GDN, or generate with Hugging Face",
-        _like_own,
-    ),
     Row("Stage-0 and Stage-1 checkpoints", False, "`hmf export` first", _fused),
     Row("Heads or MLPs that do not split over the ranks", False, "use a divisor of their sizes", _split),
     Row("Prefix caching where a pipeline stage has no recurrent layer", False, "`--no-enable-prefix-caching`", _stages),
