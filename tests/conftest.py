@@ -64,6 +64,26 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _library_is_encoded_once():
+    """Most training runs read the standard library. Its tokens take seconds, so the runs of a process share them."""
+    from hmf.data import mixture
+
+    encode, kept = mixture.encode_texts, {}
+
+    def encode_once(tokenizer, texts, *args):
+        if sum(map(len, texts)) < 1_000_000:
+            return encode(tokenizer, texts, *args)
+        key = (tokenizer.backend_tokenizer.to_str(), tuple(texts), args)
+        if key not in kept:
+            kept[key] = encode(tokenizer, texts, *args)
+        return [list(ids) for ids in kept[key]]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mixture, "encode_texts", encode_once)
+        yield
+
+
 @pytest.fixture
 def in_float64():
     """A float64 model computes in float64 throughout: norms and rotary tables do not round to float32."""

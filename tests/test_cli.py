@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 import hmf
 from hmf.cli import app, main
 from hmf.config.pattern import Pattern
-from hmf.config.runs import PrimeRecipe, read_recipe
+from hmf.config.recipes import read_recipe
+from hmf.config.runs import PrimeRecipe
 from hmf.config.strict import parse_tokens
 from hmf.errors import HmfError
 from hmf.priming.stage0 import make_stage0

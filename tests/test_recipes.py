@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from hmf.cli import app
 from hmf.config.data import DataRecipe
 from hmf.config.places import PairSettings
-from hmf.config.runs import DistillRecipe, FinetuneRecipe, PrimeRecipe, load_recipe
+from hmf.config.recipes import load_recipe
+from hmf.config.runs import DistillRecipe, FinetuneRecipe, PrimeRecipe
 from hmf.config.strict import parse_yaml
 from hmf.data.sources import Source, pair_of
 from hmf.errors import notice

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainingArguments
 
-from hmf.config.runs import SHOWN, DistillRecipe, FinetuneRecipe, PrimeRecipe, load_recipe
+from hmf.config.recipes import SHOWN, load_recipe
+from hmf.config.runs import DistillRecipe, FinetuneRecipe, PrimeRecipe
 from hmf.config.training import RENAMED, OptimiserSettings
 from hmf.errors import HmfError, notice
 from hmf.training.pretrain import PretrainOptimiserSettings

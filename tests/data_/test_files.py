@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from hmf.config.data import SourceSettings
 from hmf.config.places import PairSettings
-from hmf.config.runs import DistillRecipe, read_recipe
+from hmf.config.recipes import read_recipe
+from hmf.config.runs import DistillRecipe
 from hmf.config.strict import parse_json, parse_yaml
 from hmf.data import files
 from hmf.data.encoding import IGNORED, encode_chat

@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 
 from hmf.cli import app
 from hmf.config.data import DataRecipe, RepetitionSettings, SourceSettings
-from hmf.config.runs import DataSettings, load_recipe
+from hmf.config.recipes import load_recipe
+from hmf.config.runs import DataSettings
 from hmf.data import shards, tasks
 from hmf.data.encoding import IGNORED, encode_chat, encode_document
 from hmf.data.filters import repetition

@@ -161,6 +161,38 @@ def test_the_small_tasks_are_saved_beside_the_suites(run, hmf):
     assert "(../scores.primed-tasks.json)" in card and "### Suite" not in card
 
 
+def test_composed_scores_have_files_of_their_own(run, hmf):
+    """No evaluation replaces the scores of another kind: neither by default nor where two have the same --name."""
+    few = ("--tasks", "arithmetic", "--samples", 1, "--max-new-tokens", 2, "--text-bytes", 0)
+    ways = {
+        "tasks": (),
+        "tasks-concatenated-fused-512": ("--compose", "concatenated,fused", "--compose-chunk", 512),
+        "tasks-concatenated-fused-768": ("--compose", "concatenated,fused"),
+        "tasks-sliding-dropped-768": ("--compose", "sliding,dropped"),
+    }
+    written = {}
+    for suite, how in ways.items():
+        code, _, err = hmf("evaluate", run / "model", *few, *how)
+        assert code == 0 and f"saved {run}/scores.primed-{suite}.json" in err
+        written[suite] = (run / f"scores.primed-{suite}.json").read_bytes()
+    assert all((run / f"scores.primed-{suite}.json").read_bytes() == content for suite, content in written.items())
+    found = Evidence.of(run).scores
+    assert {name: scores.suite for name, scores in found.items()} == {f"primed-{suite}": suite for suite in ways}
+    assert found["primed-tasks-sliding-dropped-768"].compose["keys"] == "sliding"
+    card = write_card(run).read_text()
+    assert "### Suite: tasks-concatenated-fused-512" in card and card.count("(../scores.primed-tasks.json)") == 1
+    (run / "scores.primed-tasks-full-averaged-768.json").write_text("{")
+    for name, how, what in (
+        ("primed-tasks", ("--compose", "full,averaged"), "scores of tasks"),
+        ("primed-tasks-concatenated-fused-512", (), "scores of tasks-concatenated-fused-512"),
+        ("primed-tasks-full-averaged-768", (), "other content"),
+    ):
+        before = (file := run / f"scores.{name}.json").read_bytes()
+        code, _, err = hmf("evaluate", run / "model", *few, *how, "--name", name)
+        assert code == 2 and f"{file}: has {what}, not" in err and err.count("\n") == 1
+        assert file.read_bytes() == before
+
+
 def answers(values, sha="x"):
     return [
         Answered(index=i, prompt_sha256=sha, expected="", answer="", correct=value, truncated=False, tokens=1)

@@ -18,11 +18,12 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.faults.campaign import call, examples
+from tests.faults.campaign import SIZE, call, examples
 from tests.faults.damage import change_bytes, change_tree, damage_folder
 
 pytestmark = pytest.mark.faults
 
+HUGE = 10**5 if SIZE == 1 else 10**6  # of them in a text; tokenising a million takes 20 s
 TALK = [{"role": "user", "content": "one 1"}, {"role": "assistant", "content": "two 2"}]
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
@@ -99,7 +100,7 @@ def write_damaged(data, folder: Path, record: dict) -> tuple[Path, str]:
                 st.sampled_from(["{", "[1]", "null", "{}", "[" * 10**5, "9" * 5000, "\x00", '{"a": NaN}', "}{"])
             )
         elif wrong == "huge":
-            lines[2] = json.dumps(record | {"text": "one 1 " * 10**6})
+            lines[2] = json.dumps(record | {"text": "one 1 " * HUGE})
         content = "\n".join(lines).encode() if form == "jsonl" else f"[{','.join(lines)}]".encode()
     pack = data.draw(st.sampled_from(sorted(PACK))) if form != "parquet" else ""
     content = PACK[pack](content)

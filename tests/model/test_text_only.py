@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from hmf.cli import app
 from hmf.config.pattern import Pattern
-from hmf.config.runs import PrimeRecipe, read_recipe
+from hmf.config.recipes import read_recipe
+from hmf.config.runs import PrimeRecipe
 from hmf.data.tokenizer import train_tokenizer
 from hmf.errors import HmfError
 from hmf.folders import resolve_base

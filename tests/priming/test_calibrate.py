@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from hmf.cli import app
 from hmf.config.pattern import Pattern
-from hmf.config.runs import CalibrationSettings, DataSettings, PrimeRecipe, load_recipe
+from hmf.config.recipes import load_recipe
+from hmf.config.runs import CalibrationSettings, DataSettings, PrimeRecipe
 from hmf.data.mixture import mixture
 from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError

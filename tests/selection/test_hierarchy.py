@@ -55,7 +55,8 @@ def test_runs_come_seed_by_seed_and_rate_by_rate(scripts, tmp_path):
 
 
 def test_the_changes_for_the_teacher_can_be_read(scripts, tmp_path):
-    from hmf.config.runs import PrimeRecipe, read_recipe
+    from hmf.config.recipes import read_recipe
+    from hmf.config.runs import PrimeRecipe
 
     for job in scripts[0].jobs(options(tmp_path, parts="teacher")):
         if job["kind"] == "prime":

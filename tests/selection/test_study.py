@@ -100,7 +100,8 @@ def test_runs_come_seed_by_seed_and_methods_before_choices(scripts):
 
 def test_a_variant_changes_the_recipe_as_its_name_says(scripts, tmp_path):
     """All of them are recipes that can be read."""
-    from hmf.config.runs import PrimeRecipe, read_recipe
+    from hmf.config.recipes import read_recipe
+    from hmf.config.runs import PrimeRecipe
 
     study = scripts[0]
     for changes in study.VARIANTS.values():

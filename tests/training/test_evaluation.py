@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from hmf.config.data import DataRecipe
-from hmf.config.runs import DistillSettings, FinetuneRecipe, load_recipe
+from hmf.config.recipes import load_recipe
+from hmf.config.runs import DistillSettings, FinetuneRecipe
 from hmf.config.training import OptimiserSettings
 from hmf.data.prepare import prepare
 from hmf.data.prepared import PreparedDataset

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, Ministral3Config, Ministral3ForCa
 
 from hmf.config.layers import LAYER_KINDS
 from hmf.config.pattern import Pattern
-from hmf.config.runs import FinetuneRecipe, LoraSettings, load_recipe
+from hmf.config.recipes import load_recipe
+from hmf.config.runs import FinetuneRecipe, LoraSettings
 from hmf.errors import HmfError
 from hmf.model.checkpoint import load_config, load_model
 from hmf.priming.export import export

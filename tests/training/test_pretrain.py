@@ -6,7 +6,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hmf.config.runs import load_recipe
+from hmf.config.recipes import load_recipe
 from hmf.errors import HmfError
 from hmf.training.pretrain import PretrainRecipe, main
 

@@ -169,7 +169,8 @@ def start(options: Any, stage: Stage) -> subprocess.Popen:
 
 def written(options: Any, stage: Stage) -> Path:
     """The recipe with the stage's settings, beside the stage's folder."""
-    from hmf.config.runs import FinetuneRecipe, PrimeRecipe, read_recipe
+    from hmf.config.recipes import read_recipe
+    from hmf.config.runs import FinetuneRecipe, PrimeRecipe
     from hmf.training.pretrain import PretrainRecipe
 
     kinds: dict[str | None, Any] = {"pretrain": PretrainRecipe, "prime": PrimeRecipe, "finetune": FinetuneRecipe}
@@ -295,7 +296,7 @@ def stretched(options: Any) -> Path:
     """The embedded teacher with the positions of teacher.yaml, not trained."""
     from transformers import AutoConfig
 
-    from hmf.config.runs import load_recipe
+    from hmf.config.recipes import load_recipe
     from hmf.folders import resolve_base
     from hmf.model.rope import with_rope
     from hmf.training.pretrain import PretrainRecipe

@@ -124,7 +124,8 @@ def drawn(choices: list[tuple[int, ...]], count: int | None) -> list[tuple[int, 
 
 
 def num_layers(options: Any) -> int:
-    from hmf.config.runs import PrimeRecipe, read_recipe
+    from hmf.config.recipes import read_recipe
+    from hmf.config.runs import PrimeRecipe
     from hmf.folders import resolve_base
 
     recipe = read_recipe(options.recipe, PrimeRecipe, options.overrides)[0]
@@ -142,7 +143,8 @@ def key(job: dict[str, Any]) -> str:
 @cache
 def scored_rows(recipe: str, overrides: tuple[str, ...], count: int, seed: int) -> list[Any]:
     """Held-out rows. They are kept, because the next run of this process reads the same ones."""
-    from hmf.config.runs import PrimeRecipe, read_recipe
+    from hmf.config.recipes import read_recipe
+    from hmf.config.runs import PrimeRecipe
     from hmf.data.mixture import mixture
     from hmf.data.tokenizer import load_tokenizer
     from hmf.folders import resolve_base
@@ -163,7 +165,8 @@ class Job:
     def __init__(self, options: Any, job: dict[str, Any]):
         import torch
 
-        from hmf.config.runs import PrimeRecipe, read_recipe
+        from hmf.config.recipes import read_recipe
+        from hmf.config.runs import PrimeRecipe
         from hmf.data.tokenizer import load_tokenizer
         from hmf.folders import resolve_base
         from hmf.selection.supernet import training_of

@@ -37,7 +37,7 @@ def data_prepare(
     Documents are texts and conversations. An interrupted run continues.
     """
     from hmf.config.data import DataRecipe
-    from hmf.config.runs import load_recipe
+    from hmf.config.recipes import load_recipe
 
     settings = load_recipe(recipe, DataRecipe, overrides or ())
     tokenizer = _tokenizer(settings.tokenizer)  # before imports that take seconds
@@ -78,7 +78,7 @@ def data_show(
         return show_prepared(source, _tokenizer, samples, tokens)
 
     from hmf.config.data import DataRecipe
-    from hmf.config.runs import load_recipe
+    from hmf.config.recipes import load_recipe
 
     settings = load_recipe(source, DataRecipe, overrides or ())
     tokenizer = _tokenizer(settings.tokenizer)

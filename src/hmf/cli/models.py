@@ -223,7 +223,7 @@ def _evaluate_tasks(
     from hmf.config.runs import EvaluateSettings
     from hmf.data.tasks import TASKS
     from hmf.errors import unknown_name
-    from hmf.evaluation.command import save_tasks
+    from hmf.evaluation.command import save_tasks, task_files
     from hmf.evaluation.run import evaluate_checkpoint
     from hmf.report.table import print_scores
 
@@ -231,12 +231,14 @@ def _evaluate_tasks(
         if task not in TASKS:
             raise HmfError(f"--tasks: {unknown_name('task', task, TASKS)}")
     settings = EvaluateSettings.model_validate(fields)
+    files = task_files(folders, out, name, how["compose"])
     scores = {model: evaluate_checkpoint(folder, settings, name=model, **how) for model, folder in folders.items()}
     if as_json:
         typer.echo(json.dumps(scores, indent=2))
     else:
         print_scores(scores)
-    for file in save_tasks(scores, folders, out, name):
+    save_tasks(scores, files, how["compose"])
+    for file in files.values():
         typer.echo(f"saved {file}", err=True)
 
 

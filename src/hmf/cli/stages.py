@@ -124,7 +124,8 @@ def select(
     source = resolve_base(base)
 
     from hmf.config.pattern import Pattern
-    from hmf.config.runs import PrimeRecipe, read_recipe
+    from hmf.config.recipes import read_recipe
+    from hmf.config.runs import PrimeRecipe
     from hmf.priming.stage0 import base_config
     from hmf.report.curves import draw_curves
     from hmf.report.selection import draw_selection, print_selection
@@ -164,7 +165,8 @@ def distill(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     An interrupted run continues from its last checkpoint.
     """
-    from hmf.config.runs import DistillRecipe, read_recipe
+    from hmf.config.recipes import read_recipe
+    from hmf.config.runs import DistillRecipe
 
     settings, text = read_recipe(recipe, DistillRecipe, overrides or ())
     settings = with_checkpoint(settings, "model")  # before imports that take seconds
@@ -221,7 +223,8 @@ def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
     The methods are continued pretraining, supervised fine-tuning and preference optimisation (DPO). An interrupted run
     continues from its last checkpoint.
     """
-    from hmf.config.runs import FinetuneRecipe, read_recipe
+    from hmf.config.recipes import read_recipe
+    from hmf.config.runs import FinetuneRecipe
 
     settings, text = read_recipe(recipe, FinetuneRecipe, overrides or ())
     settings = with_checkpoint(settings, "model")
@@ -257,7 +260,8 @@ def prime(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     Everything is written to one run folder. Finished steps are not repeated.
     """
-    from hmf.config.runs import PrimeRecipe, read_recipe
+    from hmf.config.recipes import read_recipe
+    from hmf.config.runs import PrimeRecipe
 
     settings, text = read_recipe(recipe, PrimeRecipe, overrides or ())
     settings = with_checkpoint(settings, "base")

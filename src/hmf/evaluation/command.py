@@ -12,9 +12,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hmf.config.strict import parse_yaml, seal_json
+from hmf.config.strict import parse_sealed, parse_yaml, seal_json
 from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError, unknown_name
+from hmf.evaluation.chunks import Composition
 from hmf.evaluation.local import Local, Sampling
 from hmf.evaluation.paired import Pair, compare_all
 from hmf.evaluation.parity import parity
@@ -97,27 +98,44 @@ def pairs(stores: Mapping[str, Store]) -> dict[str, dict[str, Pair | None]]:
     return {other: compare_all(stores[first].answered, stores[other].answered) for other in others}
 
 
-def save_tasks(
-    scores: Mapping[str, Mapping[str, Any]],
-    models: Mapping[str, Path],
-    out: Path | None,
-    name: str | None,
-) -> list[Path]:
-    """Write the scores of the small tasks into `out`, or into the run folder that contains a model.
+def task_files(
+    models: Mapping[str, Path], out: Path | None, name: str | None, compose: Composition | None = None
+) -> dict[str, Path]:
+    """The file of each model's scores on the small tasks, in `out` or in the run folder that contains a model.
 
-    Returns the written files; none if there is no such folder.
+    Empty if there is no such folder. Raises HmfError if a file has the scores of another suite.
     """
-    options = Options(suite=SMALL, out=out, name=name)
-    folder, names = _places(models, options)
+    suite = small_suite(compose)
+    folder, names = _places(models, Options(suite=suite, out=out, name=name))
     if folder is None:
-        return []
-    files = []
-    for model, result in scores.items():
-        content = {"suite": SMALL, **result}
-        files.append(folder / f"scores.{names[model]}.json")
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_text(files[-1], seal_json(content))
+        return {}
+    files = {model: folder / f"scores.{names[model]}.json" for model in models}
+    for file in files.values():
+        if file.is_file() and (before := _suite_of(file)) != suite:
+            what = f"scores of {before}" if before else "other content"
+            raise HmfError(f"{file}: has {what}, not scores of {suite}; give another --name, or remove the file")
     return files
+
+
+def _suite_of(file: Path) -> str | None:
+    """The suite of a file of scores; None if it names none or is no such file."""
+    with suppress(OSError, ValueError):
+        return parse_sealed(file.read_text(encoding="utf-8")).get("suite")
+    return None
+
+
+def save_tasks(
+    scores: Mapping[str, Mapping[str, Any]], files: Mapping[str, Path], compose: Composition | None = None
+) -> None:
+    """Write the scores of each model to its file."""
+    for model, file in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(file, seal_json({"suite": small_suite(compose), **scores[model]}))
+
+
+def small_suite(compose: Composition | None) -> str:
+    """The suite of the small tasks; each composition is one of its own, so that it has its own files."""
+    return SMALL if compose is None else f"{SMALL}-{compose.keys}-{compose.states}-{compose.chunk}"
 
 
 def _places(models: Mapping[str, Path], options: Options) -> tuple[Path | None, dict[str, str]]:

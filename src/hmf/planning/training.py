@@ -12,7 +12,8 @@ from typing import Any
 
 from hmf.config.data import DataRecipe
 from hmf.config.pattern import require_fused
-from hmf.config.runs import DataSettings, DistillRecipe, DistillSettings, FinetuneRecipe, PrimeRecipe, load_recipe
+from hmf.config.recipes import load_recipe
+from hmf.config.runs import DataSettings, DistillRecipe, DistillSettings, FinetuneRecipe, PrimeRecipe
 from hmf.config.strict import Settings, parse_yaml
 from hmf.data.mixture import row_length
 from hmf.data.prepared import read_index

@@ -14,7 +14,8 @@ from huggingface_hub import try_to_load_from_cache
 from pydantic import Field, ValidationError
 
 from hmf import hub
-from hmf.config.runs import DistillRecipe, FinetuneRecipe, PrimeRecipe, read_recipe
+from hmf.config.recipes import read_recipe
+from hmf.config.runs import DistillRecipe, FinetuneRecipe, PrimeRecipe
 from hmf.config.strict import parse_sealed, parse_yaml
 from hmf.errors import HmfError
 from hmf.evaluation.results import Answered, Result, Scores, TaskResult, answers_of

@@ -20,7 +20,8 @@ from transformers import (
     set_seed,
 )
 
-from hmf.config.runs import DataSettings, RopeSettings, evaluation_conflicts, load_recipe
+from hmf.config.recipes import load_recipe
+from hmf.config.runs import DataSettings, RopeSettings, evaluation_conflicts
 from hmf.config.strict import Settings, Steps, require_none
 from hmf.config.training import OptimiserSettings
 from hmf.data import tasks, text

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading recipes: YAML files that describe runs. An unknown key is an error that suggests the closest valid key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from hmf.errors import HmfError, listed, unknown_name
+
+from .strict import Settings, parse_yaml
+from .training import ALTERNATIVES, RENAMED
+
+Recipe = TypeVar("Recipe", bound=Settings)
+SHOWN = 20  # largest number of errors of a recipe in one message
+
+
+def load_recipe(path: str | Path, kind: type[Recipe], overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a YAML recipe; HmfError names the file, the key and the fix."""
+    return read_recipe(path, kind, overrides)[0]
+
+
+def read_recipe(path: str | Path, kind: type[Recipe], overrides: Sequence[str] = ()) -> tuple[Recipe, str]:
+    """Read and check a YAML recipe.
+
+    Args:
+        overrides: "KEY=VALUE" for keys such as hybrid.mixer, with values in YAML; they replace values of the file.
+    Returns:
+        The recipe, and its text: that of the file or, with overrides, the YAML text that includes them.
+    Raises:
+        HmfError: names the file, the key and the fix.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise HmfError(f"{path}: no such recipe file; correct the path")
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = parse_yaml(text)
+    except OSError as error:
+        raise HmfError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise HmfError(f"{path}: not valid YAML ({error})") from None
+    if not isinstance(content, dict):
+        raise HmfError(f"{path}: a recipe must be a YAML mapping with the keys {', '.join(kind.model_fields)}")
+    for override in overrides:
+        _override(content, override)
+    if overrides:
+        text = yaml.safe_dump(content, sort_keys=False)
+    try:
+        return kind.model_validate(content, context={"file": path}), text
+    except ValidationError as error:
+        changed = f" with {' '.join(overrides):.200}" if overrides else ""
+        raise HmfError(f"{path}{changed}: {_problems(error, kind)}") from None
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    """Set the value of "a.b=value" in `content`."""
+    name, equals, value = override.partition("=")
+    *sections, key = name.split(".")
+    if not (equals and key and all(sections)):
+        raise HmfError(
+            f"--set {override:.200}: write KEY=VALUE with the full path of the key, for example hybrid.mixer=gka"
+        )
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise HmfError(f"--set {override:.200}: {section!r} is a value in this recipe and has no keys")
+    try:
+        content[key] = parse_yaml(value)
+    except ValueError:
+        raise HmfError(f"--set {override:.200}: the value is not valid YAML; quote it") from None
+    if sections[-1:] == ["training"]:  # a value replaces the file's under its other name too
+        present = RENAMED.get(key, key)
+        for name in list(content):
+            if name != key and RENAMED.get(name, name) in (present, ALTERNATIVES.get(present)):
+                del content[name]
+
+
+def _problems(error: ValidationError, kind: type[BaseModel]) -> str:
+    """All errors in one line. Several errors are numbered."""
+    # Unknown keys come first: a missing key is often a misspelt one.
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    lines = list(dict.fromkeys(_problem(problem, kind) for problem in problems))
+    if len(lines) == 1:
+        return lines[0]
+    return f"{len(lines)} errors: " + listed((f"({n}) {line}" for n, line in enumerate(lines, 1)), SHOWN, "; ")
+
+
+def _problem(problem: Any, kind: type[BaseModel]) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        section = _section(kind, problem["loc"][:-1])
+        prefix = ".".join(str(part) for part in problem["loc"][:-1])
+        name = str(problem["loc"][-1])
+        if (present := RENAMED.get(name)) in section.model_fields:
+            return f"{prefix}: {name} is the former name of {present}; give only {present}"
+        return f"{prefix + ': ' if prefix else ''}{unknown_name('key', name, section.model_fields)}"
+    if problem["type"] == "missing":
+        return f"{where}: is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    value = problem["input"]
+    shown = f" (got {value!r:.200})" if isinstance(value, str | int | float | bool | type(None)) else ""
+    return f"{where + ': ' if where else ''}{message}{shown}"
+
+
+def _section(kind: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
+    for name in location:
+        if isinstance(name, str):  # an item of a list has the class of the list's items
+            annotation: Any = kind.model_fields[name].annotation
+            while not isinstance(annotation, type):  # X | None, list[X]
+                annotation = get_args(annotation)[0]
+            kind = annotation
+    return kind
