@@ -253,6 +253,7 @@ def test_impossible_values_are_refused_by_file_and_key(model_type, name, key, va
         ("ministral3", {"rope_parameters": PLAIN | {"llama_4_scaling_beta": 0.1}}, "original_max_pos.* is missing"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 1}, "sliding_window: 0 masks"),
         ("qwen2", {"is_causal": False}, "is_causal: false"),
+        ("qwen2", {"return_dict": False}, "return_dict: false"),
     ],
 )
 def test_impossible_configs(family, fields, line, tmp_path):

@@ -177,7 +177,8 @@ def order_text(found: dict[str, Runs], what: str, column: str = "mean", smaller:
     names = sorted(found, key=lambda name: sum(x[column] for x in found[name].values()) / len(found[name]))
     names = names if smaller else names[::-1]
     digits = 3 if column.startswith("kl") else 1
-    ordered, open_ = [], []
+    ordered: list[str] = []
+    open_: list[str] = []
     for first, second in combinations(names, 2):
         seeds = sorted(found[first].keys() & found[second].keys())
         if not seeds:

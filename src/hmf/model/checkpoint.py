@@ -280,6 +280,8 @@ def require_values(content: dict[str, Any], file: Path) -> None:
         activation = content.get(name)
         if activation is not None and not (isinstance(activation, str) and activation in ACT2FN):
             raise HmfError(f"{file}: {unknown_name(name, str(activation), ACT2FN)}")
+    if content.get("return_dict") is False:
+        raise HmfError(f"{file}: return_dict: false: transformers runs no such model; remove the key")
     for name in FACTORS:
         value = content.get(name)
         if isinstance(value, int | float) and not 0 < value < math.inf:  # transformers checks the type

@@ -71,6 +71,8 @@ class HybridConfigMixin(Mixin):
             raise HmfError("config.json: is_causal: false: mixers are causal; give a causal base model")
         if getattr(self, "use_bidirectional_attention", False):
             raise HmfError("config.json: use_bidirectional_attention: mixers are causal; give a causal base model")
+        if self.return_dict is False:
+            raise HmfError("config.json: return_dict: false: transformers runs no such model; remove the key")
         self.head_dim = base_head_dim(self)  # published for every family, also where the base leaves it out
         count = self.num_hidden_layers
         if self.hybrid_override_pattern is None:
