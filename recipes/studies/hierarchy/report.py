@@ -181,12 +181,14 @@ def order_text(found: dict[str, Runs], what: str, column: str = "mean", smaller:
     open_: list[str] = []
     for first, second in combinations(names, 2):
         seeds = sorted(found[first].keys() & found[second].keys())
-        if not seeds:
+        if len(seeds) < 2:
             continue
         mean, half = interval([found[first][seed][column] - found[second][seed][column] for seed in seeds])
-        text = f"{first} and {second}: {spread_of(mean, half, digits)}"
+        text = f"{first} and {second}: {mean:+.{digits}f} ± {half:.{digits}f}"
         (ordered if abs(mean) > half else open_).append(text)
     count = len(ordered) + len(open_)
+    if not count:
+        return f"**Order by {what}.** No two types have two seeds in common, so that no difference has an interval."
     lines = [
         f"**Order by {what}.** Differences paired by seed; {len(ordered)} of {count} pairs are ordered. At 95%, "
         f"{count / 20:.1f} pairs would be so by chance alone.",
@@ -195,10 +197,6 @@ def order_text(found: dict[str, Runs], what: str, column: str = "mean", smaller:
         *(f"- not ordered: {text}" for text in open_),
     ]
     return "\n".join(lines)
-
-
-def spread_of(mean: float, half: float, digits: int) -> str:
-    return f"{mean:+.{digits}f}" + (" (one seed)" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
 def cost_table(lines: Lines) -> str:
