@@ -139,7 +139,9 @@ def test_a_version_that_an_op_lacks_is_a_finding(monkeypatch):
 
 
 def test_known_bad_combinations_are_notes(monkeypatch):
-    monkeypatch.setattr(dispatch, "known_bad_backward", lambda op, dtype: "wrong on this chip" if op == "gdn" else None)
+    monkeypatch.setattr(
+        dispatch, "known_bad_backward", lambda op, dtype, heads=None: "wrong on this chip" if op == "gdn" else None
+    )
     assert report_of(run("doctor", "--json"))["notes"] == ["known bad: gdn: wrong on this chip"]
 
 
@@ -179,7 +181,7 @@ class DeadPool(contextlib.AbstractContextManager):
 def test_a_kernel_that_kills_its_process_is_a_finding(monkeypatch):
     monkeypatch.setattr(doctor, "ProcessPoolExecutor", lambda *_: DeadPool())
     monkeypatch.setattr(dispatch, "ops", lambda: ["window"])
-    monkeypatch.setattr(dispatch, "known_bad_backward", lambda op, dtype: None)
+    monkeypatch.setattr(dispatch, "known_bad_backward", lambda op, dtype, heads=None: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     report = doctor.examine()
     problems = {check.device: check.problem for check in report.checks}

@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from hmf.bench.doctor import relative_error
-from hmf.ops import dispatch, samples
+from hmf.ops import dispatch, gated_delta_rule, samples
 
 CHUNK = 16
 CASES = [  # lengths or tokens of rows, heads, K, V, delta rule
@@ -111,6 +111,19 @@ def test_the_check_is_no_part_of_what_a_checkpointed_layer_saves():
     checkpoint(layer, x, use_reentrant=False).sum().backward()
     samples.gradient_off.cache_clear()
     assert torch.equal(x.grad, torch.ones(3).sin().exp() * torch.ones(3).cos())
+
+
+def test_the_check_has_the_heads_of_the_model(monkeypatch):
+    """So that fla tunes its kernels once."""
+    asked, chosen, choose = [], [], dispatch.choose
+    monkeypatch.setattr(dispatch, "_GRADIENT_CHECK", [lambda *args: asked.append(args)])
+    monkeypatch.setattr(dispatch, "miscompiled", lambda: "fla's backward is wrong here")
+    monkeypatch.setattr(dispatch, "_installed", lambda package: True)
+    monkeypatch.setattr(dispatch, "choose", lambda *args: chosen.append(args) or choose(*args))
+    q = torch.ones(1, 5, 3, 16, requires_grad=True)
+    gated_delta_rule(q, q, q, -torch.ones(1, 5, 3), torch.ones(1, 5, 3))
+    choose("gdn", "cuda", *chosen[0][2:])
+    assert asked == [("gdn", torch.float32, "cuda", (3, 16))]
 
 
 @pytest.mark.parametrize("op", ["gdn", "ssd"])

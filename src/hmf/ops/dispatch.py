@@ -45,12 +45,13 @@ def implementation(op: str, version: str, requires: str | None = None):
     return register
 
 
-# (op, dtype, device) -> the reason why the fast backward must not be used, or None. Some Triton releases miscompile it,
-# so it is checked before it is used. `hmf.ops.samples` registers the check.
-_GRADIENT_CHECK: list[Callable[[str, torch.dtype, str], str | None]] = []
+# (op, dtype, device, (heads, head_dim)) -> the reason why the fast backward must not be used, or None. Some Triton
+# releases miscompile it, so it is checked before it is used. `hmf.ops.samples` registers the check.
+_GRADIENT_CHECK: list[Callable[[str, torch.dtype, str, tuple[int, int]], str | None]] = []
+HEADS = (2, 64)  # number and size of the heads of a check that is not for a certain model
 
 
-def gradient_check(function: Callable[[str, torch.dtype, str], str | None]):
+def gradient_check(function: Callable[[str, torch.dtype, str, tuple[int, int]], str | None]):
     """Register the decorated function, which compares a fast backward with the chunked one before it is used."""
     _GRADIENT_CHECK.append(function)
     return function
@@ -101,8 +102,13 @@ def ops() -> list[str]:
     return sorted(_IMPLEMENTATIONS)
 
 
-def choose(op: str, device_type: str, requires_grad: bool, dtype: torch.dtype) -> tuple[Implementation, str]:
-    """The implementation that runs for tensors of this device and dtype, and the reason in one line."""
+def choose(
+    op: str, device_type: str, requires_grad: bool, dtype: torch.dtype, heads: tuple[int, int] = HEADS
+) -> tuple[Implementation, str]:
+    """The implementation that runs for tensors of this device and dtype, and the reason in one line.
+
+    heads: number and size of the heads, with which a recurrence's backward is checked on some GPUs.
+    """
     versions = _IMPLEMENTATIONS[op]
     if forced := os.environ.get("HMF_OPS"):
         if forced not in VERSIONS:
@@ -112,11 +118,13 @@ def choose(op: str, device_type: str, requires_grad: bool, dtype: torch.dtype) -
                 f"HMF_OPS={forced}: op {op!r} has only {', '.join(versions)}; unset HMF_OPS or select one of them"
             )
         return versions[forced], "selected by HMF_OPS"
-    reason = not_fast(op, device_type, requires_grad, dtype)
+    reason = not_fast(op, device_type, requires_grad, dtype, heads)
     return (versions["fast"], "CUDA tensors") if reason is None else (versions["chunked"], reason)
 
 
-def not_fast(op: str, device_type: str, requires_grad: bool, dtype: torch.dtype) -> str | None:
+def not_fast(
+    op: str, device_type: str, requires_grad: bool, dtype: torch.dtype, heads: tuple[int, int] = HEADS
+) -> str | None:
     """The reason why `op` has no fast version for such tensors, in one line, or None. HMF_OPS is ignored."""
     fast = _IMPLEMENTATIONS[op].get("fast")
     if fast is None:
@@ -127,7 +135,7 @@ def not_fast(op: str, device_type: str, requires_grad: bool, dtype: torch.dtype)
         return "float64 tensors"
     if fast.requires and not _installed(fast.requires):
         return f"{fast.requires} is not installed (pip install 'hybrid-model-factory[train]')"
-    return known_bad_backward(op, dtype) if requires_grad else None
+    return known_bad_backward(op, dtype, heads) if requires_grad else None
 
 
 def resolve(op: str, *tensors: torch.Tensor) -> Callable:
@@ -137,14 +145,15 @@ def resolve(op: str, *tensors: torch.Tensor) -> Callable:
     """
     sample = tensors[0]
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    chosen, why = choose(op, sample.device.type, grad, sample.dtype)
+    heads = (sample.shape[-2], sample.shape[-1])  # of a recurrence, whose first tensor is [B, T, H, K]
+    chosen, why = choose(op, sample.device.type, grad, sample.dtype, heads)
     on_gpu = sample.device.type == "cuda" and sample.dtype != torch.float64
     if chosen.version == "chunked" and on_gpu and "fast" in _IMPLEMENTATIONS[op]:
         warn_once(f"{op}: running the plain PyTorch version on the GPU: {why}")
     return chosen.function
 
 
-def known_bad_backward(op: str, dtype: torch.dtype) -> str | None:
+def known_bad_backward(op: str, dtype: torch.dtype, heads: tuple[int, int] = HEADS) -> str | None:
     """The reason why the fast backward of `op` in `dtype` cannot be used on this machine, or None.
 
     Where Triton miscompiles fla's kernel, `hmf.ops.fla_backend` replaces it. This needs an fla that has backends. KDA's
@@ -153,12 +162,12 @@ def known_bad_backward(op: str, dtype: torch.dtype) -> str | None:
     if op not in ("gdn", "kda", "ssd") or not (wrong := miscompiled()):
         return None
     if op == "kda":
-        return _GRADIENT_CHECK[-1](op, dtype, "cuda")
+        return _GRADIENT_CHECK[-1](op, dtype, "cuda", heads)
     if not (_installed("fla") and _installed("fla.backends")):
         return f"{wrong}, and fla is older than 0.6; pip install -U fla-core"
     if os.environ.get("FLA_DISABLE_BACKEND_DISPATCH") == "1":
         return f"{wrong}; unset FLA_DISABLE_BACKEND_DISPATCH"
-    return _GRADIENT_CHECK[-1](op, dtype, "cuda")
+    return _GRADIENT_CHECK[-1](op, dtype, "cuda", heads)
 
 
 def miscompiled() -> str | None:

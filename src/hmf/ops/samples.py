@@ -199,14 +199,18 @@ SAMPLES: dict[str, Callable[[Shape, _Random], Sample]] = {
 
 @dispatch.gradient_check
 @functools.cache
-def gradient_off(op: str, dtype: torch.dtype, device: str) -> str | None:
+def gradient_off(op: str, dtype: torch.dtype, device: str, heads: tuple[int, int] = dispatch.HEADS) -> str | None:
     """Compare the gradients of `op`'s fast and chunked versions on a small sample: how they differ, or None.
 
-    The check runs once in a process and compiles the kernels of a sample. It runs in a thread of its own: hooks on
+    heads: number and size of the sample's heads. The check runs once in a process for each.
+
+    fla tunes its kernels at their first use, once for each number and size of heads, whatever the number of tokens. The
+    sample has the heads of the model, so that kernels are tuned once. It has 2,047 tokens on a GPU, because the choice
+    for a hundred tokens would be a poor one for long rows. The check runs in a thread of its own: hooks on
     saved tensors belong to a thread, and activation checkpointing counts the tensors that a forward pass saves.
     """
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_gradient_off, op, dtype, _with_index(device)).result()
+        return thread.submit(_gradient_off, op, dtype, _with_index(device), heads).result()
 
 
 def _with_index(device: str) -> torch.device:
@@ -214,8 +218,9 @@ def _with_index(device: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
 
 
-def _gradient_off(op: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    made, gradients = sample(op, Shape(lengths=(70, 33))), {}
+def _gradient_off(op: str, dtype: torch.dtype, device: torch.device, heads: tuple[int, int]) -> str | None:
+    lengths = (2000, 47) if device.type == "cuda" else (70, 33)
+    made, gradients = sample(op, Shape(heads=heads[0], head_dim=heads[1], lengths=lengths)), {}
     for version, compute in (("chunked", torch.float32), ("fast", dtype)):
         tensors = {name: x.requires_grad_() for name, x in made.tensors(compute, device).items()}
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
