@@ -31,7 +31,7 @@ TASKS = ("recall", "needle", "arithmetic", "tool_call")
 MSE = ["distill.objective.layerwise_steps=0", "distill.objective.kl=0"]
 SUMS = ["distill.data.tasks.arithmetic=6", "distill.data.text_share=0.1"]
 FIFTH = ["distill.training.max_steps=54", "distill.training.warmup_steps=4", "distill.objective.layerwise_steps=32"]
-COPIED = "hybrid.start=copied"
+CALIBRATED = "hybrid.start=calibrated"
 ANSWERS = "TEACHER_ANSWERS"  # stands for a prepared set with the teacher's own answers
 KL_ALONE = "distill.objective.pre_lm_head=0"
 VARIANTS = {
@@ -54,12 +54,12 @@ VARIANTS = {
     "conversations": ["distill.data.text_share=0"],
     "more-arithmetic": SUMS,
     "more-arithmetic-kl": [*SUMS, KL_ALONE],
-    # Without the fit of the recipe's start; and one fifth of the steps, with and without it.
-    "copied": [COPIED],
-    "short-layerwise": ["distill.objective.layerwise_steps=60"],
+    # The start that is fitted, with the recipe's steps, and one fifth of them with and without it.
+    "calibrated": [CALIBRATED],
+    "calibrated-short-layerwise": [CALIBRATED, "distill.objective.layerwise_steps=60"],
     "fifth": FIFTH,
-    "copied-fifth": [COPIED, *FIFTH],
-    "fifth-no-layerwise": [*FIFTH, "distill.objective.layerwise_steps=0"],
+    "calibrated-fifth": [CALIBRATED, *FIFTH],
+    "calibrated-fifth-no-layerwise": [CALIBRATED, *FIFTH, "distill.objective.layerwise_steps=0"],
     "twice": ["distill.training.max_steps=540", "distill.objective.layerwise_steps=320"],
     "four-times": ["distill.training.max_steps=1080", "distill.objective.layerwise_steps=640"],
 }
