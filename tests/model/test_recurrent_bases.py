@@ -19,7 +19,7 @@ from hmf.config.runs import CalibrationSettings, HybridSettings
 from hmf.errors import HmfError
 from hmf.evaluation.chunks import Composition, Parts
 from hmf.evaluation.compose import prefill
-from hmf.layers.own import RECURRENT, own_layers, own_state_shapes
+from hmf.layers.own import OWN_SIZES, RECURRENT, own_layers, own_state_shapes
 from hmf.layers.registry import layer_states
 from hmf.model.checkpoint import load_model
 from hmf.model.convert import base_pattern, drop_teacher, footprint, hybrid_config, hybridise
@@ -248,12 +248,24 @@ def test_where_the_shape_does_not_fit_new_layers_have_that_of_attention(fields, 
     base = stock_model(**fields).config
     config = hybrid_config(base, Pattern.parse("*-GDN-*-*"))
     assert config.gdn_config["head_dim"] == base.head_dim
-    with pytest.raises(HmfError, match=f"config.json: gdn_config: own_shape: true, but .*{why}; leave it out"):
+    with pytest.raises(HmfError, match=f"config.json: gdn_config: own_shape: true, but .*{why}; correct that, or"):
         hybrid_config(base, Pattern.parse("*-GDN-*-*"), {"gdn_config": {"own_shape": True}})
     with pytest.raises(HmfError, match=f"^pattern: layer 0: GDN>GKA: .*{why}; write"):
         base_pattern(base, HybridSettings(pattern="GDN>GKA-*-*-*"))
     with pytest.raises(HmfError, match=f"gdn_config.own_shape: False: .*{why}; use the Hybrid's own format"):
         native_config(config)
+
+
+@pytest.mark.parametrize("key", OWN_SIZES)
+def test_sizes_of_the_bases_own_layers_are_checked(key):
+    """In a base and in the config of a Hybrid."""
+    base = stock_model().config
+    made = hybrid_config(base, Pattern.parse("*-GDN-*-*"))
+    setattr(base, key, 0)
+    fields = made.to_dict() | {key: 0}
+    for build in (lambda: hybrid_config(base, Pattern.parse("*-GDN-*-*")), lambda: type(made).from_dict(fields)):
+        with pytest.raises(HmfError, match=f"config.json: {key}: 0: give 1 or more"):
+            build()
 
 
 # --- a stock model again ---

@@ -82,7 +82,7 @@ class LayerOptions(BaseModel):
             raise HmfError(f"config.json: num_key_value_heads: {kv_heads} does not divide num_attention_heads, {heads}")
         own = user.get("own_shape") is True
         if own and (why := own_shape_problem(base)):
-            raise HmfError(f"{source}: own_shape: true, but {why}; leave it out")
+            raise HmfError(f"{source}: own_shape: true, but {why}; correct that, or leave own_shape out")
         dimensions = cls.dimensions(base, own)
         for key in cls.derived & (options or {}).keys():
             if (stored := (options or {})[key]) is not None and stored != dimensions[key]:
@@ -120,7 +120,7 @@ def own_shape_problem(base: Any) -> str | None:
     if (values := getattr(base, "linear_num_value_heads", None)) is None:
         return "the base has no recurrent layers of its own"
     keys, size = base.linear_num_key_heads, base.linear_value_head_dim
-    if values % keys:
+    if keys < 1 or values % keys:
         return f"linear_num_value_heads, {values}, is not a multiple of linear_num_key_heads, {keys}"
     if base.linear_key_head_dim != size:
         return f"linear_key_head_dim, {base.linear_key_head_dim}, differs from linear_value_head_dim, {size}"

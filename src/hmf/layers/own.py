@@ -20,6 +20,10 @@ from .gdn import l2_normalise
 
 RECURRENT = "linear_attention"  # transformers' name of such a layer in `layer_types`
 OWN_MODULE = "linear_attn"  # and of its module in a decoder layer
+OWN_SIZES = (
+    *("linear_num_key_heads", "linear_num_value_heads"),
+    *("linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim"),
+)
 
 
 @functools.cache
@@ -137,6 +141,9 @@ def check_own_layers(config: Any) -> None:
         raise HmfError(f"config.json: attn_output_gate: {config.attn_output_gate!r}: must be true, or left out")
     if config.hidden_act != "silu":
         raise HmfError(f"config.json: hidden_act: {config.hidden_act!r}: the convolutions of GDN layers need silu")
+    for name in OWN_SIZES:
+        if getattr(config, name) < 1:
+            raise HmfError(f"config.json: {name}: {getattr(config, name)}: give 1 or more")
     if config.linear_num_value_heads % config.linear_num_key_heads:
         raise HmfError(
             f"config.json: linear_num_value_heads: {config.linear_num_value_heads} is not a multiple of "
