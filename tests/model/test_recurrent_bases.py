@@ -19,6 +19,7 @@ from hmf.config.runs import CalibrationSettings, HybridSettings
 from hmf.errors import HmfError
 from hmf.evaluation.chunks import Composition, Parts
 from hmf.evaluation.compose import prefill
+from hmf.layers import own
 from hmf.layers.own import OWN_SIZES, RECURRENT, own_layers, own_state_shapes
 from hmf.layers.registry import layer_states
 from hmf.model.checkpoint import load_model
@@ -63,6 +64,29 @@ def hybrid_of(stock, pattern, **options):
     model = drop_teacher(hybridise(stock, Pattern.parse(pattern), options))
     randomise(model, seed=1)
     return model.eval()
+
+
+@pytest.mark.parametrize("family", OWN)
+@pytest.mark.usefixtures("in_float64")
+@torch.no_grad()
+def test_the_bases_own_layers_run_on_the_cpu_beside_gpu_kernels(family, monkeypatch):
+    """As where fla is installed: transformers then calls its kernels for tensors on the CPU too, and they fail."""
+    hybrid, ids = widened(hybrid_of(stock_model(family), "*-GDN-*-*")), random_ids(2, 20)
+    expected = hybrid(ids).logits
+
+    def kernel(*args, **kwargs):
+        raise ValueError("Pointer argument (at 0) cannot be accessed from Triton (cpu tensor?)")
+
+    stock = sys.modules[FAMILIES[family].class_named("ForCausalLM").__module__]
+    for name in ("chunk", "recurrent"):
+        monkeypatch.setattr(stock, f"torch_{name}_gated_delta_rule", kernel)
+    with pytest.raises(ValueError, match="cpu tensor"):
+        hybrid(ids)
+    monkeypatch.setattr(own, "_stock_needs_gpu", lambda: True)
+    assert_same(hybrid(ids).logits, expected)
+    start = hybrid(ids[:, :19], use_cache=True)
+    step = hybrid(ids[:, 19:], past_key_values=start.past_key_values, use_cache=True)
+    assert_same(torch.cat([start.logits, step.logits], 1), expected)
 
 
 # --- a recurrent layer of the base is replaced ---

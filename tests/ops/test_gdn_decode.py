@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decode kernel is the definition's step, in a pool of slots; without a GPU, in Triton's interpreter."""
+"""The decode kernel is the definition's step, in a pool of slots; without a GPU, in Triton's interpreter.
+
+The first run on a GPU takes minutes: the kernel is compiled for each shape, dtype and kind of decay.
+"""
 
 import os
 import subprocess

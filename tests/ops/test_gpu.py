@@ -2,6 +2,8 @@
 """The GPU kernels compute what the references define: outputs, final states, gradients.
 
 Truth and errors are those of `hmf doctor`: the float64 reference on the same numbers, relative norms of differences.
+The first run on a machine takes minutes: kernels are compiled for each pair of heads and head_dim, so the shapes share
+two pairs, and the test of tuned kernels tries about 100 variants of some.
 """
 
 import functools
@@ -19,9 +21,9 @@ pytestmark = pytest.mark.gpu
 
 SHAPES = {
     "rows": Shape(batch=2, tokens=200, heads=3, head_dim=64),
-    "rows from a state": Shape(batch=2, tokens=65, heads=2, head_dim=128, with_state=True),
-    "packed": Shape(lengths=(130, 1, 64, 20), heads=2, head_dim=64),
-    "packed from states": Shape(lengths=(3, 129, 1), heads=2, head_dim=128, with_state=True),
+    "rows from a state": Shape(batch=2, tokens=65, heads=3, head_dim=128, with_state=True),
+    "packed": Shape(lengths=(130, 1, 64, 20), heads=3, head_dim=64),
+    "packed from states": Shape(lengths=(3, 129, 1), heads=3, head_dim=128, with_state=True),
 }
 TOLERANCE = doctor.TOLERANCES["cuda"]
 KERNELS = [op for op in dispatch.ops() if "fast" in dispatch.implementations(op)]
@@ -88,7 +90,7 @@ def test_chunked_is_the_reference_on_the_gpu(op, shape):
 @pytest.mark.parametrize("op", KERNELS)
 def test_kernel_steps_like_the_whole(op):
     """A prefill and then one token at a time, each from the state before, give the whole sequence's outputs."""
-    shape = Shape(batch=2, tokens=70, heads=2, head_dim=64)
+    shape = Shape(batch=2, tokens=70, heads=3, head_dim=64)
     made, run = sample(op, shape), kernel(op, False)
     x = made.tensors(torch.bfloat16, "cuda")
     with_state = sample(op, replace(shape, with_state=True))
@@ -111,7 +113,7 @@ def test_kernel_steps_like_the_whole(op):
 
 @pytest.mark.parametrize("op", KERNELS)
 def test_a_document_without_tokens_keeps_its_state(op):
-    shape = Shape(lengths=(70, 0, 5), heads=2, head_dim=64, with_state=True)
+    shape = Shape(lengths=(70, 0, 5), heads=3, head_dim=64, with_state=True)
     made = sample(op, shape)
     gradients = dispatch.choose(op, "cuda", True, torch.bfloat16)[0].version == "fast"
     run, reference = kernel(op, gradients), dispatch.implementations(op)["reference"].function

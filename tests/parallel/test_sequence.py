@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows cut among processes give what whole rows give on one, for every layer type."""
+"""Rows cut among processes give what whole rows give on one, for every layer type.
+
+The first run on a GPU takes minutes: the kernels are compiled for each layer type.
+"""
 
 import copy
 from dataclasses import replace
@@ -8,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hmf.bench.doctor import one_variant
 from hmf.config.pattern import Pattern
 from hmf.errors import HmfError
 from hmf.model.convert import drop_teacher, hybridise
@@ -110,10 +114,12 @@ def test_two_chunks_on_one_gpu(case, tmp_path):
     job = ranks.Job(replace(case, base={"head_dim": 64}), "X-*-X", "long", 1)
     model = job.model().float().cuda()
     batch = {name: x.cuda() for name, x in job.batch().items()}
-    logits, wanted = ranks.loss_and_gradients(copy.deepcopy(model), dict(batch))
+    with one_variant():
+        logits, wanted = ranks.loss_and_gradients(copy.deepcopy(model), dict(batch))
     ranks.join(0, 1, tmp_path / "store", "nccl")
     try:
-        found, gradients = ranks.on_shards(model, batch, Group())
+        with one_variant():
+            found, gradients = ranks.on_shards(model, batch, Group())
     finally:
         dist.destroy_process_group()
     assert (found - logits).abs().max() < 0.02 * logits.abs().max()

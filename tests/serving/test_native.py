@@ -99,12 +99,17 @@ def dense(tmp_path_factory):
     return folder
 
 
+def ahead(folder):
+    """The PYTHONPATH on which `folder` comes first; vLLM may be on the rest of it."""
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def serve(folder, model, prompts, count=12, adapters=None, **options):
     """Greedy tokens and their log-probabilities, one pair per prompt, and how many drafted tokens were accepted."""
     (folder / "sitecustomize.py").write_text(START)
     request = {"prompts": prompts, "count": count, "adapters": adapters or [None] * len(prompts)}
     (folder / "request.json").write_text(json.dumps(request | {"options": SMALL | options}))
-    environment = os.environ | ENVIRONMENT | {"VLLM_PLUGINS": "", "PYTHONPATH": str(folder)}
+    environment = os.environ | ENVIRONMENT | {"VLLM_PLUGINS": "", "PYTHONPATH": ahead(folder)}
     command = [sys.executable, "-c", SERVE, model, folder / "request.json", folder / "rows.json"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -301,7 +306,7 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch, capsys):
     (tmp_path / "clean").mkdir()
     (tmp_path / "clean" / "sitecustomize.py").write_text(START)
     monkeypatch.setenv("VLLM_PLUGINS", "")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "clean"))
+    monkeypatch.setenv("PYTHONPATH", ahead(tmp_path / "clean"))
     server, address = start_server(native_folder, tmp_path / "log", *vllm[3:], "--enforce-eager")
     try:
         body = json.loads(curl[curl.index("-d") + 1])

@@ -7,6 +7,7 @@ Legend: B batch, T tokens, S sequences (rows or packed documents), H value heads
 from __future__ import annotations
 
 import functools
+import importlib.util
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ def own_recurrence_class(stock: type[nn.Module]) -> type[nn.Module]:
 
     Rows without padding and packed documents run through the base's own forward, so that they equal the base bit for
     bit. The others run through `hmf.ops`, as in the mixers: the base's forward lets packed documents and right padding
-    into its convolutions and states. States: conv [S, C, W - 1] and recurrent [S, H, K, V].
+    into its convolutions and states. On the CPU all rows run through `hmf.ops` where packages of GPU kernels are
+    installed, which the base's forward would call. States: conv [S, C, W - 1] and recurrent [S, H, K, V].
     """
 
     def mix(
@@ -61,7 +63,8 @@ def own_recurrence_class(stock: type[nn.Module]) -> type[nn.Module]:
         layout: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if layout is not None or "shards" in kwargs:
+        on_cpu = hidden_states.device.type == "cpu"
+        if layout is not None or "shards" in kwargs or (on_cpu and _stock_needs_gpu()):
             return Stateful.forward(self, hidden_states, layout, cache_params)[0]
         if cache_params is None:
             return stock.forward(self, hidden_states)
@@ -79,6 +82,12 @@ def own_recurrence_class(stock: type[nn.Module]) -> type[nn.Module]:
     namespace = {"mix": mix, "forward": forward, "symbol": RECURRENT, "float32_parameters": ("A_log", "dt_bias")}
     namespace |= {"sections": sections, "state_shapes": staticmethod(own_state_shapes)}
     return type(f"Own{stock.__name__}", (Stateful, stock), namespace)
+
+
+@functools.cache
+def _stock_needs_gpu() -> bool:
+    """Whether transformers runs these layers by packages of GPU kernels, which it takes for tensors of any device."""
+    return any(importlib.util.find_spec(package) is not None for package in ("fla", "causal_conv1d"))
 
 
 def _projected(layer: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
