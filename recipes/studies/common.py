@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from typing import Any
 Job = dict[str, Any]
 Lines = list[dict[str, Any]]
 # 97.5% quantile of Student's t by degrees of freedom, from 1; the normal one above.
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
 def carry_out(options: Any, plan: list[Job], key: Callable[[Job], str], work: Callable[[Any, Job], Iterable]) -> bool:
@@ -111,9 +112,10 @@ def read_lines(results: Path) -> Lines:
 
 
 def append(results: Path, lines: Lines) -> None:
-    """Only the first process writes, the lines of a run at once; a line that a kill cut off is ended first."""
+    """The lines of a run at once, by one process at a time; a line that a kill cut off is ended first."""
     with results.open("ab+") as file:
-        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
             file.write(b"\n")
         file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
 

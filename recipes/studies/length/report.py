@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from study import MODELS, read_lines
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from common import interval, read_lines
+from study import MODELS
 
 from hmf.errors import HmfError
 from hmf.evaluation.results import wilson
 
 Line = dict[str, Any]
-# 97.5% quantile of Student's t by degrees of freedom, from 1; 1.96 above.
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
 def main() -> None:
@@ -83,15 +85,6 @@ def share(correct: Sequence[int]) -> str:
 def paired(before: Sequence[int], after: Sequence[int]) -> tuple[float, float]:
     """Mean difference on the same prompts in points, and half of its 95% interval."""
     return interval([100 * (y - x) for x, y in zip(before, after, strict=True)])
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half of its 95% interval, NaN for one value."""
-    count, mean = len(values), sum(values) / len(values)
-    if count == 1:
-        return mean, math.nan
-    deviation = math.sqrt(sum((x - mean) ** 2 for x in values) / (count - 1))
-    return mean, (T[count - 2] if count - 2 < len(T) else 1.96) * deviation / math.sqrt(count)
 
 
 def perplexity_table(lines: list[Line]) -> str:

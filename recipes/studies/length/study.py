@@ -9,7 +9,6 @@ Results are lines of OUT/results.jsonl, written as they come; a study that was s
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import shutil
@@ -22,6 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from common import append, read_lines
 
 HERE = Path(__file__).resolve().parent
 HYBRIDS = ("short", "short-extended", "long", "long-extended")
@@ -195,26 +198,6 @@ def about(options: Any, stage: Stage) -> dict[str, Any]:
         rows = content.get("distill", content)["training"]["per_device_train_batch_size"]
         found["tokens"] = int(values["training.max_steps"]) * rows * int(values["data.sequence_length"])
     return found
-
-
-def read_lines(results: Path) -> list[dict[str, Any]]:
-    """All whole lines; one that an interruption cut off is ignored."""
-    lines = []
-    for line in results.read_text().splitlines() if results.is_file() else ():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
-
-
-def append(results: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Several processes write, one at a time; a line that a kill cut off is ended first."""
-    with results.open("ab+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-            file.write(b"\n")
-        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 # ---- scores
