@@ -187,8 +187,11 @@ def free_port() -> int:
 
 def run(target: Callable[..., None], count: int, *args: Any) -> None:
     """`target(rank, *args)` in `count` processes."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hmf.training.finetune", "tests.parallel.ranks"])
+    if torch.cuda.is_available():  # what is imported for a fork may have used CUDA, which a forked process cannot
+        context = multiprocessing.get_context("spawn")
+    else:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["hmf.training.finetune", "tests.parallel.ranks"])
     processes = [context.Process(target=target, args=(rank, *args)) for rank in range(count)]
     for process in processes:
         process.start()

@@ -357,8 +357,10 @@ def test_a_layer_that_holds_another_one_asks_for_its_metadata_too():
 
 
 @pytest.mark.parametrize("why", [None, "No module named 'missing_cutlass'"])
-def test_flashinfer_that_cannot_be_imported_is_reported(tmp_path, monkeypatch, why):
-    from hmf.serving.vllm import gdn
+def test_flashinfer_that_cannot_be_imported_is_reported_and_not_used(tmp_path, monkeypatch, why):
+    from vllm.platforms.interface import Platform, PlatformEnum
+
+    from hmf.serving.vllm import gdn, own
 
     package = tmp_path / "flashinfer"
     package.mkdir()
@@ -371,3 +373,15 @@ def test_flashinfer_that_cannot_be_imported_is_reported(tmp_path, monkeypatch, w
     monkeypatch.setattr(gdn.logger, "warning_once", lambda text, *values: warnings.append(text % values))
     assert gdn.has_flashinfer() == (why is None)
     assert [why in text for text in warnings] == ([True] if why else [])
+
+    class Hopper(Platform):
+        _enum = PlatformEnum.CUDA
+        is_device_capability = classmethod(lambda cls, capability, device_id=0: capability == 90)
+
+    shape = types.SimpleNamespace(linear_key_head_dim=128, linear_value_head_dim=128)
+    model_config = types.SimpleNamespace(hf_text_config=shape)
+    vllm_config = types.SimpleNamespace(additional_config={"kept": 1}, model_config=model_config)
+    monkeypatch.setitem(own._resolve_gdn_prefill_backend.__globals__, "current_platform", Hopper())
+    own.choose_prefill(vllm_config)
+    chosen = {"gdn_prefill_backend": "triton"} if why else {}
+    assert vllm_config.additional_config == {"kept": 1} | chosen

@@ -12,12 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
+from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import (
+    QwenGatedDeltaNetAttention,
+    _resolve_gdn_prefill_backend,
+)
 
 from hmf.layers.base import StateShape
 from hmf.layers.own import own_recurrence_class, own_state_shapes
 
 from .backends import HAS_KERNELS, RecurrentMetadataBuilder
+from .gdn import has_flashinfer
 from .hosted import HostedMixer
 from .recurrent import Tensors
 
@@ -46,8 +50,16 @@ def build(symbol: str, config: Any, quant_config: Any, prefix: str, stock: nn.Mo
     vllm_config = get_current_vllm_config()
     if not has_kernels(vllm_config):
         return OwnRecurrence(symbol, config, prefix)
+    choose_prefill(vllm_config)
     joined = hasattr(_hosted(config), "fix_query_key_value_ordering")  # the projections of Qwen3-Next
     return QwenGatedDeltaNetAttention(config, vllm_config, prefix, gqa_interleaved_layout=joined)
+
+
+def choose_prefill(vllm_config: VllmConfig) -> None:
+    """Ask vLLM for its Triton kernels where it would choose those of FlashInfer and these cannot be imported: it
+    imports them at the first prefill, and the engine would stop there."""
+    if _resolve_gdn_prefill_backend(vllm_config)[1] == "flashinfer" and not has_flashinfer():
+        vllm_config.additional_config = (vllm_config.additional_config or {}) | {"gdn_prefill_backend": "triton"}
 
 
 def _hosted(config: Any) -> Any:
