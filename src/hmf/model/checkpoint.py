@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.configuration_utils import remap_legacy_layer_types
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
@@ -25,6 +26,7 @@ from transformers.utils import logging
 
 from hmf.errors import HmfError, listed, notice, unknown_name
 from hmf.layers.base import Stateful
+from hmf.layers.own import RECURRENT
 
 from .configuration import building
 from .families import FAMILIES, Mixin, family_of
@@ -42,7 +44,7 @@ from .files import (
     stored_tensors,
     stored_values,
 )
-from .rope import check_rope, require_rope
+from .rope import LAYER_TYPES, check_rope, require_rope
 
 STORED = "stored"  # a dtype for `load_model`: each tensor keeps the dtype that it has in its file
 HEAD, EMBEDDINGS = "lm_head.weight", ("model.embed_tokens.weight", "embed_tokens.weight")
@@ -215,6 +217,12 @@ def load_config(source: str | Path, weights: bool = True) -> Any:
             f"{file}: {lines[1] if isinstance(error, StrictDataclassError) and lines[1:] else lines[0]}"
         ) from None
     if known:
+        if config.model_type != model_type:  # a mistral config with layer_types
+            raise HmfError(
+                f"{file}: layer_types: with this key transformers reads model_type {model_type!r} as "
+                f"{config.model_type!r}, which is not a supported family; remove the key if sliding_window applies to "
+                "every layer"
+            )
         require_rope(config, str(file))
         require_token_ids(file, config.vocab_size)
     settle(config, folder, weights)
@@ -274,7 +282,7 @@ def require_values(content: dict[str, Any], file: Path) -> None:
             raise HmfError(f"{file}: {name}: {value!r} is not a number from {lowest} to {highest}; correct it")
     for name in ("dtype", "torch_dtype"):
         value = content.get(name)
-        if value is not None and not (isinstance(value, str) and isinstance(_torch(value), torch.dtype)):
+        if value is not None and not (isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)):
             raise HmfError(f"{file}: {name}: {value!r} is not a dtype of PyTorch; write for example bfloat16")
     for name in ("hidden_act", "hidden_activation"):
         activation = content.get(name)
@@ -282,6 +290,11 @@ def require_values(content: dict[str, Any], file: Path) -> None:
             raise HmfError(f"{file}: {unknown_name(name, str(activation), ACT2FN)}")
     if content.get("return_dict") is False:
         raise HmfError(f"{file}: return_dict: false: transformers runs no such model; remove the key")
+    if content.get("output_attentions"):
+        raise HmfError(
+            f"{file}: output_attentions: transformers saves no such model, because its default attention returns none; "
+            "remove the key and give output_attentions=True to forward"
+        )
     for name in FACTORS:
         value = content.get(name)
         if isinstance(value, int | float) and not 0 < value < math.inf:  # transformers checks the type
@@ -289,7 +302,11 @@ def require_values(content: dict[str, Any], file: Path) -> None:
     rotated, layers = content.get("no_rope_layers"), content.get("num_hidden_layers")
     if isinstance(rotated, list) and isinstance(layers, int) and len(rotated) < layers:
         raise HmfError(f"{file}: no_rope_layers: has {len(rotated)} entries for {layers} layers; give one for each")
-    base = content["model_type"]
+    base, given = content["model_type"], content.get("layer_types")
+    if not base.startswith("hybrid_") and isinstance(given, list) and all(isinstance(kind, str) for kind in given):
+        kinds = (*LAYER_TYPES, *([RECURRENT] if FAMILIES[base].own_recurrence else []))
+        if unknown := [kind for kind in given if remap_legacy_layer_types([kind])[0] not in kinds]:
+            raise HmfError(f"{file}: layer_types: {unknown[0]!r} is not one of {', '.join(kinds)}; correct it")
     if content.get("hybrid_override_pattern") is not None and not base.startswith("hybrid_"):
         raise HmfError(
             f"{file}: hybrid_override_pattern: model_type {base!r} is not a Hybrid; remove the key, or set model_type "
@@ -297,10 +314,6 @@ def require_values(content: dict[str, Any], file: Path) -> None:
         )
     if nested := [name for name in NESTED if content.get(name) is not None]:
         raise HmfError(f"{file}: {nested[0]}: a {base} config contains no other config; remove the key")
-
-
-def _torch(name: str) -> Any:
-    return getattr(torch, name.removeprefix("torch."), None)
 
 
 def load_model(

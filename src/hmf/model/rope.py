@@ -105,6 +105,11 @@ def _check_by_layer_type(
     if name == "rope_scaling" and fields.get("rope_parameters"):
         raise HmfError(f"{source}: rope_scaling: the config has rope_parameters too; remove one of them")
     if name == "rope_scaling" or not table:
+        if "rope_type" not in table and table.get("type", "default") != "default":
+            raise HmfError(
+                f"{source}: {name}.type: {table['type']!r} is not read by transformers in {family.prefix}; rename the "
+                "key to rope_type"
+            )
         local = {"rope_theta": fields[LOCAL]} if fields.get(LOCAL) is not None else {}
         tables = {name: table, LOCAL: local}
     elif unknown := sorted(key for key in table if key not in LAYER_TYPES):
