@@ -22,7 +22,7 @@ from hmf.data.conversation import (
     without_thinking,
 )
 from hmf.data.template import MarkedConversation, Template
-from hmf.data.tokenizer import SpecialTokenSplitter, document_separator, encode_texts
+from hmf.data.tokenizer import SpecialTokenSplitter, document_separator, encode_texts, special_ids
 from hmf.errors import HmfError
 
 IGNORED = -100  # the label that transformers' losses ignore
@@ -275,7 +275,7 @@ class _Chat:
             )
 
     def check_end(self, ids: list[int]) -> None:
-        if not ids or ids[-1] not in self.tokenizer.all_special_ids:
+        if not ids or ids[-1] not in special_ids(self.tokenizer):
             shown = self.tokenizer.decode(ids[-8:])
             raise HmfError(
                 f"an assistant turn ends with {shown!r} instead of a special token, so the model would not learn to "
