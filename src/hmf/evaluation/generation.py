@@ -25,8 +25,8 @@ from hmf.training.checkpoints import replace_text
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Share of correct answers to `n` prompts, and share of answers that reached the token limit before their end, which
-    are not correct."""
+    """Share of correct answers to `n` prompts, and share of answers that reached the token limit before their end. The
+    latter are not correct."""
 
     accuracy: float
     n: int
@@ -104,7 +104,7 @@ def generating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the tokenizer's and those of the generation config, which may differ (Gemma, Llama)."""
+    """Tokens that end an answer: the tokenizer's and those of the generation config. They differ in Gemma."""
     configured = model.generation_config.eos_token_id if model.generation_config else None
     configured_ids = configured if isinstance(configured, list) else [configured]
     return [token for token in dict.fromkeys([tokenizer.eos_token_id, *configured_ids]) if token is not None]
