@@ -74,7 +74,7 @@ NUMBERS = [
 def test_a_switch_is_not_a_number(tmp_path_factory, key, value):
     """pydantic takes true for 1, so `kl_top_k: yes` would be a run with the one most likely token."""
     file = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
-    file.write_text("{model: a, output: b, training: {max_steps: 1}}")
+    file.write_text("{model: a, output: b, training: {max_steps: 1, per_device_train_batch_size: 1}}")
     with pytest.raises(HmfError, match=f"{key}: a number is expected, not true or false"):
         load_recipe(file, DistillRecipe, [f"{key}={value}"])
     read = load_recipe(file, DistillRecipe, [f"training.gradient_checkpointing={value}", "objective.pre_lm_head=yes"])
@@ -86,12 +86,9 @@ def test_a_switch_is_not_a_number(tmp_path_factory, key, value):
 def test_a_number_is_the_decimal_one_that_is_written_or_refused(number, written):
     """YAML 1.1 reads 0512 in base 8 and 5:12 in base 60."""
     text = written.format(number)
-    try:
-        read = parse_yaml(f"seed: {text}")["seed"]
-    except ValueError as error:
-        assert f"{text} in line 1" in str(error)
-    else:
-        assert int(read) == int(text)
+    if yaml.safe_load(text) not in (text, int(text.partition(":")[0])):
+        with pytest.raises(ValueError, match=f"{text} in line 1 is a number in base"):
+            parse_yaml(f"seed: {text}")
     for other in (f"'{text}'", f"x{text}"):
         assert parse_yaml(f"name: {other}") == {"name": other.strip("'")}
 
@@ -101,7 +98,7 @@ def test_a_key_that_yaml_reads_as_a_switch_is_named(tmp_path, line):
     file = tmp_path / "recipe.yaml"
     file.write_text(f"model: a\n{line}\n")
     key = next(key for key in ("on", "no", "yes") if f"{key}:" in line)
-    with pytest.raises(HmfError, match=f"the key '{key}' in line 2 means .* in YAML; quote it"):
+    with pytest.raises(HmfError, match=f"the key '{key}' in line 2 means true or false in YAML; quote it"):
         load_recipe(file, DistillRecipe)
 
 

@@ -262,6 +262,9 @@ REFUSED = {
     "number": ([user(5), HELLO], r"messages\[0\].content: a number is not text"),
     "strings": ([user(["x", "y"]), HELLO], r"messages\[0\].content: a list is not text"),
     "nothing": ([user(None), HELLO], r"messages\[0\].content: .*needs content"),
+    "mask": ([HI, answer("x", mask=[1])], r"messages\[1\].mask: unknown key; write weight, 0"),
+    "another's role": ([HI, {"role": "model", "content": "x"}], "role is assistant, not 'model'"),
+    "half a thought": ([HI, answer("x</think>y")], "write thinking into reasoning_content without tags, or use"),
     "no result": ([HI, CALLS, result([], "a"), HELLO], r"messages\[2\].content: an empty list"),
     "no object": (
         [HI, answer("", tool_calls=[call(arguments="[1]")])],
@@ -352,6 +355,8 @@ def test_what_the_template_leaves_out_is_named(templated, name):
 
 
 def test_keys_can_be_ignored_and_empty_ones_are_absent(templated):
+    blank = [HI, answer("Hello.", reasoning_content=" \n", thinking="")]
+    assert encode_chat(templated("qwen3"), blank) == encode_chat(templated("qwen3"), [HI, HELLO])
     empty = {"name": None, "refusal": None, "tool_calls": [], "annotations": [], "audio": {}, "prefix": ""}
     wanted = encode_chat(templated(None), [HI, HELLO])
     assert encode_chat(templated(None), [HI, HELLO | empty]) == wanted

@@ -166,17 +166,18 @@ class _UniqueKeys(yaml.SafeLoader):
         # At this point, merges (<<), which may repeat keys, have not been applied yet.
         node = super().compose_mapping_node(anchor)
         seen = set()
+        switches = []
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 name = self.construct_object(key)
-                if isinstance(name, bool):
-                    raise ValueError(
-                        f"the key {key.value!r} in line {key.start_mark.line + 1} means {str(name).lower()} in YAML; "
-                        "quote it"
-                    )
                 if name in seen:
                     raise ValueError(f"the key {name!r} occurs twice, again in line {key.start_mark.line + 1}")
                 seen.add(name)
+                switches += [key] if isinstance(name, bool) else []
+        for key in switches[:1]:
+            raise ValueError(
+                f"the key {key.value!r} in line {key.start_mark.line + 1} means true or false in YAML; quote it"
+            )
         return node
 
     def construct_scalar(self, node: Any) -> Any:
