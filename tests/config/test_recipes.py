@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from hmf.config.recipes import SHOWN, load_recipe
 from hmf.config.runs import DistillRecipe, FinetuneRecipe, PrimeRecipe
+from hmf.config.strict import parse_yaml
 from hmf.config.training import RENAMED, OptimiserSettings
 from hmf.errors import HmfError, notice
 from hmf.training.pretrain import PretrainOptimiserSettings
@@ -55,6 +56,50 @@ def test_keys_that_do_not_fit_together_are_all_named(tmp_path):
 def test_a_file_of_errors_alone_is_cut(tmp_path):
     line = error_of(tmp_path, DistillRecipe, {f"wrong {number}": 1 for number in range(100)})
     assert "103 errors: (1) " in line and f"({SHOWN}) " in line and line.endswith(f" and {103 - SHOWN} more")
+
+
+SWITCHES = ["yes", "no", "on", "off", "true", "false"]
+NUMBERS = [
+    "training.max_steps",
+    "training.learning_rate",
+    "data.sequence_length",
+    "data.text_share",
+    "seed",
+    "objective.kl_top_k",
+]
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+@given(value=st.sampled_from(SWITCHES))
+def test_a_switch_is_not_a_number(tmp_path_factory, key, value):
+    """pydantic takes true for 1, so `kl_top_k: yes` would be a run with the one most likely token."""
+    file = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    file.write_text("{model: a, output: b, training: {max_steps: 1, per_device_train_batch_size: 1}}")
+    with pytest.raises(HmfError, match=f"{key}: a number is expected, not true or false"):
+        load_recipe(file, DistillRecipe, [f"{key}={value}"])
+    read = load_recipe(file, DistillRecipe, [f"training.gradient_checkpointing={value}", "objective.pre_lm_head=yes"])
+    assert read.training.gradient_checkpointing is (value in ("yes", "on", "true"))
+    assert read.objective.pre_lm_head == {0: 1.0}  # a documented meaning
+
+
+@given(st.integers(0, 10**6), st.sampled_from(["0{}", "00{}", "{}:30", "{}_0"]))
+def test_a_number_is_the_decimal_one_that_is_written_or_refused(number, written):
+    """YAML 1.1 reads 0512 in base 8 and 5:12 in base 60."""
+    text = written.format(number)
+    if yaml.safe_load(text) not in (text, int(text.partition(":")[0])):
+        with pytest.raises(ValueError, match=f"{text} in line 1 is a number in base"):
+            parse_yaml(f"seed: {text}")
+    for other in (f"'{text}'", f"x{text}"):
+        assert parse_yaml(f"name: {other}") == {"name": other.strip("'")}
+
+
+@pytest.mark.parametrize("line", ["on: 3", "data: {no: 3}", "training: {y: 1, yes: 2}"])
+def test_a_key_that_yaml_reads_as_a_switch_is_named(tmp_path, line):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"model: a\n{line}\n")
+    key = next(key for key in ("on", "no", "yes") if f"{key}:" in line)
+    with pytest.raises(HmfError, match=f"the key '{key}' in line 2 means true or false in YAML; quote it"):
+        load_recipe(file, DistillRecipe)
 
 
 # ---- names

@@ -3,6 +3,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,50 @@ def test_arguments_as_json_text_are_those_of_an_object(templated, template):
     assert '{"city": "Lyon", "days": 3, "unit": null}' in text.split("|", 1)[1]
 
 
+VALUES = "{% for k, v in c.function.arguments.items() %}<{{ k }}>{{ VALUE }}{% endfor %}"
+AS_TEXT = OLD.replace("{{ c.function.arguments | tojson }}", VALUES.replace("VALUE", "v"))
+READS_PARAMETERS = OLD.replace("tool | tojson", "[tool.name, tool.description, tool.parameters or {}] | tojson")
+NO_NULL = OLD.replace(
+    "{{ c.function.arguments | tojson }}",
+    VALUES.replace("<{{ k }}>{{ VALUE }}", "{% if v is not none %}<{{ k }}>{{ v | tojson }}{% endif %}"),
+)
+
+
+@pytest.mark.parametrize(
+    "template", [None, OLD, TEXT_ARGUMENTS, AS_IT_IS, AS_TEXT, "qwen3", "qwen3_5_think", "qwen3_8", "llama3_1"]
+)
+def test_null_true_and_false_are_those_of_json(templated, template):
+    """Qwen3.5's published template writes None and True; where values are text, JSON's literals are passed as text."""
+    talk = [
+        user("None or True?"),
+        answer(None, tool_calls=[call(arguments={"unit": None, "now": True, "on": False, "word": "True"})]),
+    ]
+    tokenizer = templated(template)
+    [document] = encode_chat(tokenizer, talk)
+    text = tokenizer.decode(document.ids[len(document.prompt) :])
+    names = {"unit": "null", "now": "true", "on": "false", "word": "True"}
+    assert all(re.search(rf"\b{name}\b\W+{value}\b", text) for name, value in names.items())
+    assert not re.search(r"None|False", text) and '"null"' not in text and "'null'" not in text
+
+
+def test_literals_inside_of_arguments(templated):
+    nested = [user("q"), answer(None, tool_calls=[call(arguments={"place": [None, {"now": True}]})])]
+    assert '[null, {"now": true}]' in text_of(templated("qwen3_5_think"), nested)
+    for refused, message in [(AS_TEXT, "Python's notation"), (NO_NULL, "leaves its tool calls out")]:
+        talk = nested if refused == AS_TEXT else [user("q"), answer(None, tool_calls=[call(arguments={"place": None})])]
+        with pytest.raises(HmfError, match=message):
+            encode_chat(templated(refused), talk)
+
+
+def test_the_schema_of_a_tool_may_have_another_key(templated):
+    """Anthropic's input_schema is in the text where a template writes tools whole, and refused where it is left out."""
+    schema = {"type": "object", "properties": {"townname": {"type": "string"}}}
+    tools = [{"name": "weather", "description": "Now.", "input_schema": schema}]
+    assert "townname" in text_of(templated("qwen3"), [user("q"), answer("a")], tools)
+    with pytest.raises(HmfError, match=r"leaves tools out \(weather\)"):
+        encode_chat(templated(READS_PARAMETERS), [user("q"), answer("a")], tools)
+
+
 def test_a_template_is_given_the_form_that_it_reads(templated):
     talk = [HI, answer("", tool_calls=[call()])]
     assert 'args {"city": "Lyon", "days": 3, "unit": null}' in text_of(templated(TEXT_ARGUMENTS), talk, TOOLS)
@@ -217,6 +262,9 @@ REFUSED = {
     "number": ([user(5), HELLO], r"messages\[0\].content: a number is not text"),
     "strings": ([user(["x", "y"]), HELLO], r"messages\[0\].content: a list is not text"),
     "nothing": ([user(None), HELLO], r"messages\[0\].content: .*needs content"),
+    "mask": ([HI, answer("x", mask=[1])], r"messages\[1\].mask: unknown key; write weight, 0"),
+    "another's role": ([HI, {"role": "model", "content": "x"}], "role is assistant, not 'model'"),
+    "half a thought": ([HI, answer("x</think>y")], "write thinking into reasoning_content without tags, or use"),
     "no result": ([HI, CALLS, result([], "a"), HELLO], r"messages\[2\].content: an empty list"),
     "no object": (
         [HI, answer("", tool_calls=[call(arguments="[1]")])],
@@ -307,6 +355,8 @@ def test_what_the_template_leaves_out_is_named(templated, name):
 
 
 def test_keys_can_be_ignored_and_empty_ones_are_absent(templated):
+    blank = [HI, answer("Hello.", reasoning_content=" \n", thinking="")]
+    assert encode_chat(templated("qwen3"), blank) == encode_chat(templated("qwen3"), [HI, HELLO])
     empty = {"name": None, "refusal": None, "tool_calls": [], "annotations": [], "audio": {}, "prefix": ""}
     wanted = encode_chat(templated(None), [HI, HELLO])
     assert encode_chat(templated(None), [HI, HELLO | empty]) == wanted

@@ -240,6 +240,8 @@ REFUSED = {
     "history": ({"instruction": "a", "output": "b", "history": ["c"]}, "alpaca", r"history\[0\]: a list of two texts"),
     "surrogate": ({"instruction": "a", "output": "\ud83d"}, "alpaca", r"messages\[1\].content: a lone surrogate"),
     "empty": ({"prompt": "", "completion": "a"}, "prompt_completion", "prompt: is empty"),
+    "unwanted": ({"prompt": "a", "completion": "b", "label": False}, "prompt_completion", "'label' is false, as KTO"),
+    "messages": ({"conversations": said(("user", "a"))}, "sharegpt", "leave shape out and set messages_field"),
     "messages as text": (
         {"prompt": json.dumps(said(("user", "a"))), "completion": "b"},
         "prompt_completion",
@@ -288,6 +290,15 @@ def test_fields_that_belong_to_a_conversation_are_read_or_ignored_by_name(tmp_pa
     assert ignored.messages == row["messages"]
 
 
+@pytest.mark.parametrize("mask", [[0, 1], [False, True], [1.0, 0.0]])
+def test_a_mask_of_messages_is_not_passed_over(tmp_path, mask):
+    row = {"messages": said(("user", "a"), ("assistant", "b")), "loss_mask": mask, "scores": [0.5, 1], "tags": ["x", 1]}
+    with pytest.raises(HmfError, match="'loss_mask' has 0 or 1 for each message .* write weight"):
+        shaped(tmp_path, row, messages_field="messages")
+    ignored = shaped(tmp_path, row, messages_field="messages", ignore_fields=["loss_mask"])
+    assert ignored.messages == row["messages"]
+
+
 ASKED = said(("user", "1+1?"))
 PAIRS = {
     None: {"prompt": "1+1?", "chosen": "2", "rejected": [{"role": "assistant", "content": "3"}]},
@@ -307,6 +318,16 @@ PAIRS = {
 def test_pairs_have_shapes_too(tmp_path, shape):
     pair = shaped(tmp_path, PAIRS[shape], PairSettings, shape=shape)
     assert (pair.prompt, [pair.chosen, pair.rejected]) == (ASKED, said(("assistant", "2"), ("assistant", "3")))
+
+
+def test_a_suggested_shape_of_pairs_is_one_of_theirs(tmp_path):
+    """Of rows for SFT there are others: prompt_completion is none for pairs, ultrafeedback none for documents."""
+    for shape in ("ultrafeedback", "sharegpt", "alpaca"):
+        row = {name: value for name, value in PAIRS[shape].items() if name != "prompt"}
+        with pytest.raises(HmfError, match=f"no field 'prompt'; .*, or shape: {shape}$"):
+            shaped(tmp_path, row, PairSettings)
+    with pytest.raises(HmfError, match="no field 'chosen'; .* the recipe's key for its name$"):
+        shaped(tmp_path, {"prompt": "a", "completion": "b", "label": True}, PairSettings)
 
 
 def test_pairs_that_do_not_share_their_prompt_are_refused(tmp_path):

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedded teacher can do what its record says, on a reduced score."""
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,33 @@ def test_answers_come_back_in_order_whatever_the_batch(teacher):
     assert together == generate_answers(*teacher, samples, batch_size=2)
     # Cut short, an answer counts as truncated.
     assert not any(one.ended for one in generate_answers(*teacher, samples, batch_size=5, max_new_tokens=1))
+
+
+@pytest.mark.parametrize("published", ["ends with the text", "names no padding", "no end but the model's"])
+def test_answers_end_where_the_model_ends_them(teacher, published):
+    """As in tokenizers of Gemma, whose EOS ends texts, of Llama, without padding, and of base models without a chat."""
+    model, tokenizer = copy.deepcopy(teacher[0]), copy.deepcopy(teacher[1])
+    samples = [tasks.sample("arithmetic", seed, tokenizer, 128) for seed in range(3)]
+    expected = generate_answers(*teacher, samples)
+    match published:
+        case "ends with the text":
+            tokenizer.eos_token = "<|endoftext|>"
+        case "names no padding":
+            tokenizer.pad_token = None
+        case _:
+            tokenizer.eos_token = tokenizer.pad_token = model.generation_config.pad_token_id = None
+    assert generate_answers(model, tokenizer, samples) == expected
+    assert {one.end for one in expected} == {"<|im_end|>"}
+
+
+def test_an_answer_that_is_cut_off_is_not_correct(teacher):
+    """It could go on: 12 might become 125."""
+    samples = [tasks.sample("arithmetic", 1, teacher[1], 128, split="heldout", thinking=False)]
+    [whole] = generate_answers(*teacher, samples)
+    right = [replace(samples[0], answer=whole.text.strip())]
+    assert task_accuracy(*teacher, right).accuracy == 1
+    score = task_accuracy(*teacher, right, max_new_tokens=whole.tokens)
+    assert (score.accuracy, score.truncated) == (0, 1)
 
 
 def test_answers_are_kept_with_their_prompts(teacher, tmp_path):

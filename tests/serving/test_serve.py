@@ -280,6 +280,12 @@ class TestChat:
         list(chat.answer("Hi"))
         assert not chat.cut_off
 
+    def test_the_tokenizer_ends_an_answer_where_the_generation_config_does_not(self, scripted):
+        chat = LocalChat(scripted, max_new_tokens=100)
+        chat.model.generation_config.eos_token_id = None
+        list(chat.answer("Hi"))
+        assert chat.messages[-1]["content"].endswith("Hello world") and not chat.cut_off
+
     def test_composed(self, scripted):
         """The conversation grows beyond one chunk; a script answers to the prompt's last token alone."""
         chat = LocalChat(scripted, compose=Composition(chunk=16, tail=4))

@@ -16,6 +16,12 @@ from .strict import Settings, parse_yaml
 from .training import ALTERNATIVES, RENAMED
 
 Recipe = TypeVar("Recipe", bound=Settings)
+# Messages of pydantic that name its classes.
+_PLAIN = {
+    "model_type": "a section of keys is expected",
+    "path_type": "a path is expected; quote it",
+    "invalid_key": "a key must be text; quote it",
+}
 SHOWN = 20  # largest number of errors of a recipe in one message
 
 
@@ -71,8 +77,8 @@ def _override(content: dict[str, Any], override: str) -> None:
             raise HmfError(f"--set {override:.200}: {section!r} is a value in this recipe and has no keys")
     try:
         content[key] = parse_yaml(value)
-    except ValueError:
-        raise HmfError(f"--set {override:.200}: the value is not valid YAML; quote it") from None
+    except ValueError as error:
+        raise HmfError(f"--set {override:.200}: the value is not valid YAML ({error}); quote it") from None
     if sections[-1:] == ["training"]:  # a value replaces the file's under its other name too
         present = RENAMED.get(key, key)
         for name in list(content):
@@ -101,7 +107,7 @@ def _problem(problem: Any, kind: type[BaseModel]) -> str:
         return f"{prefix + ': ' if prefix else ''}{unknown_name('key', name, section.model_fields)}"
     if problem["type"] == "missing":
         return f"{where}: is missing"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = _PLAIN.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
     value = problem["input"]
     shown = f" (got {value!r:.200})" if isinstance(value, str | int | float | bool | type(None)) else ""
     return f"{where + ': ' if where else ''}{message}{shown}"

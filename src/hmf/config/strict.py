@@ -8,10 +8,11 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from hmf.errors import HmfError
 
@@ -20,6 +21,30 @@ class Settings(BaseModel):
     """Base of every recipe section."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        if isinstance(value, bool) and _numbers_alone(cls.model_fields[info.field_name].annotation):
+            raise ValueError("a number is expected, not true or false, as YAML reads yes, no, on and off")
+        return value
+
+
+def _numbers_alone(annotation: Any) -> bool:
+    """Whether a type has numbers as values and no true or false, which pydantic would take for 1 and 0."""
+    kinds = _kinds(annotation)
+    return bool(kinds & {int, float}) and bool not in kinds
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types of which a value may be: of X | None they are X and None."""
+    match get_origin(annotation):
+        case origin if origin is Annotated:
+            return _kinds(get_args(annotation)[0])
+        case origin if origin in (Union, UnionType):
+            return set().union(*map(_kinds, get_args(annotation)))
+    return {annotation}
 
 
 def require_none(conflicts: Iterable[str]) -> None:
@@ -141,13 +166,33 @@ class _UniqueKeys(yaml.SafeLoader):
         # At this point, merges (<<), which may repeat keys, have not been applied yet.
         node = super().compose_mapping_node(anchor)
         seen = set()
+        switches = []
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 name = self.construct_object(key)
                 if name in seen:
                     raise ValueError(f"the key {name!r} occurs twice, again in line {key.start_mark.line + 1}")
                 seen.add(name)
+                switches += [key] if isinstance(name, bool) else []
+        for key in switches[:1]:
+            raise ValueError(
+                f"the key {key.value!r} in line {key.start_mark.line + 1} means true or false in YAML; quote it"
+            )
         return node
+
+    def construct_scalar(self, node: Any) -> Any:
+        """The text of a scalar. ValueError for numbers that YAML 1.1 does not read as the decimal numbers they seem."""
+        value = super().construct_scalar(node)
+        if node.tag in _NUMBER_TAGS and _NOT_DECIMAL.match(value):
+            raise ValueError(
+                f"{value} in line {node.start_mark.line + 1} is a number in base {60 if ':' in value else 8} in YAML; "
+                "quote it, or write the decimal number without a leading 0"
+            )
+        return value
+
+
+_NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_NOT_DECIMAL = re.compile(r"[-+]?(?:0[0-7_]*[0-7]$|[0-9_]+:)")
 
 
 def require_text(value: Any, place: str) -> None:

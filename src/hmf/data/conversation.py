@@ -20,6 +20,9 @@ CALL_KEYS, FUNCTION_KEYS = ("id", "type", "function", "index"), ("name", "argume
 THINK_BLOCK = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 _ELSEWHERE = {
     "function_call": "belongs to OpenAI's older format; write tool_calls, and the result as a message of role tool",
+    **dict.fromkeys(
+        ("train", "trainable", "loss", "mask"), "write weight instead, 0 for a turn that is not supervised"
+    ),
     "functions": "belongs to OpenAI's older format; write tools beside the messages",
 }
 
@@ -127,6 +130,9 @@ def _message(message: Any, place: str, ignored: frozenset[str]) -> Message:
                 "calls"
             )
         made["tool_calls"] = _calls(made["tool_calls"], f"{place}.tool_calls", ignored)
+    for name in REASONING_FIELDS:
+        if isinstance(made.get(name), str) and not made[name].strip():
+            del made[name]
     thoughts = [name for name in REASONING_FIELDS if name in made]
     for name in (*thoughts, *(name for name in ("name", "tool_call_id") if name in made)):
         if not isinstance(made[name], str):

@@ -12,6 +12,8 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from hmf.data.conversation import (
+    RESULT_ROLES,
+    ROLES,
     THINK_BLOCK,
     Message,
     messages_after,
@@ -22,7 +24,7 @@ from hmf.data.conversation import (
     without_thinking,
 )
 from hmf.data.template import MarkedConversation, Template
-from hmf.data.tokenizer import SpecialTokenSplitter, document_separator, encode_texts
+from hmf.data.tokenizer import SpecialTokenSplitter, document_separator, encode_texts, special_ids
 from hmf.errors import HmfError
 
 IGNORED = -100  # the label that transformers' losses ignore
@@ -103,7 +105,9 @@ def encode_chat(
     messages, tools = normalise(messages, tools, ignore_keys)
     answers = [index for index, message in enumerate(messages) if supervised(message)]
     if not answers:
-        raise HmfError("no assistant turn is supervised; remove the row or add an answer")
+        others = sorted({message["role"] for message in messages} - {*ROLES, *RESULT_ROLES})
+        named = f" (an answer's role is assistant, not {' or '.join(map(repr, others))})" if others else ""
+        raise HmfError(f"no assistant turn is supervised{named}; remove the row or add an answer")
     messages = messages[: len(messages) - messages_after(messages)]
     if thinking == "strip":
         messages = [without_thinking(message) for message in messages]
@@ -191,7 +195,9 @@ class _Chat:
             prompt = self.template.render(messages[:index], tools, add_generation_prompt=True, enable_thinking=thinking)
             whole = self.template.render(messages[: index + 1], tools, enable_thinking=thinking)
             if not whole.startswith(prompt):
-                raise HmfError(f"messages[{index}]: {_difference(prompt, whole)}")
+                tagged = "</think>" in text_of(messages[index]["content"])
+                fix = "write thinking into reasoning_content without tags, or " if tagged else ""
+                raise HmfError(f"messages[{index}]: {_difference(prompt, whole, fix)}")
             # The template may write a newline after the end-of-turn token; it does not belong to the turn.
             turn = whole[len(prompt) :].rstrip("\n")
             self.check_doubled(index, prompt[-32:] + turn)
@@ -275,7 +281,7 @@ class _Chat:
             )
 
     def check_end(self, ids: list[int]) -> None:
-        if not ids or ids[-1] not in self.tokenizer.all_special_ids:
+        if not ids or ids[-1] not in special_ids(self.tokenizer):
             shown = self.tokenizer.decode(ids[-8:])
             raise HmfError(
                 f"an assistant turn ends with {shown!r} instead of a special token, so the model would not learn to "
@@ -289,7 +295,7 @@ def _hidden(message: Message, splitter: SpecialTokenSplitter) -> Message:
     return {key: value if key == "role" else splitter.hide(value, marks) for key, value in message.items()}
 
 
-def _difference(prompt: str, whole: str) -> str:
+def _difference(prompt: str, whole: str, fix: str) -> str:
     same = next(
         (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole))
     )
@@ -297,5 +303,6 @@ def _difference(prompt: str, whole: str) -> str:
     return (
         f"the chat template writes {prompt[start : same + 24]!r} in the prompt, but {whole[start : same + 24]!r} in "
         "the "
-        "conversation, so the turn cannot be separated from its prompt; use a template with {% generation %} marks"
+        "conversation, so the turn cannot be separated from its prompt; "
+        f"{fix}use a template with {{% generation %}} marks"
     )

@@ -51,6 +51,7 @@ CONVERSATION_FIELDS = (
     "reasoning_content",
     "thinking",
     "chat_template_kwargs",
+    "enable_thinking",
 )
 
 
@@ -74,7 +75,8 @@ def conversation(row: Row, settings: SourceSettings) -> Conversation:
     """The conversation of a row. HmfError for a field that is invalid or missing, or that would be ignored."""
     match settings.shape:
         case None:
-            used, messages = {settings.field}, message_list(_field(row, settings.field), settings.field)
+            _require(row, settings.field, SHAPES)
+            used, messages = {settings.field}, message_list(row[settings.field], settings.field)
         case "sharegpt":
             used = {settings.field, "system"}
             messages = [*_system(row), *_turns(_field(row, settings.field), settings.field)]
@@ -83,8 +85,20 @@ def conversation(row: Row, settings: SourceSettings) -> Conversation:
             used, messages = {*ALPACA, "output"}, [*_alpaca(row), _message("assistant", _text(row, "output"), "output")]
         case "prompt_completion":
             used = {"prompt", "completion"}
+            if row.get("label") is False and "label" not in settings.ignore_fields:
+                raise HmfError(
+                    "field 'label' is false, as KTO marks an unwanted completion; remove the row, or add label to "
+                    f"{settings.key}.ignore_fields"
+                )
             messages = [*_messages(row, "prompt", "user"), *_messages(row, "completion", "assistant")]
-    return Conversation(messages, _tools(row, used, settings, messages))
+    tools = _tools(row, used, settings, messages)
+    for name, value in row.items():
+        if name not in (*used, *settings.ignore_fields) and _is_mask(value, len(messages)):
+            raise HmfError(
+                f"field {name!r} has 0 or 1 for each message but is not read; write weight into the assistant's "
+                f"messages, or add it to {settings.key}.ignore_fields"
+            )
+    return Conversation(messages, tools)
 
 
 def pair(row: Row, settings: PairSettings) -> Pair:
@@ -98,6 +112,8 @@ def pair(row: Row, settings: PairSettings) -> Pair:
         match settings.shape:
             case None:
                 used.add(settings.prompt_field)
+                whole = {settings.chosen_field: "ultrafeedback"} if isinstance(row.get(names[0]), list) else {}
+                _require(row, settings.prompt_field, {"conversations": "sharegpt", "instruction": "alpaca", **whole})
                 prompt = _messages(row, settings.prompt_field, "user")
             case "sharegpt":
                 used |= {"conversations", "system"}
@@ -162,11 +178,24 @@ def _tools(row: Row, used: Iterable[str], settings: PlaceSettings, messages: Any
     return tools
 
 
-def _field(row: Row, field: str) -> Any:
+def _is_mask(value: Any, messages: int) -> bool:
+    """Whether a field may say which messages are supervised."""
+    return isinstance(value, list) and len(value) == messages and all(item in (0, 1) for item in value)
+
+
+# The shape of rows that have a field of this name.
+SHAPES = {"conversations": "sharegpt", "instruction": "alpaca", "completion": "prompt_completion"}
+
+
+def _require(row: Row, field: str, shapes: dict[str, str]) -> None:
+    """HmfError without the field, which suggests one of `shapes` by the fields that the row has."""
     if field not in row:
-        shapes = {"conversations": "sharegpt", "instruction": "alpaca", "completion": "prompt_completion"}
         shape = next((f", or shape: {shape}" for name, shape in shapes.items() if name in row and name != field), "")
         raise missing(row, field, f"add it, or set the recipe's key for its name{shape}")
+
+
+def _field(row: Row, field: str) -> Any:
+    _require(row, field, {})
     return row[field]
 
 
@@ -227,7 +256,8 @@ def _turn(turn: Any, place: str) -> Message:
     """The message of a ShareGPT turn {"from": ..., "value": ...}. Its other keys become keys of the message."""
     if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
         content = f"it has {', '.join(map(repr, turn))}" if isinstance(turn, dict) else f"it is {turn!r:.40}"
-        raise HmfError(f"{place}: a turn needs from and value, but {content}")
+        fix = "leave shape out and set messages_field" if isinstance(turn, dict) and "role" in turn else "write them"
+        raise HmfError(f"{place}: a turn needs from and value, but {content}: {fix}")
     rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
     if both := sorted(rest.keys() & {"role", "content", "tool_calls"}):
         raise HmfError(f"{place}.{both[0]}: a turn has from and value instead; remove one of the two")

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hmf.data import rendering
 from hmf.data.conversation import REASONING_FIELDS, RESULT_ROLES, ROLES, THINK_BLOCK, Message, untagged
+from hmf.data.forms import SPELLED, Form, spelled
 from hmf.errors import HmfError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -29,6 +30,12 @@ _MARKER = re.compile("\ue000(\\d+)\ue001|9173(\\d{9})")  # in place of a text, o
 # A list of parts in the notation of Python or JSON, and an object that was encoded as JSON twice.
 _NOTATION = re.compile(r"""['"]text['"]: ?['"]\ue000|\\": ?(?:9173\d{9}|\\"\ue000)""")
 _PYTHON = "(?:'\ue000|9173\\d{9}|None|True|False|\\[)"  # follows the name of an argument in Python's notation
+_LITERALS, _PYTHON_LITERALS = re.compile(r"\b(?:null|true|false)\b"), re.compile(r"\b(?:None|True|False)\b")
+_QUOTED = re.compile(f"['\"]{SPELLED[0]}")
+_NOT_JSON = (
+    "the chat template writes contents or arguments in Python's notation, or encodes them as JSON twice; use another "
+    "template"
+)
 _CACHE_SIZE = 1024  # structures of conversations that are cached for each template
 _TOOLS = -1  # stands for tools in place of the index of a message
 
@@ -43,43 +50,6 @@ class Leaf:
     value: str | int | float
 
 
-@dataclass(frozen=True)
-class Form:
-    """How a conversation is passed to a template, in points where the OpenAI format allows several ways."""
-
-    contents: str = "unchanged"  # or "joined": all as text; "parts": all as lists of parts
-    no_content: str | None = ""  # content of messages with calls but without content
-    arguments: type = dict  # dict, or str for JSON text
-    reasoning: str | None = None  # name of the reasoning field; None: unchanged
-    developer: str = "system"  # role of the developer's messages
-
-    def apply(self, messages: list[Message]) -> list[Message]:
-        return [self._message(message) for message in messages]
-
-    def _message(self, message: Message) -> Message:
-        made = {key: value for key, value in message.items() if key != "weight"}
-        content = made["content"]
-        if self.contents == "joined" and isinstance(content, list):
-            made["content"] = "\n".join(part["text"] for part in content)  # as in vLLM
-        elif self.contents == "parts" and isinstance(content, str) and content:
-            made["content"] = [{"type": "text", "text": content}]
-        if calls := made.get("tool_calls"):
-            made["content"] = made["content"] or self.no_content
-            if self.arguments is str:
-                made["tool_calls"] = [
-                    call | {"function": function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
-                    for call in calls
-                    for function in [call["function"]]
-                ]
-        if self.reasoning:
-            for name in REASONING_FIELDS:
-                if name in made:
-                    made[self.reasoning] = made.pop(name)
-        if made["role"] == "developer":
-            made["role"] = self.developer
-        return made
-
-
 class MarkedConversation:
     """A conversation, and a copy with markers in place of its leaves.
 
@@ -88,6 +58,8 @@ class MarkedConversation:
         messages, marked: the conversation and its copy, in the form that `Template.read` chose.
         leaves: the texts and numbers that the markers stand for, by the markers' numbers.
         names: names of arguments and of tools' properties. They are not marked, since templates may look them up.
+        literals: the index of the message of each argument that is null, true or false.
+        spelled: the marked copy, in the form that `Template.read` chose, without these literals.
         structure: the marked copy as a string: equal for conversations that differ only in their leaves.
     """
 
@@ -95,13 +67,16 @@ class MarkedConversation:
         self.original, self.tools = messages, tools
         self.leaves: list[Leaf] = []
         self.names: list[Leaf] = []
+        self.literals: list[int] = []
         self.marked_tools = [self._tool(tool, number) for number, tool in enumerate(tools)] if tools else None
         self._marked = [self._message(message, number) for number, message in enumerate(messages)]
         self.structure = repr((self._marked, self.marked_tools))
 
     def use(self, form: Form) -> None:
         """Bring the conversation and its marked copy into a form."""
+        self.form = form
         self.messages, self.marked = form.apply(self.original), form.apply(self._marked)
+        self.spelled = form.apply(spelled(message) for message in self._marked)
         self.structures = [repr(message) for message in self.marked]
 
     def _mark(self, value: Any, message: int, what: str, path: str) -> Any:
@@ -113,6 +88,7 @@ class MarkedConversation:
             case list():
                 return [self._mark(item, message, what, f"{path}[{number}]") for number, item in enumerate(value)]
             case bool() | None:
+                self.literals.append(message)
                 return value
             case str() if not value.strip():
                 return value
@@ -163,10 +139,10 @@ class MarkedConversation:
     def _tool(self, tool: Message, index: int) -> Message:
         """A tool with its name and description marked. Its schema is not: templates write it in many ways."""
         function = tool.get("function") or tool
-        schema = function.get("parameters")
-        properties = schema.get("properties") if isinstance(schema, dict) else None
-        if isinstance(properties, dict):
-            self.names += [Leaf(_TOOLS, "tools", function["name"], name) for name in properties]
+        for schema in function.values():  # under any key: parameters, or input_schema, which templates may not read
+            properties = schema.get("properties") if isinstance(schema, dict) else None
+            if isinstance(properties, dict):
+                self.names += [Leaf(_TOOLS, "tools", function["name"], name) for name in properties]
         made = dict(function)
         for key in ("name", "description"):
             if isinstance(function.get(key), str):
@@ -265,11 +241,13 @@ class Template:
         """The default form, then those that differ from it for these messages."""
         lists = any(isinstance(message["content"], list) for message in messages)
         calls = any("tool_calls" in message for message in messages)
+        literals = any(spelled(message) != message for message in messages)
         thoughts = any(name in message for message in messages for name in REASONING_FIELDS)
         choices: list[tuple[Any, ...]] = [
             ("unchanged", "joined", "parts") if lists else ("unchanged", "parts"),
             ("", None) if calls else ("",),
             (dict, str) if calls else (dict,),
+            (False, True) if literals else (False,),
             (None, *REASONING_FIELDS) if thoughts else (None,),
             self.developers if any(message["role"] == "developer" for message in messages) else ("system",),
         ]
@@ -288,10 +266,7 @@ class Template:
         text = self.render(conversation.marked[: last + 1], conversation.marked_tools, enable_thinking=thinking)
         names = [re.escape(repr(leaf.value)) for leaf in conversation.names if 0 <= leaf.message <= last]
         if _NOTATION.search(text) or (names and re.search(f"(?:{'|'.join(names)}): {_PYTHON}", text)):
-            raise HmfError(
-                "the chat template writes contents or arguments in Python's notation, or encodes them as JSON twice; "
-                "use another template"
-            )
+            raise HmfError(_NOT_JSON)
         numbers = Counter(int(match[1] or match[2]) for match in _MARKER.finditer(text))
         for number, leaf in enumerate(conversation.leaves):
             if leaf.message > last:
@@ -304,6 +279,8 @@ class Template:
                     f"messages[{leaf.message}].{leaf.path}: the chat template writes it more than once; use another "
                     "template"
                 )
+        if any(message <= last for message in conversation.literals):
+            self._require_literals(conversation, last, thinking, text)
         # A template may move the system's message, for example to the turn before the answer.
         written = [
             conversation.leaves[number].message for number in numbers if conversation.leaves[number].what == "content"
@@ -316,6 +293,20 @@ class Template:
                 )
         _keep(self.orders, key, tuple(numbers))
         return self.orders[key]
+
+    def _require_literals(self, conversation: MarkedConversation, last: int, thinking: bool, text: str) -> None:
+        """HmfError unless `text`, rendered from the marked messages, has null, true and false in arguments as JSON."""
+        without = self.render(conversation.spelled[: last + 1], conversation.marked_tools, enable_thinking=thinking)
+        # All else is the same in both texts.
+        json_, python = (
+            len(words.findall(text)) - len(words.findall(without)) for words in (_LITERALS, _PYTHON_LITERALS)
+        )
+        if python or (conversation.form.literals and _QUOTED.search(without)):
+            raise HmfError(_NOT_JSON)
+        expected = sum(map(without.count, SPELLED))
+        if json_ != expected or expected < sum(message <= last for message in conversation.literals):
+            message = conversation.literals[0]
+            raise self._lost(conversation, Leaf(message, "tool calls", "an argument that is null, true or false", ""))
 
     def check(self, conversation: MarkedConversation, last: int, thinking: bool, text: str, turn: int = 0) -> None:
         """HmfError if `text`, rendered from the messages up to `last`, omits any of their contents.

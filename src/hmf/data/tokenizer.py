@@ -184,6 +184,13 @@ def encode_texts(
 
 
 @functools.lru_cache(maxsize=8)
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of the special tokens: those with a role, such as EOS, and added ones. Some end turns without a role."""
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(added | set(tokenizer.all_special_ids))
+
+
+@functools.lru_cache(maxsize=8)
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """A pattern for the special tokens in a text; at each position, the longest one matches."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -235,9 +242,7 @@ class SpecialTokenSplitter:
         if not any(character in text for character in tokens):
             return ids, mask
         to_plain_text = str.maketrans(tokens)
-        special = set(self.tokenizer.all_special_ids) | {
-            number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special
-        }
+        special = special_ids(self.tokenizer)
         new_ids, new_mask = list[int](), list[int]()
         for _, group in groupby(zip(ids, mask, strict=True), key=lambda pair: (pair[1], pair[0] in special)):
             part, mask_values = zip(*group, strict=True)

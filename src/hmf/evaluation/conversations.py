@@ -85,7 +85,7 @@ def answered(tokenizer: PreTrainedTokenizerBase, sample: Sample, answer: Answer)
         encoded = encode_chat(tokenizer, messages, sample.tools, turns="last")[-1]
     except HmfError:
         return None
-    generated = prompt + answer.text + str(tokenizer.eos_token)
+    generated = prompt + answer.text + answer.end
     return messages if tokenizer.decode(encoded.ids) == generated else None
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hmf.data.progress import Progress
 from hmf.data.tasks import Sample
+from hmf.data.tokenizer import encode_texts
 from hmf.errors import HmfError
 from hmf.evaluation.chunks import Composition, conversation_parts
 from hmf.evaluation.compose import prefill
@@ -24,7 +25,8 @@ from hmf.training.checkpoints import replace_text
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Share of correct answers to `n` prompts, and share of answers that reached the token limit before their end."""
+    """Share of correct answers to `n` prompts, and share of answers that reached the token limit before their end. The
+    latter are not correct."""
 
     accuracy: float
     n: int
@@ -32,11 +34,15 @@ class TaskScore:
 
 
 class Answer(NamedTuple):
-    """A generated text, whether it ended by itself, and how many tokens were generated."""
+    """A generated text, the text of the token that ended it ("" if it reached the limit), and its number of tokens."""
 
     text: str
-    ended: bool
+    end: str
     tokens: int
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.end)
 
 
 def task_accuracy(
@@ -58,7 +64,7 @@ def task_accuracy(
             prompt_sha256, expected, answer, correct, truncated and tokens.
     """
     answers = generate_answers(model, tokenizer, samples, batch_size, max_new_tokens, title, compose)
-    correct = [sample.is_correct(answer.text) for sample, answer in zip(samples, answers, strict=True)]
+    correct = [one.ended and sample.is_correct(one.text) for sample, one in zip(samples, answers, strict=True)]
     if answers_file is not None:
         lines = []
         for index, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
@@ -97,6 +103,26 @@ def generating(model: PreTrainedModel) -> Iterator[None]:
         ) from error
 
 
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: the tokenizer's and those of the generation config. They differ in Gemma."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    configured_ids = configured if isinstance(configured, list) else [configured]
+    return [token for token in dict.fromkeys([tokenizer.eos_token_id, *configured_ids]) if token is not None]
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> int:
+    """The token that fills rows. Any will do, since it is masked; many published tokenizers name none."""
+    return next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask, int64 [B, T], of rows of token ids."""
+    width = max(map(len, rows))
+    ids = [[pad] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+
 def prompt_inputs(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -110,9 +136,8 @@ def prompt_inputs(
             for sample in samples
         ]
         return prefill(model, parts, compose).for_generate()
-    prompts = [sample.prompt(tokenizer) for sample in samples]
-    batch = tokenizer(prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
-    return {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    prompts = encode_texts(tokenizer, [sample.prompt(tokenizer) for sample in samples])
+    return left_padded(prompts, pad_token(tokenizer, end_tokens(model, tokenizer)), model.device)
 
 
 @torch.inference_mode()
@@ -129,7 +154,8 @@ def generate_answers(
     prompts = [sample.prompt(tokenizer) for sample in samples]
     # Prompts of similar lengths share a batch, which needs little padding.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    answers = [Answer("", False, 0)] * len(prompts)
+    answers = [Answer("", "", 0)] * len(prompts)
+    ends = end_tokens(model, tokenizer)
     progress = Progress(title, len(prompts), unit=" answers")
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -139,13 +165,12 @@ def generate_answers(
                 **inputs,
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=ends or None,
+                pad_token_id=pad_token(tokenizer, ends),
             )[:, inputs["input_ids"].shape[1] :]
         for index, ids in zip(chosen, output.tolist(), strict=True):
-            ended = tokenizer.eos_token_id in ids
-            ids = ids[: ids.index(tokenizer.eos_token_id)] if ended else ids
-            answers[index] = Answer(tokenizer.decode(ids), ended, len(ids))
+            end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+            answers[index] = Answer(tokenizer.decode(ids[:end]), tokenizer.decode(ids[end : end + 1]), end)
         progress.add(len(chosen), output.numel())
     progress.close()
     return answers

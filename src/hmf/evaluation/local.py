@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from hmf.errors import HmfError
-from hmf.evaluation.generation import generating
+from hmf.evaluation.generation import end_tokens, generating, left_padded, pad_token
 from hmf.evaluation.prompts import Answer, Prompt
 
 BATCH_LENGTH = 4096  # tokens; batches of longer prompts have fewer prompts
@@ -71,11 +71,10 @@ class Local:
 
     @torch.inference_mode()
     def _generated(self, batch: Sequence[Prompt]) -> list[Answer]:
-        ends = _ends(self.model, self.tokenizer)
-        pad = next((token for token in (self.tokenizer.pad_token_id, *ends) if token is not None), 0)
-        width = max(len(prompt.ids) for prompt in batch)
-        ids = torch.tensor([[pad] * (width - len(prompt.ids)) + prompt.ids for prompt in batch])
-        mask = torch.tensor([[0] * (width - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in batch])
+        ends = end_tokens(self.model, self.tokenizer)
+        pad = pad_token(self.tokenizer, ends)
+        inputs = left_padded([prompt.ids for prompt in batch], pad, self.model.device)
+        width = inputs["input_ids"].shape[1]
         options: dict[str, Any] = {"do_sample": False}
         if self.sampling.drawn:
             torch.manual_seed(self.sampling.seed + batch[0].index)
@@ -89,8 +88,7 @@ class Local:
         criteria = [_Stop(self.tokenizer, width, stop)] if stop else []
         with generating(self.model):
             output = self.model.generate(
-                input_ids=ids.to(self.model.device),
-                attention_mask=mask.to(self.model.device),
+                **inputs,
                 max_new_tokens=max(prompt.limit for prompt in batch),
                 eos_token_id=ends or None,
                 pad_token_id=pad,
@@ -162,13 +160,6 @@ class Local:
 
 def _wide(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the tokenizer's and those of the generation config."""
-    configured = model.generation_config.eos_token_id if model.generation_config else None
-    configured_ids = configured if isinstance(configured, list) else [configured]
-    return [token for token in dict.fromkeys([tokenizer.eos_token_id, *configured_ids]) if token is not None]
 
 
 class _Stop(StoppingCriteria):

@@ -20,7 +20,7 @@ from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError
 from hmf.evaluation.chunks import Composition, conversation_parts
 from hmf.evaluation.compose import prefill
-from hmf.evaluation.generation import generating
+from hmf.evaluation.generation import end_tokens, generating, pad_token
 from hmf.model.checkpoint import load_model
 
 THINK_START, THINK_END = "<think>", "</think>"
@@ -71,8 +71,7 @@ class LocalChat:
         inputs = self._inputs()
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
-        configured = self.model.generation_config.eos_token_id
-        eos_ids = {self.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+        ends = end_tokens(self.model, self.tokenizer)
         arguments = {**inputs, **sampling, "streamer": streamer, "max_new_tokens": self.max_new_tokens}
         failure: list[BaseException] = []
         stopped = threading.Event()
@@ -84,9 +83,10 @@ class LocalChat:
                     tokens = self.model.generate(
                         **arguments,
                         stopping_criteria=StoppingCriteriaList([lambda *_, **__: stopped.is_set()]),
-                        pad_token_id=self.tokenizer.pad_token_id,
+                        eos_token_id=ends or None,
+                        pad_token_id=pad_token(self.tokenizer, ends),
                     )[0, inputs["input_ids"].shape[1] :]
-                self.cut_off = len(tokens) == self.max_new_tokens and tokens[-1].item() not in eos_ids
+                self.cut_off = len(tokens) == self.max_new_tokens and tokens[-1].item() not in ends
             except BaseException as error:
                 failure.append(error)
                 streamer.end()

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forms in which a conversation is passed to a chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from hmf.data.conversation import REASONING_FIELDS, Message
+
+SPELLED = "\ue002\ue003"  # in place of null, true or false: as the value of an argument, and inside one
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a conversation is passed to a template, in points where the OpenAI format allows several ways."""
+
+    contents: str = "unchanged"  # or "joined": all as text; "parts": all as lists of parts
+    no_content: str | None = ""  # content of messages with calls but without content
+    arguments: type = dict  # dict, or str for JSON text
+    literals: bool = (
+        False  # arguments that are null, true or false: as JSON text, for templates that write values as text
+    )
+    reasoning: str | None = None  # name of the reasoning field; None: unchanged
+    developer: str = "system"  # role of the developer's messages
+
+    def apply(self, messages: Iterable[Message]) -> list[Message]:
+        return [self._message(message) for message in messages]
+
+    def _message(self, message: Message) -> Message:
+        made = {key: value for key, value in message.items() if key != "weight"}
+        content = made["content"]
+        if self.contents == "joined" and isinstance(content, list):
+            made["content"] = "\n".join(part["text"] for part in content)  # as in vLLM
+        elif self.contents == "parts" and isinstance(content, str) and content:
+            made["content"] = [{"type": "text", "text": content}]
+        if calls := made.get("tool_calls"):
+            made["content"] = made["content"] or self.no_content
+            if self.literals:
+                made["tool_calls"] = [_with_arguments(call, _literal_text) for call in calls]
+            elif self.arguments is str:
+                made["tool_calls"] = [_with_arguments(call, partial(json.dumps, ensure_ascii=False)) for call in calls]
+        if self.reasoning:
+            for name in REASONING_FIELDS:
+                if name in made:
+                    made[self.reasoning] = made.pop(name)
+        if made["role"] == "developer":
+            made["role"] = self.developer
+        return made
+
+
+def spelled(message: Message) -> Message:
+    """The message, in whose calls a character of `SPELLED` stands in place of each null, true and false."""
+    if not (calls := message.get("tool_calls")):
+        return message
+    return message | {"tool_calls": [_with_arguments(call, _spelled) for call in calls]}
+
+
+def _spelled(value: Any, level: int = -1) -> Any:
+    match value:
+        case dict():
+            return {name: _spelled(item, level + 1) for name, item in value.items()}
+        case list():
+            return [_spelled(item, level + 1) for item in value]
+    return SPELLED[min(level, 1)] if value is None or isinstance(value, bool) else value
+
+
+def _literal_text(arguments: Message) -> Message:
+    return {name: value if _spelled(value, 0) == value else json.dumps(value) for name, value in arguments.items()}
+
+
+def _with_arguments(call: Message, change: Callable[[Any], Any]) -> Message:
+    function = call["function"]
+    return call | {"function": function | {"arguments": change(function["arguments"])}}
