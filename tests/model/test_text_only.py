@@ -18,13 +18,13 @@ from hmf.config.runs import PrimeRecipe
 from hmf.data.tokenizer import train_tokenizer
 from hmf.errors import HmfError
 from hmf.folders import resolve_base
-from hmf.model.checkpoint import load_config, load_model
-from hmf.model.text_only import take_text
+from hmf.model.checkpoint import load_config, load_model, published_tensors
+from hmf.model.text_only import language_config, take_text
 from hmf.pipeline import prime
 from hmf.planning.training import plans
 from hmf.priming.stage0 import make_stage0, text_of
 from tests.hybrids import random_ids, randomise
-from tests.model.test_families import GEMMA, OWN, SIZES, TWO_TABLES, YARN, teacher_logits
+from tests.model.test_families import GEMMA, OWN, SHARED_EXPERT, SIZES, TWO_TABLES, YARN, teacher_logits
 
 VISION = {
     "pixtral": {"num_attention_heads": 2, "image_size": 32},
@@ -32,6 +32,7 @@ VISION = {
     "qwen2_vl": {"depth": 1, "num_heads": 2, "embed_dim": 16, "hidden_size": 32},
     "qwen2_5_vl": {"depth": 1, "num_heads": 2, "out_hidden_size": 32, "fullatt_block_indexes": [0]},
     "qwen3_5_vision": {"depth": 1, "num_heads": 2, "out_hidden_size": 32},
+    "qwen3_5_moe_vision": {"depth": 1, "num_heads": 2, "out_hidden_size": 32},
     "qwen3_vl": {"depth": 1, "num_heads": 2, "out_hidden_size": 32, "deepstack_visual_indexes": [0]},
 }
 COMMON = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "patch_size": 16}
@@ -76,6 +77,13 @@ WHOLE = {
         {"tie_word_embeddings": False},
         "qwen3_5_text",
     ),
+    "qwen3_5_moe": (
+        "Qwen3_5Moe",
+        "qwen3_5_moe_vision",
+        OWN | SHARED_EXPERT | {"layer_types": ["linear_attention", "full_attention"] * 2},
+        {"tie_word_embeddings": False},
+        "qwen3_5_moe_text",
+    ),
     "qwen3_vl": (
         "Qwen3VL",
         "qwen3_vl",
@@ -85,6 +93,7 @@ WHOLE = {
     ),
 }
 PATTERN = Pattern.parse("*-GDN-*-GDN")
+SMOLVLM = "SmolVLMForConditionalGeneration"
 
 
 def whole_model(name, path):
@@ -112,13 +121,44 @@ def test_the_language_model_computes_the_same(name, tmp_path):
     text, ids = load_model(tmp_path / "text"), random_ids(2, 17).clamp_min(11)
     assert text.config.model_type == report.family == family
     assert torch.equal(text(ids).logits, model(ids).logits)
-    assert report.tensors == len(text.state_dict()) - text.config.tie_word_embeddings
+    assert report.tensors == len(published_tensors(text)) - text.config.tie_word_embeddings
     assert report.left and set(report.left) <= {"vision_tower", "multi_modal_projector", "visual"}
     before, after = (AutoTokenizer.from_pretrained(tmp_path / folder) for folder in ("whole", "text"))
     assert before("It's 2024")["input_ids"] == after("It's 2024")["input_ids"]
     assert not (tmp_path / "text/preprocessor_config.json").exists()
     make_stage0(tmp_path / "text", PATTERN, tmp_path / "fused")
     assert torch.equal(teacher_logits(load_model(tmp_path / "fused"), ids), model(ids).logits)
+
+
+@pytest.mark.parametrize("merged", ["experts.", "gate_up_proj"])
+@torch.no_grad()
+def test_experts_that_are_stored_merged(merged, tmp_path):
+    """As in the published Qwen3.5-MoE; every one of these tensors is accounted for."""
+    model, ids = whole_model("qwen3_5_moe", tmp_path / "whole"), random_ids(2, 9).clamp_min(11)
+    for file in (tmp_path / "whole").glob("model*"):
+        file.unlink()
+    tensors = published_tensors(model, {name for name in model.state_dict() if merged in name})
+    assert any(name.endswith("experts.gate_up_proj") for name in tensors)
+    save_file(tensors, tmp_path / "whole/model.safetensors", {"format": "pt"})
+    make_stage0_of_text(tmp_path / "whole", tmp_path / "fused")
+    assert torch.equal(teacher_logits(load_model(tmp_path / "fused"), ids), model(ids).logits)
+    del tensors["model.language_model.layers.1.mlp.experts.gate_up_proj"]
+    save_file(tensors, tmp_path / "whole/model.safetensors", {"format": "pt"})
+    with pytest.raises(HmfError, match="tensors missing: model.layers.1.mlp.experts.0.gate_proj.weight"):
+        make_stage0_of_text(tmp_path / "whole", tmp_path / "again")
+
+
+def test_token_ids_that_are_defaults_of_the_whole_configs_class_are_not_the_language_models(tmp_path):
+    """Idefics 3 and SmolVLM, whose class has a padding token beyond the vocabulary of most of its models."""
+    text = SIZES | {"model_type": "llama", "vocab_size": 300}
+    vision = COMMON | {"num_attention_heads": 2, "image_size": 32}
+    config = transformers.SmolVLMConfig(text_config=text, vision_config=vision, architectures=[SMOLVLM])
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"eos_token_id": 7}))
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content.pop("pad_token_id") > 300
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    found = language_config(load_config(tmp_path, weights=False), tmp_path)
+    assert (found.pad_token_id, found.bos_token_id, found.eos_token_id) == (0, 1, 7)
 
 
 @torch.no_grad()
