@@ -23,7 +23,7 @@ from hmf.model.convert import hybrid_config, hybridise
 from hmf.model.families import FAMILIES
 from hmf.model.modeling import hybrid_classes
 from hmf.priming.export import export
-from hmf.priming.stage0 import initialise
+from hmf.priming.stage0 import initialise, make_stage0
 from hmf.training.finetune import finetune
 from tests import numerics
 from tests.hybrids import Case, random_ids, randomise, tiny_config
@@ -127,7 +127,7 @@ def test_any_pattern_with_both_layers(tmp_path_factory, pattern, family, seed):
     base = {"head_dim": 8} | (EXPERTS if family == "qwen3_moe" else {})
     config = save_hybrid(folder / "hybrid", base=base, pattern="-".join(pattern), seed=seed, family=family)
     if len(set(pattern)) == 1:
-        with pytest.raises(HmfError, match="needs both"):
+        with pytest.raises(HmfError, match="needs both .*; use the Hybrid's own format"):
             native.native_config(config)
         return
     native.convert(folder / "hybrid", folder / "stock")
@@ -327,6 +327,29 @@ def test_a_fused_model_in_memory_is_refused(tiny_qwen3, tmp_path):
     initialise(fused)
     with pytest.raises(HmfError, match="hmf export --format qwen3_5"):
         native.save_native(fused, tmp_path / "stock", tmp_path)
+
+
+# --- and back ---
+
+
+@pytest.mark.parametrize(
+    ("family", "base"), [("qwen3", {"num_key_value_heads": 1}), ("qwen3_moe", EXPERTS)], ids=["dense", "experts"]
+)
+def test_a_stock_model_is_imported_as_a_hybrid_that_converts_to_the_same_files(tmp_path, family, base):
+    """With GDN>GDN for each recurrent layer, as docs/formats.md shows: nothing is initialised or lost."""
+    save_hybrid(tmp_path / "hybrid", base={"head_dim": 8} | base, family=family)
+    native.convert(tmp_path / "hybrid", tmp_path / "stock")
+    report = make_stage0(tmp_path / "stock", Pattern.parse("*-GDN>GDN-GDN>GDN-*"), tmp_path / "fused")
+    assert not any(start.initialised or start.unused for start in report.starts.values())
+    imported = export(tmp_path / "fused", tmp_path / "imported")
+    assert str(imported.config.pattern) == PATTERN
+    assert not any("linear_attn" in name for name in load_file(tmp_path / "imported/model.safetensors"))
+    native.convert(tmp_path / "imported", tmp_path / "again")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("stock", "again"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert json.loads((tmp_path / "stock/config.json").read_text()) == json.loads(
+        (tmp_path / "again/config.json").read_text()
+    )
 
 
 # --- adapters ---
