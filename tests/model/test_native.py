@@ -5,6 +5,8 @@ import dataclasses
 import json
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, Qw
 from hmf.config.layers import GDNOptions
 from hmf.config.pattern import Pattern
 from hmf.errors import HmfError
+from hmf.folders import resolve_base
 from hmf.model import native
 from hmf.model.checkpoint import load_model, save_checkpoint
 from hmf.model.convert import hybrid_config, hybridise
@@ -264,6 +267,34 @@ def test_norms_are_float32_where_rounding_would_change_them(tmp_path, capsys):
         for load, name in ((load_model, "small"), (AutoModelForCausalLM.from_pretrained, "stock"))
     ]
     require_same(*wide)
+
+
+@torch.no_grad()
+def test_rounding_the_norms_costs_less_than_computing_in_bfloat16(tmp_path):
+    """The figures of docs/formats.md, in nats per token: the quickstart's teacher at Stage 0 on a text of 1,024 tokens.
+
+    pytest -s prints them.
+    """
+    teacher = resolve_base("teacher")
+    make_stage0(teacher, Pattern.parse("*-GDN-*-GDN-GDN-*"), tmp_path / "fused")
+    export(tmp_path / "fused", tmp_path / "hybrid", torch.bfloat16)
+    native.convert(tmp_path / "hybrid", tmp_path / "stock")
+    text = Path(textwrap.__file__).read_text(encoding="utf-8")
+    ids = AutoTokenizer.from_pretrained(teacher)(text, return_tensors="pt").input_ids[:, :1024]
+    wide, narrow = (load_model(tmp_path / "hybrid", dtype).eval() for dtype in (torch.float32, torch.bfloat16))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", dtype=torch.float32).eval()
+    expected = wide(ids).logits.double().log_softmax(-1)
+
+    def divergence(model):
+        return float((expected.exp() * (expected - model(ids).logits.double().log_softmax(-1))).sum(-1).mean())
+
+    as_stored, of_bfloat16 = divergence(stock), divergence(narrow)
+    for name, parameter in stock.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.data = parameter.to(torch.bfloat16).float()
+    rounded = divergence(stock)
+    print(f"norms as stored {as_stored:.1e}, rounded {rounded:.1e}; the Hybrid in bfloat16 {of_bfloat16:.1e}")
+    assert as_stored < rounded < of_bfloat16
 
 
 CLEAN = """
