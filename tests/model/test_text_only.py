@@ -22,9 +22,19 @@ from hmf.model.checkpoint import load_config, load_model, published_tensors
 from hmf.model.text_only import language_config, take_text
 from hmf.pipeline import prime
 from hmf.planning.training import plans
-from hmf.priming.stage0 import make_stage0, text_of
+from hmf.priming.stage0 import base_config, make_stage0, text_of
 from tests.hybrids import random_ids, randomise
-from tests.model.test_families import GEMMA, OWN, SHARED_EXPERT, SIZES, TWO_TABLES, YARN, teacher_logits
+from tests.model.test_families import (
+    BASES,
+    GEMMA,
+    OWN,
+    SHARED_EXPERT,
+    SIZES,
+    TWO_TABLES,
+    YARN,
+    stock_model,
+    teacher_logits,
+)
 
 VISION = {
     "pixtral": {"num_attention_heads": 2, "image_size": 32},
@@ -188,6 +198,19 @@ def test_what_is_no_multimodal_model_is_refused(tmp_path):
     take_text(tmp_path / "whole", tmp_path / "text")
     with pytest.raises(HmfError, match="text/config.json: 'mistral' reads only text; leave --text-only"):
         take_text(tmp_path / "text", tmp_path / "again")
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_5_moe_text"])
+def test_a_language_model_with_the_names_of_a_multimodal_one_is_refused(family, tmp_path):
+    """transformers renames them at load, where a head beside tied embeddings would be lost."""
+    model = stock_model(family, next(iter(BASES[family])), tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    tensors = {name.replace("model.", "model.language_model.", 1): x for name, x in published_tensors(model).items()}
+    save_file(tensors | {"lm_head.weight": torch.randn(61, 32)}, tmp_path / "base/model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        HmfError, match=r"model.safetensors: tensor model.language_model.\S+ is named as .* --text-only"
+    ):
+        base_config(tmp_path / "base")
 
 
 def make_stage0_of_text(source, out):

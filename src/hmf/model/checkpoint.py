@@ -226,8 +226,23 @@ def load_config(source: str | Path, weights: bool = True) -> Any:
     if known:
         require_rope(config, str(file))
         require_token_ids(file, config.vocab_size)
+        if weights:
+            require_own_names(folder)
     settle(config, folder, weights)
     return config
+
+
+def require_own_names(folder: Path) -> None:
+    """HmfError if a language model's tensors have the prefix that they have in a multimodal checkpoint.
+
+    transformers renames them at load (Qwen3.5); what is read of the files here goes by their names.
+    """
+    for name, stored in stored_tensors(folder).items():
+        if name.startswith("model.language_model."):
+            raise HmfError(
+                f"{folder}/{stored.file}: tensor {name} is named as in a multimodal checkpoint; give the whole "
+                "checkpoint with --text-only, or load and save this one with transformers"
+            )
 
 
 # Upper bounds of a model's sizes. Without them a typo would make transformers build layers for hours.
