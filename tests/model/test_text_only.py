@@ -35,6 +35,7 @@ from tests.model.test_families import (
     stock_model,
     teacher_logits,
 )
+from tests.test_cli import run as call
 
 VISION = {
     "pixtral": {"num_attention_heads": 2, "image_size": 32},
@@ -191,6 +192,22 @@ def test_the_command(tmp_path):
     assert torch.equal(teacher_logits(load_model(out), ids), model(ids).logits)
     assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
     assert [item.name for item in out.parent.iterdir()] == ["stage0"]
+
+
+def test_a_plan_is_that_of_the_language_model(tmp_path, monkeypatch, capsys):
+    """hmf plan needs no --text-only and no weights. hmf serve and hmf bench refuse, as hmf init does."""
+    whole_model("qwen3_5_moe", tmp_path / "whole")
+    take_text(tmp_path / "whole", tmp_path / "text")
+    for name in ("whole", "text"):
+        plan = ("plan", tmp_path / name, "--gpu", "h100", "--mixer", "gka", "--ratio", "0.5", "--json")
+        code, rows, err = call(monkeypatch, capsys, *plan)
+        assert code == 0 and ("without its modules for images" in err) == (name == "whole")
+        (tmp_path / name / "plan").write_text(rows)
+    assert (tmp_path / "whole/plan").read_text() == (tmp_path / "text/plan").read_text()
+    for command in (["serve", "--dry-run"], ["bench", "distill"]):
+        code, _, err = call(monkeypatch, capsys, *command, tmp_path / "whole")
+        assert code == 2
+        assert "whole/config.json: 'qwen3_5_moe' is a multimodal model; use its language model (qwen3_5_" in err
 
 
 def test_what_is_no_multimodal_model_is_refused(tmp_path):

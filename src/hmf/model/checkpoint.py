@@ -420,7 +420,7 @@ def generation_config(folder: Path, config: Any, needed: bool) -> GenerationConf
     try:
         content = read_object(file)
         if has_file:
-            require_token_ids(file, config.vocab_size)
+            require_token_ids(file, config.get_text_config().vocab_size)
             return GenerationConfig.from_dict(content)
         return GenerationConfig.from_pretrained(folder, "config.json", _from_model_config=True)
     except HmfError as error:

@@ -26,6 +26,7 @@ from hmf.layers.registry import layer_states
 from .configuration import building
 from .families import family_of
 from .modeling import hybrid_classes
+from .text_only import require_language_model
 
 
 def attention_layers(config: Any) -> list[int]:
@@ -39,6 +40,7 @@ def base_pattern(config: Any, settings: HybridSettings) -> Pattern:
 
     HmfError if the base's layers cannot be replaced so, before any weights are read.
     """
+    require_language_model(config)
     pattern = settings.layer_pattern(config.num_hidden_layers, attention_layers(config))
     try:
         hybrid_config(config, pattern.with_fused(True), settings.options_by_key())

@@ -50,6 +50,17 @@ def text_family(config: Any) -> Family | None:
     return FAMILIES.get(SAME_AS.get(name, name)) if isinstance(name, str) else None
 
 
+def require_language_model(config: Any) -> None:
+    """HmfError for the config of a multimodal model, and for one of an unsupported family."""
+    source = Path(config.name_or_path, "config.json")
+    if (text := text_family(config)) is not None:
+        raise HmfError(
+            f"{source}: {config.model_type!r} is a multimodal model; use its language model ({text.model_type}): hmf "
+            "init with --text-only, or text_only: true in a recipe of hmf prime"
+        )
+    family_of(getattr(getattr(config, "text_config", config), "model_type", ""), source=str(source))
+
+
 def language_config(whole: Any, source: str | Path) -> Any:
     """The config of a multimodal model's language model, from the whole config; HmfError if it has none."""
     if (family := text_family(whole)) is None:
