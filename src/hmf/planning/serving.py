@@ -192,7 +192,7 @@ def serving_dtype(config: Any) -> torch.dtype:
 
 def as_hybrid(config: Any) -> Any:
     """A base config as the equivalent Hybrid without replaced layers; a Hybrid's config unchanged."""
-    if hasattr(config, "hybrid_override_pattern"):
+    if config.model_type.startswith("hybrid_"):
         return config
     require_language_model(config)
     return base_of(config)
