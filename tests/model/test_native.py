@@ -368,12 +368,12 @@ def test_a_fused_model_in_memory_is_refused(tiny_qwen3, tmp_path):
 )
 def test_a_stock_model_is_imported_as_a_hybrid_that_converts_to_the_same_files(tmp_path, family, base):
     """With GDN>GDN for each recurrent layer, as docs/formats.md shows: nothing is initialised or lost."""
-    save_hybrid(tmp_path / "hybrid", base={"head_dim": 8} | base, family=family)
+    save_hybrid(tmp_path / "hybrid", base={"head_dim": 8, "state_dtype": "bfloat16"} | base, family=family)
     native.convert(tmp_path / "hybrid", tmp_path / "stock")
     report = make_stage0(tmp_path / "stock", Pattern.parse("*-GDN>GDN-GDN>GDN-*"), tmp_path / "fused")
     assert not any(start.initialised or start.unused for start in report.starts.values())
     imported = export(tmp_path / "fused", tmp_path / "imported")
-    assert str(imported.config.pattern) == PATTERN
+    assert str(imported.config.pattern) == PATTERN and imported.config.state_dtype == "bfloat16"
     assert not any("linear_attn" in name for name in load_file(tmp_path / "imported/model.safetensors"))
     native.convert(tmp_path / "imported", tmp_path / "again")
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("stock", "again"))
