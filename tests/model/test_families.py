@@ -19,7 +19,7 @@ from hmf.errors import HmfError
 from hmf.layers.attention import separate
 from hmf.layers.own import RECURRENT
 from hmf.layers.registry import MIXERS
-from hmf.model.checkpoint import load_model
+from hmf.model.checkpoint import load_model, published_tensors
 from hmf.model.convert import attention_layers, drop_teacher, hybridise
 from hmf.model.families import CANNOT_FIT, FAMILIES, family_of
 from hmf.model.modeling import TEACHER, hybrid_classes, logits_of
@@ -638,6 +638,35 @@ def test_every_expert_tensor_is_accounted_for_by_its_published_name(kind, change
     if kind == "hybrid":
         with pytest.raises(HmfError, match=re.escape(said)):
             AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change", [None, "missing", "both", "misshapen"])
+def test_experts_may_be_stored_merged(change, tmp_path):
+    """As published for Qwen3.5-MoE. A Hybrid is written with one tensor an expert."""
+    stock, ids = stock_model("qwen3_5_moe_text", "listed"), random_ids(1, 9)
+    saved(stock, tmp_path / "base")
+    tensors = published_tensors(stock, set(stock.state_dict()))
+    one, merged = (EXPERT.format(layer=1, expert=2, part="gate"), "model.layers.1.mlp.experts.gate_up_proj")
+    if change == "missing":
+        del tensors[merged]
+    elif change == "both":
+        tensors[one] = tensors[merged][2, :8].clone()
+    elif change == "misshapen":
+        tensors[merged] = tensors[merged][:3].contiguous()
+    save_file(tensors, tmp_path / "base/model.safetensors", {"format": "pt"})
+    if change is not None:
+        said = {
+            "missing": "tensors missing: model.layers.1.mlp.experts.0.gate_proj.weight",
+            "both": f"tensors not of this model: {one}",
+            "misshapen": f"tensors of another shape: {merged} (has shape [3, 16, 32], must have [4, 16, 32])",
+        }[change]
+        with pytest.raises(HmfError, match=re.escape(said)):
+            load_model(tmp_path / "base")
+        return
+    make_stage0(tmp_path / "base", Pattern.parse("*-GDN-*-*"), tmp_path / "fused")
+    with torch.no_grad():
+        assert torch.equal(teacher_logits(load_model(tmp_path / "fused"), ids), stock(ids).logits)
+    assert one in load_file(tmp_path / "fused/model.safetensors")
 
 
 @every_family

@@ -18,13 +18,24 @@ from hmf.config.runs import PrimeRecipe
 from hmf.data.tokenizer import train_tokenizer
 from hmf.errors import HmfError
 from hmf.folders import resolve_base
-from hmf.model.checkpoint import load_config, load_model
-from hmf.model.text_only import take_text
+from hmf.model.checkpoint import load_config, load_model, published_tensors
+from hmf.model.text_only import language_config, take_text
 from hmf.pipeline import prime
 from hmf.planning.training import plans
-from hmf.priming.stage0 import make_stage0, text_of
+from hmf.priming.stage0 import base_config, make_stage0, text_of
 from tests.hybrids import random_ids, randomise
-from tests.model.test_families import GEMMA, OWN, SIZES, TWO_TABLES, YARN, teacher_logits
+from tests.model.test_families import (
+    BASES,
+    GEMMA,
+    OWN,
+    SHARED_EXPERT,
+    SIZES,
+    TWO_TABLES,
+    YARN,
+    stock_model,
+    teacher_logits,
+)
+from tests.test_cli import run as call
 
 VISION = {
     "pixtral": {"num_attention_heads": 2, "image_size": 32},
@@ -32,6 +43,7 @@ VISION = {
     "qwen2_vl": {"depth": 1, "num_heads": 2, "embed_dim": 16, "hidden_size": 32},
     "qwen2_5_vl": {"depth": 1, "num_heads": 2, "out_hidden_size": 32, "fullatt_block_indexes": [0]},
     "qwen3_5_vision": {"depth": 1, "num_heads": 2, "out_hidden_size": 32},
+    "qwen3_5_moe_vision": {"depth": 1, "num_heads": 2, "out_hidden_size": 32},
     "qwen3_vl": {"depth": 1, "num_heads": 2, "out_hidden_size": 32, "deepstack_visual_indexes": [0]},
 }
 COMMON = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "patch_size": 16}
@@ -76,6 +88,13 @@ WHOLE = {
         {"tie_word_embeddings": False},
         "qwen3_5_text",
     ),
+    "qwen3_5_moe": (
+        "Qwen3_5Moe",
+        "qwen3_5_moe_vision",
+        OWN | SHARED_EXPERT | {"layer_types": ["linear_attention", "full_attention"] * 2},
+        {"tie_word_embeddings": False},
+        "qwen3_5_moe_text",
+    ),
     "qwen3_vl": (
         "Qwen3VL",
         "qwen3_vl",
@@ -85,6 +104,7 @@ WHOLE = {
     ),
 }
 PATTERN = Pattern.parse("*-GDN-*-GDN")
+SMOLVLM = "SmolVLMForConditionalGeneration"
 
 
 def whole_model(name, path):
@@ -112,13 +132,44 @@ def test_the_language_model_computes_the_same(name, tmp_path):
     text, ids = load_model(tmp_path / "text"), random_ids(2, 17).clamp_min(11)
     assert text.config.model_type == report.family == family
     assert torch.equal(text(ids).logits, model(ids).logits)
-    assert report.tensors == len(text.state_dict()) - text.config.tie_word_embeddings
+    assert report.tensors == len(published_tensors(text)) - text.config.tie_word_embeddings
     assert report.left and set(report.left) <= {"vision_tower", "multi_modal_projector", "visual"}
     before, after = (AutoTokenizer.from_pretrained(tmp_path / folder) for folder in ("whole", "text"))
     assert before("It's 2024")["input_ids"] == after("It's 2024")["input_ids"]
     assert not (tmp_path / "text/preprocessor_config.json").exists()
     make_stage0(tmp_path / "text", PATTERN, tmp_path / "fused")
     assert torch.equal(teacher_logits(load_model(tmp_path / "fused"), ids), model(ids).logits)
+
+
+@pytest.mark.parametrize("merged", ["experts.", "gate_up_proj"])
+@torch.no_grad()
+def test_experts_that_are_stored_merged(merged, tmp_path):
+    """As in the published Qwen3.5-MoE; every one of these tensors is accounted for."""
+    model, ids = whole_model("qwen3_5_moe", tmp_path / "whole"), random_ids(2, 9).clamp_min(11)
+    for file in (tmp_path / "whole").glob("model*"):
+        file.unlink()
+    tensors = published_tensors(model, {name for name in model.state_dict() if merged in name})
+    assert any(name.endswith("experts.gate_up_proj") for name in tensors)
+    save_file(tensors, tmp_path / "whole/model.safetensors", {"format": "pt"})
+    make_stage0_of_text(tmp_path / "whole", tmp_path / "fused")
+    assert torch.equal(teacher_logits(load_model(tmp_path / "fused"), ids), model(ids).logits)
+    del tensors["model.language_model.layers.1.mlp.experts.gate_up_proj"]
+    save_file(tensors, tmp_path / "whole/model.safetensors", {"format": "pt"})
+    with pytest.raises(HmfError, match="tensors missing: model.layers.1.mlp.experts.0.gate_proj.weight"):
+        make_stage0_of_text(tmp_path / "whole", tmp_path / "again")
+
+
+def test_token_ids_that_are_defaults_of_the_whole_configs_class_are_not_the_language_models(tmp_path):
+    """Idefics 3 and SmolVLM, whose class has a padding token beyond the vocabulary of most of its models."""
+    text = SIZES | {"model_type": "llama", "vocab_size": 300}
+    vision = COMMON | {"num_attention_heads": 2, "image_size": 32}
+    config = transformers.SmolVLMConfig(text_config=text, vision_config=vision, architectures=[SMOLVLM])
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"eos_token_id": 7}))
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content.pop("pad_token_id") > 300
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    found = language_config(load_config(tmp_path, weights=False), tmp_path)
+    assert (found.pad_token_id, found.bos_token_id, found.eos_token_id) == (0, 1, 7)
 
 
 @torch.no_grad()
@@ -143,11 +194,40 @@ def test_the_command(tmp_path):
     assert [item.name for item in out.parent.iterdir()] == ["stage0"]
 
 
+def test_a_plan_is_that_of_the_language_model(tmp_path, monkeypatch, capsys):
+    """hmf plan needs no --text-only and no weights. hmf serve and hmf bench refuse, as hmf init does."""
+    whole_model("qwen3_5_moe", tmp_path / "whole")
+    take_text(tmp_path / "whole", tmp_path / "text")
+    for name in ("whole", "text"):
+        plan = ("plan", tmp_path / name, "--gpu", "h100", "--mixer", "gka", "--ratio", "0.5", "--json")
+        code, rows, err = call(monkeypatch, capsys, *plan)
+        assert code == 0 and ("without its modules for images" in err) == (name == "whole")
+        (tmp_path / name / "plan").write_text(rows)
+    assert (tmp_path / "whole/plan").read_text() == (tmp_path / "text/plan").read_text()
+    for command in (["serve", "--dry-run"], ["bench", "distill"]):
+        code, _, err = call(monkeypatch, capsys, *command, tmp_path / "whole")
+        assert code == 2
+        assert "whole/config.json: 'qwen3_5_moe' is a multimodal model; use its language model (qwen3_5_" in err
+
+
 def test_what_is_no_multimodal_model_is_refused(tmp_path):
     whole_model("mistral3-mistral", tmp_path / "whole")
     take_text(tmp_path / "whole", tmp_path / "text")
     with pytest.raises(HmfError, match="text/config.json: 'mistral' reads only text; leave --text-only"):
         take_text(tmp_path / "text", tmp_path / "again")
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_5_moe_text"])
+def test_a_language_model_with_the_names_of_a_multimodal_one_is_refused(family, tmp_path):
+    """transformers renames them at load, where a head beside tied embeddings would be lost."""
+    model = stock_model(family, next(iter(BASES[family])), tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    tensors = {name.replace("model.", "model.language_model.", 1): x for name, x in published_tensors(model).items()}
+    save_file(tensors | {"lm_head.weight": torch.randn(61, 32)}, tmp_path / "base/model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        HmfError, match=r"model.safetensors: tensor model.language_model.\S+ is named as .* --text-only"
+    ):
+        base_config(tmp_path / "base")
 
 
 def make_stage0_of_text(source, out):

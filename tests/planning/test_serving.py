@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import NemotronHConfig
 
 from hmf.cli import app
 from hmf.config.pattern import Pattern
@@ -244,6 +245,12 @@ class TestInput:
     def test_shares(self):
         with pytest.raises(HmfError, match="--gpu-memory-utilization: 90"):
             planner.ServingSettings(utilisation=90)
+
+
+def test_a_model_with_another_hybrid_override_pattern_is_refused():
+    """Nemotron-H has this key for its own layers, and is no Hybrid of ours."""
+    with pytest.raises(HmfError, match="model_type 'nemotron_h' cannot be a base, because its layers have recurrences"):
+        planner.plans(NemotronHConfig(), "h100")
 
 
 def test_command_line(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from hmf.cli.shared import (
     group,
     tokens,
 )
-from hmf.errors import HmfError
+from hmf.errors import HmfError, notice
 from hmf.folders import find_recipe, require_parent, resolve_base
 from hmf.gpus import MFU, parse_gpus
 
@@ -71,9 +71,13 @@ def plan(
     from hmf.config.runs import HybridSettings
     from hmf.model.checkpoint import load_config
     from hmf.model.convert import base_pattern, hybrid_config
+    from hmf.model.text_only import language_config, text_family
     from hmf.planning import serving as planner
 
     config = load_config(folder, weights=False)
+    if text_family(config) is not None:
+        config = language_config(config, folder)
+        notice(f"{folder}: planned without its modules for images and sound, as {config.model_type}")
     if ratio is not None or pattern is not None:
         if ratio is not None and pattern is not None:
             raise HmfError("give at most one of --ratio and --pattern")

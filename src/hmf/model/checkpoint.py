@@ -7,7 +7,7 @@ import copy
 import difflib
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -143,20 +143,29 @@ def _tensor(entry: Any) -> str:
 def check_merged(folder: Path, config: Any) -> None:
     """HmfError for tensors that transformers merges at load, such as experts, if they are not as published.
 
-    transformers does not notice a missing number among them, and names the merged tensor in other errors.
+    transformers does not notice a missing number among them, and names the merged tensor in other errors. A tensor that
+    is stored merged already, as in Qwen3.5-MoE, counts as published.
     """
     if not get_checkpoint_conversion_mapping(config.model_type):
         return
+    shapes = {name: stored.shape for name, stored in stored_tensors(folder).items()}
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(config)
     merged = model.state_dict()
-    published = revert_weight_conversion(model, merged)
-    modules = tuple(f"{name.rpartition('.')[0]}." for name in merged.keys() - published.keys())
+    published = published_tensors(model, set(shapes))
+    modules = tuple(f"{name.rpartition('.')[0]}." for name in merged.keys() - published_tensors(model).keys())
     expected = {name: list(x.shape) for name, x in published.items() if name.startswith(modules)}
-    shapes = {name: stored.shape for name, stored in stored_tensors(folder).items() if name.startswith(modules)}
+    shapes = {name: shape for name, shape in shapes.items() if name.startswith(modules)}
     misshapen = [(name, shapes[name], shape) for name, shape in expected.items() if shapes.get(name, shape) != shape]
     missing, extra = expected.keys() - shapes.keys(), shapes.keys() - expected.keys()
     check_loading(str(folder), {"missing_keys": missing, "unexpected_keys": extra, "mismatched_keys": misshapen})
+
+
+def published_tensors(model: PreTrainedModel, merged: Set[str] = frozenset()) -> dict[str, torch.Tensor]:
+    """The tensors of `model` by their names in files, where experts are one by one, except those named in `merged`."""
+    state = model.state_dict()
+    whole = {name: x for name, x in state.items() if name in merged}
+    return whole | revert_weight_conversion(model, {name: x for name, x in state.items() if name not in merged})
 
 
 def settle(config: Any, folder: Path, weights: bool = True) -> bool:
@@ -225,8 +234,23 @@ def load_config(source: str | Path, weights: bool = True) -> Any:
             )
         require_rope(config, str(file))
         require_token_ids(file, config.vocab_size)
+        if weights:
+            require_own_names(folder)
     settle(config, folder, weights)
     return config
+
+
+def require_own_names(folder: Path) -> None:
+    """HmfError if a language model's tensors have the prefix that they have in a multimodal checkpoint.
+
+    transformers renames them at load (Qwen3.5); what is read of the files here goes by their names.
+    """
+    for name, stored in stored_tensors(folder).items():
+        if name.startswith("model.language_model."):
+            raise HmfError(
+                f"{folder}/{stored.file}: tensor {name} is named as in a multimodal checkpoint; give the whole "
+                "checkpoint with --text-only, or load and save this one with transformers"
+            )
 
 
 # Upper bounds of a model's sizes. Without them a typo would make transformers build layers for hours.
@@ -409,7 +433,7 @@ def generation_config(folder: Path, config: Any, needed: bool) -> GenerationConf
     try:
         content = read_object(file)
         if has_file:
-            require_token_ids(file, config.vocab_size)
+            require_token_ids(file, config.get_text_config().vocab_size)
             return GenerationConfig.from_dict(content)
         return GenerationConfig.from_pretrained(folder, "config.json", _from_model_config=True)
     except HmfError as error:

@@ -23,9 +23,10 @@ from hmf.layers.attention import separate
 from hmf.layers.own import base_mixer, base_mixer_name, own_layers, own_state_shapes
 from hmf.layers.registry import layer_states
 
-from .configuration import building
+from .configuration import STATE_DTYPES, building
 from .families import family_of
 from .modeling import hybrid_classes
+from .text_only import require_language_model
 
 
 def attention_layers(config: Any) -> list[int]:
@@ -39,6 +40,7 @@ def base_pattern(config: Any, settings: HybridSettings) -> Pattern:
 
     HmfError if the base's layers cannot be replaced so, before any weights are read.
     """
+    require_language_model(config)
     pattern = settings.layer_pattern(config.num_hidden_layers, attention_layers(config))
     try:
         hybrid_config(config, pattern.with_fused(True), settings.options_by_key())
@@ -69,6 +71,8 @@ def hybrid_config(base: Any, pattern: Pattern, options: Mapping[str, Mapping[str
     kinds = getattr(base, "attention_types", None) or getattr(base, "layer_types", None)
     if family.own_recurrence:
         fields["base_layer_types"] = list(kinds or ())
+        if fields.get("mamba_ssm_dtype") in STATE_DTYPES:  # vLLM's name, in published configs
+            fields.setdefault("state_dtype", fields["mamba_ssm_dtype"])
     fields |= {
         "hybrid_override_pattern": str(pattern),
         "architectures": [classes.causal_lm.__name__],

@@ -190,7 +190,10 @@ def native_config(config: Any, source: str = "config.json", to: str = FORMAT) ->
             f"{', '.join(others)}: {to} has only attention and GDN layers; use the Hybrid's own format",
         )
     if config.layer_types.count(RECURRENT) in (0, len(pattern)):
-        refuse("hybrid_override_pattern", f"{pattern}: {to} needs both attention and GDN layers")
+        refuse(
+            "hybrid_override_pattern",
+            f"{pattern}: {to} needs both attention and GDN layers; use the Hybrid's own format",
+        )
     if SYMBOL in pattern.symbols:
         _check_options(config, to, refuse)
     if own:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers.initialization import no_init_weights
 
 from hmf.errors import HmfError, listed
 
-from .checkpoint import HEAD, load_config
+from .checkpoint import HEAD, load_config, published_tensors
 from .configuration import building
 from .families import FAMILIES, Family, family_of
 from .files import COMPUTED, INDEX, copy_companions, new_directory, opened, read_object, stored_tensors
@@ -49,13 +50,24 @@ def text_family(config: Any) -> Family | None:
     return FAMILIES.get(SAME_AS.get(name, name)) if isinstance(name, str) else None
 
 
+def require_language_model(config: Any) -> None:
+    """HmfError for the config of a multimodal model, and for one of an unsupported family."""
+    source = Path(config.name_or_path, "config.json")
+    if (text := text_family(config)) is not None:
+        raise HmfError(
+            f"{source}: {config.model_type!r} is a multimodal model; use its language model ({text.model_type}): hmf "
+            "init with --text-only, or text_only: true in a recipe of hmf prime"
+        )
+    family_of(getattr(getattr(config, "text_config", config), "model_type", ""), source=str(source))
+
+
 def language_config(whole: Any, source: str | Path) -> Any:
     """The config of a multimodal model's language model, from the whole config; HmfError if it has none."""
     if (family := text_family(whole)) is None:
         family_of(whole.model_type, f"{source}/config.json")  # raises for an unsupported model
         raise HmfError(f"{source}/config.json: {whole.model_type!r} reads only text; leave --text-only (text_only) out")
     with building(source):
-        return _text_config(whole, family)
+        return _text_config(whole, family, read_object(Path(source) / "config.json").keys())
 
 
 def take_text(source: str | Path, target: str | Path) -> TextOnlyReport:
@@ -70,7 +82,8 @@ def take_text(source: str | Path, target: str | Path) -> TextOnlyReport:
     family = family_of(config.model_type)
     _require_decoder(whole, family, source)
     with building(source), torch.device("meta"), no_init_weights():
-        names = set(AutoModelForCausalLM.from_config(config).state_dict())
+        model = AutoModelForCausalLM.from_config(config)
+        names = {*model.state_dict(), *published_tensors(model)}  # experts may be stored merged or one by one
     stored = stored_tensors(source)
     taken = _names(source, stored, names)
     omitted = Counter(name.removeprefix("model.").partition(".")[0] for name in stored.keys() - taken.keys())
@@ -104,12 +117,16 @@ def _require_decoder(whole: Any, family: Family, source: Path) -> None:
         )
 
 
-def _text_config(whole: Any, family: Family) -> Any:
-    """The config of the language model; the whole config's values for embeddings, dtype and tokens take precedence."""
+def _text_config(whole: Any, family: Family, given: Set[str]) -> Any:
+    """The config of the language model; the whole config's values for embeddings, dtype and tokens take precedence.
+
+    given: the keys of the whole config.json. Token ids that are only defaults of its class are not the model's.
+    """
     fields = whole.text_config.to_dict()
     for key in ("model_type", "architectures", "transformers_version"):
         fields.pop(key, None)
-    for key in ("tie_word_embeddings", "dtype", "bos_token_id", "eos_token_id", "pad_token_id"):
+    tokens = {"bos_token_id", "eos_token_id", "pad_token_id"}
+    for key in ("tie_word_embeddings", "dtype", *sorted(tokens & given)):
         if (value := getattr(whole, key, None)) is not None:
             fields[key] = value
     if whole.text_config.model_type in SAME_AS:

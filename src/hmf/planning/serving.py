@@ -26,6 +26,7 @@ from hmf.gpus import COPY_SHARE, GIB, Device, parse_gpus
 from hmf.layers.base import heads_fit
 from hmf.layers.own import RECURRENT
 from hmf.model.convert import hybrid_config
+from hmf.model.text_only import require_language_model
 
 from .memory import Blocks, LayerCache, Weights, layer_caches, require_unquantised, weights, working_bytes
 
@@ -191,7 +192,10 @@ def serving_dtype(config: Any) -> torch.dtype:
 
 def as_hybrid(config: Any) -> Any:
     """A base config as the equivalent Hybrid without replaced layers; a Hybrid's config unchanged."""
-    return config if hasattr(config, "hybrid_override_pattern") else base_of(config)
+    if config.model_type.startswith("hybrid_"):
+        return config
+    require_language_model(config)
+    return base_of(config)
 
 
 def base_of(config: Any) -> Any:

@@ -26,9 +26,8 @@ from hmf.layers.base import Start
 from hmf.layers.own import base_mixer
 from hmf.model.checkpoint import STORED, load_config, load_model, save_checkpoint
 from hmf.model.convert import hybridise, mixers
-from hmf.model.families import family_of
 from hmf.model.files import COMPUTED, reading, require_finite, stored_tensors
-from hmf.model.text_only import language_config, take_text, text_family
+from hmf.model.text_only import language_config, require_language_model, take_text
 
 from .calibrate import calibrate
 
@@ -167,12 +166,7 @@ def base_config(base: str | Path, text_only: bool = False) -> Any:
     config = load_config(base)
     if text_only:
         return language_config(config, base)
-    if (text := text_family(config)) is not None:
-        raise HmfError(
-            f"{base}/config.json: {config.model_type!r} is a multimodal model; use its language model "
-            f"({text.model_type}): hmf init with --text-only, or text_only: true in a recipe of hmf prime"
-        )
-    family_of(getattr(getattr(config, "text_config", config), "model_type", ""), source=f"{base}/config.json")
+    require_language_model(config)
     if config.model_type.startswith("hybrid_"):
         raise HmfError(f"{base}: is already a Hybrid ({config.hybrid_override_pattern}); give the base Transformer")
     return config

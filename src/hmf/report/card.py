@@ -116,7 +116,7 @@ class Card:
     def config(self) -> Any:
         config = load_config(self.evidence.model)
         file = self.evidence.model / "config.json"
-        if not hasattr(config, "hybrid_override_pattern"):
+        if not config.model_type.startswith("hybrid_"):
             raise HmfError(f"{file}: is the config of a Transformer; give the run folder of a Hybrid")
         if is_fused(config):
             raise HmfError(

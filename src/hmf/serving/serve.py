@@ -70,7 +70,7 @@ def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
     """
     config = load_config(source, weights=False)
     quantization = getattr(config, "quantization_config", None)
-    quantised, is_hybrid = bool(quantization), hasattr(config, "hybrid_override_pattern")
+    quantised, is_hybrid = bool(quantization), config.model_type.startswith("hybrid_")
     folder = Path(source)
     if not quantised:
         require_checkpoint(source)
