@@ -2,6 +2,7 @@
 """`hmf select` and `hybrid.layers: auto`: what is chosen, written, read again and refused."""
 
 import json
+import re
 import shutil
 from itertools import pairwise
 
@@ -261,6 +262,8 @@ def test_scores_of_a_file_choose_the_layers(tmp_path):
         (["--keep", 2, "--method", "magic"], "select.method"),
         (["--keep", 2, "--mixer", "rnn"], "rnn"),
         (["--keep", 2, "--recipe", "nowhere"], "no such recipe"),
+        (["--keep", 2, "--set", "hybrid.ratio=0.9"], "hybrid.ratio follow"),
+        (["--ratio", 0.5, "--set", "hybrid={mixer: gdn, layers: [0]}"], "hybrid.layers and"),
     ],
 )
 def test_what_select_refuses(tmp_path, arguments, why):
@@ -273,6 +276,18 @@ def test_window_needs_answers(tmp_path):
     recipe = written(tmp_path, distill={**SMALL["distill"], "data": {"text": TEXT, "sequence_length": 96}})
     with pytest.raises(HmfError, match="the data has no answers"):
         command("teacher", "--keep", 2, "--method", "window", "--recipe", recipe, "--out", tmp_path / "out")
+
+
+def test_a_window_that_holds_every_document_ranks_nothing(tmp_path):
+    recipe = written(tmp_path, distill={**SMALL["distill"], "data": TALK})
+    arguments = ("teacher", "--keep", 4, "--method", "window", "--recipe", recipe, "--out", tmp_path / "out")
+    with pytest.raises(HmfError, match=r"select\.window_size: 128 tokens .* changes nothing") as error:
+        command(*arguments)
+    longest = int(re.search(r"has (\d+) before", str(error.value))[1])
+    with pytest.raises(HmfError, match=f"{longest} tokens hold"):
+        command(*arguments, "--set", f"select.window_size={longest}")
+    command(*arguments, "--set", f"select.window_size={longest // 2}", "--out", tmp_path / "shorter")
+    assert any(json.loads((tmp_path / "shorter/selection.json").read_text())["scores"])
 
 
 def test_auto_needs_a_ratio_and_no_pattern(tmp_path):

@@ -148,6 +148,8 @@ def select(
     }
     changes = [f"{key}={value}" for key, value in recipe_values.items() if value is not None]
     settings, text = read_recipe(find_recipe(recipe), PrimeRecipe, [*changes, *(overrides or ())])
+    if (settings.hybrid.layers, settings.hybrid.ratio) != ("auto", recipe_values["hybrid.ratio"]):
+        raise HmfError("--set: hybrid.layers and hybrid.ratio follow from --keep or --ratio; leave them out")
     settings = with_checkpoint(settings, "base")
     with run_folder(settings.output, text):
         selection = run(source, layers, keep, settings, settings.output, draw_selection, draw_curves)

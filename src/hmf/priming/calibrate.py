@@ -26,7 +26,10 @@ from hmf.layers.own import base_mixer
 from hmf.model.convert import mixers
 from hmf.model.modeling import TEACHER
 
-ROWS_AT_ONCE = 4
+ROWS_AT_ONCE, TOKENS_AT_ONCE = 4, 8192  # most of either in a batch, of at least one row
+# Adam changes each weight of a matrix about as much, so its effect grows with the number of inputs. Up to this number
+# of inputs the learning rate is the setting's, above it is divided by their ratio.
+INPUTS = 256
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # relative to the mean square of a feature
 
 
@@ -84,7 +87,7 @@ def calibrate(
 
 def _embedded(decoder: Any, rows: Sequence[PackedRow], device: torch.device) -> list[Batch]:
     """Batches of equal size, so that a quarter of the batches has a quarter of the rows."""
-    size = min(ROWS_AT_ONCE, max(1, len(rows) // 4))
+    size = max(1, min(ROWS_AT_ONCE, len(rows) // 4, TOKENS_AT_ONCE // rows[0]["input_ids"].numel()))
     batches = []
     for first in range(0, len(rows), size):
         batch = torch.utils.data.default_collate(list(rows[first : first + size]))
@@ -151,7 +154,9 @@ def _descend(free: Sequence[str], settings: CalibrationSettings) -> Improve:
         chosen = [mixer.get_parameter(name).requires_grad_() for name in free]
         if not chosen or not settings.steps:
             return []
-        optimiser = torch.optim.Adam(chosen, lr=settings.learning_rate, betas=(0.9, 0.95))
+        rate = settings.learning_rate
+        groups = [{"params": [x], "lr": rate * (min(1, INPUTS / x.shape[1]) if x.ndim == 2 else 1)} for x in chosen]
+        optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps)
         for step in range(settings.steps):
             batch = batches[step % len(batches)]

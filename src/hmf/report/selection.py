@@ -37,7 +37,7 @@ def print_selection(selection: dict[str, Any]) -> None:
         console.print(f"the same choice in {stability['same_choice']:.0%} of resamples of the rows")
         for pair, values in selection["agreement"].items():
             if (tau := values["kendall"]) is not None:
-                console.print(f"Kendall's tau of {pair}: {tau:.2f}")
+                console.print(f"Kendall's tau of the rankings {pair.replace(', ', ' and ')}: {tau:.2f}")
         cost = selection["cost"]
         console.print(
             f"{cost['training_tokens']:,} tokens of training, {cost['scored_choices']} choices scored on "

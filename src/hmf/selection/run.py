@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from hmf.config.pattern import Pattern, mixer_symbol
 from hmf.config.runs import PrimeRecipe
 from hmf.config.strict import parse_json, parse_sealed, seal_json
+from hmf.data.encoding import IGNORED
 from hmf.data.mixture import mixture
 from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError
@@ -27,7 +28,7 @@ from hmf.model.checkpoint import load_config
 from hmf.training.checkpoints import replace_text
 
 from .choose import agreement, by_rank, greedy, search, stability
-from .scores import Choice, Scorer, cost, means
+from .scores import Choice, Scorer, cost, in_conversation, means
 from .supernet import align, fused_everywhere, training_of
 
 SELECTION = "selection.json"
@@ -121,11 +122,13 @@ def _measured(
     if settings.method == "window":
         mixer, options = "swa", {"swa_config": {"window_size": settings.window_size}}
     tokenizer = load_tokenizer(base)
+    rows = _scored_rows(recipe, tokenizer)
+    if settings.method == "window":
+        _require_longer_answers(rows, settings.window_size)
     calibration = hybrid.calibrated if settings.method != "window" else None  # SWA is the attention's own start
     data = recipe.distill.data
     model = fused_everywhere(base, mixer, options, recipe.seed, hybrid.conv_start, calibration, data)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    rows = _scored_rows(recipe, tokenizer)
     batch_size = recipe.distill.training.per_device_train_batch_size
     alone = [frozenset([layer]) for layer in range(layers)]
     measures = LOSS if settings.method == "window" else KL
@@ -134,13 +137,8 @@ def _measured(
         return [cost(sums.sum(0), measures).item() for sums in measured(choices)]
 
     at_start = Scorer(model, rows, batch_size)
-    if settings.method == "window" and "loss_answers" not in means(at_start([frozenset()])[0]):
-        raise HmfError(
-            "select.method: window ranks layers by the loss of answers, and the data has no answers; add "
-            "distill.data.tasks or conversations, or use the method kl"
-        )
     teacher = prices([frozenset()], at_start)[0]
-    rankings = {"Stage 0, one at a time": [price - teacher for price in prices(alone, at_start)]}
+    rankings = {"Stage 0": [price - teacher for price in prices(alone, at_start)]}
     training_seconds = 0.0
     if settings.steps:
         started = time.perf_counter()
@@ -151,7 +149,7 @@ def _measured(
     scorer = Scorer(model, rows, batch_size) if settings.steps else at_start
     ranked = [price - teacher for price in prices(alone, scorer)]
     if settings.steps:
-        rankings["trained, one at a time"] = ranked
+        rankings["trained"] = ranked
 
     def choose(score: Callable[[Sequence[Choice]], Sequence[float]]) -> Choice:
         if settings.method == "supernet":
@@ -203,6 +201,24 @@ def _rounded(values: Sequence[float]) -> list[float | None]:
 def _scored_rows(recipe: PrimeRecipe, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     rows = mixture(recipe.distill.data, tokenizer, recipe.select.rows, (recipe.seed + OTHER_ROWS) % 2**32)
     return [rows[index] for index in range(recipe.select.rows)]
+
+
+def _require_longer_answers(rows: Sequence[Any], window_size: int) -> None:
+    """HmfError if no answer in `rows` has more than `window_size` tokens of its document before it."""
+    batch = torch.utils.data.default_collate(list(rows))
+    labels, positions = batch["labels"], batch["position_ids"]
+    answers = positions[in_conversation(labels, positions) & (labels != IGNORED)]
+    if not len(answers):
+        raise HmfError(
+            "select.method: window ranks layers by the loss of answers, and the data has no answers; add "
+            "distill.data.tasks or conversations, or use the method kl"
+        )
+    if (longest := int(answers.max())) <= window_size:
+        raise HmfError(
+            f"select.window_size: {window_size} tokens hold every document with an answer (the longest of the scored "
+            f"rows has {longest} before its end), so the window changes nothing; give fewer, or longer rows "
+            "(distill.data.sequence_length)"
+        )
 
 
 def read_scores(file: Path, layers: int) -> list[float]:

@@ -56,7 +56,7 @@ class Scorer:
         labels, positions = batch.pop("labels"), batch["position_ids"]
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         counted = targets != IGNORED
-        answers = _in_conversation(labels, positions)[counted]
+        answers = in_conversation(labels, positions)[counted]
         rows = counted.nonzero()[:, 0]
         inputs = self.model.model.prepare(**batch, use_cache=False)
         hidden = self._hidden_states(inputs, [frozenset(), *choices])
@@ -97,7 +97,7 @@ class Scorer:
         return torch.cat(parts, -1).unbind()
 
 
-def _in_conversation(labels: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+def in_conversation(labels: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
     """bool [B, T]: tokens of documents that are only partly supervised, such as a prompt with its answer."""
     rows = torch.arange(len(labels), device=labels.device)[:, None] * labels.shape[1]
     documents = rows + (position_ids == 0).cumsum(1).clamp_min(1) - 1
