@@ -11,6 +11,7 @@ import typer
 
 from hmf.cli.shared import (
     CONFIG,
+    DEFAULT_MIXER,
     PATTERN,
     AsJson,
     BatchedTokens,
@@ -20,9 +21,9 @@ from hmf.cli.shared import (
     StateCacheDtype,
     epilog,
     group,
+    replacement,
     tokens,
 )
-from hmf.errors import HmfError
 from hmf.folders import find_recipe, require_parent, resolve_base
 from hmf.gpus import MFU, parse_gpus
 
@@ -40,8 +41,12 @@ def plan(
     gpu: Annotated[str, typer.Option(help="GPUs to serve on, for example h100, l40s or h200x8.")],
     context: Annotated[int, tokens("Length of a sequence, for example 128K.")] = 32768,
     mixer: Annotated[
-        str, typer.Option(help="With --ratio: type of the layers that replace attention in the planned Hybrid.")
-    ] = "gdn",
+        str | None,
+        typer.Option(
+            help="With --ratio: type of the layers that replace attention in the planned Hybrid.",
+            show_default=DEFAULT_MIXER,
+        ),
+    ] = None,
     ratio: Ratio = None,
     pattern: Annotated[str | None, typer.Option(help=f"Layer pattern of the planned Hybrid. {PATTERN}")] = None,
     gpu_memory_utilization: Annotated[
@@ -64,20 +69,17 @@ def plan(
     """
     parse_gpus(gpu)  # before imports that take seconds, as are the checks of paths
     require_parent(plot, "--plot")
+    settings = replacement(mixer, ratio, pattern)
     folder = resolve_base(model, weights=False)
 
     import json
 
-    from hmf.config.runs import HybridSettings
     from hmf.model.checkpoint import load_config
     from hmf.model.convert import base_pattern, hybrid_config
     from hmf.planning import serving as planner
 
     config = load_config(folder, weights=False)
-    if ratio is not None or pattern is not None:
-        if ratio is not None and pattern is not None:
-            raise HmfError("give at most one of --ratio and --pattern")
-        settings = HybridSettings(mixer=mixer, ratio=ratio, pattern=pattern)
+    if settings is not None:
         config = hybrid_config(config, base_pattern(config, settings))
     options = planner.ServingSettings(
         gpu_memory_utilization,
