@@ -24,6 +24,7 @@ from hmf.cli.shared import (
     replacement,
     tokens,
 )
+from hmf.errors import notice
 from hmf.folders import find_recipe, require_parent, resolve_base
 from hmf.gpus import MFU, parse_gpus
 
@@ -81,6 +82,8 @@ def plan(
     config = load_config(folder, weights=False)
     if settings is not None:
         config = hybrid_config(config, base_pattern(config, settings))
+    if context > (longest := config.max_position_embeddings):
+        notice(f"{model}: max_position_embeddings is {longest:,}; a server of --context {context:,} needs a larger one")
     options = planner.ServingSettings(
         gpu_memory_utilization,
         layer_overhead / 1e6,
