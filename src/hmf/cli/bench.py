@@ -27,6 +27,7 @@ from hmf.cli.shared import (
 )
 from hmf.errors import HmfError, notice
 from hmf.folders import require_parent, resolve_base
+from hmf.gpus import available
 
 app = group("Measure speed, memory and accuracy on this machine.")
 
@@ -62,7 +63,7 @@ def ops(
     from hmf.bench import ops as timings
     from hmf.ops.samples import Shape
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = available(device)
     op_names, version_names = ([name for name in text.split(",") if name] for text in (ops, versions))
     shape = Shape(tokens=tokens, heads=heads, head_dim=head_dim)
     measured = timings.run(shape, getattr(torch, dtype), device, repeats, op_names, version_names, not forward)
@@ -149,16 +150,14 @@ def distill(
 
     import json
 
-    import torch
-
     from hmf.bench import distill as steps
     from hmf.bench import machine
     from hmf.model.checkpoint import load_config
     from hmf.model.convert import base_pattern
 
-    config = steps.changed(load_config(folder, weights=False), overrides or ())
+    config = steps.with_overrides(load_config(folder, weights=False), overrides or ())
     layers = str(base_pattern(config, settings))
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = available(device)
     case = steps.Case(config, layers, rows, tokens, kl, device, dtype, repeats)
     table = steps.rows(case, steps.run(case, rounds))
     if as_json:
@@ -206,7 +205,7 @@ def states(
 
     narrowed = None if dtype == "float32" else getattr(torch, dtype)
     stored = states.Stored(narrowed, rounding == "stochastic", KV_DTYPES[kv_cache_dtype])
-    drifts = states.measure(folder, stored, tokens, batch, device)
+    drifts = states.measure(folder, stored, tokens, batch, available(device))
     if as_json:
         rows = [asdict(drift) for drift in drifts]
         report = {"rows": rows, "hardware": machine.hardware(), "versions": machine.versions()}
@@ -327,6 +326,8 @@ def serving(
             place = Path(folder) / str(len(named))
             hybrid_config(config, base_pattern(config, settings)).save_pretrained(place)
             named.append((f"{models[0]} with {settings.mixer if pattern is None else 'a pattern'}", place))
+        if tensor_parallel_size > max(1, gpus := torch.cuda.device_count()):
+            raise HmfError(f"--tensor-parallel-size: {tensor_parallel_size} is more than this machine's {gpus} GPUs")
         subjects = variants.subjects(named, run, hf_overrides, variant or ())
         require_vllm()
         measured: list[throughput.Measured | None] = []

@@ -64,7 +64,7 @@ class ServingSettings:
 
     def __post_init__(self) -> None:
         for name, dtypes in (("kv_cache_dtype", KV_DTYPES), ("mamba_ssm_cache_dtype", STATE_DTYPES)):
-            if (value := getattr(self, name)) not in dtypes:
+            if (value := str(getattr(self, name))) not in dtypes:
                 raise HmfError(f"--{name.replace('_', '-')}: {unknown_name('dtype', value, dtypes)}")
         if not 0 < self.utilisation <= 1:
             raise HmfError(f"--gpu-memory-utilization: {self.utilisation} is not in (0, 1]; give a share such as 0.9")
