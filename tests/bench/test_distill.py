@@ -55,6 +55,8 @@ def test_a_config_is_changed_by_known_keys_alone(tiny_qwen3_config):
     assert with_overrides(tiny_qwen3_config, ["num_hidden_layers=2"]).layer_types == ["full_attention"] * 2
     with pytest.raises(HmfError, match="did you mean 'hidden_size'"):
         with_overrides(tiny_qwen3_config, ["hiden_size=3"])
+    with pytest.raises(HmfError, match="--set: hidden_size: 'wide' is not a whole number"):
+        with_overrides(tiny_qwen3_config, ["hidden_size=wide"])
     with pytest.raises(HmfError, match="write KEY=VALUE"):
         with_overrides(tiny_qwen3_config, ["hidden_size"])
     with pytest.raises(HmfError, match="unknown device 'gpu'"):

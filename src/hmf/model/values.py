@@ -108,10 +108,9 @@ def reading(source: str) -> Iterator[None]:
         raise HmfError(str(error).replace("config.json", source, 1)) from None
     except Exception as error:  # any kind, because transformers uses a config's values before it checks them
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        # The second line of a validation error names the field and the reason.
-        raise HmfError(
-            f"{source}: {lines[1] if isinstance(error, StrictDataclassError) and lines[1:] else lines[0]}"
-        ) from None
+        if isinstance(error, StrictDataclassError) and lines[1:]:  # its second line names the field and the reason
+            lines = [lines[1].removeprefix("TypeError: ").removeprefix("ValueError: ")]
+        raise HmfError(f"{source}: {lines[0]}") from None
 
 
 def changed(config: Any, values: Mapping[str, Any], option: str) -> Any:
