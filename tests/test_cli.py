@@ -285,6 +285,18 @@ def test_a_run_that_cannot_start_claims_no_folder(tmp_path, monkeypatch, capsys)
         assert not (tmp_path / "run").exists()
 
 
+NO_RATIOS = [
+    [*command.split(), "--ratio", value]
+    for command in (
+        "init teacher --out x",
+        "plan teacher --gpu l4",
+        "bench distill",
+        "bench serving teacher --context 1:1",
+    )
+    for value in ("nan", "-0.5", "1.5", "inf")
+]
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -292,6 +304,21 @@ def test_a_run_that_cannot_start_claims_no_folder(tmp_path, monkeypatch, capsys)
         (["evaluate", "teacher", "--smples", "3"], "No such option: --smples (Possible options: --baselines"),
         (["bench", "states", "x", "--dtype", "int8"], "'int8' is not one of 'bfloat16', 'float16'"),
         (["bench", "serving", "x", "--context", "1:1", "--format", "cards"], "'cards' is not one of 'table', 'card'"),
+        *((command, "'--ratio': Input should be") for command in NO_RATIOS),
+        (
+            ["init", "teacher", "--mixer", "gka", "--pattern", "*-GKA", "--out", "x"],
+            "--mixer: a pattern names the types",
+        ),
+        (["init", "teacher", "--ratio", "0.5", "--layers", "1", "--out", "x"], "exactly one of --ratio, --layers and"),
+        (["plan", "teacher", "--gpu", "l4", "--mixer", "gka"], "--mixer: is read with --ratio; add --ratio 0.5"),
+        (
+            ["bench", "distill", "--mixer", "gka", "--pattern", "*-GKA"],
+            "--mixer: is read with --ratio; the pattern names",
+        ),
+        (["bench", "solver", "--plot", "."], "--plot: .: is a directory"),
+        (["finetune", "quickstart"], "recipe.yaml: is a recipe of `hmf prime`; give it to that command"),
+        (["data", "prepare", "quickstart"], "is a recipe of `hmf prime`"),
+        (["prime", "recipes/quickstart/sft.yaml"], "sft.yaml: is a recipe of `hmf finetune`"),
         (["evaluate", "two\nhmf: lines"], "two\\nhmf: lines: no such directory"),
     ],
 )

@@ -84,8 +84,12 @@ def find_recipe(name: str) -> Path:
 
 
 def require_parent(file: Path | None, option: str) -> None:
-    """HmfError when the parent folder of the output `file` of the command-line option `option` does not exist."""
-    if file is not None and not file.parent.is_dir():
+    """HmfError when the output `file` of the command-line option `option` is a folder, or in a missing folder."""
+    if file is None:
+        return
+    if file.is_dir():
+        raise HmfError(f"{option}: {file}: is a directory; give the name of a file in it")
+    if not file.parent.is_dir():
         raise HmfError(f"{option}: {file.parent}: no such directory; create it or choose another")
 
 

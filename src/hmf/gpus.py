@@ -96,3 +96,13 @@ def parse_gpus(text: str) -> tuple[Device, int]:
 def cpu(memory: int = 0) -> Device:
     """The device of vLLM's CPU build, which schedules one step at a time."""
     return Device("cpu", memory, bandwidth=0.0, block=128, steps=1)
+
+
+def available(device: str | None) -> str:
+    """The device to compute on: `device`; for None "cuda" if there is a GPU, else "cpu". HmfError for a missing GPU."""
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise HmfError("--device cuda: PyTorch finds no GPU here; leave --device out")
+    return device or ("cuda" if has_gpu else "cpu")

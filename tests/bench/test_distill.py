@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hmf.bench import distill
-from hmf.bench.distill import WAYS, Case, Result, changed, measure, prepared, rows, run
+from hmf.bench.distill import WAYS, Case, Result, measure, prepared, rows, run, with_overrides
 from hmf.errors import HmfError
 from tests.numerics import assert_same
 
@@ -52,10 +52,12 @@ def test_rows_are_ratios_to_the_first_way(tiny_qwen3_config, capsys):
 
 
 def test_a_config_is_changed_by_known_keys_alone(tiny_qwen3_config):
-    assert changed(tiny_qwen3_config, ["num_hidden_layers=2"]).layer_types == ["full_attention"] * 2
+    assert with_overrides(tiny_qwen3_config, ["num_hidden_layers=2"]).layer_types == ["full_attention"] * 2
     with pytest.raises(HmfError, match="did you mean 'hidden_size'"):
-        changed(tiny_qwen3_config, ["hiden_size=3"])
+        with_overrides(tiny_qwen3_config, ["hiden_size=3"])
+    with pytest.raises(HmfError, match="--set: hidden_size: 'wide' is not a whole number"):
+        with_overrides(tiny_qwen3_config, ["hidden_size=wide"])
     with pytest.raises(HmfError, match="write KEY=VALUE"):
-        changed(tiny_qwen3_config, ["hidden_size"])
+        with_overrides(tiny_qwen3_config, ["hidden_size"])
     with pytest.raises(HmfError, match="unknown device 'gpu'"):
         run(Case(tiny_qwen3_config, "*-GDN-*-GDN", 1, 4, device="gpu"))

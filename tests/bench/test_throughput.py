@@ -58,13 +58,18 @@ class TestInput:
             (["--batched-tokens", "4"], "--batched-tokens: 4 leaves no tokens"),
             (["--context", "5000:1"], "4,096; give fewer"),
             (["--ratio", "0.5", "--pattern", "*-GDN"], "at most one of --ratio and --pattern"),
+            (["--ratio", "0.5", "OTHER"], "--ratio: makes Hybrids of one MODEL"),
+            (["--mixer", "gka"], "--mixer: is read with --ratio; add --ratio 0.5, or omit --mixer"),
+            (["--mixer", "gdn,", "--ratio", "0.5"], "unknown mixer ''"),
+            (["--tensor-parallel-size", "64"], "--tensor-parallel-size: 64 is more than"),
             (["BASE"], "a model is named twice"),
             (["--json-file", "nowhere/rows.json"], "--json-file: nowhere: no such directory"),
             (["--json", "--format", "card"], "--json and --format card exclude each other"),
         ],
     )
     def test_refused(self, configs, arguments, line):
-        arguments = [str(configs[0]) if argument == "BASE" else argument for argument in ("BASE", *arguments)]
+        models = dict(zip(("BASE", "OTHER"), map(str, configs), strict=False))
+        arguments = [models.get(argument, argument) for argument in ("BASE", *arguments)]
         result = CliRunner().invoke(app, ["bench", "serving", "--context", "64:4", *arguments])
         assert isinstance(result.exception, HmfError) and line in str(result.exception)
 
@@ -311,7 +316,15 @@ class TestOverrides:
             (["--variant", "[1]"], "--variant: [1] is not a JSON object"),
             (["--variant", VARIANT], "no MODEL has these keys or layers of this type"),
             (["--hf-overrides", '{"max_positions": 1}'], "--hf-overrides: max_positions: no MODEL has this key"),
-            (["--variant", '{"gdn_overrides": {"num_iter": 1}}'], "unknown key 'num_iter'"),
+            (["--variant", '{"kv_cache_dtype": 8}'], "--variant: --kv-cache-dtype: unknown dtype '8'"),
+            (["--variant", '{"gdn_overrides": {"num_iter": 1}}'], "--variant: gdn_config: unknown key 'num_iter'"),
+            (["--hf-overrides", '{"gdn_overrides": 3}'], "--hf-overrides: gdn_overrides: 3 is not an object"),
+            (
+                ["--hf-overrides", '{"max_position_embeddings": "big"}'],
+                "--hf-overrides: max_position_embeddings: 'big'",
+            ),
+            (["--variant", '{"hidden_size": -3}'], "--variant: hidden_size: -3 is not a whole number"),
+            (["--variant", '{"tie_word_embeddings": "?"}'], "--variant: Field 'tie_word_embeddings'"),
         ],
     )
     def test_refused(self, configs, arguments, line):

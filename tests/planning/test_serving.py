@@ -231,6 +231,10 @@ class TestInput:
         config = FAMILIES["qwen3"].config_class()(**QWEN3_8B | {"num_hidden_layers": 72})
         with pytest.raises(HmfError, match="leave no room for a cache; use more GPUs, for example l4x2"):
             planner.plans(config, "l4")
+        with pytest.raises(HmfError, match="use more GPUs, for example l4x4, or"):
+            planner.plans(FAMILIES["qwen3"].config_class()(**QWEN3_8B | {"num_hidden_layers": 150}), "l4")
+        with pytest.raises(HmfError, match="no room for a cache; use larger GPUs"):
+            planner.plans(FAMILIES["qwen3"].config_class()(**QWEN3_8B | {"num_hidden_layers": 1000}), "l4")
 
     def test_quantised(self):
         config = FAMILIES["qwen3"].config_class()(**QWEN3_8B, quantization_config={"quant_method": "fp8"})

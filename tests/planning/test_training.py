@@ -257,7 +257,7 @@ def test_the_command_and_its_errors(tmp_path, monkeypatch):
         orphan.write_text(yaml.safe_dump(content | change))
         with pytest.raises(HmfError, match=said):
             planner.plans([orphan], resolve_base, "l4")
-    with pytest.raises(HmfError, match="training.gpus: is not set; set it, or give --gpu"):
-        planner.plans([RECIPES / "quickstart"], resolve_base)
+    with pytest.raises(HmfError, match="recipe.yaml: distill.training.gpus: is not set; set it, or give --gpu"):
+        planner.plans([RECIPES / "quickstart" / "recipe.yaml"], resolve_base)
     with pytest.raises(HmfError, match="sequence_parallel: 4 does not divide 6 GPUs"):
         planner.plans([RECIPES / "qwen3-8b" / "gdn-2-long.yaml"], resolve_base, "h200x6")

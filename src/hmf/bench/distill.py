@@ -29,6 +29,7 @@ from hmf.config.pattern import Pattern
 from hmf.config.strict import parse_yaml
 from hmf.errors import HmfError, unknown_name
 from hmf.model.convert import drop_teacher, hybridise
+from hmf.model.values import changed
 from hmf.priming.objectives import Stage1Objective, train_only_mixers
 from hmf.priming.stage0 import initialise
 
@@ -67,21 +68,20 @@ class Result:
     loss: float
 
 
-def changed(config: Any, overrides: Iterable[str]) -> Any:
+def with_overrides(config: Any, overrides: Iterable[str]) -> Any:
     """`config` with some keys overridden by "key=value"; values are in YAML."""
-    fields = config.to_dict()
+    known, values = config.to_dict(), {}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise HmfError(f"--set {override}: write KEY=VALUE, for example num_hidden_layers=12")
-        if key not in fields:
-            raise HmfError(f"--set {override}: {unknown_name('key', key, fields)}")
+        if key not in known:
+            raise HmfError(f"--set {override}: {unknown_name('key', key, known)}")
         try:
-            fields[key] = parse_yaml(value)
+            values[key] = parse_yaml(value)
         except ValueError as error:
             raise HmfError(f"--set {override}: the value is not valid YAML ({error}); quote it") from None
-    fields.pop("layer_types", None)  # follows from the number of layers
-    return type(config).from_dict(fields)
+    return changed(config, values, "--set")
 
 
 def prepared(case: Case, way: str) -> tuple[nn.Module, Callable[[], torch.Tensor]]:

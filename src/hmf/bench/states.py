@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from hmf.data.text import STDLIB, documents
 from hmf.data.tokenizer import encode_texts, load_tokenizer
 from hmf.errors import HmfError
+from hmf.folders import shown
 from hmf.layers.registry import layer_states
 from hmf.model.checkpoint import load_model
 
@@ -112,7 +113,7 @@ def measure(
     """The drift on `batch` sequences of `tokens` tokens of held-out text, for the Hybrid at `source`."""
     model = load_model(source).to(device).eval()
     if not getattr(model.config, "recurrent_layers", None):
-        raise HmfError(f"{source}: has no recurrent layer; give a Hybrid")
+        raise HmfError(f"{shown(Path(source))}: has no recurrent layer; give a Hybrid")
     limit = model.config.max_position_embeddings
     if not 2 <= tokens <= limit:
         raise HmfError(f"--tokens: {tokens} is not between 2 and {limit}, the model's max_position_embeddings")

@@ -37,6 +37,7 @@ import hmf
 from hmf.config.strict import parse_tokens
 from hmf.errors import HmfError, unknown_name
 from hmf.gpus import Device
+from hmf.layers.base import heads_fit
 from hmf.model.checkpoint import load_config
 from hmf.model.files import INDEX, WEIGHTS, require_checkpoint
 from hmf.planning import serving as planner
@@ -179,6 +180,9 @@ def subject(
     if not random and not quantised:
         require_checkpoint(folder)
     config = servable(config, folder)
+    if not heads_fit(config, run.ranks):
+        heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads"
+        raise HmfError(f"--tensor-parallel-size: the {heads} of {name} do not split over {run.ranks} GPUs; give fewer")
     dtype = config.dtype = getattr(torch, run.dtype)
     loads = tuple(load if load.sequences else _filled(load, name, config, run, planned) for load in run.loads)
     if first is not None:

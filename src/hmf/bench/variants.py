@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 from hmf.config.layers import LAYER_KINDS, needed_kinds
 from hmf.errors import HmfError
 from hmf.model.checkpoint import load_config
+from hmf.model.values import changed
 from hmf.planning.memory import layer_caches
-from hmf.planning.serving import as_hybrid
+from hmf.planning.serving import ServingSettings, as_hybrid
 
 from .throughput import CACHE_OPTIONS, Run, Subject, subject
 
@@ -32,18 +33,30 @@ def subjects(
         if not any(takes(config, key) for config in configs.values()):
             raise HmfError(f"--hf-overrides: {key}: no MODEL has this key or layers of this type; omit it")
     plain = {name: {key: x for key, x in shared.items() if takes(config, key)} for name, config in configs.items()}
+    _require_valid(configs, plain, "--hf-overrides")
     measured = [(name, folder, plain[name]) for name, folder in named]
     for text in variants:
         extra = parse_overrides("--variant", text)
         taking = [(name, folder) for name, folder in named if all(takes(configs[name], key) for key in extra)]
         if not taking:
             raise HmfError(f"--variant: {text}: no MODEL has these keys or layers of this type; omit it")
+        _require_valid(configs, {name: plain[name] | extra for name, _ in taking}, "--variant")
         label = ", ".join(_values(extra))
         measured += [(f"{name}, {label}", folder, plain[name] | extra) for name, folder in taking]
     result: list[Subject] = []
     for name, folder, overrides in measured:
         result.append(subject(name, folder, run, overrides, result[0] if result else None))
     return result
+
+
+def _require_valid(configs: Mapping[str, Any], overrides: Mapping[str, dict[str, Any]], option: str) -> None:
+    """HmfError that names `option` for a value that a model's config, or vLLM's option, does not take."""
+    for name, values in overrides.items():
+        changed(configs[name], {key: x for key, x in values.items() if key not in CACHE_OPTIONS}, option)
+        try:
+            ServingSettings(**{key: x for key, x in values.items() if key in CACHE_OPTIONS})
+        except HmfError as error:
+            raise HmfError(f"{option}: {error}") from None
 
 
 def _values(overrides: dict[str, Any]) -> Iterator[str]:

@@ -10,6 +10,7 @@ import typer
 
 from hmf.cli.shared import (
     CONFIG,
+    DEFAULT_MIXER,
     MODEL,
     PATTERN,
     AsJson,
@@ -21,10 +22,12 @@ from hmf.cli.shared import (
     Ratio,
     epilog,
     group,
+    replacement,
     tokens,
 )
 from hmf.errors import HmfError, notice
 from hmf.folders import require_parent, resolve_base
+from hmf.gpus import available
 
 app = group("Measure speed, memory and accuracy on this machine.")
 
@@ -60,10 +63,9 @@ def ops(
     from hmf.bench import ops as timings
     from hmf.ops.samples import Shape
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     op_names, version_names = ([name for name in text.split(",") if name] for text in (ops, versions))
     shape = Shape(tokens=tokens, heads=heads, head_dim=head_dim)
-    measured = timings.run(shape, getattr(torch, dtype), device, repeats, op_names, version_names, not forward)
+    measured = timings.run(shape, getattr(torch, dtype), available(device), repeats, op_names, version_names, not forward)
     rows = timings.rows(measured)
     if as_json:
         typer.echo(json.dumps({"rows": rows, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2))
@@ -79,7 +81,7 @@ def solver(
     heads: Annotated[int, typer.Option(min=1, help="Number of heads, whose memory ranges from short to long.")] = 4,
     head_dim: Annotated[int, typer.Option(min=1, help="Key and value dimensions of a head.")] = 128,
     ridge_strength: Annotated[
-        float, typer.Option(help="Option of the layer; a smaller value converges more slowly.")
+        float, typer.Option(min=0, help="Option of the layer; a smaller value converges more slowly.")
     ] = 0.02,
     plot: Annotated[Path | None, typer.Option(help="Plot to write (.png, .svg).")] = None,
     as_json: AsJson = False,
@@ -122,8 +124,10 @@ def distill(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the config; repeatable."),
     ] = None,
-    mixer: Mixer = "gdn",
-    ratio: Annotated[float | None, typer.Option(help="Share of layers to replace. Default: 0.5.")] = None,
+    mixer: Mixer = None,
+    ratio: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of layers to replace.", show_default="0.5")
+    ] = None,
     pattern: Annotated[str | None, typer.Option(help=f"Layer pattern. {PATTERN}")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows in the batch.")] = 2,
     tokens: Annotated[int, tokens("Length of a row.", 2)] = 512,
@@ -140,25 +144,19 @@ def distill(
 
     Compares one fused model with teacher and student as two models.
     """
+    settings = replacement(mixer, 0.5 if ratio is None and pattern is None else ratio, pattern)
     folder = resolve_base(model, weights=False)
 
     import json
 
-    import torch
-
     from hmf.bench import distill as steps
     from hmf.bench import machine
-    from hmf.config.runs import HybridSettings
     from hmf.model.checkpoint import load_config
     from hmf.model.convert import base_pattern
 
-    config = steps.changed(load_config(folder, weights=False), overrides or ())
-    if ratio is not None and pattern is not None:
-        raise HmfError("give at most one of --ratio and --pattern")
-    settings = HybridSettings(mixer=mixer, ratio=None if pattern else ratio or 0.5, pattern=pattern)
+    config = steps.with_overrides(load_config(folder, weights=False), overrides or ())
     layers = str(base_pattern(config, settings))
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    case = steps.Case(config, layers, rows, tokens, kl, device, dtype, repeats)
+    case = steps.Case(config, layers, rows, tokens, kl, available(device), dtype, repeats)
     table = steps.rows(case, steps.run(case, rounds))
     if as_json:
         facts = {"pattern": layers, "hardware": machine.hardware(), "versions": machine.versions()}
@@ -205,7 +203,7 @@ def states(
 
     narrowed = None if dtype == "float32" else getattr(torch, dtype)
     stored = states.Stored(narrowed, rounding == "stochastic", KV_DTYPES[kv_cache_dtype])
-    drifts = states.measure(folder, stored, tokens, batch, device)
+    drifts = states.measure(folder, stored, tokens, batch, available(device))
     if as_json:
         rows = [asdict(drift) for drift in drifts]
         report = {"rows": rows, "hardware": machine.hardware(), "versions": machine.versions()}
@@ -238,11 +236,12 @@ def serving(
         ),
     ],
     mixer: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="With --ratio and one MODEL: also measure Hybrids of it with these mixers (separated by commas)."
+            help="With --ratio and one MODEL: also measure Hybrids of it with these mixers (separated by commas).",
+            show_default=DEFAULT_MIXER,
         ),
-    ] = "gdn",
+    ] = None,
     ratio: Ratio = None,
     pattern: Annotated[str | None, typer.Option(help=f"Layer pattern of such a Hybrid. {PATTERN}")] = None,
     hf_overrides: Annotated[
@@ -292,6 +291,10 @@ def serving(
     require_parent(json_file, "--json-file")
     if len(set(models)) < len(models):
         raise HmfError("MODEL: a model is named twice; name each model once")
+    mixers: list[str | None] = [None] if mixer is None else [name.strip() for name in mixer.split(",")]
+    hybrids = [made for name in dict.fromkeys(mixers) if (made := replacement(name, ratio, pattern)) is not None]
+    if hybrids and len(models) > 1:
+        raise HmfError(f"--{'ratio' if pattern is None else 'pattern'}: makes Hybrids of one MODEL; give only one")
     named = [(model, resolve_base(model)) for model in models]  # before imports that take seconds
 
     import json
@@ -300,7 +303,6 @@ def serving(
     import torch
 
     from hmf.bench import machine, tables, throughput, variants
-    from hmf.config.runs import HybridSettings
     from hmf.model.checkpoint import load_config
     from hmf.model.convert import base_pattern, hybrid_config
     from hmf.serving.serve import require_vllm
@@ -317,15 +319,13 @@ def serving(
         enforce_eager,
     )
     with tempfile.TemporaryDirectory(prefix="hmf-config-") as folder:
-        if ratio is not None or pattern is not None:
-            if len(models) > 1 or (ratio is not None and pattern is not None):
-                raise HmfError("give at most one of --ratio and --pattern, and then one MODEL")
+        for settings in hybrids:
             config = load_config(named[0][1], weights=False)
-            for name in dict.fromkeys(mixer.split(",")) if pattern is None else ("a pattern",):
-                settings = HybridSettings(mixer=name.strip(), ratio=ratio, pattern=pattern)
-                place = Path(folder) / str(len(named))
-                hybrid_config(config, base_pattern(config, settings)).save_pretrained(place)
-                named.append((f"{models[0]} with {name.strip()}", place))
+            place = Path(folder) / str(len(named))
+            hybrid_config(config, base_pattern(config, settings)).save_pretrained(place)
+            named.append((f"{models[0]} with {settings.mixer if pattern is None else 'a pattern'}", place))
+        if tensor_parallel_size > max(1, gpus := torch.cuda.device_count()):
+            raise HmfError(f"--tensor-parallel-size: {tensor_parallel_size} is more than this machine's {gpus} GPUs")
         subjects = variants.subjects(named, run, hf_overrides, variant or ())
         require_vllm()
         measured: list[throughput.Measured | None] = []

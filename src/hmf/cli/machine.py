@@ -11,6 +11,7 @@ import typer
 
 from hmf.cli.shared import (
     CONFIG,
+    DEFAULT_MIXER,
     PATTERN,
     AsJson,
     BatchedTokens,
@@ -20,9 +21,10 @@ from hmf.cli.shared import (
     StateCacheDtype,
     epilog,
     group,
+    replacement,
     tokens,
 )
-from hmf.errors import HmfError, notice
+from hmf.errors import notice
 from hmf.folders import find_recipe, require_parent, resolve_base
 from hmf.gpus import MFU, parse_gpus
 
@@ -40,8 +42,12 @@ def plan(
     gpu: Annotated[str, typer.Option(help="GPUs to serve on, for example h100, l40s or h200x8.")],
     context: Annotated[int, tokens("Length of a sequence, for example 128K.")] = 32768,
     mixer: Annotated[
-        str, typer.Option(help="With --ratio: type of the layers that replace attention in the planned Hybrid.")
-    ] = "gdn",
+        str | None,
+        typer.Option(
+            help="With --ratio: type of the layers that replace attention in the planned Hybrid.",
+            show_default=DEFAULT_MIXER,
+        ),
+    ] = None,
     ratio: Ratio = None,
     pattern: Annotated[str | None, typer.Option(help=f"Layer pattern of the planned Hybrid. {PATTERN}")] = None,
     gpu_memory_utilization: Annotated[
@@ -64,11 +70,11 @@ def plan(
     """
     parse_gpus(gpu)  # before imports that take seconds, as are the checks of paths
     require_parent(plot, "--plot")
+    settings = replacement(mixer, ratio, pattern)
     folder = resolve_base(model, weights=False)
 
     import json
 
-    from hmf.config.runs import HybridSettings
     from hmf.model.checkpoint import load_config
     from hmf.model.convert import base_pattern, hybrid_config
     from hmf.model.text_only import language_config, text_family
@@ -78,11 +84,10 @@ def plan(
     if text_family(config) is not None:
         config = language_config(config, folder)
         notice(f"{folder}: planned without its modules for images and sound, as {config.model_type}")
-    if ratio is not None or pattern is not None:
-        if ratio is not None and pattern is not None:
-            raise HmfError("give at most one of --ratio and --pattern")
-        settings = HybridSettings(mixer=mixer, ratio=ratio, pattern=pattern)
+    if settings is not None:
         config = hybrid_config(config, base_pattern(config, settings))
+    if context > (longest := config.max_position_embeddings):
+        notice(f"{model}: max_position_embeddings is {longest:,}; a server of --context {context:,} needs a larger one")
     options = planner.ServingSettings(
         gpu_memory_utilization,
         layer_overhead / 1e6,

@@ -18,6 +18,7 @@ from hmf.errors import HmfError
 from hmf.folders import find_recipe, resolve_base
 
 Dtype = Literal["float32", "bfloat16"]
+DEFAULT_MIXER = "gdn"
 NativeFormat = Literal["qwen3_5", "qwen3_next"]
 Out = Annotated[Path, typer.Option(help="Output directory; it must be empty or not exist.")]
 RecipeFile = Annotated[
@@ -33,8 +34,10 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Device = Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Default: cuda if a GPU is available, else cpu.")]
-Mixer = Annotated[str, typer.Option(help="Type of the layers that replace attention.")]
-Ratio = Annotated[float | None, typer.Option(help="Share of layers to replace.")]
+Mixer = Annotated[
+    str | None, typer.Option(help="Type of the layers that replace attention.", show_default=DEFAULT_MIXER)
+]
+Ratio = Annotated[float | None, typer.Option(min=0, max=1, help="Share of layers to replace.")]
 MODEL = 'Checkpoint directory, model of the Hub (Qwen/Qwen3-8B@revision), or "teacher".'
 CONFIG = f"{MODEL} Only config.json is needed."
 PATTERN = (
@@ -85,6 +88,24 @@ Compose = Annotated[
 ComposeChunk = Annotated[
     int, tokens("Of a chunk, with --compose: prefix, chunk and answer fit the trained length.", 16)
 ]
+
+
+def replacement(mixer: str | None, ratio: float | None, pattern: str | None) -> Any:
+    """The `HybridSettings` for --mixer, --ratio and --pattern; None without all of them.
+
+    Raises:
+        HmfError: --ratio and --pattern are both given, or --mixer without the --ratio that it is read with.
+    """
+    if ratio is not None and pattern is not None:
+        raise HmfError("give at most one of --ratio and --pattern")
+    if mixer is not None and ratio is None:
+        fix = "add --ratio 0.5, or omit --mixer" if pattern is None else "the pattern names the types; omit --mixer"
+        raise HmfError(f"--mixer: is read with --ratio; {fix}")
+    if ratio is None and pattern is None:
+        return None
+    from hmf.config.runs import HybridSettings
+
+    return HybridSettings(mixer=DEFAULT_MIXER if mixer is None else mixer, ratio=ratio, pattern=pattern)
 
 
 def composition(compose: str | None, chunk: int) -> Any:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from hmf.cli.shared import (
+    DEFAULT_MIXER,
     MODEL,
     PATTERN,
     Dtype,
@@ -40,9 +41,9 @@ app = group("")
 def init(
     base: Annotated[str, typer.Argument(help=f"Transformer. {MODEL}")],
     out: Out,
-    mixer: Mixer = "gdn",
+    mixer: Mixer = None,
     ratio: Annotated[
-        float | None, typer.Option(help="Share of layers to replace, spread evenly, for example 0.5.")
+        float | None, typer.Option(min=0, max=1, help="Share of layers to replace, spread evenly, for example 0.5.")
     ] = None,
     layers: Annotated[str | None, typer.Option(help="Layers to replace, for example 1,3,5-7.")] = None,
     pattern: Annotated[str | None, typer.Option(help=PATTERN)] = None,
@@ -66,20 +67,19 @@ def init(
     `*DA` is a layer of the base as it is, and `GDN*` is a layer with a mixer beside the attention that it learns from.
     `hmf export` drops that attention.
     """
-    from pydantic import ValidationError
-
     from hmf.config.pattern import parse_layer_list
     from hmf.config.runs import DataSettings, HybridSettings
 
     if start == "copied" and text != "stdlib":
         raise HmfError("--text is read with --start calibrated; give that, or leave --text out")
+    if [ratio, layers, pattern].count(None) != 2:
+        raise HmfError("give exactly one of --ratio, --layers and --pattern")
+    if mixer is not None and pattern is not None:
+        raise HmfError("--mixer: a pattern names the types itself; omit --mixer")
     chosen = list(parse_layer_list(layers)) if layers is not None else None
-    try:
-        settings = HybridSettings.model_validate(
-            {"mixer": mixer, "ratio": ratio, "layers": chosen, "pattern": pattern, "start": start}
-        )
-    except ValidationError:
-        raise HmfError("give exactly one of --ratio, --layers and --pattern") from None
+    settings = HybridSettings(
+        mixer=DEFAULT_MIXER if mixer is None else mixer, ratio=ratio, layers=chosen, pattern=pattern, start=start
+    )
     require_unused(out)
     source = resolve_base(base)
 
@@ -106,7 +106,9 @@ def select(
     base: Annotated[str, typer.Argument(help=f"Transformer. {MODEL}")],
     out: Out,
     keep: Annotated[int | None, typer.Option(min=0, help="Layers that keep attention.")] = None,
-    ratio: Annotated[float | None, typer.Option(help="Share of layers to replace, in place of --keep.")] = None,
+    ratio: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of layers to replace, in place of --keep.")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="supernet, greedy, kl, window, uniform or scores.")] = None,
     mixer: Annotated[str | None, typer.Option(help="Layer type that replaces attention.")] = None,
     recipe: Annotated[

@@ -314,9 +314,12 @@ def layer_options(config: Any, symbol: str) -> Any:
     The optional top-level dict `<name>_overrides` (published: `gka_overrides`) is merged over the stored one.
     """
     kind = LAYER_KINDS[symbol]
-    stored = getattr(config, kind.config_key, None) or {}
-    if overrides := getattr(config, kind.overrides_key, None):
-        stored = {**stored, **overrides}
+    stored: dict[str, Any] = {}
+    for key in (kind.config_key, kind.overrides_key):
+        given = getattr(config, key, None)
+        if not isinstance(given, dict | None):
+            raise HmfError(f"config.json: {key}: {given!r} is not an object of options such as {{}}; correct it")
+        stored |= given or {}
     return kind.options.from_base(config, stored, source=f"config.json: {kind.config_key}")
 
 

@@ -12,10 +12,18 @@ from pydantic import BaseModel, ValidationError
 
 from hmf.errors import HmfError, listed, unknown_name
 
+from .data import DataRecipe
+from .runs import DistillRecipe, FinetuneRecipe, PrimeRecipe
 from .strict import Settings, parse_yaml
 from .training import ALTERNATIVES, RENAMED
 
 Recipe = TypeVar("Recipe", bound=Settings)
+COMMANDS: dict[str, type[Settings]] = {
+    "hmf prime": PrimeRecipe,
+    "hmf distill": DistillRecipe,
+    "hmf finetune": FinetuneRecipe,
+    "hmf data prepare": DataRecipe,
+}
 # Messages of pydantic that name its classes.
 _PLAIN = {
     "model_type": "a section of keys is expected",
@@ -52,6 +60,10 @@ def read_recipe(path: str | Path, kind: type[Recipe], overrides: Sequence[str] =
         raise HmfError(f"{path}: not valid YAML ({error})") from None
     if not isinstance(content, dict):
         raise HmfError(f"{path}: a recipe must be a YAML mapping with the keys {', '.join(kind.model_fields)}")
+    if not content.keys() <= kind.model_fields.keys():
+        fitting = [command for command, other in COMMANDS.items() if content.keys() <= other.model_fields.keys()]
+        if len(fitting) == 1:
+            raise HmfError(f"{path}: is a recipe of `{fitting[0]}`; give it to that command")
     for override in overrides:
         _override(content, override)
     if overrides:

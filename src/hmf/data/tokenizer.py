@@ -16,8 +16,8 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from hmf.config.strict import require_text
 from hmf.data.conversation import strings_of
 from hmf.errors import HmfError, notice
-from hmf.model.checkpoint import require_values
 from hmf.model.files import read_object, reading, require_folder
+from hmf.model.values import require_values
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VOCABULARIES = (

@@ -14,12 +14,12 @@ from hmf.config.runs import EvaluateSettings
 from hmf.data import tasks as generated
 from hmf.data import text
 from hmf.data.tokenizer import encode_texts, load_tokenizer
-from hmf.errors import HmfError
 from hmf.evaluation.chunks import Composition
 from hmf.evaluation.generation import task_accuracy
 from hmf.evaluation.ngram import bits_per_byte
 from hmf.evaluation.perplexity import perplexity
 from hmf.evaluation.results import describe, versions, wilson
+from hmf.gpus import available
 from hmf.model.checkpoint import load_model
 from hmf.model.convert import footprint
 
@@ -104,9 +104,7 @@ def load_for_evaluation(
 ) -> PreTrainedModel:
     """Load a model onto its device. `device` and `dtype` are as in `evaluate_checkpoint`. Raises HmfError if there is
     no GPU."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise HmfError("--device cuda: PyTorch finds no GPU here; leave --device out")
+    device = available(device)
     dtype = dtype or ("auto" if device == "cuda" else "float32")
     weights = dtype if dtype == "auto" else getattr(torch, dtype)
     return load_model(path, dtype=weights, generates=generates).to(device)

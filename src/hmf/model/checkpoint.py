@@ -6,27 +6,22 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
-import math
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.activations import ACT2FN
-from transformers.configuration_utils import remap_legacy_layer_types
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from hmf.errors import HmfError, listed, notice, unknown_name
+from hmf.errors import HmfError, listed, notice
 from hmf.layers.base import Stateful
-from hmf.layers.own import RECURRENT
 
 from .configuration import building
 from .families import FAMILIES, Mixin, family_of
@@ -44,7 +39,8 @@ from .files import (
     stored_tensors,
     stored_values,
 )
-from .rope import LAYER_TYPES, check_rope, require_rope
+from .rope import check_rope, require_rope
+from .values import reading, require_values
 
 STORED = "stored"  # a dtype for `load_model`: each tensor keeps the dtype that it has in its file
 HEAD, EMBEDDINGS = "lm_head.weight", ("model.embed_tokens.weight", "embed_tokens.weight")
@@ -215,16 +211,8 @@ def load_config(source: str | Path, weights: bool = True) -> Any:
     known = model_type.removeprefix("hybrid_") in FAMILIES
     if known or model_type.startswith("hybrid_"):
         check_rope(content, family_of(model_type, str(file)), str(file))
-    try:
+    with reading(str(file)):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except HmfError as error:
-        raise HmfError(str(error).replace("config.json", str(file), 1)) from None
-    except Exception as error:  # any kind, because transformers uses a config's values before it checks them
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        # The second line of a validation error names the field and the reason.
-        raise HmfError(
-            f"{file}: {lines[1] if isinstance(error, StrictDataclassError) and lines[1:] else lines[0]}"
-        ) from None
     if known:
         if config.model_type != model_type:  # a mistral config with layer_types
             raise HmfError(
@@ -251,93 +239,6 @@ def require_own_names(folder: Path) -> None:
                 f"{folder}/{stored.file}: tensor {name} is named as in a multimodal checkpoint; give the whole "
                 "checkpoint with --text-only, or load and save this one with transformers"
             )
-
-
-# Upper bounds of a model's sizes. Without them a typo would make transformers build layers for hours.
-SIZES = {
-    "num_hidden_layers": 10_000,
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 2**16),
-    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), 2**16),
-    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2**16),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim"), 2**16),
-    "full_attention_interval": 10_000,
-    "hidden_size": 2**20,
-    **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), 2**24),
-    "vocab_size": 2**26,
-    "num_labels": 2**20,
-    "max_position_embeddings": 2**40,
-}
-
-
-# Numbers by which a model multiplies or divides.
-FACTORS = (
-    "attention_multiplier",
-    "attn_logit_softcapping",
-    "embedding_multiplier",
-    "final_logit_softcapping",
-    "logits_scaling",
-    "no_rope_layer_interval",
-    "query_pre_attn_scalar",
-    "residual_multiplier",
-)
-# Ranges of other numbers: smallest and largest value.
-RANGES = {"rms_norm_eps": (0, 1), "attention_dropout": (0, 1), "initializer_range": (0, math.inf)}
-
-# Where transformers looks for the config of a language model inside another config.
-NESTED = ("text_config", "decoder", "generator", "text_encoder")
-
-
-def require_values(content: dict[str, Any], file: Path) -> None:
-    """HmfError for values of a config.json that transformers uses before it checks them.
-
-    For families that are not supported, only the upper bounds of sizes are checked.
-    """
-    known = str(content.get("model_type")).removeprefix("hybrid_") in FAMILIES
-    for name, most in SIZES.items():
-        value, least = content.get(name), 0 if "experts" in name or not known else 1
-        is_size = type(value) is int and least <= value <= most
-        if value is not None and not is_size and (known or type(value) is int):
-            raise HmfError(f"{file}: {name}: {value!r} is not a whole number from {least} to {most:,}; correct it")
-    if not known:
-        return
-    for name, (lowest, highest) in RANGES.items():
-        value = content.get(name)
-        if isinstance(value, int | float) and not (lowest <= value <= highest and math.isfinite(value)):
-            raise HmfError(f"{file}: {name}: {value!r} is not a number from {lowest} to {highest}; correct it")
-    for name in ("dtype", "torch_dtype"):
-        value = content.get(name)
-        if value is not None and not (isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)):
-            raise HmfError(f"{file}: {name}: {value!r} is not a dtype of PyTorch; write for example bfloat16")
-    for name in ("hidden_act", "hidden_activation"):
-        activation = content.get(name)
-        if activation is not None and not (isinstance(activation, str) and activation in ACT2FN):
-            raise HmfError(f"{file}: {unknown_name(name, str(activation), ACT2FN)}")
-    if content.get("return_dict") is False:
-        raise HmfError(f"{file}: return_dict: false: transformers runs no such model; remove the key")
-    if content.get("output_attentions"):
-        raise HmfError(
-            f"{file}: output_attentions: transformers saves no such model, because its default attention returns none; "
-            "remove the key and give output_attentions=True to forward"
-        )
-    for name in FACTORS:
-        value = content.get(name)
-        if isinstance(value, int | float) and not 0 < value < math.inf:  # transformers checks the type
-            raise HmfError(f"{file}: {name}: {value!r} is not a positive number; give the base model's")
-    rotated, layers = content.get("no_rope_layers"), content.get("num_hidden_layers")
-    if isinstance(rotated, list) and isinstance(layers, int) and len(rotated) < layers:
-        raise HmfError(f"{file}: no_rope_layers: has {len(rotated)} entries for {layers} layers; give one for each")
-    base, given = content["model_type"], content.get("layer_types")
-    if not base.startswith("hybrid_") and isinstance(given, list) and all(isinstance(kind, str) for kind in given):
-        kinds = (*LAYER_TYPES, *([RECURRENT] if FAMILIES[base].own_recurrence else []))
-        if unknown := [kind for kind in given if remap_legacy_layer_types([kind])[0] not in kinds]:
-            raise HmfError(f"{file}: layer_types: {unknown[0]!r} is not one of {', '.join(kinds)}; correct it")
-    if content.get("hybrid_override_pattern") is not None and not base.startswith("hybrid_"):
-        raise HmfError(
-            f"{file}: hybrid_override_pattern: model_type {base!r} is not a Hybrid; remove the key, or set model_type "
-            f"to hybrid_{base}"
-        )
-    if nested := [name for name in NESTED if content.get(name) is not None]:
-        raise HmfError(f"{file}: {nested[0]}: a {base} config contains no other config; remove the key")
 
 
 def load_model(

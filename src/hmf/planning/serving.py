@@ -65,7 +65,7 @@ class ServingSettings:
 
     def __post_init__(self) -> None:
         for name, dtypes in (("kv_cache_dtype", KV_DTYPES), ("mamba_ssm_cache_dtype", STATE_DTYPES)):
-            if (value := getattr(self, name)) not in dtypes:
+            if (value := str(getattr(self, name))) not in dtypes:
                 raise HmfError(f"--{name.replace('_', '-')}: {unknown_name('dtype', value, dtypes)}")
         if not 0 < self.utilisation <= 1:
             raise HmfError(f"--gpu-memory-utilization: {self.utilisation} is not in (0, 1]; give a share such as 0.9")
@@ -176,10 +176,15 @@ def make_plan(
         seqs = settings.max_num_seqs or device.max_num_seqs
         working = working_bytes(config, dtype, ranks, settings.batched_tokens, seqs)
         room = int(settings.utilisation * device.memory) - size.total // ranks - working
-    if room < 2 * blocks.bytes:
+    if room < (least := 2 * blocks.bytes):
+        spare = room + size.total // ranks
+        enough = [
+            n for n in (2 * ranks, 4 * ranks, 8 * ranks) if heads_fit(config, n) and spare - size.total // n >= least
+        ]
+        more = f"more GPUs, for example {device.name}x{enough[0]}, or larger ones" if enough else "larger GPUs"
         raise HmfError(
             f"--gpu: the weights, {size.total / ranks / GIB:.1f} GiB on each of {ranks} {device.name}, leave no room "
-            f"for a cache; use more GPUs, for example {device.name}x{2 * ranks}, or larger ones"
+            f"for a cache; use {more}"
         )
     return Plan(config.pattern, size, tuple(caches), blocks, room, device, ranks, settings)
 
@@ -260,8 +265,8 @@ def rows(plan: Plan, context: int) -> dict[str, str]:
         "room for caches": size_of(numbers["cache_bytes"]),
         "keys and values of a sequence": size_of(numbers["kv_bytes_per_sequence"]),
         "states of a sequence": size_of(numbers["state_bytes_per_sequence"]),
-        "cache block": f"{numbers['block_tokens']} tokens",
-        "smallest cacheable prefix": f"{prefix} tokens" if prefix else "not cached",
+        "cache block": f"{numbers['block_tokens']:,} tokens",
+        "smallest cacheable prefix": f"{prefix:,} tokens" if prefix else "not cached",
         "cache capacity": f"{numbers['cache_tokens']:,} tokens",
         "sequences that fit": f"{fit:,}" if fit else f"0, longest: {numbers['longest_tokens']:,} tokens",
         "largest safe CUDA graph": f"{numbers['cuda_graph_sequences']} sequences",

@@ -90,11 +90,11 @@ class Recipes:
         if (job := self.job(path)) is None:
             return None
         if (named := gpus or job.training.gpus) is None:
-            raise HmfError(f"{path}: training.gpus: is not set; set it, or give --gpu, for example h200x8")
+            raise HmfError(f"{path}: {job.section}.gpus: is not set; set it, or give --gpu, for example h200x8")
         device, ranks = parse_gpus(named)
         if ranks % (degree := job.training.sequence_parallel):
             raise HmfError(
-                f"{path}: training.sequence_parallel: {degree} does not divide {ranks} GPUs; choose a divisor"
+                f"{path}: {job.section}.sequence_parallel: {degree} does not divide {ranks} GPUs; choose a divisor"
             )
         plan = TrainingPlan(job, device, ranks, job.training, mfu)
         if job.training.num_train_epochs is None:

@@ -8,18 +8,22 @@ every sequence sampled by the student).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, Trainer
-from trl import DistillationConfig as OnPolicyArguments
-from trl import DistillationTrainer as OnPolicyLoop
 
 from hmf.config.runs import OnPolicySettings
 from hmf.data.encoding import IGNORED
 
 from .trainer import HybridTrainer
+
+with warnings.catch_warnings():  # trl asks for a vLLM of other versions, which is not used here
+    warnings.filterwarnings("ignore", "TRL currently supports vLLM", UserWarning)
+    from trl import DistillationConfig as OnPolicyArguments
+    from trl import DistillationTrainer as OnPolicyLoop
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
