@@ -91,9 +91,9 @@ def test_stability_tells_a_clear_choice_from_an_even_one():
     assert all(0.4 < low < 1 < high < 1.6 for low, high in intervals)
 
 
-def test_the_cost_is_the_mean_of_the_kinds_of_tokens_that_there_are():
+def test_the_cost_is_the_kl_of_answers_or_of_text_if_there_are_none():
     sums = sums_of([1.0, 3.0]).sum(0)
     assert cost(sums).item() == 2.0
     sums[1] = torch.tensor([8.0, 2.0])
-    assert cost(sums).item() == 3.0
-    assert cost(sums, ("kl_answers",)).item() == 4.0
+    assert cost(sums).item() == 4.0
+    assert cost(sums, ("kl_text",)).item() == 2.0

@@ -13,6 +13,7 @@ import argparse
 import math
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def choices_of(known: dict[str, dict[Choice, torch.Tensor]], layers: int, keep: 
         for label, measures in (("KL", KL), ("KL answers", ("kl_answers",)), ("differing", ("differ_answers",))):
             if name == "window":
                 label, measures = "loss", ("loss_answers",)
-            costs = {choice: cost(x.sum(0), measures).item() for choice, x in sums.items()}
+            costs = {choice: mean_cost(x, measures) for choice, x in sums.items()}
             costs[frozenset(range(layers))] = costs.get(frozenset(range(layers)), math.inf)
             choices[f"{name}: one at a time, {label}"] = by_rank([costs[frozenset([i])] for i in range(layers)], keep)
             if name == "window":
@@ -96,6 +97,10 @@ def choices_of(known: dict[str, dict[Choice, torch.Tensor]], layers: int, keep: 
             choices[f"{name}: greedy, {label}"] = greedy(score, layers, keep)
             choices[f"{name}: all, {label}"] = search(score, layers, keep, 10**6)
     return choices
+
+
+def mean_cost(sums: torch.Tensor, measures: Sequence[str]) -> float:
+    return sum(cost(sums.sum(0), (name,)).item() for name in measures) / len(measures)
 
 
 def looked_up(costs: Costs, choices: Any) -> list[float]:
@@ -245,7 +250,7 @@ def draw(primed: Any, methods: Any, picture: Path) -> None:
     for axes, name in zip(figure.subplots(1, max(1, len(names)), squeeze=False)[0], names, strict=False):
         for size in range(1, 64):
             points = [
-                (cost(known[name][choice].sum(0), KL).item(), 100 * x[0])
+                (cost(known[name][choice].sum(0)).item(), 100 * x[0])
                 for seed, known in methods.items()
                 if name in known
                 for choice, x in primed[seed].items()
@@ -255,7 +260,7 @@ def draw(primed: Any, methods: Any, picture: Path) -> None:
                 across, up = zip(*points, strict=True)
                 rho = spearman([-x for x in across], up)
                 axes.scatter(across, up, s=14, label=f"{size} replaced, rho {math.nan if rho is None else rho:.2f}")
-        axes.set(title=name, xlabel="KL before priming, nats", ylabel="accuracy after priming, %", xscale="log")
+        axes.set(title=name, xlabel="KL of answers before priming", ylabel="accuracy after priming, %", xscale="log")
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)

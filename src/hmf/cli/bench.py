@@ -65,7 +65,9 @@ def ops(
 
     op_names, version_names = ([name for name in text.split(",") if name] for text in (ops, versions))
     shape = Shape(tokens=tokens, heads=heads, head_dim=head_dim)
-    measured = timings.run(shape, getattr(torch, dtype), available(device), repeats, op_names, version_names, not forward)
+    measured = timings.run(
+        shape, getattr(torch, dtype), available(device), repeats, op_names, version_names, not forward
+    )
     rows = timings.rows(measured)
     if as_json:
         typer.echo(json.dumps({"rows": rows, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2))

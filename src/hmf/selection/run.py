@@ -28,12 +28,11 @@ from hmf.model.checkpoint import load_config
 from hmf.training.checkpoints import replace_text
 
 from .choose import agreement, by_rank, greedy, search, stability
-from .scores import Choice, Scorer, cost, in_conversation, means
+from .scores import KL, Choice, Scorer, cost, in_conversation, means
 from .supernet import align, fused_everywhere, training_of
 
 SELECTION = "selection.json"
 OTHER_ROWS = 2**31  # added to the seed, to draw rows other than those of the training
-KL, LOSS = ("kl_text", "kl_answers"), ("loss_answers",)
 
 
 def select(
@@ -131,7 +130,7 @@ def _measured(
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     batch_size = recipe.distill.training.per_device_train_batch_size
     alone = [frozenset([layer]) for layer in range(layers)]
-    measures = LOSS if settings.method == "window" else KL
+    measures = ("loss_answers",) if settings.method == "window" else KL
 
     def prices(choices: Sequence[Choice], measured: Scorer) -> list[float]:
         return [cost(sums.sum(0), measures).item() for sums in measured(choices)]

@@ -22,6 +22,7 @@ Choice = frozenset[int]
 # KL(teacher || student) in nats per token, for text and for answers; for answers also the loss, and the share of
 # positions at which student and teacher have different likeliest tokens.
 MEASURES = ("kl_text", "kl_answers", "loss_answers", "differ_answers")
+KL = ("kl_answers", "kl_text")  # what a choice costs: KL of answers, or of text if the data has no answers
 
 
 class Scorer:
@@ -112,8 +113,9 @@ def means(sums: torch.Tensor) -> dict[str, float]:
     return {name: (total[i, 0] / total[i, 1]).item() for i, name in enumerate(MEASURES) if total[i, 1]}
 
 
-def cost(sums: torch.Tensor, measures: Sequence[str] = ("kl_text", "kl_answers")) -> torch.Tensor:
-    """[..., measures, 2] -> [...]: the mean of those of `measures` that have tokens, in nats per token."""
+def cost(sums: torch.Tensor, measures: Sequence[str] = KL) -> torch.Tensor:
+    """[..., measures, 2] -> [...]: the mean of the first of `measures` that has tokens, in nats per token."""
     chosen = sums[..., [MEASURES.index(name) for name in measures], :]
-    there = chosen[..., 1] > 0
-    return (chosen[..., 0] / chosen[..., 1].clamp_min(1) * there).sum(-1) / there.sum(-1).clamp_min(1)
+    first = (chosen[..., 1] > 0).int().argmax(-1)[..., None, None]
+    total, tokens = chosen.take_along_dim(first, -2)[..., 0, :].unbind(-1)
+    return total / tokens.clamp_min(1)
