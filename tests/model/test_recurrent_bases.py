@@ -22,7 +22,7 @@ from hmf.evaluation.compose import prefill
 from hmf.layers import own
 from hmf.layers.own import OWN_SIZES, RECURRENT, own_layers, own_state_shapes
 from hmf.layers.registry import layer_states
-from hmf.model.checkpoint import load_model
+from hmf.model.checkpoint import load_config, load_model
 from hmf.model.convert import base_pattern, drop_teacher, footprint, hybrid_config, hybridise
 from hmf.model.families import FAMILIES
 from hmf.model.native import convert, native_config
@@ -326,6 +326,41 @@ def test_a_gdn_hybrid_becomes_the_bases_own_class(family, heads, options, tmp_pa
     assert all(torch.equal(written[name], x) for name, x in tensors.items() if ".gdn." not in name)
     make_stage0(tmp_path / "native", Pattern.parse("*-GDN>GKA-*-*"), tmp_path / "again")
     assert torch.equal(teacher_logits(load_model(tmp_path / "again"), ids), native(ids).logits)
+
+
+ROPE = {"rope_type": "default", "rope_theta": 10000000, "partial_rotary_factor": 0.25}
+# The keys of published configs, with their numbers of heads and their head_dims.
+HEADS_OF_4B = {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256, "linear_conv_kernel_dim": 4}
+HEADS_OF_4B |= {"linear_num_key_heads": 16, "linear_num_value_heads": 32}
+HEADS_OF_4B |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
+PUBLISHED = {
+    "qwen3_5_text": HEADS_OF_4B
+    | {"attn_output_gate": True, "mamba_ssm_dtype": "float32", "mtp_num_hidden_layers": 1, "dtype": "bfloat16"}
+    | {"layer_types": ([RECURRENT] * 3 + ["full_attention"]) * 2, "full_attention_interval": 4}
+    | {"rope_parameters": ROPE | {"mrope_interleaved": True, "mrope_section": [11, 11, 10]}, "hidden_act": "silu"},
+    "qwen3_next": HEADS_OF_4B
+    | {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, "full_attention_interval": 4}
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+    | {"rope_parameters": ROPE, "use_sliding_window": False, "torch_dtype": "bfloat16", "hidden_act": "silu"},
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_three_to_one_becomes_seven_to_one(family, tmp_path):
+    """By a ratio of one half, with the keys of published configs; nothing else of the stock config changes."""
+    fields = {"model_type": family, "num_hidden_layers": 8, "hidden_size": 32, "vocab_size": 61} | PUBLISHED[family]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    base = load_config(tmp_path, weights=False)
+    pattern = base_pattern(base, HybridSettings(mixer="gdn", ratio=0.5))
+    hybrid = hybrid_config(base, pattern.with_fused(False))
+    assert str(hybrid.pattern) == "*-*-*-*-*-*-*-GDN" and hybrid.gdn_config["own_shape"]
+    before, after = base.to_dict(), native_config(hybrid, to=FORMAT[family]).to_dict()
+    assert after.pop("layer_types") == [RECURRENT] * 3 + ["full_attention"] + [RECURRENT] * 4
+    assert after.pop("mamba_ssm_dtype") == "float32"
+    for key in ("layer_types", "mamba_ssm_dtype", "full_attention_interval", "architectures", "transformers_version"):
+        before.pop(key, None), after.pop(key, None)
+    assert {key: value for key, value in after.items() if value != before.get(key, ...)} == {}
+    assert before.keys() == after.keys()
 
 
 CLEAN = """

@@ -23,6 +23,7 @@ from hmf.gpus import GIB
 from hmf.serving import serve
 from hmf.serving.chat import LocalChat, Markers, ServerChat, run
 from tests.hybrids import Case
+from tests.model.test_recurrent_bases import hybrid_of, stock_model
 from tests.serving import engines
 from tests.serving.quantised import quantise
 from tests.serving.scripted import save_scripted
@@ -93,6 +94,16 @@ class TestOptions:
         engines.save_hybrid(tmp_path, Case("GDN", "none"), "*-*")
         options = ["--dtype", "float32", "--max-num-seqs", "128", *LOCAL]
         assert list(serve.prepare(_with_tokenizer(tmp_path)).arguments[1:]) == options
+
+    def test_vllms_own_recurrent_layers_take_bfloat16_alone(self, tmp_path, capsys):
+        """A stock Qwen3.5 on a CPU; a Hybrid of it runs in float32."""
+        stock = stock_model(head_dim=32)
+        stock.save_pretrained(tmp_path / "stock")
+        assert "--dtype" not in serve.prepare(_with_tokenizer(tmp_path / "stock")).arguments
+        notice = capsys.readouterr().err
+        assert "tensors to bfloat16" in notice and "--dtype float32" not in notice
+        hybrid_of(stock, "*-*-*-*").save_pretrained(tmp_path / "hybrid")
+        assert serve.prepare(_with_tokenizer(tmp_path / "hybrid")).arguments[1:3] == ("--dtype", "float32")
 
     def test_state_dtype_is_the_checkpoints(self, tmp_path):
         engines.save_hybrid(tmp_path, Case("GDN", "half"), "X-*", state_dtype="bfloat16")

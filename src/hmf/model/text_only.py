@@ -22,7 +22,16 @@ from hmf.errors import HmfError, listed
 from .checkpoint import HEAD, load_config, published_tensors
 from .configuration import building
 from .families import FAMILIES, Family, family_of
-from .files import COMPUTED, INDEX, copy_companions, new_directory, opened, read_object, stored_tensors
+from .files import (
+    COMPUTED,
+    INDEX,
+    copy_companions,
+    new_directory,
+    opened,
+    read_object,
+    require_token_ids,
+    stored_tensors,
+)
 
 # Language models that are those of another family in text, where the positions on all axes of an image are the same.
 SAME_AS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
@@ -66,8 +75,10 @@ def language_config(whole: Any, source: str | Path) -> Any:
     if (family := text_family(whole)) is None:
         family_of(whole.model_type, f"{source}/config.json")  # raises for an unsupported model
         raise HmfError(f"{source}/config.json: {whole.model_type!r} reads only text; leave --text-only (text_only) out")
+    file = Path(source) / "config.json"
+    require_token_ids(file, whole.text_config.vocab_size)
     with building(source):
-        return _text_config(whole, family, read_object(Path(source) / "config.json").keys())
+        return _text_config(whole, family, read_object(file).keys())
 
 
 def take_text(source: str | Path, target: str | Path) -> TextOnlyReport:

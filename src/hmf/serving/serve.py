@@ -27,6 +27,7 @@ from hmf.config.pattern import is_fused
 from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError, notice
 from hmf.gpus import GIB, Device, cpu
+from hmf.layers.own import own_layers
 from hmf.layers.registry import MIXERS
 from hmf.model.checkpoint import generation_config, has_own_head, load_config
 from hmf.model.files import DTYPES, require_checkpoint, require_finite, stored_tensors
@@ -91,6 +92,10 @@ def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
         mamba_ssm_cache_dtype=_known(user_options.get("mamba_ssm_cache_dtype"), STATE_DTYPES),
     )
     plan, options, environment = for_machine(config, settings, user_options.get("tensor_parallel_size"))
+    # vLLM's own classes serve a base with recurrent layers; on a CPU they take bfloat16 alone, which is vLLM's default.
+    bfloat16_only = not is_hybrid and bool(own_layers(config)) and not torch.cuda.is_available()
+    if bfloat16_only:
+        options.pop("--dtype", None)
     if not plan.sequences(config.max_position_embeddings):
         longest = plan.longest(config.max_position_embeddings)
         if not longest:
@@ -103,7 +108,8 @@ def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
         options["--host"] = LOOPBACK
     options |= parsers(source)
     if not quantised:
-        _notice_narrowed(folder, config, user_options.get("dtype") or options.get("--dtype") or "auto")
+        dtype = user_options.get("dtype") or options.get("--dtype") or "auto"
+        _notice_narrowed(folder, config, dtype, can_widen=not bfloat16_only)
     require_finite(folder)
     chosen = [
         text
@@ -178,8 +184,11 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _notice_narrowed(folder: Path, config: Any, option: str) -> None:
-    """Print a notice if vLLM, with this --dtype, casts tensors to a dtype that cannot hold their values."""
+def _notice_narrowed(folder: Path, config: Any, option: str, can_widen: bool) -> None:
+    """Print a notice if vLLM, with this --dtype, casts tensors to a dtype that cannot hold their values.
+
+    can_widen: whether vLLM can compute in float32, which the notice then names.
+    """
     name = {"half": "float16", "float": "float32"}.get(option, option)
     dtype = getattr(torch, name, None) if name != "auto" else config.dtype
     if name == "auto" and dtype in (None, torch.float32):
@@ -193,7 +202,8 @@ def _notice_narrowed(folder: Path, config: Any, option: str) -> None:
         if name.rpartition(".")[2] not in kept and torch.promote_types(DTYPES.get(x.dtype, dtype), dtype) != dtype
     ]
     if names:
-        fix = "" if dtype == torch.float32 else f"; to keep their precision, hmf serve {folder} -- --dtype float32"
+        widen = can_widen and dtype != torch.float32
+        fix = f"; to keep their precision, hmf serve {folder} -- --dtype float32" if widen else ""
         notice(f"{folder}: vLLM casts {len(names)} tensors to {str(dtype)[6:]}, such as {names[0]}{fix}")
 
 
