@@ -261,7 +261,10 @@ def points_at(name, tensor=HEAD):
         (points_at(".."), "'..' is not the name"),
         (points_at(3), "3 is not the name"),
         (points_at(FIRST, "model.extra"), "index.json: weight_map: model.extra: in none of the weight files; copy"),
-        (lambda base: save_file({"x": torch.ones(1)}, base / SECOND), f"weight_map: {HEAD}: in none of the weight files"),
+        (
+            lambda base: save_file({"x": torch.ones(1)}, base / SECOND),
+            f"weight_map: {HEAD}: in none of the weight files",
+        ),
         (
             lambda base: edit_json(base / "model.safetensors.index.json", metadata="absent"),
             "index.json: metadata: .*add",
