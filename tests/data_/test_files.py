@@ -81,6 +81,9 @@ BAD = {
     "none.jsonl.gz": (LINES, "none.jsonl.gz:1: cannot be read .*gzipped"),
     "none.jsonl.bz2": (LINES, "none.jsonl.bz2:1: cannot be read"),
     "none.jsonl.xz": (LINES, "none.jsonl.xz:1: cannot be read"),
+    "zero.jsonl.gz": (b"", "zero.jsonl.gz: has 0 bytes"),
+    "zero.json.zst": (b"", "zero.json.zst: has 0 bytes"),
+    "zero.txt.xz": (b"", "zero.txt.xz: has 0 bytes"),
     "packed.jsonl": (gzip.compress(LINES), "packed.jsonl:1: not UTF-8"),
     "utf16.jsonl": (LINES.decode().encode("utf-16"), "utf16.jsonl:1: encoded in UTF-16"),
     "utf16le.jsonl": (LINES.decode().encode("utf-16-le"), r"utf16le.jsonl:1: not UTF-8 text \(byte 2 is 0\)"),
@@ -135,6 +138,16 @@ def test_a_line_has_a_limit(tmp_path, monkeypatch):
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(row))
     with pytest.raises(HmfError, match="a.txt.gz: has more than"):
         read(tmp_path / "a.txt.gz")
+
+
+@pytest.mark.parametrize("name", ["a[1].jsonl", "b*.jsonl", "c?.jsonl", "[d]/a.jsonl", "e[1]"])
+def test_a_name_that_exists_is_no_pattern(tmp_path, name):
+    place = tmp_path / name / "a.jsonl" if not name.endswith("jsonl") else tmp_path / name
+    place.parent.mkdir(exist_ok=True)
+    place.write_text('{"text": "a"}')
+    for other in ("a1.jsonl", "b2.jsonl", "c3.jsonl"):
+        (tmp_path / other).write_text('{"text": "other"}')
+    assert read(tmp_path / name) == ["a"]
 
 
 def test_files_that_are_not_read_are_named(tmp_path, capsys):

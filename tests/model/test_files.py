@@ -239,11 +239,11 @@ def in_two_shards(base: Path) -> None:
     save_file(tensors, base / SECOND, {"format": "pt"})
 
 
-def points_at(name):
+def points_at(name, tensor=HEAD):
     def change(base: Path) -> None:
         index = base / "model.safetensors.index.json"
         content = json.loads(index.read_text())
-        content["weight_map"][HEAD] = name
+        content["weight_map"][tensor] = name
         index.write_text(json.dumps(content))
 
     return change
@@ -260,6 +260,11 @@ def points_at(name):
         (points_at("sub/x.safetensors"), "'sub/x.safetensors' is not the name"),
         (points_at(".."), "'..' is not the name"),
         (points_at(3), "3 is not the name"),
+        (points_at(FIRST, "model.extra"), "index.json: weight_map: model.extra: in none of the weight files; copy"),
+        (
+            lambda base: save_file({"x": torch.ones(1)}, base / SECOND),
+            f"weight_map: {HEAD}: in none of the weight files",
+        ),
         (
             lambda base: edit_json(base / "model.safetensors.index.json", metadata="absent"),
             "index.json: metadata: .*add",

@@ -253,6 +253,8 @@ def test_impossible_values_are_refused_by_file_and_key(model_type, name, key, va
         ("ministral3", {"rope_parameters": PLAIN | {"llama_4_scaling_beta": 0.1}}, "original_max_pos.* is missing"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 1}, "sliding_window: 0 masks"),
         ("qwen2", {"is_causal": False}, "is_causal: false"),
+        ("qwen3_moe", {"num_local_experts": 4}, "num_experts_per_tok: 8 is more than num_experts, 4"),
+        ("qwen3_next", {"num_experts": 4}, "num_experts_per_tok: 10 is more than num_experts, 4"),
         ("qwen2", {"return_dict": False}, "return_dict: false"),
     ],
 )

@@ -66,7 +66,7 @@ def find(place: str, path: Path, kind: str | None = None) -> FileSet:
     """
     skipped: list[str] = []
     assumed_kind = kind  # of files whose suffix is not known
-    if has_magic(str(path)):
+    if has_magic(str(path)) and not path.exists():  # names of files and folders may have brackets too
         root = Path(*takewhile(lambda part: not has_magic(part), path.parts))
         candidates = [Path(name) for name in glob(str(path), recursive=True)]
         if "**" not in path.parts:
@@ -235,6 +235,8 @@ def _files_below(folder: Path, skipped: list[str]) -> list[Path]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
+    if is_compressed(path) and path.stat().st_size == 0:  # libraries take it for the end of an empty file
+        raise HmfError(f"{path}: has 0 bytes, so it is not complete; copy it again or remove it")
     with _readable(path), _OPEN.get(path.suffix.lower(), partial(open, mode="rb"))(path) as file:
         yield file
 

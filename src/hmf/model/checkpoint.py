@@ -220,6 +220,11 @@ def load_config(source: str | Path, weights: bool = True) -> Any:
                 f"{config.model_type!r}, which is not a supported family; remove the key if sliding_window applies to "
                 "every layer"
             )
+        if (experts := getattr(config, "num_experts", None)) and config.num_experts_per_tok > experts:
+            raise HmfError(
+                f"{file}: num_experts_per_tok: {config.num_experts_per_tok} is more than num_experts, {experts}; "
+                "correct it"
+            )
         require_rope(config, str(file))
         require_token_ids(file, config.vocab_size)
         if weights:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,8 +83,9 @@ def hybrid_config(base: Any, pattern: Pattern, options: Mapping[str, Mapping[str
         config = classes.config(**fields)
     if kinds and list(kinds) != config.attention_types:
         raise HmfError(
-            f"config.json: layer_types {list(kinds)} differs from {config.attention_types}, which follows from the "
-            "other keys, and a Hybrid's config cannot store it; use a base whose windows follow from its other keys"
+            f"{Path(base.name_or_path or '', 'config.json')}: layer_types {list(kinds)} differs from "
+            f"{config.attention_types}, which follows from the other keys, and a Hybrid's config cannot store it; use "
+            "a base whose windows follow from its other keys"
         )
     return config
 

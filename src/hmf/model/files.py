@@ -127,6 +127,12 @@ def require_checkpoint(source: str | Path) -> Path:
     content = read_object(folder / "config.json")
     if not (stored := stored_tensors(folder)):
         raise HmfError(f"{folder / weight_files(folder)[0]}: has no tensors; copy the file again")
+    listed_in_index = read_object(folder / INDEX)["weight_map"] if (folder / INDEX).exists() else ()
+    if absent := [name for name in listed_in_index if name not in stored and not COMPUTED.search(name)]:
+        raise HmfError(
+            f"{folder / INDEX}: weight_map: {listed(absent)}: in none of the weight files; copy the whole checkpoint "
+            "again, or remove what the model does not have from the index"
+        )
     for name, tensor in stored.items():
         if f"model.{name}" in stored:  # both are names of one parameter
             raise HmfError(
