@@ -99,6 +99,7 @@ def test_the_command(tmp_path):
     for wrong, message in (
         (options, "exists"),
         (["--tasks", "recal"], "did you mean 'recall'"),
+        (["--tasks", "recall=1,needle,recall=2"], "recall is named twice"),
         (["--tasks", "recall=0"], "give a weight above 0"),
     ):
         arguments = wrong if wrong is options else [*options[:-1], str(tmp_path / "new.jsonl"), *wrong]

@@ -193,6 +193,12 @@ def test_composed_scores_have_files_of_their_own(run, hmf):
         assert file.read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["a/b", "../scores", " ", "-x"])
+def test_a_name_is_part_of_a_file_name(hmf, run, name):
+    code, _, err = hmf("evaluate", run / "model", "--tasks", "", "--text-bytes", "0", f"--name={name}")
+    assert code == 2 and f"--name: {name!r} cannot be part of a file name" in err
+
+
 def answers(values, sha="x"):
     return [
         Answered(index=i, prompt_sha256=sha, expected="", answer="", correct=value, truncated=False, tokens=1)

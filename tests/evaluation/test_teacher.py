@@ -11,10 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hmf
+from hmf.config.runs import EvaluateSettings
 from hmf.data import tasks, text
 from hmf.evaluation import evaluate_model
 from hmf.evaluation.generation import generate_answers, task_accuracy
 from hmf.evaluation.perplexity import perplexity
+from hmf.evaluation.run import evaluate_checkpoint
 
 TEACHER = Path(hmf.__file__).parent / "assets" / "teacher"
 
@@ -84,6 +86,12 @@ def test_an_answer_that_is_cut_off_is_not_correct(teacher):
     assert task_accuracy(*teacher, right).accuracy == 1
     score = task_accuracy(*teacher, right, max_new_tokens=whole.tokens)
     assert (score.accuracy, score.truncated) == (0, 1)
+
+
+def test_a_length_beyond_the_context_is_named(capsys):
+    settings = EvaluateSettings(tasks=[], length=8192, text_bytes=1)
+    evaluate_checkpoint(TEACHER, settings)
+    assert "length: 8,192 tokens exceed the 4,096" in capsys.readouterr().err
 
 
 def test_answers_are_kept_with_their_prompts(teacher, tmp_path):

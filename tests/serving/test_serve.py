@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from hmf.errors import HmfError
 from hmf.evaluation.chunks import Composition
+from hmf.evaluation.local import Sampling
+from hmf.evaluation.server import Server
 from hmf.gpus import GIB
 from hmf.serving import serve
 from hmf.serving.chat import LocalChat, Markers, ServerChat, run
@@ -321,6 +323,12 @@ class TestChat:
         assert set(threading.enumerate()) <= before
         assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
         assert capsys.readouterr().out.count("(stopped)") == 2
+
+    @pytest.mark.parametrize("url", ["localhost:8000", "ftp://localhost", "http:/localhost"])
+    def test_an_address_without_http(self, scripted, url):
+        for connect in (ServerChat, lambda model, url: Server(url, model, "chat", Sampling(), 1)):
+            with pytest.raises(HmfError, match=f"--url: '{url}' does not start with http:// or https://"):
+                connect(scripted, url)
 
     def test_no_server(self, scripted):
         with socket.socket() as unused:

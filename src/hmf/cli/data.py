@@ -142,6 +142,8 @@ def _weights(text: str) -> dict[str, float]:
         name, _, weight = part.strip().partition("=")
         if name not in TASKS:
             raise HmfError(f"--tasks: {unknown_name('task', name, TASKS)}")
+        if name in weights:
+            raise HmfError(f"--tasks: {name} is named twice; name it once, with its weight")
         try:
             weights[name] = float(weight or 1)
         except ValueError:

@@ -21,7 +21,8 @@ THINK_BLOCK = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 _ELSEWHERE = {
     "function_call": "belongs to OpenAI's older format; write tool_calls, and the result as a message of role tool",
     **dict.fromkeys(
-        ("train", "trainable", "loss", "mask"), "write weight instead, 0 for a turn that is not supervised"
+        ("train", "trainable", "loss", "mask"),
+        "unknown key; write weight, 0 for a turn that is not supervised, or add it to ignore_keys",
     ),
     "functions": "belongs to OpenAI's older format; write tools beside the messages",
 }

@@ -16,6 +16,7 @@ from hmf.config.strict import parse_sealed, parse_yaml, seal_json
 from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError, unknown_name
 from hmf.evaluation.chunks import Composition
+from hmf.evaluation.harness import require_name
 from hmf.evaluation.local import Local, Sampling
 from hmf.evaluation.paired import Pair, compare_all
 from hmf.evaluation.parity import parity
@@ -142,6 +143,8 @@ def _places(models: Mapping[str, Path], options: Options) -> tuple[Path | None, 
     """The folder for the results, and NAME of each model's file. Raises HmfError if two models have the same NAME."""
     if options.name and len(models) > 1:
         raise HmfError("--name: takes one model; omit it, or evaluate the models one by one")
+    if options.name:
+        require_name("--name", options.name)
     folder = options.out or next((run for model in models.values() if (run := run_of(model))), None)
     names = {model: options.name or name_of(model, path, folder, options) for model, path in models.items()}
     if len(set(names.values())) < len(names):

@@ -109,15 +109,20 @@ def read_results(file: Path) -> Reading:
         raise HmfError(f"{file}: {where}: {problem['msg']}; give a complete results file of lm-eval") from None
 
 
+def require_name(option: str, value: str) -> None:
+    """HmfError unless the value of an option can be a part of a file's name."""
+    if not NAME.fullmatch(value):
+        raise HmfError(f"{option}: {value!r} cannot be part of a file name; use letters, digits, '_', '.' and '-'")
+
+
 def write_scores(run: Path, name: str, suite: str, files: Sequence[Path]) -> Path:
     """Read results files into RUN/scores.NAME-SUITE.json and return its path.
 
     The files are copied into the run folder, and each row names its copy under `source`. Existing rows of the scores
     are kept, except that a new row replaces the one with the same key. Raises HmfError if two files have the same row.
     """
-    for option, value in (("--name", name), ("suite", suite)):
-        if not NAME.fullmatch(value):
-            raise HmfError(f"{option}: {value!r} cannot be part of a file name; use letters, digits, '_', '.' and '-'")
+    require_name("--name", name)
+    require_name("suite", suite)
     target = run / f"scores.{name}-{suite}.json"
     scores: dict[str, Any] = {"tasks": {}, "measures": {}, "suite": suite, "settings": {}, "versions": {}}
     scores |= _existing(target)

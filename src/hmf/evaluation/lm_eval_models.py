@@ -21,6 +21,7 @@ from hmf.errors import HmfError, listed
 from hmf.evaluation.generation import generating
 from hmf.evaluation.lm_eval_suites import Options
 from hmf.evaluation.run import load_for_evaluation
+from hmf.evaluation.server import server_root
 from hmf.model.checkpoint import load_config
 
 THINK_END = "</think>"
@@ -46,7 +47,7 @@ def here(source: Path, chat: bool, options: Options) -> LocalModel:
 
 def served(source: Path, url: str, chat: bool, options: Options) -> ServedModel:
     """The model of the server at `url`, with the tokenizer and the context length of the checkpoint at `source`."""
-    base = url.rstrip("/").removesuffix("/v1") + "/v1"
+    base = f"{server_root(url)}/v1"
     key = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY")
     header = {"Authorization": f"Bearer {key}"} if key else {}
     name, context = _served_name(source, url, base, header)

@@ -14,6 +14,7 @@ from hmf.config.runs import EvaluateSettings
 from hmf.data import tasks as generated
 from hmf.data import text
 from hmf.data.tokenizer import encode_texts, load_tokenizer
+from hmf.errors import notice
 from hmf.evaluation.chunks import Composition
 from hmf.evaluation.generation import task_accuracy
 from hmf.evaluation.ngram import bits_per_byte
@@ -129,6 +130,12 @@ def evaluate_checkpoint(
     """
     tokenizer = load_tokenizer(path)
     model = load_for_evaluation(path, device, dtype, generates=bool(settings.tasks))
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if compose is None and context is not None and settings.length > context:
+        notice(
+            f"length: {settings.length:,} tokens exceed the {context:,} that {path} has (max_position_embeddings); the "
+            "scores include positions for which the model was not trained"
+        )
     scores = evaluate_model(
         model,
         tokenizer,

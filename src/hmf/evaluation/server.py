@@ -21,6 +21,15 @@ RETRIES = 5  # retries of a request without an answer, or one that the server wa
 SECONDS = 3600.0  # timeout for one answer; a long prompt on a busy server takes many minutes
 
 
+def server_root(url: str) -> str:
+    """The address of a server without "/v1". HmfError for an address without http:// or https://."""
+    if not url.startswith(("http://", "https://")):
+        raise HmfError(
+            f"--url: {url!r} does not start with http:// or https://; write for example http://localhost:8000"
+        )
+    return url.rstrip("/").removesuffix("/v1")
+
+
 class NotOffered(HmfError):
     """The server does not return log-probabilities of prompts."""
 
@@ -43,8 +52,9 @@ class Server:
         self._openai = openai
         self.url, self.endpoint, self.sampling, self.concurrency = url, endpoint, sampling, concurrency
         key = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY", "none")
-        base = url.rstrip("/").removesuffix("/v1") + "/v1"
-        self.client = openai.OpenAI(base_url=base, api_key=key, max_retries=RETRIES, timeout=SECONDS)
+        self.client = openai.OpenAI(
+            base_url=f"{server_root(url)}/v1", api_key=key, max_retries=RETRIES, timeout=SECONDS
+        )
         try:
             served = list(self.client.with_options(max_retries=0, timeout=30.0).models.list())
         except openai.OpenAIError as error:
@@ -58,7 +68,7 @@ class Server:
 
     def version(self) -> str | None:
         """The version of vLLM, or None if the server is not vLLM."""
-        place = self.url.rstrip("/").removesuffix("/v1") + "/version"
+        place = f"{server_root(self.url)}/version"
         with suppress(OSError, ValueError), urllib.request.urlopen(place, timeout=10) as answer:
             content = json.load(answer)
             return str(content["version"]) if isinstance(content, dict) and "version" in content else None

@@ -21,6 +21,7 @@ from hmf.errors import HmfError
 from hmf.evaluation.chunks import Composition, conversation_parts
 from hmf.evaluation.compose import prefill
 from hmf.evaluation.generation import end_tokens, generating, pad_token
+from hmf.evaluation.server import server_root
 from hmf.model.checkpoint import load_model
 
 THINK_START, THINK_END = "<think>", "</think>"
@@ -130,8 +131,7 @@ class ServerChat:
         except ImportError:
             raise HmfError("--url: needs the openai client; pip install openai") from None
         api_key = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY", "none")
-        base = url.rstrip("/").removesuffix("/v1") + "/v1"
-        self.client = openai.OpenAI(base_url=base, api_key=api_key, max_retries=0)
+        self.client = openai.OpenAI(base_url=f"{server_root(url)}/v1", api_key=api_key, max_retries=0)
         self.url, self.failure = url, openai.OpenAIError
         try:
             served = [model.id for model in self.client.models.list()]
