@@ -14,8 +14,9 @@ import pytest
 from transformers import Qwen3Config
 from typer.testing import CliRunner
 
-from hmf.bench import throughput, variants
-from hmf.bench.throughput import Load, Run
+from hmf.bench import engine, throughput, variants
+from hmf.bench.engine import Load
+from hmf.bench.throughput import Run
 from hmf.cli import app
 from hmf.config.pattern import Pattern
 from hmf.errors import HmfError
@@ -126,19 +127,19 @@ class Engine:
 @pytest.mark.vllm
 class TestWindow:
     def test_decode_is_timed_when_all_decode(self):
-        engine = Engine(late=5)
-        throughput._generate(engine, [[1], [2]], tokens=10, lead=8)
-        assert engine.step_number == 6 + 10 and len(engine.aborted) == 2
+        fake = Engine(late=5)
+        engine._generate(fake, [[1], [2]], tokens=10, lead=8)
+        assert fake.step_number == 6 + 10 and len(fake.aborted) == 2
 
     def test_prefill_alone(self):
-        engine = Engine(late=5)
-        last, _, mean = throughput._generate(engine, [[1], [2]], tokens=0, lead=8)
+        fake = Engine(late=5)
+        last, _, mean = engine._generate(fake, [[1], [2]], tokens=0, lead=8)
         assert 0 < mean < last  # the first sequence had its token five steps earlier
-        assert engine.step_number == 6
+        assert fake.step_number == 6
 
     def test_sequences_that_do_not_fit_at_once(self):
         with pytest.raises(HmfError, match="the cache cannot hold 2 sequences of 1 tokens at once"):
-            throughput._generate(Engine(late=50), [[1], [2]], tokens=10, lead=8)
+            engine._generate(Engine(late=50), [[1], [2]], tokens=10, lead=8)
 
 
 def test_plugin_of_a_bare_source_tree(monkeypatch):
@@ -189,7 +190,7 @@ def bench(tmp_path, monkeypatch):
             if saved.exists():  # what has been measured before stands there already
                 seen.append(len(json.loads(saved.read_text())["rows"]))
             loads, slow = len(one.loads), 1 + ("gka" in one.name)
-            return throughput.Measured(
+            return engine.Measured(
                 [[2.0 * slow]] * loads,
                 [[1.0 * slow]] * loads,
                 1000,
@@ -337,7 +338,7 @@ def here(one, run, *_):
     from vllm.distributed import cleanup_dist_env_and_memory
 
     try:
-        return throughput.measure(throughput._job(one, run), print)
+        return engine.measure(throughput._job(one, run), print)
     finally:
         cleanup_dist_env_and_memory()
 

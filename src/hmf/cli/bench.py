@@ -304,7 +304,7 @@ def serving(
 
     import torch
 
-    from hmf.bench import machine, tables, throughput, variants
+    from hmf.bench import engine, machine, tables, throughput, variants
     from hmf.model.checkpoint import load_config
     from hmf.model.convert import base_pattern, hybrid_config
     from hmf.serving.serve import require_vllm
@@ -330,7 +330,7 @@ def serving(
             raise HmfError(f"--tensor-parallel-size: {tensor_parallel_size} is more than this machine's {gpus} GPUs")
         subjects = variants.subjects(named, run, hf_overrides, variant or ())
         require_vllm()
-        measured: list[throughput.Measured | None] = []
+        measured: list[engine.Measured | None] = []
         errors: list[HmfError] = []
         table: list[dict] = []
         report: dict = {}
