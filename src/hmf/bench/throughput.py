@@ -244,7 +244,8 @@ def _run_one(one: Subject, run: Run, environment: dict[str, str], bar: Any) -> M
             return Measured(**last["result"])
         if "error" in last:
             raise HmfError(f"{one.name}: {last['error']}")
-        raise HmfError(f"{one.name}: vLLM stopped: {_reason(log.read_text(encoding='utf-8', errors='replace'))}")
+        printed = log.read_text(encoding="utf-8", errors="replace")
+        raise HmfError(f"{one.name}: vLLM stopped: {_reason(printed)}; its log is in {_kept(printed)}")
 
 
 def _follow(lines: Any, one: Subject, bar: Any) -> dict[str, Any]:
@@ -258,12 +259,19 @@ def _follow(lines: Any, one: Subject, bar: Any) -> dict[str, Any]:
     return event
 
 
-def _reason(log: str, count: int = 12) -> str:
-    """The first error in a log, which is the cause of the others, and the log's last lines."""
-    lines = [line.rstrip() for line in log.splitlines() if line.strip()]
+def _reason(log: str) -> str:
+    """The first error in a log, which is the cause of the others; else its last line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
     grave = [line for line in lines if not re.search(r"\b(WARNING|INFO|DEBUG)\b", line)]
-    first = next((match[0] for line in grave if (match := re.search(r"\b[\w.]*(Error|Exception)\b: .*", line))), "")
-    return "\n  ".join([first, "the last lines of its log:", *lines[-count:]])
+    errors = [match[0] for line in grave if (match := re.search(r"\b[\w.]*(Error|Exception)\b: .*", line))]
+    return (errors or lines[-1:] or ["it printed nothing"])[0]
+
+
+def _kept(log: str) -> str:
+    """The path of a new file with `log`."""
+    with tempfile.NamedTemporaryFile("w", prefix="hmf-vllm-", suffix=".log", delete=False, encoding="utf-8") as file:
+        file.write(log)
+    return file.name
 
 
 @contextmanager

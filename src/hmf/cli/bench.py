@@ -353,4 +353,4 @@ def serving(
                 title = f"{dtype}, {output} tokens decoded per sequence, {batched_tokens:,} tokens per step"
                 tables.print_rows(table, title, subjects[0].name)
         if errors:
-            raise HmfError("\n".join(map(str, errors)))
+            raise HmfError("; ".join(map(str, errors)))
