@@ -88,7 +88,7 @@ def main():
 
 def prepare(options, name, folder):
     """The config of a small model in `folder`, and how its engine starts."""
-    from hmf.bench import throughput
+    from hmf.bench import engine, throughput
     from hmf.config.pattern import Pattern
     from hmf.model.checkpoint import load_config
     from hmf.model.convert import hybrid_config
@@ -103,7 +103,7 @@ def prepare(options, name, folder):
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     steps = WARM + TIMED + PROFILED + 40
-    run = throughput.Run([throughput.Load(options.tokens, options.sequences)], output=steps, dtype=options.dtype)
+    run = throughput.Run([engine.Load(options.tokens, options.sequences)], output=steps, dtype=options.dtype)
     measured = throughput.subject(name, folder, run)
     profiler = {
         "profiler": "torch",

@@ -7,15 +7,18 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import tomllib
 import types
+from pathlib import Path
 
 import pytest
 from transformers import Qwen3Config
 from typer.testing import CliRunner
 
-from hmf.bench import throughput, variants
-from hmf.bench.throughput import Load, Run
+from hmf.bench import engine, throughput, variants
+from hmf.bench.engine import Load
+from hmf.bench.throughput import Run
 from hmf.cli import app
 from hmf.config.pattern import Pattern
 from hmf.errors import HmfError
@@ -126,19 +129,19 @@ class Engine:
 @pytest.mark.vllm
 class TestWindow:
     def test_decode_is_timed_when_all_decode(self):
-        engine = Engine(late=5)
-        throughput._generate(engine, [[1], [2]], tokens=10, lead=8)
-        assert engine.step_number == 6 + 10 and len(engine.aborted) == 2
+        fake = Engine(late=5)
+        engine._generate(fake, [[1], [2]], tokens=10, lead=8)
+        assert fake.step_number == 6 + 10 and len(fake.aborted) == 2
 
     def test_prefill_alone(self):
-        engine = Engine(late=5)
-        last, _, mean = throughput._generate(engine, [[1], [2]], tokens=0, lead=8)
+        fake = Engine(late=5)
+        last, _, mean = engine._generate(fake, [[1], [2]], tokens=0, lead=8)
         assert 0 < mean < last  # the first sequence had its token five steps earlier
-        assert engine.step_number == 6
+        assert fake.step_number == 6
 
     def test_sequences_that_do_not_fit_at_once(self):
         with pytest.raises(HmfError, match="the cache cannot hold 2 sequences of 1 tokens at once"):
-            throughput._generate(Engine(late=50), [[1], [2]], tokens=10, lead=8)
+            engine._generate(Engine(late=50), [[1], [2]], tokens=10, lead=8)
 
 
 def test_plugin_of_a_bare_source_tree(monkeypatch):
@@ -162,17 +165,20 @@ def test_a_failure_names_its_cause():
         *frames,
         "RuntimeError: see above",
     ]
-    reason = throughput._reason("\n".join(log)).splitlines()
-    assert reason[0] == "ValueError: no room" and reason[-1].strip() == "RuntimeError: see above" and len(reason) == 14
+    assert throughput._reason("\n".join(log)) == "ValueError: no room"
+    assert throughput._reason("\n".join(frames)) == "frame 29" and throughput._reason("") == "it printed nothing"
 
 
 def test_a_failure_names_its_model(configs, tmp_path, monkeypatch):
     monkeypatch.setattr(throughput, "_plugin", lambda: contextlib.nullcontext({}))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the log is kept
     (tmp_path / "hmf.py").write_text("raise ImportError('out of order')")
     one = throughput.subject("this one", configs[0], run := Run([Load(64, 4)], dtype="float32"))
     one = dataclasses.replace(one, environment={"PYTHONPATH": str(tmp_path)})
     (error,) = throughput.run_all([one], run)
-    assert str(error).startswith("this one: vLLM stopped: ImportError: out of order\n")
+    message, _, log = str(error).partition("; its log is in ")
+    assert message == "this one: vLLM stopped: ImportError: out of order"
+    assert "Traceback" in Path(log).read_text()
 
 
 @pytest.fixture
@@ -189,7 +195,7 @@ def bench(tmp_path, monkeypatch):
             if saved.exists():  # what has been measured before stands there already
                 seen.append(len(json.loads(saved.read_text())["rows"]))
             loads, slow = len(one.loads), 1 + ("gka" in one.name)
-            return throughput.Measured(
+            return engine.Measured(
                 [[2.0 * slow]] * loads,
                 [[1.0 * slow]] * loads,
                 1000,
@@ -337,7 +343,7 @@ def here(one, run, *_):
     from vllm.distributed import cleanup_dist_env_and_memory
 
     try:
-        return throughput.measure(throughput._job(one, run), print)
+        return engine.measure(throughput._job(one, run), print)
     finally:
         cleanup_dist_env_and_memory()
 

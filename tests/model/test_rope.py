@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hmf.config.runs import ROPE_KEYS, RopeSettings
+from hmf.config.rope import ROPE_KEYS, RopeSettings
 from hmf.errors import HmfError
 from hmf.model.checkpoint import load_config
 from hmf.model.families import FAMILIES, family_of

@@ -13,7 +13,8 @@ from rich.table import Table
 from hmf.bench import machine
 from hmf.planning import serving as planner
 
-from .throughput import Measured, Run, Subject
+from .engine import Measured
+from .throughput import Run, Subject
 
 PARTS = {
     "prefill": "prefill_tokens_per_second",

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 import os
 import re
 import signal
@@ -24,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -45,27 +44,13 @@ from hmf.planning.serving import Plan, ServingSettings, make_plan
 from hmf.serving.serve import end_group, for_machine, servable
 from hmf.serving.vllm import register
 
+from . import engine
+from .engine import Load, Measured
+
 DTYPES = ("float32", "bfloat16", "float16")
 GROUP = "vllm.general_plugins"
-COPIED = 2**30  # bytes of a copy that measures bandwidth
 CACHE_OPTIONS = ("kv_cache_dtype", "mamba_ssm_cache_dtype")  # of vLLM, which an override may name beside config keys
 PLANNED = 0.95  # share of the planned sequences that is used, because a plan is an estimate
-
-
-@dataclass(frozen=True)
-class Load:
-    """`sequences` that decode at once, with prompts of `tokens` tokens. 0 sequences: as many as fit into the cache.
-
-    prefilled: the number of sequences that are submitted to time the prefill. 0: the same number.
-    """
-
-    tokens: int
-    sequences: int
-    prefilled: int = 0
-
-    def lead(self, batched_tokens: int) -> int:
-        """An upper bound of the tokens that the first sequence has when the last one gets its first token."""
-        return 2 * math.ceil(self.tokens * self.sequences / (batched_tokens - self.sequences)) + 8
 
 
 def parse_loads(text: str) -> list[Load]:
@@ -138,29 +123,6 @@ class Subject:
         return (planner.title(self.plan) if self.plan else "quantised") + (", random weights" if self.random else "")
 
 
-@dataclass(frozen=True)
-class Measured:
-    """The results of one model.
-
-    Attributes:
-        prefill, decode: seconds of every timed run for each load.
-        capacity: vLLM's KV cache size in tokens.
-        copy_rate: bytes/s read and written by a copy on the GPU; None on a CPU.
-        start: seconds until the engine was ready.
-        cuda_graphs, backends: the worker's choices.
-        ttft: mean seconds to the first token of each prefill.
-    """
-
-    prefill: list[list[float]]
-    decode: list[list[float]]
-    capacity: int
-    copy_rate: float | None
-    start: float
-    cuda_graphs: str
-    backends: str
-    ttft: list[list[float]]
-
-
 def subject(
     name: str, folder: Path, run: Run, overrides: dict[str, Any] | None = None, first: Subject | None = None
 ) -> Subject:
@@ -206,7 +168,7 @@ def subject(
         "--no-enable-prefix-caching": None,
         "--skip-tokenizer-init": None,
         "--disable-log-stats": None,
-        "--worker-extension-cls": f"hmf.bench.throughput.{Inspection.__name__}",
+        "--worker-extension-cls": f"{engine.__name__}.{engine.Inspection.__name__}",
     }
     if run.enforce_eager:
         options["--enforce-eager"] = None
@@ -231,125 +193,6 @@ def _filled(load: Load, name: str, config: Any, run: Run, settings: ServingSetti
         if sequences <= PLANNED * plan.sequences(run.length(filled)):
             return filled
     raise HmfError(f"--context: {name}: no sequence of {load.tokens:,} tokens fits; give fewer tokens")
-
-
-# ---- in the process of one model
-
-
-class Inspection:
-    """An extension of vLLM's worker that reports the worker's choices."""
-
-    vllm_config: Any
-    model_runner: Any
-
-    def hmf_choices(self) -> list[str]:
-        """[CUDA graph mode, attention and state backends]"""
-        mode = getattr(self.vllm_config.compilation_config.cudagraph_mode, "name", "NONE")
-        groups = [group for row in getattr(self.model_runner, "attn_groups", ()) for group in row]
-        return [mode, ", ".join(sorted({group.backend.get_name() for group in groups}))]
-
-
-def measure(job: dict[str, Any], progress: Callable[[str], None]) -> Measured:
-    """Start the engine of a job and time its loads; `progress` is called after the start and after each run."""
-    from vllm import LLM
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    started = time.perf_counter()
-    arguments = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(job["arguments"])
-    llm = LLM.from_engine_args(EngineArgs.from_cli_args(arguments))
-    started = time.perf_counter() - started
-    progress("warming up")
-    generator = torch.Generator().manual_seed(0)
-    prefill, decode, ttft = list[list[float]](), list[list[float]](), list[list[float]]()
-    for load in (Load(**fields) for fields in job["loads"]):
-        lead, times = load.lead(job["batched_tokens"]), []
-        for repeat in range(1 + job["repeats"]):
-            warm = repeat > 0
-            seconds = []
-            for tokens in (0, job["output"]) if warm else (min(4, job["output"]),):
-                sequences = load.sequences if tokens else load.prefilled or load.sequences
-                prompts = torch.randint(job["vocabulary"], (sequences, load.tokens), generator=generator).tolist()
-                seconds.append(_generate(llm.llm_engine, prompts, tokens, lead))
-                progress(f"{planner.short(load.tokens)} x {sequences}")
-            if warm:
-                times.append((seconds[0][0], seconds[1][1], seconds[0][2]))
-        for results, part in zip((prefill, decode, ttft), zip(*times, strict=True), strict=True):
-            results.append(list(part))
-    graphs, backends = llm.collective_rpc(Inspection.hmf_choices.__name__)[0]
-    capacity = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
-    llm.llm_engine.engine_core.shutdown()
-    return Measured(prefill, decode, capacity, _copy_rate(), started, graphs, backends, ttft)
-
-
-def _generate(engine: Any, prompts: list[list[int]], tokens: int, lead: int) -> tuple[float, float, float]:
-    """Seconds until all sequences have their first token, from then until all have `tokens` more, and the mean time to
-    a first token."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    params = SamplingParams(
-        temperature=0,
-        max_tokens=1 + lead + tokens if tokens else 1,
-        ignore_eos=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-    )
-    begun = time.perf_counter()
-    had = {f"{begun}-{index}": 0 for index in range(len(prompts))}
-    for name, prompt in zip(had, prompts, strict=True):
-        engine.add_request(name, {"prompt_token_ids": prompt}, params)
-    first, before, waited = 0.0, dict(had), 0.0
-    while engine.has_unfinished_requests():
-        for output in engine.step():
-            if not had[output.request_id] and output.outputs[0].token_ids:
-                waited += time.perf_counter() - begun
-            had[output.request_id] += len(output.outputs[0].token_ids)
-        if not first and all(had.values()):
-            first, before = time.perf_counter(), dict(had)
-        if first and min(had[name] - before[name] for name in had) >= tokens:
-            rest = time.perf_counter() - first
-            engine.abort_request(list(had))
-            if max(had[name] - before[name] for name in had) <= tokens + 1:
-                return first - begun, rest, waited / len(had)
-            break
-    raise HmfError(
-        f"--context: the cache cannot hold {len(prompts)} sequences of {len(prompts[0]):,} tokens at once; "
-        "give fewer, or raise --gpu-memory-utilization"
-    )
-
-
-def _copy_rate() -> float | None:
-    """Bytes/s, read plus written, of the fastest of several large copies on the GPU; None without a GPU."""
-    if not torch.cuda.is_available():
-        return None
-    source = torch.zeros(COPIED, dtype=torch.uint8, device="cuda")
-    target = torch.zeros_like(source)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(21)]
-    for mark in marks:
-        target.copy_(source)
-        mark.record()
-    torch.cuda.synchronize()
-    return 2 * COPIED / (min(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)) / 1e3)
-
-
-def _main(folder: Path) -> int:
-    """The process of one model: reads job.json in `folder` and appends lines of JSON to the file `events`."""
-
-    def report(**event: Any) -> None:
-        with (folder / "events").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
-
-    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    try:
-        report(result=asdict(measure(job, lambda text: report(doing=text))))
-    except HmfError as error:
-        report(error=str(error))
-        return 2
-    return 0
-
-
-# ---- in the process of the command
 
 
 def run_all(subjects: Sequence[Subject], run: Run) -> Iterator[Measured | HmfError]:
@@ -382,7 +225,7 @@ def _run_one(one: Subject, run: Run, environment: dict[str, str], bar: Any) -> M
         events.touch()
         with log.open("wb") as output, events.open(encoding="utf-8") as lines:
             process = subprocess.Popen(
-                [sys.executable, "-m", "hmf.bench.throughput", name],
+                [sys.executable, "-m", engine.__name__, name],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -401,7 +244,8 @@ def _run_one(one: Subject, run: Run, environment: dict[str, str], bar: Any) -> M
             return Measured(**last["result"])
         if "error" in last:
             raise HmfError(f"{one.name}: {last['error']}")
-        raise HmfError(f"{one.name}: vLLM stopped: {_reason(log.read_text(encoding='utf-8', errors='replace'))}")
+        printed = log.read_text(encoding="utf-8", errors="replace")
+        raise HmfError(f"{one.name}: vLLM stopped: {_reason(printed)}; its log is in {_kept(printed)}")
 
 
 def _follow(lines: Any, one: Subject, bar: Any) -> dict[str, Any]:
@@ -415,12 +259,19 @@ def _follow(lines: Any, one: Subject, bar: Any) -> dict[str, Any]:
     return event
 
 
-def _reason(log: str, count: int = 12) -> str:
-    """The first error in a log, which is the cause of the others, and the log's last lines."""
-    lines = [line.rstrip() for line in log.splitlines() if line.strip()]
+def _reason(log: str) -> str:
+    """The first error in a log, which is the cause of the others; else its last line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
     grave = [line for line in lines if not re.search(r"\b(WARNING|INFO|DEBUG)\b", line)]
-    first = next((match[0] for line in grave if (match := re.search(r"\b[\w.]*(Error|Exception)\b: .*", line))), "")
-    return "\n  ".join([first, "the last lines of its log:", *lines[-count:]])
+    errors = [match[0] for line in grave if (match := re.search(r"\b[\w.]*(Error|Exception)\b: .*", line))]
+    return (errors or lines[-1:] or ["it printed nothing"])[0]
+
+
+def _kept(log: str) -> str:
+    """The path of a new file with `log`."""
+    with tempfile.NamedTemporaryFile("w", prefix="hmf-vllm-", suffix=".log", delete=False, encoding="utf-8") as file:
+        file.write(log)
+    return file.name
 
 
 @contextmanager
@@ -442,7 +293,3 @@ def _plugin() -> Iterator[dict[str, str]]:
         (described / "entry_points.txt").write_text(f"[{GROUP}]\nhmf = {target}\n", encoding="utf-8")
         sources = str(Path(hmf.__file__).parent.parent)
         yield {"PYTHONPATH": os.pathsep.join(filter(None, [folder, sources, os.environ.get("PYTHONPATH")]))}
-
-
-if __name__ == "__main__":
-    sys.exit(_main(Path(sys.argv[1])))

@@ -16,7 +16,7 @@ from typer.exceptions import TyperException
 
 import hmf
 from hmf import processors
-from hmf.cli import bench, data, harness, machine, models, stages
+from hmf.cli import bench, data, harness, machine, models, runs, stages
 from hmf.cli.shared import group
 from hmf.errors import HmfError, one_line
 
@@ -41,7 +41,7 @@ app = group(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (stages, models, machine):
+for commands in (stages, models, runs, machine):
     app.add_typer(commands.app)
 app.add_typer(data.app, name="data")
 app.add_typer(bench.app, name="bench")

@@ -63,16 +63,15 @@ def ops(
     from hmf.bench import ops as timings
     from hmf.ops.samples import Shape
 
+    place = available(device)
     op_names, version_names = ([name for name in text.split(",") if name] for text in (ops, versions))
     shape = Shape(tokens=tokens, heads=heads, head_dim=head_dim)
-    measured = timings.run(
-        shape, getattr(torch, dtype), available(device), repeats, op_names, version_names, not forward
-    )
+    measured = timings.run(shape, getattr(torch, dtype), place, repeats, op_names, version_names, not forward)
     rows = timings.rows(measured)
     if as_json:
         typer.echo(json.dumps({"rows": rows, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2))
     else:
-        timings.print_rows(rows, f"{tokens:,} tokens, {heads} heads of {head_dim}, {dtype}, {device}; ms: min / median")
+        timings.print_rows(rows, f"{tokens:,} tokens, {heads} heads of {head_dim}, {dtype}, {place}; ms: min / median")
     if failed := [f"{timing.op} {timing.version}: {timing.reason}" for timing in measured if timing.failed]:
         raise HmfError("; ".join(failed))
 
@@ -158,14 +157,15 @@ def distill(
 
     config = steps.with_overrides(load_config(folder, weights=False), overrides or ())
     layers = str(base_pattern(config, settings))
-    case = steps.Case(config, layers, rows, tokens, kl, available(device), dtype, repeats)
+    place = available(device)
+    case = steps.Case(config, layers, rows, tokens, kl, place, dtype, repeats)
     table = steps.rows(case, steps.run(case, rounds))
     if as_json:
         facts = {"pattern": layers, "hardware": machine.hardware(), "versions": machine.versions()}
         typer.echo(json.dumps({"rows": table, **facts}, indent=2))
     else:
         shape = f"{config.num_hidden_layers} layers of {config.hidden_size}, vocabulary {config.vocab_size:,}"
-        steps.print_rows(table, f"{layers}\n{shape}; {rows} rows of {tokens:,} tokens, kl {kl:g}, {dtype}, {device}")
+        steps.print_rows(table, f"{layers}\n{shape}; {rows} rows of {tokens:,} tokens, kl {kl:g}, {dtype}, {place}")
 
 
 @app.command(
@@ -304,7 +304,7 @@ def serving(
 
     import torch
 
-    from hmf.bench import machine, tables, throughput, variants
+    from hmf.bench import engine, machine, tables, throughput, variants
     from hmf.model.checkpoint import load_config
     from hmf.model.convert import base_pattern, hybrid_config
     from hmf.serving.serve import require_vllm
@@ -330,7 +330,7 @@ def serving(
             raise HmfError(f"--tensor-parallel-size: {tensor_parallel_size} is more than this machine's {gpus} GPUs")
         subjects = variants.subjects(named, run, hf_overrides, variant or ())
         require_vllm()
-        measured: list[throughput.Measured | None] = []
+        measured: list[engine.Measured | None] = []
         errors: list[HmfError] = []
         table: list[dict] = []
         report: dict = {}
@@ -353,4 +353,4 @@ def serving(
                 title = f"{dtype}, {output} tokens decoded per sequence, {batched_tokens:,} tokens per step"
                 tables.print_rows(table, title, subjects[0].name)
         if errors:
-            raise HmfError("\n".join(map(str, errors)))
+            raise HmfError("; ".join(map(str, errors)))

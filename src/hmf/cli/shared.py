@@ -156,6 +156,12 @@ def epilog(*examples: str) -> str:
     return "\n".join(["\b", "Examples:", *(f"  {example}" for example in examples)])
 
 
+def require_run(run: Path) -> None:
+    """HmfError if the run folder does not exist. To be called before imports that take seconds."""
+    if not run.is_dir():
+        raise HmfError(f"{run}: no such run folder; give the output folder of hmf prime or hmf finetune")
+
+
 def require_data(settings: Any, prefix: str = "") -> None:
     """HmfError if a file or folder that the recipe reads does not exist. Contents are checked later."""
     from hmf.config.places import PlaceSettings

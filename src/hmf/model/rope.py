@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 from transformers import ROPE_INIT_FUNCTIONS
 
-from hmf.config.runs import ROPE_KEYS, ROPE_SCALING_KEYS, AtLeastOne, NotNegative, Positive, RopeScaling, RopeSettings
+from hmf.config.rope import ROPE_KEYS, ROPE_SCALING_KEYS, AtLeastOne, NotNegative, Positive, RopeScaling, RopeSettings
 from hmf.errors import HmfError
 
 from .families import Family, family_of

@@ -393,9 +393,6 @@ def _recorded(
 def train_only_mixers(model: PreTrainedModel) -> list[str]:
     """Freeze all parameters except those of the mixers; returns the names of the trainable parameters."""
     names = tuple(f"model.layers.{index}.{name}." for index, name in mixer_names(model))
-    trainable = []
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(names))
-        if parameter.requires_grad:
-            trainable.append(name)
-    return trainable
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

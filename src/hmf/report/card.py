@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import ModelCard, ModelCardData, metadata_load
+from huggingface_hub import ModelCard, ModelCardData
 
 import hmf
 from hmf.bench import tables
@@ -30,13 +29,12 @@ from hmf.serving.serve import parsers, state_options
 from hmf.training.checkpoints import replace_text
 
 from .evidence import BEFORE, MODEL, PRIMED, STAGE0, TEACHER, Evidence, Scores, Stage
+from .licence import CARD, NOT_STATED, licence, metadata_of
 from .references import citation, reference
 from .suites import MISSING, card_suites, markdown, task_cell
 
-CARD, RESULTS = "README.md", "results"
+RESULTS = "results"
 MARKER = "generated_by"  # key of the metadata that marks a card as written by hmf
-NOT_MEASURED, NOT_STATED = MISSING, "not stated"
-LICENCE_FILE = re.compile(r"(licen[cs]e|copying)([-_.].*)?", re.IGNORECASE)
 
 
 def write_card(
@@ -67,15 +65,7 @@ def is_foreign(file: Path) -> bool:
     """Whether `file` exists and is not a card written by hmf."""
     if not file.exists() and not file.is_symlink():
         return False
-    return not str(_metadata(file).get(MARKER, "")).startswith("hmf ")
-
-
-def _metadata(file: Path) -> dict[str, Any]:
-    """The metadata of a card; empty if it has none, or if it cannot be read."""
-    try:
-        return metadata_load(file) or {}
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
+    return not str(metadata_of(file).get(MARKER, "")).startswith("hmf ")
 
 
 @dataclass(frozen=True)
@@ -180,7 +170,7 @@ class Card:
         return (
             f"The Hybrid is initialised from a pre-trained model. {len(replaced) - recurrent} of {len(attention)} "
             f"Attention layers{others} are converted into layers that keep a state of fixed size for a sequence, "
-            "whatever its length. A KV cache grows with every token. So, beside the base:\n\n"
+            "whatever its length. A KV cache grows with every token. Compared with the base, this gives:\n\n"
             "- less memory for each long sequence, and more sequences at once on the same GPU;\n"
             "- more tokens per second where a decode step mostly reads the KV cache;\n"
             "- an advantage that grows with the length of the context.\n\n"
@@ -214,7 +204,7 @@ class Card:
             rows.append([title, self._text(files), *(self._task(files, task) for task in tasks)])
         lines = [markdown(["Model", "Perplexity", *tasks], rows), ""]
         if not scores:
-            return "\n".join([*lines, f"The run folder has no results file: {NOT_MEASURED}."])
+            return "\n".join([*lines, f"The run folder has no results file: {MISSING}."])
         lengths = sorted({result.length for result in small.values() if result.length})
         window = f", to prompts of at most {' or '.join(f'{n:,}' for n in lengths)} tokens" if lengths else ""
         legend = (
@@ -246,15 +236,14 @@ class Card:
     def _task(self, files: Mapping[str, Scores], task: str) -> str:
         name = next((name for name, result in files.items() if task in result.tasks), None)
         if name is None:
-            return NOT_MEASURED
+            return MISSING
         return task_cell(files[name].tasks[task], name, self.link, self.evidence)
 
     def _text(self, files: Mapping[str, Scores]) -> str:
-        name = next((name for name, result in files.items() if result.text), None)
-        if name is None:
-            return NOT_MEASURED
-        text = files[name].text
-        assert text is not None
+        found = next(((name, result.text) for name, result in files.items() if result.text), None)
+        if found is None:
+            return MISSING
+        name, text = found
         return f"{self.link(f'{text.perplexity:.2f}', f'scores.{name}.json')} ({text.tokens:,} tokens)"
 
     def architecture(self) -> str:
@@ -270,15 +259,12 @@ class Card:
         if active := getattr(config, "num_experts_per_tok", None):
             experts = f"{config.num_experts} of {config.moe_intermediate_size:,}, {active} active for each token"
             rows.append(["Experts", experts])
-        return markdown(
-            ["Component", "Details"],
-            [
-                *rows,
-                ["Vocabulary Size", f"{config.vocab_size:,}"],
-                ["Context Length", f"{config.max_position_embeddings:,} tokens"],
-                ["Position Encoding", f"RoPE ({_rope(config)})"],
-            ],
-        )
+        rows += [
+            ["Vocabulary Size", f"{config.vocab_size:,}"],
+            ["Context Length", f"{config.max_position_embeddings:,} tokens"],
+            ["Position Encoding", f"RoPE ({_rope(config)})"],
+        ]
+        return markdown(["Component", "Details"], rows)
 
     def layout(self) -> str:
         chosen = next((stage.hybrid for stage in self.evidence.stages if isinstance(stage, PrimeRecipe)), None)
@@ -305,14 +291,9 @@ class Card:
             return f"Not planned for {self.gpu}: {str(error).removeprefix('--gpu: ')}"
         rows = []
         for context in contexts:
-            hybrid_bytes, base_bytes = (sum(plan.sequence_bytes(context)) * plan.ranks for plan in (hybrid, base))
+            sizes = [planner.size_of(sum(plan.sequence_bytes(context)) * plan.ranks) for plan in (hybrid, base)]
             fit = [min(plan.sequences(context), plan.max_num_seqs) for plan in (hybrid, base)]
-            row = [
-                planner.short(context),
-                planner.size_of(hybrid_bytes),
-                planner.size_of(base_bytes),
-                *(f"{n:,}" for n in fit),
-            ]
+            row = [planner.short(context), *sizes, *(f"{n:,}" for n in fit)]
             rates = [plan.decode_rate(n, context) if n else 0.0 for plan, n in zip((hybrid, base), fit, strict=True)]
             ratio = f" ({rates[0] / rates[1]:.2f}×)" if all(rates) else ""
             shown = [f"{rate:,.0f}" if rate else "none fits" for rate in rates]
@@ -331,7 +312,7 @@ class Card:
             yield tables.card(rows, rows[0]["model"], serving.ranks, serving.hardware)
             yield f"From {self.link(name, name)}, by `hmf bench serving`; ratios are to {rows[0]['model']}."
         if not self.evidence.serving:
-            yield f"Throughput and time to first token: {NOT_MEASURED}."
+            yield f"Throughput and time to first token: {MISSING}."
 
     def usage(self) -> str:
         caches = layer_caches(self.config, planner.serving_dtype(self.config))
@@ -398,19 +379,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
 
     @cached_property
     def licence(self) -> tuple[dict[str, str], str]:
-        """The licence as metadata and as a sentence, from the base's card, or else from a licence file."""
-        folder = self.evidence.base_folder
-        stated = _metadata(folder / CARD) if folder else {}
-        files = [file.name for file in sorted(self.evidence.model.iterdir()) if LICENCE_FILE.fullmatch(file.name)]
-        where = f" The text is in [{files[0]}]({files[0]})." if files else ""
-        keys = {key: str(stated[key]) for key in ("license", "license_name", "license_link") if stated.get(key)}
-        if "license" in keys:
-            name = keys.get("license_name", keys["license"])
-            return keys, f"The base ({self.evidence.base_name}) states the licence {name}.{where}"
-        if files:
-            keys = {"license": "other", "license_name": "see-license-file", "license_link": files[0]}
-            return keys, f"The licence of the base.{where}"
-        return {}, f"The base's licence is {NOT_STATED}: neither its card nor a licence file states one."
+        return licence(self.evidence)
 
 
 def _model(name: str, scores: Scores) -> str:

@@ -12,8 +12,9 @@ from hmf.planning import serving as planner
 
 from . import charts, records
 from .blocks import Block, Cell, Note, Table, Text
-from .card import NOT_MEASURED, NOT_STATED
 from .evidence import Evidence
+from .licence import NOT_STATED
+from .suites import MISSING
 
 
 def planned(config: Any, evidence: Evidence, gpu: str) -> Iterator[Block]:
@@ -66,7 +67,7 @@ def measured(evidence: Evidence) -> Iterator[Block]:
     """Throughput as measured by `hmf bench serving`."""
     yield Text("Measured")
     if not evidence.serving:
-        yield Note(f"Throughput and time to first token: {NOT_MEASURED}. hmf bench serving --json-file writes them.")
+        yield Note(f"Throughput and time to first token: {MISSING}. hmf bench serving --json-file writes them.")
     for name, serving in evidence.serving.items():
         hardware = ", ".join(f"{device}: {text}" for device, text in serving.hardware.items()) or NOT_STATED
         for part, title, unit, scale in (
@@ -119,4 +120,4 @@ def _fit(plan: Any, context: int) -> int:
 
 
 def _ratio(value: float | None) -> str:
-    return NOT_MEASURED if value is None else f"{value:.2f}×"
+    return MISSING if value is None else f"{value:.2f}×"

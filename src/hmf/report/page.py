@@ -24,12 +24,14 @@ from hmf.training.checkpoints import replace_text
 
 from . import charts, records
 from .blocks import Block, Cell, Note, Section, Table, Text
-from .card import NOT_MEASURED, NOT_STATED, Card
+from .card import Card
 from .curves import broken, curves, objective_changes
 from .efficiency import measured, planned
 from .evidence import MODEL, Evidence, Stage
+from .licence import NOT_STATED
 from .references import reference
 from .retention import Retention
+from .suites import MISSING
 
 REPORT, TEMPLATE = "report.html", "report.html.jinja"
 MARKER = '<meta name="generator" content="hmf '  # identifies a page that hmf wrote
@@ -171,7 +173,7 @@ class Page:
         if comparison:
             yield Table("The model and its teacher", ["", *head], [*rows, *comparison])
         else:
-            yield Note(f"Scores: {NOT_MEASURED}.")
+            yield Note(f"Scores: {MISSING}.")
         yield Note(f"Base: {self.evidence.base_name}.")
 
     def pipeline(self) -> Iterator[Block]:
@@ -181,7 +183,7 @@ class Page:
         rows: list[list[Cell]] = []
 
         def add(step: str, what: str, seconds: float | None, file: str) -> None:
-            time = Cell(NOT_MEASURED) if seconds is None else Cell(_duration(seconds), quote(file))
+            time = Cell(MISSING) if seconds is None else Cell(_duration(seconds), quote(file))
             rows.append([Cell(step), Cell(what), time])
 
         for stage, after in zip(stages, stages[1:], strict=False):
@@ -202,7 +204,7 @@ class Page:
             title = _stage(last) if last is not None and log.file.name != "training.log.json" else log.title
             add(title, f"{log.steps:,} optimiser steps", log.seconds, log.file.name)
         if not self.logs:
-            rows.append([Cell("Training"), Cell("the run folder has no log"), Cell(NOT_MEASURED)])
+            rows.append([Cell("Training"), Cell("the run folder has no log"), Cell(MISSING)])
         if isinstance(last, PrimeRecipe):
             add("Export", "the Hybrid without its teacher", times.get("export"), records.TIMES)
         for name in (name for models in self.retention.suites.values() for name in models.values()):
@@ -218,7 +220,7 @@ class Page:
 
     def training(self) -> Iterator[Block]:
         if not self.logs:
-            yield Note(f"Loss and errors: {NOT_MEASURED}; the run folder has no log.")
+            yield Note(f"Loss and errors: {MISSING}; the run folder has no log.")
         for log in self.logs:
             yield from self._log(log)
 
@@ -335,7 +337,7 @@ class Page:
             if resamples:
                 row.append(Cell(f"{resamples[index]:.0%}", records.SELECTION))
             if errors:
-                value = f"{errors[index]:.4g}" if index in errors else NOT_MEASURED
+                value = f"{errors[index]:.4g}" if index in errors else MISSING
                 row.append(Cell(value, quote(log) if index in errors else ""))
             rows.append(row)
         yield Table("Each layer", [*head, *["last error"] * bool(errors)], rows, text_columns=2, folded=True)

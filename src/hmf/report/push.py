@@ -7,8 +7,9 @@ from pathlib import Path
 
 from hmf.errors import notice
 
-from .card import CARD, RESULTS, Card, is_foreign
+from .card import RESULTS, Card, is_foreign
 from .evidence import Evidence
+from .licence import CARD
 
 
 def push_files(place: Path, repo: str, gpu: str = "h200") -> dict[str, Path | bytes]:

@@ -13,8 +13,8 @@ from hmf.evaluation.results import ANSWERS, Answered
 
 from . import charts, records
 from .blocks import Answer, Block, Cell, Note, Samples, Table, Text
-from .card import NOT_MEASURED
 from .evidence import PRIMED, STAGE0, TEACHER, Evidence, Scores
+from .suites import MISSING
 
 COLOURS = {TEACHER: 0, PRIMED: 1, STAGE0: 2}
 SHOWN = 2  # number of samples shown for a task
@@ -52,7 +52,7 @@ class Retention:
 
         def add(measure: str, values: list[str | None]) -> None:
             cells = [
-                Cell(NOT_MEASURED) if value is None else Cell(value, _file(name))
+                Cell(MISSING) if value is None else Cell(value, _file(name))
                 for value, name in zip(values, names, strict=True)
             ]
             rows.append([Cell(measure), *cells])
@@ -74,7 +74,7 @@ class Retention:
 
     def blocks(self) -> Iterator[Block]:
         if not self.suites:
-            yield Note(f"Scores: {NOT_MEASURED}; the run folder has no scores.NAME.json.")
+            yield Note(f"Scores: {MISSING}; the run folder has no scores.NAME.json.")
         for suite, models in self.suites.items():
             yield Text(f"Suite {suite}" if suite else "Evaluation of hmf prime")
             keys = list(dict.fromkeys(key for name in models.values() for key in self.scores(name).tasks))
@@ -85,16 +85,16 @@ class Retention:
                 yield self._table(models, keys, where)
                 yield from self._pairs(models, keys, where)
             else:
-                yield Note(f"Tasks: {NOT_MEASURED}.")
+                yield Note(f"Tasks: {MISSING}.")
             if TEACHER not in models:
-                yield Note(f"The teacher in this evaluation: {NOT_MEASURED}.")
+                yield Note(f"The teacher in this evaluation: {MISSING}.")
 
     def _text(self, models: dict[str, str], where: str) -> Iterator[Block]:
         rows = []
         for model, name in models.items():
             if (text := self.scores(name).text) is not None:
                 bits = getattr(text, "bits_per_byte", None)
-                shown = NOT_MEASURED if bits is None else f"{bits:.3f}"
+                shown = MISSING if bits is None else f"{bits:.3f}"
                 rows.append(
                     [
                         Cell(self.called(model)),
@@ -194,10 +194,10 @@ class Retention:
                 scores = self.scores(name)
                 task = scores.tasks.get(key)
                 if task is None:
-                    rows.append([Cell(key), Cell(self.called(model)), Cell(NOT_MEASURED), *[Cell("")] * 5])
+                    rows.append([Cell(key), Cell(self.called(model)), Cell(MISSING), *[Cell("")] * 5])
                     continue
                 length = records.length_of(key, task) or scores.length
-                cut = NOT_MEASURED if task.truncated is None else f"{round(task.truncated * task.n):,}"
+                cut = MISSING if task.truncated is None else f"{round(task.truncated * task.n):,}"
                 change = 100 * (task.accuracy - teacher[key].accuracy) if key in teacher and model != TEACHER else None
                 rows.append(
                     [

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from hmf.config.recipes import load_recipe
-from hmf.config.runs import DataSettings, RopeSettings, evaluation_conflicts
+from hmf.config.rope import RopeSettings
+from hmf.config.runs import DataSettings, evaluation_conflicts
 from hmf.config.strict import Settings, Steps, require_none
 from hmf.config.training import OptimiserSettings
 from hmf.data import tasks, text

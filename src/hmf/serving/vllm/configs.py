@@ -7,7 +7,7 @@ Each function returns why a start of the server is refused, or None.
 from __future__ import annotations
 
 from hmf.config.layers import base_activation, base_head_dim
-from hmf.config.runs import ROPE_KEYS, ROPE_SCALING_KEYS
+from hmf.config.rope import ROPE_KEYS, ROPE_SCALING_KEYS
 
 from .start import Start
 
