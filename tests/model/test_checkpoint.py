@@ -174,7 +174,7 @@ def test_config_that_is_no_json_object(checkpoint, content):
         ({"attention_dropout": 1.5}, "attention_dropout: 1.5 is not a number from 0 to 1"),
         ({"initializer_range": float("inf")}, "initializer_range: inf is not a number"),
         ({"gdn_config": {"norm_eps": float("inf")}}, "gdn_config: norm_eps: .*finite"),
-        ({"gdn_config": [1]}, r"gdn_config: \[1\] is not a mapping"),
+        ({"gdn_config": [1]}, r"gdn_config: \[1\] is not an object of options"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: 3 does not divide"),
         ({"state_dtype": "float31"}, "state_dtype 'float31'"),
         ({"model_type": "hybrid_qwen9"}, "'hybrid_qwen9' is not among the supported families .*add a row"),
