@@ -197,11 +197,12 @@ def test_only_the_mixers_of_the_subset_learn(tiny_qwen3_dir):
         ("c.json", '{"scores": [3, 1.5, 2], "model": "x"}'),
         ("d.json", '{"scores": {"0": 3, "1": 1.5, "2": 2}}'),
         ("e.csv", "layer,score\n0,3\n1,1.5\n2, 2\n"),
+        ("bom.csv", "\ufefflayer,score\n0,3\n1,1.5\n2,2\n"),
         ("f.csv", "score,layer\r\n3,0\r\n2,2\r\n1.5,1\r\n"),
     ],
 )
 def test_files_of_scores(tmp_path, name, text):
-    (tmp_path / name).write_text(text, newline="")
+    (tmp_path / name).write_text(text, newline="", encoding="utf-8")
     assert read_scores(tmp_path / name, 3) == [3, 1.5, 2]
 
 
