@@ -136,3 +136,45 @@ def test_bases_with_layers_of_several_kinds(family):
     errors = calibrate(fused, initialise(fused), rows, CalibrationSettings(rows=8, steps=4))
     assert list(errors) == ["model.layers.1.gdn", "model.layers.3.gdn"]
     assert all(after < before for before, after in errors.values())
+
+
+def fused_in(times, symbol, narrow=None):
+    """Layer 0 of the embedded teacher with each channel of the hidden states `times` times: the same function.
+
+    narrow: the tensors of the model with `times` 1, from which those of a wider one are made.
+    """
+    teacher = load_model(resolve_base("teacher"), dtype=torch.float32)
+    config = teacher.config.to_dict() | {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    config["hidden_size"] = times * teacher.config.hidden_size
+    fused = hybridise(type(teacher)(type(teacher.config)(**config)), Pattern.parse(symbol), {})
+    own = fused.state_dict()
+    with torch.no_grad():
+        for name, x in (narrow or teacher.state_dict()).items():
+            if name not in own:
+                continue
+            for dim, size in enumerate(own[name].shape):
+                if x.shape[dim] != size:  # a matrix that reads these channels sums over `times` as many
+                    x = x.repeat_interleave(times, dim) / (times if dim == 1 and "embed" not in name else 1)
+            own[name].copy_(x)
+    return fused
+
+
+@pytest.mark.parametrize("symbol", ["GDN", "GKA"])
+def test_the_fit_does_not_depend_on_the_width_of_the_model(symbol):
+    made = mixture(DATA.model_copy(update={"sequence_length": 96}), load_tokenizer(resolve_base("teacher")), 8, 0)
+    rows = [made[index] for index in range(8)]
+    narrow, fit = fused_in(1, symbol), CalibrationSettings(rows=8, steps=15, learning_rate=0.02)
+    starts = initialise(narrow, conv_start="identity")
+    wide = fused_in(16, symbol, narrow.state_dict())  # 3,072 channels
+    (before, of_narrow), (same, of_wide) = (next(iter(calibrate(x, starts, rows, fit).values())) for x in (narrow, wide))
+    assert same == pytest.approx(before, rel=0.05) and of_narrow < 0.7 * before
+    assert of_wide == pytest.approx(of_narrow, rel=0.1)
+
+
+def test_long_rows_go_through_a_layer_one_after_another(tiny_qwen3_dir):
+    fused = hybridise(load_model(tiny_qwen3_dir, dtype=torch.float32), Pattern.parse("GDN-*-*-*"))
+    starts, sizes = initialise(fused), []
+    fused.model.layers[0].gdn.register_forward_hook(lambda module, args, output: sizes.append(output[0].shape[:2]))
+    rows = [{"input_ids": ids, "position_ids": torch.arange(4500)} for ids in random_ids(8, 4500)]
+    calibrate(fused, starts, rows, CalibrationSettings(rows=8, steps=0))
+    assert set(sizes) == {(1, 4500)}

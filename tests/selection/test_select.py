@@ -13,10 +13,13 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from hmf.cli import app
+from hmf.config.data import DataRecipe
 from hmf.config.pattern import Pattern
 from hmf.config.recipes import load_recipe
 from hmf.config.runs import HybridSettings, ObjectiveSettings, PrimeRecipe
 from hmf.data.mixture import mixture
+from hmf.data.prepare import prepare
+from hmf.data.prepared import PreparedDataset
 from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError
 from hmf.folders import resolve_base
@@ -26,7 +29,8 @@ from hmf.pipeline import prime
 from hmf.priming.objectives import LayerwiseObjective
 from hmf.priming.stage0 import initialise
 from hmf.selection.run import read_scores
-from hmf.selection.supernet import SubsetLoss
+from hmf.selection.scores import Scorer, means
+from hmf.selection.supernet import SubsetLoss, fused_everywhere
 from hmf.training.losses import CrossEntropy
 from hmf.training.trainer import HybridTrainer
 from tests.conftest import ROOT
@@ -179,8 +183,6 @@ def test_subsets_are_a_function_of_seed_and_step():
 
 
 def test_only_the_mixers_of_the_subset_learn(tiny_qwen3_dir):
-    from hmf.selection.supernet import fused_everywhere
-
     model = fused_everywhere(tiny_qwen3_dir, "gdn")
     loss = SubsetLoss(ObjectiveSettings(kl=1), layers=4)
     objective = next(o for o in (loss.at(step, None) for step in range(99)) if len(o.replaced) == 2)
@@ -197,11 +199,12 @@ def test_only_the_mixers_of_the_subset_learn(tiny_qwen3_dir):
         ("c.json", '{"scores": [3, 1.5, 2], "model": "x"}'),
         ("d.json", '{"scores": {"0": 3, "1": 1.5, "2": 2}}'),
         ("e.csv", "layer,score\n0,3\n1,1.5\n2, 2\n"),
+        ("bom.csv", "\ufefflayer,score\n0,3\n1,1.5\n2,2\n"),
         ("f.csv", "score,layer\r\n3,0\r\n2,2\r\n1.5,1\r\n"),
     ],
 )
 def test_files_of_scores(tmp_path, name, text):
-    (tmp_path / name).write_text(text, newline="")
+    (tmp_path / name).write_text(text, newline="", encoding="utf-8")
     assert read_scores(tmp_path / name, 3) == [3, 1.5, 2]
 
 
@@ -270,6 +273,21 @@ def test_what_select_refuses(tmp_path, arguments, why):
     with pytest.raises(HmfError, match=why):
         command("teacher", *arguments, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_prepared_rows_are_scored_from_the_end_of_the_set(tmp_path):
+    """Training begins with the first row whatever the seed is."""
+    base = resolve_base("teacher")
+    given = {"output": tmp_path / "rows", "tokenizer": str(base), "sequence_length": 96, "tokens": 8 * 96}
+    prepare(DataRecipe.model_validate(given | {"sources": [{"path": str(ROOT / "docs/layers.md"), "weight": 1}]}), base)
+    rows = PreparedDataset(tmp_path / "rows")
+    data = {**SMALL["distill"], "data": {"prepared": str(tmp_path / "rows")}}
+    recipe = written(tmp_path, distill=data, select={"layerwise_steps": 0, "rows": 3})
+    arguments = ("--keep", 5, "--method", "kl", "--recipe", recipe, "--out", tmp_path / "out")
+    command("teacher", *arguments)
+    found = json.loads((tmp_path / "out/selection.json").read_text())["one_at_a_time"]["measures"]
+    scorer = Scorer(fused_everywhere(base, "gdn", conv_start="identity"), [rows[len(rows) - at] for at in (3, 2, 1)], 2)
+    assert len(rows) == 8 and found == [means(sums) for sums in scorer([frozenset([layer]) for layer in range(6)])]
 
 
 def test_window_needs_answers(tmp_path):

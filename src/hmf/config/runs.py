@@ -31,7 +31,8 @@ class CalibrationSettings(Settings):
 
     rows: int = Field(16, ge=4)  # rows of the training data; a quarter of them decides what is kept
     steps: int = Field(100, ge=0)  # steps of Adam on decay, gates and convolutions; 0: the output projection alone
-    learning_rate: float = Field(0.01, gt=0)  # learning rate of Adam, at the first step
+    # learning rate of Adam at the first step; for matrices with more than 256 inputs, times 256 / inputs
+    learning_rate: float = Field(0.01, gt=0)
 
 
 class HybridSettings(Settings):

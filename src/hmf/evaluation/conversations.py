@@ -59,7 +59,7 @@ def write_answers(
     for index, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
         count = counts.setdefault(sample.task, Counter())
         correct = sample.is_correct(answer.text)
-        count.update({"asked": 1, "wrong": not correct, "unended": not answer.ended})
+        count.update({"asked": 1, "wrong": int(not correct), "unended": int(not answer.ended)})
         messages = answered(tokenizer, sample, answer) if answer.ended else None
         count["changed"] += answer.ended and messages is None
         if messages is None or (only_correct and not correct):

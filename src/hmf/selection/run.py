@@ -20,6 +20,7 @@ from hmf.config.runs import PrimeRecipe
 from hmf.config.strict import parse_json, parse_sealed, seal_json
 from hmf.data.encoding import IGNORED
 from hmf.data.mixture import mixture
+from hmf.data.prepared import PreparedDataset
 from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError
 from hmf.folders import reason
@@ -198,8 +199,12 @@ def _rounded(values: Sequence[float]) -> list[float | None]:
 
 
 def _scored_rows(recipe: PrimeRecipe, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    rows = mixture(recipe.distill.data, tokenizer, recipe.select.rows, (recipe.seed + OTHER_ROWS) % 2**32)
-    return [rows[index] for index in range(recipe.select.rows)]
+    data, count = recipe.distill.data, recipe.select.rows
+    if data.prepared is not None:  # the last ones, because training begins with the first ones whatever its seed is
+        stored = PreparedDataset(data.prepared, tokenizer)
+        return [stored[index % len(stored)] for index in range(-count, 0)]
+    rows = mixture(data, tokenizer, count, (recipe.seed + OTHER_ROWS) % 2**32)
+    return [rows[index] for index in range(count)]
 
 
 def _require_longer_answers(rows: Sequence[Any], window_size: int) -> None:
@@ -230,7 +235,7 @@ def read_scores(file: Path, layers: int) -> list[float]:
         HmfError: the file cannot be read; a layer is missing, occurs twice or is not in the model.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
     except OSError as error:
         raise HmfError(f"{file}: cannot be read: {reason(error)}") from None
     except UnicodeDecodeError:
