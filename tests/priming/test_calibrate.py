@@ -166,7 +166,9 @@ def test_the_fit_does_not_depend_on_the_width_of_the_model(symbol):
     narrow, fit = fused_in(1, symbol), CalibrationSettings(rows=8, steps=15, learning_rate=0.02)
     starts = initialise(narrow, conv_start="identity")
     wide = fused_in(16, symbol, narrow.state_dict())  # 3,072 channels
-    (before, of_narrow), (same, of_wide) = (next(iter(calibrate(x, starts, rows, fit).values())) for x in (narrow, wide))
+    (before, of_narrow), (same, of_wide) = (
+        next(iter(calibrate(model, starts, rows, fit).values())) for model in (narrow, wide)
+    )
     assert same == pytest.approx(before, rel=0.05) and of_narrow < 0.7 * before
     assert of_wide == pytest.approx(of_narrow, rel=0.1)
 
