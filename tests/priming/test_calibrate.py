@@ -167,7 +167,7 @@ def test_the_fit_does_not_depend_on_the_width_of_the_model(symbol):
     starts = initialise(narrow, conv_start="identity")
     wide = fused_in(16, symbol, narrow.state_dict())  # 3,072 channels
     (before, of_narrow), (same, of_wide) = (
-        next(iter(calibrate(x, starts, rows, fit).values())) for x in (narrow, wide)
+        next(iter(calibrate(model, starts, rows, fit).values())) for model in (narrow, wide)
     )
     assert same == pytest.approx(before, rel=0.05) and of_narrow < 0.7 * before
     assert of_wide == pytest.approx(of_narrow, rel=0.1)
