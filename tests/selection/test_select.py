@@ -3,6 +3,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from itertools import pairwise
 
@@ -235,11 +236,11 @@ def test_files_of_scores_that_are_refused(tmp_path, name, text, why):
     assert str(error.value).startswith(str(tmp_path / name))
 
 
-def test_scores_of_a_file_choose_the_layers(tmp_path):
+def test_scores_of_a_file_choose_the_layers_and_the_next_command_primes_them(tmp_path):
     (tmp_path / "scores.csv").write_text("layer,score\n" + "".join(f"{i},{i % 4}\n" for i in range(6)))
     recipe = written(tmp_path)
     given = [f"select.scores={tmp_path / 'scores.csv'}", "hybrid.mixer=gka"]
-    command(
+    printed = command(
         "teacher",
         "--keep",
         2,
@@ -252,6 +253,10 @@ def test_scores_of_a_file_choose_the_layers(tmp_path):
         *(part for value in given for part in ("--set", value)),
     )
     assert json.loads((tmp_path / "out/selection.json").read_text())["pattern"] == "GKA-GKA-*-*-GKA-GKA"
+    words = shlex.split(printed.partition("; next: ")[2])
+    assert words[1:3] == ["prime", str(recipe)] and set(words[3::2]) == {"--set"}
+    primed = load_recipe(recipe, PrimeRecipe, words[4::2])
+    assert (primed.base, primed.hybrid.mixer, primed.hybrid.layers) == ("teacher", "gka", [0, 1, 4, 5])
 
 
 @pytest.mark.parametrize(
@@ -260,7 +265,6 @@ def test_scores_of_a_file_choose_the_layers(tmp_path):
         ([], "exactly one of --keep and --ratio"),
         (["--keep", 2, "--ratio", 0.5], "exactly one of --keep and --ratio"),
         (["--keep", 6], "not below 6"),
-        (["--ratio", 1.5], "not in"),
         (["--keep", 2, "--method", "scores"], "scores"),
         (["--keep", 2, "--method", "magic"], "select.method"),
         (["--keep", 2, "--mixer", "rnn"], "rnn"),

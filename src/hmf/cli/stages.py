@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from contextlib import nullcontext
 from functools import partial
 from typing import Annotated, Literal
@@ -128,6 +130,7 @@ def select(
     from hmf.config.pattern import Pattern
     from hmf.config.recipes import read_recipe
     from hmf.config.runs import PrimeRecipe
+    from hmf.config.strict import parse_yaml
     from hmf.priming.stage0 import base_config
     from hmf.report.curves import draw_curves
     from hmf.report.selection import draw_selection, print_selection
@@ -156,11 +159,18 @@ def select(
     with run_folder(settings.output, text):
         selection = run(source, layers, keep, settings, settings.output, draw_selection, draw_curves)
     print_selection(selection)
-    replaced = ",".join(map(str, selection["replaced"]))
-    typer.echo(
-        f"saved {settings.output}/selection.json; next: {command()} init {base} --mixer {selection['mixer']} "
-        f"--layers {replaced} --out runs/stage0"
-    )
+    written = parse_yaml(find_recipe(recipe).read_text(encoding="utf-8")).get("hybrid") or {}
+    values = {
+        "base": base,
+        "output": "runs/prime",
+        "hybrid.mixer": selection["mixer"],
+        "hybrid.layers": json.dumps(selection["replaced"], separators=(",", ":")),
+        **{f"hybrid.{key}": "null" for key in ("ratio", "pattern") if written.get(key) is not None},
+        **({} if method is None else {"select.method": method}),
+    }
+    given = [*(f"{key}={value}" for key, value in values.items()), *(overrides or ())]
+    prime = shlex.join(["prime", recipe, *(word for change in given for word in ("--set", change))])
+    typer.echo(f"saved {settings.output}/selection.json; next: {command()} {prime}")
 
 
 @app.command(epilog=epilog("hmf distill recipes/distill/recipe.yaml"))
