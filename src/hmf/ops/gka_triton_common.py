@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by Gated KalmaNet's Triton kernels: loads, splitting into bfloat16 parts, tile widths, iteration weights."""
+"""Shared by the Triton kernels of Gated KalmaNet and the gated delta rule: loads, splitting into two numbers, tile
+widths, iteration weights."""
 
 from __future__ import annotations
 
@@ -22,6 +23,13 @@ def split(x):
     """Two bfloat16 tensors whose sum is x to 2^-17; the first is x rounded (integers, as conversions are slow)."""
     high = ((x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
     return high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
+
+
+@triton.jit
+def halves(x):
+    """Two float16 tensors whose sum is x with a relative error of 2^-22, for |x| up to 65504."""
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
 
 
 def tile_width(head_dim: int) -> int:

@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Three Triton kernels for the prefill of the gated delta rule, for bfloat16 or float16 tokens, without gradients.
+
+With the notation of `hmf.ops.gdn`, b the log decay since the start of a chunk and S the state there, a chunk is:
+    T = (1 + A)^-1,  A[t, s] = beta_t exp(b_t - b_s) k_t . k_s for s < t
+    W = T (beta exp(b) k),  U = T (beta v),  u = U - W S                          (the corrected values)
+    o = scale (exp(b) q S + (q k^T * exp(b_t - b_s), s <= t) u),  S <- exp(b_last) S + (exp(b_last - b) k)^T u
+
+`_prepare` computes W and U, `_states` advances the states of a sequence and head over its chunks, and `_outputs`
+computes o. Only `_states` is sequential, so it does nothing else. q and k are normalised inside, and heads that share
+keys or values are not expanded.
+
+What is fused follows from 16,384 tokens of 32 heads of 128, which are 8,192 chunks of a head:
+- The products are 0.1 TFLOP, 0.2 ms for an H200. W, U, u and the states at the chunks' starts are 0.7 GB, written once
+  and read once, and q, k, v and o 0.4 GB: 0.45 ms. T, the scores and the normalised queries stay in registers.
+- `_states` has 32 x 128 / COLUMNS programs for one document, 128 for 132 multiprocessors. Each of its 256 steps is two
+  dependent products of a few hundred cycles. Its loads do not depend on the state, so they are issued ahead; three
+  stages of 36 KiB let one program use a multiprocessor alone. With outputs inside, a step would take about twice as
+  long, and the time for one document is the time of the steps.
+
+Precision: T is computed to 2^-20, and W, U, u and the states that products read are numbers of the tokens' dtype. The
+state itself, its decays and all sums are float32. All exponents are differences of cumulated logs that are at most 0.
+
+Legend: N tokens, S sequences, G chunks, C chunk_size, H heads, K/V key/value head dims, D the power of two >= K.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .gka_triton_common import halves, load, shared_memory, tile_width
+from .varlen import packed_chunks
+
+CHUNK_SIZE = 64
+BLOCK = 16  # rows of a block that `_inverse` solves by substitution
+# Narrower heads are padded to this width, because Triton 3.6 compiled products of tiles of 16 columns for Hopper to
+# reads outside of shared memory (see `gka_chunk_triton`).
+NARROWEST = 64
+COLUMNS = 32  # columns of a state that one program of `_states` computes; 64 halves what is read of keys and W
+LAUNCH: dict[str, dict[str, Any]] = {
+    "prepare": {"num_warps": 4, "num_stages": 1},
+    "states": {"num_warps": 4, "num_stages": 3},
+    "outputs": {"num_warps": 4, "num_stages": 1},
+}
+
+
+
+@triton.jit
+def _inverse_norms(x, eps):
+    """1 / sqrt(sum x^2 + eps) of each row of x [C, D]."""
+    x = x.to(tl.float32)
+    return tl.rsqrt(tl.sum(x * x, axis=1) + eps)
+
+
+@triton.jit
+def _decays(log_decay, t, s):
+    """exp(b_t - b_s) for s <= t and 0 for s > t, from b [C]."""
+    return tl.exp(tl.where(t >= s, log_decay[:, None] - log_decay[None, :], float("-inf")))
+
+
+@triton.jit
+def _product(x, y):
+    """x y of float32 [C, C] with entries up to 65504: three products of float16 numbers, precise to 2^-21."""
+    x, x_low = halves(x)
+    y, y_low = halves(y)
+    return tl.dot(x, y, tl.dot(x_low, y, tl.dot(x, y_low)))
+
+
+@triton.jit
+def _inverse(A, t, s, SIZE: tl.constexpr, BLOCK: tl.constexpr, DOUBLINGS: tl.constexpr):
+    """(1 + A)^-1 of a strictly lower triangular A [C, C] with rows t [C, 1] and columns s [1, C].
+
+    The blocks on the diagonal are solved together by substitution, a column at a time. Then their size doubles: the
+    inverse of ((a, 0), (c, d)) is ((a^-1, 0), (-d^-1 c a^-1, d^-1)). With normalised keys and beta up to 2, no entry of
+    an inverse is above 2, because it is an entry of a contraction times beta.
+    """
+    COUNT: tl.constexpr = SIZE // BLOCK
+    n, i = tl.arange(0, COUNT), tl.arange(0, BLOCK)
+    diagonal = n[:, None, None, None] == n[None, None, :, None]
+    row, column = i[None, :, None], i[None, None, :]
+    below = tl.sum(tl.where(diagonal, tl.reshape(A, [COUNT, BLOCK, COUNT, BLOCK]), 0.0), axis=2)
+    solved = tl.where(row == column, 1.0, tl.zeros_like(below))
+    for j in range(BLOCK - 1):
+        factor = tl.sum(tl.where(column == j, below, 0.0), axis=2)
+        solved -= factor[:, :, None] * tl.sum(tl.where(row == j, solved, 0.0), axis=1)[:, None, :]
+    inverse = tl.reshape(tl.where(diagonal, solved[:, :, None, :], 0.0), [SIZE, SIZE])
+    for doubling in tl.static_range(DOUBLINGS):
+        x, y = t // (BLOCK << doubling), s // (BLOCK << doubling)
+        between = (x != y) & (x // 2 == y // 2)
+        inverse -= _product(inverse, _product(tl.where(between, A, 0.0), inverse))
+    return inverse
+
+
+@triton.jit
+def _prepare(
+    k,
+    v,
+    g,
+    beta,
+    unit,
+    w,
+    u,
+    share,
+    total,
+    bounds,
+    chunks,
+    sequence_of,
+    k_row,
+    v_row,
+    unit_row,
+    sequences,
+    eps,
+    NORMALISE: tl.constexpr,
+    H: tl.constexpr,
+    KEY_GROUP: tl.constexpr,
+    VALUE_GROUP: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DOUBLINGS: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+):
+    """For one chunk and head: W, U, the decays from each token to the chunk's end (`share`) and over the whole chunk
+    (`total`), and the normalised keys, rounded as in the layer."""
+    chunk, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    sequence = tl.load(sequence_of + chunk)
+    if sequence >= sequences:  # there are at most so many chunks as programs
+        return
+    stop = tl.load(bounds + sequence + 1)
+    i, d, e = tl.arange(0, SIZE), tl.arange(0, D), tl.arange(0, DV)
+    t, s = i[:, None], i[None, :]
+    token = tl.load(bounds + sequence) + (chunk - tl.load(chunks + sequence)) * SIZE + i.to(tl.int64)
+    real, in_key, in_value = token < stop, (d < K)[None, :], (e < V)[None, :]
+    log_decay = load(g, token * H + head, real)
+    strength = load(beta, token * H + head, real)
+    whole = tl.sum(log_decay, axis=0)
+    log_decay = tl.cumsum(log_decay, axis=0)
+    tl.store(share + token * H + head, tl.exp(tl.minimum(whole - log_decay, 0.0)), mask=real)
+    tl.store(total + chunk * H + head, tl.exp(whole))
+
+    column = (head // KEY_GROUP) * K + d[None, :]
+    key = load(k + token[:, None] * k_row, column, real[:, None] & in_key)
+    if NORMALISE:
+        key = (key.to(tl.float32) * _inverse_norms(key, eps)[:, None]).to(key.dtype)
+        writes = token < tl.where(head % KEY_GROUP == 0, stop, 0)  # only the first of the heads that share a key
+        tl.store(unit + token[:, None] * unit_row + column, key, mask=writes[:, None] & in_key)
+    A = tl.dot(key, tl.trans(key)) * strength[:, None]
+    A = tl.where(t > s, A * _decays(log_decay, t, s), 0.0)
+    solve = _inverse(A, t, s, SIZE, BLOCK, DOUBLINGS) * strength[None, :]
+    value = load(v + token[:, None] * v_row, (head // VALUE_GROUP) * V + e[None, :], real[:, None] & in_value)
+    row = token[:, None] * H + head
+    result = tl.dot(solve.to(value.dtype), value)
+    tl.store(u + row * V + e[None, :], result.to(u.dtype.element_ty), mask=real[:, None] & in_value)
+    result = tl.dot((solve * tl.exp(log_decay)[None, :]).to(key.dtype), key)
+    tl.store(w + row * K + d[None, :], result.to(w.dtype.element_ty), mask=real[:, None] & in_key)
+
+
+@triton.jit
+def _states(
+    unit,
+    w,
+    u,
+    share,
+    total,
+    state,
+    starts,
+    out,
+    bounds,
+    chunks,
+    unit_row,
+    STATE: tl.constexpr,
+    H: tl.constexpr,
+    KEY_GROUP: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    SIZE: tl.constexpr,
+    D: tl.constexpr,
+    B: tl.constexpr,
+):
+    """Some columns of the state of one sequence and head. Writes the state at every chunk's start, and u in place of U.
+
+    The state is [V, K] in `state` and `out`, and [K, V] in `starts`.
+    """
+    part, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i, d, e = tl.arange(0, SIZE), tl.arange(0, D), part * B + tl.arange(0, B)
+    in_key, in_value = (d < K)[None, :], (e < V)[None, :]
+    inside = (d < K)[:, None] & in_value
+    slot = (sequence * H + head) * K * V + e[None, :] * K + d[:, None]
+    now = tl.zeros([D, B], tl.float32)
+    if STATE:
+        now += load(state, slot, inside).to(tl.float32)
+    unit += (head // KEY_GROUP) * K
+    first, stop = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
+    chunk = tl.load(chunks + sequence).to(tl.int64) * H + head
+    for token in range(first, stop, SIZE):
+        at = (token + i).to(tl.int64)
+        real = (at < stop)[:, None]
+        row = at[:, None] * H + head
+        met = load(w, row * K + d[None, :], real & in_key)
+        value = load(u, row * V + e[None, :], real & in_value)
+        key = load(unit, at[:, None] * unit_row + d[None, :], real & in_key)
+        decay = load(share, at * H + head, at < stop)
+        carry = tl.load(total + chunk)
+        rounded = now.to(met.dtype)
+        tl.store(starts + chunk * K * V + d[:, None] * V + e[None, :], rounded, mask=inside)
+        corrected = value.to(tl.float32) - tl.dot(met, rounded)
+        tl.store(u + row * V + e[None, :], corrected.to(u.dtype.element_ty), mask=real & in_value)
+        now = tl.dot(tl.trans(key), (corrected * decay[:, None]).to(key.dtype), now * carry)
+        chunk += H
+    tl.store(out + slot, now, mask=inside)
+
+
+@triton.jit
+def _outputs(
+    q,
+    unit,
+    u,
+    g,
+    starts,
+    o,
+    bounds,
+    chunks,
+    sequence_of,
+    q_row,
+    unit_row,
+    sequences,
+    eps,
+    scale,
+    NORMALISE: tl.constexpr,
+    H: tl.constexpr,
+    QUERY_GROUP: tl.constexpr,
+    KEY_GROUP: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    SIZE: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+):
+    """o of one chunk and head."""
+    chunk, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    sequence = tl.load(sequence_of + chunk)
+    if sequence >= sequences:
+        return
+    stop = tl.load(bounds + sequence + 1)
+    i, d, j, e = tl.arange(0, SIZE), tl.arange(0, D), tl.arange(0, D), tl.arange(0, DV)
+    t, s = i[:, None], i[None, :]
+    token = tl.load(bounds + sequence) + (chunk - tl.load(chunks + sequence)) * SIZE + i.to(tl.int64)
+    real, in_value = (token < stop)[:, None], (e < V)[None, :]
+    in_key = real & (d < K)[None, :]
+    row = token[:, None] * H + head
+    query = load(q + (head // QUERY_GROUP) * K + token[:, None] * q_row, d[None, :], in_key)
+    state = load(starts + (chunk * H + head) * K * V, j[:, None] * V + e[None, :], (j < K)[:, None] & in_value)
+    log_decay = tl.cumsum(load(g, token * H + head, token < stop), axis=0)
+    result = tl.dot(query, state) * tl.exp(log_decay)[:, None]
+    key = load(unit + (head // KEY_GROUP) * K + token[:, None] * unit_row, d[None, :], in_key)
+    scores = tl.dot(query, tl.trans(key)) * _decays(log_decay, t, s)
+    value = load(u, row * V + e[None, :], real & in_value)
+    result = tl.dot(scores.to(value.dtype), value, result)
+    result *= scale
+    if NORMALISE:  # the norm of a query is a factor of its output
+        result *= _inverse_norms(query, eps)[:, None]
+    tl.store(o + row * V + e[None, :], result.to(o.dtype.element_ty), mask=real & in_value)
+
+
+def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+    """The reason why these kernels cannot run for q, k [..., K] and v [..., V], or None."""
+    if q.dtype not in (torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
+        return "tokens are neither bfloat16 nor float16"
+    if max(q.shape[-1], v.shape[-1]) > 128:
+        return "heads are wider than 128"
+    if q.is_cuda and shared_memory(q.device) < SHARED_MEMORY * 2**10:
+        return f"a block has less than {SHARED_MEMORY} KiB of shared memory"
+    return None
+
+
+def chunked(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+    *,
+    eps: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gated delta rule over S sequences packed in N tokens: o [N, H, V] in v.dtype and the final states in float32.
+
+    q [N, Hq, K], k [N, Hk, K], v [N, Hv, V] bfloat16 or float16, whose last two dimensions are contiguous; Hq, Hk and
+    Hv divide H. g (log decay) and beta [N, H]; state [S, H, V, K] (vLLM's layout, also of the result) of any float
+    dtype, or None; cu_seqlens [S+1] integers, on the device. With eps, q and k are divided by sqrt(sum x^2 + eps);
+    without it they must be normalised. Raises ValueError for another memory layout.
+    """
+    if any(x.stride()[1:] != (x.shape[-1], 1) for x in (q, k, v)):
+        raise ValueError("the last two dimensions of q, k and v must be contiguous")
+    tokens, heads, key_dim, value_dim = len(q), g.shape[-1], k.shape[-1], v.shape[-1]
+    sequences, normalise = len(cu_seqlens) - 1, eps is not None
+    g, beta = g.float().contiguous(), beta.float().contiguous()
+    bounds, chunks, sequence_of = packed_chunks(cu_seqlens, tokens, CHUNK_SIZE)
+    most = len(sequence_of)
+    width, value_width = (max(NARROWEST, tile_width(dim)) for dim in (key_dim, value_dim))
+    columns = min(COLUMNS, value_width)
+    w, u = k.new_empty(tokens, heads, key_dim), v.new_empty(tokens, heads, value_dim)
+    unit = k.new_empty(k.shape) if normalise else k
+    share, total = g.new_empty(tokens, heads), g.new_empty(most, heads)
+    starts = v.new_empty(most, heads, key_dim, value_dim)
+    out = g.new_empty(sequences, heads, value_dim, key_dim)
+    before = out if state is None else state.contiguous()
+    o = v.new_empty(tokens, heads, value_dim)
+    common = {"H": heads, "KEY_GROUP": heads // k.shape[1], "K": key_dim, "V": value_dim, "SIZE": CHUNK_SIZE, "D": width}
+    norm = {"NORMALISE": normalise, "DV": value_width}
+    with torch.cuda.device_of(q):
+        if most:
+            _prepare[most * heads,](
+                k,
+                v,
+                g,
+                beta,
+                unit,
+                w,
+                u,
+                share,
+                total,
+                bounds,
+                chunks,
+                sequence_of,
+                k.stride(0),
+                v.stride(0),
+                unit.stride(0),
+                sequences,
+                eps or 0.0,
+                VALUE_GROUP=heads // v.shape[1],
+                BLOCK=BLOCK,
+                DOUBLINGS=(CHUNK_SIZE // BLOCK).bit_length() - 1,
+                **norm,
+                **common,
+                **LAUNCH["prepare"],
+            )
+        _states[triton.cdiv(value_dim, columns), heads, sequences](
+            unit,
+            w,
+            u,
+            share,
+            total,
+            before,
+            starts,
+            out,
+            bounds,
+            chunks,
+            unit.stride(0),
+            STATE=state is not None,
+            B=columns,
+            **common,
+            **LAUNCH["states"],
+        )
+        if most:
+            _outputs[most * heads,](
+                q,
+                unit,
+                u,
+                g,
+                starts,
+                o,
+                bounds,
+                chunks,
+                sequence_of,
+                q.stride(0),
+                unit.stride(0),
+                sequences,
+                eps or 0.0,
+                key_dim**-0.5,
+                QUERY_GROUP=heads // q.shape[1],
+                **norm,
+                **common,
+                **LAUNCH["outputs"],
+            )
+    return o, out
