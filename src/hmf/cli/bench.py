@@ -40,7 +40,9 @@ def ops(
     heads: Annotated[int, typer.Option(min=1, help="Number of heads.")] = 8,
     head_dim: Annotated[int, typer.Option(min=1, help="Key and value dimensions of a head.")] = 64,
     ops: Annotated[str, typer.Option(help="Ops, separated by commas; empty for all.")] = "",
-    versions: Annotated[str, typer.Option(help="From reference,chunked,fast; empty for all that run here.")] = "",
+    versions: Annotated[
+        str, typer.Option(help="From reference,chunked,fast,triton; empty for all that run here.")
+    ] = "",
     device: Device = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the tensors.")] = "float32",
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs; fewer for a version that takes 10 seconds.")] = 5,

@@ -2,7 +2,8 @@
 """Chooses which implementation of an op runs; no other module does.
 
 Every op has a `reference` (the definition), a `chunked` version in plain PyTorch and, on CUDA, a `fast` one. The
-environment variable HMF_OPS selects one of the three for all ops, for debugging and for `hmf doctor`.
+environment variable HMF_OPS selects one of the three for all ops, for debugging and for `hmf doctor`. An op may have
+further versions, which only `hmf bench ops` and callers that name them run.
 
 Sequence parallelism wraps ops with `set_wrappers`.
 """
@@ -17,6 +18,7 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -30,16 +32,18 @@ class Implementation:
     version: str
     function: Callable
     requires: str | None  # a package, imported only when the version is used
+    backward: bool = True  # whether it has gradients
+    dtypes: tuple[torch.dtype, ...] = ()  # of the tokens; empty: all
 
 
 _IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {}
 
 
-def implementation(op: str, version: str, requires: str | None = None):
-    """Register the decorated function as `version` of `op`."""
+def implementation(op: str, version: str, requires: str | None = None, **limits: Any):
+    """Register the decorated function as `version` of `op`. limits: further fields of `Implementation`."""
 
     def register(function: Callable) -> Callable:
-        _IMPLEMENTATIONS.setdefault(op, {})[version] = Implementation(version, function, requires)
+        _IMPLEMENTATIONS.setdefault(op, {})[version] = Implementation(version, function, requires, **limits)
         return function
 
     return register
@@ -102,6 +106,11 @@ def ops() -> list[str]:
     return sorted(_IMPLEMENTATIONS)
 
 
+def versions() -> list[str]:
+    """`VERSIONS`, then those that only some ops have."""
+    return list(dict.fromkeys([*VERSIONS, *(version for op in ops() for version in _IMPLEMENTATIONS[op])]))
+
+
 def choose(
     op: str, device_type: str, requires_grad: bool, dtype: torch.dtype, heads: tuple[int, int] = HEADS
 ) -> tuple[Implementation, str]:
@@ -123,18 +132,30 @@ def choose(
 
 
 def not_fast(
-    op: str, device_type: str, requires_grad: bool, dtype: torch.dtype, heads: tuple[int, int] = HEADS
+    op: str,
+    device_type: str,
+    requires_grad: bool,
+    dtype: torch.dtype,
+    heads: tuple[int, int] = HEADS,
+    version: str = "fast",
 ) -> str | None:
-    """The reason why `op` has no fast version for such tensors, in one line, or None. HMF_OPS is ignored."""
-    fast = _IMPLEMENTATIONS[op].get("fast")
+    """The reason why `op` has no fast version for such tensors, in one line, or None. HMF_OPS is ignored.
+
+    version: "fast", or another one with GPU kernels.
+    """
+    fast = _IMPLEMENTATIONS[op].get(version)
     if fast is None:
         return "the op has no GPU kernel"
     if device_type != "cuda":
         return f"no GPU kernel on {device_type}"
     if dtype == torch.float64:
         return "float64 tensors"
+    if fast.dtypes and dtype not in fast.dtypes:
+        return f"its kernels support only {' and '.join(str(x).removeprefix('torch.') for x in fast.dtypes)}"
     if fast.requires and not _installed(fast.requires):
         return f"{fast.requires} is not installed (pip install 'hybrid-model-factory[train]')"
+    if requires_grad and not fast.backward:
+        return "its kernels have no backward"
     return known_bad_backward(op, dtype, heads) if requires_grad else None
 
 

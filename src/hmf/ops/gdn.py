@@ -231,3 +231,17 @@ def fast(q, k, v, g, beta, initial_state=None, cu_seqlens=None) -> Result:
         output_final_state=True,
         cu_seqlens=cu_seqlens,
     )
+
+
+@dispatch.implementation("gdn", "triton", requires="triton", backward=False, dtypes=(torch.bfloat16, torch.float16))
+def triton(q, k, v, g, beta, initial_state=None, cu_seqlens=None) -> Result:
+    """The Triton kernels of this package (CUDA, bfloat16 or float16, without gradients), as a server may call them.
+
+    No call chooses this version by itself; `hmf bench ops` times it. Raises ValueError for other inputs.
+    """
+    from . import gdn_chunk_triton
+
+    if reason := gdn_chunk_triton.unsupported(q, k, v):
+        raise ValueError(reason)
+    sequence_lengths(q.shape[0], q.shape[1], cu_seqlens)  # raises for invalid cu_seqlens
+    return gdn_chunk_triton.rows(q, k, v, g, beta, initial_state, cu_seqlens)

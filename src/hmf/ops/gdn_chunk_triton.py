@@ -10,13 +10,12 @@ With the notation of `hmf.ops.gdn`, b the log decay since the start of a chunk a
 computes o. Only `_states` is sequential, so it does nothing else. q and k are normalised inside, and heads that share
 keys or values are not expanded.
 
-What is fused follows from 16,384 tokens of 32 heads of 128, which are 8,192 chunks of a head:
-- The products are 0.1 TFLOP, 0.2 ms for an H200. W, U, u and the states at the chunks' starts are 0.7 GB, written once
-  and read once, and q, k, v and o 0.4 GB: 0.45 ms. T, the scores and the normalised queries stay in registers.
-- `_states` has 32 x 128 / COLUMNS programs for one document, 128 for 132 multiprocessors. Each of its 256 steps is two
-  dependent products of a few hundred cycles. Its loads do not depend on the state, so they are issued ahead; three
-  stages of 36 KiB let one program use a multiprocessor alone. With outputs inside, a step would take about twice as
-  long, and the time for one document is the time of the steps.
+What is fused follows from 16,384 tokens of 32 heads of 128, which are 8,192 chunks of a head, on an H200:
+- The products are 0.1 TFLOP, 0.2 ms at half of the peak. W, U, u and the states at the chunks' starts are 0.67 GB,
+  written and read once, and q, k, v and o 0.4 GB: 0.45 ms. T, scores and norms of queries stay in registers.
+- `_states` has 128 programs of 32 columns for one document, for 132 multiprocessors. Each of its 256 steps is two
+  dependent products with their rounding, about 1,300 cycles: 0.2 ms. Loads do not depend on the state, and are issued
+  ahead in three stages of 36 KiB. The outputs are not computed there, because that would lengthen every step.
 
 Precision: T is computed to 2^-20, and W, U, u and the states that products read are numbers of the tokens' dtype. The
 state itself, its decays and all sums are float32. All exponents are differences of cumulated logs that are at most 0.
@@ -26,13 +25,13 @@ Legend: N tokens, S sequences, G chunks, C chunk_size, H heads, K/V key/value he
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .gka_triton_common import halves, load, shared_memory, tile_width
+from .gka_triton_common import halves, load, multiprocessors, shared_memory, tile_width
 from .varlen import packed_chunks
 
 CHUNK_SIZE = 64
@@ -40,13 +39,23 @@ BLOCK = 16  # rows of a block that `_inverse` solves by substitution
 # Narrower heads are padded to this width, because Triton 3.6 compiled products of tiles of 16 columns for Hopper to
 # reads outside of shared memory (see `gka_chunk_triton`).
 NARROWEST = 64
-COLUMNS = 32  # columns of a state that one program of `_states` computes; 64 halves what is read of keys and W
-LAUNCH: dict[str, dict[str, Any]] = {
-    "prepare": {"num_warps": 4, "num_stages": 1},
-    "states": {"num_warps": 4, "num_stages": 3},
-    "outputs": {"num_warps": 4, "num_stages": 1},
-}
 
+
+class Launch(NamedTuple):
+    columns: int  # of a state or of an output that one program computes; 0: all
+    num_warps: int
+    num_stages: int
+
+
+# Chosen by the reasoning above and by what the compiler reports for Hopper: no kernel spills registers. `states` is for
+# programs that have a multiprocessor each, `many_states` for more; there two programs share one.
+LAUNCH = {
+    "prepare": Launch(0, 4, 1),  # 255 registers and 32 KiB: two programs on a multiprocessor
+    "states": Launch(32, 4, 3),  # 117 KiB
+    "many_states": Launch(64, 4, 2),  # 242 registers and 97 KiB; half the steps, and half of the reads of keys and W
+    "outputs": Launch(64, 4, 1),  # 156 registers and 32 KiB: three programs; with 128 columns it is one or two
+}
+SHARED_MEMORY = 117  # KiB of a block
 
 
 @triton.jit
@@ -95,7 +104,7 @@ def _inverse(A, t, s, SIZE: tl.constexpr, BLOCK: tl.constexpr, DOUBLINGS: tl.con
     return inverse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences"])
 def _prepare(
     k,
     v,
@@ -124,7 +133,7 @@ def _prepare(
     BLOCK: tl.constexpr,
     DOUBLINGS: tl.constexpr,
     D: tl.constexpr,
-    DV: tl.constexpr,
+    B: tl.constexpr,
 ):
     """For one chunk and head: W, U, the decays from each token to the chunk's end (`share`) and over the whole chunk
     (`total`), and the normalised keys, rounded as in the layer."""
@@ -132,33 +141,32 @@ def _prepare(
     sequence = tl.load(sequence_of + chunk)
     if sequence >= sequences:  # there are at most so many chunks as programs
         return
+    first = tl.load(bounds + sequence) + (chunk - tl.load(chunks + sequence)) * SIZE
     stop = tl.load(bounds + sequence + 1)
-    i, d, e = tl.arange(0, SIZE), tl.arange(0, D), tl.arange(0, DV)
+    i, d, e = tl.arange(0, SIZE), tl.arange(0, D), tl.arange(0, B)
     t, s = i[:, None], i[None, :]
-    token = tl.load(bounds + sequence) + (chunk - tl.load(chunks + sequence)) * SIZE + i.to(tl.int64)
-    real, in_key, in_value = token < stop, (d < K)[None, :], (e < V)[None, :]
-    log_decay = load(g, token * H + head, real)
-    strength = load(beta, token * H + head, real)
+    there, row = first + i < stop, first * H + head
+    in_key, in_value = there[:, None] & (d < K)[None, :], there[:, None] & (e < V)[None, :]
+    log_decay = load(g + row, i * H, there)
+    strength = load(beta + row, i * H, there)
     whole = tl.sum(log_decay, axis=0)
     log_decay = tl.cumsum(log_decay, axis=0)
-    tl.store(share + token * H + head, tl.exp(tl.minimum(whole - log_decay, 0.0)), mask=real)
+    tl.store(share + row + i * H, tl.exp(tl.minimum(whole - log_decay, 0.0)), mask=there)
     tl.store(total + chunk * H + head, tl.exp(whole))
 
-    column = (head // KEY_GROUP) * K + d[None, :]
-    key = load(k + token[:, None] * k_row, column, real[:, None] & in_key)
+    key = load(k + first * k_row + (head // KEY_GROUP) * K, t * k_row + d[None, :], in_key)
     if NORMALISE:
         key = (key.to(tl.float32) * _inverse_norms(key, eps)[:, None]).to(key.dtype)
-        writes = token < tl.where(head % KEY_GROUP == 0, stop, 0)  # only the first of the heads that share a key
-        tl.store(unit + token[:, None] * unit_row + column, key, mask=writes[:, None] & in_key)
+        if head % KEY_GROUP == 0:  # one of the heads that share the key
+            tl.store(unit + first * unit_row + (head // KEY_GROUP) * K + t * unit_row + d[None, :], key, mask=in_key)
     A = tl.dot(key, tl.trans(key)) * strength[:, None]
     A = tl.where(t > s, A * _decays(log_decay, t, s), 0.0)
     solve = _inverse(A, t, s, SIZE, BLOCK, DOUBLINGS) * strength[None, :]
-    value = load(v + token[:, None] * v_row, (head // VALUE_GROUP) * V + e[None, :], real[:, None] & in_value)
-    row = token[:, None] * H + head
+    value = load(v + first * v_row + (head // VALUE_GROUP) * V, t * v_row + e[None, :], in_value)
     result = tl.dot(solve.to(value.dtype), value)
-    tl.store(u + row * V + e[None, :], result.to(u.dtype.element_ty), mask=real[:, None] & in_value)
+    tl.store(u + row * V + t * (H * V) + e[None, :], result.to(u.dtype.element_ty), mask=in_value)
     result = tl.dot((solve * tl.exp(log_decay)[None, :]).to(key.dtype), key)
-    tl.store(w + row * K + d[None, :], result.to(w.dtype.element_ty), mask=real[:, None] & in_key)
+    tl.store(w + row * K + t * (H * K) + d[None, :], result.to(w.dtype.element_ty), mask=in_key)
 
 
 @triton.jit
@@ -195,28 +203,28 @@ def _states(
     now = tl.zeros([D, B], tl.float32)
     if STATE:
         now += load(state, slot, inside).to(tl.float32)
-    unit += (head // KEY_GROUP) * K
     first, stop = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
     chunk = tl.load(chunks + sequence).to(tl.int64) * H + head
+    carry = tl.load(total + chunk)
     for token in range(first, stop, SIZE):
-        at = (token + i).to(tl.int64)
-        real = (at < stop)[:, None]
-        row = at[:, None] * H + head
-        met = load(w, row * K + d[None, :], real & in_key)
-        value = load(u, row * V + e[None, :], real & in_value)
-        key = load(unit, at[:, None] * unit_row + d[None, :], real & in_key)
-        decay = load(share, at * H + head, at < stop)
-        carry = tl.load(total + chunk)
+        at = tl.cast(token, tl.int64)
+        row, real = at * H + head, (token + i < stop)[:, None]
+        met = load(w + row * K, i[:, None] * (H * K) + d[None, :], real & in_key)
+        value = load(u + row * V, i[:, None] * (H * V) + e[None, :], real & in_value)
+        key = load(unit + at * unit_row + (head // KEY_GROUP) * K, i[:, None] * unit_row + d[None, :], real & in_key)
+        decay = load(share + row, i * H, token + i < stop)
         rounded = now.to(met.dtype)
         tl.store(starts + chunk * K * V + d[:, None] * V + e[None, :], rounded, mask=inside)
         corrected = value.to(tl.float32) - tl.dot(met, rounded)
-        tl.store(u + row * V + e[None, :], corrected.to(u.dtype.element_ty), mask=real & in_value)
+        at = u + row * V + i[:, None] * (H * V) + e[None, :]
+        tl.store(at, corrected.to(u.dtype.element_ty), mask=real & in_value)
         now = tl.dot(tl.trans(key), (corrected * decay[:, None]).to(key.dtype), now * carry)
         chunk += H
+        carry = tl.load(total + chunk)  # of the next chunk, as the compiler does not load a scalar ahead
     tl.store(out + slot, now, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences"])
 def _outputs(
     q,
     unit,
@@ -240,32 +248,34 @@ def _outputs(
     V: tl.constexpr,
     SIZE: tl.constexpr,
     D: tl.constexpr,
-    DV: tl.constexpr,
+    B: tl.constexpr,
 ):
-    """o of one chunk and head."""
-    chunk, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    """Some columns of o of one chunk and head."""
+    PARTS: tl.constexpr = (V + B - 1) // B
+    part, head = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS % H
+    chunk = (tl.program_id(0) // (PARTS * H)).to(tl.int64)
     sequence = tl.load(sequence_of + chunk)
     if sequence >= sequences:
         return
+    first = tl.load(bounds + sequence) + (chunk - tl.load(chunks + sequence)) * SIZE
     stop = tl.load(bounds + sequence + 1)
-    i, d, j, e = tl.arange(0, SIZE), tl.arange(0, D), tl.arange(0, D), tl.arange(0, DV)
+    i, d, j, e = tl.arange(0, SIZE), tl.arange(0, D), tl.arange(0, D), part * B + tl.arange(0, B)
     t, s = i[:, None], i[None, :]
-    token = tl.load(bounds + sequence) + (chunk - tl.load(chunks + sequence)) * SIZE + i.to(tl.int64)
-    real, in_value = (token < stop)[:, None], (e < V)[None, :]
-    in_key = real & (d < K)[None, :]
-    row = token[:, None] * H + head
-    query = load(q + (head // QUERY_GROUP) * K + token[:, None] * q_row, d[None, :], in_key)
-    state = load(starts + (chunk * H + head) * K * V, j[:, None] * V + e[None, :], (j < K)[:, None] & in_value)
-    log_decay = tl.cumsum(load(g, token * H + head, token < stop), axis=0)
+    there, row = first + i < stop, first * H + head
+    in_key, in_value = there[:, None] & (d < K)[None, :], there[:, None] & (e < V)[None, :]
+    query = load(q + first * q_row + (head // QUERY_GROUP) * K, t * q_row + d[None, :], in_key)
+    key = load(unit + first * unit_row + (head // KEY_GROUP) * K, t * unit_row + d[None, :], in_key)
+    log_decay = tl.cumsum(load(g + row, i * H, there), axis=0)
+    scores = (tl.dot(query, tl.trans(key)) * _decays(log_decay, t, s)).to(query.dtype)
+    in_state = (j < K)[:, None] & (e < V)[None, :]
+    state = load(starts + (chunk * H + head) * K * V, j[:, None] * V + e[None, :], in_state)
     result = tl.dot(query, state) * tl.exp(log_decay)[:, None]
-    key = load(unit + (head // KEY_GROUP) * K + token[:, None] * unit_row, d[None, :], in_key)
-    scores = tl.dot(query, tl.trans(key)) * _decays(log_decay, t, s)
-    value = load(u, row * V + e[None, :], real & in_value)
-    result = tl.dot(scores.to(value.dtype), value, result)
+    value = load(u + row * V, t * (H * V) + e[None, :], in_value)
+    result = tl.dot(scores, value, result)
     result *= scale
     if NORMALISE:  # the norm of a query is a factor of its output
         result *= _inverse_norms(query, eps)[:, None]
-    tl.store(o + row * V + e[None, :], result.to(o.dtype.element_ty), mask=real & in_value)
+    tl.store(o + row * V + t * (H * V) + e[None, :], result.to(o.dtype.element_ty), mask=in_value)
 
 
 def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
@@ -305,16 +315,26 @@ def chunked(
     bounds, chunks, sequence_of = packed_chunks(cu_seqlens, tokens, CHUNK_SIZE)
     most = len(sequence_of)
     width, value_width = (max(NARROWEST, tile_width(dim)) for dim in (key_dim, value_dim))
-    columns = min(COLUMNS, value_width)
     w, u = k.new_empty(tokens, heads, key_dim), v.new_empty(tokens, heads, value_dim)
     unit = k.new_empty(k.shape) if normalise else k
-    share, total = g.new_empty(tokens, heads), g.new_empty(most, heads)
+    share, total = g.new_empty(tokens, heads), g.new_empty(most + 1, heads)
     starts = v.new_empty(most, heads, key_dim, value_dim)
     out = g.new_empty(sequences, heads, value_dim, key_dim)
     before = out if state is None else state.contiguous()
     o = v.new_empty(tokens, heads, value_dim)
-    common = {"H": heads, "KEY_GROUP": heads // k.shape[1], "K": key_dim, "V": value_dim, "SIZE": CHUNK_SIZE, "D": width}
-    norm = {"NORMALISE": normalise, "DV": value_width}
+    shapes = {"H": heads, "K": key_dim, "V": value_dim, "SIZE": CHUNK_SIZE, "D": width}
+    shapes["KEY_GROUP"] = heads // k.shape[1]
+
+    def launch(kernel: str) -> dict[str, int]:
+        columns, num_warps, num_stages = LAUNCH[kernel]
+        columns = min(columns or value_width, value_width)
+        return shapes | {"B": columns, "num_warps": num_warps, "num_stages": num_stages}
+
+    def parts(kernel: str) -> int:
+        return triton.cdiv(value_dim, launch(kernel)["B"])
+
+    crowded = parts("many_states") * heads * sequences >= multiprocessors(q.device)
+    recurrence = "many_states" if crowded else "states"
     with torch.cuda.device_of(q):
         if most:
             _prepare[most * heads,](
@@ -335,14 +355,13 @@ def chunked(
                 unit.stride(0),
                 sequences,
                 eps or 0.0,
+                NORMALISE=normalise,
                 VALUE_GROUP=heads // v.shape[1],
                 BLOCK=BLOCK,
                 DOUBLINGS=(CHUNK_SIZE // BLOCK).bit_length() - 1,
-                **norm,
-                **common,
-                **LAUNCH["prepare"],
+                **launch("prepare"),
             )
-        _states[triton.cdiv(value_dim, columns), heads, sequences](
+        _states[parts(recurrence), heads, sequences](
             unit,
             w,
             u,
@@ -355,12 +374,10 @@ def chunked(
             chunks,
             unit.stride(0),
             STATE=state is not None,
-            B=columns,
-            **common,
-            **LAUNCH["states"],
+            **launch(recurrence),
         )
         if most:
-            _outputs[most * heads,](
+            _outputs[most * heads * parts("outputs"),](
                 q,
                 unit,
                 u,
@@ -375,9 +392,18 @@ def chunked(
                 sequences,
                 eps or 0.0,
                 key_dim**-0.5,
+                NORMALISE=normalise,
                 QUERY_GROUP=heads // q.shape[1],
-                **norm,
-                **common,
-                **LAUNCH["outputs"],
+                **launch("outputs"),
             )
     return o, out
+
+
+def rows(q, k, v, g, beta, state, cu_seqlens) -> tuple[torch.Tensor, torch.Tensor]:
+    """`chunked` for rows [B, T, ...] or one row of packed documents, with the arguments of `gdn.reference`."""
+    batch, tokens = q.shape[:2]
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(batch + 1, device=q.device) * tokens
+    q, k, v, g, beta = (x.contiguous().flatten(0, 1) for x in (q, k, v, g, beta))
+    o, state = chunked(q, k, v, g, beta, None if state is None else state.mT, cu_seqlens)
+    return o.unflatten(0, (batch, tokens)), state.mT

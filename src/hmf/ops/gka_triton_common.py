@@ -44,6 +44,12 @@ def shared_memory(device: torch.device) -> int:
 
 
 @functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Number of the device's multiprocessors; 0 on a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+
+
+@functools.cache
 def step_weights(num_iter: int, ridge_strength: float, device: torch.device) -> tuple[float, torch.Tensor]:
     """The factor of z in an iteration, and the iterations' weights [num_iter + 1]; the last one is padding."""
     _, keep, weights = coefficients(num_iter, ridge_strength)
