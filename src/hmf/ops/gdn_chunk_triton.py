@@ -17,15 +17,16 @@ What is fused follows from 16,384 tokens of 32 heads of 128, which are 8,192 chu
   dependent products with their rounding, about 1,300 cycles: 0.2 ms. Loads do not depend on the state, and are issued
   ahead in three stages of 36 KiB. The outputs are not computed there, because that would lengthen every step.
 
-Precision: T is computed to 2^-20, and W, U, u and the states that products read are numbers of the tokens' dtype. The
-state itself, its decays and all sums are float32. All exponents are differences of cumulated logs that are at most 0.
+Precision: W, U, u and the states that products read are numbers of the tokens' dtype. T is rounded to it last; before,
+it is computed in float32 and by products of float16 numbers, or of pairs of these for float16 tokens. The state itself,
+decays and all sums are float32. All exponents are differences of cumulated logs that are at most 0.
 
 Legend: N tokens, S sequences, G chunks, C chunk_size, H heads, K/V key/value head dims, D the power of two >= K.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -42,18 +43,19 @@ NARROWEST = 64
 
 
 class Launch(NamedTuple):
-    columns: int  # of a state or of an output that one program computes; 0: all
+    columns: int | None  # of a state or of an output that one program computes; None: all
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None  # registers of a thread
 
 
-# Chosen by the reasoning above and by what the compiler reports for Hopper: no kernel spills registers. `states` is for
-# programs that have a multiprocessor each, `many_states` for more; there two programs share one.
+# Chosen by the reasoning above and by what the compiler reports for Hopper with heads of 128. `states` is for programs
+# that have a multiprocessor each, and `many_states` for more.
 LAUNCH = {
-    "prepare": Launch(0, 4, 1),  # 255 registers and 32 KiB: two programs on a multiprocessor
+    "prepare": Launch(None, 4, 1, 168),  # 32 KiB: three programs on a multiprocessor; 196 registers without the limit
     "states": Launch(32, 4, 3),  # 117 KiB
-    "many_states": Launch(64, 4, 2),  # 242 registers and 97 KiB; half the steps, and half of the reads of keys and W
-    "outputs": Launch(64, 4, 1),  # 156 registers and 32 KiB: three programs; with 128 columns it is one or two
+    "many_states": Launch(64, 4, 2),  # 97 KiB and 242 registers: two programs, with half the reads of keys and W
+    "outputs": Launch(64, 4, 1),  # 33 KiB and 156 registers: three programs; with 128 columns 226 registers
 }
 SHARED_MEMORY = 117  # KiB of a block
 
@@ -72,15 +74,18 @@ def _decays(log_decay, t, s):
 
 
 @triton.jit
-def _product(x, y):
-    """x y of float32 [C, C] with entries up to 65504: three products of float16 numbers, precise to 2^-21."""
-    x, x_low = halves(x)
-    y, y_low = halves(y)
-    return tl.dot(x, y, tl.dot(x_low, y, tl.dot(x, y_low)))
+def _product(x, y, PAIRS: tl.constexpr):
+    """x y of float32 [C, C] with entries up to 65504, by one product of float16 numbers, or three for pairs of them."""
+    if PAIRS:
+        x, x_low = halves(x)
+        y, y_low = halves(y)
+        return tl.dot(x, y, tl.dot(x_low, y, tl.dot(x, y_low)))
+    else:
+        return tl.dot(x.to(tl.float16), y.to(tl.float16))
 
 
 @triton.jit
-def _inverse(A, t, s, SIZE: tl.constexpr, BLOCK: tl.constexpr, DOUBLINGS: tl.constexpr):
+def _inverse(A, t, s, SIZE: tl.constexpr, BLOCK: tl.constexpr, DOUBLINGS: tl.constexpr, PAIRS: tl.constexpr):
     """(1 + A)^-1 of a strictly lower triangular A [C, C] with rows t [C, 1] and columns s [1, C].
 
     The blocks on the diagonal are solved together by substitution, a column at a time. Then their size doubles: the
@@ -100,7 +105,7 @@ def _inverse(A, t, s, SIZE: tl.constexpr, BLOCK: tl.constexpr, DOUBLINGS: tl.con
     for doubling in tl.static_range(DOUBLINGS):
         x, y = t // (BLOCK << doubling), s // (BLOCK << doubling)
         between = (x != y) & (x // 2 == y // 2)
-        inverse -= _product(inverse, _product(tl.where(between, A, 0.0), inverse))
+        inverse -= _product(inverse, _product(tl.where(between, A, 0.0), inverse, PAIRS), PAIRS)
     return inverse
 
 
@@ -132,6 +137,7 @@ def _prepare(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     DOUBLINGS: tl.constexpr,
+    PAIRS: tl.constexpr,
     D: tl.constexpr,
     B: tl.constexpr,
 ):
@@ -161,7 +167,7 @@ def _prepare(
             tl.store(unit + first * unit_row + (head // KEY_GROUP) * K + t * unit_row + d[None, :], key, mask=in_key)
     A = tl.dot(key, tl.trans(key)) * strength[:, None]
     A = tl.where(t > s, A * _decays(log_decay, t, s), 0.0)
-    solve = _inverse(A, t, s, SIZE, BLOCK, DOUBLINGS) * strength[None, :]
+    solve = _inverse(A, t, s, SIZE, BLOCK, DOUBLINGS, PAIRS) * strength[None, :]
     value = load(v + first * v_row + (head // VALUE_GROUP) * V, t * v_row + e[None, :], in_value)
     result = tl.dot(solve.to(value.dtype), value)
     tl.store(u + row * V + t * (H * V) + e[None, :], result.to(u.dtype.element_ty), mask=in_value)
@@ -325,10 +331,10 @@ def chunked(
     shapes = {"H": heads, "K": key_dim, "V": value_dim, "SIZE": CHUNK_SIZE, "D": width}
     shapes["KEY_GROUP"] = heads // k.shape[1]
 
-    def launch(kernel: str) -> dict[str, int]:
-        columns, num_warps, num_stages = LAUNCH[kernel]
-        columns = min(columns or value_width, value_width)
-        return shapes | {"B": columns, "num_warps": num_warps, "num_stages": num_stages}
+    def launch(kernel: str) -> dict[str, Any]:
+        options = LAUNCH[kernel]._asdict()
+        columns = options.pop("columns") or value_width
+        return shapes | options | {"B": min(columns, value_width)}
 
     def parts(kernel: str) -> int:
         return triton.cdiv(value_dim, launch(kernel)["B"])
@@ -359,6 +365,7 @@ def chunked(
                 VALUE_GROUP=heads // v.shape[1],
                 BLOCK=BLOCK,
                 DOUBLINGS=(CHUNK_SIZE // BLOCK).bit_length() - 1,
+                PAIRS=q.dtype == torch.float16,
                 **launch("prepare"),
             )
         _states[parts(recurrence), heads, sequences](
