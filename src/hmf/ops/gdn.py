@@ -233,15 +233,17 @@ def fast(q, k, v, g, beta, initial_state=None, cu_seqlens=None) -> Result:
     )
 
 
-@dispatch.implementation("gdn", "triton", requires="triton", backward=False, dtypes=(torch.bfloat16, torch.float16))
+@dispatch.implementation("gdn", "triton", requires="triton", dtypes=(torch.bfloat16, torch.float16))
 def triton(q, k, v, g, beta, initial_state=None, cu_seqlens=None) -> Result:
-    """The Triton kernels of this package (CUDA, bfloat16 or float16, without gradients), as a server may call them.
-
-    No call chooses this version by itself; `hmf bench ops` times it. Raises ValueError for other inputs.
-    """
-    from . import gdn_chunk_triton
+    """The Triton kernels of this package (CUDA, bfloat16 or float16). Raises ValueError for other inputs."""
+    from . import gdn_chunk_triton, gdn_grads_triton
 
     if reason := gdn_chunk_triton.unsupported(q, k, v):
         raise ValueError(reason)
-    sequence_lengths(q.shape[0], q.shape[1], cu_seqlens)  # raises for invalid cu_seqlens
-    return gdn_chunk_triton.rows(q, k, v, g, beta, initial_state, cu_seqlens)
+    batch, tokens = q.shape[:2]
+    lengths = sequence_lengths(batch, tokens, cu_seqlens)  # raises for invalid cu_seqlens
+    bounds = torch.arange(batch + 1, device=q.device) * tokens if cu_seqlens is None else cu_seqlens
+    q, k, v, g, beta = (x.contiguous().flatten(0, 1) for x in (q, k, v, g, beta))
+    state = None if initial_state is None else initial_state.mT.contiguous()
+    o, state = gdn_grads_triton.Rule.apply(q, k, v, g, beta, state, bounds, lengths)
+    return o.unflatten(0, (batch, tokens)), state.mT

@@ -120,6 +120,8 @@ def _prepare(
     u,
     share,
     total,
+    inverses,
+    cumulated,
     bounds,
     chunks,
     sequence_of,
@@ -129,6 +131,7 @@ def _prepare(
     sequences,
     eps,
     NORMALISE: tl.constexpr,
+    KEEP: tl.constexpr,
     H: tl.constexpr,
     KEY_GROUP: tl.constexpr,
     VALUE_GROUP: tl.constexpr,
@@ -142,7 +145,7 @@ def _prepare(
     B: tl.constexpr,
 ):
     """For one chunk and head: W, U, the decays from each token to the chunk's end (`share`) and over the whole chunk
-    (`total`), and the normalised keys, rounded as in the layer."""
+    (`total`), and the normalised keys, rounded as in the layer. With KEEP also T and b, to the base 2."""
     chunk, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     sequence = tl.load(sequence_of + chunk)
     if sequence >= sequences:  # there are at most so many chunks as programs
@@ -167,7 +170,12 @@ def _prepare(
             tl.store(unit + first * unit_row + (head // KEY_GROUP) * K + t * unit_row + d[None, :], key, mask=in_key)
     A = tl.dot(key, tl.trans(key)) * strength[:, None]
     A = tl.where(t > s, A * _decays(log_decay, t, s), 0.0)
-    solve = _inverse(A, t, s, SIZE, BLOCK, DOUBLINGS, PAIRS) * strength[None, :]
+    solve = _inverse(A, t, s, SIZE, BLOCK, DOUBLINGS, PAIRS)
+    if KEEP:
+        at = inverses + (chunk * H + head) * SIZE * SIZE + t * SIZE + s
+        tl.store(at, solve.to(inverses.dtype.element_ty))
+        tl.store(cumulated + row + i * H, log_decay * 1.4426950408889634, mask=there)
+    solve *= strength[None, :]
     value = load(v + first * v_row + (head // VALUE_GROUP) * V, t * v_row + e[None, :], in_value)
     result = tl.dot(solve.to(value.dtype), value)
     tl.store(u + row * V + t * (H * V) + e[None, :], result.to(u.dtype.element_ty), mask=in_value)
@@ -295,6 +303,89 @@ def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None
     return None
 
 
+def launch(kernel: str, k: torch.Tensor, v: torch.Tensor, heads: int) -> dict[str, Any]:
+    """The shapes and options of a kernel for k [N, Hk, K] and v [N, Hv, V]."""
+    width, value_width = (max(NARROWEST, tile_width(x.shape[-1])) for x in (k, v))
+    options = LAUNCH[kernel]._asdict()
+    columns = options.pop("columns") or value_width
+    shapes = {"H": heads, "K": k.shape[-1], "V": v.shape[-1], "SIZE": CHUNK_SIZE, "D": width}
+    return shapes | options | {"KEY_GROUP": heads // k.shape[1], "B": min(columns, value_width)}
+
+
+def parts(options: dict[str, Any]) -> int:
+    """The number of programs for all columns."""
+    return triton.cdiv(options["V"], options["B"])
+
+
+class Advanced(NamedTuple):
+    """The corrected values u [N, H, V], the states before chunks [G, H, K, V] and the final ones [S, H, V, K]; and what
+    they follow from: normalised keys, W, and the decays from tokens to a chunk's end [N, H] and over chunks."""
+
+    unit: torch.Tensor
+    w: torch.Tensor
+    u: torch.Tensor
+    share: torch.Tensor
+    total: torch.Tensor
+    starts: torch.Tensor
+    out: torch.Tensor
+    inverses: torch.Tensor  # T [G, H, C, C] and b [N, H] to the base 2; without `keep` they are empty
+    cumulated: torch.Tensor
+
+
+def advance(k, v, g, beta, state, packed: tuple[torch.Tensor, ...], eps: float | None, keep: bool = False) -> Advanced:
+    """`_prepare` and `_states`. The arguments are those of `chunked`, with `packed_chunks` of the sequences."""
+    (tokens, heads), most, sequences = g.shape, len(packed[2]), len(packed[0]) - 1
+    result = Advanced(
+        unit=k if eps is None else k.new_empty(k.shape),
+        w=k.new_empty(tokens, heads, k.shape[-1]),
+        u=v.new_empty(tokens, heads, v.shape[-1]),
+        share=g.new_empty(tokens, heads),
+        total=g.new_empty(most + 1, heads),
+        starts=v.new_empty(most, heads, k.shape[-1], v.shape[-1]),
+        out=g.new_empty(sequences, heads, v.shape[-1], k.shape[-1]),
+        inverses=k.new_empty(most if keep else 0, heads, CHUNK_SIZE, CHUNK_SIZE),
+        cumulated=g.new_empty(tokens if keep else 0, heads),
+    )
+    with torch.cuda.device_of(k):
+        if most:
+            _prepare[most * heads,](
+                k,
+                v,
+                g,
+                beta,
+                *result[:5],
+                result.inverses,
+                result.cumulated,
+                *packed,
+                k.stride(0),
+                v.stride(0),
+                result.unit.stride(0),
+                sequences,
+                eps or 0.0,
+                NORMALISE=eps is not None,
+                KEEP=keep,
+                VALUE_GROUP=heads // v.shape[1],
+                BLOCK=BLOCK,
+                DOUBLINGS=(CHUNK_SIZE // BLOCK).bit_length() - 1,
+                PAIRS=k.dtype == torch.float16,
+                **launch("prepare", k, v, heads),
+            )
+        options = launch("many_states", k, v, heads)
+        if parts(options) * heads * sequences < multiprocessors(k.device):
+            options = launch("states", k, v, heads)
+        _states[parts(options), heads, sequences](
+            *result[:5],
+            result.out if state is None else state.contiguous(),
+            result.starts,
+            result.out,
+            *packed[:2],
+            result.unit.stride(0),
+            STATE=state is not None,
+            **options,
+        )
+    return result
+
+
 def chunked(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -315,102 +406,29 @@ def chunked(
     """
     if any(x.stride()[1:] != (x.shape[-1], 1) for x in (q, k, v)):
         raise ValueError("the last two dimensions of q, k and v must be contiguous")
-    tokens, heads, key_dim, value_dim = len(q), g.shape[-1], k.shape[-1], v.shape[-1]
-    sequences, normalise = len(cu_seqlens) - 1, eps is not None
+    tokens, heads = g.shape
     g, beta = g.float().contiguous(), beta.float().contiguous()
-    bounds, chunks, sequence_of = packed_chunks(cu_seqlens, tokens, CHUNK_SIZE)
-    most = len(sequence_of)
-    width, value_width = (max(NARROWEST, tile_width(dim)) for dim in (key_dim, value_dim))
-    w, u = k.new_empty(tokens, heads, key_dim), v.new_empty(tokens, heads, value_dim)
-    unit = k.new_empty(k.shape) if normalise else k
-    share, total = g.new_empty(tokens, heads), g.new_empty(most + 1, heads)
-    starts = v.new_empty(most, heads, key_dim, value_dim)
-    out = g.new_empty(sequences, heads, value_dim, key_dim)
-    before = out if state is None else state.contiguous()
-    o = v.new_empty(tokens, heads, value_dim)
-    shapes = {"H": heads, "K": key_dim, "V": value_dim, "SIZE": CHUNK_SIZE, "D": width}
-    shapes["KEY_GROUP"] = heads // k.shape[1]
-
-    def launch(kernel: str) -> dict[str, Any]:
-        options = LAUNCH[kernel]._asdict()
-        columns = options.pop("columns") or value_width
-        return shapes | options | {"B": min(columns, value_width)}
-
-    def parts(kernel: str) -> int:
-        return triton.cdiv(value_dim, launch(kernel)["B"])
-
-    crowded = parts("many_states") * heads * sequences >= multiprocessors(q.device)
-    recurrence = "many_states" if crowded else "states"
+    packed = packed_chunks(cu_seqlens, tokens, CHUNK_SIZE)
+    made = advance(k, v, g, beta, state, packed, eps)
+    o = v.new_empty(tokens, heads, v.shape[-1])
+    options = launch("outputs", k, v, heads)
     with torch.cuda.device_of(q):
-        if most:
-            _prepare[most * heads,](
-                k,
-                v,
-                g,
-                beta,
-                unit,
-                w,
-                u,
-                share,
-                total,
-                bounds,
-                chunks,
-                sequence_of,
-                k.stride(0),
-                v.stride(0),
-                unit.stride(0),
-                sequences,
-                eps or 0.0,
-                NORMALISE=normalise,
-                VALUE_GROUP=heads // v.shape[1],
-                BLOCK=BLOCK,
-                DOUBLINGS=(CHUNK_SIZE // BLOCK).bit_length() - 1,
-                PAIRS=q.dtype == torch.float16,
-                **launch("prepare"),
-            )
-        _states[parts(recurrence), heads, sequences](
-            unit,
-            w,
-            u,
-            share,
-            total,
-            before,
-            starts,
-            out,
-            bounds,
-            chunks,
-            unit.stride(0),
-            STATE=state is not None,
-            **launch(recurrence),
-        )
-        if most:
-            _outputs[most * heads * parts("outputs"),](
+        if tokens:
+            _outputs[len(packed[2]) * heads * parts(options),](
                 q,
-                unit,
-                u,
+                made.unit,
+                made.u,
                 g,
-                starts,
+                made.starts,
                 o,
-                bounds,
-                chunks,
-                sequence_of,
+                *packed,
                 q.stride(0),
-                unit.stride(0),
-                sequences,
+                made.unit.stride(0),
+                len(cu_seqlens) - 1,
                 eps or 0.0,
-                key_dim**-0.5,
-                NORMALISE=normalise,
+                q.shape[-1] ** -0.5,
+                NORMALISE=eps is not None,
                 QUERY_GROUP=heads // q.shape[1],
-                **launch("outputs"),
+                **options,
             )
-    return o, out
-
-
-def rows(q, k, v, g, beta, state, cu_seqlens) -> tuple[torch.Tensor, torch.Tensor]:
-    """`chunked` for rows [B, T, ...] or one row of packed documents, with the arguments of `gdn.reference`."""
-    batch, tokens = q.shape[:2]
-    if cu_seqlens is None:
-        cu_seqlens = torch.arange(batch + 1, device=q.device) * tokens
-    q, k, v, g, beta = (x.contiguous().flatten(0, 1) for x in (q, k, v, g, beta))
-    o, state = chunked(q, k, v, g, beta, None if state is None else state.mT, cu_seqlens)
-    return o.unflatten(0, (batch, tokens)), state.mT
+    return o, made.out
