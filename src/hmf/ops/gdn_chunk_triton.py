@@ -50,12 +50,16 @@ class Launch(NamedTuple):
 
 
 # Chosen by the reasoning above and by what the compiler reports for Hopper with heads of 128. `states` is for programs
-# that have a multiprocessor each, and `many_states` for more.
+# that have a multiprocessor each, and `many_states` for more. The last four are of `gdn_grads_triton`.
 LAUNCH = {
     "prepare": Launch(None, 4, 1, 168),  # 32 KiB: three programs on a multiprocessor; 196 registers without the limit
     "states": Launch(32, 4, 3),  # 117 KiB
     "many_states": Launch(64, 4, 2),  # 97 KiB and 242 registers: two programs, with half the reads of keys and W
-    "outputs": Launch(64, 4, 1),  # 33 KiB and 156 registers: three programs; with 128 columns 226 registers
+    "outputs": Launch(64, 4, 1),  # 33 KiB and 154 registers: three programs; with 128 columns 224 registers
+    "value_grads": Launch(64, 4, 1),  # 32 KiB and 100 registers: five programs
+    "state_grads": Launch(32, 4, 2),  # 117 KiB
+    "many_state_grads": Launch(64, 4, 2),  # 137 KiB
+    "system_grads": Launch(64, 4, 1),
 }
 SHARED_MEMORY = 117  # KiB of a block
 
@@ -317,6 +321,13 @@ def parts(options: dict[str, Any]) -> int:
     return triton.cdiv(options["V"], options["B"])
 
 
+def launch_sequential(kernel: str, k: torch.Tensor, v: torch.Tensor, heads: int, sequences: int) -> dict[str, Any]:
+    """`launch` of a kernel with programs for each sequence and head, by whether they fill the multiprocessors."""
+    options = launch(f"many_{kernel}", k, v, heads)
+    few = parts(options) * heads * sequences < multiprocessors(k.device)
+    return launch(kernel, k, v, heads) if few else options
+
+
 class Advanced(NamedTuple):
     """The corrected values u [N, H, V], the states before chunks [G, H, K, V] and the final ones [S, H, V, K]; and what
     they follow from: normalised keys, W, and the decays from tokens to a chunk's end [N, H] and over chunks."""
@@ -370,9 +381,7 @@ def advance(k, v, g, beta, state, packed: tuple[torch.Tensor, ...], eps: float |
                 PAIRS=k.dtype == torch.float16,
                 **launch("prepare", k, v, heads),
             )
-        options = launch("many_states", k, v, heads)
-        if parts(options) * heads * sequences < multiprocessors(k.device):
-            options = launch("states", k, v, heads)
+        options = launch_sequential("states", k, v, heads, sequences)
         _states[parts(options), heads, sequences](
             *result[:5],
             result.out if state is None else state.contiguous(),

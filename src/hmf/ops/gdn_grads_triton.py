@@ -26,15 +26,9 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from .fla_backend import chunk_grads
-from .gdn_chunk_triton import CHUNK_SIZE, LAUNCH, Launch, advance, chunked, launch, parts
+from .gdn_chunk_triton import CHUNK_SIZE, advance, chunked, launch, launch_sequential, parts
 from .gka_triton_common import load
 from .varlen import packed_chunks
-
-LAUNCH |= {
-    "value_grads": Launch(64, 4, 1),
-    "state_grads": Launch(32, 4, 2),  # TODO
-    "system_grads": Launch(None, 8, 1),
-}
 
 
 @triton.jit
@@ -178,35 +172,44 @@ def _system_grads(
         return
     first = tl.load(bounds + sequence) + (chunk - tl.load(chunks + sequence)) * SIZE
     stop = tl.load(bounds + sequence + 1)
-    i, d, e = tl.arange(0, SIZE), tl.arange(0, D), tl.arange(0, B)
+    i, j = tl.arange(0, SIZE), tl.arange(0, B)
     t, s = i[:, None], i[None, :]
     there, row = first + i < stop, first * H + head
-    in_key, in_value = there[:, None] & (d < K)[None, :], there[:, None] & (e < V)[None, :]
-    key_at, value_at = row * K + t * (H * K) + d[None, :], row * V + t * (H * V) + e[None, :]
     b, strength = load(cumulated + row, i * H, there), load(beta + row, i * H, there)
     solve = tl.load(inverses + (chunk * H + head) * SIZE * SIZE + t * SIZE + s)
-    grad, value = load(grad_u, value_at, in_value), load(u, value_at, in_value)
 
-    rhs = tl.dot(tl.trans(solve), grad)  # R, and its transpose
-    across = tl.dot(tl.trans(grad), solve)
-    tl.store(grad_v + value_at, (rhs * strength[:, None]).to(grad_v.dtype.element_ty), mask=in_value)
-    of_beta = tl.sum(rhs * load(v, value_at, in_value).to(tl.float32), axis=1)
-    below = tl.dot(rhs.to(value.dtype), tl.trans(value))
-    above = tl.dot(value, across.to(value.dtype))
+    below, above = tl.zeros([SIZE, SIZE], tl.float32), tl.zeros([SIZE, SIZE], tl.float32)
+    of_beta = tl.zeros([SIZE], tl.float32)
+    for start in range(0, V, B):
+        column = (start + j)[None, :]
+        at, inside = row * V + t * (H * V) + column, there[:, None] & (column < V)
+        grad, value = load(grad_u, at, inside), load(u, at, inside)
+        rhs = tl.dot(tl.trans(solve), grad)  # R, and its transpose
+        across = tl.dot(tl.trans(grad), solve)
+        of_beta += tl.sum(rhs * load(v, at, inside).to(tl.float32), axis=1)
+        tl.store(grad_v + at, (rhs * strength[:, None]).to(grad_v.dtype.element_ty), mask=inside)
+        below = tl.dot(rhs.to(value.dtype), tl.trans(value), below)
+        above = tl.dot(value, across.to(value.dtype), above)
     below = tl.where(t > s, below * tl.exp2(tl.where(t > s, b[:, None] - b[None, :], 0.0)), 0.0)
-    above = tl.where(t < s, above * _later(b, t, s), 0.0)
+    above = tl.where(t < s, above * _later(b, t, s), 0.0) * strength[None, :]
+    below, above = (-below).to(u.dtype.element_ty), (-above).to(u.dtype.element_ty)
 
-    key = load(k, key_at, in_key)
-    own = tl.dot(tl.trans(solve), load(grad_w, key_at, in_key)) * tl.exp2(b)[:, None]
-    own = tl.dot((-below).to(key.dtype), key, own)  # where a key corrects the value of its own token, without beta
-    other = tl.dot((above * -strength[None, :]).to(key.dtype), key)  # where later tokens meet it
-    wide = key.to(tl.float32)
-    of_own = tl.sum(own * wide, axis=1)
-    tl.store(grad_beta + row + i * H, of_beta + of_own, mask=there)
-    own *= strength[:, None]
-    result = load(grad_k, key_at, in_key).to(tl.float32) + own + other
-    tl.store(grad_k + key_at, result.to(grad_k.dtype.element_ty), mask=in_key)
-    of_b = load(grad_g + row, i * H, there) + of_own * strength - tl.sum(other * wide, axis=1)
+    of_b = tl.zeros([SIZE], tl.float32)
+    for start in range(0, K, B):
+        column = (start + j)[None, :]
+        at, inside = row * K + t * (H * K) + column, there[:, None] & (column < K)
+        key = load(k, at, inside)
+        own = tl.dot(tl.trans(solve), load(grad_w, at, inside)) * tl.exp2(b)[:, None]
+        own = tl.dot(below, key, own)  # where a key corrects the value of its own token, without beta
+        other = tl.dot(above, key)  # where later tokens meet it
+        wide = key.to(tl.float32)
+        of_own = tl.sum(own * wide, axis=1)
+        of_beta += of_own
+        of_b += of_own * strength - tl.sum(other * wide, axis=1)
+        result = load(grad_k, at, inside).to(tl.float32) + own * strength[:, None] + other
+        tl.store(grad_k + at, result.to(grad_k.dtype.element_ty), mask=inside)
+    tl.store(grad_beta + row + i * H, of_beta, mask=there)
+    of_b += load(grad_g + row, i * H, there)
     tl.store(grad_g + row + i * H, tl.cumsum(of_b, axis=0, reverse=True), mask=there)
 
 
@@ -237,7 +240,7 @@ class Rule(torch.autograd.Function):
                 _value_grads[programs * parts(options),](
                     q, k, made.cumulated, grad_o, grad_u, *packed, sequences, scale, **options
                 )
-            options = launch("state_grads", k, v, heads)
+            options = launch_sequential("state_grads", k, v, heads, sequences)
             _state_grads[parts(options), heads, sequences](
                 q,
                 k,
