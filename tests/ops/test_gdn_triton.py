@@ -6,7 +6,6 @@ the truth's. It is bounded by roundings of the tokens' dtype, to which the kerne
 and the states that products read.
 """
 
-import functools
 import os
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hmf.bench import doctor
+from hmf.errors import HmfError
 from hmf.layers.gdn import l2_normalise
 from hmf.ops import dispatch, gdn
 from hmf.ops.samples import Shape, sample
@@ -98,16 +98,38 @@ def check_lengths(lengths, dtype, with_state):
     check(lengths, (1, 1, 1), (16, 16), dtype, with_state)
 
 
-def check_op() -> None:
-    """The version of the op, with rows of equal length and normalised inputs, changes none of its arguments."""
-    made = sample("gdn", Shape(batch=2, tokens=70, heads=2, head_dim=64, with_state=True))
-    x = made.tensors(torch.bfloat16)
+GRADIENTS = {
+    "documents": Shape(lengths=(0, 130, 1, 40, 0), heads=1, head_dim=64, with_state=True),
+    "rows": Shape(batch=2, tokens=70, heads=2, head_dim=64),
+    "odd dimensions": Shape(lengths=(17, 66), heads=1, head_dim=80, with_state=True),
+    "nothing": Shape(lengths=(0, 0), heads=1, head_dim=64, with_state=True),
+}
+
+
+CHANGES = [  # of gates: strong decays, beta up to 2
+    {"g": lambda g: 400 * g},
+    {"g": lambda g: 0.01 * g, "beta": lambda beta: 2 * beta},
+]
+
+
+def check_gradients(shape: Shape, dtype: torch.dtype, device: str = "cpu", changes: dict | None = None) -> None:
+    """changes: of the sample's gates, functions of them by name."""
+    made = sample("gdn", shape)
+    for name, change in (changes or {}).items():
+        made.exact[name] = change(made.exact[name])
+    exact = doctor.evaluate(gdn.reference, made, torch.float64, "cpu", True)
+    for name, x in doctor.evaluate(gdn.triton, made, dtype, device, True).items():
+        error = (x - exact[name]).norm().item()
+        allowed = ROUNDINGS * torch.finfo(dtype).eps * exact[name].norm().item()
+        assert error <= allowed, f"{name}: off by {error:.2e}, allowed are {allowed:.2e}"
+
+
+def check_arguments_stay() -> None:
+    x = sample("gdn", GRADIENTS["rows"]).tensors(torch.bfloat16)
     before = {name: y.clone() for name, y in x.items()}
-    o, state = made.call(gdn.triton, x)
+    results = gdn.triton(*(y.requires_grad_() for y in x.values()))
+    torch.autograd.backward(results, [torch.ones_like(y) for y in results])
     assert all(torch.equal(y, before[name]) for name, y in x.items())
-    exact, after = made.call(gdn.reference, made.tensors(torch.float64))
-    for y, truth in ((o, exact), (state, after)):
-        assert doctor.relative_error(y.double(), truth) <= ROUNDINGS * torch.finfo(torch.bfloat16).eps
 
 
 def test_kernels_in_the_interpreter():
@@ -126,9 +148,24 @@ def test_kernels_on_the_gpu(case):
         check(**case | {"dtype": dtype}, device="cuda")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*GRADIENTS, "many"])
+def test_gradients_on_the_gpu(shape, dtype):
+    many = Shape(lengths=(500, 70, 3) * 12, heads=4, head_dim=128, with_state=True)
+    check_gradients(GRADIENTS.get(shape, many), dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", CHANGES)
+def test_gradients_of_gates_on_the_gpu(changes):
+    check_gradients(Shape(lengths=(300, 70), heads=2, head_dim=128), torch.bfloat16, "cuda", changes)
+
+
 COLD = """
 import time, torch
 from hmf.bench import doctor
+from hmf.errors import HmfError
 from tests.ops.test_gdn_triton import check
 torch.zeros(1, device="cuda")
 start = time.perf_counter()
@@ -162,13 +199,34 @@ def test_other_inputs_are_refused(dtype, dims, reason):
     assert reason in unsupported(q, q, v)
 
 
-def test_limits_of_the_version():
+def test_when_the_version_runs(monkeypatch):
+    """Only if HMF_OPS names it, in dtypes that it supports, and if its gradients are those of the chunked version."""
     pytest.importorskip("triton")
-    limit = functools.partial(dispatch.not_fast, "gdn", "cuda", version="triton")
-    assert limit(False, torch.bfloat16) is None
-    assert limit(False, torch.float32) == "its kernels support only bfloat16 and float16"
-    assert limit(True, torch.float16) == "its kernels have no backward"
-    assert "triton" in dispatch.versions() and "triton" not in dispatch.VERSIONS
+    monkeypatch.delenv("HMF_OPS", raising=False)
+    reasons = {"triton": None, "fast": None}
+    monkeypatch.setattr(
+        dispatch, "_GRADIENT_CHECK", [lambda op, dtype, device, heads, version="fast": reasons[version]]
+    )
+    monkeypatch.setattr(dispatch, "_installed", lambda package: True)
+    monkeypatch.setattr(dispatch, "miscompiled", lambda: None)
+
+    def chosen(op, gradients, dtype):
+        return dispatch.choose(op, "cuda", gradients, dtype)[0].version
+
+    assert chosen("gdn", True, torch.bfloat16) == "fast"
+    monkeypatch.setenv("HMF_OPS", "triton")
+    assert chosen("gdn", True, torch.bfloat16) == chosen("gdn", False, torch.float16) == "triton"
+    assert chosen("gdn", False, torch.float32) == chosen("conv", True, torch.bfloat16) == "fast"
+    assert dispatch.choose("gdn", "cpu", False, torch.bfloat16)[0].version == "chunked"
+    reasons["triton"] = "its gradients are off"
+    assert chosen("gdn", True, torch.bfloat16) == "fast" and chosen("gdn", False, torch.bfloat16) == "triton"
+
+
+def test_wide_heads_are_refused():
+    pytest.importorskip("triton")
+    made = sample("gdn", Shape(tokens=3, head_dim=160))
+    with pytest.raises(HmfError, match="wider than 128"):
+        made.call(gdn.triton, made.tensors(torch.bfloat16))
 
 
 if __name__ == "__main__":
@@ -184,4 +242,8 @@ if __name__ == "__main__":
         gdn_chunk_triton.LAUNCH["many_states"] = kept
         print(case, f"{time.perf_counter() - started:.1f} s", flush=True)
     check_lengths()
-    check_op()
+    for number, shape in enumerate(GRADIENTS.values()):
+        check_gradients(shape, DTYPES[number % 2])
+    for changes in CHANGES:
+        check_gradients(Shape(lengths=(70,), heads=1, head_dim=64), torch.bfloat16, changes=changes)
+    check_arguments_stay()

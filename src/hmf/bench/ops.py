@@ -124,14 +124,14 @@ def run(
         raise HmfError(f"--device: {unknown_name('device', device, ('cpu', 'cuda'))}")
     if device == "cuda" and not torch.cuda.is_available():
         raise HmfError("--device cuda: PyTorch finds no GPU; omit --device")
-    for option, names, known in (("--ops", ops, dispatch.ops()), ("--versions", versions, dispatch.versions())):
+    for option, names, known in (("--ops", ops, dispatch.ops()), ("--versions", versions, dispatch.all_versions())):
         for name in names:
             if name not in known:
                 raise HmfError(f"{option}: {unknown_name(option[2:-1], name, known)}")
     chosen = [
         (op, version)
         for op in ops or dispatch.ops()
-        for version in dispatch.versions()
+        for version in dispatch.all_versions()
         if version in dispatch.implementations(op)
         and (version in versions if versions else version in PLAIN or device == "cuda")
     ]

@@ -18,6 +18,8 @@ from collections.abc import Callable
 import torch
 from torch.autograd.function import once_differentiable
 
+from hmf.errors import HmfError
+
 from . import dispatch
 from .ssd import decay_factors, state_or_zeros
 from .varlen import ChunkLayout, by_head, chunk_groups, sequence_lengths, step_views
@@ -235,11 +237,11 @@ def fast(q, k, v, g, beta, initial_state=None, cu_seqlens=None) -> Result:
 
 @dispatch.implementation("gdn", "triton", requires="triton", dtypes=(torch.bfloat16, torch.float16))
 def triton(q, k, v, g, beta, initial_state=None, cu_seqlens=None) -> Result:
-    """The Triton kernels of this package (CUDA, bfloat16 or float16). Raises ValueError for other inputs."""
+    """The Triton kernels of this package (CUDA, bfloat16 or float16, heads up to 128). HmfError for other inputs."""
     from . import gdn_chunk_triton, gdn_grads_triton
 
     if reason := gdn_chunk_triton.unsupported(q, k, v):
-        raise ValueError(reason)
+        raise HmfError(f"gdn: the version triton cannot run: {reason}; unset HMF_OPS, or select another version")
     batch, tokens = q.shape[:2]
     lengths = sequence_lengths(batch, tokens, cu_seqlens)  # raises for invalid cu_seqlens
     bounds = torch.arange(batch + 1, device=q.device) * tokens if cu_seqlens is None else cu_seqlens

@@ -72,7 +72,7 @@ def _inverse_norms(x, eps):
 
 
 @triton.jit
-def _decays(log_decay, t, s):
+def decays(log_decay, t, s):
     """exp(b_t - b_s) for s <= t and 0 for s > t, from b [C]."""
     return tl.exp(tl.where(t >= s, log_decay[:, None] - log_decay[None, :], float("-inf")))
 
@@ -173,7 +173,7 @@ def _prepare(
         if head % KEY_GROUP == 0:  # one of the heads that share the key
             tl.store(unit + first * unit_row + (head // KEY_GROUP) * K + t * unit_row + d[None, :], key, mask=in_key)
     A = tl.dot(key, tl.trans(key)) * strength[:, None]
-    A = tl.where(t > s, A * _decays(log_decay, t, s), 0.0)
+    A = tl.where(t > s, A * decays(log_decay, t, s), 0.0)
     solve = _inverse(A, t, s, SIZE, BLOCK, DOUBLINGS, PAIRS)
     if KEEP:
         at = inverses + (chunk * H + head) * SIZE * SIZE + t * SIZE + s
@@ -284,7 +284,7 @@ def _outputs(
     query = load(q + first * q_row + (head // QUERY_GROUP) * K, t * q_row + d[None, :], in_key)
     key = load(unit + first * unit_row + (head // KEY_GROUP) * K, t * unit_row + d[None, :], in_key)
     log_decay = tl.cumsum(load(g + row, i * H, there), axis=0)
-    scores = (tl.dot(query, tl.trans(key)) * _decays(log_decay, t, s)).to(query.dtype)
+    scores = (tl.dot(query, tl.trans(key)) * decays(log_decay, t, s)).to(query.dtype)
     in_state = (j < K)[:, None] & (e < V)[None, :]
     state = load(starts + (chunk * H + head) * K * V, j[:, None] * V + e[None, :], in_state)
     result = tl.dot(query, state) * tl.exp(log_decay)[:, None]

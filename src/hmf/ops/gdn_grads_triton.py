@@ -26,22 +26,22 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from .fla_backend import chunk_grads
-from .gdn_chunk_triton import CHUNK_SIZE, advance, chunked, launch, launch_sequential, parts
+from .gdn_chunk_triton import CHUNK_SIZE, advance, chunked, decays, launch, launch_sequential, parts
 from .gka_triton_common import load
 from .varlen import packed_chunks
 
 
 @triton.jit
 def _later(b, row, column):
-    """exp(b_column - b_row) for row <= column and 0 otherwise, from b [C] to the base 2: of a transposed matrix."""
-    return tl.exp2(tl.where(row <= column, b[None, :] - b[:, None], float("-inf")))
+    """exp(b_column - b_row) for row <= column and 0 otherwise, from b [C]: the transpose of `decays`."""
+    return tl.exp(tl.where(row <= column, b[None, :] - b[:, None], float("-inf")))
 
 
 @triton.jit(do_not_specialize=["sequences"])
 def _value_grads(
     q,
     k,
-    cumulated,
+    g,
     grad_o,
     grad_u,
     bounds,
@@ -72,7 +72,7 @@ def _value_grads(
     in_key, in_value = there[:, None] & (d < K)[None, :], there[:, None] & (e < V)[None, :]
     query = load(q + row * K, t * (H * K) + d[None, :], in_key)
     key = load(k + row * K, t * (H * K) + d[None, :], in_key)
-    b = load(cumulated + row, i * H, there)
+    b = tl.cumsum(load(g + row, i * H, there), axis=0)  # constant after the last token
     scores = tl.dot(key, tl.trans(query)) * _later(b, t, s) * scale
     upper = load(grad_o + row * V, t * (H * V) + e[None, :], in_value)
     result = tl.dot(scores.to(upper.dtype), upper)
@@ -145,7 +145,7 @@ def _system_grads(
     beta,
     u,
     inverses,
-    cumulated,
+    g,
     grad_u,
     grad_w,
     grad_k,
@@ -175,7 +175,8 @@ def _system_grads(
     i, j = tl.arange(0, SIZE), tl.arange(0, B)
     t, s = i[:, None], i[None, :]
     there, row = first + i < stop, first * H + head
-    b, strength = load(cumulated + row, i * H, there), load(beta + row, i * H, there)
+    b = tl.cumsum(load(g + row, i * H, there), axis=0)
+    strength = load(beta + row, i * H, there)
     solve = tl.load(inverses + (chunk * H + head) * SIZE * SIZE + t * SIZE + s)
 
     below, above = tl.zeros([SIZE, SIZE], tl.float32), tl.zeros([SIZE, SIZE], tl.float32)
@@ -190,7 +191,7 @@ def _system_grads(
         tl.store(grad_v + at, (rhs * strength[:, None]).to(grad_v.dtype.element_ty), mask=inside)
         below = tl.dot(rhs.to(value.dtype), tl.trans(value), below)
         above = tl.dot(value, across.to(value.dtype), above)
-    below = tl.where(t > s, below * tl.exp2(tl.where(t > s, b[:, None] - b[None, :], 0.0)), 0.0)
+    below = tl.where(t > s, below * decays(b, t, s), 0.0)
     above = tl.where(t < s, above * _later(b, t, s), 0.0) * strength[None, :]
     below, above = (-below).to(u.dtype.element_ty), (-above).to(u.dtype.element_ty)
 
@@ -199,7 +200,7 @@ def _system_grads(
         column = (start + j)[None, :]
         at, inside = row * K + t * (H * K) + column, there[:, None] & (column < K)
         key = load(k, at, inside)
-        own = tl.dot(tl.trans(solve), load(grad_w, at, inside)) * tl.exp2(b)[:, None]
+        own = tl.dot(tl.trans(solve), load(grad_w, at, inside)) * tl.exp(b)[:, None]
         own = tl.dot(below, key, own)  # where a key corrects the value of its own token, without beta
         other = tl.dot(above, key)  # where later tokens meet it
         wide = key.to(tl.float32)
@@ -228,9 +229,9 @@ class Rule(torch.autograd.Function):
     def backward(ctx, grad_o, grad_out):
         q, k, v, g, beta, state, cu_seqlens = ctx.saved_tensors
         (tokens, heads), scale = g.shape, k.shape[-1] ** -0.5
-        strength = beta.float().contiguous()
+        log_decay, strength = (x.float().contiguous() for x in (g, beta))
         packed = packed_chunks(cu_seqlens, tokens, CHUNK_SIZE)
-        made = advance(k, v, g.float().contiguous(), strength, state, packed, None, keep=True)
+        made = advance(k, v, log_decay, strength, state, packed, None, keep=True)
         grad_o, grad_out = grad_o.contiguous(), grad_out.contiguous()
         grad_u, afters, grad_state = torch.empty_like(made.u), torch.empty_like(made.starts), torch.empty_like(grad_out)
         programs, sequences = len(packed[2]) * heads, len(ctx.lengths)
@@ -238,7 +239,7 @@ class Rule(torch.autograd.Function):
             options = launch("value_grads", k, v, heads)
             if tokens:
                 _value_grads[programs * parts(options),](
-                    q, k, made.cumulated, grad_o, grad_u, *packed, sequences, scale, **options
+                    q, k, log_decay, grad_o, grad_u, *packed, sequences, scale, **options
                 )
             options = launch_sequential("state_grads", k, v, heads, sequences)
             _state_grads[parts(options), heads, sequences](
@@ -275,7 +276,7 @@ class Rule(torch.autograd.Function):
                     strength,
                     made.u,
                     made.inverses,
-                    made.cumulated,
+                    log_decay,
                     grad_u,
                     grad_w,
                     grad_k,
