@@ -48,6 +48,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 GROUP = "vllm.general_plugins"
 COPIED = 2**30  # bytes of a copy that measures bandwidth
 CACHE_OPTIONS = ("kv_cache_dtype", "mamba_ssm_cache_dtype")  # of vLLM, which an override may name beside config keys
+PREFILL = "gdn_prefill_backend"  # of vLLM's additional_config, which an override may name too
 PLANNED = 0.95  # share of the planned sequences that is used, because a plan is an estimate
 
 
@@ -165,12 +166,13 @@ def subject(
 ) -> Subject:
     """The model at `folder`, with random weights if it has none. Raises HmfError if vLLM cannot serve it.
 
-    overrides: vLLM's --hf-overrides, and `CACHE_OPTIONS`; first: the model that the others are compared with, or None
-    for this model itself.
+    overrides: vLLM's --hf-overrides, `CACHE_OPTIONS` and `PREFILL`; first: the model that the others are compared with,
+    or None for this model itself.
     """
     config = load_config(folder, weights=False)
     overrides = dict(overrides or {})
     stored = {key: overrides.pop(key) for key in CACHE_OPTIONS if key in overrides}
+    additional = {key: overrides.pop(key) for key in (PREFILL,) if key in overrides}
     planned = replace(_settings(run), **stored)
     for key, value in overrides.items():
         setattr(config, key, value)  # as vLLM does
@@ -207,6 +209,8 @@ def subject(
     if run.enforce_eager:
         options["--enforce-eager"] = None
     options |= {f"--{key.replace('_', '-')}": value for key, value in stored.items()}
+    if additional:
+        options["--additional-config"] = json.dumps(additional)
     if overrides:
         options["--hf-overrides"] = json.dumps(overrides)
     # Without a memory limit, because this plan is used only for the bytes of a step.

@@ -255,8 +255,8 @@ def serving(
         list[str] | None,
         typer.Option(
             metavar="JSON",
-            help="Measure the models once more with these overrides, or with another kv_cache_dtype or "
-            "mamba_ssm_cache_dtype; repeatable.",
+            help="Measure the models once more with these overrides, or with another kv_cache_dtype, "
+            "mamba_ssm_cache_dtype or gdn_prefill_backend; repeatable.",
         ),
     ] = None,
     output: Annotated[int, tokens("Tokens that each sequence decodes in the timed run.")] = 128,
