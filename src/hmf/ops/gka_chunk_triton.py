@@ -44,7 +44,7 @@ def _power(x):
     return tl.where(power > 0, power, 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "most", "sequences"])
 def _prepare(
     k,
     g,
@@ -97,7 +97,7 @@ def _prepare(
         tl.store(unit + token[:, None] * unit_row + column, key.to(unit.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "most"])
 def _states(
     k,
     v,
@@ -176,7 +176,7 @@ def _states(
     tl.store(out + slot + at, now, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences"])
 def _outputs(
     q,
     k,
