@@ -102,6 +102,7 @@ GRADIENTS = {
     "documents": Shape(lengths=(0, 130, 1, 40, 0), heads=1, head_dim=64, with_state=True),
     "rows": Shape(batch=2, tokens=70, heads=2, head_dim=64),
     "odd dimensions": Shape(lengths=(17, 66), heads=1, head_dim=80, with_state=True),
+    "one token": Shape(batch=2, tokens=1, heads=1, head_dim=64, with_state=True),
     "nothing": Shape(lengths=(0, 0), heads=1, head_dim=64, with_state=True),
 }
 
