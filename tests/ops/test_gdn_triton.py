@@ -165,8 +165,6 @@ def test_gradients_of_gates_on_the_gpu(changes):
 
 COLD = """
 import time, torch
-from hmf.bench import doctor
-from hmf.errors import HmfError
 from tests.ops.test_gdn_triton import check
 torch.zeros(1, device="cuda")
 start = time.perf_counter()
