@@ -49,6 +49,7 @@ GROUP = "vllm.general_plugins"
 COPIED = 2**30  # bytes of a copy that measures bandwidth
 CACHE_OPTIONS = ("kv_cache_dtype", "mamba_ssm_cache_dtype")  # of vLLM, which an override may name beside config keys
 PREFILL = "gdn_prefill_backend"  # of vLLM's additional_config, which an override may name too
+PREFILLS = ("flashinfer", "triton", "hmf")
 PLANNED = 0.95  # share of the planned sequences that is used, because a plan is an estimate
 
 
@@ -173,6 +174,9 @@ def subject(
     overrides = dict(overrides or {})
     stored = {key: overrides.pop(key) for key in CACHE_OPTIONS if key in overrides}
     additional = {key: overrides.pop(key) for key in (PREFILL,) if key in overrides}
+    for key, value in additional.items():
+        if value not in PREFILLS:
+            raise HmfError(f"--variant: {key}: {unknown_name('backend', str(value), PREFILLS)}")
     planned = replace(_settings(run), **stored)
     for key, value in overrides.items():
         setattr(config, key, value)  # as vLLM does
