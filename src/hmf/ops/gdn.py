@@ -243,11 +243,10 @@ def triton(q, k, v, g, beta, initial_state=None, cu_seqlens=None) -> Result:
     if reason := gdn_chunk_triton.unsupported(q, k, v):
         raise HmfError(f"gdn: the version triton cannot run: {reason}; unset HMF_OPS, or select another version")
     batch, tokens = q.shape[:2]
-    lengths = sequence_lengths(batch, tokens, cu_seqlens)  # raises for invalid cu_seqlens
     if tokens == 1 and cu_seqlens is None:
         return chunked(q, k, v, g, beta, initial_state)  # a step
     bounds = torch.arange(batch + 1, device=q.device) * tokens if cu_seqlens is None else cu_seqlens
     q, k, v, g, beta = (x.contiguous().flatten(0, 1) for x in (q, k, v, g, beta))
     state = None if initial_state is None else initial_state.mT.contiguous()
-    o, state = gdn_grads_triton.Rule.apply(q, k, v, g, beta, state, bounds, lengths)
-    return o.unflatten(0, (batch, tokens)), state.mT
+    o, state = gdn_grads_triton.Rule.apply(q, k, v, g, beta, state, bounds)
+    return o.unflatten(0, (batch, tokens)), state.mT.contiguous()

@@ -216,12 +216,11 @@ def _system_grads(
 
 class Rule(torch.autograd.Function):
     """q, k [N, H, K], v [N, H, V], g and beta [N, H], state [S, H, V, K] or None, cu_seqlens [S+1] -> o and the final
-    states, as `chunked` of normalised q and k without shared heads. lengths: those of the sequences."""
+    states, as `chunked` of normalised q and k without shared heads."""
 
     @staticmethod
-    def forward(ctx, q, k, v, g, beta, state, cu_seqlens, lengths):
+    def forward(ctx, q, k, v, g, beta, state, cu_seqlens):
         ctx.save_for_backward(q, k, v, g, beta, state, cu_seqlens)
-        ctx.lengths = lengths
         return chunked(q, k, v, g, beta, state, cu_seqlens)
 
     @staticmethod
@@ -234,7 +233,7 @@ class Rule(torch.autograd.Function):
         made = advance(k, v, log_decay, strength, state, packed, None, keep=True)
         grad_o, grad_out = grad_o.contiguous(), grad_out.contiguous()
         grad_u, afters, grad_state = torch.empty_like(made.u), torch.empty_like(made.starts), torch.empty_like(grad_out)
-        programs, sequences = len(packed[2]) * heads, len(ctx.lengths)
+        programs, sequences = len(packed[2]) * heads, len(cu_seqlens) - 1
         with torch.cuda.device_of(q):
             options = launch("value_grads", k, v, heads)
             if tokens:
@@ -258,15 +257,16 @@ class Rule(torch.autograd.Function):
                 scale,
                 **options,
             )
-            # For each chunk its sequence and its number in it; chunks are ordered by sequence.
-            counts = torch.tensor([-(-length // CHUNK_SIZE) for length in ctx.lengths])
-            sequence_of = torch.repeat_interleave(torch.arange(sequences), counts)
-            number = torch.arange(len(sequence_of)) - (counts.cumsum(0) - counts)[sequence_of]
+            # For each chunk its sequence and its number in it, without synchronisation: programs of chunks that do not
+            # exist have tokens after the end of the last sequence, for which they write nothing.
+            bounds, chunks, sequence_of = packed
+            sequence = sequence_of.clamp(max=sequences - 1)
+            number = torch.arange(len(sequence), device=q.device) - chunks[sequence]
             x = (y[None] for y in (q, k, made.u, grad_o, made.starts, afters, made.cumulated, made.w, grad_u))
             named = dict(zip(("q", "k", "v", "do", "h", "dh", "g", "w", "dv"), x, strict=True))
-            indices = torch.stack([sequence_of, number], 1).to(q.device)
+            indices = torch.stack([sequence, number], 1)
             grad_q, grad_k, grad_w, grad_b = chunk_grads(
-                **named, scale=scale, cu_seqlens=cu_seqlens, chunk_size=CHUNK_SIZE, chunk_indices=indices
+                **named, scale=scale, cu_seqlens=bounds, chunk_size=CHUNK_SIZE, chunk_indices=indices
             )
             grad_v, grad_beta = torch.empty_like(made.u), torch.empty_like(strength)
             if tokens:
@@ -288,4 +288,4 @@ class Rule(torch.autograd.Function):
                     **launch("system_grads", k, v, heads),
                 )
         grads = grad_q[0], grad_k[0], grad_v, grad_b[0].to(g.dtype), grad_beta.to(beta.dtype)
-        return *grads, None if state is None else grad_state.to(state.dtype), None, None
+        return *grads, None if state is None else grad_state.to(state.dtype), None
