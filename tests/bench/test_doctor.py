@@ -225,7 +225,7 @@ def refuses_backward(monkeypatch):
     reasons = {("gdn", True): "its backward is wrong here [here]", ("gdn", False): None, ("window", True): None}
     reasons[("window", False)] = None
     monkeypatch.setattr(
-        dispatch, "not_fast", lambda op, device, grad, dtype: reasons.get((op, grad), "the op has no GPU kernel")
+        dispatch, "not_fast", lambda op, device, grad, dtype, **_: reasons.get((op, grad), "the op has no GPU kernel")
     )
 
 

@@ -314,10 +314,19 @@ class TestOverrides:
         steps = [one.plan.step_bytes(1, 64) for one in found]
         assert steps[4] < steps[3] < steps[1] and steps[2] < steps[0]
 
+    def test_prefill_kernels_of_gdn(self, configs):
+        named, run = [("base", configs[0]), ("hybrid", configs[1])], Run([Load(64, 1)], dtype="float32")
+        *plain, one = variants.subjects(named, run, None, ['{"gdn_prefill_backend": "hmf"}'])
+        assert len(plain) == 2 and one.name == "hybrid, gdn_prefill_backend=hmf" and self.arguments(one) is None
+        at = one.arguments.index("--additional-config")
+        assert json.loads(one.arguments[at + 1]) == {"gdn_prefill_backend": "hmf"}
+        assert all("--additional-config" not in other.arguments for other in plain)
+
     @pytest.mark.parametrize(
         ("arguments", "line"),
         [
             (["--variant", '{"kv_cache_dtype": "fp7"}'], "--kv-cache-dtype: unknown dtype 'fp7'"),
+            (["--variant", '{"gdn_prefill_backend": "own"}'], "--variant: gdn_prefill_backend: unknown backend 'own'"),
             (["--hf-overrides", "{num_iter: 10}"], "--hf-overrides: {num_iter: 10} is not a JSON object"),
             (["--variant", "[1]"], "--variant: [1] is not a JSON object"),
             (["--variant", VARIANT], "no MODEL has these keys or layers of this type"),

@@ -272,7 +272,9 @@ def _name(dtype: torch.dtype) -> str:
 def _notes() -> list[str]:
     notes = []
     if forced := os.environ.get("HMF_OPS"):
-        notes.append(f"HMF_OPS={forced} selects the implementation of every op; unset it for the default choice")
+        notes.append(
+            f"HMF_OPS={forced} selects the implementation of every op that has it; unset it for the default choice"
+        )
     for op in dispatch.ops():
         by_dtype = {_name(dtype): dispatch.known_bad_backward(op, dtype) for dtype in TOLERANCES["cuda"]}
         for reason in dict.fromkeys(filter(None, by_dtype.values())):

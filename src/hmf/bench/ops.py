@@ -23,6 +23,7 @@ from hmf.errors import HmfError, unknown_name
 from hmf.ops import dispatch
 from hmf.ops.samples import Sample, Shape, flat, sample
 
+PLAIN = ("reference", "chunked")  # versions without GPU kernels
 # Warm-up runs at the full size. Without them, the first timed run would include the allocation of memory, which doubles
 # the time of a reference.
 WARM_UP = 2
@@ -68,10 +69,10 @@ def measure(
 ) -> Timing:
     """Time one version, if dispatch allows it on this machine."""
     reason = None
-    if version == "fast":
-        if refused := dispatch.not_fast(op, device, False, dtype):
+    if version not in PLAIN:
+        if refused := dispatch.not_fast(op, device, False, dtype, version=version):
             return Timing(op, version, [], [], refused)
-        if backward and (reason := dispatch.not_fast(op, device, True, dtype)):
+        if backward and (reason := dispatch.not_fast(op, device, True, dtype, version=version)):
             backward, reason = False, f"forward only: {reason}"
     function, made = dispatch.implementations(op)[version].function, sample(op, shape)
     try:
@@ -123,16 +124,16 @@ def run(
         raise HmfError(f"--device: {unknown_name('device', device, ('cpu', 'cuda'))}")
     if device == "cuda" and not torch.cuda.is_available():
         raise HmfError("--device cuda: PyTorch finds no GPU; omit --device")
-    for option, names, known in (("--ops", ops, dispatch.ops()), ("--versions", versions, dispatch.VERSIONS)):
+    for option, names, known in (("--ops", ops, dispatch.ops()), ("--versions", versions, dispatch.all_versions())):
         for name in names:
             if name not in known:
                 raise HmfError(f"{option}: {unknown_name(option[2:-1], name, known)}")
     chosen = [
         (op, version)
         for op in ops or dispatch.ops()
-        for version in dispatch.VERSIONS
+        for version in dispatch.all_versions()
         if version in dispatch.implementations(op)
-        and (version in versions if versions else version != "fast" or device == "cuda")
+        and (version in versions if versions else version in PLAIN or device == "cuda")
     ]
     timings = []
     with tqdm(chosen, unit="version", disable=None) as bar:

@@ -17,7 +17,7 @@ from hmf.model.values import changed
 from hmf.planning.memory import layer_caches
 from hmf.planning.serving import ServingSettings, as_hybrid
 
-from .throughput import CACHE_OPTIONS, Run, Subject, subject
+from .throughput import CACHE_OPTIONS, PREFILL, Run, Subject, subject
 
 
 def subjects(
@@ -52,7 +52,7 @@ def subjects(
 def _require_valid(configs: Mapping[str, Any], overrides: Mapping[str, dict[str, Any]], option: str) -> None:
     """HmfError that names `option` for a value that a model's config, or vLLM's option, does not take."""
     for name, values in overrides.items():
-        changed(configs[name], {key: x for key, x in values.items() if key not in CACHE_OPTIONS}, option)
+        changed(configs[name], {key: x for key, x in values.items() if key not in (*CACHE_OPTIONS, PREFILL)}, option)
         try:
             ServingSettings(**{key: x for key, x in values.items() if key in CACHE_OPTIONS})
         except HmfError as error:
@@ -65,13 +65,13 @@ def _values(overrides: dict[str, Any]) -> Iterator[str]:
 
 
 def takes(config: Any, key: str) -> bool:
-    """Whether an override of `key` affects a model: it is a key of its config, has options of one of its layers, or is
-    the dtype of a cache that it has."""
+    """Whether an override of `key` affects a model: it is a key of its config, has options of one of its layers, is the
+    dtype of a cache that it has, or chooses the prefill kernels of GDN layers that it has."""
     if key in CACHE_OPTIONS:
         caches = layer_caches(config, torch.float32)
         return any(cache.token_bytes if key == "kv_cache_dtype" else cache.state_bytes for cache in caches)
     for kind in LAYER_KINDS.values():
-        if key in (kind.config_key, kind.overrides_key):
+        if key in (kind.config_key, kind.overrides_key) or (key == PREFILL and kind is LAYER_KINDS["GDN"]):
             return hasattr(config, "pattern") and kind in needed_kinds(config, config.pattern.symbols)
     return hasattr(config, key)
 

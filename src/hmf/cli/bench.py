@@ -43,7 +43,9 @@ def ops(
     heads: Annotated[int, typer.Option(min=1, help="Number of heads.")] = 8,
     head_dim: Annotated[int, typer.Option(min=1, help="Key and value dimensions of a head.")] = 64,
     ops: Annotated[str, typer.Option(help="Ops, separated by commas; empty for all.")] = "",
-    versions: Annotated[str, typer.Option(help="From reference,chunked,fast; empty for all that run here.")] = "",
+    versions: Annotated[
+        str, typer.Option(help="From reference,chunked,fast,triton; empty for all that run here.")
+    ] = "",
     device: Device = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the tensors.")] = "float32",
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs; fewer for a version that takes 10 seconds.")] = 5,
@@ -254,8 +256,8 @@ def serving(
         list[str] | None,
         typer.Option(
             metavar="JSON",
-            help="Measure the models once more with these overrides, or with another kv_cache_dtype or "
-            "mamba_ssm_cache_dtype; repeatable.",
+            help="Measure the models once more with these overrides, or with another kv_cache_dtype, "
+            "mamba_ssm_cache_dtype or gdn_prefill_backend; repeatable.",
         ),
     ] = None,
     output: Annotated[int, tokens("Tokens that each sequence decodes in the timed run.")] = 128,

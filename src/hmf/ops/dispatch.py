@@ -2,7 +2,9 @@
 """Chooses which implementation of an op runs; no other module does.
 
 Every op has a `reference` (the definition), a `chunked` version in plain PyTorch and, on CUDA, a `fast` one. The
-environment variable HMF_OPS selects one of the three for all ops, for debugging and for `hmf doctor`.
+environment variable HMF_OPS selects one of the three for all ops, for debugging and for `hmf doctor`. An op may have
+further versions, which run only if HMF_OPS names them; ops without the named version, and inputs that it does not
+support, then run as without HMF_OPS.
 
 Sequence parallelism wraps ops with `set_wrappers`.
 """
@@ -17,6 +19,7 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -30,28 +33,30 @@ class Implementation:
     version: str
     function: Callable
     requires: str | None  # a package, imported only when the version is used
+    dtypes: tuple[torch.dtype, ...] = ()  # of the tokens; empty: all
 
 
 _IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {}
 
 
-def implementation(op: str, version: str, requires: str | None = None):
-    """Register the decorated function as `version` of `op`."""
+def implementation(op: str, version: str, requires: str | None = None, **limits: Any):
+    """Register the decorated function as `version` of `op`. limits: further fields of `Implementation`."""
 
     def register(function: Callable) -> Callable:
-        _IMPLEMENTATIONS.setdefault(op, {})[version] = Implementation(version, function, requires)
+        _IMPLEMENTATIONS.setdefault(op, {})[version] = Implementation(version, function, requires, **limits)
         return function
 
     return register
 
 
-# (op, dtype, device, (heads, head_dim)) -> the reason why the fast backward must not be used, or None. Some Triton
-# releases miscompile it, so it is checked before it is used. `hmf.ops.samples` registers the check.
-_GRADIENT_CHECK: list[Callable[[str, torch.dtype, str, tuple[int, int]], str | None]] = []
+# (op, dtype, device, (heads, head_dim), version or "fast") -> the reason why that backward must not be used, or None.
+# Some Triton releases miscompile it, so it is checked before it is used. `hmf.ops.samples` registers the check.
+GradientCheck = Callable[..., str | None]
+_GRADIENT_CHECK: list[GradientCheck] = []
 HEADS = (2, 64)  # number and size of the heads of a check that is not for a certain model
 
 
-def gradient_check(function: Callable[[str, torch.dtype, str, tuple[int, int]], str | None]):
+def gradient_check(function: GradientCheck):
     """Register the decorated function, which compares a fast backward with the chunked one before it is used."""
     _GRADIENT_CHECK.append(function)
     return function
@@ -102,6 +107,11 @@ def ops() -> list[str]:
     return sorted(_IMPLEMENTATIONS)
 
 
+def all_versions() -> list[str]:
+    """`VERSIONS`, then those that only some ops have."""
+    return list(dict.fromkeys([*VERSIONS, *(version for op in ops() for version in _IMPLEMENTATIONS[op])]))
+
+
 def choose(
     op: str, device_type: str, requires_grad: bool, dtype: torch.dtype, heads: tuple[int, int] = HEADS
 ) -> tuple[Implementation, str]:
@@ -111,31 +121,49 @@ def choose(
     """
     versions = _IMPLEMENTATIONS[op]
     if forced := os.environ.get("HMF_OPS"):
+        if forced not in (known := all_versions()):
+            raise HmfError(f"HMF_OPS: {unknown_name('version', forced, known)}")
         if forced not in VERSIONS:
-            raise HmfError(f"HMF_OPS: {unknown_name('version', forced, VERSIONS)}")
-        if forced not in versions:
+            if forced in versions and not_fast(op, device_type, requires_grad, dtype, heads, forced) is None:
+                return versions[forced], "selected by HMF_OPS"
+        elif forced not in versions:
             raise HmfError(
                 f"HMF_OPS={forced}: op {op!r} has only {', '.join(versions)}; unset HMF_OPS or select one of them"
             )
-        return versions[forced], "selected by HMF_OPS"
+        else:
+            return versions[forced], "selected by HMF_OPS"
     reason = not_fast(op, device_type, requires_grad, dtype, heads)
     return (versions["fast"], "CUDA tensors") if reason is None else (versions["chunked"], reason)
 
 
 def not_fast(
-    op: str, device_type: str, requires_grad: bool, dtype: torch.dtype, heads: tuple[int, int] = HEADS
+    op: str,
+    device_type: str,
+    requires_grad: bool,
+    dtype: torch.dtype,
+    heads: tuple[int, int] = HEADS,
+    version: str = "fast",
 ) -> str | None:
-    """The reason why `op` has no fast version for such tensors, in one line, or None. HMF_OPS is ignored."""
-    fast = _IMPLEMENTATIONS[op].get("fast")
+    """The reason why `op` has no fast version for such tensors, in one line, or None. HMF_OPS is ignored.
+
+    version: "fast", or another one with GPU kernels.
+    """
+    fast = _IMPLEMENTATIONS[op].get(version)
     if fast is None:
         return "the op has no GPU kernel"
     if device_type != "cuda":
         return f"no GPU kernel on {device_type}"
     if dtype == torch.float64:
         return "float64 tensors"
+    if fast.dtypes and dtype not in fast.dtypes:
+        return f"its kernels support only {' and '.join(str(x).removeprefix('torch.') for x in fast.dtypes)}"
     if fast.requires and not _installed(fast.requires):
         return f"{fast.requires} is not installed (pip install 'hybrid-model-factory[train]')"
-    return known_bad_backward(op, dtype, heads) if requires_grad else None
+    if not requires_grad:
+        return None
+    if version != "fast":
+        return _GRADIENT_CHECK[-1](op, dtype, "cuda", heads, version)
+    return known_bad_backward(op, dtype, heads)
 
 
 def resolve(op: str, *tensors: torch.Tensor) -> Callable:

@@ -18,6 +18,8 @@ from collections.abc import Callable
 import torch
 from torch.autograd.function import once_differentiable
 
+from hmf.errors import HmfError
+
 from . import dispatch
 from .ssd import decay_factors, state_or_zeros
 from .varlen import ChunkLayout, by_head, chunk_groups, sequence_lengths, step_views
@@ -231,3 +233,20 @@ def fast(q, k, v, g, beta, initial_state=None, cu_seqlens=None) -> Result:
         output_final_state=True,
         cu_seqlens=cu_seqlens,
     )
+
+
+@dispatch.implementation("gdn", "triton", requires="triton", dtypes=(torch.bfloat16, torch.float16))
+def triton(q, k, v, g, beta, initial_state=None, cu_seqlens=None) -> Result:
+    """The Triton kernels of this package (CUDA, bfloat16 or float16, heads up to 128). HmfError for other inputs."""
+    from . import gdn_chunk_triton, gdn_grads_triton
+
+    if reason := gdn_chunk_triton.unsupported(q, k, v):
+        raise HmfError(f"gdn: the version triton cannot run: {reason}; unset HMF_OPS, or select another version")
+    batch, tokens = q.shape[:2]
+    if tokens == 1 and cu_seqlens is None:
+        return chunked(q, k, v, g, beta, initial_state)  # a step
+    bounds = torch.arange(batch + 1, device=q.device) * tokens if cu_seqlens is None else cu_seqlens
+    q, k, v, g, beta = (x.contiguous().flatten(0, 1) for x in (q, k, v, g, beta))
+    state = None if initial_state is None else initial_state.mT.contiguous()
+    o, state = gdn_grads_triton.Rule.apply(q, k, v, g, beta, state, bounds)
+    return o.unflatten(0, (batch, tokens)), state.mT.contiguous()

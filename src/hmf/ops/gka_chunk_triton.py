@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 
 from .gka_solve import Result, State, coefficients
-from .gka_triton_common import load, shared_memory, split, step_weights, tile_width
+from .gka_triton_common import halves, load, shared_memory, split, step_weights, tile_width
+from .varlen import packed_chunks
 
 CHUNK_SIZE = 64
 # Tiles of narrower heads are padded to this width. With tiles of 16, Triton 3.6 compiled `_outputs` for Hopper to reads
@@ -43,14 +44,7 @@ def _power(x):
     return tl.where(power > 0, power, 1.0)
 
 
-@triton.jit
-def _halves(x):
-    """Two float16 tensors whose sum is x with a relative error of 2^-22, for |x| up to 65504."""
-    high = x.to(tl.float16)
-    return high, (x - high.to(tl.float32)).to(tl.float16)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "most", "sequences"])
 def _prepare(
     k,
     g,
@@ -103,7 +97,7 @@ def _prepare(
         tl.store(unit + token[:, None] * unit_row + column, key.to(unit.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "most"])
 def _states(
     k,
     v,
@@ -182,7 +176,7 @@ def _states(
     tl.store(out + slot + at, now, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences"])
 def _outputs(
     q,
     k,
@@ -282,11 +276,11 @@ def _outputs(
         before = tl.zeros_like(now)
         for n in range(num_iter):
             w = tl.load(weights + n)
-            high, low = _halves(now)
+            high, low = halves(now)
             within = tl.dot(high, tl.trans(unit), tl.dot(low, tl.trans(unit)))
             within = (within * (-w * weight.to(tl.float32))).to(tl.float16)
             new = (w * keep) * now + w * rhs.to(tl.float32) + (1 - w) * before
-            high, low = _halves(now * (-w * row)[:, None])
+            high, low = halves(now * (-w * row)[:, None])
             new = tl.dot(high, tl.trans(start), tl.dot(low, tl.trans(start), new))
             new = tl.dot(within, unit, new)
             before = now
@@ -355,12 +349,8 @@ def chunked(
     tokens, heads, key_dim, value_dim = len(q), g.shape[-1], k.shape[-1], v.shape[-1]
     sequences = len(cu_seqlens) - 1
     g, gk, alpha, beta = (None if x is None else x.float().contiguous() for x in (g, gk, alpha, beta))
-    # An upper bound of the number of chunks, which needs no synchronisation with the device.
-    most = tokens // CHUNK_SIZE + min(sequences, tokens)
-    bounds = cu_seqlens.int()
-    chunks = torch.zeros_like(bounds)
-    torch.cumsum((bounds.diff() + CHUNK_SIZE - 1) // CHUNK_SIZE, 0, out=chunks[1:])
-    sequence_of = torch.searchsorted(chunks, torch.arange(most, device=q.device, dtype=torch.int32), right=True) - 1
+    bounds, chunks, sequence_of = packed_chunks(cu_seqlens, tokens, CHUNK_SIZE)
+    most = len(sequence_of)
     c, _, _ = coefficients(num_iter, ridge_strength)
     keep, weights = step_weights(num_iter, ridge_strength, q.device)
     width, value_width = (max(NARROWEST, tile_width(dim)) for dim in (key_dim, value_dim))

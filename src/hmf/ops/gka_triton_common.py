@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by Gated KalmaNet's Triton kernels: loads, splitting into bfloat16 parts, tile widths, iteration weights."""
+"""Shared by the Triton kernels of Gated KalmaNet and the gated delta rule: loads, splitting into two numbers, tile
+widths, iteration weights."""
 
 from __future__ import annotations
 
@@ -24,6 +25,13 @@ def split(x):
     return high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
 
 
+@triton.jit
+def halves(x):
+    """Two float16 tensors whose sum is x with a relative error of 2^-22, for |x| up to 65504."""
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
+
+
 def tile_width(head_dim: int) -> int:
     """The smallest tile width that holds `head_dim` and that tensor cores support."""
     return max(16, triton.next_power_of_2(head_dim))
@@ -33,6 +41,12 @@ def tile_width(head_dim: int) -> int:
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one block may use; 0 on a CPU."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 0
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Number of the device's multiprocessors; 0 on a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 @functools.cache

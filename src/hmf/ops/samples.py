@@ -199,7 +199,9 @@ SAMPLES: dict[str, Callable[[Shape, _Random], Sample]] = {
 
 @dispatch.gradient_check
 @functools.cache
-def gradient_off(op: str, dtype: torch.dtype, device: str, heads: tuple[int, int] = dispatch.HEADS) -> str | None:
+def gradient_off(
+    op: str, dtype: torch.dtype, device: str, heads: tuple[int, int] = dispatch.HEADS, version: str = "fast"
+) -> str | None:
     """Compare the gradients of `op`'s fast and chunked versions on a small sample: how they differ, or None.
 
     heads: number and size of the sample's heads. The check runs once in a process for each.
@@ -210,7 +212,7 @@ def gradient_off(op: str, dtype: torch.dtype, device: str, heads: tuple[int, int
     saved tensors belong to a thread, and activation checkpointing counts the tensors that a forward pass saves.
     """
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_gradient_off, op, dtype, _with_index(device), heads).result()
+        return thread.submit(_gradient_off, op, dtype, _with_index(device), heads, version).result()
 
 
 def _with_index(device: str) -> torch.device:
@@ -218,17 +220,19 @@ def _with_index(device: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
 
 
-def _gradient_off(op: str, dtype: torch.dtype, device: torch.device, heads: tuple[int, int]) -> str | None:
+def _gradient_off(
+    op: str, dtype: torch.dtype, device: torch.device, heads: tuple[int, int], version: str
+) -> str | None:
     lengths = (2000, 47) if device.type == "cuda" else (70, 33)
     made, gradients = sample(op, Shape(heads=heads[0], head_dim=heads[1], lengths=lengths)), {}
-    for version, compute in (("chunked", torch.float32), ("fast", dtype)):
-        tensors = {name: x.requires_grad_() for name, x in made.tensors(compute, device).items()}
+    for name, compute in (("chunked", torch.float32), (version, dtype)):
+        tensors = {argument: x.requires_grad_() for argument, x in made.tensors(compute, device).items()}
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            results = flat(made.call(dispatch.implementations(op)[version].function, tensors))
-            gradients[version] = torch.autograd.grad(
+            results = flat(made.call(dispatch.implementations(op)[name].function, tensors))
+            gradients[name] = torch.autograd.grad(
                 torch.stack([x.float().square().sum() for x in results]).sum(), list(tensors.values())
             )
-    for name, exact, fast in zip(made.tensors(dtype), gradients["chunked"], gradients["fast"], strict=True):
+    for name, exact, fast in zip(made.tensors(dtype), gradients["chunked"], gradients[version], strict=True):
         error = ((fast.float() - exact).norm() / exact.norm()).item()
         if not error < 0.05:  # rounding to bfloat16 gives less
             return f"the kernel's gradient of {name} has a relative error of {error:.2g} on this GPU; please report it"

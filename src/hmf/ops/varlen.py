@@ -83,6 +83,22 @@ class ChunkLayout:
         return x.flatten(0, 1).index_select(0, source[:tokens].to(x.device)).unsqueeze(0)
 
 
+def packed_chunks(
+    cu_seqlens: torch.Tensor, tokens: int, chunk_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The chunks of S sequences packed in `tokens` tokens, for kernels: all int32, without synchronisation.
+
+    cu_seqlens [S+1] again, the number of chunks before each sequence [S+1], and the sequence of each chunk [most],
+    where `most` is at least the number of chunks. The sequence of a chunk that does not exist is S.
+    """
+    bounds = cu_seqlens.int()
+    most = tokens // chunk_size + min(len(bounds) - 1, tokens)
+    chunks = torch.zeros_like(bounds)
+    torch.cumsum((bounds.diff() + chunk_size - 1) // chunk_size, 0, out=chunks[1:])
+    numbers = torch.arange(most, device=bounds.device, dtype=torch.int32)
+    return bounds, chunks, torch.searchsorted(chunks, numbers, right=True, out_int32=True) - 1
+
+
 def chunk_groups(layout: ChunkLayout, g: torch.Tensor) -> list[tuple[slice, list[int]]]:
     """Groups of the layout's steps to compute together: a slice of N, and each step's number of sequences.
 

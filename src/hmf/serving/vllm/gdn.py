@@ -77,6 +77,14 @@ def has_flashinfer() -> bool:
     return True
 
 
+def own_chunks(q, k, v, g, beta, initial_state, cu_seqlens, **_) -> tuple[torch.Tensor, torch.Tensor]:
+    """`hmf.ops.gdn_chunk_triton` with the arguments of vLLM's kernels; heads are shared, and rows may have a stride."""
+    from hmf.ops.gdn_chunk_triton import chunked
+
+    o, after = chunked(q[0], k[0], v[0], g[0], beta[0], initial_state, cu_seqlens, eps=1e-6)
+    return o[None], after
+
+
 class GatedDeltaNet(RecurrentMixer):
     op = staticmethod(gated_delta_rule)
     activation = staticmethod(F.silu)  # of the gate
@@ -170,35 +178,45 @@ class GatedDeltaNet(RecurrentMixer):
         return o, (*convs, after.mT)
 
     def _init_kernels(self) -> None:
-        """Choose vLLM's prefill kernel: FlashInfer's if available, which shares key and value heads, otherwise
-        Triton's, for which they are repeated. Neither supports float32."""
-        self.chunks: Callable | None = None  # vLLM's op for prefills
+        """Choose the prefill kernel: FlashInfer's if available, which shares key and value heads, otherwise vLLM's
+        Triton kernels, for which they are repeated. Those of hmf are used on request. None supports float32."""
+        self.chunks: Callable | None = None  # the op for prefills
         self.shares_heads = False
         if not HAS_KERNELS:
             return
         vllm_config = get_current_vllm_config()
         option = (vllm_config.additional_config or {}).get("gdn_prefill_backend")
-        name = None
-        if vllm_config.model_config.dtype != torch.float32:
+        name, dtype = None, vllm_config.model_config.dtype
+        if dtype != torch.float32:
             from vllm.third_party.flash_linear_attention.ops import chunk_gated_delta_rule
 
             self.chunks, name = chunk_gated_delta_rule, "triton"
             try_flashinfer = option in (None, "auto", "flashinfer")
-            if try_flashinfer and self.options.head_dim == 128 and has_flashinfer():
+            if option == "hmf" and self._runs_own_kernels(dtype):
+                self.chunks, self.shares_heads, name = own_chunks, True, "hmf"
+            elif try_flashinfer and self.options.head_dim == 128 and has_flashinfer():
                 from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import ChunkGatedDeltaRule
 
                 chosen = ChunkGatedDeltaRule()
                 if chosen.gdn_prefill_backend == "flashinfer":
                     self.chunks, self.shares_heads, name = chosen, True, "flashinfer"
-                    # It compiles one kernel for a small and one for a large number of heads summed over requests.
-                    self.rehearsals = (1, -(-MANY_HEADS // self.heads))
+            if self.shares_heads:
+                # Both compile one kernel for a small and one for a large number of heads summed over requests.
+                self.rehearsals = (1, -(-MANY_HEADS // self.heads))
             logger.info_once("Prefill of GDN layers by %s.", name)
         if option not in (None, "auto", name):
             logger.warning_once(
-                "--gdn-prefill-backend %s is not used: the choices are triton, and flashinfer on Hopper with head_dim "
-                "128 and nvidia-cutlass-dsl, both in bfloat16 or float16.",
+                "The GDN prefill backend %s is not used: the choices are triton, hmf with head_dim up to 128 on GPUs "
+                "like A100 and later, and flashinfer on Hopper with head_dim 128 and nvidia-cutlass-dsl, all in "
+                "bfloat16 or float16.",
                 option,
             )
+
+    def _runs_own_kernels(self, dtype: torch.dtype) -> bool:
+        from hmf.ops.gdn_chunk_triton import unsupported
+
+        head = self.A_log.new_empty(0, self.options.head_dim, dtype=dtype)
+        return unsupported(head, head, head) is None
 
     def prefill(self, inputs: Tensors, pools: Tensors, metadata: RecurrentMetadata) -> torch.Tensor:
         if self.chunks is None:
@@ -224,13 +242,16 @@ class GatedDeltaNet(RecurrentMixer):
         else:
             qkv = F.silu(qkv)
         q, k, v = self._streams(qkv[None])
-        if not self.shares_heads or self.options.kv_proj_rank or k.shape[2] != v.shape[2]:
+        own = self.chunks is own_chunks
+        if not self.shares_heads or self.options.kv_proj_rank or (k.shape[2] != v.shape[2] and not own):
             k, v = self._expand(k, "k"), self._expand(v, "v")
+        if not own:
+            q, k, v = (x.contiguous() for x in (q, k, v))
         slots = slots.long()
         o, after = self.chunks(
-            q=q.contiguous(),
-            k=k.contiguous(),
-            v=v.contiguous(),
+            q=q,
+            k=k,
+            v=v,
             g=decay[None],
             beta=beta[None],
             initial_state=started(pools[-1][slots], known),
