@@ -91,7 +91,7 @@ def test_the_one_attention_that_matters_is_kept(one_attention, tmp_path, method)
     assert (found["method"], found["kept"], found["stability"]["same_choice"]) == (method, [needed], 1.0)
     assert max(range(6), key=lambda layer: found["scores"][layer]) == needed
     assert found["pattern"].split("-")[needed] == "*" and found["pattern"] in output
-    assert "--layers " + ",".join(map(str, found["replaced"])) in output
+    assert "hybrid.layers=" + json.dumps(found["replaced"], separators=(",", ":")) in output
     assert (tmp_path / "out/selection.png").stat().st_size > 1000
 
 
