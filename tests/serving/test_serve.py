@@ -361,13 +361,25 @@ if what in ("refused", "ended"):
     sys.exit(0)
 time.sleep(120)
 """
-    RUN = "import sys; from hmf.errors import HmfError; from hmf.serving import serve\n" + (
-        "try: serve.run(serve.Launch(tuple(sys.argv[1:])))\nexcept HmfError as error: sys.exit(f'hmf: {error}')"
-    )
+    RUN = """
+import sys
+from hmf.errors import HmfError
+from hmf.serving import serve
+grace, *arguments = sys.argv[1:]
+serve.GRACE = float(grace)
+try:
+    serve.run(serve.Launch(tuple(arguments)))
+except HmfError as error:
+    sys.exit(f"hmf: {error}")
+"""
 
     @pytest.fixture
     def start(self, tmp_path):
-        """Call with what the stand-in does: the process of `serve.run` and the processes that it started."""
+        """Call with what the stand-in does: the process of `serve.run` and the processes that it started.
+
+        What has to end soon has a minute here, so that a busy machine does not fail the tests; what must not be waited
+        for takes longer than that.
+        """
         package = tmp_path / "vllm" / "entrypoints" / "cli"
         package.mkdir(parents=True)
         (package / "main.py").write_text(self.STAND_IN)
@@ -375,9 +387,9 @@ time.sleep(120)
             (folder / "__init__.py").touch()
         (tmp_path / "run.py").write_text(self.RUN)
 
-        def begin(what, script='exec "$@"'):
+        def begin(what, script='exec "$@"', grace=serve.GRACE):
             path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-            command = [sys.executable, str(tmp_path / "run.py"), what, str(tmp_path / "pids")]
+            command = [sys.executable, str(tmp_path / "run.py"), str(grace), what, str(tmp_path / "pids")]
             process = subprocess.Popen(
                 ["/bin/sh", "-c", script, "sh", *command],
                 env=os.environ | {"PYTHONPATH": path},
@@ -394,33 +406,32 @@ time.sleep(120)
     )
     def test_stopped(self, start, what, number):
         """In time, also when neither the server nor its child listens."""
-        process, started = start(what)
-        begun = time.monotonic()
+        assert serve.GRACE <= 10
+        process, started = start(what, grace=2)
         process.send_signal(number)
-        assert process.wait(15) == 0 and time.monotonic() - begun < 15
+        assert process.wait(60) == 0
         assert not any(map(_runs, started))
 
     def test_second_interrupt_does_not_wait(self, start):
-        process, started = start("deaf")
-        begun = time.monotonic()
+        process, started = start("deaf", grace=100)
         process.send_signal(signal.SIGINT)
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        assert process.wait(15) == 0 and time.monotonic() - begun < 6
+        assert process.wait(60) == 0
         assert not any(map(_runs, started))
 
     def test_killed(self, start):
         process, started = start("deaf")
         process.kill()
         process.wait()
-        _until(lambda: not any(map(_runs, started)), 15)
+        _until(lambda: not any(map(_runs, started)), 60)
 
     def test_interrupts_reach_a_background_job(self, start, tmp_path):
         """A script's background jobs ignore SIGINT, and so would what they start."""
         shell, started = start("interrupted", 'trap "" INT; exec "$@"')
         os.kill(started[0], signal.SIGINT)  # straight to the server, which is to hear it
-        _until(lambda: not _runs(started[0]), 15)
-        assert "ended by itself (exit code 0)" in shell.communicate(timeout=15)[1]
+        _until(lambda: not _runs(started[0]), 60)
+        assert "ended by itself (exit code 0)" in shell.communicate(timeout=60)[1]
 
     @pytest.mark.parametrize(
         ("what", "line"),
@@ -431,7 +442,7 @@ time.sleep(120)
     )
     def test_ended_by_itself(self, start, what, line):
         process, started = start(what)
-        errors = process.communicate(timeout=15)[1]
+        errors = process.communicate(timeout=60)[1]
         assert process.returncode == 1 and errors.splitlines()[-1] == line
         assert not any(map(_runs, started))
 
@@ -468,7 +479,7 @@ def test_server_and_chat(scripted, tmp_path):
         assert len(begun) >= 2  # the front end and the engine
     finally:
         process.send_signal(signal.SIGINT)
-        code = process.wait(15)
+        code = process.wait(60)
     assert code == 0, log.read_text()[-3000:]
     assert log.read_text().splitlines()[-1] == "The server has stopped."
     deadline = time.monotonic() + 10
