@@ -327,6 +327,10 @@ class TestOverrides:
         [
             (["--variant", '{"kv_cache_dtype": "fp7"}'], "--kv-cache-dtype: unknown dtype 'fp7'"),
             (["--variant", '{"gdn_prefill_backend": "own"}'], "--variant: gdn_prefill_backend: unknown backend 'own'"),
+            (
+                ["--hf-overrides", '{"gdn_prefill_backend": ["hmf"]}'],
+                "--hf-overrides: gdn_prefill_backend: unknown backend",
+            ),
             (["--hf-overrides", "{num_iter: 10}"], "--hf-overrides: {num_iter: 10} is not a JSON object"),
             (["--variant", "[1]"], "--variant: [1] is not a JSON object"),
             (["--variant", VARIANT], "no MODEL has these keys or layers of this type"),

@@ -204,6 +204,10 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("extra", "line"),
         [
+            (
+                ["--additional-config", '{"gdn_prefill_backend": "own"}'],
+                "--additional-config: gdn_prefill_backend: unknown backend 'own'; valid: aiter_flydsl, auto",
+            ),
             (["--enable-lora"], "LoRA is not supported on Hybrids"),
             (["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'], "drop --speculative-config"),
             (["--quantization", "fp8"], "vLLM's CPU build cannot quantise to fp8"),

@@ -209,6 +209,11 @@ class TestRefusals:
     def test_quantisation(self, hybrid_dir, method, line):
         assert line in refused(hybrid_dir, quantization=method, dtype="bfloat16")
 
+    @pytest.mark.parametrize("backend", ["Triton", ["hmf"]])
+    def test_prefill_kernels(self, hybrid_dir, backend):
+        line = "--additional-config: gdn_prefill_backend: unknown backend"
+        assert line in refused(hybrid_dir, additional_config={"gdn_prefill_backend": backend})
+
     def test_experts(self, tmp_path):
         sizes = engines.DIMENSIONS | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
         config = tiny_config(GDN, family="qwen3_moe", architectures=["HybridQwen3MoeForCausalLM"], **sizes)
