@@ -5,7 +5,9 @@ import difflib
 import functools
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class HmfError(Exception):
@@ -17,11 +19,34 @@ def one_line(message: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
 
 
+_temporary: dict[str, str] = {}  # temporary folders, and what the user knows each of them as
+
+
+@contextmanager
+def standing_for(folder: str | Path, name: str | Path) -> Iterator[None]:
+    """In the block, notices and an HmfError name `name` in place of the temporary `folder`, which the user never saw."""
+    _temporary[str(folder)] = str(name)
+    try:
+        yield
+    except HmfError as error:
+        if (line := _for_the_user(str(error))) == str(error):
+            raise
+        raise HmfError(line) from error.__cause__
+    finally:
+        del _temporary[str(folder)]
+
+
+def _for_the_user(line: str) -> str:
+    for folder, name in _temporary.items():
+        line = line.replace(folder, name)
+    return line
+
+
 @functools.cache
 def notice(line: str) -> None:
     """Print a warning on stderr. Each line is printed once per process, and only by the process of rank 0."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"hmf: {one_line(line)}", file=sys.stderr, flush=True)
+        print(f"hmf: {one_line(_for_the_user(line))}", file=sys.stderr, flush=True)
 
 
 def listed(names: Iterable[str], shown: int = 4, joint: str = ", ") -> str:

@@ -197,6 +197,23 @@ def test_the_command(tmp_path):
     assert [item.name for item in out.parent.iterdir()] == ["stage0"]
 
 
+def test_notices_name_the_users_folder(tmp_path, monkeypatch, capsys):
+    """And not the temporary copy of the language model, which they are about."""
+    whole_model("mistral3-mistral", tmp_path / "whole")
+    file = next(file for file in (tmp_path / "whole").glob("*.safetensors") if "embed_tokens" in str([*load_file(file)]))
+    tensors = load_file(file)
+    (name,) = (name for name in tensors if name.endswith("embed_tokens.weight"))
+    save_file(tensors | {"lm_head.weight": -tensors[name]}, file, {"format": "pt"})
+    index = tmp_path / "whole/model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["lm_head.weight"] = file.name
+    index.write_text(json.dumps(content))
+    arguments = ("init", tmp_path / "whole", "--text-only", "--ratio", "0.5", "--out", tmp_path / "stage0")
+    code, _, err = call(monkeypatch, capsys, *arguments)
+    assert code == 0 and f"{tmp_path / 'whole'}/config.json: tie_word_embeddings is true, but lm_head.weight dif" in err
+    assert ".stage0-text" not in err
+
+
 def test_a_plan_is_that_of_the_language_model(tmp_path, monkeypatch, capsys):
     """hmf plan needs no --text-only and no weights. hmf serve and hmf bench refuse, as hmf init does."""
     whole_model("qwen3_5_moe", tmp_path / "whole")

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hmf.config.strict import parse_json
-from hmf.errors import HmfError, listed, notice
+from hmf.errors import HmfError, listed, notice, standing_for
 from hmf.folders import reason, require_unused, shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -266,7 +266,8 @@ def new_directory(target: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise HmfError(f"{target}: cannot be created ({reason(error)}: {error.filename}); choose another") from None
     try:
-        yield work
+        with standing_for(work, target):
+            yield work
         follow_umask(work)
         if target.is_dir():
             target.rmdir()
