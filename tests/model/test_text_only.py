@@ -245,12 +245,12 @@ def test_the_command(tmp_path):
 def test_notices_name_the_users_folder(tmp_path, monkeypatch, capsys):
     """And not the temporary copy of the language model, which they are about."""
     whole_model("mistral3-mistral", tmp_path / "whole")
-    file = next(file for file in (tmp_path / "whole").glob("*.safetensors") if "embed_tokens" in str([*load_file(file)]))
-    tensors = load_file(file)
-    (name,) = (name for name in tensors if name.endswith("embed_tokens.weight"))
-    save_file(tensors | {"lm_head.weight": -tensors[name]}, file, {"format": "pt"})
     index = tmp_path / "whole/model.safetensors.index.json"
     content = json.loads(index.read_text())
+    (name,) = (name for name in content["weight_map"] if name.endswith("embed_tokens.weight"))
+    file = tmp_path / "whole" / content["weight_map"][name]
+    tensors = load_file(file)
+    save_file(tensors | {"lm_head.weight": -tensors[name]}, file, {"format": "pt"})
     content["weight_map"]["lm_head.weight"] = file.name
     index.write_text(json.dumps(content))
     arguments = ("init", tmp_path / "whole", "--text-only", "--ratio", "0.5", "--out", tmp_path / "stage0")

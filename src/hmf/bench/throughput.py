@@ -129,8 +129,8 @@ def subject(
 ) -> Subject:
     """The model at `folder`, with random weights if it has none. Raises HmfError if vLLM cannot serve it.
 
-    overrides: vLLM's --hf-overrides, `CACHE_OPTIONS` and `PREFILL` with valid values; first: the model that the others are compared with,
-    or None for this model itself.
+    overrides: vLLM's --hf-overrides, `CACHE_OPTIONS` and `PREFILL`, with valid values; first: the model that the others
+    are compared with, or None for this model itself.
     """
     config = load_config(folder, weights=False)
     overrides = dict(overrides or {})

@@ -25,6 +25,7 @@ from pydantic import (
 
 from hmf.errors import HmfError, notice, unknown_name
 
+
 class LayerOptions(BaseModel):
     """Base of the options classes.
 
