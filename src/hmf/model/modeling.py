@@ -153,6 +153,7 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
                 f"attention_mask: recurrent layers need shape [batch, cached + new tokens], {[batch, past + tokens]}, "
                 f"not {got}"
             )
+        may_jump = attention_mask is not None or past_key_values is not None
         if attention_mask is not None and tokens > 1 and bool(attention_mask.all()):
             attention_mask = None
         if position_ids is not None and getattr(position_ids, "shape", None) not in ((1, tokens), (batch, tokens)):
@@ -184,7 +185,7 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
                 )
             layout = shards.layout
         else:
-            layout = packed_layout((batch, tokens), attention_mask, position_ids, cu_seqlens, past > 0)
+            layout = packed_layout((batch, tokens), attention_mask, position_ids, cu_seqlens, past > 0, may_jump)
         mask_arguments = {
             "config": self.config,
             "inputs_embeds": inputs_embeds,
