@@ -240,6 +240,20 @@ def test_without_the_first_there_are_no_ratios(configs, bench):
     assert str(result.exception) == f"{base}: vLLM stopped"
 
 
+def test_errors_name_no_temporary_config(configs, monkeypatch):
+    """A Hybrid is measured from a config in a temporary folder; its errors are about the model of the command."""
+
+    def refuse(one, run, *_):
+        raise HmfError(f"{one.name}: {one.folder}: vLLM's decoder does not take it")
+
+    base = str(configs[0])
+    monkeypatch.setattr(throughput, "_run_one", refuse)
+    arguments = ["bench", "serving", base, "--mixer", "gdn", "--ratio", "0.5", "--context", "64:4"]
+    monkeypatch.setattr("hmf.serving.serve.require_vllm", lambda: None)
+    result = CliRunner().invoke(app, arguments)
+    assert str(result.exception).endswith(f"; {base} with gdn: {base}: vLLM's decoder does not take it")
+
+
 VARIANT = '{"gka_overrides": {"num_iter": 10}}'
 
 

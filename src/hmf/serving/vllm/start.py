@@ -80,7 +80,7 @@ class Start:
         stored = quantization.get("quant_method") if quantization else None
         return cls(
             config=config,
-            longest=longest if longest > 0 else config.max_position_embeddings,
+            longest=longest if longest > 0 else _default_length(config),
             on_cpu=on_cpu,
             quantization=options.get("quantization") or stored,
             quantised_checkpoint=bool(quantization),
@@ -99,6 +99,16 @@ class Start:
             stochastic_rounding=bool(options.get("enable_mamba_cache_stochastic_rounding")),
             prefill=_prefill(options.get("additional_config")),
         )
+
+
+def _default_length(config: Any) -> int:
+    """vLLM's default of --max-model-len."""
+    rope, length = config.rope_parameters, config.max_position_embeddings
+    if rope.get("rope_type") == "dynamic":
+        return int(length * rope["factor"])
+    return (
+        getattr(config, "original_max_position_embeddings", length) if rope.get("rope_type") == "longrope" else length
+    )
 
 
 def _prefill(additional_config: Any) -> Any:

@@ -16,7 +16,7 @@ from packaging.specifiers import SpecifierSet
 
 from hmf.config.layers import base_head_dim, layer_options, needed_kinds
 from hmf.config.pattern import ATTENTION, is_fused
-from hmf.errors import HmfError, unknown_name
+from hmf.errors import HmfError, notice, unknown_name
 from hmf.layers.base import heads_fit
 from hmf.layers.own import RECURRENT
 from hmf.layers.registry import mixer_class
@@ -348,6 +348,16 @@ def require_served(source: str | Path, start: Start) -> None:
     for row in TABLE:
         if row.problem is not None and (problem := row.problem(start)):
             raise HmfError(f"{source}: {problem}")
+
+
+def require_stock(source: str | Path, start: Start) -> None:
+    """Raise HmfError for a base that vLLM's own class would serve with wrong positions; print where it differs."""
+    if problem := configs.beyond_table(start):
+        raise HmfError(f"{source}: {problem}")
+    for difference in configs.of_stock_classes(start):
+        notice(f"{source}: {difference}; hmf chat and transformers compute what the config says")
+    if start.config.family.package in ("qwen3_5", "qwen3_5_moe") and importlib.util.find_spec("torchvision") is None:
+        notice(f"{source}: vLLM's class of this base needs torchvision, which is not installed here; install it first")
 
 
 @reported()
