@@ -295,6 +295,8 @@ def test_card(configs, bench):
         f"| {base} | 1,500 ms | 1,500 ms |",
     ]
     assert "with a saturated KV cache" in result.output and "at the Transformer's saturated batch size" in result.output
+    other, *_ = bench(str(configs[1]), "--context", "1024:max", "--format", "card")  # a Hybrid, as Qwen3.5 is one
+    assert f"at {configs[1]}'s saturated batch size" in other.output and "Transformer" not in other.output
     fixed, _, _ = bench(base, "--context", "64:4", "--format", "card")
     assert "| Model | 64 × 4 |" in fixed.output and "saturated" not in fixed.output
 

@@ -111,6 +111,7 @@ class TestOptions:
         assert "--dtype" not in serve.prepare(_with_tokenizer(tmp_path / "stock")).arguments
         notice = capsys.readouterr().err
         assert "tensors to bfloat16" in notice and "--dtype float32" not in notice
+        assert ("class of this base needs torchvision" in notice) == (importlib.util.find_spec("torchvision") is None)
         hybrid_of(stock, "*-*-*-*").save_pretrained(tmp_path / "hybrid")
         assert serve.prepare(_with_tokenizer(tmp_path / "hybrid")).arguments[1:3] == ("--dtype", "float32")
 
