@@ -244,7 +244,10 @@ ONE_STEP = {"max_steps": 1, "per_device_train_batch_size": 1}
         ({"hybrid": {"pattern": "*-GDN"}}, "pattern: has 2 layers, but the model has 6"),
         ({"hybrid": {"pattern": "*-GND-*-*-*-*"}}, "unknown layer symbol 'GND'; did you mean 'GDN'?"),
         ({"hybrid": {"layers": [1, 9]}}, "layers: [9] are not layers of the model; its layers are 0 to 5"),
-        ({"hybrid": {"ratio": 0.5, "options": {"gdn": {"use_gat": True}}}}, "'use_gat'; did you mean 'use_gate'?"),
+        (
+            {"hybrid": {"ratio": 0.5, "options": {"gdn": {"use_gat": True}}}},
+            "hybrid.options.gdn: unknown key 'use_gat'; did you mean 'use_gate'?",
+        ),
         ({"base": "nowhere"}, "nowhere: no such directory"),
         ({"distill": {"training": ONE_STEP | {"max_steps": "many"}}}, "distill.training.max_steps: "),
         ({"distill": {"training": {"max_steps": 1}}}, "distill.training.per_device_train_batch_size: is missing"),

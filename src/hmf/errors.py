@@ -4,8 +4,11 @@
 import difflib
 import functools
 import os
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 
 class HmfError(Exception):
@@ -17,11 +20,56 @@ def one_line(message: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
 
 
+_rewriters: list[Callable[[str], str]] = []  # of the blocks that are being executed, the innermost last
+
+
+@contextmanager
+def _rewriting(rewrite: Callable[[str], str]) -> Iterator[None]:
+    """In the block, notices and an HmfError have the text that `rewrite` gives."""
+    _rewriters.append(rewrite)
+    try:
+        yield
+    except HmfError as error:
+        if (line := rewrite(str(error))) == str(error):
+            raise
+        raise HmfError(line) from error.__cause__
+    finally:
+        _rewriters.pop()
+
+
+def standing_for(folder: str | Path, name: str | Path) -> AbstractContextManager[None]:
+    """In the block, messages name `name` in place of the temporary `folder`, which the user never saw."""
+    return _rewriting(lambda line: line.replace(str(folder), str(name)))
+
+
+def naming_config(source: str | Path | None, besides: Collection[str] = ()) -> AbstractContextManager[None]:
+    """In the block, messages that begin with `config.json: KEY` name the file in `source`, the folder, if it is known.
+
+    besides: keys whose values do not come from that file.
+    """
+
+    def rewrite(line: str) -> str:
+        file, _, rest = line.partition(": ")
+        from_file = file == "config.json" and re.split(r"\W", rest, maxsplit=1)[0] not in besides
+        return str(Path(source, line)) if source and from_file else line
+
+    return _rewriting(rewrite)
+
+
 @functools.cache
+def _print(line: str) -> None:
+    print(f"hmf: {one_line(line)}", file=sys.stderr, flush=True)
+
+
 def notice(line: str) -> None:
     """Print a warning on stderr. Each line is printed once per process, and only by the process of rank 0."""
+    for rewrite in reversed(_rewriters):
+        line = rewrite(line)
     if os.environ.get("RANK", "0") == "0":
-        print(f"hmf: {one_line(line)}", file=sys.stderr, flush=True)
+        _print(line)
+
+
+notice.cache_clear = _print.cache_clear  # type: ignore[attr-defined]
 
 
 def listed(names: Iterable[str], shown: int = 4, joint: str = ", ") -> str:

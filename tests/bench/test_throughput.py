@@ -240,6 +240,20 @@ def test_without_the_first_there_are_no_ratios(configs, bench):
     assert str(result.exception) == f"{base}: vLLM stopped"
 
 
+def test_errors_name_no_temporary_config(configs, monkeypatch):
+    """A Hybrid is measured from a config in a temporary folder; its errors are about the model of the command."""
+
+    def refuse(one, run, *_):
+        raise HmfError(f"{one.name}: {one.folder}: vLLM's decoder does not take it")
+
+    base = str(configs[0])
+    monkeypatch.setattr(throughput, "_run_one", refuse)
+    arguments = ["bench", "serving", base, "--mixer", "gdn", "--ratio", "0.5", "--context", "64:4"]
+    monkeypatch.setattr("hmf.serving.serve.require_vllm", lambda: None)
+    result = CliRunner().invoke(app, arguments)
+    assert str(result.exception).endswith(f"; {base} with gdn: {base}: vLLM's decoder does not take it")
+
+
 VARIANT = '{"gka_overrides": {"num_iter": 10}}'
 
 
@@ -281,6 +295,8 @@ def test_card(configs, bench):
         f"| {base} | 1,500 ms | 1,500 ms |",
     ]
     assert "with a saturated KV cache" in result.output and "at the Transformer's saturated batch size" in result.output
+    other, *_ = bench(str(configs[1]), "--context", "1024:max", "--format", "card")  # a Hybrid, as Qwen3.5 is one
+    assert f"at {configs[1]}'s saturated batch size" in other.output and "Transformer" not in other.output
     fixed, _, _ = bench(base, "--context", "64:4", "--format", "card")
     assert "| Model | 64 × 4 |" in fixed.output and "saturated" not in fixed.output
 
@@ -327,6 +343,10 @@ class TestOverrides:
         [
             (["--variant", '{"kv_cache_dtype": "fp7"}'], "--kv-cache-dtype: unknown dtype 'fp7'"),
             (["--variant", '{"gdn_prefill_backend": "own"}'], "--variant: gdn_prefill_backend: unknown backend 'own'"),
+            (
+                ["--hf-overrides", '{"gdn_prefill_backend": ["hmf"]}'],
+                "--hf-overrides: gdn_prefill_backend: unknown backend",
+            ),
             (["--hf-overrides", "{num_iter: 10}"], "--hf-overrides: {num_iter: 10} is not a JSON object"),
             (["--variant", "[1]"], "--variant: [1] is not a JSON object"),
             (["--variant", VARIANT], "no MODEL has these keys or layers of this type"),

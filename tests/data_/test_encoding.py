@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AddedToken
 
 from hmf.data.encoding import IGNORED, encode_answers, encode_chat, encode_document
 from hmf.data.tokenizer import encode_texts
@@ -258,6 +259,22 @@ def test_special_tokens_in_contents_can_be_plain_text(tokenizer, templated, temp
     # As the tokenizer itself has the text.
     [alone] = encode_texts(chosen, [ENDING], split_special_tokens=True)
     assert any(plain.ids[start : start + len(alone)] == alone for start in range(len(plain)))
+
+
+def test_a_tokenizer_that_has_changed_is_asked_again(templated):
+    """Between two documents it gets a special token, and another token at the end of turns."""
+    chosen, template = templated(SIMPLE), SIMPLE.replace("<|im_end|>", "<|end|>")
+    talk = [{"role": "user", "content": "a <|end|> b"}, {"role": "assistant", "content": "c <|end|> d"}]
+    [before] = encode_chat(chosen, talk, split_special_tokens=True)
+    chosen.add_tokens([AddedToken("<|end|>", special=True)])
+    [plain] = encode_chat(chosen, talk, split_special_tokens=True)
+    number = chosen.convert_tokens_to_ids("<|end|>")
+    assert number not in plain.ids and chosen.decode(plain.ids) == chosen.decode(before.ids)
+    [read] = encode_chat(chosen, talk)
+    assert read.ids.count(number) == 2
+    chosen.chat_template = template
+    [ended] = encode_chat(chosen, talk, split_special_tokens=True)
+    assert ended.ids.count(number) == 2 and "<|im_end|>" not in chosen.decode(ended.ids)
 
 
 PIECES = st.lists(st.one_of(st.text(), st.sampled_from(sorted(SPECIAL))), min_size=1, max_size=4).map("".join)

@@ -329,6 +329,44 @@ def test_what_a_state_cannot_do_is_refused_by_name(name, trio, folders):
     assert "\n" not in str(caught.value)
 
 
+GAP = torch.cat([torch.arange(5), torch.arange(20, 27)])[None]
+WHERE_A_BASE_GOES_ON = {
+    "mask": lambda m, positions: m(IDS, position_ids=positions, attention_mask=torch.ones_like(IDS), use_cache=False),
+    "padding": lambda m, positions: m(PADDED, position_ids=positions, attention_mask=MASK, use_cache=False),
+    "empty cache": lambda m, positions: m(IDS, position_ids=positions, past_key_values=DynamicCache()),
+    "use_cache of the config": lambda m, positions: m(IDS, position_ids=positions),
+    "generate": lambda m, positions: m.generate(IDS, position_ids=positions.expand(2, -1), max_new_tokens=1),
+}
+
+
+@pytest.mark.parametrize(
+    ("positions", "jump"), [(GAP, "4 to 20"), (GAP.flip(1), "26 to 25"), (GAP / 4, "0.0 to 0.25")], ids=str
+)
+@pytest.mark.parametrize("call", WHERE_A_BASE_GOES_ON)
+@torch.no_grad()
+def test_positions_that_jump_begin_no_document_where_a_base_goes_on(call, positions, jump, trio):
+    WHERE_A_BASE_GOES_ON[call](trio["base"], positions)
+    with pytest.raises(HmfError, match="position_ids: jump from .* with an attention_mask or a cache") as caught:
+        WHERE_A_BASE_GOES_ON[call](trio["gdn"], positions)
+    assert jump in str(caught.value) or call == "padding"
+
+
+@torch.no_grad()
+def test_positions_that_jump_as_in_a_base(trio):
+    """Without a mask and a cache they begin documents; after cached tokens and at padding they do not."""
+    mask = torch.ones_like(IDS)
+    mask[:, 5] = 0
+    for given in ({"use_cache": False}, {"use_cache": False, "attention_mask": mask}):
+        found, expected = (trio[name](IDS, position_ids=GAP, **given).logits for name in ("twin", "base"))
+        close(found[mask.bool()], expected[mask.bool()])
+    pieces = []
+    for name in ("twin", "base"):
+        cache = DynamicCache()
+        trio[name](IDS, past_key_values=cache)
+        pieces.append(trio[name](MORE, past_key_values=cache, position_ids=torch.tensor([[20, 21, 40, 41]])).logits)
+    close(*pieces)
+
+
 @pytest.mark.parametrize("given", [(), (None,) * 4], ids=["keyword", "position"])
 def test_labels_of_a_fused_checkpoint_are_refused(given, trio):
     fused = fused_model(trio["base"], "*-GDN-*-GDN")

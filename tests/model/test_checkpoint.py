@@ -14,11 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from hmf.errors import HmfError
 from hmf.model.checkpoint import load_config, load_model, save_checkpoint
+from hmf.model.families import family_of
 from hmf.model.files import copy_companions, new_directory
+from hmf.model.modeling import hybrid_classes
+from hmf.model.values import changed
 from tests.parity import full_case
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,6 +106,36 @@ def test_truncated_weights(checkpoint, load, size):
     whole = (checkpoint / "model.safetensors").read_bytes()
     (checkpoint / "model.safetensors").write_bytes(whole[:size])
     refused(load, checkpoint, "damaged.*copy the file again")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hybrid_override_pattern": "*-FOO"},
+        {"gdn_config": {"foo": 1}},
+        {"gdn_overrides": [1]},
+        {"state_dtype": "float8"},
+        {"rope_parameters": {"rope_type": "spiral"}},
+        {"num_key_value_heads": 3},
+        {"per_layer_config": {"0": {}}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_errors_of_a_config_name_its_file(checkpoint, change):
+    """However it is read."""
+    edit_config(checkpoint, **change)
+    own = hybrid_classes(family_of(json.loads((checkpoint / "config.json").read_text())["model_type"]))
+    loaders = (AutoConfig, own.config, AutoModelForCausalLM, own.causal_lm)
+    for load in (*(cls.from_pretrained for cls in loaders), load_config, load_model):
+        refused(load, checkpoint, f"^{checkpoint}/config.json: {next(iter(change))}")
+
+
+def test_errors_of_values_that_are_in_no_file_name_none(checkpoint):
+    config = load_config(checkpoint)
+    with pytest.raises(HmfError, match="^--hf-overrides: gdn_config: unknown key"):
+        changed(config, {"gdn_config": {"foo": 1}}, "--hf-overrides")
+    with pytest.raises(HmfError, match="^config.json: gdn_config: unknown key"):
+        type(config)(**config.to_dict() | {"gdn_config": {"foo": 1}})
 
 
 @either_way

@@ -159,6 +159,51 @@ def test_experts_that_are_stored_merged(merged, tmp_path):
         make_stage0_of_text(tmp_path / "whole", tmp_path / "again")
 
 
+SPEECH = {
+    "encoder_config": {"hidden_dim": 16, "num_layers": 1, "num_heads": 2, "dim_head": 8, "context_size": 8},
+    "projector_config": COMMON | {"model_type": "blip_2_qformer", "num_attention_heads": 2, "encoder_hidden_size": 16},
+}
+
+
+@torch.no_grad()
+def test_granite_speech(tmp_path, monkeypatch, capsys):
+    """Its encoder counts batches in integers, its adapter is for sound only, and its class does not scale logits."""
+    text = SIZES | {"model_type": "granite", "vocab_size": 300, "embedding_multiplier": 2.0, "logits_scaling": 1.0}
+    config = transformers.GraniteSpeechConfig(text_config=text, has_lora_adapter=False, audio_token_index=299, **SPEECH)
+    model, whole, ids = transformers.GraniteSpeechForConditionalGeneration(config), tmp_path / "whole", random_ids(2, 9)
+    randomise(model)
+    model.eval().save_pretrained(whole)
+    train_tokenizer(["It's the year 2024, isn't it?\n"] * 4, 280, "", 64).save_pretrained(whole)
+    arguments = ("init", whole, "--ratio", "0.5", "--out", tmp_path / "stage0")
+    assert "'granite_speech' is a multimodal model; use its language model" in call(monkeypatch, capsys, *arguments)[2]
+    assert call(monkeypatch, capsys, *arguments, "--text-only")[0] == 0
+    assert torch.equal(teacher_logits(load_model(tmp_path / "stage0"), ids), model(ids).logits)
+    content = json.loads((whole / "config.json").read_text())
+    arguments = (*arguments[:-1], tmp_path / "other")
+    (whole / "adapter_config.json").write_text("{}")
+    (whole / "config.json").write_text(json.dumps(content | {"has_lora_adapter": True}))
+    for option in ((), ("--text-only",)):
+        err = call(monkeypatch, capsys, *arguments, *option)[2]
+        assert "whole/adapter_config.json: granite_speech uses this adapter for sound only" in err
+        assert "copy the checkpoint without adapter_config.json and give --text-only" in err
+    (whole / "adapter_config.json").unlink()
+    content["text_config"]["logits_scaling"] = 3.0
+    (whole / "config.json").write_text(json.dumps(content))
+    err = call(monkeypatch, capsys, *arguments, "--text-only")[2]
+    assert "whole/config.json: text_config.logits_scaling: GraniteSpeechForConditionalGeneration of tran" in err
+    assert "does not divide logits and its language model would; set the key to 1 to keep" in err
+
+
+def test_integers_in_the_place_of_the_language_models_weights_are_refused(tmp_path):
+    whole_model("mistral3-mistral", tmp_path / "whole")
+    file = next(iter((tmp_path / "whole").glob("*.safetensors")))
+    tensors = load_file(file)
+    name = next(name for name in tensors if "language_model" in name)
+    save_file(tensors | {name: tensors[name].long()}, file, {"format": "pt"})
+    with pytest.raises(HmfError, match=f"tensor {re.escape(name)} has dtype I64, not one of F64"):
+        take_text(tmp_path / "whole", tmp_path / "text")
+
+
 def test_token_ids_that_are_defaults_of_the_whole_configs_class_are_not_the_language_models(tmp_path):
     """Idefics 3 and SmolVLM, whose class has a padding token beyond the vocabulary of most of its models."""
     text = SIZES | {"model_type": "llama", "vocab_size": 300}
@@ -195,6 +240,23 @@ def test_the_command(tmp_path):
     assert torch.equal(teacher_logits(load_model(out), ids), model(ids).logits)
     assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
     assert [item.name for item in out.parent.iterdir()] == ["stage0"]
+
+
+def test_notices_name_the_users_folder(tmp_path, monkeypatch, capsys):
+    """And not the temporary copy of the language model, which they are about."""
+    whole_model("mistral3-mistral", tmp_path / "whole")
+    index = tmp_path / "whole/model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    (name,) = (name for name in content["weight_map"] if name.endswith("embed_tokens.weight"))
+    file = tmp_path / "whole" / content["weight_map"][name]
+    tensors = load_file(file)
+    save_file(tensors | {"lm_head.weight": -tensors[name]}, file, {"format": "pt"})
+    content["weight_map"]["lm_head.weight"] = file.name
+    index.write_text(json.dumps(content))
+    arguments = ("init", tmp_path / "whole", "--text-only", "--ratio", "0.5", "--out", tmp_path / "stage0")
+    code, _, err = call(monkeypatch, capsys, *arguments)
+    assert code == 0 and f"{tmp_path / 'whole'}/config.json: tie_word_embeddings is true, but lm_head.weight dif" in err
+    assert ".stage0-text" not in err
 
 
 def test_a_plan_is_that_of_the_language_model(tmp_path, monkeypatch, capsys):

@@ -16,6 +16,7 @@ import types
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hmf.errors import HmfError
 from hmf.evaluation.chunks import Composition
@@ -33,6 +34,12 @@ from tests.serving.scripted import save_scripted
 STATES = ["--mamba-cache-dtype", "float32", "--mamba-ssm-cache-dtype", "float32"]
 PARSERS = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"]
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2, "original_max_position_embeddings": 128}
+LONGROPE = {
+    "rope_type": "longrope",
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0] * 16,
+    "long_factor": [2.0] * 16,
+}
 LOCAL = ["--host", "127.0.0.1"]
 PREFIXES = ["--enable-prefix-caching", "--mamba-cache-mode", "align"]
 
@@ -104,6 +111,7 @@ class TestOptions:
         assert "--dtype" not in serve.prepare(_with_tokenizer(tmp_path / "stock")).arguments
         notice = capsys.readouterr().err
         assert "tensors to bfloat16" in notice and "--dtype float32" not in notice
+        assert ("class of this base needs torchvision" in notice) == (importlib.util.find_spec("torchvision") is None)
         hybrid_of(stock, "*-*-*-*").save_pretrained(tmp_path / "hybrid")
         assert serve.prepare(_with_tokenizer(tmp_path / "hybrid")).arguments[1:3] == ("--dtype", "float32")
 
@@ -201,9 +209,41 @@ class TestOptions:
                 serve.prepare(tmp_path)
 
     @needs_vllm
+    def test_a_base_is_not_served_beyond_vllms_positions(self, tmp_path):
+        """vLLM would read behind the end of its table, which it does not scale as transformers does."""
+        dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+        for rope, end in ((dynamic, 1024), (YARN, 256)):
+            _stock(tmp_path, rope_parameters=rope)
+            with pytest.raises(HmfError, match=rf"^{tmp_path}: vLLM's table .*\({rope['rope_type']}\) ends at {end}"):
+                serve.prepare(tmp_path)
+            assert "--max-model-len" in serve.prepare(tmp_path, ["--max-model-len", str(end)]).arguments
+
+    @needs_vllm
+    @pytest.mark.parametrize(
+        ("fields", "extra", "line"),
+        [
+            (LONGROPE, [], "rope_type 'longrope': with --max-model-len above 64, vLLM uses long_factor for every"),
+            (LONGROPE, ["--max-model-len", "64"], ""),
+            (LONGROPE | {"attention_factor": 1.2}, ["--max-model-len", "64"], "rope_parameters.attention_factor and"),
+            ({"partial_rotary_factor": 0.5}, [], "rope_parameters.partial_rotary_factor: vLLM rotates a part of each"),
+            ({"rope_dim": 16}, [], "rope_parameters.rope_dim: transformers does not read it, and vLLM may"),
+            (YARN | {"factor": 8, "attention_factor": 1.1, "mscale": 1.0, "truncate": False}, [], ""),
+        ],
+    )
+    def test_other_positions_of_a_base_are_named(self, tmp_path, capfd, fields, extra, line):
+        _stock(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 1e4} | fields)
+        serve.prepare(tmp_path, extra)
+        err = capfd.readouterr().err
+        assert f"{tmp_path}: {line}" in err if line else "rope" not in err
+
+    @needs_vllm
     @pytest.mark.parametrize(
         ("extra", "line"),
         [
+            (
+                ["--additional-config", '{"gdn_prefill_backend": "own"}'],
+                "--additional-config: gdn_prefill_backend: unknown backend 'own'; valid: aiter_flydsl, auto",
+            ),
             (["--enable-lora"], "LoRA is not supported on Hybrids"),
             (["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'], "drop --speculative-config"),
             (["--quantization", "fp8"], "vLLM's CPU build cannot quantise to fp8"),
@@ -488,6 +528,13 @@ def test_server_and_chat(scripted, tmp_path):
     assert not left
     first = next(line for line in log.read_text().splitlines() if line.startswith("vllm serve "))
     assert first.startswith(f"vllm serve {scripted} ") and "--mamba-cache-mode align" in first
+
+
+def _stock(path, **fields):
+    """A small Llama at `path`, in place of what is there, with a tokenizer."""
+    sizes = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 48, "num_attention_heads": 2, "vocab_size": 61}
+    config = LlamaConfig(**sizes, num_hidden_layers=1, max_position_embeddings=1024, **fields)
+    AutoModelForCausalLM.from_config(config).save_pretrained(_with_tokenizer(path))
 
 
 def _with_tokenizer(path):

@@ -13,12 +13,14 @@ from hmf.model.families import FAMILIES
 from hmf.serving.vllm import configs, support, weights
 from hmf.serving.vllm.weights import account, expected_tensors, quantised_tensors
 from tests.hybrids import Case, tiny_config
+from tests.numerics import assert_same
 from tests.serving import engines
 
 ROOT = Path(__file__).resolve().parents[2]
 GDN = Case("GDN", "vllm")
 STACKS = re.compile(r"models\.(llama|mistral|qwen)")  # vLLM's modules that hold the families' stacks
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
+YARN = {"rope_type": "yarn", "factor": 4.0}
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +211,11 @@ class TestRefusals:
     def test_quantisation(self, hybrid_dir, method, line):
         assert line in refused(hybrid_dir, quantization=method, dtype="bfloat16")
 
+    @pytest.mark.parametrize("backend", ["Triton", ["hmf"]])
+    def test_prefill_kernels(self, hybrid_dir, backend):
+        line = "--additional-config: gdn_prefill_backend: unknown backend"
+        assert line in refused(hybrid_dir, additional_config={"gdn_prefill_backend": backend})
+
     def test_experts(self, tmp_path):
         sizes = engines.DIMENSIONS | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
         config = tiny_config(GDN, family="qwen3_moe", architectures=["HybridQwen3MoeForCausalLM"], **sizes)
@@ -262,6 +269,35 @@ class TestRefusals:
         fields = engines.DIMENSIONS | fields | {"architectures": [architecture]}
         tiny_config(GDN, family=family, **fields).save_pretrained(tmp_path)
         assert line in refused(tmp_path)
+
+    @pytest.mark.parametrize(
+        "rope",
+        [
+            {},
+            {"rope_type": "linear", "factor": 4.0},
+            {"rope_type": "linear", "factor": 2.0, "attention_factor": 1.3, "original_max_position_embeddings": 16},
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            YARN,
+            YARN | {"original_max_position_embeddings": 128},
+            YARN | {"attention_factor": 1.5, "mscale": 0.7, "mscale_all_dim": 0.5},
+            YARN | {"mscale": 0.7, "mscale_all_dim": 0.5, "truncate": False},
+            YARN | {"mscale": 0.7, "beta_fast": 8, "beta_slow": 2.0},
+            YARN | {"mscale": 0.0, "mscale_all_dim": 0.5, "factor": 2.5},
+        ],
+        ids=str,
+    )
+    def test_rotary_tables_are_those_of_transformers(self, rope):
+        """Every served type with every key that it reads, and with keys that it does not. Factors divide exactly."""
+        from vllm.config import VllmConfig, set_current_vllm_config
+        from vllm.model_executor.layers.rotary_embedding import get_rope
+
+        config = tiny_config(GDN, family="llama", **engines.DIMENSIONS, rope_parameters=ROPE | rope)
+        with set_current_vllm_config(VllmConfig()):
+            rotary = get_rope(32, 64, rope_parameters=dict(config.rope_parameters), dtype=torch.float32)
+        table = rotary.cos_sin_cache
+        stock = FAMILIES["llama"].class_named("RotaryEmbedding")(config)
+        cos, sin = stock(torch.zeros(1, len(table), 1), torch.arange(len(table))[None])
+        assert_same(table, torch.cat([cos[0, :, :16], sin[0, :, :16]], 1))
 
     def test_vllms_layers_read_no_other_keys(self):
         """Each key that the stock stacks take from a config is one that transformers computes with, or refused."""

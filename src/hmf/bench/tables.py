@@ -142,7 +142,8 @@ def card(table_rows: list[dict[str, Any]], base: str, ranks: int, hardware: Mapp
     where = f"{len(gpus)}× {gpus[0]} (TP={ranks})" if gpus else hardware.get("cpu", "hardware that is not stated")
     filled = all(row["filled"] for row in table_rows)
     cache = "with a saturated KV cache" if filled else "of the numbers of sequences that the columns name"
-    sizes = "at the Transformer's saturated batch size" if filled else "of the same sequences"
+    first = "the Transformer" if table_rows[0].get("kind", "Transformer").startswith("Transformer") else base
+    sizes = f"at {first}'s saturated batch size" if filled else "of the same sequences"
     return "\n".join(
         [
             f"Sustained decode throughput (tokens/s) on {where}, measured during pure decode {cache}. "

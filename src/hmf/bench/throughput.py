@@ -43,6 +43,7 @@ from hmf.planning import serving as planner
 from hmf.planning.serving import Plan, ServingSettings, make_plan
 from hmf.serving.serve import end_group, for_machine, servable
 from hmf.serving.vllm import register
+from hmf.serving.vllm.start import PREFILL
 
 from . import engine
 from .engine import Load, Measured
@@ -50,8 +51,6 @@ from .engine import Load, Measured
 DTYPES = ("float32", "bfloat16", "float16")
 GROUP = "vllm.general_plugins"
 CACHE_OPTIONS = ("kv_cache_dtype", "mamba_ssm_cache_dtype")  # of vLLM, which an override may name beside config keys
-PREFILL = "gdn_prefill_backend"  # of vLLM's additional_config, which an override may name too
-PREFILLS = ("flashinfer", "triton", "hmf")
 PLANNED = 0.95  # share of the planned sequences that is used, because a plan is an estimate
 
 
@@ -130,16 +129,13 @@ def subject(
 ) -> Subject:
     """The model at `folder`, with random weights if it has none. Raises HmfError if vLLM cannot serve it.
 
-    overrides: vLLM's --hf-overrides, `CACHE_OPTIONS` and `PREFILL`; first: the model that the others are compared with,
-    or None for this model itself.
+    overrides: vLLM's --hf-overrides, `CACHE_OPTIONS` and `PREFILL`, with valid values; first: the model that the others
+    are compared with, or None for this model itself.
     """
     config = load_config(folder, weights=False)
     overrides = dict(overrides or {})
     stored = {key: overrides.pop(key) for key in CACHE_OPTIONS if key in overrides}
     additional = {key: overrides.pop(key) for key in (PREFILL,) if key in overrides}
-    for key, value in additional.items():
-        if value not in PREFILLS:
-            raise HmfError(f"--variant: {key}: {unknown_name('backend', str(value), PREFILLS)}")
     planned = replace(_settings(run), **stored)
     for key, value in overrides.items():
         setattr(config, key, value)  # as vLLM does

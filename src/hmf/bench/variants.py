@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from hmf.config.layers import LAYER_KINDS, needed_kinds
-from hmf.errors import HmfError
+from hmf.errors import HmfError, unknown_name
 from hmf.model.checkpoint import load_config
 from hmf.model.values import changed
 from hmf.planning.memory import layer_caches
 from hmf.planning.serving import ServingSettings, as_hybrid
+from hmf.serving.vllm.start import PREFILL, PREFILLS
 
-from .throughput import CACHE_OPTIONS, PREFILL, Run, Subject, subject
+from .throughput import CACHE_OPTIONS, Run, Subject, subject
 
 
 def subjects(
@@ -57,6 +58,8 @@ def _require_valid(configs: Mapping[str, Any], overrides: Mapping[str, dict[str,
             ServingSettings(**{key: x for key, x in values.items() if key in CACHE_OPTIONS})
         except HmfError as error:
             raise HmfError(f"{option}: {error}") from None
+        if PREFILL in values and values[PREFILL] not in PREFILLS:
+            raise HmfError(f"{option}: {PREFILL}: {unknown_name('backend', str(values[PREFILL]), PREFILLS)}")
 
 
 def _values(overrides: dict[str, Any]) -> Iterator[str]:

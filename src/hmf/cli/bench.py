@@ -25,7 +25,7 @@ from hmf.cli.shared import (
     replacement,
     tokens,
 )
-from hmf.errors import HmfError, notice
+from hmf.errors import HmfError, notice, standing_for
 from hmf.folders import require_parent, resolve_base
 from hmf.gpus import available
 
@@ -303,6 +303,7 @@ def serving(
 
     import json
     import tempfile
+    from contextlib import ExitStack
 
     import torch
 
@@ -322,10 +323,11 @@ def serving(
         tensor_parallel_size,
         enforce_eager,
     )
-    with tempfile.TemporaryDirectory(prefix="hmf-config-") as folder:
+    with tempfile.TemporaryDirectory(prefix="hmf-config-") as folder, ExitStack() as named_by_user:
         for settings in hybrids:
             config = load_config(named[0][1], weights=False)
             place = Path(folder) / str(len(named))
+            named_by_user.enter_context(standing_for(place, models[0]))
             hybrid_config(config, base_pattern(config, settings)).save_pretrained(place)
             named.append((f"{models[0]} with {settings.mixer if pattern is None else 'a pattern'}", place))
         if tensor_parallel_size > max(1, gpus := torch.cuda.device_count()):

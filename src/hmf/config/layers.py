@@ -8,7 +8,6 @@ A notice names those that differ.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -25,8 +24,6 @@ from pydantic import (
 )
 
 from hmf.errors import HmfError, notice, unknown_name
-
-_notice_once = functools.cache(notice)  # a config is read several times
 
 
 class LayerOptions(BaseModel):
@@ -86,7 +83,7 @@ class LayerOptions(BaseModel):
         dimensions = cls.dimensions(base, own)
         for key in cls.derived & (options or {}).keys():
             if (stored := (options or {})[key]) is not None and stored != dimensions[key]:
-                _notice_once(
+                notice(
                     f"{source}: {key}: {stored!r} is not read; {dimensions[key]!r} follows from the keys of the base"
                 )
         try:

@@ -183,19 +183,21 @@ def encode_texts(
         ) from None
 
 
-@functools.lru_cache(maxsize=8)
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids of the special tokens: those with a role, such as EOS, and added ones. Some end turns without a role."""
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset(added | set(tokenizer.all_special_ids))
 
 
-@functools.lru_cache(maxsize=8)
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """A pattern for the special tokens in a text; at each position, the longest one matches."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    names = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, names)) or "(?!)")
+    return _any_of(frozenset(added | set(tokenizer.all_special_tokens)))
+
+
+@functools.lru_cache(maxsize=8)
+def _any_of(names: frozenset[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
 class SpecialTokenSplitter:

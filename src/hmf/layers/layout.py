@@ -41,12 +41,16 @@ def packed_layout(
     position_ids: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     has_past: bool,
+    may_jump: bool = False,
 ) -> PackedLayout | None:
     """The layout of a batch, or None when its rows are whole sequences without padding.
 
     attention_mask [B, past + T], nonzero for real tokens; position_ids [B or 1, T], which restart at each packed
     document; cu_seqlens [S+1], the bounds of the documents in a batch of one row. Raises HmfError for packing combined
     with padding or with a cache.
+
+    may_jump: whether positions that jump would go on in the same text in transformers, as they do with a mask and with
+    a cache. HmfError for such positions, except for those that restart at 0: they begin documents here.
     """
     batch, tokens = shape
     real = None if attention_mask is None else attention_mask[:, -tokens:].bool()
@@ -55,6 +59,8 @@ def packed_layout(
     if cu_seqlens is None and real is None and (tokens == 1 or has_past):
         return None
     starts = None if has_past or cu_seqlens is not None else document_starts(shape, position_ids)  # [B, T]
+    if may_jump and starts is not None and position_ids is not None:
+        _require_restarts(starts, position_ids, real)
     if real is not None:
         # Padding may have any position. A real token after a real token must continue its document.
         if cu_seqlens is not None or (starts is not None and bool((starts[:, 1:] & real[:, 1:] & real[:, :-1]).any())):
@@ -69,6 +75,20 @@ def packed_layout(
     bounds = starts.flatten().nonzero()[:, 0]
     end = bounds.new_tensor([batch * tokens])
     return PackedLayout(torch.arange(batch * tokens, device=bounds.device), torch.cat([bounds, end]), shape)
+
+
+def _require_restarts(starts: torch.Tensor, position_ids: torch.Tensor, real: torch.Tensor | None) -> None:
+    jumps = starts[:, 1:] & (position_ids[:, 1:] != 0)
+    if real is not None:
+        jumps &= real[:, 1:] & real[:, :-1]
+    if bool(jumps.any()):
+        row, at = jumps.nonzero()[0].tolist()
+        before, after = position_ids.expand(len(starts), -1)[row, at : at + 2].tolist()
+        raise HmfError(
+            f"position_ids: jump from {before} to {after}: with an attention_mask or a cache, transformers goes on in "
+            "the same text there, and a Hybrid does not; give positions that grow by one, or without a mask and with "
+            "use_cache=False if documents begin there"
+        )
 
 
 def document_starts(shape: tuple[int, int], position_ids: torch.Tensor | None) -> torch.Tensor | None:

@@ -13,7 +13,7 @@ import torch
 
 from hmf.config.layers import LAYER_KINDS, base_head_dim, layer_options, needed_kinds, own_shape_problem
 from hmf.config.pattern import ATTENTION, FROM_RECURRENT, Pattern
-from hmf.errors import HmfError
+from hmf.errors import HmfError, naming_config
 from hmf.layers.own import RECURRENT, check_own_layers, own_layers
 from hmf.layers.registry import MIXERS
 
@@ -30,14 +30,14 @@ OPTION_KEYS = tuple(key for kind in LAYER_KINDS.values() for key in (kind.config
 @contextmanager
 def building(source: str | Path | None) -> Iterator[None]:
     """Turn an error of transformers in the block into an HmfError that names the config.json of `source`, if known."""
-    try:
-        yield
-    except (HmfError, OSError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # any kind, because transformers uses values before it checks them
-        file = Path(source) / "config.json" if source else "config.json"
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise HmfError(f"{file}: no model can be built from it ({type(error).__name__}: {reason})") from error
+    with naming_config(source):
+        try:
+            yield
+        except (HmfError, OSError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # any kind, because transformers uses values before it checks them
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise HmfError(f"config.json: no model can be built from it ({type(error).__name__}: {reason})") from error
 
 
 class HybridConfigMixin(Mixin):
@@ -53,7 +53,16 @@ class HybridConfigMixin(Mixin):
     base_layer_types: Any  # of a base with recurrent layers of its own, because layer_types is written as symbols
     attention_types: list[str]  # the type of each layer's attention in the base model, also for replaced layers
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        source = pretrained_model_name_or_path
+        return super().from_pretrained(source, **{"name_or_path": str(source)} | kwargs)  # as AutoConfig does
+
     def __post_init__(self, **kwargs: Any) -> None:
+        with naming_config(kwargs.get("name_or_path")):
+            self._complete(**kwargs)
+
+    def _complete(self, **kwargs: Any) -> None:
         listed = self.layer_types
         # The list may come from a file and have the pattern's symbols, or from memory and have transformers' names.
         has_symbols = any(

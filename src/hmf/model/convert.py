@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 from hmf.config.layers import LAYER_KINDS, base_head_dim
 from hmf.config.pattern import ATTENTION, Pattern
 from hmf.config.runs import HybridSettings
-from hmf.errors import HmfError
+from hmf.errors import HmfError, naming_config
 from hmf.layers.attention import separate
 from hmf.layers.own import base_mixer, base_mixer_name, own_layers, own_state_shapes
 from hmf.layers.registry import layer_states
@@ -45,8 +45,11 @@ def base_pattern(config: Any, settings: HybridSettings) -> Pattern:
     pattern = settings.layer_pattern(config.num_hidden_layers, attention_layers(config))
     try:
         hybrid_config(config, pattern.with_fused(True), settings.options_by_key())
-    except HmfError as error:  # the user wrote a pattern, and no config.json yet
-        raise HmfError(str(error).replace("config.json: hybrid_override_pattern", "pattern")) from None
+    except HmfError as error:  # the user wrote a pattern and options, and no config.json yet
+        line = str(error).replace("config.json: hybrid_override_pattern", "pattern")
+        for kind in LAYER_KINDS.values():
+            line = line.replace(f"config.json: {kind.config_key}", f"hybrid.options.{kind.name}")
+        raise HmfError(line) from None
     return pattern
 
 
@@ -79,7 +82,8 @@ def hybrid_config(base: Any, pattern: Pattern, options: Mapping[str, Mapping[str
         "architectures": [classes.causal_lm.__name__],
         **options,
     }
-    with building(base.name_or_path):
+    given = {"hybrid_override_pattern", *options}
+    with naming_config(base.name_or_path, besides=given), building(None):
         config = classes.config(**fields)
     if kinds and list(kinds) != config.attention_types:
         raise HmfError(

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hmf.config.strict import parse_json
-from hmf.errors import HmfError, listed, notice
+from hmf.errors import HmfError, listed, notice, standing_for
 from hmf.folders import reason, require_unused, shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -107,16 +107,22 @@ def require_folder(source: str | Path) -> Path:
 
 def require_config(source: str | Path) -> Path:
     """`source` as a directory with a config.json that can be read; HmfError otherwise, also for an adapter."""
-    folder = require_folder(source)
+    folder, config_file = require_folder(source), Path(source) / "config.json"
+    content = read_object(config_file) if config_file.exists() else None
     if adapters := sorted(item.name for item in folder.iterdir() if ADAPTERS.fullmatch(item.name)):
+        if content and content.get("has_lora_adapter"):  # Granite Speech
+            raise HmfError(
+                f"{folder / adapters[0]}: {content.get('model_type')} uses this adapter for sound only, so its "
+                f"language model is complete without it; copy the checkpoint without {', '.join(adapters)} and give "
+                "--text-only (text_only: true in a recipe of hmf prime)"
+            )
         raise HmfError(
             f"{folder / adapters[0]}: adapters are not supported; merge it first (peft's merge_and_unload, then "
             "save_pretrained), or remove its files to use the model without it"
         )
-    config_file = folder / "config.json"
-    if not config_file.exists():
+    if content is None:
         raise HmfError(f"{folder}: no config.json; this is not a checkpoint directory")
-    if "transformers_weights" in read_object(config_file):
+    if "transformers_weights" in content:
         raise HmfError(f"{config_file}: transformers_weights: only {WEIGHTS} and {INDEX} are read; delete the key")
     return folder
 
@@ -138,16 +144,23 @@ def require_checkpoint(source: str | Path) -> Path:
             raise HmfError(
                 f"{folder / tensor.file}: tensor {name} is stored as model.{name} too; keep the one of this model"
             )
-        if tensor.dtype not in DTYPES and not COMPUTED.search(name):
-            raise HmfError(
-                f"{folder / tensor.file}: tensor {name} has dtype {tensor.dtype}, not one of {', '.join(DTYPES)}; "
-                "give the unquantised weights"
-            )
+        # A model of images or sound also stores counters and positions; `take_text` checks what it takes.
+        if not (tensor.dtype in ("I64", "BOOL") and isinstance(content.get("text_config"), dict)):
+            require_dtype(folder, name, tensor)
     if key := next((key for key in QUANTISED if content.get(key) is not None), None):
         raise HmfError(
             f"{folder / 'config.json'}: {key}: none of the weights are quantised; delete the key to use them unchanged"
         )
     return folder
+
+
+def require_dtype(folder: Path, name: str, tensor: Stored) -> None:
+    """HmfError if a tensor that is read has another dtype than those of unquantised weights."""
+    if tensor.dtype not in DTYPES and not COMPUTED.search(name):
+        raise HmfError(
+            f"{folder / tensor.file}: tensor {name} has dtype {tensor.dtype}, not one of {', '.join(DTYPES)}; "
+            "give the unquantised weights"
+        )
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -266,7 +279,8 @@ def new_directory(target: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise HmfError(f"{target}: cannot be created ({reason(error)}: {error.filename}); choose another") from None
     try:
-        yield work
+        with standing_for(work, target):
+            yield work
         follow_umask(work)
         if target.is_dir():
             target.rmdir()

@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hmf.config.layers import LAYER_KINDS
 from hmf.config.pattern import ATTENTION
-from hmf.errors import HmfError
+from hmf.errors import HmfError, naming_config
 from hmf.layers.base import Mixer
 from hmf.layers.layout import packed_layout
 from hmf.layers.own import OWN_MODULE, RECURRENT, base_mixer_name, own_layers, own_recurrence_class
@@ -113,8 +113,9 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
         with config.as_base():
             super().__init__(config)
         stock = self.family.class_named("DecoderLayer")
-        for index in config.pattern.replaced:
-            self.layers[index] = hybrid_layer_class(stock)(config, index)
+        with naming_config(config.name_or_path):
+            for index in config.pattern.replaced:
+                self.layers[index] = hybrid_layer_class(stock)(config, index)
         if self.family.own_recurrence:
             own = _own_class(self.family)
             with config.as_base():
@@ -152,6 +153,7 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
                 f"attention_mask: recurrent layers need shape [batch, cached + new tokens], {[batch, past + tokens]}, "
                 f"not {got}"
             )
+        may_jump = attention_mask is not None or past_key_values is not None
         if attention_mask is not None and tokens > 1 and bool(attention_mask.all()):
             attention_mask = None
         if position_ids is not None and getattr(position_ids, "shape", None) not in ((1, tokens), (batch, tokens)):
@@ -183,7 +185,7 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
                 )
             layout = shards.layout
         else:
-            layout = packed_layout((batch, tokens), attention_mask, position_ids, cu_seqlens, past > 0)
+            layout = packed_layout((batch, tokens), attention_mask, position_ids, cu_seqlens, past > 0, may_jump)
         mask_arguments = {
             "config": self.config,
             "inputs_embeds": inputs_embeds,

@@ -29,6 +29,7 @@ from .files import (
     new_directory,
     opened,
     read_object,
+    require_dtype,
     require_token_ids,
     stored_tensors,
 )
@@ -97,6 +98,8 @@ def take_text(source: str | Path, target: str | Path) -> TextOnlyReport:
         names = {*model.state_dict(), *published_tensors(model)}  # experts may be stored merged or one by one
     stored = stored_tensors(source)
     taken = _names(source, stored, names)
+    for name in taken:
+        require_dtype(source, name, stored[name])
     omitted = Counter(name.removeprefix("model.").partition(".")[0] for name in stored.keys() - taken.keys())
     with new_directory(target) as folder:
         config.save_pretrained(folder)
@@ -121,11 +124,12 @@ def _require_decoder(whole: Any, family: Family, source: Path) -> None:
             f"{source}/config.json: {name} runs text through {type(decoder).__name__}, which is not the decoder of "
             f"{family.model_type}; its language model cannot be taken out"
         )
-    if getattr(whole.text_config, "final_logit_softcapping", None) is not None:
-        raise HmfError(
-            f"{source}/config.json: text_config.final_logit_softcapping: {name} does not cap logits and its language "
-            "model would; set the key to null"
-        )
+    for key, neutral, what in (("final_logit_softcapping", None, "cap"), ("logits_scaling", 1, "divide")):
+        if getattr(whole.text_config, key, None) not in (None, neutral):
+            raise HmfError(
+                f"{source}/config.json: text_config.{key}: {name} of transformers does not {what} logits and its "
+                f"language model would; set the key to {json.dumps(neutral)} to keep what {name} computes"
+            )
 
 
 def _text_config(whole: Any, family: Family, given: Set[str]) -> Any:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,7 +114,7 @@ def reading(source: str) -> Iterator[None]:
     try:
         yield
     except HmfError as error:
-        raise HmfError(str(error).replace("config.json", source, 1)) from None
+        raise HmfError(re.sub("^config.json", lambda _: source, str(error))) from None
     except Exception as error:  # any kind, because transformers uses a config's values before it checks them
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         if isinstance(error, StrictDataclassError) and lines[1:]:  # its second line names the field and the reason

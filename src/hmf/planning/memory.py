@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -175,5 +176,6 @@ def require_unquantised(config: Any) -> None:
     """Raise HmfError for a config with quantised weights, whose size does not follow from the config."""
     if getattr(config, "quantization_config", None):
         raise HmfError(
-            "config.json: quantization_config: plans need unquantised weights; plan the original, unquantised model"
+            f"{Path(config.name_or_path or '', 'config.json')}: quantization_config: plans need unquantised weights; "
+            "plan the original, unquantised model"
         )

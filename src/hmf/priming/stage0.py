@@ -19,7 +19,7 @@ from hmf.config.pattern import Pattern
 from hmf.config.runs import CalibrationSettings, DataSettings
 from hmf.data.mixture import mixture
 from hmf.data.tokenizer import check_tokenizer, load_tokenizer
-from hmf.errors import HmfError, listed, notice
+from hmf.errors import HmfError, listed, notice, standing_for
 from hmf.folders import require_unused
 from hmf.layers.attention import separate
 from hmf.layers.base import Start
@@ -152,10 +152,8 @@ def text_of(base: str | Path, out: str | Path, say: Callable[[str], None]) -> It
     with folder as path:
         text = Path(path, "text")
         say(f"{base}: {take_text(base, text).describe()}")
-        try:
+        with standing_for(text, base):
             yield text
-        except HmfError as error:  # the temporary folder means nothing to the user
-            raise HmfError(str(error).replace(str(text), str(base))) from None
 
 
 def base_config(base: str | Path, text_only: bool = False) -> Any:

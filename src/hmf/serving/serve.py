@@ -33,7 +33,7 @@ from hmf.model.checkpoint import generation_config, has_own_head, load_config
 from hmf.model.files import DTYPES, require_checkpoint, require_finite, stored_tensors
 from hmf.planning.serving import KV_DTYPES, STATE_DTYPES, UTILISATION, Plan, ServingSettings, as_hybrid, make_plan
 from hmf.serving.vllm.start import Start
-from hmf.serving.vllm.support import REASON_FILE, STILL_FUSED, require_served, split_problem
+from hmf.serving.vllm.support import REASON_FILE, STILL_FUSED, require_served, require_stock, split_problem
 
 CPU_SEQUENCES = 128  # vLLM's default of concurrent sequences on a CPU
 CPU_SPACE = "VLLM_CPU_KVCACHE_SPACE"  # in GiB
@@ -83,8 +83,8 @@ def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
     config = servable(config, source)
     generation_config(folder, config, needed=True)  # vLLM reads it too
     user_options = given_options(source, extra)
-    if is_hybrid:  # vLLM serves others without the plugin
-        require_served(source, Start.given(config, not torch.cuda.is_available(), quantization, user_options))
+    start = Start.given(config, not torch.cuda.is_available(), quantization, user_options)
+    (require_served if is_hybrid else require_stock)(source, start)  # vLLM serves a base without the plugin
     settings = ServingSettings(
         prefix_caching=user_options.get("enable_prefix_caching") is not False,
         utilisation=user_options.get("gpu_memory_utilization", UTILISATION),

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What of a checkpoint's config.json vLLM's layers would compute otherwise than transformers, or not at all.
 
-Each function returns why a start of the server is refused, or None.
+Each function of a start returns why it is refused, or None; `of_stock_classes` is about bases, which are served.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 from hmf.config.layers import base_activation, base_head_dim
 from hmf.config.rope import ROPE_KEYS, ROPE_SCALING_KEYS
@@ -98,8 +101,7 @@ PARTIAL = ("phi3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
 
 def positions(start: Start) -> str | None:
     """Rotary positions of another kind, or that end before the longest sequence."""
-    config, longest = start.config, start.longest
-    rope, length = config.rope_parameters, config.max_position_embeddings
+    config, rope = start.config, start.config.rope_parameters
     kind = rope["rope_type"]
     if kind not in ROPE_KEYS:
         return f"rope_type {kind!r}: vLLM computes other positions than transformers; {ELSEWHERE}"
@@ -108,14 +110,51 @@ def positions(start: Start) -> str | None:
     of_images = IMAGE_AXES if config.family.position_axes() > 1 else set()
     if unknown := sorted(rope.keys() - ROPE - {"partial_rotary_factor"} - of_images):
         return f"rope_parameters.{unknown[0]}: transformers does not read it, and vLLM may; remove it"
-    # vLLM computes a table of `length` positions, and does not check for positions beyond its end.
-    if kind == "yarn":
-        length = rope["original_max_position_embeddings"] * rope["factor"]
-    elif kind == "linear":
-        length *= rope["factor"]
-    if longest <= length:
-        return None
-    return (
-        f"vLLM's table of rotary positions ({kind}) ends at {int(length)}, before the {longest} of the longest "
-        f"sequence; use --max-model-len {int(length)}"
-    )
+    return beyond_table(start)
+
+
+def beyond_table(start: Start) -> str | None:
+    """Sequences longer than vLLM's table of rotary positions, whose end vLLM does not check."""
+    for rope in rope_tables(start.config):
+        kind, end = rope["rope_type"], start.config.max_position_embeddings
+        if kind == "yarn":
+            end = rope["original_max_position_embeddings"] * rope["factor"]
+        elif kind == "linear":
+            end *= rope["factor"]
+        if start.longest > end:
+            why = ", where transformers begins to scale them" if kind == "dynamic" else ""
+            return (
+                f"vLLM's table of rotary positions ({kind}) ends at {int(end)}{why}, before the {start.longest} of the "
+                f"longest sequence; use --max-model-len {int(end)}"
+            )
+    return None
+
+
+def rope_tables(config: Any) -> list[Any]:
+    """The rotary positions of a config: one table, or those of layers with and without a window."""
+    rope = config.rope_parameters
+    return [rope] if "rope_type" in rope else list(rope.values())
+
+
+def of_stock_classes(start: Start) -> Iterator[str]:
+    """How the rotary positions of vLLM's own class of a base differ from those of transformers."""
+    config, length = start.config, start.config.max_position_embeddings
+    for rope in rope_tables(config):
+        kind, name = rope["rope_type"], "rope_parameters"
+        read = ROPE | {"partial_rotary_factor"} | (IMAGE_AXES if config.family.position_axes() > 1 else set())
+        if kind == "longrope":
+            read |= {"short_factor", "long_factor"}
+            original = rope["original_max_position_embeddings"]
+            if start.longest > original:
+                yield (
+                    f"rope_type 'longrope': with --max-model-len above {original}, vLLM uses long_factor for every "
+                    f"sequence, and transformers for those of more than {original} tokens alone"
+                )
+            if rope.get("attention_factor") is not None or rope.get("factor") not in (None, length / original):
+                yield f"{name}.attention_factor and factor of longrope: transformers reads them, and vLLM does not"
+        if kind == "proportional" and rope.get("factor", 1) != 1:
+            yield f"{name}.factor of proportional: transformers reads it, and vLLM does not"
+        if kind == "default" and rope.get("partial_rotary_factor", 1) != 1 and config.family.model_type not in PARTIAL:
+            yield f"{name}.partial_rotary_factor: vLLM rotates a part of each head, and transformers whole heads"
+        for key in sorted(rope.keys() - read):
+            yield f"{name}.{key}: transformers does not read it, and vLLM may"

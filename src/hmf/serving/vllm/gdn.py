@@ -36,6 +36,7 @@ from hmf.ops import gated_delta_rule, short_conv
 from .backends import HAS_KERNELS, RecurrentMetadata, RecurrentMetadataBuilder
 from .parts import NormWeight, ShortConvWeights, rms_norm
 from .recurrent import RecurrentMixer, Tensors, started
+from .start import PREFILL
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handler prints it
 
@@ -185,7 +186,7 @@ class GatedDeltaNet(RecurrentMixer):
         if not HAS_KERNELS:
             return
         vllm_config = get_current_vllm_config()
-        option = (vllm_config.additional_config or {}).get("gdn_prefill_backend")
+        option = (vllm_config.additional_config or {}).get(PREFILL)
         name, dtype = None, vllm_config.model_config.dtype
         if dtype != torch.float32:
             from vllm.third_party.flash_linear_attention.ops import chunk_gated_delta_rule

@@ -7,13 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+PREFILL = "gdn_prefill_backend"  # key of vLLM's --additional-config
+PREFILLS = ("flashinfer", "triton", "hmf")  # its values for GDN layers of a Hybrid
+
 
 @dataclass(frozen=True)
 class Start:
     """A start of the server.
 
     config: the Hugging Face config; longest: tokens of the longest sequence; quantization: vLLM's method, for a
-    quantised checkpoint that of its config; divided_tokens: whether vLLM divides tokens over ranks between experts.
+    quantised checkpoint that of its config; divided_tokens: whether vLLM divides tokens over ranks between experts;
+    prefill: the value of `PREFILL`, or None.
     """
 
     config: Any
@@ -34,6 +38,7 @@ class Start:
     cache_mode: str = "auto"
     replay: bool = False
     stochastic_rounding: bool = False
+    prefill: Any = None
 
     @classmethod
     def of(cls, vllm_config: Any) -> Start:
@@ -60,6 +65,7 @@ class Start:
             cache_mode=cache.mamba_cache_mode,
             replay=cache.use_replayssm,
             stochastic_rounding=vllm_config.mamba_config.enable_stochastic_rounding,
+            prefill=_prefill(vllm_config.additional_config),
         )
 
     @classmethod
@@ -74,7 +80,7 @@ class Start:
         stored = quantization.get("quant_method") if quantization else None
         return cls(
             config=config,
-            longest=longest if longest > 0 else config.max_position_embeddings,
+            longest=longest if longest > 0 else _default_length(config),
             on_cpu=on_cpu,
             quantization=options.get("quantization") or stored,
             quantised_checkpoint=bool(quantization),
@@ -91,4 +97,19 @@ class Start:
             cache_mode=options.get("mamba_cache_mode", "auto"),
             replay=bool(options.get("use_replayssm")),
             stochastic_rounding=bool(options.get("enable_mamba_cache_stochastic_rounding")),
+            prefill=_prefill(options.get("additional_config")),
         )
+
+
+def _default_length(config: Any) -> int:
+    """vLLM's default of --max-model-len."""
+    rope, length = config.rope_parameters, config.max_position_embeddings
+    if rope.get("rope_type") == "dynamic":
+        return int(length * rope["factor"])
+    return (
+        getattr(config, "original_max_position_embeddings", length) if rope.get("rope_type") == "longrope" else length
+    )
+
+
+def _prefill(additional_config: Any) -> Any:
+    return additional_config.get(PREFILL) if isinstance(additional_config, Mapping) else None

@@ -16,14 +16,14 @@ from packaging.specifiers import SpecifierSet
 
 from hmf.config.layers import base_head_dim, layer_options, needed_kinds
 from hmf.config.pattern import ATTENTION, is_fused
-from hmf.errors import HmfError
+from hmf.errors import HmfError, notice, unknown_name
 from hmf.layers.base import heads_fit
 from hmf.layers.own import RECURRENT
 from hmf.layers.registry import mixer_class
 
 from . import configs
 from .configs import ELSEWHERE, READ_BY_VLLM, READ_BY_VLLM_ALWAYS
-from .start import Start
+from .start import PREFILL, PREFILLS, Start
 
 TESTED_VLLM = SpecifierSet(">=0.32.0,<0.33")
 
@@ -171,6 +171,15 @@ def _quantised(start: Start) -> str | None:
     return None
 
 
+KNOWN_PREFILLS = ("auto", *PREFILLS, "cutedsl", "aiter_flydsl")  # the last two: of recurrent layers of the base
+
+
+def _prefill(start: Start) -> str | None:
+    if start.prefill is None or start.prefill in KNOWN_PREFILLS:
+        return None
+    return f"--additional-config: {PREFILL}: {unknown_name('backend', str(start.prefill), KNOWN_PREFILLS)}"
+
+
 TABLE: tuple[Row, ...] = (
     Row(f"Hybrids of {', '.join(f'`{name}`' for name in READ_BY_VLLM)}", True),
     Row("Hybrids of other families", False, "`hmf chat`, or generate with Hugging Face", configs.family),
@@ -218,6 +227,7 @@ TABLE: tuple[Row, ...] = (
         ", ".join(f"`{key}`" for key in sorted({*READ_BY_VLLM_ALWAYS, *sum(READ_BY_VLLM.values(), ())})),
         configs.unlike_transformers,
     ),
+    Row("Unknown prefill kernels of GDN", False, f"correct `{PREFILL}` in `--additional-config`", _prefill),
     Row("Head dimensions without an attention kernel on a CPU", False, "use a GPU", _head_dim),
     Row(
         "Expert parallelism on a CPU",
@@ -338,6 +348,16 @@ def require_served(source: str | Path, start: Start) -> None:
     for row in TABLE:
         if row.problem is not None and (problem := row.problem(start)):
             raise HmfError(f"{source}: {problem}")
+
+
+def require_stock(source: str | Path, start: Start) -> None:
+    """Raise HmfError for a base that vLLM's own class would serve with wrong positions; print where it differs."""
+    if problem := configs.beyond_table(start):
+        raise HmfError(f"{source}: {problem}")
+    for difference in configs.of_stock_classes(start):
+        notice(f"{source}: {difference}; hmf chat and transformers compute what the config says")
+    if start.config.family.package in ("qwen3_5", "qwen3_5_moe") and importlib.util.find_spec("torchvision") is None:
+        notice(f"{source}: vLLM's class of this base needs torchvision, which is not installed here; install it first")
 
 
 @reported()
