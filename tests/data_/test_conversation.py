@@ -313,6 +313,7 @@ def test_several_templates_need_one_that_is_named_default(templated, tools):
 
 CALLS = answer("", tool_calls=[call("Lyon", "a"), call("Nice", "b")])
 REFUSED = {
+    "calls as text": ([HI, answer("", tool_calls=[json.dumps(call())])], r"tool_calls\[0\]: an object .* not text"),
     "older calls": ([HI, answer("x", function_call={"name": "f"})], r"messages\[1\].function_call: .*write tool_calls"),
     "unknown key": ([user("x", contentt="y"), HELLO], r"messages\[0\].contentt: unknown key .* did you mean 'content'"),
     "refusal": ([HI, answer("x", refusal="no")], r"messages\[1\].refusal: unknown key.*ignore_keys"),

@@ -303,6 +303,48 @@ def test_fields_that_belong_to_a_conversation_are_read_or_ignored_by_name(tmp_pa
     assert ignored.messages == row["messages"]
 
 
+SCHEMA = {"type": "object", "properties": {}}
+UNREAD = {
+    "capitals": ({"System": "Be kind."}, "'System' belongs .* move it into the messages"),
+    "system message": ({"system_message": "Be kind."}, "'system_message' belongs"),
+    "context": ({"context": "A text to answer from."}, "'context' belongs"),
+    "tools": ({"available_tools": [{"name": "f", "parameters": SCHEMA}]}, "set tools_field: available_tools, or add"),
+    "tools as text": (
+        {"spec": json.dumps([{"type": "function", "function": {"name": "f", "parameters": {}}}])},
+        "spec",
+    ),
+    "tools of MCP": ({"Tools": [{"name": "f", "inputSchema": SCHEMA}]}, "set tools_field: Tools"),
+    "unwanted": ({"label": False}, "'label' is false, as KTO marks an unwanted answer"),
+    "unwanted, as a number": ({"kto_tag": 0}, "'kto_tag' is false"),
+    "unwanted, as text": ({"label": "False"}, "'label' is false"),
+    "mask of answers": ({"train": [0, 1]}, "'train' has 0 or 1 for each message"),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_fields_under_other_names_are_not_passed_over(tmp_path, name):
+    more, expected = UNREAD[name]
+    row = {"messages": said(*[("user", "a"), ("assistant", "b")] * 2)} | more
+    with pytest.raises(HmfError, match=expected):
+        shaped(tmp_path, row, messages_field="messages")
+    ignored = shaped(tmp_path, row, messages_field="messages", ignore_fields=list(more))
+    assert ignored.messages == row["messages"] and not ignored.unread
+
+
+def test_facts_about_a_row_are_named_as_not_read(tmp_path):
+    facts = {
+        "id": 7,
+        "source": "web",
+        "label": 1,
+        "turns": [1],
+        "names": [{"name": "Ann"}],
+        "scores": [0.5, 1],
+        "note": None,
+    }
+    found = shaped(tmp_path, {"messages": said(("user", "a"), ("assistant", "b"))} | facts, messages_field="messages")
+    assert found.unread == ("id", "source", "label", "turns", "names", "scores")
+
+
 @pytest.mark.parametrize("mask", [[0, 1], [False, True], [1.0, 0.0]])
 def test_a_mask_of_messages_is_not_passed_over(tmp_path, mask):
     row = {"messages": said(("user", "a"), ("assistant", "b")), "loss_mask": mask, "scores": [0.5, 1], "tags": ["x", 1]}

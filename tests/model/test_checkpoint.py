@@ -116,6 +116,19 @@ def test_no_weights(checkpoint):
     refused(load_model, checkpoint, "no weights")
 
 
+def test_shards_without_their_index(checkpoint):
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        shutil.copy(checkpoint / "model.safetensors", checkpoint / name)
+    (checkpoint / "model.safetensors").unlink()
+    refused(load_model, checkpoint, "model-00001-of-00002.safetensors, .*not listed by .*index.json, which is missing")
+
+
+@pytest.mark.parametrize("name", ["Model.safetensors", "model.fp16.safetensors", "consolidated.safetensors"])
+def test_weights_under_another_name(checkpoint, name):
+    (checkpoint / "model.safetensors").rename(checkpoint / name)
+    refused(load_model, checkpoint, f"no weights .*; {name} cannot be read")
+
+
 def test_no_directory(tmp_path):
     refused(load_model, tmp_path / "absent", "no such directory")
 

@@ -234,12 +234,16 @@ def _row(value: bytes | dict[str, Any]) -> dict[str, Any]:
     try:
         row = parse_json(files.decoded(value.rstrip(b"\r\n")))
     except json.JSONDecodeError as error:
-        place = f"{error.msg} at character {error.pos + 1} of {len(error.doc)}"
-        raise HmfError(f"not valid JSON ({place}); each line must be a JSON object") from None
+        place = f"at character {error.pos + 1}" if error.pos < len(error.doc) else "at the end of the line"
+        several = error.doc.lstrip().startswith("[") or error.doc.strip() == "{"
+        fix = "rename the file to .json, since it holds an array or objects of several lines"
+        raise HmfError(
+            f"not valid JSON ({error.msg} {place}); {fix if several else 'each line must be a JSON object'}"
+        ) from None
     except ValueError as error:
         raise HmfError(f"not valid JSON ({error})") from None
     if not isinstance(row, dict):
-        raise HmfError(f"a JSON object is expected, not {type(row).__name__}")
+        raise HmfError(f"a JSON object is expected, not {formats.kind_of(row)}")
     return row
 
 
