@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -301,6 +302,37 @@ def test_fields_that_belong_to_a_conversation_are_read_or_ignored_by_name(tmp_pa
         shaped(tmp_path, row, messages_field="messages")
     ignored = shaped(tmp_path, row, messages_field="messages", ignore_fields=["parallel_tool_calls"])
     assert ignored.messages == row["messages"]
+
+
+def test_objects_in_columns_of_json_are_those_of_the_file(tmp_path):
+    """datasets has such columns for objects that differ from row to row, and writes them into Parquet files."""
+    made = [
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"function": {"name": "f", "arguments": {"x": value, "unit": None}}}],
+                },
+            ],
+            "tools": [{"name": "f", "parameters": {"properties": {"x": {"default": [value], "enum": [value, None]}}}}],
+        }
+        for value in (1, "a", None, True, [None, {"y": None}])
+    ]
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    rows = datasets.load_dataset(str(tmp_path / "rows"), split="train")
+    assert "Json" in str(rows.features)
+    rows.save_to_disk(str(tmp_path / "saved"))
+    rows.to_parquet(str(tmp_path / "rows.parquet"))
+    for place in ({"path": "saved"}, {"path": "rows.parquet"}, {"dataset": "rows"}, {"path": "rows"}):
+        settings = SourceSettings(
+            messages_field="messages", **{key: str(tmp_path / name) for key, name in place.items()}
+        )
+        found = [content(record, settings) for record in Source(settings).records()]
+        assert [(talk.messages, talk.tools) for talk in found] == [(row["messages"], row["tools"]) for row in made], (
+            place
+        )
 
 
 SCHEMA = {"type": "object", "properties": {}}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import (
@@ -80,10 +79,7 @@ class LayerOptions(BaseModel):
                 raise HmfError(f"{source}: {unknown_name('key', key, known)}")
         heads, kv_heads = base.num_attention_heads, base.num_key_value_heads
         if heads % kv_heads:
-            file = Path(getattr(base, "name_or_path", "") or "", "config.json")
-            raise HmfError(
-                f"{file}: num_key_value_heads: {kv_heads} does not divide num_attention_heads, {heads}; correct them"
-            )
+            raise HmfError(f"config.json: num_key_value_heads: {kv_heads} does not divide num_attention_heads, {heads}")
         own = user.get("own_shape") is True
         if own and (why := own_shape_problem(base)):
             raise HmfError(f"{source}: own_shape: true, but {why}; correct that, or leave own_shape out")
