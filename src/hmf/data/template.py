@@ -170,7 +170,7 @@ class Template:
         self.tokenizer = tokenizer
         # vLLM's rule: messages of the developer become system messages if the template does not know the role.
         self.developers = ("developer", "system") if "developer" in source else ("system",)
-        self.place = f"{tokenizer.name_or_path}: " if tokenizer.name_or_path else ""
+        self.place = _place(tokenizer)
         self.forms: dict[Any, Form] = {}
         self.orders: dict[Any, tuple[int, ...]] = {}
         self.turns: dict[Any, list[set[int]]] = {}  # of hmf.data.marks
@@ -180,7 +180,8 @@ class Template:
         """HmfError for a tokenizer without a chat template."""
         if not (source := tokenizer.chat_template):
             raise HmfError(
-                "the tokenizer has no chat template; use the tokenizer of an instruction model, or add a template"
+                f"{_place(tokenizer)}the tokenizer has no chat template; use the tokenizer of an instruction model, or "
+                "add a template"
             )
         return _template(tokenizer, source if isinstance(source, str) else json.dumps(source))
 
@@ -373,6 +374,10 @@ class Template:
 @functools.lru_cache(maxsize=8)
 def _template(tokenizer: PreTrainedTokenizerBase, source: str) -> Template:
     return Template(tokenizer, source)
+
+
+def _place(tokenizer: PreTrainedTokenizerBase) -> str:
+    return f"{tokenizer.name_or_path}: " if tokenizer.name_or_path else ""
 
 
 def keep(cache: dict[Any, Any], key: Any, value: Any) -> None:
