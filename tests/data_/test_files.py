@@ -20,6 +20,7 @@ from hmf.config.recipes import read_recipe
 from hmf.config.runs import DistillRecipe
 from hmf.config.strict import parse_json, parse_yaml
 from hmf.data import files
+from hmf.data.conversation import normalise
 from hmf.data.encoding import IGNORED, encode_chat
 from hmf.data.sources import Source, content, pair_of
 from hmf.errors import HmfError
@@ -333,6 +334,38 @@ def test_objects_in_columns_of_json_are_those_of_the_file(tmp_path):
         assert [(talk.messages, talk.tools) for talk in found] == [(row["messages"], row["tools"]) for row in made], (
             place
         )
+
+
+@pytest.mark.parametrize("number", ["0.1", "1.10", "1e5", "48.856613999999997", "0.5000000000000000000000", "1e-320"])
+def test_numbers_that_a_float_holds_are_kept(tmp_path, number):
+    arguments = f'{{"x": {number}, "n": 123456789012345678901234567890}}'
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [{"name": "f"}]}]}
+    file = tmp_path / "a.jsonl"
+    for form in (json.dumps(arguments), arguments):  # as JSON text, and as an object
+        file.write_text(json.dumps(row).replace('"name": "f"', f'"name": "f", "arguments": {form}'))
+        settings = SourceSettings(path=str(file), messages_field="messages")
+        [record] = Source(settings).records()
+        found = normalise(content(record, settings).messages)[0][1]["tool_calls"][0]["function"]["arguments"]
+        assert found == {"x": float(number), "n": 123456789012345678901234567890}
+
+
+@pytest.mark.parametrize("number", ["12345678901234567.89", "-0.12345678901234567891", "1.000000000000000000001e3"])
+def test_numbers_with_more_digits_are_refused_where_they_are_read(tmp_path, number):
+    file = tmp_path / "a.json"
+    start = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", '
+    for text, read in (
+        (f'"tool_calls": [{{"name": "f", "arguments": {{"x": {number}}}}}]}}]}}', True),
+        (f'"content": "a"}}], "tools": [{{"name": "f", "parameters": {{"minimum": {number}}}}}]}}', True),
+        (f'"content": "a"}}], "score": {number}}}', False),
+    ):
+        file.write_text(start + text)
+        settings = SourceSettings(path=str(file), messages_field="messages")
+        [record] = Source(settings).records()
+        if read:
+            with pytest.raises(HmfError, match="the number has more digits than are kept"):
+                content(record, settings)
+        else:
+            assert content(record, settings).unread == ("score",)
 
 
 SCHEMA = {"type": "object", "properties": {}}
