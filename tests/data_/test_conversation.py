@@ -242,8 +242,78 @@ def test_a_weight_of_0_is_context(templated):
         encode_chat(templated(None), [HI, answer("x", weight=0)])
 
 
+GENERATION = "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+MARKS = OLD.replace(
+    "{{ m.content }}", "{% if m.role == 'assistant' %}" + GENERATION + "{% else %}{{ m.content }}{% endif %}"
+)
+REASONED = MARKS.replace("generation %}{{ m", "generation %}{{ m.thinking if m.thinking and loop.last }}{{ m")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (MARKS.replace("m.role == 'assistant'", "true"), r"marks messages\[0\].content as the assistant's text"),
+        (MARKS.replace("== 'assistant'", "== 'user'"), r"marks messages\[0\].content as the assistant's text"),
+        (
+            MARKS.replace("m.role == 'assistant'", "loop.last"),
+            r"messages\[1\].content: the .* does not mark its content",
+        ),
+        (MARKS, r"messages\[3\].tool_calls\[0\].function.name: the .* does not mark its tool calls"),
+        (MARKS.replace("== 'assistant'", "== 'none'"), "marks no token"),
+    ],
+    ids=["all messages", "the user's", "the last", "calls", "nothing"],
+)
+def test_marks_that_are_not_those_of_the_answers_are_refused(templated, template, message):
+    talk = [HI, HELLO, user("q"), answer("", tool_calls=[call()]) if template == MARKS else answer("a")]
+    with pytest.raises(HmfError, match=message):
+        encode_chat(templated(template), talk)
+
+
+@pytest.mark.parametrize("template", [REASONED, "lfm2_2_5"], ids=["reasoned", "lfm2_2_5"])
+def test_thinking_that_a_template_with_marks_removes_is_learnt_in_a_document_of_its_own(templated, template):
+    """As with a template without marks, each turn is trained with its own thinking, after the prompt that it has."""
+    talk = [
+        HI,
+        answer("One.", thinking="First."),
+        user("q"),
+        answer("Two."),
+        user("r"),
+        answer("Three.", thinking="Last."),
+    ]
+    tokenizer = templated(template)
+    texts = [tokenizer.decode([x for x in document.labels if x >= 0]) for document in encode_chat(tokenizer, talk)]
+    assert len(texts) == 2
+    assert "First." in texts[0] and "One." in texts[0] and "Two." not in texts[0]
+    assert "First." not in texts[1] and "One." not in texts[1]
+    assert all(word in texts[1] for word in ("Two.", "Last.", "Three."))
+
+
+@pytest.mark.parametrize("template", [None, "qwen2_5", "qwen3"], ids=str)
+def test_tags_that_the_template_writes_too_are_refused(templated, template):
+    """Results in the Hermes format have the tags in their text; the template would write a second pair around them."""
+    made = '<tool_response>\n{"t": 21}\n</tool_response>'
+    with pytest.raises(
+        HmfError, match=r"messages\[2\].content: begins with <tool_response>, which .* writes before it"
+    ):
+        encode_chat(templated(template), [HI, answer("", tool_calls=[call()]), result(made), answer("21.")], TOOLS)
+    text = text_of(templated(template), [HI, HELLO, user(f"{made} is a result."), answer("Yes.")])
+    assert text.count("<tool_response>") == 1
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS], ids=["plain", "tools"])
+def test_several_templates_need_one_that_is_named_default(templated, tools):
+    named = copy.deepcopy(templated(None))
+    named.chat_template = {"default": OLD, "tool_use": "TOOLS " + OLD}
+    assert encode_chat(named, [HI, HELLO]) == encode_chat(templated(OLD), [HI, HELLO])
+    assert text_of(named, [HI, HELLO], TOOLS).startswith("TOOLS{")
+    named.chat_template = {"chat": OLD, "rag": OLD}
+    with pytest.raises(HmfError, match="several chat templates \\('chat', 'rag'\\), none of them named 'default'"):
+        encode_chat(named, [HI, HELLO], tools)
+
+
 CALLS = answer("", tool_calls=[call("Lyon", "a"), call("Nice", "b")])
 REFUSED = {
+    "calls as text": ([HI, answer("", tool_calls=[json.dumps(call())])], r"tool_calls\[0\]: an object .* not text"),
     "older calls": ([HI, answer("x", function_call={"name": "f"})], r"messages\[1\].function_call: .*write tool_calls"),
     "unknown key": ([user("x", contentt="y"), HELLO], r"messages\[0\].contentt: unknown key .* did you mean 'content'"),
     "refusal": ([HI, answer("x", refusal="no")], r"messages\[1\].refusal: unknown key.*ignore_keys"),
@@ -426,11 +496,11 @@ def test_a_conversation_is_in_the_text_in_full_or_refused(templated):
         messages, words = talk
         tokenizer, before = templated(template), copy.deepcopy(messages)
         try:
-            document = encode_chat(tokenizer, messages)[-1]
+            texts = [tokenizer.decode(document.ids) for document in encode_chat(tokenizer, messages)]
         except HmfError:
             return
-        text = tokenizer.decode(document.ids)
-        assert not [word for word in words if word not in text]
+        text = texts[-1]  # without the thinking of earlier turns, which are documents of their own
+        assert not [word for word in words if word not in "".join(texts)]
         order = [
             text.index(word)
             for message in messages

@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +20,7 @@ from hmf.config.recipes import read_recipe
 from hmf.config.runs import DistillRecipe
 from hmf.config.strict import parse_json, parse_yaml
 from hmf.data import files
+from hmf.data.conversation import normalise
 from hmf.data.encoding import IGNORED, encode_chat
 from hmf.data.sources import Source, content, pair_of
 from hmf.errors import HmfError
@@ -301,6 +303,111 @@ def test_fields_that_belong_to_a_conversation_are_read_or_ignored_by_name(tmp_pa
         shaped(tmp_path, row, messages_field="messages")
     ignored = shaped(tmp_path, row, messages_field="messages", ignore_fields=["parallel_tool_calls"])
     assert ignored.messages == row["messages"]
+
+
+def test_objects_in_columns_of_json_are_those_of_the_file(tmp_path):
+    """datasets has such columns for objects that differ from row to row, and writes them into Parquet files."""
+    made = [
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"function": {"name": "f", "arguments": {"x": value, "unit": None}}}],
+                },
+            ],
+            "tools": [{"name": "f", "parameters": {"properties": {"x": {"default": [value], "enum": [value, None]}}}}],
+        }
+        for value in (1, "a", None, True, [None, {"y": None}])
+    ]
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    rows = datasets.load_dataset(str(tmp_path / "rows"), split="train")
+    assert "Json" in str(rows.features)
+    rows.save_to_disk(str(tmp_path / "saved"))
+    rows.to_parquet(str(tmp_path / "rows.parquet"))
+    for place in ({"path": "saved"}, {"path": "rows.parquet"}, {"dataset": "rows"}, {"path": "rows"}):
+        settings = SourceSettings(
+            messages_field="messages", **{key: str(tmp_path / name) for key, name in place.items()}
+        )
+        found = [content(record, settings) for record in Source(settings).records()]
+        assert [(talk.messages, talk.tools) for talk in found] == [(row["messages"], row["tools"]) for row in made], (
+            place
+        )
+
+
+@pytest.mark.parametrize("number", ["0.1", "1.10", "1e5", "48.856613999999997", "0.5000000000000000000000", "1e-320"])
+def test_numbers_that_a_float_holds_are_kept(tmp_path, number):
+    arguments = f'{{"x": {number}, "n": 123456789012345678901234567890}}'
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [{"name": "f"}]}]}
+    file = tmp_path / "a.jsonl"
+    for form in (json.dumps(arguments), arguments):  # as JSON text, and as an object
+        file.write_text(json.dumps(row).replace('"name": "f"', f'"name": "f", "arguments": {form}'))
+        settings = SourceSettings(path=str(file), messages_field="messages")
+        [record] = Source(settings).records()
+        found = normalise(content(record, settings).messages)[0][1]["tool_calls"][0]["function"]["arguments"]
+        assert found == {"x": float(number), "n": 123456789012345678901234567890}
+
+
+@pytest.mark.parametrize("number", ["12345678901234567.89", "-0.12345678901234567891", "1.000000000000000000001e3"])
+def test_numbers_with_more_digits_are_refused_where_they_are_read(tmp_path, number):
+    file = tmp_path / "a.json"
+    start = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", '
+    for text, read in (
+        (f'"tool_calls": [{{"name": "f", "arguments": {{"x": {number}}}}}]}}]}}', True),
+        (f'"content": "a"}}], "tools": [{{"name": "f", "parameters": {{"minimum": {number}}}}}]}}', True),
+        (f'"content": "a"}}], "score": {number}}}', False),
+    ):
+        file.write_text(start + text)
+        settings = SourceSettings(path=str(file), messages_field="messages")
+        [record] = Source(settings).records()
+        if read:
+            with pytest.raises(HmfError, match="the number has more digits than are kept"):
+                content(record, settings)
+        else:
+            assert content(record, settings).unread == ("score",)
+
+
+SCHEMA = {"type": "object", "properties": {}}
+UNREAD = {
+    "capitals": ({"System": "Be kind."}, "'System' belongs .* move it into the messages"),
+    "system message": ({"system_message": "Be kind."}, "'system_message' belongs"),
+    "context": ({"context": "A text to answer from."}, "'context' belongs"),
+    "tools": ({"available_tools": [{"name": "f", "parameters": SCHEMA}]}, "set tools_field: available_tools, or add"),
+    "tools as text": (
+        {"spec": json.dumps([{"type": "function", "function": {"name": "f", "parameters": {}}}])},
+        "spec",
+    ),
+    "tools of MCP": ({"Tools": [{"name": "f", "inputSchema": SCHEMA}]}, "set tools_field: Tools"),
+    "unwanted": ({"label": False}, "'label' is false, as KTO marks an unwanted answer"),
+    "unwanted, as a number": ({"kto_tag": 0}, "'kto_tag' is false"),
+    "unwanted, as text": ({"label": "False"}, "'label' is false"),
+    "mask of answers": ({"train": [0, 1]}, "'train' has 0 or 1 for each message"),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_fields_under_other_names_are_not_passed_over(tmp_path, name):
+    more, expected = UNREAD[name]
+    row = {"messages": said(*[("user", "a"), ("assistant", "b")] * 2)} | more
+    with pytest.raises(HmfError, match=expected):
+        shaped(tmp_path, row, messages_field="messages")
+    ignored = shaped(tmp_path, row, messages_field="messages", ignore_fields=list(more))
+    assert ignored.messages == row["messages"] and not ignored.unread
+
+
+def test_facts_about_a_row_are_named_as_not_read(tmp_path):
+    facts = {
+        "id": 7,
+        "source": "web",
+        "label": 1,
+        "turns": [1],
+        "names": [{"name": "Ann"}],
+        "scores": [0.5, 1],
+        "note": None,
+    }
+    found = shaped(tmp_path, {"messages": said(("user", "a"), ("assistant", "b"))} | facts, messages_field="messages")
+    assert found.unread == ("id", "source", "label", "turns", "names", "scores")
 
 
 @pytest.mark.parametrize("mask", [[0, 1], [False, True], [1.0, 0.0]])

@@ -36,6 +36,7 @@ from hmf.data.text import stdlib_documents
 from hmf.data.tokenizer import train_tokenizer
 from hmf.errors import HmfError
 from hmf.folders import HOLDER, resolve_base
+from hmf.report.samples import print_counts
 from hmf.training.distill import distill
 from tests.training import cutting
 from tests.training.cutting import make_tiny_stage0, on_touch
@@ -126,6 +127,20 @@ def test_rows_hold_every_document_once_as_it_is_encoded(folder, whole, tokenizer
     index = json.loads((whole / "index.json").read_text())
     assert [source["records"] for source in index["sources"]] == [24, 24]
     assert index["filled"] > 0.9
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_fields_that_are_not_read_are_counted(tmp_path, capsys, workers):
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [{"messages": talk, "id": number} | ({"topic": "x"} if number % 2 else {}) for number in range(10)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = recipe(
+        tmp_path, tmp_path / "out", sources=[{"path": str(tmp_path / "chat.jsonl"), "messages_field": "messages"}]
+    )
+    index = prepare(settings, TEACHER, workers)
+    assert index["sources"][0]["unread"] == {"id": 10, "topic": 5}
+    print_counts(index)
+    assert "chat: fields of conversations that are not read: id (10), topic (5)" in capsys.readouterr().out
 
 
 def test_training_reads_prepared_rows(whole, tokenizer):
@@ -266,7 +281,7 @@ def test_filters_leave_out_what_repeats_and_what_is_short(folder, tmp_path):
 
 TEXT, CHAT = {}, {"messages_field": "messages"}
 BAD = {
-    "not JSON": (TEXT, '{"text": "a"', r"bad: bad.jsonl:3: not valid JSON .* at character 13 of 12"),
+    "not JSON": (TEXT, '{"text": "a"', r"bad: bad.jsonl:3: not valid JSON .* at the end of the line"),
     "no object": (TEXT, "[1]", r"bad.jsonl:3: a JSON object is expected, not list"),
     "no field": (
         TEXT,

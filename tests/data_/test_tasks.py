@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
 import json
+from pathlib import Path
 
 import pytest
 
@@ -92,6 +94,34 @@ def test_calls_are_compared_as_json(tokenizer):
     assert not sample.is_correct(json.dumps(call))
     assert not sample.is_correct("<tool_call>\n{not json}\n</tool_call>")
     assert not sample.is_correct(f"<tool_call>{json.dumps({**call, 'name': 'other'})}</tool_call>")
+
+
+@pytest.mark.parametrize("template", ["qwen3_5_think", "qwen3_8", "qwen3", "nemotron_3_nano"])
+def test_a_call_in_the_form_of_the_models_template_is_right(tokenizer, template):
+    """Qwen3.5's templates write calls as XML, and so its models answer."""
+    trl = pytest.importorskip("trl", reason="needs trl's chat templates")
+    templated = copy.deepcopy(tokenizer)
+    templated.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja").read_text()
+    for seed in SEEDS:
+        sample = tasks.sample("tool_call", seed, templated, 512, thinking=True)
+        turn = sample.text(templated)[len(sample.prompt(templated)) :].removesuffix("<|im_end|>\n")
+        assert sample.is_correct(turn)
+        for value in json.loads(sample.answer)["arguments"].values():
+            assert not sample.is_correct(turn.split("</think>")[-1].replace(str(value), "x"))
+
+
+def test_values_of_calls_in_xml_have_the_types_of_the_schema():
+    kinds = {"s": "string", "n": "integer", "on": "boolean", "list": "array"}
+    properties = {name: {"type": kind} for name, kind in kinds.items()}
+    tools = [{"function": {"name": "f", "parameters": {"properties": properties}}}]
+    values = {"s": "12", "n": "12", "on": "True", "list": '["a"]'}
+    lines = "".join(f"<parameter={name}>\n{value}\n</parameter>\n" for name, value in values.items())
+    found = tasks.parse_call(f"\n<function=f>\n{lines}</function>\n", tools)
+    assert found == {"name": "f", "arguments": {"s": "12", "n": 12, "on": True, "list": ["a"]}}
+    assert tasks.parse_call("<function=f>\n</function>", tools) == {"name": "f", "arguments": {}}
+    for wrong in ("<function=f><parameter=n>\ntwelve\n</parameter></function>", f"<function=f>{lines}", f"x {lines}"):
+        with pytest.raises(ValueError):
+            tasks.parse_call(wrong, tools)
 
 
 def test_words_are_many():

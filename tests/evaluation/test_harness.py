@@ -186,6 +186,11 @@ WRONG = {
     "no results": (put(LM_EVAL, {}, "results"), "results: Dictionary should have at least 1 item"),
     "no metric": (put(LM_EVAL, {"arc_easy": {"alias": "a"}}, "results"), "results: has no metric"),
     "not a number": (put(LM_EVAL, float("nan"), "results", "gsm8k", "exact_match,strict-match"), "nan is not a number"),
+    "a switch": (put(LM_EVAL, True, "results", "gsm8k", "exact_match,strict-match"), "True is not a number"),
+    "a percentage": (
+        put(LM_EVAL, 61.5, "results", "gsm8k", "exact_match,flexible-extract"),
+        "gsm8k.exact_match,flexible-extract: 61.5 is not a share from 0 to 1",
+    ),
     "text": (put(LM_EVAL, "high", "results", "gsm8k", "exact_match,strict-match"), "'high' is not a number"),
     "a limit over two lengths": (
         put(LM_EVAL, 9, "config", "limit"),

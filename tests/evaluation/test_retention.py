@@ -2,6 +2,7 @@
 """The retention tasks: prompts of the length that was asked for, and rules that take right answers and no others."""
 
 import copy
+import json
 
 import pytest
 from hypothesis import given, settings
@@ -127,6 +128,11 @@ def test_the_rule_of_tools_knows_types_and_takes_one_call(tokenizer):
     body = made.problem.answer.removeprefix("<tool_call>").removesuffix("</tool_call>")
     assert judged(made, body) and judged(made, f"```json\n{body.strip()}\n```")
     assert judged(made, body.replace('"arguments"', '"parameters"'))
+    call = json.loads(body)
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in call["arguments"].items()}
+    lines = "".join(f"<parameter={name}>\n{value}\n</parameter>\n" for name, value in texts.items())
+    written = f"<tool_call>\n<function={call['name']}>\n{lines}</function>\n</tool_call>"  # as Qwen3.5 does
+    assert judged(made, written) and not judged(made, written.replace("true", "1"))
     assert not judged(made, made.problem.answer.replace("true", "1"))
     assert not judged(made, made.problem.answer * 2) and not judged(made, f"I call it. {made.problem.answer}")
     assert not judged(made, made.problem.answer.replace("</tool_call>", ""))

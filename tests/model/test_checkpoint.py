@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,32 @@ def test_tensor_of_integers(checkpoint, load):
 def test_no_weights(checkpoint):
     (checkpoint / "model.safetensors").unlink()
     refused(load_model, checkpoint, "no weights")
+
+
+def test_heads_of_a_base_without_its_number_of_key_value_heads(tmp_path):
+    """Qwen3's config class then takes that of its largest model."""
+    fields = {
+        "model_type": "qwen3",
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "vocab_size": 8,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    refused(partial(load_config, weights=False), tmp_path, "config.json: num_key_value_heads: 32 does not divide .* 4")
+
+
+def test_shards_without_their_index(checkpoint):
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        shutil.copy(checkpoint / "model.safetensors", checkpoint / name)
+    (checkpoint / "model.safetensors").unlink()
+    refused(load_model, checkpoint, "model-00001-of-00002.safetensors, .*not listed by .*index.json, which is missing")
+
+
+@pytest.mark.parametrize("name", ["Model.safetensors", "model.fp16.safetensors", "consolidated.safetensors"])
+def test_weights_under_another_name(checkpoint, name):
+    (checkpoint / "model.safetensors").rename(checkpoint / name)
+    refused(load_model, checkpoint, f"no weights .*; {name} cannot be read")
 
 
 def test_no_directory(tmp_path):

@@ -478,6 +478,32 @@ def test_a_tokenizer_that_cannot_be_read(worded, damage, said, capfd):
         assert (worded.parent / "out" / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (5, "chat_template: must be text, or a list"),
+        (["{{ messages }}"], "chat_template: must be text, or a list"),
+        ([{"name": "default"}], "chat_template: must be text, or a list"),
+        ({"default": None}, "chat_template: must be text, or a list"),
+        ([{"name": "default", "template": x} for x in "ab"], "chat_template: two templates have the name 'default'"),
+    ],
+)
+def test_chat_templates_that_are_none_are_refused(worded, template, said):
+    edit_json(worded / "tokenizer_config.json", chat_template=template)
+    refused(f"tokenizer_config.json: {said}", load_tokenizer, worded)
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_chat_template_in_two_files(worded, capfd, as_list):
+    """transformers reads the one in the file of its own."""
+    file = worded / "chat_template.jinja"
+    for text, differs in ((file.read_text(), False), ("{{ messages }}", True)):
+        template = [{"name": "default", "template": text}] if as_list else text
+        edit_json(worded / "tokenizer_config.json", chat_template=template)
+        assert load_tokenizer(worded).chat_template == file.read_text()
+        assert ("chat_template of tokenizer_config.json differs and is not read" in capfd.readouterr().err) == differs
+
+
 def test_text_is_not_trained_on_without_a_tokenizer(base, tmp_path):
     from hmf.config.runs import DistillSettings
     from hmf.training.distill import distill

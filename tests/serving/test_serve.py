@@ -12,12 +12,16 @@ import sys
 import threading
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+import hmf
+from hmf.data.encoding import encode_chat
+from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError
 from hmf.evaluation.chunks import Composition
 from hmf.evaluation.local import Sampling
@@ -125,13 +129,55 @@ class TestOptions:
         [
             ("<tool_call> </think>", "--enable-auto-tool-choice --tool-call-parser hermes --reasoning-parser qwen3"),
             ("<think> </think>", "--reasoning-parser qwen3"),
-            ("<tool_call><function=f>", ""),
+            ("<tool_call><function=f>", "--enable-auto-tool-choice --tool-call-parser qwen3_coder"),
+            ("<|python_tag|>", "--enable-auto-tool-choice --tool-call-parser llama3_json"),
             ("plain", ""),
         ],
     )
     def test_parsers_follow_the_template(self, scripted, monkeypatch, template, options):
         monkeypatch.setattr(serve, "load_tokenizer", lambda source: types.SimpleNamespace(chat_template=template))
         assert " ".join(serve.prepare(scripted).arguments[len([1, *PREFIXES, *STATES, *LOCAL]) + 4 :]) == options
+
+    def test_a_template_whose_calls_no_parser_reads_is_named(self, scripted, monkeypatch, capsys):
+        template = "{{ m.tool_calls }}"
+        monkeypatch.setattr(serve, "load_tokenizer", lambda source: types.SimpleNamespace(chat_template=template))
+        assert "--tool-call-parser" not in serve.prepare(scripted).arguments
+        assert "tool calls have no parser that hmf knows" in capsys.readouterr().err
+        serve.parsers("other", {"tool_call_parser": "mistral"})
+        assert not capsys.readouterr().err
+
+    @needs_vllm
+    @pytest.mark.parametrize("name", [None, "qwen2_5", "qwen3", "qwen3_5_think", "qwen3_8", "qwen3_instruct_2507"])
+    def test_the_parsers_read_what_the_template_writes(self, monkeypatch, name):
+        """vLLM's own parsers, on calls as training data has them."""
+        trl = pytest.importorskip("trl", reason="needs trl's chat templates")
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.reasoning import ReasoningParserManager
+        from vllm.tool_parsers import ToolParserManager
+
+        tokenizer = load_tokenizer(Path(hmf.__file__).parent / "assets" / "teacher")
+        if name:
+            tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+        monkeypatch.setattr(serve, "load_tokenizer", lambda source: tokenizer)
+        options = serve.parsers("checkpoint")
+        values = {"city": 'Lyon "x"', "days": 3, "now": True, "of": [1, {"a": "b"}]}
+        kinds = {"city": "string", "days": "integer", "now": "boolean", "of": "array"}
+        schema = {"type": "object", "properties": {key: {"type": kind} for key, kind in kinds.items()}}
+        tools = [{"type": "function", "function": {"name": "weather", "description": "Now.", "parameters": schema}}]
+        calls = [{"function": {"name": "weather", "arguments": made}} for made in (values, {"city": "Nice"})]
+        thought = {"reasoning_content": "why"} if "--reasoning-parser" in options else {}
+        talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": calls} | thought]
+        [document] = encode_chat(tokenizer, talk, tools)
+        text = tokenizer.decode([x for x in document.labels if x >= 0][:-1])
+        request = ChatCompletionRequest(messages=talk[:1], tools=tools, model="m")
+        if thought:
+            reads = ReasoningParserManager.get_reasoning_parser(options["--reasoning-parser"])(tokenizer)
+            reasoning, text = reads.extract_reasoning(text, request)
+            assert reasoning.strip() == "why"
+        parser = ToolParserManager.get_tool_parser(options["--tool-call-parser"])(tokenizer, request.tools)
+        found = parser.extract_tool_calls(text, request)
+        assert [json.loads(call.function.arguments) for call in found.tool_calls] == [values, {"city": "Nice"}]
+        assert not (found.content or "").strip()
 
     @needs_vllm
     def test_options_in_any_of_vllms_spellings(self, scripted, tmp_path):
@@ -324,6 +370,19 @@ class TestChat:
         assert "".join(text for text, is_thought in parts if is_thought) == "ponder deeply"
         assert "".join(text for text, is_thought in parts if not is_thought).strip() == "Hello world"
         assert [message["role"] for message in chat.messages] == ["user", "assistant"]
+
+    def test_a_thought_that_begins_in_the_prompt(self, scripted):
+        """As in Qwen3.5's template. The model then ends a thought that it did not begin."""
+        chat = LocalChat(scripted)
+        chat.tokenizer.chat_template += "{% if add_generation_prompt %}<think>{% endif %}"
+        parts = list(chat.answer("Hi"))
+        assert "".join(text for text, is_thought in parts if is_thought) == "ponder deeply"
+        assert chat.messages[-1]["content"].startswith("<think>\nponder deeply</think>")
+
+    def test_a_message_that_is_not_text_is_named(self, scripted):
+        """A pipe may give bytes that are not UTF-8, which Python reads as lone surrogates."""
+        with pytest.raises(HmfError, match=r"message: a lone surrogate \(\\udce9\) is not valid text"):
+            run(LocalChat(scripted), "name", lambda: b"h\xe9llo".decode(errors="surrogateescape"))
 
     def test_an_answer_that_is_cut_off(self, scripted):
         chat = LocalChat(scripted, max_new_tokens=2)

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
+from decimal import Decimal
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -86,7 +87,7 @@ def parse_json(text: str) -> Any:
             message has one line.
     """
     try:
-        return _require_shallow(json.loads(text, object_pairs_hook=_require_unique_keys))
+        return _require_shallow(json.loads(text, object_pairs_hook=_require_unique_keys, parse_float=_number))
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
 
@@ -158,7 +159,17 @@ def _require_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_require_unique_keys)
+class Rounded(float):
+    """A number whose JSON text has more digits than a float holds."""
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    digits = re.sub(r"[eE].*|[^0-9]", "", text).strip("0")
+    return Rounded(value) if len(digits) > 17 and Decimal(text) != Decimal(value) else value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_require_unique_keys, parse_float=_number)
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -196,7 +207,7 @@ _NOT_DECIMAL = re.compile(r"[-+]?(?:0[0-7_]*[0-7]$|[0-9_]+:)")
 
 
 def require_text(value: Any, place: str) -> None:
-    """HmfError if `value` contains a string with a lone surrogate, or a number that JSON cannot represent."""
+    """HmfError if `value` has a string with a lone surrogate, or a number that JSON or a float cannot represent."""
     if isinstance(value, str):
         if not value.isascii():
             try:
@@ -215,3 +226,5 @@ def require_text(value: Any, place: str) -> None:
             require_text(item, f"{place}[{number}]")
     elif isinstance(value, float) and not math.isfinite(value):
         raise HmfError(f"{place}: {value} is not a valid JSON number; remove or replace it")
+    elif isinstance(value, Rounded):
+        raise HmfError(f"{place}: the number has more digits than are kept ({value!r}); round it, or write it as text")

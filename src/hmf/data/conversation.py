@@ -197,11 +197,13 @@ def _part(part: Any, place: str, ignored: frozenset[str]) -> Message:
 
 
 def _calls(calls: Any, place: str, ignored: frozenset[str]) -> list[Message]:
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+    if not isinstance(calls, list):
         raise HmfError(f"{place}: a list of calls is expected, not {_kind(calls)}")
     made = []
     for number, call in enumerate(calls):
         where = f"{place}[{number}]"
+        if not isinstance(call, dict):
+            raise HmfError(f"{where}: an object with a function's name and arguments is expected, not {_kind(call)}")
         if "function" in call:
             kept = _present(call, CALL_KEYS, where, ignored)
             function, inside = kept.get("function"), f"{where}.function"

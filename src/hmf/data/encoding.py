@@ -23,6 +23,7 @@ from hmf.data.conversation import (
     thinking_of,
     without_thinking,
 )
+from hmf.data.marks import marked_turns
 from hmf.data.template import MarkedConversation, Template
 from hmf.data.tokenizer import SpecialTokenSplitter, document_separator, encode_texts, special_ids
 from hmf.errors import HmfError
@@ -82,11 +83,12 @@ def encode_chat(
 ) -> list[Encoded]:
     """Encode a conversation with the tokenizer's chat template. The assistant's turns are supervised.
 
-    If the template marks the assistant's text with {% generation %}, the marked parts are the turns. Otherwise, a turn
-    is the text that the template adds to the prompt from which the model would generate it. A template that removes the
-    thinking from earlier turns changes the text before a later turn. Such a turn starts another document, so that every
-    turn is trained after exactly the prompt from which it is generated. Turns of weight 0 are context. Messages after
-    the last supervised turn are left out.
+    If the template marks the assistant's text with {% generation %}, the marked parts are the turns, and a turn whose
+    thinking the template removes later is a document of its own. Otherwise, a turn is the text that it adds to the
+    prompt from which the model would generate it. A template that removes the thinking from earlier turns changes
+    the text before a later turn. Such a turn starts another document, so that every turn is trained after exactly the
+    prompt from which it is generated. Turns of weight 0 are context. Messages after the last supervised turn are left
+    out.
 
     Args:
         thinking: "strip" removes the thinking from all assistant turns.
@@ -120,13 +122,21 @@ def encode_chat(
     if splitter:
         messages, tools = [_hidden(message, splitter) for message in messages], splitter.hide(tools)
     template, answers = Template.of(tokenizer), answers if turns == "all" else answers[-1:]
-    by_marks = template.marks_turns(tools)
     thinks = {
-        index: bool(thinking_of(messages[index])) if enable_thinking is None else enable_thinking
-        for index in (answers[-1:] if by_marks else answers)
+        index: bool(thinking_of(messages[index])) if enable_thinking is None else enable_thinking for index in answers
     }
-    chat = _Chat(template, template.read(messages, tools, thinks), thinks, splitter)
-    return [chat.by_marks(answers)] if by_marks else chat.by_prompts()
+    if not template.marks_turns(tools):
+        return _Chat(template, template.read(messages, tools, thinks), thinks, splitter).by_prompts()
+    last = answers[-1]
+    conversation = template.read(messages, tools, {last: thinks[last]})
+    stripped = template.stripped(conversation, last, thinks[last], answers)
+    if stripped:
+        conversation = template.read(messages, tools, {index: thinks[index] for index in (*stripped, last)})
+    chat = _Chat(template, conversation, thinks, splitter)
+    return [
+        *(chat.by_marks([index]) for index in stripped),
+        chat.by_marks([index for index in answers if index not in stripped]),
+    ]
 
 
 def encode_answers(
@@ -225,32 +235,26 @@ class _Chat:
         return [Encoded(ids, labels)]
 
     def by_marks(self, answers: list[int]) -> Encoded:
-        """Supervise the parts of `answers` that the template marks."""
-        messages, tools = self.conversation.messages, self.conversation.tools
-        [(last, thinking)] = self.thinks.items()
+        """Supervise the parts of `answers` that the template marks, in the messages up to the last of them."""
+        last = answers[-1]
+        thinking, messages, tools = self.thinks[last], self.conversation.messages[: last + 1], self.conversation.tools
         text, marks = self.template.render_marked(messages, tools, enable_thinking=thinking)
         self.check_doubled(last, text)
         # A template that marks its turns may remove the thinking of earlier turns, but not that of the last.
         self.template.check(self.conversation, last, thinking, text)
-        ids, mask = self.masked(text, marks)
+        turns = marked_turns(self.template, self.conversation, last, thinking, answers)
+        if len(turns) != len(marks) or any(turn - {*answers} and turn & {*answers} for turn in turns):
+            raise HmfError(
+                "the chat template's marks cannot be assigned to the assistant's turns; use another template"
+            )
+        wanted = [mark for mark, turn in zip(marks, turns, strict=True) if turn & {*answers}]
+        ids, mask = self.masked(text, wanted)
         if self.splitter:
             ids, mask = self.splitter.restore(text, ids, mask)
         changes = [index for index in range(len(mask) + 1) if mask[index - 1 : index] != mask[index : index + 1]]
         spans = [(start, stop) for start, stop in pairwise(changes) if mask[start]]
-        if not spans:
-            raise HmfError(
-                "the chat template marks no token as the assistant's; fix the {% generation %} block of the template"
-            )
-        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        if turns != answers and answers != [last]:
-            if len(spans) != len(turns):
-                raise HmfError(
-                    f"weight: the chat template marks {len(spans)} parts, but the assistant has {len(turns)} turns, so "
-                    "their weights cannot be applied; leave weight out"
-                )
-            spans = [spans[turns.index(index)] for index in answers]
         labels = [IGNORED] * len(ids)
-        for start, stop in spans[-1:] if answers == [last] else spans:
+        for start, stop in spans:
             while stop > start and self.tokenizer.decode(ids[stop - 1]).isspace():  # a newline after the turn's end
                 stop -= 1
             self.check_end(ids[start:stop])
@@ -263,7 +267,7 @@ class _Chat:
             raise HmfError(
                 "the chat template has {% generation %} marks, which need a fast tokenizer; add its tokenizer.json"
             )
-        encoded = self.tokenizer(text, add_special_tokens=False, verbose=False)
+        encoded = self.tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=False)
         ids, mask = list(encoded["input_ids"]), [0] * len(encoded["input_ids"])
         for start, stop in marks:
             tokens = [token for at in range(start, stop) if (token := encoded.char_to_token(at)) is not None]

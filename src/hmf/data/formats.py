@@ -26,11 +26,15 @@ SPEAKERS = {
     "function_response": "tool",
     "function_call": "assistant",
 }
-# Fields that belong to the conversation in one of the common formats. A format that does not read such a field refuses
-# it. Other fields (id, source, score ...) are facts about the row and are ignored.
+# Fields, in any capitalisation, that belong to the conversation in one of the common formats. A format that does not
+# read such a field refuses it. Other fields (id, source, score ...) are facts about the row; their names are counted.
 CONVERSATION_FIELDS = (
     "system",
     "system_prompt",
+    "system_message",
+    "system_instruction",
+    "developer",
+    "context",
     "instruction",
     "input",
     "history",
@@ -55,10 +59,17 @@ CONVERSATION_FIELDS = (
 )
 
 
+# With which KTO marks an unwanted answer, if they are false.
+WANTED = ("label", "kto_tag")
+
+
 @dataclass(frozen=True)
 class Conversation:
+    """unread: names of the row's fields that are neither used nor in ignore_fields."""
+
     messages: list[Message]
     tools: list[Any] | None
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,20 +96,22 @@ def conversation(row: Row, settings: SourceSettings) -> Conversation:
             used, messages = {*ALPACA, "output"}, [*_alpaca(row), _message("assistant", _text(row, "output"), "output")]
         case "prompt_completion":
             used = {"prompt", "completion"}
-            if row.get("label") is False and "label" not in settings.ignore_fields:
-                raise HmfError(
-                    "field 'label' is false, as KTO marks an unwanted completion; remove the row, or add label to "
-                    f"{settings.key}.ignore_fields"
-                )
             messages = [*_messages(row, "prompt", "user"), *_messages(row, "completion", "assistant")]
-    tools = _tools(row, used, settings, messages)
-    for name, value in row.items():
-        if name not in (*used, *settings.ignore_fields) and _is_mask(value, len(messages)):
+    tools = _tools(row, used, settings)
+    require_text(messages, "messages")
+    unread = _unread(row, used, settings)
+    for name, value in unread.items():
+        if name in WANTED and str(value).casefold() in ("false", "0"):
+            raise HmfError(
+                f"field {name!r} is false, as KTO marks an unwanted answer; remove the row, or add {name} to "
+                f"{settings.key}.ignore_fields"
+            )
+        if _is_mask(value, messages):
             raise HmfError(
                 f"field {name!r} has 0 or 1 for each message but is not read; write weight into the assistant's "
                 f"messages, or add it to {settings.key}.ignore_fields"
             )
-    return Conversation(messages, tools)
+    return Conversation(messages, tools, tuple(unread))
 
 
 def pair(row: Row, settings: PairSettings) -> Pair:
@@ -123,7 +136,9 @@ def pair(row: Row, settings: PairSettings) -> Pair:
                 used |= set(ALPACA)
                 prompt = _alpaca(row)
         answers = [_answer(row, name, settings) for name in names]
-    tools = _tools(row, used, settings, [prompt, answers])
+    tools = _tools(row, used, settings)
+    for place, messages in (("prompt", prompt), *zip(names, answers, strict=True)):
+        require_text(messages, place)
     return Pair(prompt, answers[0], answers[1], tools)
 
 
@@ -160,27 +175,53 @@ def missing(row: Row, field: str, fix: str) -> HmfError:
     return HmfError(f"no field {field!r}; the row has {', '.join(map(repr, row)) or 'no fields'}: {fix}")
 
 
-def _tools(row: Row, used: Iterable[str], settings: PlaceSettings, messages: Any) -> list[Any] | None:
-    """The tools of a row. HmfError for a field of the conversation that is not `used`, and for invalid text."""
+def _tools(row: Row, used: Iterable[str], settings: PlaceSettings) -> list[Any] | None:
+    """The tools of a row. HmfError for a field of the conversation that is not `used`, and for invalid text in them."""
     field = settings.tools_field
     tools = decoded_field(row.get(field) or None, field) or None
     if tools is not None and not isinstance(tools, list):
         raise HmfError(f"field {field!r} holds {kind_of(tools)} instead of a list of tools")
-    for name in CONVERSATION_FIELDS:
-        value = row.get(name)
-        if name not in (*used, field, *settings.ignore_fields) and value is not None and value not in ("", [], {}):
+    for name, value in _unread(row, used, settings).items():
+        fix = "move it into the messages" if name.casefold() in CONVERSATION_FIELDS else None
+        if _holds_tools(value):
+            fix = f"set tools_field: {name}"
+        if fix:
             raise HmfError(
-                f"field {name!r} belongs to the conversation but is not read; move it into the messages, or add it to "
+                f"field {name!r} belongs to the conversation but is not read; {fix}, or add it to "
                 f"{settings.key}.ignore_fields"
             )
-    require_text(messages, "messages")
     require_text(tools, field)
     return tools
 
 
-def _is_mask(value: Any, messages: int) -> bool:
-    """Whether a field may say which messages are supervised."""
-    return isinstance(value, list) and len(value) == messages and all(item in (0, 1) for item in value)
+def _unread(row: Row, used: Iterable[str], settings: PlaceSettings) -> Row:
+    """The fields with a value that are neither used nor ignored on purpose."""
+    passed = {*used, settings.tools_field, *settings.ignore_fields}
+    return {name: value for name, value in row.items() if name not in passed and value not in (None, "", [], {})}
+
+
+def _holds_tools(value: Any) -> bool:
+    """Whether a field holds a list of tools, also as JSON text."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = parse_json(value)
+        except ValueError:
+            return False
+    return isinstance(value, list) and bool(value) and all(map(_is_tool, value))
+
+
+def _is_tool(value: Any) -> bool:
+    function = value.get("function", value) if isinstance(value, dict) else None
+    schemas = {"parameters", "input_schema", "inputSchema"}
+    return isinstance(function, dict) and isinstance(function.get("name"), str) and bool(schemas & function.keys())
+
+
+def _is_mask(value: Any, messages: list[Message]) -> bool:
+    """Whether a field may say which messages, or which of the assistant's, are supervised."""
+    answers = sum(message["role"] == "assistant" for message in messages)
+    if not isinstance(value, list) or not all(item in (0, 1) for item in value):
+        return False
+    return len(value) == len(messages) or (len(value) == answers and 0 in value)
 
 
 # The shape of rows that have a field of this name.

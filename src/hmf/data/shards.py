@@ -39,7 +39,7 @@ from hmf.data.sources import Conversation, Record, Source, content, digest
 from hmf.data.tokenizer import load_tokenizer, special_tokens
 from hmf.errors import HmfError
 
-FORMAT = 2  # version of the file format; shards of other versions are not used
+FORMAT = 3  # version of the file format; shards of other versions are not used
 HASH_BYTES = 32
 SHARD_BYTES = 8 << 20  # a shard ends at this size of its records, or at the recipe's shard_documents
 _SCHEMA = pa.schema(
@@ -62,6 +62,7 @@ class Counts:
     special_tokens: int = 0  # records whose texts contain special tokens
     after_answers: int = 0  # messages after the last supervised turn, which are not used
     filtered: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)  # records by the name of a field that is not read
 
     def leave_out(self, reason: str, count: int = 1) -> None:
         self.filtered[reason] = self.filtered.get(reason, 0) + count
@@ -71,6 +72,8 @@ class Counts:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for reason, count in other.filtered.items():
             self.leave_out(reason, count)
+        for name, count in other.unread.items():
+            self.unread[name] = self.unread.get(name, 0) + count
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class Encoder:
         try:
             item, split = content(record, self.source), self.source.split_special_tokens
             if isinstance(item, Conversation):
+                counts.add(Counts(unread=dict.fromkeys(item.unread, 1)))
                 item = Conversation(*normalise(item.messages, item.tools, self.source.ignore_keys))
             if self.filters.repetition and (reason := repetition(_supervised_text(item), self.filters.repetition)):
                 counts.leave_out(reason)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 from hmf import hub
 from hmf.config.data import SourceSettings
@@ -129,7 +131,7 @@ class Source:
             yield Record(self.name(path), content, len(content))
 
     def _parquet(self, path: Path) -> Iterator[Record]:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import parquet
 
         name, number = self.name(path), 0
         try:
@@ -147,10 +149,11 @@ class Source:
                                 f"{path}: row {number + at}: has more than {files.LIMIT >> 20} MiB; split it, or take "
                                 "it out"
                             )
+                    kind = pa.struct(batch.schema)
                     for row in batch.to_pylist():
-                        yield Record(f"{name} row {number}", _without_none(row), size)
+                        yield Record(f"{name} row {number}", _plain(row, kind, parse_json), size)
                         number += 1
-        except (ArrowException, OSError, ValueError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             why = " ".join(str(error).split()) or type(error).__name__
             raise HmfError(f"{path}: row {number}: not readable Parquet ({why:.200})") from None
 
@@ -174,8 +177,9 @@ class Source:
                 rows = rows[split]
             elif settings.split is not None:
                 raise HmfError(f"{settings.key}.split: {place} has no splits; leave it out")
+            kind = pa.struct(rows.features.arrow_schema) if rows.features else None
             for number, row in enumerate(rows):
-                yield Record(f"{place} row {number}", _without_none(row), 0)
+                yield Record(f"{place} row {number}", _plain(row, kind), 0)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise HmfError(f"{place}: the datasets library cannot read it ({' '.join(str(error).split())})") from None
 
@@ -234,17 +238,31 @@ def _row(value: bytes | dict[str, Any]) -> dict[str, Any]:
     try:
         row = parse_json(files.decoded(value.rstrip(b"\r\n")))
     except json.JSONDecodeError as error:
-        place = f"{error.msg} at character {error.pos + 1} of {len(error.doc)}"
-        raise HmfError(f"not valid JSON ({place}); each line must be a JSON object") from None
+        place = f"at character {error.pos + 1}" if error.pos < len(error.doc) else "at the end of the line"
+        several = error.doc.lstrip().startswith("[") or error.doc.strip() == "{"
+        fix = "rename the file to .json, since it holds an array or objects of several lines"
+        raise HmfError(
+            f"not valid JSON ({error.msg} {place}); {fix if several else 'each line must be a JSON object'}"
+        ) from None
     except ValueError as error:
         raise HmfError(f"not valid JSON ({error})") from None
     if not isinstance(row, dict):
-        raise HmfError(f"a JSON object is expected, not {type(row).__name__}")
+        raise HmfError(f"a JSON object is expected, not {formats.kind_of(row)}")
     return row
 
 
-def _without_none(value: Any) -> Any:
-    """The row without null fields, which tables add for fields that only other rows have."""
+def _plain(value: Any, kind: pa.DataType | None, parse: Callable[[str], Any] = lambda value: value) -> Any:
+    """A value of a table without null fields, which tables add for fields that only other rows have.
+
+    kind: its type in Arrow, if known. A value of the type JSON keeps its nulls.
+    parse: reads a value of the type JSON.
+    """
+    if value is None:
+        return None
+    if getattr(kind, "extension_name", None) == "arrow.json":
+        return parse(value)
     if isinstance(value, dict):
-        return {name: _without_none(item) for name, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
+        fields = {field.name: field.type for field in kind} if isinstance(kind, pa.StructType) else {}
+        return {name: _plain(item, fields.get(name), parse) for name, item in value.items() if item is not None}
+    item_kind = getattr(kind, "value_type", None)
+    return [_plain(item, item_kind, parse) for item in value] if isinstance(value, list) else value

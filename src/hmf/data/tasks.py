@@ -8,9 +8,10 @@ its hash.
 
 import json
 import math
+import re
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -61,9 +62,34 @@ class Sample:
         if len(final) - len(body) != len("<tool_call></tool_call>"):
             return False
         try:
-            return json.loads(body) == json.loads(self.answer)
-        except json.JSONDecodeError:
+            return parse_call(body, self.tools or ()) == json.loads(self.answer)
+        except (ValueError, RecursionError):
             return False
+
+
+_XML_CALL = re.compile(r"<function=([^>\s]+)>(?:\s*<parameter=[^>\s]+>.*?</parameter>)*\s*</function>", re.DOTALL)
+_XML_ARGUMENT = re.compile(r"<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+
+
+def parse_call(text: str, tools: Iterable[Message]) -> Any:
+    """The call in a text: JSON, or the XML of Qwen3.5's templates, where values are text that the tool's schema types.
+
+    Args:
+        tools: the offered tools, each an object with `function`.
+    Raises:
+        ValueError: neither JSON nor such XML, or a value that does not have its type.
+    """
+    if not (match := _XML_CALL.fullmatch(text.strip())):
+        return json.loads(text)
+    offered = {tool["function"]["name"]: tool["function"]["parameters"].get("properties", {}) for tool in tools}
+    types = {name: schema.get("type") for name, schema in offered.get(match[1], {}).items()}
+    arguments = {}
+    for name, value in _XML_ARGUMENT.findall(match[0]):
+        if types.get(name, "string") == "string":
+            arguments[name] = value
+        else:
+            arguments[name] = json.loads(value.lower() if types[name] == "boolean" else value)
+    return {"name": match[1], "arguments": arguments}
 
 
 def sample(

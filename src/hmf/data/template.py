@@ -36,8 +36,9 @@ _NOT_JSON = (
     "the chat template writes contents or arguments in Python's notation, or encodes them as JSON twice; use another "
     "template"
 )
+_TAG = re.compile(r"\s*(<[^<>\s]+>)")
 _CACHE_SIZE = 1024  # structures of conversations that are cached for each template
-_TOOLS = -1  # stands for tools in place of the index of a message
+TOOLS = -1  # stands for tools in place of the index of a message
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,10 @@ class MarkedConversation:
         self.messages, self.marked = form.apply(self.original), form.apply(self._marked)
         self.spelled = form.apply(spelled(message) for message in self._marked)
         self.structures = [repr(message) for message in self.marked]
+
+    def written(self, text: str) -> list[tuple[int, int]]:
+        """(position, number of the leaf) of every marker in a text."""
+        return [(match.start(), int(match[1] or match[2])) for match in _MARKER.finditer(text)]
 
     def _mark(self, value: Any, message: int, what: str, path: str) -> Any:
         """The value with markers in place of its texts and numbers."""
@@ -142,11 +147,11 @@ class MarkedConversation:
         for schema in function.values():  # under any key: parameters, or input_schema, which templates may not read
             properties = schema.get("properties") if isinstance(schema, dict) else None
             if isinstance(properties, dict):
-                self.names += [Leaf(_TOOLS, "tools", function["name"], name) for name in properties]
+                self.names += [Leaf(TOOLS, "tools", function["name"], name) for name in properties]
         made = dict(function)
         for key in ("name", "description"):
             if isinstance(function.get(key), str):
-                made[key] = self._mark(function[key], _TOOLS, "tools", function["name"])
+                made[key] = self._mark(function[key], TOOLS, "tools", function["name"])
         return tool | {"function": made} if tool.get("function") else made
 
 
@@ -165,22 +170,34 @@ class Template:
         self.tokenizer = tokenizer
         # vLLM's rule: messages of the developer become system messages if the template does not know the role.
         self.developers = ("developer", "system") if "developer" in source else ("system",)
-        self.place = f"{tokenizer.name_or_path}: " if tokenizer.name_or_path else ""
+        self.place = _place(tokenizer)
         self.forms: dict[Any, Form] = {}
         self.orders: dict[Any, tuple[int, ...]] = {}
+        self.turns: dict[Any, list[set[int]]] = {}  # of hmf.data.marks
 
     @staticmethod
     def of(tokenizer: PreTrainedTokenizerBase) -> Template:
         """HmfError for a tokenizer without a chat template."""
         if not (source := tokenizer.chat_template):
             raise HmfError(
-                "the tokenizer has no chat template; use the tokenizer of an instruction model, or add a template"
+                f"{_place(tokenizer)}the tokenizer has no chat template; use the tokenizer of an instruction model, or "
+                "add a template"
             )
         return _template(tokenizer, source if isinstance(source, str) else json.dumps(source))
 
     def marks_turns(self, tools: list[Any] | None) -> bool:
         """Whether the template marks the assistant's turns with {% generation %}."""
-        return bool(_GENERATION.search(self.tokenizer.get_chat_template(tools=tools)))
+        return bool(_GENERATION.search(self._source(tools)))
+
+    def _source(self, tools: list[Any] | None) -> str:
+        try:
+            return self.tokenizer.get_chat_template(tools=tools)
+        except ValueError:
+            names = ", ".join(map(repr, self.tokenizer.chat_template))
+            raise HmfError(
+                f"{self.place}the tokenizer has several chat templates ({names}), none of them named 'default'; "
+                "name one of them default"
+            ) from None
 
     def render(self, messages: list[Message], tools: list[Any] | None = None, **options: Any) -> str:
         """The rendered text; `options` are variables of the template.
@@ -200,7 +217,7 @@ class Template:
         return self._run(messages, tools, options | {"return_assistant_tokens_mask": True})
 
     def _run(self, messages: list[Message], tools: list[Any] | None, options: Any) -> tuple[str, list[tuple[int, int]]]:
-        source = self.tokenizer.get_chat_template(tools=tools)
+        source = self._source(tools)
         variables = {**self.tokenizer.special_tokens_map, **options}
         try:
             return rendering.render(messages=messages, tools=tools, chat_template=source, **variables)
@@ -233,7 +250,7 @@ class Template:
             except HmfError as error:
                 refusals.append(error)
                 continue
-            _keep(self.forms, key, form)
+            keep(self.forms, key, form)
             return conversation
         raise next((error for error in refusals if not isinstance(error, _Failure)), refusals[0])
 
@@ -267,7 +284,7 @@ class Template:
         names = [re.escape(repr(leaf.value)) for leaf in conversation.names if 0 <= leaf.message <= last]
         if _NOTATION.search(text) or (names and re.search(f"(?:{'|'.join(names)}): {_PYTHON}", text)):
             raise HmfError(_NOT_JSON)
-        numbers = Counter(int(match[1] or match[2]) for match in _MARKER.finditer(text))
+        numbers = Counter(number for _, number in conversation.written(text))
         for number, leaf in enumerate(conversation.leaves):
             if leaf.message > last:
                 break
@@ -291,7 +308,7 @@ class Template:
                 raise HmfError(
                     f"messages[{after}]: the chat template writes it after messages[{before}]; use another template"
                 )
-        _keep(self.orders, key, tuple(numbers))
+        keep(self.orders, key, tuple(numbers))
         return self.orders[key]
 
     def _require_literals(self, conversation: MarkedConversation, last: int, thinking: bool, text: str) -> None:
@@ -319,7 +336,13 @@ class Template:
             leaf = conversation.leaves[number]
             if leaf.message == last and not reached_last:
                 place, reached_last = max(place, turn), True
-            if (end := _find(text, leaf.value, place)) is not None:
+            if (found := _find(text, leaf.value, place)) is not None:
+                start, end = found
+                if leaf.what == "content" and (tag := _opening(leaf.value, text[place:start])):
+                    raise HmfError(
+                        f"messages[{leaf.message}].{leaf.path}: begins with {tag}, which the chat template writes "
+                        "before it; remove the tags around the text"
+                    )
                 place = end
             elif leaf.what != "thinking" or leaf.message == last:
                 raise self._lost(conversation, leaf)
@@ -327,8 +350,14 @@ class Template:
             if leaf.message <= last and _find(text, leaf.value, 0) is None:
                 raise self._lost(conversation, leaf)
 
+    def stripped(self, conversation: MarkedConversation, last: int, thinking: bool, answers: list[int]) -> list[int]:
+        """Those of `answers` before `last` whose thinking the template leaves out, once there is a later turn."""
+        written = {*self.order(conversation, last, thinking)}
+        lost = {leaf.message for number, leaf in enumerate(conversation.leaves) if number not in written}
+        return [index for index in answers if index in lost and index != last]
+
     def _lost(self, conversation: MarkedConversation, leaf: Leaf) -> HmfError:
-        if leaf.message == _TOOLS:
+        if leaf.message == TOOLS:
             return HmfError(
                 f"the chat template leaves tools out ({leaf.path}); use a tokenizer whose template writes them"
             )
@@ -347,18 +376,29 @@ def _template(tokenizer: PreTrainedTokenizerBase, source: str) -> Template:
     return Template(tokenizer, source)
 
 
-def _keep(cache: dict[Any, Any], key: Any, value: Any) -> None:
+def _place(tokenizer: PreTrainedTokenizerBase) -> str:
+    return f"{tokenizer.name_or_path}: " if tokenizer.name_or_path else ""
+
+
+def keep(cache: dict[Any, Any], key: Any, value: Any) -> None:
     if len(cache) >= _CACHE_SIZE:
         cache.clear()
     cache[key] = value
 
 
-def _find(text: str, value: str | int | float, start: int) -> int | None:
-    """The end of the first occurrence of a leaf from `start` on, as plain text or in JSON's or Python's notation."""
+def _find(text: str, value: str | int | float, start: int) -> tuple[int, int] | None:
+    """Start and end of the first occurrence of a leaf from `start` on, as plain text or in JSON's or Python's
+    notation."""
     for notation in _notations(value):
         if (place := text.find(notation, start)) >= 0:
-            return place + len(notation)
+            return place, place + len(notation)
     return None
+
+
+def _opening(value: str | int | float, before: str) -> str | None:
+    """The tag, such as <tool_response>, with which a text begins and the template's own text before it ends."""
+    match = _TAG.match(value) if isinstance(value, str) else None
+    return match[1] if match and before.rstrip().endswith(match[1]) else None
 
 
 def _notations(value: str | int | float) -> Iterator[str]:

@@ -71,7 +71,9 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if (file := folder / "config.json").exists():  # transformers reads it to find the tokenizer's class
         require_values(read_object(file), file)
     config = folder / "tokenizer_config.json"
-    name = read_object(config).get("tokenizer_class") if config.exists() else None
+    content = read_object(config) if config.exists() else {}
+    _check_template(folder, content.get("chat_template"))
+    name = content.get("tokenizer_class")
     if name is not None and (not isinstance(name, str) or tokenizer_class_from_name(name) is None):
         raise HmfError(
             f"{config}: tokenizer_class: transformers has no class {name!r}; name the class that reads these files"
@@ -90,6 +92,29 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"{folder}: the tokenizer has no vocabulary and encodes every text to no tokens; copy its files again"
         )
     return tokenizer
+
+
+def _check_template(folder: Path, template: Any) -> None:
+    """HmfError unless chat_template of tokenizer_config.json is a template, or several with different names; a notice
+    if another file is used in its place."""
+    file, key = folder / "tokenizer_config.json", "chat_template"
+    named = list(template.items()) if isinstance(template, dict) else []
+    if isinstance(template, list):
+        named = [
+            (item.get("name"), item.get("template")) if isinstance(item, dict) else (None, None) for item in template
+        ]
+    if (template is not None and not isinstance(template, str | list | dict)) or not all(
+        isinstance(part, str) for pair in named for part in pair
+    ):
+        raise HmfError(f"{file}: {key}: must be text, or a list of objects with a name and a template; correct it")
+    names = [name for name, _ in named]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise HmfError(f"{file}: {key}: two templates have the name {twice[0]!r}; remove one of them")
+    if template and (other := folder / f"{key}.jinja").is_file():
+        with reading(other):
+            content = other.read_bytes()
+        if content.decode(errors="replace") != dict(named).get("default", template):
+            notice(f"{other}: is the chat template; {key} of {file.name} differs and is not read")
 
 
 def _require_embeddings(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -203,6 +203,11 @@ def _lm_eval(file: Path, report: _LmEval) -> Reading:
         ]
         lengths = [key for key in shares if key[0].isdecimal()]
         headline = HEADLINES.get(task)
+        if headline in metrics and not 0 <= metrics[headline][0] <= 1:
+            raise HmfError(
+                f"{file}: results.{task}.{','.join(headline)}: {metrics[headline][0]} is not a share from 0 to 1; "
+                "give the file as lm-eval wrote it"
+            )
         chosen = lengths or [headline if headline in shares else key for key in shares[:1]]
         common = {
             "harness": "lm-eval",
@@ -239,7 +244,7 @@ def _metrics(
         base = metric.removesuffix("_stderr")
         if not comma or (base != metric and f"{base},{filtered}" in values):
             continue
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise HmfError(f"{file}: results.{task}.{key}: {value!r} is not a number; run the task again")
         stderr = values.get(f"{metric}_stderr,{filtered}")
         error = float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None

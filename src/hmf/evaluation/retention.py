@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from hmf.data import phrases
-from hmf.data.tasks import fitting, library_lines
+from hmf.data.tasks import fitting, library_lines, parse_call
 from hmf.data.tokenizer import special_tokens
 
 LONGEST_COPY = 2048  # largest number of tokens of the passage in long_copy, at any length
@@ -254,11 +254,12 @@ def tool_schema(draw: Draw) -> Problem:
     arguments = {name: _value(draw, schema) for name, schema in properties.items()}
     stated_values = "; ".join(f"{name}: {_spoken(value)}" for name, value in arguments.items())
     call = {"name": tool["name"], "arguments": arguments}
+    tools = [{"type": "function", "function": tool} for tool in offered]
     return Problem(
         question=f"{tool['description']} Use these values. {stated_values}.",
         answer=f"<tool_call>\n{json.dumps(call)}\n</tool_call>",
-        check=lambda text: list(map(_typed, _calls(text))) == [_typed(call)],
-        tools=[{"type": "function", "function": tool} for tool in offered],
+        check=lambda text: list(map(_typed, _calls(text, tools))) == [_typed(call)],
+        tools=tools,
     )
 
 
@@ -297,14 +298,14 @@ def _spoken(value: Any) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
-def _calls(text: str) -> Iterator[Any]:
-    """The calls in an answer: JSON objects in <tool_call> blocks. Without a block, the whole answer is one object."""
+def _calls(text: str, tools: list[dict[str, Any]]) -> Iterator[Any]:
+    """The calls in an answer: in <tool_call> blocks, or without a block the whole answer."""
     blocks = re.findall(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL) or [unfenced(text)]
     if "<tool_call>" in text and re.sub(r"<tool_call>.*?</tool_call>", "", text, flags=re.DOTALL).strip():
         blocks = [text]  # other text beside the calls, or an unfinished call
     for block in blocks:
         try:
-            call = json.loads(block)
+            call = parse_call(block, tools)
         except (ValueError, RecursionError):
             call = None
         if isinstance(call, dict) and "parameters" in call and "arguments" not in call:

@@ -225,6 +225,9 @@ def load_config(source: str | Path, weights: bool = True) -> Any:
                 f"{file}: num_experts_per_tok: {config.num_experts_per_tok} is more than num_experts, {experts}; "
                 "correct it"
             )
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        if heads % kv_heads:  # also if the key is missing, since config classes have defaults of large models
+            raise HmfError(f"{file}: num_key_value_heads: {kv_heads} does not divide num_attention_heads, {heads}")
         require_rope(config, str(file))
         require_token_ids(file, config.vocab_size)
         if weights:

@@ -179,7 +179,15 @@ def weight_files(folder: Path) -> list[str]:
         if single and names != [WEIGHTS]:
             raise HmfError(f"{folder}: has both {WEIGHTS} and {INDEX}; remove the one that is not this model's")
     if not names:
-        others = sorted(item.name for item in folder.iterdir() if re.search(r"\.(bin|pth?|gguf)$", item.name))
+        if shards:
+            raise HmfError(
+                f"{folder}: {listed(sorted(shards), 2)}: not listed by {INDEX}, which is missing; copy it too"
+            )
+        others = sorted(
+            item.name
+            for item in folder.iterdir()
+            if re.search(r"\.(safetensors|bin|pth?|gguf)$", item.name, re.IGNORECASE)
+        )
         raise HmfError(
             f"{folder}: no weights ({WEIGHTS} or {INDEX}"
             f"{f'; {listed(others)} cannot be read' if others else ''}); a checkpoint needs both config and weights"

@@ -106,6 +106,9 @@ def _notes(console: Console, source: dict[str, Any]) -> None:
     if source["filtered"]:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(source["filtered"].items()))
         console.print(f"{source['name']}: filtered by {reasons}", highlight=False)
+    if unread := source.get("unread"):
+        names = ", ".join(f"{name} ({count:,})" for name, count in sorted(unread.items()))
+        console.print(f"{source['name']}: fields of conversations that are not read: {names}", highlight=False)
     if count := source.get("special_tokens"):
         text = "special tokens in their text, which split_special_tokens: true encodes as plain text"
         console.print(f"{source['name']}: {count:,} records have {text}", highlight=False)

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
+from hmf.config.strict import require_text
 from hmf.data.template import Template
 from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError
@@ -94,7 +95,9 @@ class LocalChat:
 
         worker = threading.Thread(target=generate, daemon=True)
         worker.start()
-        pieces, markers = [], Markers()
+        # Some templates write the start of the thinking into the prompt.
+        opened = self.tokenizer.decode(inputs["input_ids"][0, -8:]).rstrip().endswith(THINK_START)
+        pieces, markers = [f"{THINK_START}\n"] if opened else [], Markers(opened)
         try:
             for piece in streamer:
                 pieces.append(piece)
@@ -188,6 +191,7 @@ def run(chat: Chat, name: str | Path, read: Callable[[], str] | None = None, con
             text = ""
         if not text:
             return
+        require_text(text, "message")  # a terminal or a pipe may give bytes that are not UTF-8
         try:
             for piece, is_thought in chat.answer(text):
                 console.print(piece, style="dim" if is_thought else None, end="", markup=False, soft_wrap=True)
@@ -216,10 +220,13 @@ def _reader() -> Callable[[], str]:
 
 
 class Markers:
-    """Separates thoughts from the answer in a stream, by their markers. A marker is one token, so it is never split."""
+    """Separates thoughts from the answer in a stream, by their markers. A marker is one token, so it is never split.
 
-    def __init__(self) -> None:
-        self.inside = False
+    inside: whether the stream begins with a thought.
+    """
+
+    def __init__(self, inside: bool = False) -> None:
+        self.inside = inside
 
     def parts(self, piece: str) -> Iterator[Part]:
         """The parts of a piece of text, without the markers."""

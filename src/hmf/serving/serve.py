@@ -8,6 +8,7 @@ import importlib.util
 import ipaddress
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -106,7 +107,7 @@ def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
         options["--max-model-len"] = str(longest)
     if user_options.get("uds") is None:
         options["--host"] = LOOPBACK
-    options |= parsers(source)
+    options |= parsers(source, user_options)
     if not quantised:
         dtype = user_options.get("dtype") or options.get("--dtype") or "auto"
         _notice_narrowed(folder, config, dtype, can_widen=not bfloat16_only)
@@ -248,14 +249,26 @@ def state_options(config: Any, prefix_caching: bool = True) -> dict[str, str | N
     return caching | dict.fromkeys(("--mamba-cache-dtype", "--mamba-ssm-cache-dtype"), config.state_dtype)
 
 
-def parsers(source: str | Path) -> dict[str, str | None]:
-    """vLLM's options for parsers of tool calls and reasoning, if the chat template has their markers."""
+# vLLM's parser by a marker of the template's calls: XML, JSON between tags, and Llama 3.1's JSON. The first one counts.
+TOOL_PARSERS = {"<function=": "qwen3_coder", "<tool_call>": "hermes", "<|python_tag|>": "llama3_json"}
+
+
+def parsers(source: str | Path, given: Container[str] = ()) -> dict[str, str | None]:
+    """vLLM's options for parsers of tool calls and reasoning, if the chat template has their markers.
+
+    A notice says that there is none for its tool calls, unless `tool_call_parser` is among the `given` options.
+    """
     template = load_tokenizer(source).chat_template or ""
     if isinstance(template, list | dict):  # several named templates
         template = str(template)
     options: dict[str, str | None] = {}
-    if "<tool_call>" in template and "<function=" not in template:  # calls are JSON, not XML
-        options |= {"--enable-auto-tool-choice": None, "--tool-call-parser": "hermes"}
+    if parser := next((parser for marker, parser in TOOL_PARSERS.items() if marker in template), None):
+        options |= {"--enable-auto-tool-choice": None, "--tool-call-parser": parser}
+    elif "tool_call_parser" not in given and re.search(r"\btool_calls\b", template):
+        notice(
+            f"{source}: the chat template's tool calls have no parser that hmf knows, so they stay text in content; "
+            "give vLLM's with -- --enable-auto-tool-choice --tool-call-parser NAME"
+        )
     if "</think>" in template:
         options["--reasoning-parser"] = "qwen3"
     return options
