@@ -77,9 +77,7 @@ class LayerOptions(BaseModel):
         for key in user:
             if key not in known:
                 raise HmfError(f"{source}: {unknown_name('key', key, known)}")
-        heads, kv_heads = base.num_attention_heads, base.num_key_value_heads
-        if heads % kv_heads:
-            raise HmfError(f"config.json: num_key_value_heads: {kv_heads} does not divide num_attention_heads, {heads}")
+        check_heads(base)
         own = user.get("own_shape") is True
         if own and (why := own_shape_problem(base)):
             raise HmfError(f"{source}: own_shape: true, but {why}; correct that, or leave own_shape out")
@@ -112,14 +110,25 @@ def base_activation(base: Any) -> str:
     return getattr(base, "hidden_activation", None) or base.hidden_act
 
 
+def check_heads(base: Any, source: str = "config.json") -> None:
+    """HmfError unless the query heads of a base's attention can share its key/value heads evenly."""
+    heads, kv_heads = base.num_attention_heads, base.num_key_value_heads
+    if heads % kv_heads:
+        raise HmfError(f"{source}: num_key_value_heads: {kv_heads} does not divide num_attention_heads, {heads}")
+
+
+# Keys of a base's own recurrent layers, after `linear_`. Other configs may hold some of them, which nothing reads.
+OWN_SHAPE = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
+
+
 def own_shape_problem(base: Any) -> str | None:
     """The reason why a new layer cannot have the heads of the base's own recurrent layers, or None.
 
     It needs one head_dim for keys and values, and as many channels of values as attention has.
     """
-    if (values := getattr(base, "linear_num_value_heads", None)) is None:
+    if not all(hasattr(base, f"linear_{name}") for name in OWN_SHAPE):
         return "the base has no recurrent layers of its own"
-    keys, size = base.linear_num_key_heads, base.linear_value_head_dim
+    values, keys, size = base.linear_num_value_heads, base.linear_num_key_heads, base.linear_value_head_dim
     if keys < 1 or values % keys:
         return f"linear_num_value_heads, {values}, is not a multiple of linear_num_key_heads, {keys}"
     if base.linear_key_head_dim != size:

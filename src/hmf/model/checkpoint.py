@@ -20,6 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
+from hmf.config.layers import check_heads
 from hmf.errors import HmfError, listed, notice
 from hmf.layers.base import Stateful
 
@@ -220,7 +221,8 @@ def load_config(source: str | Path, weights: bool = True) -> Any:
                 f"{config.model_type!r}, which is not a supported family; remove the key if sliding_window applies to "
                 "every layer"
             )
-        if (experts := getattr(config, "num_experts", None)) and config.num_experts_per_tok > experts:
+        check_heads(config, str(file))
+        if (experts := getattr(config, "num_experts", None)) and getattr(config, "num_experts_per_tok", 0) > experts:
             raise HmfError(
                 f"{file}: num_experts_per_tok: {config.num_experts_per_tok} is more than num_experts, {experts}; "
                 "correct it"

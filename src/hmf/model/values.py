@@ -27,7 +27,7 @@ SIZES = {
     **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), 2**16),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2**16),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim"), 2**16),
-    "full_attention_interval": 10_000,
+    **dict.fromkeys(("full_attention_interval", "decoder_sparse_step"), 10_000),
     "hidden_size": 2**20,
     **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), 2**24),
     "vocab_size": 2**26,

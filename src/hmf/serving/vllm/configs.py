@@ -6,8 +6,10 @@ Each function returns why a start of the server is refused, or None.
 
 from __future__ import annotations
 
-from hmf.config.layers import base_activation, base_head_dim
+from hmf.config.layers import base_activation, base_head_dim, layer_options, needed_kinds
+from hmf.config.pattern import ATTENTION
 from hmf.config.rope import ROPE_KEYS, ROPE_SCALING_KEYS
+from hmf.layers.own import own_layers
 
 from .start import Start
 
@@ -46,7 +48,11 @@ READ_BY_VLLM = {
     "smollm3": ("bias", "qkv_bias", "target_layer_count"),
 }
 # And those that vLLM reads in every model.
-READ_BY_VLLM_ALWAYS = ("mrope_section", "rotary_emb_base", "rotary_emb_fraction", "rotary_pct", "xdrope_section")
+READ_BY_VLLM_ALWAYS = (
+    *("mrope_section", "rotary_emb_base", "rotary_emb_fraction", "rotary_pct", "xdrope_section"),
+    *("attention_chunk_size", "attn_type_list", "canvas_length", "head_dtype", "is_matryoshka", "layers_block_type"),
+    *("matryoshka_dimensions", "n_head_kv", "num_kv_heads", "rswa_window"),
+)
 
 
 def family(start: Start) -> str | None:
@@ -89,6 +95,25 @@ def whole_width(start: Start) -> str | None:
     )
 
 
+# Widths of short convolutions that vLLM's GPU kernels compute. That of prefills gives wrong numbers for others.
+CONV_SIZES = range(2, 5)
+
+
+def convolutions(start: Start) -> str | None:
+    """A short convolution of a width that vLLM's GPU kernels do not have."""
+    config, widths = start.config, {}
+    for kind in needed_kinds(config, config.pattern.symbols):
+        options = layer_options(config, kind.symbol)
+        if getattr(options, "use_short_conv", True):
+            widths[f"{kind.config_key}.conv_size"] = getattr(options, "conv_size", None)
+    if any(config.pattern.symbols[index] == ATTENTION for index in own_layers(config)):
+        widths["linear_conv_kernel_dim"] = config.linear_conv_kernel_dim
+    wrong = [(key, width) for key, width in widths.items() if width is not None and width not in CONV_SIZES]
+    if start.on_cpu or not wrong:
+        return None
+    return f"{wrong[0][0]} {wrong[0][1]}: vLLM's kernels for GPUs have convolutions of width 2 to 4; {ELSEWHERE}"
+
+
 # Keys of `rope_parameters` that vLLM and transformers use in the same way.
 ROPE = ROPE_SCALING_KEYS | {"rope_type", "type", "rope_theta", "llama_4_scaling_beta", "max_position_embeddings"}
 IMAGE_AXES = {"mrope_section", "mrope_interleaved"}  # in text, positions on all axes of an image are the same
@@ -105,6 +130,8 @@ def positions(start: Start) -> str | None:
         return f"rope_type {kind!r}: vLLM computes other positions than transformers; {ELSEWHERE}"
     if rope.get("partial_rotary_factor", 1) != 1 and config.family.model_type not in PARTIAL:
         return "partial_rotary_factor: transformers rotates whole heads in this family; remove it"
+    if int(base_head_dim(config) * rope.get("partial_rotary_factor", 1)) % 2:
+        return "partial_rotary_factor: it rotates an odd number of channels, where vLLM needs pairs; " + ELSEWHERE
     of_images = IMAGE_AXES if config.family.position_axes() > 1 else set()
     if unknown := sorted(rope.keys() - ROPE - {"partial_rotary_factor"} - of_images):
         return f"rope_parameters.{unknown[0]}: transformers does not read it, and vLLM may; remove it"

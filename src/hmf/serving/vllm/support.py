@@ -213,6 +213,12 @@ TABLE: tuple[Row, ...] = (
         configs.whole_width,
     ),
     Row(
+        "Short convolutions of other widths than 2 to 4 on a GPU",
+        False,
+        "generate with Hugging Face",
+        configs.convolutions,
+    ),
+    Row(
         "Config keys that vLLM reads and transformers does not",
         False,
         ", ".join(f"`{key}`" for key in sorted({*READ_BY_VLLM_ALWAYS, *sum(READ_BY_VLLM.values(), ())})),
