@@ -50,8 +50,7 @@ READ_BY_VLLM = {
 # And those that vLLM reads in every model.
 READ_BY_VLLM_ALWAYS = (
     *("mrope_section", "rotary_emb_base", "rotary_emb_fraction", "rotary_pct", "xdrope_section"),
-    *("attention_chunk_size", "attn_type_list", "canvas_length", "head_dtype", "is_matryoshka", "layers_block_type"),
-    *("matryoshka_dimensions", "n_head_kv", "num_kv_heads", "rswa_window"),
+    *("attention_chunk_size", "canvas_length", "head_dtype", "n_head_kv", "num_kv_heads", "rswa_window"),
 )
 
 
@@ -68,8 +67,9 @@ def family(start: Start) -> str | None:
 def unlike_transformers(start: Start) -> str | None:
     """A key that only vLLM's layers read."""
     config = start.config
-    names = (*READ_BY_VLLM[config.family.model_type], *READ_BY_VLLM_ALWAYS)
+    names = READ_BY_VLLM[config.family.model_type]
     unsupported = [name for name in names if getattr(config, name, None)]
+    unsupported += [name for name in READ_BY_VLLM_ALWAYS if getattr(config, name, None) is not None]
     if "qkv_bias" in names and hasattr(config, "qkv_bias"):  # also false, because it overrides `attention_bias`
         unsupported.append("qkv_bias")
     if not unsupported:
