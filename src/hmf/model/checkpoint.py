@@ -20,7 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from hmf.config.layers import check_heads
+from hmf.config.layers import check_heads, experts_per_token
 from hmf.errors import HmfError, listed, notice
 from hmf.layers.base import Stateful
 
@@ -222,11 +222,8 @@ def load_config(source: str | Path, weights: bool = True) -> Any:
                 "every layer"
             )
         check_heads(config, str(file))
-        if (experts := getattr(config, "num_experts", None)) and getattr(config, "num_experts_per_tok", 0) > experts:
-            raise HmfError(
-                f"{file}: num_experts_per_tok: {config.num_experts_per_tok} is more than num_experts, {experts}; "
-                "correct it"
-            )
+        if (active := experts_per_token(config)) > (experts := getattr(config, "num_experts", active)):
+            raise HmfError(f"{file}: num_experts_per_tok: {active} is more than num_experts, {experts}; correct it")
         require_rope(config, str(file))
         require_token_ids(file, config.vocab_size)
         if weights:
