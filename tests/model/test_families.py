@@ -594,6 +594,14 @@ def test_a_window_that_is_given_at_the_load_is_the_bases(family, before, after, 
         assert torch.equal(later(ids).logits, base(ids).logits)
 
 
+def test_no_experts_where_every_layer_has_them(tmp_path):
+    saved(stock_model("qwen3_5_moe_text", "listed"), tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | {"num_experts": 0}))
+    with pytest.raises(HmfError, match=r"config.json: num_experts: 0: this family has experts in every layer"):
+        load_config(tmp_path)
+
+
 def test_keys_of_other_families_have_no_effect(tmp_path):
     """Each by itself: they make no experts, and no recurrent layers, of a base that has none."""
     others = {name: value for row in FAMILIES.values() for name, value in row.config_class()().to_dict().items()}

@@ -293,6 +293,8 @@ REFUSED = [
     ("Mistral 7B 0.1", {"sliding_window": 0}, "sliding_window: 0 masks every token"),
     ("Mistral 7B 0.1", {"sliding_window": 1}, "sliding_window: 1 is not supported by the caches"),
     ("Mistral NeMo", {"head_dim": 7}, "head_dim: 7: rotary positions need an even number"),
+    ("OLMo 2", {"head_dim": None}, "head_dim: null: transformers takes it for a size; remove the key"),
+    ("Phi-4 mini", {"head_dim": None}, "head_dim: null"),
     ("OLMo 2", {"num_key_value_heads": 3}, "num_key_value_heads: 3 does not divide num_attention_heads, 4"),
     ("OLMo 2", {"decoder_sparse_step": 0}, "decoder_sparse_step: 0 is not a whole number from 1"),
     ("Phi-4 mini", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "long_factor: is missing"),

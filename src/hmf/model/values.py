@@ -71,6 +71,11 @@ def require_values(content: Mapping[str, Any], file: str | Path) -> None:
         value = content.get(name)
         if isinstance(value, int | float) and not (lowest <= value <= highest and math.isfinite(value)):
             raise HmfError(f"{file}: {name}: {value!r} is not a number from {lowest} to {highest}; correct it")
+    keys = vars(FAMILIES[str(content["model_type"]).removeprefix("hybrid_")].config_class())["__dataclass_fields__"]
+    if "head_dim" not in keys and content.get("head_dim", 0) is None:
+        raise HmfError(f"{file}: head_dim: null: transformers takes it for a size; remove the key")
+    if content.get("num_experts") == 0 and "num_experts" in keys and "intermediate_size" not in keys:
+        raise HmfError(f"{file}: num_experts: 0: this family has experts in every layer; give the base model's number")
     for name in ("dtype", "torch_dtype"):
         value = content.get(name)
         if value is not None and not (isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)):
