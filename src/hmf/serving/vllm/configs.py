@@ -95,12 +95,12 @@ def whole_width(start: Start) -> str | None:
     )
 
 
-# Widths of short convolutions that vLLM's GPU kernels compute. That of prefills gives wrong numbers for others.
-CONV_SIZES = range(2, 5)
+# The widest short convolution of vLLM's GPU kernels. That of prefills gives wrong numbers for wider ones.
+WIDEST_ON_GPU = 4
 
 
 def convolutions(start: Start) -> str | None:
-    """A short convolution of a width that vLLM's GPU kernels do not have."""
+    """A short convolution whose state vLLM cannot keep, or that its GPU kernels do not have."""
     config, widths = start.config, {}
     for kind in needed_kinds(config, config.pattern.symbols):
         options = layer_options(config, kind.symbol)
@@ -108,10 +108,12 @@ def convolutions(start: Start) -> str | None:
             widths[f"{kind.config_key}.conv_size"] = getattr(options, "conv_size", None)
     if any(config.pattern.symbols[index] == ATTENTION for index in own_layers(config)):
         widths["linear_conv_kernel_dim"] = config.linear_conv_kernel_dim
-    wrong = [(key, width) for key, width in widths.items() if width is not None and width not in CONV_SIZES]
-    if start.on_cpu or not wrong:
-        return None
-    return f"{wrong[0][0]} {wrong[0][1]}: vLLM's kernels for GPUs have convolutions of width 2 to 4; {ELSEWHERE}"
+    for key, width in widths.items():
+        if width == 1:
+            return f"{key} 1: vLLM cannot keep the state of such a convolution, which is empty; {ELSEWHERE}"
+        if width is not None and width > WIDEST_ON_GPU and not start.on_cpu:
+            return f"{key} {width}: vLLM's kernels for GPUs have convolutions of at most {WIDEST_ON_GPU}; {ELSEWHERE}"
+    return None
 
 
 # Keys of `rope_parameters` that vLLM and transformers use in the same way.

@@ -213,7 +213,7 @@ TABLE: tuple[Row, ...] = (
         configs.whole_width,
     ),
     Row(
-        "Short convolutions of other widths than 2 to 4 on a GPU",
+        "Short convolutions of width 1, and on a GPU of a width above 4",
         False,
         "generate with Hugging Face",
         configs.convolutions,
