@@ -180,6 +180,12 @@ def test_forward_with_a_mask_has_generates_positions(name, families):
     ids, expected = ids.masked_fill(mask == 0, PAD), model(ids[1:, 20:]).logits[0]
     for given in ({}, {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)}):
         close(model(ids, attention_mask=mask, **given).logits[1, 20:], expected)
+    for numbers in (
+        mask.bool(),
+        mask.float(),
+        mask * torch.arange(1, 41),
+    ):  # any number but 0 is a token, as in the base
+        close(model(ids, attention_mask=numbers).logits[1, 20:], expected)
     assert (model(ids, position_ids=torch.arange(40)[None]).logits[1, 20:] - expected).abs().max() > 1e-2
     first = {"max_new_tokens": 1, "min_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
     close(generate(model, ids, **first).logits[0][1], expected[-1])

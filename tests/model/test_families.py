@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
+from hmf.config.layers import base_activation, experts_per_token
 from hmf.config.pattern import Pattern
 from hmf.data.tokenizer import train_tokenizer
 from hmf.errors import HmfError
 from hmf.layers.attention import separate
 from hmf.layers.own import RECURRENT
 from hmf.layers.registry import MIXERS
-from hmf.model.checkpoint import load_model, published_tensors
-from hmf.model.convert import attention_layers, drop_teacher, hybridise
+from hmf.model.checkpoint import load_config, load_model, published_tensors
+from hmf.model.convert import attention_layers, drop_teacher, hybrid_config, hybridise
 from hmf.model.families import CANNOT_FIT, FAMILIES, family_of
 from hmf.model.modeling import TEACHER, hybrid_classes, logits_of
 from hmf.model.register import register
@@ -419,12 +420,15 @@ def test_a_head_of_its_own_and_every_bit_are_kept(family, variant, tmp_path):
             assert kept[name].dtype == torch.float32 and torch.equal(kept[name], tensors[name])
 
 
-@pytest.mark.parametrize("family", ["granite", "gemma3_text", "olmo2", "phi3"])
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [(name, {}) for name in ("granite", "gemma3_text", "olmo2", "phi3")] + [("olmo2", {"num_key_value_heads": 1})],
+)
 @torch.no_grad()
-def test_mamba2_starts_from_what_the_attention_computes(family):
+def test_mamba2_starts_from_what_the_attention_computes(family, fields):
     """Its B and C are the base's keys and queries, with its norms and scale, up to a norm per head."""
     stock = stock_model(
-        family, {"granite": "multipliers", "olmo2": "biases-mha"}.get(family, next(iter(BASES[family])))
+        family, {"granite": "multipliers", "olmo2": "biases-mha"}.get(family, next(iter(BASES[family]))), **fields
     )
     for layer in stock.model.layers:
         for name, bias in layer.self_attn.named_parameters():
@@ -436,15 +440,14 @@ def test_mamba2_starts_from_what_the_attention_computes(family):
     _, conv, _ = layer.mamba.project(x, None)
     _, keys, queries = layer.mamba.streams(conv)
     given = dict(separate(layer.self_attn).named_parameters())
-    q, k = (x @ given[f"{name}_proj.weight"].T for name in "qk")
-    head_dim = layer.self_attn.head_dim
-    if family == "olmo2":
-        q, k = (y * given[f"{name}_norm.weight"] for name, y in (("q", q), ("k", k)))
-    q, k = (y.unflatten(-1, (-1, head_dim)) for y in (q, k))
-    if family == "olmo2":
-        q, k = (torch.nn.functional.rms_norm(y, (head_dim,), eps=1e-6) for y in (q, k))
-    if family == "gemma3_text":
-        q, k = layer.self_attn.q_norm(q), layer.self_attn.k_norm(k)
+    head_dim, found = layer.self_attn.head_dim, []
+    for name in "qk":
+        y, norm = x @ given[f"{name}_proj.weight"].T, getattr(layer.self_attn, f"{name}_norm", None)
+        if norm is not None and norm.weight.numel() != head_dim:  # over all heads
+            y, norm = y * norm.weight, torch.nn.RMSNorm(head_dim, eps=1e-6)
+        y = y.unflatten(-1, (-1, head_dim))
+        found.append(y if norm is None else norm(y))
+    q, k = found
     torch.testing.assert_close(keys, k, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(queries, q * layer.self_attn.scaling * head_dim**0.5, atol=1e-5, rtol=1e-5)
 
@@ -563,6 +566,59 @@ def test_windows_that_the_family_does_not_know_are_none():
     same = drop_teacher(hybridise(stock, Pattern.parse("*-*-*-*")))
     ids = random_ids(1, 30)
     assert torch.equal(same(ids).logits, stock(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "before", "after"), [("phi3", None, 3), ("mistral", 5, None), ("ministral3", 5, 2), ("qwen2", 5, 3)]
+)
+@torch.no_grad()
+def test_a_window_that_is_given_at_the_load_is_the_bases(family, before, after, tmp_path):
+    """And one that is set later, when the types of layers are known, is refused if they would be others."""
+    stock, ids = stock_model(family, next(iter(BASES[family])), sliding_window=before), random_ids(1, 17)
+    saved(stock, tmp_path / "base")
+    saved(drop_teacher(hybridise(stock, Pattern.parse("*-*-*-*"))), tmp_path / "hybrid")
+    base, hybrid = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, sliding_window=after) for name in ("base", "hybrid")
+    )
+    assert torch.equal(hybrid(ids).logits, base(ids).logits)
+    assert not torch.equal(hybrid(ids).logits, stock(ids).logits)
+    assert (
+        hybrid.generate(ids, max_new_tokens=4).tolist()
+        == hybrid.generate(ids, max_new_tokens=4, use_cache=False).tolist()
+    )
+    config = CONFIG_MAPPING[f"hybrid_{family}"].from_pretrained(tmp_path / "hybrid")
+    config.sliding_window = after
+    if None in (before, after):
+        with pytest.raises(HmfError, match=f"sliding_window: {after}: was set on a finished config"):
+            AutoModelForCausalLM.from_config(config)
+    else:
+        later = AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid", config=config)
+        assert torch.equal(later(ids).logits, base(ids).logits)
+
+
+def test_no_experts_where_every_layer_has_them(tmp_path):
+    saved(stock_model("qwen3_5_moe_text", "listed"), tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | {"num_experts": 0}))
+    with pytest.raises(HmfError, match=r"config.json: num_experts: 0: this family has experts in every layer"):
+        load_config(tmp_path)
+
+
+def test_keys_of_other_families_have_no_effect(tmp_path):
+    """Each by itself: they make no experts, and no recurrent layers, of a base that has none."""
+    others = {name: value for row in FAMILIES.values() for name, value in row.config_class()().to_dict().items()}
+    shared = {*PreTrainedConfig().to_dict(), "partial_rotary_factor"}  # transformers reads them in every family
+    others = {name: value for name, value in others.items() if name not in shared}
+    saved(stock_model("qwen3", "odd-head-dim"), tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    expected = hybrid_config(load_config(tmp_path), PATTERN).to_dict()
+    assert {"num_experts", "linear_num_value_heads", "no_rope_layers"} <= (new := others.keys() - content.keys())
+    for name in sorted(new):
+        given = {name: 2 if type(others[name]) is int else others[name]}
+        (tmp_path / "config.json").write_text(json.dumps(content | given))
+        config = hybrid_config(load_config(tmp_path), PATTERN)
+        assert config.to_dict() | given == expected | given, name
+        assert experts_per_token(config) == 0 and base_activation(config) == "silu", name
 
 
 @torch.no_grad()

@@ -233,6 +233,25 @@ def test_generation_across_the_length_before_scaling(folder):
     assert hybrid.generate(ids, **settings).tolist() == hybrid.generate(ids, **settings, use_cache=False).tolist()
 
 
+@pytest.mark.parametrize("folder", ["Phi-4 mini"], indirect=True)
+@torch.no_grad()
+def test_a_cache_does_not_cross_the_length_before_scaling(folder):
+    """The positions in the cache would be others than in the whole text: steps up to it or beyond it, none across."""
+    model, ids = drop_teacher(hybridise(load_model(folder), Pattern(("*", "GDN") * 4))), random_ids(1, 16)
+    randomise(model)
+    for past in (9, 11, 12, 13):
+        for end in (past + 1, 12, 13, 16):
+            cache = model(ids[:, :past], use_cache=True).past_key_values
+            if past <= 12 < end:
+                with pytest.raises(HmfError, match="longrope's positions for at most 12 tokens.*without a cache"):
+                    model(ids[:, past:end], past_key_values=cache)
+            elif past < end:
+                found = model(ids[:, past:end], past_key_values=cache).logits
+                torch.testing.assert_close(found, model(ids[:, :end]).logits[:, past:], atol=3e-5, rtol=1e-5)
+    with pytest.raises(HmfError, match="longrope's positions"):
+        model.generate(ids, prefill_chunk_size=5, max_new_tokens=2)
+
+
 TABLE = {"rope_type": "default", "rope_theta": 1e4}
 REFUSED = [
     ("Gemma 3 1B", {"use_bidirectional_attention": True}, "use_bidirectional_attention: mixers are causal"),
@@ -272,6 +291,12 @@ REFUSED = [
     ("Granite 3.3", {"attention_multiplier": math.nan}, "attention_multiplier: nan is not a positive number"),
     ("Granite 3.3", {"logits_scaling": 0}, "logits_scaling: 0 is not a positive number"),
     ("Mistral 7B 0.1", {"sliding_window": 0}, "sliding_window: 0 masks every token"),
+    ("Mistral 7B 0.1", {"sliding_window": 1}, "sliding_window: 1 is not supported by the caches"),
+    ("Mistral NeMo", {"head_dim": 7}, "head_dim: 7: rotary positions need an even number"),
+    ("OLMo 2", {"head_dim": None}, "head_dim: null: transformers takes it for a size; remove the key"),
+    ("Phi-4 mini", {"head_dim": None}, "head_dim: null"),
+    ("OLMo 2", {"num_key_value_heads": 3}, "num_key_value_heads: 3 does not divide num_attention_heads, 4"),
+    ("OLMo 2", {"decoder_sparse_step": 0}, "decoder_sparse_step: 0 is not a whole number from 1"),
     ("Phi-4 mini", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "long_factor: is missing"),
     ("Phi-4 mini", {"partial_rotary_factor": 0.5}, "short_factor field must have length 2"),
 ]

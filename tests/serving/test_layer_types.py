@@ -65,6 +65,13 @@ def test_layer_type(tmp_path, name):
     check(tmp_path, engines.save_hybrid(tmp_path, case, pattern, **fields))
 
 
+@engines.on_cpu  # a GPU refuses these widths (test_support.py)
+def test_wide_convolutions(tmp_path):
+    widths = {"gka_config": {"conv_size": 7, "num_iter": 6}, "kda_config": {"conv_size": 90}}
+    case = Case("GDN", "narrow", options={"conv_size": 2})
+    check(tmp_path, engines.save_hybrid(tmp_path, case, "X-*-GKA-KDA", **widths))
+
+
 def test_options_given_at_the_start(tmp_path):
     """`--hf-overrides` with a layer type's overrides, merged over its options in the checkpoint."""
     case = Case("GKA", "overridden", options={"num_iter": 6, "ridge_strength": 0.3})

@@ -11,6 +11,7 @@ import torch
 from hmf.errors import HmfError
 from hmf.model.families import FAMILIES
 from hmf.serving.vllm import configs, support, weights
+from hmf.serving.vllm.start import Start
 from hmf.serving.vllm.weights import account, expected_tensors, quantised_tensors
 from tests.hybrids import Case, tiny_config
 from tests.numerics import assert_same
@@ -236,6 +237,14 @@ class TestRefusals:
             ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu': vLLM's MLPs support only silu"),
             ("qwen2", {}, "head_dim 32: vLLM's Qwen2 assumes hidden_size / num_attention_heads, 16"),
             ("qwen3", {"dual_chunk_attention_config": {"chunk_size": 64}}, "dual_chunk_attention_config in"),
+            ("qwen3", {"rswa_window": 0}, "rswa_window in config.json"),
+            ("llama", {"num_kv_heads": 1}, "num_kv_heads in config.json"),
+            ("qwen3", {"head_dtype": "bfloat16"}, "head_dtype in config.json"),
+            (
+                "phi3",
+                {"hidden_size": 128, "rope_parameters": ROPE | {"partial_rotary_factor": 0.3}},
+                "partial_rotary_factor: it rotates an odd number of channels",
+            ),
             ("ministral3", {"attention_bias": True}, "attention_bias in config.json"),
             ("mistral", {"llama_4_scaling": {"beta": 0.1}}, "llama_4_scaling in config.json"),
             ("phi3", {"attention_bias": True}, "attention_bias in config.json"),
@@ -336,6 +345,41 @@ class TestRefusals:
             if family.model_type == "qwen3_5_text":  # without experts
                 known |= {"num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"}
             assert read - known - handled - set(configs.READ_BY_VLLM[family.model_type]) == set(), family.prefix
+
+    def test_what_vllm_reads_of_every_config(self):
+        """Each key is one of the Hybrid's own, or refused, or does not change what the model computes."""
+        import inspect
+
+        from vllm.config.model import ModelConfig
+        from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase as Reader
+
+        text = inspect.getsource(ModelConfig) + inspect.getsource(Reader)
+        read = {
+            *re.findall(r'(?:getattr|hasattr)\(\s*(?:self\.)?(?:hf_(?:text_)?)?config,\s*"(\w+)"', text),
+            *re.findall(r"\bhf_(?:text_)?config\.(\w+)", text),
+        }
+        lists = ("get_total_num_kv_heads", "get_num_experts", "get_num_experts_per_token")
+        for name in (*lists, "derive_max_model_len_and_key"):
+            read |= set(re.findall(r'^ +"([a-z_]+)",', inspect.getsource(getattr(Reader, name)), re.MULTILINE))
+        assert {"rswa_window", "num_kv_heads"} <= read
+        harmless = {
+            # lengths of a sequence, which limit and do not change it
+            *("max_seq_len", "max_seq_length", "max_sequence_length", "max_target_positions", "model_max_length"),
+            *("n_positions", "seq_len", "seq_length"),
+            # numbers of experts, which the layers do not take from here, and names after those that a Hybrid has
+            *("block_configs", "moe_num_experts", "n_routed_experts", "num_experts", "num_local_experts"),
+            *("moe_top_k", "moe_topk", "num_experts_per_tok", "num_experts_per_token", "top_k_experts"),
+            *("hidden_size_per_head", "multi_query_group_num", "num_attention_groups"),
+            # other architectures, models with images, and pooling
+            *("attn_type_list", "chunk_size", "compress_ratios", "kv_lora_rank", "layers_block_type"),
+            *("mamba_chunk_size", "model", "qk_nope_head_dim", "encoder_config", "is_mm_prefix_lm", "text_config"),
+            *("vision_config", "embedding_size", "is_matryoshka", "matryoshka_dimensions", "position_embedding_type"),
+            *("use_pad_token", "use_sep_token"),
+            # checked elsewhere: with the weights, in a Hybrid's config, and for the families that have it
+            *("compression_config", "quantization_config", "is_causal", "dual_chunk_attention_config"),
+        }
+        config = tiny_config(GDN)
+        assert {name for name in read if not hasattr(config, name)} - harmless <= set(configs.READ_BY_VLLM_ALWAYS)
 
     def test_heads_that_do_not_split(self, hybrid_dir):
         assert "do not split over 3 ranks" in refused(
@@ -471,6 +515,28 @@ class TestWeights:
         dict(account(tensors.items(), *expected))
         del tensors["lm_head.weight"]
         dict(account(tensors.items(), *expected))
+
+
+@pytest.mark.parametrize(
+    ("case", "family", "fields", "line"),
+    [
+        (Case("GDN", "x"), "qwen3", {"gdn_config": {"conv_size": 5}}, "gdn_config.conv_size 5: vLLM's kernels"),
+        (Case("KDA", "x"), "qwen3", {"kda_config": {"conv_size": 1}}, "kda_config.conv_size 1: vLLM cannot keep"),
+        (Case("BMF", "x"), "qwen3", {"bmojo_config": {"ssm_mixer": "gka"}, "gka_config": {"conv_size": 8}}, "gka_conf"),
+        (Case("SWA", "x"), "qwen3_next", {"linear_conv_kernel_dim": 5}, "linear_conv_kernel_dim 5: vLLM's kernels"),
+        (Case("GDN", "x"), "qwen3", {"gdn_config": {"conv_size": 5, "use_short_conv": False}}, None),
+        (Case("GDN", "x"), "qwen3", {"gdn_config": {"conv_size": 2}}, None),
+        (Case("M2", "x"), "qwen3", {}, None),
+    ],
+)
+def test_widths_of_convolutions_on_a_gpu(case, family, fields, line):
+    """vLLM's kernel for prefills adds the oldest input's product several times in place of inputs that it does not
+    have in a width above 4."""
+    config = tiny_config(case, family=family, **fields)
+    found = configs.convolutions(Start(config, longest=64, on_cpu=False))
+    assert found is None if line is None else found.startswith(line)
+    on_cpu = configs.convolutions(Start(config, longest=64, on_cpu=True))
+    assert on_cpu == (found if line and "cannot keep" in line else None)
 
 
 def test_documentation_prints_the_table():

@@ -57,7 +57,7 @@ class LayerOptions(BaseModel):
 
         queries_grow: the base scales its queries by position; from_recurrent: some replace a recurrent layer of it.
         """
-        new = {key: getattr(base, name) for key, name in cls.new_from_base.items() if hasattr(base, name)}
+        new = {key: getattr(base, name) for key, name in cls.new_from_base.items() if has_key(base, name)}
         return new | (dict(cls.new_where_queries_grow) if queries_grow else {})
 
     @classmethod
@@ -74,9 +74,7 @@ class LayerOptions(BaseModel):
         for key in user:
             if key not in known:
                 raise HmfError(f"{source}: {unknown_name('key', key, known)}")
-        heads, kv_heads = base.num_attention_heads, base.num_key_value_heads
-        if heads % kv_heads:
-            raise HmfError(f"config.json: num_key_value_heads: {kv_heads} does not divide num_attention_heads, {heads}")
+        check_heads(base)
         own = user.get("own_shape") is True
         if own and (why := own_shape_problem(base)):
             raise HmfError(f"{source}: own_shape: true, but {why}; correct that, or leave own_shape out")
@@ -106,7 +104,25 @@ def base_intermediate_size(base: Any) -> int:
 
 def base_activation(base: Any) -> str:
     """The activation of a base's MLPs; Gemma's configs may have `hidden_act` too, which its modules do not read."""
-    return getattr(base, "hidden_activation", None) or base.hidden_act
+    return base.hidden_activation if has_key(base, "hidden_activation") else base.hidden_act
+
+
+def experts_per_token(base: Any) -> int:
+    """The number of experts that compute a token; 0 for a base without experts."""
+    experts = next((getattr(base, name) for name in ("num_experts", "num_local_experts") if has_key(base, name)), 0)
+    return base.num_experts_per_tok if experts else 0
+
+
+def check_heads(base: Any, source: str = "config.json") -> None:
+    """HmfError unless the query heads of a base's attention can share its key/value heads evenly."""
+    heads, kv_heads = base.num_attention_heads, base.num_key_value_heads
+    if heads % kv_heads:
+        raise HmfError(f"{source}: num_key_value_heads: {kv_heads} does not divide num_attention_heads, {heads}")
+
+
+def has_key(base: Any, name: str) -> bool:
+    """Whether `name` is a key of the base's family. A config.json may hold others too, which nothing reads."""
+    return name in getattr(type(base), "__dataclass_fields__", vars(base))
 
 
 def own_shape_problem(base: Any) -> str | None:
@@ -114,9 +130,9 @@ def own_shape_problem(base: Any) -> str | None:
 
     It needs one head_dim for keys and values, and as many channels of values as attention has.
     """
-    if (values := getattr(base, "linear_num_value_heads", None)) is None:
+    if not has_key(base, "linear_num_value_heads"):
         return "the base has no recurrent layers of its own"
-    keys, size = base.linear_num_key_heads, base.linear_value_head_dim
+    values, keys, size = base.linear_num_value_heads, base.linear_num_key_heads, base.linear_value_head_dim
     if keys < 1 or values % keys:
         return f"linear_num_value_heads, {values}, is not a multiple of linear_num_key_heads, {keys}"
     if base.linear_key_head_dim != size:

@@ -162,13 +162,14 @@ class Mamba2(Mixer):
         is_usual = math.isclose(scale, 1)
         if not hasattr(self, "B_norm"):
             return k, q if is_usual else q * scale, {}
-        weights = []
-        for name in ("k_norm", "q_norm"):
+        rows, weights = {"k_norm": k, "q_norm": q}, []
+        for name in rows:
             weight, offset = parameters[f"{name}.weight"], norm_offset(getattr(attention, name))
-            weights.append(weight + offset if offset else weight)
-        if len(weights[0]) != self.head_dim:
-            k, q = k * weights[0][:, None], q * weights[1][:, None]
-            weights = [torch.ones_like(weight[: self.head_dim]) for weight in weights]
-        b, c = weights
+            weight = weight + offset if offset else weight
+            if len(weight) != self.head_dim:  # a norm over all heads; that of a single one is per head already
+                rows[name] = rows[name] * weight[:, None]
+                weight = torch.ones_like(weight[: self.head_dim])
+            weights.append(weight)
+        (k, q), (b, c) = rows.values(), weights
         c = c if is_usual else c * scale
         return k, q, {"B_norm.weight": ("k_norm.weight", b), "C_norm.weight": ("q_norm.weight", c)}

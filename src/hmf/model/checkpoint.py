@@ -20,6 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
+from hmf.config.layers import check_heads, experts_per_token
 from hmf.errors import HmfError, listed, notice
 from hmf.layers.base import Stateful
 
@@ -220,14 +221,9 @@ def load_config(source: str | Path, weights: bool = True) -> Any:
                 f"{config.model_type!r}, which is not a supported family; remove the key if sliding_window applies to "
                 "every layer"
             )
-        if (experts := getattr(config, "num_experts", None)) and config.num_experts_per_tok > experts:
-            raise HmfError(
-                f"{file}: num_experts_per_tok: {config.num_experts_per_tok} is more than num_experts, {experts}; "
-                "correct it"
-            )
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        if heads % kv_heads:  # also if the key is missing, since config classes have defaults of large models
-            raise HmfError(f"{file}: num_key_value_heads: {kv_heads} does not divide num_attention_heads, {heads}")
+        check_heads(config, str(file))
+        if (active := experts_per_token(config)) > (experts := getattr(config, "num_experts", active)):
+            raise HmfError(f"{file}: num_experts_per_tok: {active} is more than num_experts, {experts}; correct it")
         require_rope(config, str(file))
         require_token_ids(file, config.vocab_size)
         if weights:

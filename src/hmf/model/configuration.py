@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,14 +95,10 @@ class HybridConfigMixin(Mixin):
             )
         if self.state_dtype not in STATE_DTYPES:
             raise HmfError(f"config.json: state_dtype {self.state_dtype!r} is not one of {', '.join(STATE_DTYPES)}")
-        if self.layer_types is None:  # Llama, Ministral 3 and Qwen3-MoE have one type for all layers
-            # Llama's attention has no windows, even if its config.json has a sliding_window.
-            window = self.sliding_window if hasattr(self.family.config_class(), "sliding_window") else None
-            self.layer_types = ["full_attention" if window is None else "sliding_attention"] * count
-        if "sliding_attention" in self.layer_types and (self.sliding_window is None or self.sliding_window < 1):
-            why = "is needed by sliding_attention layers" if self.sliding_window is None else "masks every token"
-            raise HmfError(f"config.json: sliding_window: {self.sliding_window} {why}; give 1 or more")
+        if self.layer_types is None:
+            self.layer_types = [self._type_of_all()] * count
         self.attention_types = self.layer_types
+        self.check_windows()
         if own := own_layers(self):
             check_own_layers(self)
             self.base_layer_types = list(self.attention_types)
@@ -124,6 +121,37 @@ class HybridConfigMixin(Mixin):
                     f"config.json: hybrid_override_pattern: layer {index}: {FROM_RECURRENT}{symbol}: {symbol} cannot "
                     f"have the heads of the base's recurrent layers: {why}; write * there"
                 )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Keywords replace fields before others follow from them; transformers sets them on the finished config."""
+        known = {field.name for field in dataclasses.fields(cls)} - {"dtype"}  # transformers knows "auto" for this one
+        given = {name: kwargs.pop(name) for name in known & kwargs.keys()}
+        if "hybrid_override_pattern" in given:
+            config_dict = {name: value for name, value in config_dict.items() if name != "layer_types"}
+        return super().from_dict(config_dict | given, **kwargs)
+
+    def _type_of_all(self) -> str:
+        """The type of all layers in families that do not list types: Llama, Ministral 3, Qwen3-MoE and others."""
+        # Llama's attention has no windows, even if its config.json has a sliding_window.
+        window = self.sliding_window if hasattr(self.family.config_class(), "sliding_window") else None
+        return "full_attention" if window is None else "sliding_attention"
+
+    def check_windows(self) -> None:
+        """HmfError for a `sliding_window` that the layers cannot have, or that was set after their types were."""
+        window = getattr(self, "sliding_window", None)
+        lists_types = any(field.name == "layer_types" for field in dataclasses.fields(self.family.config_class()))
+        if not lists_types and {self._type_of_all()} != set(self.attention_types):
+            raise HmfError(
+                f"config.json: sliding_window: {window}: was set on a finished config; give it to from_pretrained"
+            )
+        if "sliding_attention" in self.attention_types and (window is None or window < 2):
+            why = "masks every token"
+            if window is None:
+                why = "is needed by sliding_attention layers"
+            elif window == 1:
+                why = "is not supported by the caches of transformers, which keep every token then"
+            raise HmfError(f"config.json: sliding_window: {window} {why}; give 2 or more")
 
     def _check_from_recurrent(self, pattern: Pattern, own: list[int]) -> None:
         """HmfError unless the pattern of a fused model names the teacher of each layer, and that of a Hybrid none."""

@@ -31,6 +31,7 @@ from .cache import adopt
 from .checkpoint import StrictLoading
 from .configuration import hybrid_config_class
 from .families import FAMILIES, Family, Mixin, family_of
+from .rope import check_length
 
 STUDENT, TEACHER = "student", "teacher"
 
@@ -110,6 +111,7 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
     _other_tensors = ("lm_head.",)  # checkpoints of the causal language model can be loaded too
 
     def __init__(self, config: Any):
+        config.check_windows()
         with config.as_base():
             super().__init__(config)
         stock = self.family.class_named("DecoderLayer")
@@ -171,11 +173,13 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
             elif attention_mask is not None:
                 # Real tokens start at position 0 in every row: after a short convolution the result depends on absolute
                 # rotary positions, not only on differences.
-                position_ids = (attention_mask.long().cumsum(1) - 1).clamp_min(0)[:, -tokens:]
+                position_ids = (attention_mask.bool().long().cumsum(1) - 1).clamp_min(0)[:, -tokens:]
             else:
                 position_ids = (torch.arange(tokens, device=inputs_embeds.device) + past)[None]
         elif cu_seqlens is not None and bool(position_ids[0, cu_seqlens[:-1][cu_seqlens.diff() > 0].long()].any()):
             raise HmfError("position_ids: must restart at 0 at each document start in cu_seq_lens_q")
+        if past:
+            check_length(self.config, past, position_ids)
         shards = kwargs.get("shards")
         if shards is not None:  # sequence parallelism: parts of rows (hmf.parallel); attention receives `shards` too
             if attention_mask is not None or past_key_values is not None:

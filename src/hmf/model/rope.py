@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 from transformers import ROPE_INIT_FUNCTIONS
 
+from hmf.config.layers import base_head_dim
 from hmf.config.rope import ROPE_KEYS, ROPE_SCALING_KEYS, AtLeastOne, NotNegative, Positive, RopeScaling, RopeSettings
 from hmf.errors import HmfError
 
@@ -164,6 +165,8 @@ def _require_table(config: Any, family: Family, source: str, kind: str | None = 
     except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise HmfError(f"{source}: rope_parameters: {rope} cannot be computed ({reason})") from None
+    if 2 * len(whole) > (size := base_head_dim(config)):
+        raise HmfError(f"{source}: head_dim: {size}: rotary positions need an even number; correct it")
     if frequencies.shape != whole.shape:
         part = rope.get("partial_rotary_factor")
         raise HmfError(
@@ -172,6 +175,23 @@ def _require_table(config: Any, family: Family, source: str, kind: str | None = 
         )
     if not (frequencies.isfinite().all() and math.isfinite(factor)):
         raise HmfError(f"{source}: rope_parameters: {rope} gives frequencies that are not finite; correct them")
+
+
+def check_length(config: Any, past: int, position_ids: torch.Tensor) -> None:
+    """HmfError if new tokens pass the length at which longrope changes all positions, with others in the cache.
+
+    past: tokens in the cache; position_ids [B or 1, T] of the new tokens. Phi-3's generate starts a new cache at that
+    length, so that it comes here only with a prefill in chunks, or if every row is padded.
+    """
+    table = _without_window(config)
+    if table.get("rope_type") != "longrope":
+        return
+    original = table[ORIGINAL]
+    if int(position_ids[:, 0].max()) <= original <= int(position_ids.max()):
+        raise HmfError(
+            f"past_key_values: the cache holds {past} tokens with longrope's positions for at most {original} tokens, "
+            "and the text is longer now; compute all of it anew, without a cache or in a single chunk"
+        )
 
 
 def with_rope(config: Any, rope: RopeSettings) -> Any:

@@ -28,7 +28,7 @@ SIZES = {
     **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), 2**16),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2**16),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim"), 2**16),
-    "full_attention_interval": 10_000,
+    **dict.fromkeys(("full_attention_interval", "decoder_sparse_step"), 10_000),
     "hidden_size": 2**20,
     **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), 2**24),
     "vocab_size": 2**26,
@@ -72,6 +72,11 @@ def require_values(content: Mapping[str, Any], file: str | Path) -> None:
         value = content.get(name)
         if isinstance(value, int | float) and not (lowest <= value <= highest and math.isfinite(value)):
             raise HmfError(f"{file}: {name}: {value!r} is not a number from {lowest} to {highest}; correct it")
+    keys = vars(FAMILIES[str(content["model_type"]).removeprefix("hybrid_")].config_class())["__dataclass_fields__"]
+    if "head_dim" not in keys and content.get("head_dim", 0) is None:
+        raise HmfError(f"{file}: head_dim: null: transformers takes it for a size; remove the key")
+    if content.get("num_experts") == 0 and "num_experts" in keys and "intermediate_size" not in keys:
+        raise HmfError(f"{file}: num_experts: 0: this family has experts in every layer; give the base model's number")
     for name in ("dtype", "torch_dtype"):
         value = content.get(name)
         if value is not None and not (isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)):

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from hmf.config.layers import base_head_dim, base_intermediate_size
+from hmf.config.layers import base_head_dim, base_intermediate_size, experts_per_token
 from hmf.config.pattern import ATTENTION
 from hmf.errors import HmfError
 from hmf.gpus import GIB
@@ -166,8 +166,8 @@ def working_bytes(config: Any, dtype: torch.dtype, ranks: int, batched_tokens: i
     CUDA context, kernels and captured graphs.
     """
     inner = base_intermediate_size(config)
-    if getattr(config, "num_experts_per_tok", None):
-        inner = config.num_experts_per_tok * (config.moe_intermediate_size + config.hidden_size)
+    if active := experts_per_token(config):
+        inner = active * (config.moe_intermediate_size + config.hidden_size)
     activations = batched_tokens * (4 * config.hidden_size + 3 * inner // ranks) * dtype.itemsize
     return activations + 4 * max_num_seqs * config.vocab_size + GIB
 

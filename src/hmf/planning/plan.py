@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from hmf.config.layers import base_head_dim
+from hmf.config.layers import base_head_dim, experts_per_token
 from hmf.config.pattern import ATTENTION
 from hmf.config.runs import DistillSettings, FinetuneRecipe
 from hmf.config.training import ParallelSettings
@@ -245,8 +245,8 @@ def linear_widths(layer: nn.Module, config: Any) -> float:
         for name, x in layer.named_modules()
         if isinstance(x, nn.Linear) and not (teacher and name.startswith(teacher))
     )
-    if getattr(config, "num_experts_per_tok", None):
-        total += config.num_experts_per_tok * (3 * config.hidden_size + 3 * config.moe_intermediate_size)
+    if active := experts_per_token(config):
+        total += active * (3 * config.hidden_size + 3 * config.moe_intermediate_size)
     return total
 
 

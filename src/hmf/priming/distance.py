@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hmf.config.layers import experts_per_token
 from hmf.layers.own import base_mixer
 from hmf.model.modeling import STUDENT, TEACHER
 
@@ -43,7 +44,7 @@ def stage1_flops_per_token(model: PreTrainedModel, head: bool = False) -> float 
     Not counted are operations that grow with the sequence (attention scores, states), and recomputation. None for
     mixtures of experts, whose tokens use only part of the parameters.
     """
-    if getattr(model.config, "num_experts", None) or getattr(model.config, "num_local_experts", None):
+    if experts_per_token(model.config):
         return None
     total, started = 0, False
     for layer in model.model.layers:

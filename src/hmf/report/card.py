@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 import hmf
 from hmf.bench import tables
-from hmf.config.layers import base_head_dim, base_intermediate_size, needed_kinds
+from hmf.config.layers import base_head_dim, base_intermediate_size, experts_per_token, needed_kinds
 from hmf.config.pattern import is_fused
 from hmf.config.runs import DistillRecipe, FinetuneRecipe, PrimeRecipe
 from hmf.errors import HmfError
@@ -256,7 +256,7 @@ class Card:
             ["Head Dimension", f"{base_head_dim(config)}"],
             ["Intermediate Dimension (FFN)", f"{base_intermediate_size(config):,}"],
         ]
-        if active := getattr(config, "num_experts_per_tok", None):
+        if active := experts_per_token(config):
             experts = f"{config.num_experts} of {config.moe_intermediate_size:,}, {active} active for each token"
             rows.append(["Experts", experts])
         rows += [

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
+from hmf.config.layers import experts_per_token
 from hmf.config.runs import FinetuneRecipe
 from hmf.data.encoding import IGNORED
 from hmf.data.mixture import mixture, row_length
@@ -163,7 +164,7 @@ def flops_per_token(model: PreTrainedModel) -> float | None:
     Per parameter: 2 in the forward pass, 2 in the backward to activations, 2 in the backward to trained weights. The
     backward runs through all layers.
     """
-    if getattr(model.config, "num_experts", None) or getattr(model.config, "num_local_experts", None):
+    if experts_per_token(model.config):
         return None
     embeddings = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight

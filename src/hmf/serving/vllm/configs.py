@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from hmf.config.layers import base_activation, base_head_dim
+from hmf.config.layers import base_activation, base_head_dim, layer_options, needed_kinds
+from hmf.config.pattern import ATTENTION
 from hmf.config.rope import ROPE_KEYS, ROPE_SCALING_KEYS
+from hmf.layers.own import own_layers
 
 from .start import Start
 
@@ -49,7 +51,10 @@ READ_BY_VLLM = {
     "smollm3": ("bias", "qkv_bias", "target_layer_count"),
 }
 # And those that vLLM reads in every model.
-READ_BY_VLLM_ALWAYS = ("mrope_section", "rotary_emb_base", "rotary_emb_fraction", "rotary_pct", "xdrope_section")
+READ_BY_VLLM_ALWAYS = (
+    *("mrope_section", "rotary_emb_base", "rotary_emb_fraction", "rotary_pct", "xdrope_section"),
+    *("attention_chunk_size", "canvas_length", "head_dtype", "n_head_kv", "num_kv_heads", "rswa_window"),
+)
 
 
 def family(start: Start) -> str | None:
@@ -65,8 +70,9 @@ def family(start: Start) -> str | None:
 def unlike_transformers(start: Start) -> str | None:
     """A key that only vLLM's layers read."""
     config = start.config
-    names = (*READ_BY_VLLM[config.family.model_type], *READ_BY_VLLM_ALWAYS)
+    names = READ_BY_VLLM[config.family.model_type]
     unsupported = [name for name in names if getattr(config, name, None)]
+    unsupported += [name for name in READ_BY_VLLM_ALWAYS if getattr(config, name, None) is not None]
     if "qkv_bias" in names and hasattr(config, "qkv_bias"):  # also false, because it overrides `attention_bias`
         unsupported.append("qkv_bias")
     if not unsupported:
@@ -92,6 +98,27 @@ def whole_width(start: Start) -> str | None:
     )
 
 
+# The widest short convolution of vLLM's GPU kernels. That of prefills gives wrong numbers for wider ones.
+WIDEST_ON_GPU = 4
+
+
+def convolutions(start: Start) -> str | None:
+    """A short convolution whose state vLLM cannot keep, or that its GPU kernels do not have."""
+    config, widths = start.config, {}
+    for kind in needed_kinds(config, config.pattern.symbols):
+        options = layer_options(config, kind.symbol)
+        if getattr(options, "use_short_conv", True):
+            widths[f"{kind.config_key}.conv_size"] = getattr(options, "conv_size", None)
+    if any(config.pattern.symbols[index] == ATTENTION for index in own_layers(config)):
+        widths["linear_conv_kernel_dim"] = config.linear_conv_kernel_dim
+    for key, width in widths.items():
+        if width == 1:
+            return f"{key} 1: vLLM cannot keep the state of such a convolution, which is empty; {ELSEWHERE}"
+        if width is not None and width > WIDEST_ON_GPU and not start.on_cpu:
+            return f"{key} {width}: vLLM's kernels for GPUs have convolutions of at most {WIDEST_ON_GPU}; {ELSEWHERE}"
+    return None
+
+
 # Keys of `rope_parameters` that vLLM and transformers use in the same way.
 ROPE = ROPE_SCALING_KEYS | {"rope_type", "type", "rope_theta", "llama_4_scaling_beta", "max_position_embeddings"}
 IMAGE_AXES = {"mrope_section", "mrope_interleaved"}  # in text, positions on all axes of an image are the same
@@ -107,6 +134,8 @@ def positions(start: Start) -> str | None:
         return f"rope_type {kind!r}: vLLM computes other positions than transformers; {ELSEWHERE}"
     if rope.get("partial_rotary_factor", 1) != 1 and config.family.model_type not in PARTIAL:
         return "partial_rotary_factor: transformers rotates whole heads in this family; remove it"
+    if int(base_head_dim(config) * rope.get("partial_rotary_factor", 1)) % 2:
+        return "partial_rotary_factor: it rotates an odd number of channels, where vLLM needs pairs; " + ELSEWHERE
     of_images = IMAGE_AXES if config.family.position_axes() > 1 else set()
     if unknown := sorted(rope.keys() - ROPE - {"partial_rotary_factor"} - of_images):
         return f"rope_parameters.{unknown[0]}: transformers does not read it, and vLLM may; remove it"

@@ -14,7 +14,7 @@ from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
-from hmf.config.layers import base_head_dim, layer_options, needed_kinds
+from hmf.config.layers import base_head_dim, experts_per_token, has_key, layer_options, needed_kinds
 from hmf.config.pattern import ATTENTION, is_fused
 from hmf.errors import HmfError, notice, unknown_name
 from hmf.layers.base import heads_fit
@@ -97,7 +97,7 @@ def split_problem(config: Any, ranks: int) -> str | None:
         queries, keys = config.num_attention_heads, config.num_key_value_heads
         return f"{queries} query and {keys} key/value heads do not split over {ranks} ranks; use a divisor of both"
     for name in SPLIT_SIZES:
-        if (size := getattr(config, name, 0)) % ranks:
+        if has_key(config, name) and (size := getattr(config, name)) % ranks:
             return f"{name} {size} does not split over {ranks} ranks; use a divisor of it"
     for kind in needed_kinds(config, config.pattern.symbols):
         if getattr(layer_options(config, kind.symbol), "kv_proj_rank", None):
@@ -164,7 +164,7 @@ def _quantised(start: Start) -> str | None:
     if family.model_type == "phi3" or family.own_recurrence:
         name = "Phi-3" if family.model_type == "phi3" else family.prefix
         return f"quantised {name} is not supported; serve the unquantised checkpoint without --quantization"
-    if getattr(start.config, "num_experts", 0):
+    if experts_per_token(start.config):
         return "quantised experts are not supported; serve the unquantised checkpoint without --quantization"
     if start.quantised_checkpoint and start.stages > 1:
         return "pipeline parallelism does not support quantised checkpoints; drop --pipeline-parallel-size"
@@ -220,6 +220,12 @@ TABLE: tuple[Row, ...] = (
         False,
         "generate with Hugging Face",
         configs.whole_width,
+    ),
+    Row(
+        "Short convolutions of width 1, and on a GPU of a width above 4",
+        False,
+        "generate with Hugging Face",
+        configs.convolutions,
     ),
     Row(
         "Config keys that vLLM reads and transformers does not",
