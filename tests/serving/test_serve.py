@@ -29,6 +29,7 @@ from hmf.evaluation.server import Server
 from hmf.gpus import GIB
 from hmf.serving import serve
 from hmf.serving.chat import LocalChat, Markers, ServerChat, run
+from hmf.serving.process import GRACE
 from tests.hybrids import Case
 from tests.model.test_recurrent_bases import hybrid_of, stock_model
 from tests.serving import engines
@@ -438,7 +439,7 @@ class TestChat:
 
 
 class TestEnd:
-    """`serve.run` with a stand-in for vLLM, which has a child and does what its argument says."""
+    """`process.run` with a stand-in for vLLM, which has a child and does what its argument says."""
 
     STAND_IN = """
 import os, signal, subprocess, sys, time
@@ -463,18 +464,18 @@ time.sleep(120)
     RUN = """
 import sys
 from hmf.errors import HmfError
-from hmf.serving import serve
+from hmf.serving import process
 grace, *arguments = sys.argv[1:]
-serve.GRACE = float(grace)
+process.GRACE = float(grace)
 try:
-    serve.run(serve.Launch(tuple(arguments)))
+    process.run(arguments, {})
 except HmfError as error:
     sys.exit(f"hmf: {error}")
 """
 
     @pytest.fixture
     def start(self, tmp_path):
-        """Call with what the stand-in does: the process of `serve.run` and the processes that it started.
+        """Call with what the stand-in does: the process of `process.run` and the processes that it started.
 
         What has to end soon has a minute here, so that a busy machine does not fail the tests; what must not be waited
         for takes longer than that.
@@ -486,7 +487,7 @@ except HmfError as error:
             (folder / "__init__.py").touch()
         (tmp_path / "run.py").write_text(self.RUN)
 
-        def begin(what, script='exec "$@"', grace=serve.GRACE):
+        def begin(what, script='exec "$@"', grace=GRACE):
             path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
             command = [sys.executable, str(tmp_path / "run.py"), str(grace), what, str(tmp_path / "pids")]
             process = subprocess.Popen(
@@ -505,7 +506,7 @@ except HmfError as error:
     )
     def test_stopped(self, start, what, number):
         """In time, also when neither the server nor its child listens."""
-        assert serve.GRACE <= 10
+        assert GRACE <= 10
         process, started = start(what, grace=2)
         process.send_signal(number)
         assert process.wait(60) == 0

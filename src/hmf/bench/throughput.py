@@ -41,7 +41,8 @@ from hmf.model.checkpoint import load_config
 from hmf.model.files import INDEX, WEIGHTS, require_checkpoint
 from hmf.planning import serving as planner
 from hmf.planning.serving import Plan, ServingSettings, make_plan
-from hmf.serving.serve import end_group, for_machine, servable
+from hmf.serving.process import end_group
+from hmf.serving.serve import for_machine, servable
 from hmf.serving.vllm import register
 from hmf.serving.vllm.start import PREFILL
 

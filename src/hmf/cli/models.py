@@ -295,6 +295,7 @@ def serve(
     source = resolve_base(model)
 
     from hmf.serving import serve as server
+    from hmf.serving.process import run
 
     if not dry_run:
         server.require_vllm()
@@ -302,7 +303,7 @@ def serve(
     typer.echo(launch.line)
     typer.echo(launch.access)
     if not dry_run:
-        server.run(launch)
+        run(launch.arguments, launch.environment)
         typer.echo("The server has stopped.")
 
 

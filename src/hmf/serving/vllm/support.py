@@ -21,6 +21,7 @@ from hmf.layers.base import heads_fit
 from hmf.layers.own import RECURRENT
 from hmf.layers.registry import mixer_class
 
+from ..process import REASON_FILE
 from . import configs
 from .configs import ELSEWHERE, READ_BY_VLLM, READ_BY_VLLM_ALWAYS
 from .start import PREFILL, PREFILLS, Start
@@ -38,9 +39,6 @@ SERVED_BY = {
     "SWA": "hmf.serving.vllm.window",
     RECURRENT: "hmf.serving.vllm.own",  # no symbol of a pattern: see `layer_symbols`
 }
-
-# Environment variable: a file to which a process of the server writes why it cannot continue. `hmf serve` prints it.
-REASON_FILE = "HMF_SERVE_REASON_FILE"
 
 Problem = Callable[[Start], str | None]
 STILL_FUSED = "still has the teacher (Stage 0 or 1); run `hmf export` on it and serve the result"
