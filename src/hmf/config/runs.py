@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from hmf.errors import HmfError, unknown_name
 
 from .layers import LAYER_KINDS
-from .pattern import Pattern
+from .pattern import Pattern, mixer_symbol
 from .places import EvalPairSettings, PairSettings
 from .rope import RopeSettings
 from .selection import SelectSettings
@@ -75,6 +76,11 @@ class HybridSettings(Settings):
             pattern = replace(Pattern.parse(self.pattern, num_layers, source="pattern"), fused=False)
             if not pattern.replaced:
                 raise HmfError("pattern: no layer is replaced; name at least one mixer")
+            if "mixer" in self.model_fields_set and mixer_symbol(self.mixer) not in pattern.symbols:
+                raise HmfError(
+                    f"mixer: {self.mixer} is in no layer of the pattern {pattern}, which names the types itself; leave "
+                    "mixer out"
+                )
             return pattern
         if self.layers == "auto":
             raise HmfError("layers: auto is chosen when `hmf prime` runs; give ratio alone to spread the layers evenly")
@@ -113,6 +119,16 @@ class DataSettings(Settings):
     def _one_origin(self) -> DataSettings:
         if self.prepared is not None and (others := sorted(self.model_fields_set - {"prepared"})):
             raise ValueError(f"prepared: the rows are complete and take no other keys; leave out {', '.join(others)}")
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_are_read(self) -> DataSettings:
+        if self.tasks and not 0 < sum(self.tasks.values()) < math.inf:
+            raise ValueError("tasks: the weights must have a finite sum above 0; change them, or leave tasks out")
+        if self.tasks and "text_share" not in self.model_fields_set:
+            raise ValueError(
+                "tasks: text_share, the share of rows without tasks, is 1 if it is left out; give it, for example 0.5"
+            )
         return self
 
 
@@ -159,9 +175,9 @@ class ObjectiveSettings(Settings):
     kl_top_k: int | None = Field(
         None, ge=1
     )  # compare the teacher's k most likely tokens; the others count as one outcome
-    kl_temperature: float = Field(1.0, gt=0)  # divides the logits; the term is multiplied by its square
+    kl_temperature: float = Field(1.0, ge=1e-3, le=1e3)  # divides the logits; the term is multiplied by its square
     # weight of tokens where the student's likeliest token is not the teacher's, relative to the other tokens
-    kl_differing_weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    kl_differing_weight: float = Field(1.0, gt=0, le=1e6)
     kl_chunk_size: TokenCount | None = Field(None, ge=1)  # tokens whose logits are computed at once; left out: by size
 
     def weights_at(self, step: int) -> dict[str, float]:
@@ -171,6 +187,15 @@ class ObjectiveSettings(Settings):
             "layers": weight_at(self.layers_weight, step) if self.layers != "none" else 0.0,
             "kl": weight_at(self.kl, step),
         }
+
+    @model_validator(mode="after")
+    def _terms_are_on(self) -> ObjectiveSettings:
+        # A term that its own key turns off may keep its other keys, so that `--set objective.kl=0` is enough.
+        for term in ("kl", "layers"):
+            unread = sorted(name for name in self.model_fields_set if name.startswith(f"{term}_"))
+            if unread and term not in self.model_fields_set:
+                raise ValueError(f"{', '.join(unread)}: read with {term}, which is off by default; give {term} too")
+        return self
 
     @model_validator(mode="after")
     def _always_something(self) -> ObjectiveSettings:
@@ -259,7 +284,7 @@ class LoraSettings(Settings):
     """Low-rank adapters (arXiv 2106.09685) on the linear layers of frozen groups. They are merged at the end."""
 
     groups: list[TrainableGroup] = Field(["attention", "mlp"], min_length=1)  # frozen groups that get adapters
-    rank: int = Field(16, ge=1)  # rank of the adapters
+    rank: int = Field(16, ge=1, le=2**16)  # rank of the adapters
     alpha: float = Field(32.0, gt=0)  # adapters are scaled by alpha / rank
     dropout: float = Field(0.0, ge=0, lt=1)  # dropout of the adapters' inputs
     learning_rate: float = Field(gt=0)  # learning rate of the adapters

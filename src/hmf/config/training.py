@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
-from hmf.errors import notice
+from hmf.errors import HmfError, notice
+from hmf.gpus import parse_gpus
 
 from .strict import Settings, Steps, require_none
 
@@ -28,6 +29,14 @@ def _as_precision(value: Any) -> Any:
 
 def _as_strategy(value: Any) -> Any:
     return "no" if value is False else value  # what YAML makes of a plain no
+
+
+def _known_gpus(value: str) -> str:
+    try:
+        parse_gpus(value)
+    except HmfError as error:
+        raise ValueError(str(error).removeprefix("--gpu: ")) from None
+    return value
 
 
 class OptimiserSettings(Settings):
@@ -65,7 +74,8 @@ class OptimiserSettings(Settings):
     # bfloat16 (or bf16): autocast to bfloat16; parameters stay float32
     precision: Annotated[Literal["float32", "bfloat16"], BeforeValidator(_as_precision)] = "float32"
     gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
-    gpus: str | None = None  # GPUs that the recipe is written for, such as h200x8, for `hmf plan-training`
+    # GPUs that the recipe is written for, such as h200x8, for `hmf plan-training`
+    gpus: Annotated[str, AfterValidator(_known_gpus)] | None = None
     divergence_factor: float = Field(10.0, ge=0)  # stop if the loss exceeds the usual loss by this factor; 0: never
     # experiment trackers that receive the log
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
@@ -95,6 +105,13 @@ class OptimiserSettings(Settings):
             yield f"give max_steps or num_train_epochs{'' if self.max_steps is None else ', not both'}"
         if self.warmup_ratio is not None and self.warmup_steps:
             yield "give warmup_steps or warmup_ratio, not both"
+        if self.lr_scheduler_type == "constant" and (self.warmup_ratio or self.warmup_steps):
+            yield "lr_scheduler_type constant has no warm-up; set constant_with_warmup, or leave the warm-up out"
+        if "final_learning_rate_ratio" in self.model_fields_set and self.lr_scheduler_type != "cosine_with_min_lr":
+            yield (
+                "final_learning_rate_ratio is read with lr_scheduler_type cosine_with_min_lr; set that, or leave "
+                "final_learning_rate_ratio out"
+            )
         if self.eval_steps is not None and self.eval_strategy != "steps":
             yield "eval_steps is read with eval_strategy steps; set that, or leave eval_steps out"
         if self.eval_rows is not None and self.eval_strategy == "no":
@@ -119,7 +136,9 @@ class OptimiserSettings(Settings):
     @property
     def warmup(self) -> int:
         """Number of warm-up steps."""
-        return self.warmup_steps if self.warmup_ratio is None else math.ceil(self.warmup_ratio * self.steps)
+        if self.warmup_ratio is None:
+            return self.warmup_steps
+        return math.ceil(Fraction(str(self.warmup_ratio)) * self.steps)  # 0.07 of 100 steps is 7, in floats above it
 
 
 class ParallelSettings(OptimiserSettings):

@@ -16,7 +16,7 @@ from hmf.model.checkpoint import without_generation_config
 
 from .checkpoints import PublishedCheckpoints, without_config
 from .evaluation import EvaluationLoss, same_random_numbers
-from .groups import ParameterGroup, optimiser_groups
+from .groups import ParameterGroup, decays, optimiser_groups
 from .guard import LossGuard
 from .losses import TrainingLoss, labels_count
 from .sequence import SequenceParallel
@@ -41,7 +41,7 @@ class HybridTrainer(Trainer):
     2. `_load_from_checkpoint`: base, on a view of the checkpoint without its config.
     3. `_prepare_for_training`: base, which creates the optimiser (4) and wraps the model; then FSDP2 is set up for
        mixers inside mixers.
-    4. `create_optimizer`: from `groups`.
+    4. `create_optimizer`: from `groups`; base without them, with weight decay for matrices only.
     5. `get_batch_samples`: base; the counts of `loss` for the step's batches, summed over all processes.
     6. `training_step`, for each batch: `guard` remembers it, and forgets earlier losses if the objective changes; base,
        which calls 7 to 9 and runs the backward pass; `sequence` reports its traffic; `guard` checks the loss.
@@ -131,6 +131,9 @@ class HybridTrainer(Trainer):
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = kind(optimiser_groups(model, self.groups, self.args.weight_decay), **options)
         return self.optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return [name for name, parameter in model.named_parameters() if decays(parameter)]
 
     # A step
 
@@ -222,7 +225,7 @@ class HybridTrainer(Trainer):
         if not math.isfinite(figures["loss"]):
             raise HmfError(
                 f"step {self.state.global_step}: the loss of the evaluation is {figures['loss']}; the last checkpoint "
-                "is kept; lower training.learning_rate, or fix the rows of the evaluation, with a new output"
+                "is kept; lower the learning rate, or fix the rows of the evaluation, with a new output"
             )
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output
