@@ -30,8 +30,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class CalibrationSettings(Settings):
     """The fit of a calibrated start: each new layer alone, to the output of the attention that it replaces."""
 
-    rows: int = Field(16, ge=4)  # rows of the training data; a quarter of them decides what is kept
-    steps: int = Field(100, ge=0)  # steps of Adam on decay, gates and convolutions; 0: the output projection alone
+    rows: int = Field(16, ge=4, le=2**16)  # rows of the training data; a quarter of them decides what is kept
+    steps: int = Field(
+        100, ge=0, le=10**9
+    )  # steps of Adam on decay, gates and convolutions; 0: the output projection alone
     # learning rate of Adam at the first step; for matrices with more than 256 inputs, times 256 / inputs
     learning_rate: float = Field(0.01, gt=0)
 
@@ -164,7 +166,7 @@ class ObjectiveSettings(Settings):
     layers.
     """
 
-    layerwise_steps: int = Field(0, ge=0)  # first steps, in which each mixer is trained on its own
+    layerwise_steps: int = Field(0, ge=0, le=10**9)  # first steps, in which each mixer is trained on its own
     pre_lm_head: Schedule = {0: 1.0}  # weight of the MSE before the LM head; false is 0, true is 1
     layers: LayerTarget = "none"  # layer outputs that are compared
     layers_weight: Schedule = {0: 1.0}  # weight of that term
@@ -294,12 +296,12 @@ class EvaluateSettings(Settings):
     """Evaluation on held-out text and generated tasks."""
 
     tasks: list[str] = Field(default_factory=list)  # generated tasks
-    samples: int = Field(50, ge=1)  # prompts per task
-    length: TokenCount = Field(1024, ge=96)  # tokens of the longest prompts, and of the window for text
-    max_new_tokens: TokenCount = Field(160, ge=1)  # longest answer
+    samples: int = Field(50, ge=1, le=10**6)  # prompts per task
+    length: TokenCount = Field(1024, ge=96, le=2**24)  # tokens of the longest prompts, and of the window for text
+    max_new_tokens: TokenCount = Field(160, ge=1, le=2**24)  # longest answer
     text_bytes: int = Field(100_000, ge=0)  # bytes of held-out text that are scored
     thinking: bool | None = None  # whether prompts enable thinking; left out: true
-    batch_size: int = Field(16, ge=1)  # prompts per batch
+    batch_size: int = Field(16, ge=1, le=2**16)  # prompts per batch
 
 
 class FinetuneRecipe(Settings):

@@ -56,7 +56,7 @@ class OptimiserSettings(Settings):
     final_learning_rate_ratio: float = Field(
         0.1, ge=0, le=1
     )  # last learning rate of cosine_with_min_lr, relative to the highest
-    warmup_steps: int = Field(0, ge=0)  # first steps, in which the learning rate rises from 0
+    warmup_steps: int = Field(0, ge=0, le=10**9)  # first steps, in which the learning rate rises from 0
     warmup_ratio: float | None = Field(None, ge=0, le=1)  # warmup_steps as a share of max_steps, rounded up
     weight_decay: float = Field(0.0, ge=0)  # weight decay of AdamW, for matrices only
     adam_beta2: float = Field(0.95, gt=0, lt=1)  # beta2 of AdamW; beta1 is 0.9

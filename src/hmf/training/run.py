@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from hmf.config.training import OptimiserSettings, ParallelSettings
-from hmf.errors import HmfError
+from hmf.errors import HmfError, notice
 from hmf.folders import claimed
 
 from .checkpoints import newest_valid, on_main_process
@@ -49,6 +49,11 @@ def arguments(
     """A recipe's `training` section as the Trainer's arguments of class `kind`; `others` override them."""
     if training.wandb_project is not None:
         os.environ["WANDB_PROJECT"] = training.wandb_project  # read by the Trainer's callback
+    if training.warmup >= training.steps > 1:
+        notice(
+            f"training: the warm-up of {training.warmup:,} steps is not shorter than the run of {training.steps:,}, so "
+            "the learning rate only rises"
+        )
     schedule = (
         {"min_lr_rate": training.final_learning_rate_ratio}
         if training.lr_scheduler_type == "cosine_with_min_lr"
