@@ -64,7 +64,8 @@ def distill(
     training = settings.training
     trainer, rows = _trainer(fused, tokenizer, settings, checkpoints, seed)
     flops = stage1_flops_per_token(fused, head=any(settings.objective.kl.values()))
-    train(trainer, rows, "distil", output / "stage1.log.json", training, length, flops, draw)
+    row_tokens = length if settings.on_policy is None else None
+    train(trainer, rows, "distil", output / "stage1.log.json", training, row_tokens, flops, draw)
     weights = whole_weights(fused)
     if trainer.is_world_process_zero():
         save_checkpoint(fused, target, companions=model, weights=weights)

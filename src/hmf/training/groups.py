@@ -133,13 +133,8 @@ def add_adapters(
     return handle, ParameterGroup(LORA, adapters, settings.learning_rate)
 
 
-def decays(parameter: nn.Parameter) -> bool:
-    """Whether a parameter gets weight decay: matrices do; vectors (norms, biases, decays) do not."""
-    return parameter.dim() > 1
-
-
 def optimiser_groups(model: nn.Module, groups: Iterable[ParameterGroup], weight_decay: float) -> list[dict[str, Any]]:
-    """The optimiser's parameter groups. Some parameters get no weight decay (`decays`), so each group becomes two.
+    """The optimiser's parameter groups. Vectors (norms, biases, decays) get no weight decay, so each group becomes two.
 
     The parameters are looked up in `model` by name, because sharding replaces parameters.
     """
@@ -147,15 +142,15 @@ def optimiser_groups(model: nn.Module, groups: Iterable[ParameterGroup], weight_
     for group in groups:
         if group.learning_rate is None:
             continue
-        for decaying in (True, False):
-            parameters = [current[name] for name, x in group.parameters.items() if decays(x) == decaying]
+        for decays in (True, False):
+            parameters = [current[name] for name, x in group.parameters.items() if (x.dim() > 1) == decays]
             if parameters:
                 optimised.append(
                     {
                         "params": parameters,
                         "lr": group.learning_rate,
                         "group": group.name,
-                        "weight_decay": weight_decay if decaying else 0.0,
+                        "weight_decay": weight_decay if decays else 0.0,
                     }
                 )
     return optimised

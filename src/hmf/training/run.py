@@ -132,7 +132,7 @@ def train(
     title: str,
     log_file: Path,
     training: OptimiserSettings,
-    row_tokens: int,
+    row_tokens: int | None,
     flops_per_token: float | None = None,
     draw: Callable[[Path], object] | None = None,
 ) -> None:
@@ -141,6 +141,7 @@ def train(
     Args:
         rows: the data set. Every checkpoint stores its digest and that of the evaluation's rows. A run cannot be
             resumed with other data.
+        row_tokens: tokens of a row; None if rows have any number of them.
         draw: called with the path of the log after each write.
     """
     step_rows, digest = rows_per_step(training), rows.digest()
@@ -152,7 +153,8 @@ def train(
         trainer.add_callback(Epochs(rows.epoch, step_rows, training.eval_strategy == "epoch"))
     log = RunLog(log_file, draw)
     trainer.add_callback(log)
-    trainer.add_callback(ProgressLine(title, step_rows * row_tokens, flops_per_token))
+    written = step_rows if row_tokens is None else None  # rows that the model writes end anywhere
+    trainer.add_callback(ProgressLine(title, step_rows * (row_tokens or 0), flops_per_token, written))
     try:
         trainer.train(resume_from_checkpoint=trainer.start_from())
     except KeyboardInterrupt:

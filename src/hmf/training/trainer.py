@@ -16,7 +16,7 @@ from hmf.model.checkpoint import without_generation_config
 
 from .checkpoints import PublishedCheckpoints, without_config
 from .evaluation import EvaluationLoss, same_random_numbers
-from .groups import ParameterGroup, decays, optimiser_groups
+from .groups import ALL, ParameterGroup, optimiser_groups
 from .guard import LossGuard
 from .losses import TrainingLoss, labels_count
 from .sequence import SequenceParallel
@@ -41,7 +41,7 @@ class HybridTrainer(Trainer):
     2. `_load_from_checkpoint`: base, on a view of the checkpoint without its config.
     3. `_prepare_for_training`: base, which creates the optimiser (4) and wraps the model; then FSDP2 is set up for
        mixers inside mixers.
-    4. `create_optimizer`: from `groups`; base without them, with weight decay for matrices only.
+    4. `create_optimizer`: from `groups`.
     5. `get_batch_samples`: base; the counts of `loss` for the step's batches, summed over all processes.
     6. `training_step`, for each batch: `guard` remembers it, and forgets earlier losses if the objective changes; base,
        which calls 7 to 9 and runs the backward pass; `sequence` reports its traffic; `guard` checks the loss.
@@ -124,16 +124,13 @@ class HybridTrainer(Trainer):
         return prepared
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.groups is None:
-            return super().create_optimizer(model)
         if self.optimizer is None:
             model = self.model if model is None else model
+            trained = {name: x for name, x in model.named_parameters() if x.requires_grad}
+            groups = self.groups or [ParameterGroup(ALL, trained, self.args.learning_rate)]
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = kind(optimiser_groups(model, self.groups, self.args.weight_decay), **options)
+            self.optimizer = kind(optimiser_groups(model, groups, self.args.weight_decay), **options)
         return self.optimizer
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        return [name for name, parameter in model.named_parameters() if decays(parameter)]
 
     # A step
 
