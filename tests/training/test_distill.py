@@ -105,7 +105,7 @@ def test_rows_beyond_the_teachers_positions_are_named(tmp_path, capfd):
         data = given.data.model_copy(update={"sequence_length": length})
         distill(stage0, tmp_path / str(length), given.model_copy(update={"data": data}))
         err = capfd.readouterr().err
-        assert ("rows of 160 tokens are longer than the 128 positions" in err) == (length == 160)
+        assert ("data: rows of 160 tokens are longer than the 128 positions" in err) == (length == 160)
         assert ("warm-up of 2 steps is not shorter than the run of 2" in err) == (length == 128)  # printed once
 
 

@@ -113,8 +113,9 @@ class DataSettings(Settings):
     prepared: Path | None = None  # output folder of `hmf data prepare`; excludes the other keys of this section
     text: str = "stdlib"  # "stdlib", or a folder or file with .py, .txt or .md text
     sequence_length: Tokens = 1024  # tokens in a row
-    text_share: float = Field(1.0, ge=0, le=1)  # share of rows that hold text only; the others hold tasks, too
-    # generated tasks by name, with their weights
+    # share of rows that hold text only; the others hold tasks, too; required with tasks
+    text_share: float = Field(1.0, ge=0, le=1)
+    # generated tasks by name, with their weights; rows have 96 tokens or more
     tasks: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
 
     @model_validator(mode="after")

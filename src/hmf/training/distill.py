@@ -54,11 +54,8 @@ def distill(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader already uses several processes
     fused = load_model(model, dtype=torch.float32)
     require_fused(fused.config, model)
-    length, positions = row_length(settings.data), fused.config.max_position_embeddings
-    if length > positions:  # unlike Stage 2, nothing here extends the positions, and the teacher may stand longer rows
-        notice(
-            f"data: rows of {length:,} tokens are longer than the {positions:,} positions that the teacher has learned"
-        )
+    length = row_length(settings.data)
+    check_positions(fused.config, length)
     train_only_mixers(fused)
     tokenizer = load_tokenizer(model)
     training = settings.training
@@ -71,6 +68,15 @@ def distill(
         save_checkpoint(fused, target, companions=model, weights=weights)
     trainer.accelerator.wait_for_everyone()
     return target
+
+
+def check_positions(config: Any, length: int) -> None:
+    """Print a notice if rows of `length` tokens exceed the teacher's positions. Stage 1 cannot extend them."""
+    if length > config.max_position_embeddings:
+        notice(
+            f"data: rows of {length:,} tokens are longer than the {config.max_position_embeddings:,} positions "
+            "(max_position_embeddings) for which the teacher was trained"
+        )
 
 
 def _trainer(
