@@ -182,5 +182,10 @@ def test_a_share_of_the_steps_is_rounded_up_only_where_it_is_no_whole_number(per
     assert settings.warmup == -(-percent * steps // 100)
 
 
+def test_unknown_gpus_are_refused_before_a_training(tmp_path):
+    with pytest.raises(HmfError, match=r"training\.gpus: unknown GPU 'h20x8'; did you mean"):
+        arguments(OptimiserSettings(**PRESENT, gpus="h20x8"), tmp_path, 0, TrainingArguments)
+
+
 def test_bf16_is_bfloat16():
     assert OptimiserSettings(**PRESENT, precision="bf16") == OptimiserSettings(**PRESENT, precision="bfloat16")

@@ -203,7 +203,6 @@ WRONG = [
     ({"wandb_project": "hybrids"}, {}, r"wandb_project is read with report_to: \[wandb\]"),
     ({"lr_scheduler_type": "constant", "warmup_steps": 2}, {}, "constant has no warm-up; set constant_with_warmup"),
     ({"lr_scheduler_type": "cosine", "final_learning_rate_ratio": 0.2}, {}, "is read with .* cosine_with_min_lr"),
-    ({"gpus": "h20x8"}, {}, "unknown GPU 'h20x8'; did you mean"),
     ({}, {"data": {"tasks": {"recall": 1}}}, "text_share, the share of rows without tasks, is 1 if it is left out"),
     ({}, {"data": {"text_share": 0.5, "tasks": {"recall": 0, "chat": 0}}}, "weights must have a finite sum above 0"),
     ({}, {"eval_data": {"text": "stdlib"}}, "eval_data is read with training.eval_strategy"),

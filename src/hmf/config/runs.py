@@ -78,7 +78,10 @@ class HybridSettings(Settings):
             pattern = replace(Pattern.parse(self.pattern, num_layers, source="pattern"), fused=False)
             if not pattern.replaced:
                 raise HmfError("pattern: no layer is replaced; name at least one mixer")
-            if "mixer" in self.model_fields_set and mixer_symbol(self.mixer) not in pattern.symbols:
+            if (
+                self.mixer != type(self).model_fields["mixer"].default
+                and mixer_symbol(self.mixer) not in pattern.symbols
+            ):
                 raise HmfError(
                     f"mixer: {self.mixer} is in no layer of the pattern {pattern}, which names the types itself; leave "
                     "mixer out"

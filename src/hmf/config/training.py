@@ -8,10 +8,9 @@ from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
-from hmf.errors import HmfError, notice
-from hmf.gpus import parse_gpus
+from hmf.errors import notice
 
 from .strict import Settings, Steps, require_none
 
@@ -29,14 +28,6 @@ def _as_precision(value: Any) -> Any:
 
 def _as_strategy(value: Any) -> Any:
     return "no" if value is False else value  # what YAML makes of a plain no
-
-
-def _known_gpus(value: str) -> str:
-    try:
-        parse_gpus(value)
-    except HmfError as error:
-        raise ValueError(str(error).removeprefix("--gpu: ")) from None
-    return value
 
 
 class OptimiserSettings(Settings):
@@ -75,7 +66,7 @@ class OptimiserSettings(Settings):
     precision: Annotated[Literal["float32", "bfloat16"], BeforeValidator(_as_precision)] = "float32"
     gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
     # GPUs that the recipe is written for, such as h200x8, for `hmf plan-training`
-    gpus: Annotated[str, AfterValidator(_known_gpus)] | None = None
+    gpus: str | None = None
     divergence_factor: float = Field(10.0, ge=0)  # stop if the loss exceeds the usual loss by this factor; 0: never
     # experiment trackers that receive the log
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
@@ -107,7 +98,8 @@ class OptimiserSettings(Settings):
             yield "give warmup_steps or warmup_ratio, not both"
         if self.lr_scheduler_type == "constant" and (self.warmup_ratio or self.warmup_steps):
             yield "lr_scheduler_type constant has no warm-up; set constant_with_warmup, or leave the warm-up out"
-        if "final_learning_rate_ratio" in self.model_fields_set and self.lr_scheduler_type != "cosine_with_min_lr":
+        usual = type(self).model_fields["final_learning_rate_ratio"].default
+        if self.final_learning_rate_ratio != usual and self.lr_scheduler_type != "cosine_with_min_lr":
             yield (
                 "final_learning_rate_ratio is read with lr_scheduler_type cosine_with_min_lr; set that, or leave "
                 "final_learning_rate_ratio out"

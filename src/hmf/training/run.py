@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 from hmf.config.training import OptimiserSettings, ParallelSettings
 from hmf.errors import HmfError, notice
 from hmf.folders import claimed
+from hmf.gpus import parse_gpus
 
 from .checkpoints import newest_valid, on_main_process
 from .evaluation import Epochs
@@ -49,6 +50,11 @@ def arguments(
     """A recipe's `training` section as the Trainer's arguments of class `kind`; `others` override them."""
     if training.wandb_project is not None:
         os.environ["WANDB_PROJECT"] = training.wandb_project  # read by the Trainer's callback
+    if training.gpus is not None:
+        try:
+            parse_gpus(training.gpus)
+        except HmfError as error:
+            raise HmfError(str(error).replace("--gpu", "training.gpus", 1)) from None
     if training.warmup >= training.steps > 1:
         notice(
             f"training: the warm-up of {training.warmup:,} steps is not shorter than the run of {training.steps:,}, so "
