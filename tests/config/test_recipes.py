@@ -3,7 +3,7 @@
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TrainingArguments
 
@@ -21,6 +21,7 @@ WRONG = {  # section, key and value, and the words of the error
     ("training", "warmpu_steps"): (3, "training: unknown key 'warmpu_steps'; did you mean 'warmup_steps'?"),
     ("data", "sequence_length"): ("long", "data.sequence_length: 'long' is not a number of tokens"),
     ("objective", "kl_top_k"): (0, "objective.kl_top_k: Input should be greater than or equal to 1 (got 0)"),
+    ("objective", "kl_temperature"): (1e300, "objective.kl_temperature: Input should be less than or equal to 1000"),
     ("objective", "kl_drection"): ("forward", "objective: unknown key 'kl_drection'; did you mean 'kl_direction'?"),
 }
 TRAINING = {"max_steps": 1, "per_device_train_batch_size": 1}
@@ -115,6 +116,7 @@ def prime_recipe(folder, training):
     return file
 
 
+@settings(deadline=None)  # each example reads several files
 @given(st.sets(st.sampled_from(sorted(RENAMED))))
 def test_former_names_mean_what_the_present_ones_do(tmp_path_factory, former):
     folder = tmp_path_factory.mktemp("recipe")
@@ -172,6 +174,17 @@ def test_a_warmup_by_its_share_of_the_steps(ratio, steps, tmp_path):
     training = {**PRESENT, "warmup_ratio": ratio, "warmup_steps": 2}
     line = error_of(tmp_path, DistillRecipe, {"model": "a", "output": "b", "training": training})
     assert "training: give warmup_steps or warmup_ratio, not both" in line
+
+
+@given(st.integers(0, 100), st.integers(1, 5000))
+def test_a_share_of_the_steps_is_rounded_up_only_where_it_is_no_whole_number(percent, steps):
+    settings = OptimiserSettings(max_steps=steps, per_device_train_batch_size=1, warmup_ratio=percent / 100)
+    assert settings.warmup == -(-percent * steps // 100)
+
+
+def test_unknown_gpus_are_refused_before_a_training(tmp_path):
+    with pytest.raises(HmfError, match=r"training\.gpus: unknown GPU 'h20x8'; did you mean"):
+        arguments(OptimiserSettings(**PRESENT, gpus="h20x8"), tmp_path, 0, TrainingArguments)
 
 
 def test_bf16_is_bfloat16():

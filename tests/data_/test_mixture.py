@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
+from contextlib import nullcontext
 from random import Random
 
+import pytest
 import torch
 
+from hmf.config.runs import DataSettings
 from hmf.data import tasks
 from hmf.data.encoding import IGNORED, encode_document
-from hmf.data.mixture import MixtureDataset, PromptDataset, encode_conversation
+from hmf.data.mixture import MixtureDataset, PromptDataset, encode_conversation, mixture
 from hmf.data.packing import best_fit
 from hmf.data.tokenizer import document_separator, encode_texts
+from hmf.errors import HmfError
+from tests.conftest import ROOT
 
 
 def test_only_the_last_turn_of_a_conversation_is_supervised(tokenizer):
@@ -59,6 +64,16 @@ def test_rows_of_a_mixture_restart_with_each_document(tokenizer):
         assert kept.any() and torch.equal(row["labels"][kept], row["input_ids"][kept])
         several += int(starts.sum() > 1)
     assert several > 5 and separator in dataset[0]["input_ids"]
+
+
+def test_rows_too_short_for_a_task_are_refused(tokenizer):
+    given = {"text": str(ROOT / "docs"), "text_share": 0.5, "tasks": {"recall": 1.0}}
+    row = mixture(DataSettings(**given, sequence_length=tasks.MIN_LENGTH), tokenizer, 1, 0)[0]
+    assert len(row["input_ids"]) == tasks.MIN_LENGTH
+    for share, refused in ((0.5, True), (1.0, False)):
+        short = DataSettings(**given | {"text_share": share}, sequence_length=tasks.MIN_LENGTH - 1)
+        with pytest.raises(HmfError, match="data.sequence_length: 95 tokens") if refused else nullcontext():
+            mixture(short, tokenizer, 1, 0)
 
 
 def test_prompts_fit_and_depend_on_seed_and_row_alone(tokenizer):

@@ -291,6 +291,11 @@ def test_prepared_rows_are_scored_from_the_end_of_the_set(tmp_path):
     command("teacher", *arguments)
     found = json.loads((tmp_path / "out/selection.json").read_text())["one_at_a_time"]["measures"]
     scorer = Scorer(fused_everywhere(base, "gdn", conv_start="identity"), [rows[len(rows) - at] for at in (3, 2, 1)], 2)
+    with pytest.raises(HmfError, match="select.rows: .*rows has 8 rows, fewer than 9; lower it"):
+        command("teacher", *arguments[:-1], tmp_path / "more", "--set", "select.rows=9")
+    fit = ("--set", "hybrid.start=calibrated", "--set", "hybrid.calibration={rows: 9}")
+    with pytest.raises(HmfError, match="calibration.rows: .*rows has 8 rows, fewer than 9; lower it"):
+        command("teacher", *arguments[:-1], tmp_path / "more", *fit)
     assert len(rows) == 8 and found == [means(sums) for sums in scorer([frozenset([layer]) for layer in range(6)])]
 
 

@@ -7,15 +7,18 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from hmf.config.pattern import Pattern
 from hmf.config.runs import DistillSettings
-from hmf.errors import HmfError
+from hmf.errors import HmfError, notice
 from hmf.folders import resolve_base
 from hmf.priming.stage0 import make_stage0
 from hmf.training.distill import distill
 from hmf.training.trainer import HybridTrainer
+from tests.hybrids import Case, tiny_hybrid
 from tests.numerics import assert_golden, assert_near
+from tests.training import cutting
 
 
 def settings(**training) -> DistillSettings:
@@ -82,6 +85,28 @@ def test_a_stopped_run_ends_bit_for_bit_like_an_uninterrupted_one(stage0, finish
     distill(stage0, tmp_path, settings())
     ours, wanted = (load_file(run / "stage1/model.safetensors") for run in (tmp_path, finished))
     assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("symbol", ["GDN", "KDA", "GKA", "M2", "BMF"])
+def test_weight_decay_is_for_matrices_only(symbol, tmp_path):
+    model = tiny_hybrid(Case(symbol, "gqa"))
+    args = TrainingArguments(str(tmp_path), weight_decay=0.1, use_cpu=True)
+    groups = HybridTrainer(model=model, args=args, train_dataset=[]).create_optimizer().param_groups
+    decay = {id(x): group["weight_decay"] for group in groups for x in group["params"]}
+    assert decay == {id(x): 0.1 if x.dim() > 1 else 0.0 for x in model.parameters()}
+    assert any(name.endswith("A_log") for name, _ in model.named_parameters())
+
+
+def test_rows_beyond_the_teachers_positions_are_named(tmp_path, capfd):
+    stage0 = cutting.make_tiny_stage0(tmp_path / "tiny")
+    notice.cache_clear()
+    for length in (128, 160):
+        given = cutting.settings(stage0, max_steps=2, save_steps=2, warmup_steps=2)
+        data = given.data.model_copy(update={"sequence_length": length})
+        distill(stage0, tmp_path / str(length), given.model_copy(update={"data": data}))
+        err = capfd.readouterr().err
+        assert ("data: rows of 160 tokens are longer than the 128 positions" in err) == (length == 160)
+        assert ("warm-up of 2 steps is not shorter than the run of 2" in err) == (length == 128)  # printed once
 
 
 def test_longer_training_lowers_the_loss(stage0, tmp_path):

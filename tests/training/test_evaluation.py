@@ -201,6 +201,10 @@ WRONG = [
     ({"eval_steps": 5}, {}, "eval_steps is read with eval_strategy steps"),
     ({"eval_rows": 5}, {}, "eval_rows is read with eval_strategy steps or epoch"),
     ({"wandb_project": "hybrids"}, {}, r"wandb_project is read with report_to: \[wandb\]"),
+    ({"lr_scheduler_type": "constant", "warmup_steps": 2}, {}, "constant has no warm-up; set constant_with_warmup"),
+    ({"lr_scheduler_type": "cosine", "final_learning_rate_ratio": 0.2}, {}, "is read with .* cosine_with_min_lr"),
+    ({}, {"data": {"tasks": {"recall": 1}}}, "text_share, the share of rows without tasks, is 1 if it is left out"),
+    ({}, {"data": {"text_share": 0.5, "tasks": {"recall": 0, "chat": 0}}}, "weights must have a finite sum above 0"),
     ({}, {"eval_data": {"text": "stdlib"}}, "eval_data is read with training.eval_strategy"),
     (EVAL, {"eval_pairs": {"path": "x"}}, "eval_pairs is for dpo; give eval_data"),
     (EVAL, {"data": {"prepared": "a"}, "eval_data": {"prepared": "a"}}, "leave eval_data out, and rows are held out"),
@@ -228,6 +232,8 @@ def test_rows_that_cannot_be_held_out_are_refused(hybrid, tmp_path):
     other = prepared(hybrid, tmp_path / "other")
     with pytest.raises(HmfError, match="eval_data.prepared has .* rows, fewer than 1000"):
         tuned(hybrid, tmp_path / "run", data, EVAL | {"eval_rows": 1000}, eval_data={"prepared": str(other)})
+    with pytest.raises(HmfError, match="eval_data.prepared: these are the rows that training reads"):
+        tuned(hybrid, tmp_path / "run", data, EVAL, eval_data={"prepared": str(other)})
     sources = [{"path": str(corpus), "name": "words", "weight": 1}]
     twice = prepared(hybrid, tmp_path / "twice", sources=sources, tokens=4000)
     with pytest.raises(HmfError, match="documents of words .* times, so none can be held out"):

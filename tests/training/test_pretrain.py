@@ -87,6 +87,7 @@ def test_the_recipes_are_valid(name):
         ({"start_from": "runs/other"}, "either start_from, or both"),
         ({"model": None}, "either start_from, or both"),
         ({"sede": 1}, "seed"),
+        ({"seed": 2**40}, "seed: Input should be less than 4294967296"),
         ({"rope": {"theta": 5e6}}, "rope: changes the positions of start_from"),
         ({"start_from": "nowhere", "model": None, "tokenizer": None}, "nowhere"),
         ({"tokenizer": {"vocab_size": 320, "chat_template": "no.jinja", "task_samples": 1}}, "no.jinja"),
@@ -96,3 +97,29 @@ def test_bad_recipes(tmp_path, recipe, change, named):
     with pytest.raises(HmfError, match=named):
         main(str(write(tmp_path, recipe | change)))
     assert not Path(recipe["output"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "value", "named"),
+    [
+        ("hidden_size", 0, "recipe.yaml: model: hidden_size: 0 is not a whole number from 1"),
+        ("num_attention_heads", 3, "num_attention_heads must be a multiple of num_key_value_heads"),
+        ("rope_theta", 0.0, "rope_theta"),
+        ("initializer_range", 0.0, "model.initializer_range: Input should be greater than 0"),
+        ("max_position_embeddings", 64, "rows of 128 tokens are longer than the model's 64 positions"),
+    ],
+)
+def test_sizes_of_no_model(tmp_path, recipe, size, value, named):
+    recipe["model"] |= {"num_key_value_heads": 2, size: value}
+    with pytest.raises(HmfError, match=named):
+        main(str(write(tmp_path, recipe)))
+    assert not Path(recipe["output"]).exists()
+
+
+def test_the_folder_belongs_to_its_recipe(tmp_path, recipe):
+    main(str(write(tmp_path, recipe)))
+    weights = (Path(recipe["output"]) / "model.safetensors").read_bytes()
+    recipe["training"]["max_steps"] = 3
+    with pytest.raises(HmfError, match="was started with another recipe"):
+        main(str(write(tmp_path, recipe)))
+    assert (Path(recipe["output"]) / "model.safetensors").read_bytes() == weights

@@ -56,6 +56,12 @@ def test_time_left_and_rate_count_this_processes_steps(monkeypatch, capsys):
     assert capsys.readouterr().err == f"distil: step 911/1000 {said} ETA 178 s\n"
 
 
+def test_rows_of_any_length_have_no_rate_of_tokens():
+    line, args = ProgressLine("distil", 0, rows_per_step=4), SimpleNamespace(device=torch.device("cpu"))
+    line.first_step, line.started = 0, progress.time.perf_counter() - 1e6
+    assert line.status(args, SimpleNamespace(global_step=500_000)) == "2.00 rows/s"
+
+
 def test_peak_memory_is_shown_on_cuda(monkeypatch):
     line, args = ProgressLine("distil", 64), SimpleNamespace(device=torch.device("cuda", 0), world_size=1)
     line.first_step, line.started = 0, 0.0

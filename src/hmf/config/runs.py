@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from hmf.errors import HmfError, unknown_name
 
 from .layers import LAYER_KINDS
-from .pattern import Pattern
+from .pattern import Pattern, mixer_symbol
 from .places import EvalPairSettings, PairSettings
 from .rope import RopeSettings
 from .selection import SelectSettings
@@ -29,8 +30,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class CalibrationSettings(Settings):
     """The fit of a calibrated start: each new layer alone, to the output of the attention that it replaces."""
 
-    rows: int = Field(16, ge=4)  # rows of the training data; a quarter of them decides what is kept
-    steps: int = Field(100, ge=0)  # steps of Adam on decay, gates and convolutions; 0: the output projection alone
+    rows: int = Field(16, ge=4, le=2**16)  # rows of the training data; a quarter of them decides what is kept
+    steps: int = Field(
+        100, ge=0, le=10**9
+    )  # steps of Adam on decay, gates and convolutions; 0: the output projection alone
     # learning rate of Adam at the first step; for matrices with more than 256 inputs, times 256 / inputs
     learning_rate: float = Field(0.01, gt=0)
 
@@ -75,6 +78,14 @@ class HybridSettings(Settings):
             pattern = replace(Pattern.parse(self.pattern, num_layers, source="pattern"), fused=False)
             if not pattern.replaced:
                 raise HmfError("pattern: no layer is replaced; name at least one mixer")
+            if (
+                self.mixer != type(self).model_fields["mixer"].default
+                and mixer_symbol(self.mixer) not in pattern.symbols
+            ):
+                raise HmfError(
+                    f"mixer: {self.mixer} is in no layer of the pattern {pattern}, which names the types itself; leave "
+                    "mixer out"
+                )
             return pattern
         if self.layers == "auto":
             raise HmfError("layers: auto is chosen when `hmf prime` runs; give ratio alone to spread the layers evenly")
@@ -105,14 +116,25 @@ class DataSettings(Settings):
     prepared: Path | None = None  # output folder of `hmf data prepare`; excludes the other keys of this section
     text: str = "stdlib"  # "stdlib", or a folder or file with .py, .txt or .md text
     sequence_length: Tokens = 1024  # tokens in a row
-    text_share: float = Field(1.0, ge=0, le=1)  # share of rows that hold text only; the others hold tasks, too
-    # generated tasks by name, with their weights
+    # share of rows that hold text only; the others hold tasks, too; required with tasks
+    text_share: float = Field(1.0, ge=0, le=1)
+    # generated tasks by name, with their weights; rows have 96 tokens or more
     tasks: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_origin(self) -> DataSettings:
         if self.prepared is not None and (others := sorted(self.model_fields_set - {"prepared"})):
             raise ValueError(f"prepared: the rows are complete and take no other keys; leave out {', '.join(others)}")
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_are_read(self) -> DataSettings:
+        if self.tasks and not 0 < sum(self.tasks.values()) < math.inf:
+            raise ValueError("tasks: the weights must have a finite sum above 0; change them, or leave tasks out")
+        if self.tasks and "text_share" not in self.model_fields_set:
+            raise ValueError(
+                "tasks: text_share, the share of rows without tasks, is 1 if it is left out; give it, for example 0.5"
+            )
         return self
 
 
@@ -148,7 +170,7 @@ class ObjectiveSettings(Settings):
     layers.
     """
 
-    layerwise_steps: int = Field(0, ge=0)  # first steps, in which each mixer is trained on its own
+    layerwise_steps: int = Field(0, ge=0, le=10**9)  # first steps, in which each mixer is trained on its own
     pre_lm_head: Schedule = {0: 1.0}  # weight of the MSE before the LM head; false is 0, true is 1
     layers: LayerTarget = "none"  # layer outputs that are compared
     layers_weight: Schedule = {0: 1.0}  # weight of that term
@@ -159,9 +181,9 @@ class ObjectiveSettings(Settings):
     kl_top_k: int | None = Field(
         None, ge=1
     )  # compare the teacher's k most likely tokens; the others count as one outcome
-    kl_temperature: float = Field(1.0, gt=0)  # divides the logits; the term is multiplied by its square
+    kl_temperature: float = Field(1.0, ge=1e-3, le=1e3)  # divides the logits; the term is multiplied by its square
     # weight of tokens where the student's likeliest token is not the teacher's, relative to the other tokens
-    kl_differing_weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    kl_differing_weight: float = Field(1.0, gt=0, le=1e6)
     kl_chunk_size: TokenCount | None = Field(None, ge=1)  # tokens whose logits are computed at once; left out: by size
 
     def weights_at(self, step: int) -> dict[str, float]:
@@ -171,6 +193,15 @@ class ObjectiveSettings(Settings):
             "layers": weight_at(self.layers_weight, step) if self.layers != "none" else 0.0,
             "kl": weight_at(self.kl, step),
         }
+
+    @model_validator(mode="after")
+    def _terms_are_on(self) -> ObjectiveSettings:
+        # A term that its own key turns off may keep its other keys, so that `--set objective.kl=0` is enough.
+        for term in ("kl", "layers"):
+            unread = sorted(name for name in self.model_fields_set if name.startswith(f"{term}_"))
+            if unread and term not in self.model_fields_set:
+                raise ValueError(f"{', '.join(unread)}: read with {term}, which is off by default; give {term} too")
+        return self
 
     @model_validator(mode="after")
     def _always_something(self) -> ObjectiveSettings:
@@ -259,7 +290,7 @@ class LoraSettings(Settings):
     """Low-rank adapters (arXiv 2106.09685) on the linear layers of frozen groups. They are merged at the end."""
 
     groups: list[TrainableGroup] = Field(["attention", "mlp"], min_length=1)  # frozen groups that get adapters
-    rank: int = Field(16, ge=1)  # rank of the adapters
+    rank: int = Field(16, ge=1, le=2**16)  # rank of the adapters
     alpha: float = Field(32.0, gt=0)  # adapters are scaled by alpha / rank
     dropout: float = Field(0.0, ge=0, lt=1)  # dropout of the adapters' inputs
     learning_rate: float = Field(gt=0)  # learning rate of the adapters
@@ -269,12 +300,12 @@ class EvaluateSettings(Settings):
     """Evaluation on held-out text and generated tasks."""
 
     tasks: list[str] = Field(default_factory=list)  # generated tasks
-    samples: int = Field(50, ge=1)  # prompts per task
-    length: TokenCount = Field(1024, ge=96)  # tokens of the longest prompts, and of the window for text
-    max_new_tokens: TokenCount = Field(160, ge=1)  # longest answer
+    samples: int = Field(50, ge=1, le=10**6)  # prompts per task
+    length: TokenCount = Field(1024, ge=96, le=2**24)  # tokens of the longest prompts, and of the window for text
+    max_new_tokens: TokenCount = Field(160, ge=1, le=2**24)  # longest answer
     text_bytes: int = Field(100_000, ge=0)  # bytes of held-out text that are scored
     thinking: bool | None = None  # whether prompts enable thinking; left out: true
-    batch_size: int = Field(16, ge=1)  # prompts per batch
+    batch_size: int = Field(16, ge=1, le=2**16)  # prompts per batch
 
 
 class FinetuneRecipe(Settings):

@@ -19,11 +19,15 @@ class SelectSettings(Settings):
     # uniform spreads the layers; window and kl replace one layer at a time; greedy and supernet score whole choices;
     # scores reads a file
     method: Method = "supernet"
-    layerwise_steps: int = Field(160, ge=0)  # steps in which each mixer learns alone; 0: mixers as Stage 0 leaves them
-    subset_steps: int = Field(240, ge=0)  # of supernet: steps in which a random part of the layers is replaced
-    rows: int = Field(48, ge=2)  # rows of data on which choices are scored
+    layerwise_steps: int = Field(
+        160, ge=0, le=10**9
+    )  # steps in which each mixer learns alone; 0: mixers as Stage 0 leaves them
+    subset_steps: int = Field(
+        240, ge=0, le=10**9
+    )  # of supernet: steps in which a random part of the layers is replaced
+    rows: int = Field(48, ge=2, le=2**16)  # rows of data on which choices are scored
     window_size: TokenCount = Field(128, ge=1)  # of window: tokens that a layer still reads
-    choices: int = Field(512, ge=1)  # most choices that are all scored; above this number, a search
+    choices: int = Field(512, ge=1, le=2**20)  # most choices that are all scored; above this number, a search
     scores: Path | None = None  # of scores: JSON or CSV with a number for each layer, larger where attention is needed
 
     @model_validator(mode="after")

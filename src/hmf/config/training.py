@@ -47,7 +47,7 @@ class OptimiserSettings(Settings):
     final_learning_rate_ratio: float = Field(
         0.1, ge=0, le=1
     )  # last learning rate of cosine_with_min_lr, relative to the highest
-    warmup_steps: int = Field(0, ge=0)  # first steps, in which the learning rate rises from 0
+    warmup_steps: int = Field(0, ge=0, le=10**9)  # first steps, in which the learning rate rises from 0
     warmup_ratio: float | None = Field(None, ge=0, le=1)  # warmup_steps as a share of max_steps, rounded up
     weight_decay: float = Field(0.0, ge=0)  # weight decay of AdamW, for matrices only
     adam_beta2: float = Field(0.95, gt=0, lt=1)  # beta2 of AdamW; beta1 is 0.9
@@ -65,7 +65,8 @@ class OptimiserSettings(Settings):
     # bfloat16 (or bf16): autocast to bfloat16; parameters stay float32
     precision: Annotated[Literal["float32", "bfloat16"], BeforeValidator(_as_precision)] = "float32"
     gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
-    gpus: str | None = None  # GPUs that the recipe is written for, such as h200x8, for `hmf plan-training`
+    # GPUs that the recipe is written for, such as h200x8, for `hmf plan-training`
+    gpus: str | None = None
     divergence_factor: float = Field(10.0, ge=0)  # stop if the loss exceeds the usual loss by this factor; 0: never
     # experiment trackers that receive the log
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
@@ -95,6 +96,14 @@ class OptimiserSettings(Settings):
             yield f"give max_steps or num_train_epochs{'' if self.max_steps is None else ', not both'}"
         if self.warmup_ratio is not None and self.warmup_steps:
             yield "give warmup_steps or warmup_ratio, not both"
+        if self.lr_scheduler_type == "constant" and (self.warmup_ratio or self.warmup_steps):
+            yield "lr_scheduler_type constant has no warm-up; set constant_with_warmup, or leave the warm-up out"
+        usual = type(self).model_fields["final_learning_rate_ratio"].default
+        if self.final_learning_rate_ratio != usual and self.lr_scheduler_type != "cosine_with_min_lr":
+            yield (
+                "final_learning_rate_ratio is read with lr_scheduler_type cosine_with_min_lr; set that, or leave "
+                "final_learning_rate_ratio out"
+            )
         if self.eval_steps is not None and self.eval_strategy != "steps":
             yield "eval_steps is read with eval_strategy steps; set that, or leave eval_steps out"
         if self.eval_rows is not None and self.eval_strategy == "no":
@@ -119,7 +128,9 @@ class OptimiserSettings(Settings):
     @property
     def warmup(self) -> int:
         """Number of warm-up steps."""
-        return self.warmup_steps if self.warmup_ratio is None else math.ceil(self.warmup_ratio * self.steps)
+        if self.warmup_ratio is None:
+            return self.warmup_steps
+        return math.ceil(Fraction(str(self.warmup_ratio)) * self.steps)  # 0.07 of 100 steps is 7, in floats above it
 
 
 class ParallelSettings(OptimiserSettings):

@@ -139,6 +139,11 @@ def mixture(
             raise HmfError(f"data.tasks: {unknown_name('task', name, tasks.TASKS)}")
     if not data.tasks and data.text_share < 1:
         raise HmfError("data.text_share: is below 1, but data.tasks is empty; name tasks or set it to 1")
+    if data.text_share < 1 and kind is MixtureDataset and data.sequence_length < tasks.MIN_LENGTH:
+        raise HmfError(
+            f"data.sequence_length: {data.sequence_length} tokens are too short for data.tasks, which need "
+            f"{tasks.MIN_LENGTH}; raise it, or set data.text_share to 1"
+        )
     documents = [document.text for document in text.documents(data.text, split)]
     encoded = encode_texts(tokenizer, documents)
     if data.text_share and not any(encoded):

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from hmf.config.layers import LAYER_KINDS, base_head_dim
+from hmf.config.layers import LAYER_KINDS, base_head_dim, needed_kinds
 from hmf.config.pattern import ATTENTION, Pattern
 from hmf.config.runs import HybridSettings
 from hmf.errors import HmfError, naming_config
@@ -44,12 +44,17 @@ def base_pattern(config: Any, settings: HybridSettings) -> Pattern:
     require_language_model(config)
     pattern = settings.layer_pattern(config.num_hidden_layers, attention_layers(config))
     try:
-        hybrid_config(config, pattern.with_fused(True), settings.options_by_key())
+        hybrid = hybrid_config(config, pattern.with_fused(True), settings.options_by_key())
     except HmfError as error:  # the user wrote a pattern and options, and no config.json yet
         line = str(error).replace("config.json: hybrid_override_pattern", "pattern")
         for kind in LAYER_KINDS.values():
             line = line.replace(f"config.json: {kind.config_key}", f"hybrid.options.{kind.name}")
         raise HmfError(line) from None
+    read = {kind.name for kind in needed_kinds(hybrid, pattern.symbols)}
+    if unread := sorted(name for name, values in settings.options.items() if values and name not in read):
+        raise HmfError(
+            f"hybrid.options: {', '.join(unread)}: no layer of the pattern {pattern} has this type; leave it out"
+        )
     return pattern
 
 

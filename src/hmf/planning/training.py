@@ -24,6 +24,7 @@ from hmf.model.convert import base_pattern, hybrid_config
 from hmf.model.rope import with_rope
 from hmf.model.text_only import language_config
 from hmf.priming.objectives import train_only_mixers
+from hmf.training.distill import check_positions
 from hmf.training.evaluation import held_out_from
 from hmf.training.finetune import check_model
 from hmf.training.groups import adapter_targets, choose
@@ -123,7 +124,9 @@ class Recipes:
         require_fused(config, "model")
         model = without_memory(config)
         train_only_mixers(model)
-        return Job(title, recipe, model, self._row(recipe.data))
+        length = self._row(recipe.data)
+        check_positions(config, length)
+        return Job(title, recipe, model, length)
 
     def _stage2(self, title: str, recipe: FinetuneRecipe) -> Job:
         config = self._config(recipe.model)

@@ -140,6 +140,11 @@ def calibrate_on(
 ) -> dict[str, tuple[float, float]]:
     """`calibrate` on the first rows that Stage 1 reads with the same `data` and `seed`, by the tokenizer of `base`."""
     rows = mixture(data, load_tokenizer(base), calibration.rows, seed)
+    if rows.epoch is not None and rows.epoch < calibration.rows:  # rows of a second pass are not held out of the first
+        raise HmfError(
+            f"calibration.rows: {data.prepared} has {rows.epoch} rows, fewer than {calibration.rows}; lower it, or "
+            "prepare more rows"
+        )
     return calibrate(model, starts, [rows[index] for index in range(calibration.rows)], calibration)
 
 

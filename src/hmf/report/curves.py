@@ -86,7 +86,8 @@ def draw_curves(log_file: Path) -> Path:
             linestyle="-" if own == name else "--",
         )
         colours.setdefault(own, line.get_color())
-    panels["loss"].set(title="loss", yscale="log")
+    panels["loss"].set(title="loss")
+    _log_scale(panels["loss"])
     if losses:
         panels["loss"].legend()
     if layers:  # a colour bar, because a legend of many layers hides them
@@ -95,16 +96,18 @@ def draw_curves(log_file: Path) -> Path:
         for layer, curve in layers.items():
             panels["right"].plot(*curve, color=shades.cmap((layer - low) / (high - low)), marker=_marker(curve))
         figure.colorbar(shades, ax=panels["right"], label="after layer", ticks=MaxNLocator(integer=True))
-        panels["right"].set(title="relative squared error, student to teacher", yscale="log")
+        panels["right"].set(title="relative squared error, student to teacher")
+        _log_scale(panels["right"])
     elif preferences:
         for name, curve in preferences.items():
             panels["right"].plot(*curve, label=name, marker=_marker(curve))
         panels["right"].set(title="preferences: chosen against rejected")
         panels["right"].legend()
-    for panel, name, scale in (("rate", "learning_rate", "linear"), ("norm", "grad_norm", "log")):
+    for panel, name in (("rate", "learning_rate"), ("norm", "grad_norm")):
         curve = [entry["step"] for entry in log if name in entry], [entry[name] for entry in log if name in entry]
         panels[panel].plot(*curve, color="tab:gray", marker=_marker(curve))
-        panels[panel].set(title=name.replace("_", " ").replace("grad ", "gradient "), xlabel="step", yscale=scale)
+        panels[panel].set(title=name.replace("_", " ").replace("grad ", "gradient "), xlabel="step")
+    _log_scale(panels["norm"])
     for axes in panels.values():
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -136,6 +139,12 @@ def broken(curve: Curve, changes: Iterable[int]) -> Curve:
         steps.insert(at, change)
         values.insert(at, math.nan)
     return steps, values
+
+
+def _log_scale(axes: Any) -> None:
+    """A logarithmic scale, if there is a positive value to show on it."""
+    if any(y > 0 for line in axes.get_lines() for y in line.get_ydata()):
+        axes.set_yscale("log")
 
 
 def _marker(curve: Curve) -> str | None:

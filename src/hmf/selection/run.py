@@ -202,7 +202,9 @@ def _scored_rows(recipe: PrimeRecipe, tokenizer: PreTrainedTokenizerBase) -> lis
     data, count = recipe.distill.data, recipe.select.rows
     if data.prepared is not None:  # the last ones, because training begins with the first ones whatever its seed is
         stored = PreparedDataset(data.prepared, tokenizer)
-        return [stored[index % len(stored)] for index in range(-count, 0)]
+        if count > len(stored):
+            raise HmfError(f"select.rows: {data.prepared} has {len(stored)} rows, fewer than {count}; lower it")
+        return [stored[index] for index in range(len(stored) - count, len(stored))]
     rows = mixture(data, tokenizer, count, (recipe.seed + OTHER_ROWS) % 2**32)
     return [rows[index] for index in range(count)]
 

@@ -16,7 +16,7 @@ from hmf.config.pattern import require_fused
 from hmf.config.runs import DistillSettings
 from hmf.data.mixture import PromptDataset, mixture, row_length
 from hmf.data.tokenizer import load_tokenizer
-from hmf.errors import HmfError
+from hmf.errors import HmfError, notice
 from hmf.model.checkpoint import load_model, save_checkpoint
 from hmf.priming.distance import stage1_flops_per_token
 from hmf.priming.objectives import train_only_mixers
@@ -54,17 +54,29 @@ def distill(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader already uses several processes
     fused = load_model(model, dtype=torch.float32)
     require_fused(fused.config, model)
+    length = row_length(settings.data)
+    check_positions(fused.config, length)
     train_only_mixers(fused)
     tokenizer = load_tokenizer(model)
     training = settings.training
     trainer, rows = _trainer(fused, tokenizer, settings, checkpoints, seed)
     flops = stage1_flops_per_token(fused, head=any(settings.objective.kl.values()))
-    train(trainer, rows, "distil", output / "stage1.log.json", training, row_length(settings.data), flops, draw)
+    row_tokens = length if settings.on_policy is None else None
+    train(trainer, rows, "distil", output / "stage1.log.json", training, row_tokens, flops, draw)
     weights = whole_weights(fused)
     if trainer.is_world_process_zero():
         save_checkpoint(fused, target, companions=model, weights=weights)
     trainer.accelerator.wait_for_everyone()
     return target
+
+
+def check_positions(config: Any, length: int) -> None:
+    """Print a notice if rows of `length` tokens exceed the teacher's positions. Stage 1 cannot extend them."""
+    if length > config.max_position_embeddings:
+        notice(
+            f"data: rows of {length:,} tokens are longer than the {config.max_position_embeddings:,} positions "
+            "(max_position_embeddings) for which the teacher was trained"
+        )
 
 
 def _trainer(

@@ -44,10 +44,9 @@ def with_evaluation(
     if training.eval_strategy == "no":
         return rows, None
     if isinstance(eval_data, PairSettings):
-        return rows, _first(pair_dataset(eval_data, tokenizer, seed=seed), training.eval_rows, "eval_pairs")
+        return rows, _first(rows, pair_dataset(eval_data, tokenizer, seed=seed), training.eval_rows, "eval_pairs")
     if eval_data is not None and eval_data.prepared is not None:
-        eval_set = mixture(eval_data, tokenizer, 0, seed)
-        return rows, _first(eval_set, training.eval_rows, "eval_data.prepared")
+        return rows, _first(rows, mixture(eval_data, tokenizer, 0, seed), training.eval_rows, "eval_data.prepared")
     count = training.eval_rows or ROWS
     if eval_data is not None or rows.epoch is None:
         return rows, _drawn(data, eval_data, tokenizer, count, seed)
@@ -72,11 +71,14 @@ def held_out_from(rows: int, training: OptimiserSettings) -> int:
     return rows - count
 
 
-def _first(rows: Any, count: int | None, key: str) -> Any:
+def _first(trained: Any, rows: Any, count: int | None, key: str) -> Any:
+    """The first `count` of `rows`; all for None. HmfError if they are the rows `trained`, perhaps by another path."""
     if count is not None and count > rows.epoch:
         raise HmfError(
             f"training.eval_rows: {key} has {rows.epoch} rows, fewer than {count}; lower or remove eval_rows"
         )
+    if rows.digest() == trained.digest():
+        raise HmfError(f"{key}: these are the rows that training reads; leave it out, and some of them are held out")
     return rows.part(0, count or rows.epoch)
 
 

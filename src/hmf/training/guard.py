@@ -115,7 +115,7 @@ class LossGuard:
         if count.item():
             raise HmfError(
                 f"step {state.global_step}: after this step {wrong or 'weights of another process are not finite'}; "
-                "nothing is saved, the last checkpoint is kept; lower training.learning_rate, with a new output"
+                "nothing is saved, the last checkpoint is kept; lower the learning rate, with a new output"
             )
 
     def _stop(self, state: TrainerState, wrong: str, batches: list[dict[str, Any]]) -> None:
@@ -134,7 +134,7 @@ class LossGuard:
         self.accelerator.wait_for_everyone()
         raise HmfError(
             f"step {step}: {wrong}; the batch is in {run / ('bad_batch.safetensors' if alone else 'bad_batch.*')}, and "
-            "the last checkpoint is kept; lower training.learning_rate, or fix the data, with a new output"
+            "the last checkpoint is kept; lower the learning rate, or fix the data, with a new output"
         )
 
 

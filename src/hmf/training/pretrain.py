@@ -20,10 +20,10 @@ from transformers import (
     set_seed,
 )
 
-from hmf.config.recipes import load_recipe
+from hmf.config.recipes import read_recipe
 from hmf.config.rope import RopeSettings
 from hmf.config.runs import DataSettings, evaluation_conflicts
-from hmf.config.strict import Settings, Steps, require_none
+from hmf.config.strict import Seed, Settings, Steps, require_none
 from hmf.config.training import OptimiserSettings
 from hmf.data import tasks, text
 from hmf.data.files import read_text
@@ -31,20 +31,22 @@ from hmf.data.mixture import mixture
 from hmf.data.packing import PackedRow
 from hmf.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 from hmf.errors import HmfError
+from hmf.model.families import family_of
 from hmf.model.files import follow_umask
-from hmf.model.rope import with_rope
+from hmf.model.rope import check_rope, with_rope
+from hmf.model.values import require_values
 
 from .checkpoints import published
 from .evaluation import with_evaluation
 from .progress import require_reporters
-from .run import arguments, known_steps, train
+from .run import arguments, known_steps, run_folder, train
 from .trainer import HybridTrainer
 
 
 class TokenizerSettings(Settings):
     """A byte-level BPE, learned from the run's text and tasks."""
 
-    vocab_size: int = Field(ge=300)
+    vocab_size: int = Field(ge=300, le=2**20)
     chat_template: Path  # relative to the recipe
     task_samples: int = Field(ge=0)  # conversations of each task in the tokenizer's training text
 
@@ -60,7 +62,7 @@ class ModelSettings(Settings):
     head_dim: int
     max_position_embeddings: int
     rope_theta: float
-    initializer_range: float
+    initializer_range: float = Field(gt=0)  # transformers takes 0 for its default
 
 
 class PretrainOptimiserSettings(OptimiserSettings):
@@ -77,7 +79,7 @@ class PretrainRecipe(Settings):
     """`hmf pretrain`: creates `tokenizer` and `model`, or takes both from `start_from`, the output of another run."""
 
     output: Path  # run folder
-    seed: int = 0
+    seed: Seed = 0  # seed of all random numbers
     data: DataSettings  # training data
     eval_data: DataSettings | None = None  # data for training.eval_strategy; without it, rows of data are held out
     start_from: Path | None = None  # output of another run to start from
@@ -109,8 +111,18 @@ def main(recipe_path: str) -> None:
     An interrupted run resumes from its last checkpoint. At the end the folder has weights, config, tokenizer and
     `training.json`, a record of the model, data, time and versions.
     """
-    recipe = load_recipe(recipe_path, PretrainRecipe)
+    recipe, text = read_recipe(recipe_path, PretrainRecipe)
     require_reporters(recipe.training.report_to)
+    if recipe.model is not None:
+        try:
+            _config(recipe.model, recipe.tokenizer.vocab_size)  # type: ignore[union-attr]  # both, or none
+        except HmfError as error:
+            raise HmfError(f"{recipe_path}: {error}") from None
+    with run_folder(recipe.output, text):
+        _pretrain(recipe, recipe_path)
+
+
+def _pretrain(recipe: PretrainRecipe, recipe_path: str) -> None:
     set_seed(recipe.seed)
     # Data workers are separate processes. Threads in each of them would only compete.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -122,12 +134,17 @@ def main(recipe_path: str) -> None:
     tokenizer = _tokenizer(recipe, Path(recipe_path).parent) if source is None else load_tokenizer(source)
     for option in ("is_local", "local_files_only"):  # options of loading, which must not be saved with the tokenizer
         tokenizer.init_kwargs.pop(option, None)
-    tokenizer.save_pretrained(recipe.output)
     args = _arguments(recipe, checkpoints)
     dataset: Any = mixture(recipe.data, tokenizer, 0, recipe.seed)
     training, data = known_steps(recipe.training, dataset), recipe.data
     dataset, evaluated = with_evaluation(dataset, training, data, recipe.eval_data, tokenizer, recipe.seed)
     model = _model(recipe, tokenizer)
+    if (length := recipe.data.sequence_length) > (positions := model.config.max_position_embeddings):
+        raise HmfError(
+            f"{recipe_path}: data.sequence_length: rows of {length} tokens are longer than the model's {positions} "
+            "positions; raise max_position_embeddings, or shorten the rows"
+        )
+    tokenizer.save_pretrained(recipe.output)
     model.config.use_cache = False  # a cache would treat the documents of a row as one
     trainer = HybridTrainer(
         model=model,
@@ -180,13 +197,9 @@ def _model(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase) -> Any:
         config = with_rope(AutoConfig.from_pretrained(recipe.start_from), recipe.rope)
         return AutoModelForCausalLM.from_pretrained(recipe.start_from, config=config, dtype=torch.float32)
     assert recipe.model is not None  # the recipe's validator ensures this
-    settings = recipe.model.model_dump()
-    rope = {"rope_type": "default", "rope_theta": settings.pop("rope_theta")}
-    config = Qwen3Config(
-        **settings,
-        rope_parameters=rope,
-        vocab_size=len(tokenizer),
-        tie_word_embeddings=True,
+    config = _config(
+        recipe.model,
+        len(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
@@ -194,6 +207,20 @@ def _model(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase) -> Any:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TEXT)]
     return model
+
+
+def _config(model: ModelSettings, vocab_size: int, **others: Any) -> Qwen3Config:
+    """The config of a model of these sizes. HmfError if no model can have them."""
+    settings = model.model_dump() | {"vocab_size": vocab_size}
+    require_values(settings | {"model_type": Qwen3Config.model_type}, "model")
+    if settings["num_attention_heads"] % settings["num_key_value_heads"] or settings["head_dim"] % 2:
+        raise HmfError(
+            "model: num_attention_heads must be a multiple of num_key_value_heads, and head_dim must be even; "
+            "correct them"
+        )
+    rope = {"rope_type": "default", "rope_theta": settings.pop("rope_theta")}
+    check_rope({"rope_parameters": rope}, family_of(Qwen3Config.model_type), "model")
+    return Qwen3Config(**settings, rope_parameters=rope, tie_word_embeddings=True, **others)
 
 
 def _collate_without_positions(rows: list[PackedRow]) -> PackedRow:

@@ -40,10 +40,18 @@ class ProgressLine(TrainerCallback):
     count once there are others: it compiles and tunes kernels, which takes minutes on a GPU.
 
     flops_per_token: FLOPs of the model per token. With it, GPUs of known peak show the model FLOPs utilisation (MFU).
+    rows_per_step: shown as rows/s instead, where rows have any number of tokens.
     """
 
-    def __init__(self, title: str, tokens_per_step: int, flops_per_token: float | None = None):
+    def __init__(
+        self,
+        title: str,
+        tokens_per_step: int,
+        flops_per_token: float | None = None,
+        rows_per_step: int | None = None,
+    ):
         self.title, self.tokens_per_step, self.flops_per_token = title, tokens_per_step, flops_per_token
+        self.rows_per_step = rows_per_step
         self.logged: dict[str, float] = {}  # the Trainer's last log entry with a loss
         self.evaluated: float | None = None  # the last evaluation's loss
         self.bar: Any = None
@@ -95,15 +103,19 @@ class ProgressLine(TrainerCallback):
         return (state.max_steps - state.global_step) * per_step
 
     def status(self, args: Any, state: Any) -> str:
-        rate = (state.global_step - self.first_step) * self.tokens_per_step / (time.perf_counter() - self.started)
+        steps_per_second = (state.global_step - self.first_step) / (time.perf_counter() - self.started)
         parts = [f"{name} {value:.4f}" for name, value in self.logged.items() if name.startswith("loss")]
         if self.evaluated is not None:
             parts.append(f"eval_loss {self.evaluated:.4f}")
         names = (("lr", "learning_rate"), ("grad norm", "grad_norm"))
         parts += [f"{short} {float(self.logged[name]):.3g}" for short, name in names if name in self.logged]
-        parts.append(f"{rate:,.0f} tokens/s")
-        if (share := self.utilisation(rate, args)) is not None:
-            parts.append(f"MFU {share:.1%}")
+        if self.rows_per_step is not None:
+            parts.append(f"{steps_per_second * self.rows_per_step:,.2f} rows/s")
+        else:
+            rate = steps_per_second * self.tokens_per_step
+            parts.append(f"{rate:,.0f} tokens/s")
+            if (share := self.utilisation(rate, args)) is not None:
+                parts.append(f"MFU {share:.1%}")
         if args.device.type == "cuda":
             parts.append(f"peak {torch.cuda.max_memory_allocated(args.device) / 2**30:.1f} GiB")
         return " ".join(parts)

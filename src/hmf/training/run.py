@@ -15,8 +15,9 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from hmf.config.training import OptimiserSettings, ParallelSettings
-from hmf.errors import HmfError
+from hmf.errors import HmfError, notice
 from hmf.folders import claimed
+from hmf.gpus import parse_gpus
 
 from .checkpoints import newest_valid, on_main_process
 from .evaluation import Epochs
@@ -49,6 +50,16 @@ def arguments(
     """A recipe's `training` section as the Trainer's arguments of class `kind`; `others` override them."""
     if training.wandb_project is not None:
         os.environ["WANDB_PROJECT"] = training.wandb_project  # read by the Trainer's callback
+    if training.gpus is not None:
+        try:
+            parse_gpus(training.gpus)
+        except HmfError as error:
+            raise HmfError(str(error).replace("--gpu", "training.gpus", 1)) from None
+    if training.warmup >= training.steps > 1:
+        notice(
+            f"training: the warm-up of {training.warmup:,} steps is not shorter than the run of {training.steps:,}, so "
+            "the learning rate only rises"
+        )
     schedule = (
         {"min_lr_rate": training.final_learning_rate_ratio}
         if training.lr_scheduler_type == "cosine_with_min_lr"
@@ -127,7 +138,7 @@ def train(
     title: str,
     log_file: Path,
     training: OptimiserSettings,
-    row_tokens: int,
+    row_tokens: int | None,
     flops_per_token: float | None = None,
     draw: Callable[[Path], object] | None = None,
 ) -> None:
@@ -136,6 +147,7 @@ def train(
     Args:
         rows: the data set. Every checkpoint stores its digest and that of the evaluation's rows. A run cannot be
             resumed with other data.
+        row_tokens: tokens of a row; None if rows have any number of them.
         draw: called with the path of the log after each write.
     """
     step_rows, digest = rows_per_step(training), rows.digest()
@@ -147,7 +159,8 @@ def train(
         trainer.add_callback(Epochs(rows.epoch, step_rows, training.eval_strategy == "epoch"))
     log = RunLog(log_file, draw)
     trainer.add_callback(log)
-    trainer.add_callback(ProgressLine(title, step_rows * row_tokens, flops_per_token))
+    written = step_rows if row_tokens is None else None  # rows that the model writes end anywhere
+    trainer.add_callback(ProgressLine(title, step_rows * (row_tokens or 0), flops_per_token, written))
     try:
         trainer.train(resume_from_checkpoint=trainer.start_from())
     except KeyboardInterrupt:

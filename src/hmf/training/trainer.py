@@ -16,7 +16,7 @@ from hmf.model.checkpoint import without_generation_config
 
 from .checkpoints import PublishedCheckpoints, without_config
 from .evaluation import EvaluationLoss, same_random_numbers
-from .groups import ParameterGroup, optimiser_groups
+from .groups import ALL, ParameterGroup, optimiser_groups
 from .guard import LossGuard
 from .losses import TrainingLoss, labels_count
 from .sequence import SequenceParallel
@@ -124,12 +124,12 @@ class HybridTrainer(Trainer):
         return prepared
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.groups is None:
-            return super().create_optimizer(model)
         if self.optimizer is None:
             model = self.model if model is None else model
+            trained = {name: x for name, x in model.named_parameters() if x.requires_grad}
+            groups = self.groups or [ParameterGroup(ALL, trained, self.args.learning_rate)]
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = kind(optimiser_groups(model, self.groups, self.args.weight_decay), **options)
+            self.optimizer = kind(optimiser_groups(model, groups, self.args.weight_decay), **options)
         return self.optimizer
 
     # A step
@@ -222,7 +222,7 @@ class HybridTrainer(Trainer):
         if not math.isfinite(figures["loss"]):
             raise HmfError(
                 f"step {self.state.global_step}: the loss of the evaluation is {figures['loss']}; the last checkpoint "
-                "is kept; lower training.learning_rate, or fix the rows of the evaluation, with a new output"
+                "is kept; lower the learning rate, or fix the rows of the evaluation, with a new output"
             )
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output
