@@ -66,7 +66,7 @@ def ops(
     from hmf.ops.samples import Shape
 
     place = available(device)
-    op_names, version_names = ([name for name in text.split(",") if name] for text in (ops, versions))
+    op_names, version_names = ([name.strip() for name in text.split(",")] if text else [] for text in (ops, versions))
     shape = Shape(tokens=tokens, heads=heads, head_dim=head_dim)
     measured = timings.run(shape, getattr(torch, dtype), place, repeats, op_names, version_names, not forward)
     rows = timings.rows(measured)
