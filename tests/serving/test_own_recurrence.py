@@ -48,9 +48,8 @@ def test_layers_like_the_bases_own(tmp_path, family):
 
 
 @engines.devices(2)
-@pytest.mark.parametrize("saved", [save, save_like_own])
-def test_tensor_parallel(tmp_path, saved):
-    model = saved(tmp_path, "qwen3_5_moe_text")
+def test_tensor_parallel(tmp_path):
+    model = save_like_own(tmp_path, "qwen3_5_moe_text")
     check(tmp_path, model, tensor_parallel_size=2, distributed_executor_backend="mp")
 
 
