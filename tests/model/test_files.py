@@ -564,22 +564,28 @@ def test_files_have_the_modes_of_new_files(base, umask):
         assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o666 & ~umask}
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "notes.txt", ".", "../output"])
-def test_no_permission_is_named(base, name):
+def test_no_permission_is_named(tiny_qwen3_dir, tmp_path):
     """In a process without the privilege of passing over modes, which the administrator's have."""
-    (base / "notes.txt").write_text("a companion")
-    (base.parent / "output").mkdir()
-    locked = (base / name).resolve()
-    mode = locked.stat().st_mode
-    locked.chmod(0o000)
+    locked = []
+    for number, name in enumerate(("config.json", "model.safetensors", "notes.txt", ".", "../output")):
+        base = shutil.copytree(tiny_qwen3_dir, tmp_path / str(number) / "base")
+        (base / "notes.txt").write_text("a companion")
+        (base.parent / "output").mkdir()
+        locked.append((base / name).resolve())
+    modes = [path.stat().st_mode for path in locked]
+    for path in locked:
+        path.chmod(0o000)
     code = f"""if True:
         from hmf.config.pattern import Pattern
         from hmf.errors import HmfError
         from hmf.priming.stage0 import make_stage0
-        try:
-            make_stage0({str(base)!r}, Pattern.parse("*-GDN-*-GDN"), {str(base.parent / "output" / "out")!r})
-        except HmfError as error:
-            print(error)
+        for number in range({len(locked)}):
+            case = {str(tmp_path)!r} + f"/{{number}}"
+            try:
+                make_stage0(f"{{case}}/base", Pattern.parse("*-GDN-*-GDN"), f"{{case}}/output/out")
+                print("made")
+            except HmfError as error:
+                print(error)
     """
     libc, drop = ctypes.CDLL(None), 24  # prctl's PR_CAPBSET_DROP; of CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
     done = subprocess.run(
@@ -588,9 +594,12 @@ def test_no_permission_is_named(base, name):
         text=True,
         preexec_fn=lambda: (libc.prctl(drop, 1, 0, 0, 0), libc.prctl(drop, 2, 0, 0, 0)),
     )
-    locked.chmod(mode)
-    assert "no permission" in done.stdout and str(locked) in done.stdout, done.stdout + done.stderr
-    assert done.stdout.count("\n") == 1
+    for path, mode in zip(locked, modes, strict=True):
+        path.chmod(mode)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(locked), done.stdout + done.stderr
+    for path, line in zip(locked, lines, strict=True):
+        assert "no permission" in line and str(path) in line, line
 
 
 def test_the_table_of_tensors_is_that_of_the_files(base):
