@@ -70,6 +70,19 @@ def primed(base: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]
     return load_file(base.parent / "stage0/model.safetensors"), load_file(base.parent / "hybrid/model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def primed_once(tiny_qwen3_dir, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("primed")
+    primed(shutil.copytree(tiny_qwen3_dir, folder / "base"))
+    return folder
+
+
+@pytest.fixture
+def primed_base(primed_once, tmp_path) -> Path:
+    """Such a copy beside its own stage0 and hybrid, to be changed too."""
+    return shutil.copytree(primed_once, tmp_path, dirs_exist_ok=True) / "base"
+
+
 def same(kept: torch.Tensor, given: torch.Tensor) -> bool:
     return kept.dtype == given.dtype and torch.equal(kept, given)
 
@@ -102,8 +115,7 @@ def test_a_head_of_its_own_is_kept_though_the_config_ties_it(base, shards, amoun
     assert len(lines) == 1 and HEAD in lines[0] and str(base) in lines[0]
 
 
-def test_a_hybrid_with_a_merged_head_computes_with_it(base, tmp_path):
-    primed(base)
+def test_a_hybrid_with_a_merged_head_computes_with_it(primed_base, tmp_path):
     hybrid = tmp_path / "hybrid"
     edit_json(hybrid / "config.json", tie_word_embeddings=True)
     model = AutoModelForCausalLM.from_pretrained(hybrid)
@@ -321,8 +333,8 @@ def test_weights_in_another_format_alone(base):
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
-def test_an_adapter_is_not_applied_silently(base, name):
-    primed(base)
+def test_an_adapter_is_not_applied_silently(primed_base, name):
+    base = primed_base
     for folder in (base, base.parent / "stage0", base.parent / "hybrid"):
         (folder / name).write_text('{"peft_type": "LORA"}')
     said = f"{name}: adapters are not supported; merge it first"
@@ -334,16 +346,18 @@ def test_an_adapter_is_not_applied_silently(base, name):
     refused(said, load_config, base.parent / "hybrid")
 
 
-def test_from_pretrained_refuses_an_adapter(base):
-    primed(base)
-    (base.parent / "hybrid/adapter_model.safetensors").write_bytes(b"")
-    refused("adapters are not supported; merge it first", AutoModelForCausalLM.from_pretrained, base.parent / "hybrid")
+def test_from_pretrained_refuses_an_adapter(primed_base):
+    hybrid = primed_base.parent / "hybrid"
+    (hybrid / "adapter_model.safetensors").write_bytes(b"")
+    refused("adapters are not supported; merge it first", AutoModelForCausalLM.from_pretrained, hybrid)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_numbers_that_are_none(base, dtype, value):
-    primed(base)
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [*((dtype, torch.nan) for dtype in DTYPES), (torch.float32, torch.inf), (torch.bfloat16, -torch.inf)],
+)
+def test_numbers_that_are_none(primed_base, dtype, value):
+    base = primed_base
     for folder in (base, base.parent / "stage0"):
         edit(folder, lambda tensors: tensors.update({NORM: tensors[NORM].to(dtype)}))
         require_finite(folder)
@@ -390,9 +404,8 @@ def test_a_snapshot_of_the_hub_s_cache_is_a_base(base):
 
 
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "experts_implementation"])
-def test_an_implementation_on_the_hub_is_dropped(base, key, capfd):
-    primed(base)
-    hybrid = base.parent / "hybrid"
+def test_an_implementation_on_the_hub_is_dropped(primed_base, key, capfd):
+    base, hybrid = primed_base, primed_base.parent / "hybrid"
     for folder in (base, hybrid):
         edit_json(folder / "config.json", **{key: "org/kernel"})
         config = load_config(folder, weights=False)
