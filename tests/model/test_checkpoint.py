@@ -378,24 +378,31 @@ def test_stored_tokenizer_survives(case, tmp_path):
 # --- registration ---
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        "import hmf.model.hybrid_zoo.models.model_register",  # as the published model cards do it
-        "import hmf, importlib.util; importlib.util.find_spec('transformers')",  # looked for, as accelerate does
-        "import transformers.models.auto.modeling_auto, hmf",
-        "import hmf.model.modeling",
-    ],
+FIRST_IMPORTS = (
+    "import hmf.model.hybrid_zoo.models.model_register",  # as the published model cards do it
+    "import hmf, importlib.util; importlib.util.find_spec('transformers')",  # looked for, as accelerate does
+    "import transformers.models.auto.modeling_auto, hmf",
+    "import hmf.model.modeling",
 )
-def test_the_auto_classes_know_hybrids(first):
-    """In fresh processes, whichever of hmf and transformers is imported first."""
-    code = (
-        f"{first}\nfrom transformers import AutoModelForCausalLM\n"
-        f"print(type(AutoModelForCausalLM.from_pretrained({str(STORED)!r})).__name__)"
-    )
+
+
+def test_the_auto_classes_know_hybrids():
+    """Whichever of hmf and transformers a process imports first; what both need is imported once, before it forks."""
+    code = f"""if True:
+        import os, sys, torch._dynamo, torch.distributed.tensor, sklearn.metrics
+        assert not {{"hmf", "transformers"}} & set(sys.modules)
+        for first in {FIRST_IMPORTS!r}:
+            if os.fork():
+                os.wait()
+                continue
+            exec(first)
+            from transformers import AutoModelForCausalLM
+            print(first, type(AutoModelForCausalLM.from_pretrained({str(STORED)!r})).__name__, sep=": ")
+            break
+    """
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.stdout.split() == ["HybridQwen3ForCausalLM"], done.stderr
+    assert done.stdout.splitlines() == [f"{first}: HybridQwen3ForCausalLM" for first in FIRST_IMPORTS], done.stderr
 
 
 def test_the_command_line_does_not_wait_for_torch():
@@ -403,17 +410,23 @@ def test_the_command_line_does_not_wait_for_torch():
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
 
 
-@pytest.mark.parametrize("command", ["distill", "finetune", "prime"])
-def test_a_wrong_recipe_is_found_without_torch(command, tmp_path):
+def test_a_wrong_recipe_is_found_without_torch(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("colour: blue\n")
-    code = "import sys, hmf.cli\ntry: hmf.cli.main()\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    code = f"""if True:
+        import sys, hmf.cli
+        for command in ("distill", "finetune", "prime"):
+            sys.argv = ["hmf", command, {str(recipe)!r}]
+            try:
+                hmf.cli.main()
+            except SystemExit as end:
+                print(command, end.code, "torch" in sys.modules)
+    """
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(
-        [sys.executable, "-c", code, command, str(recipe)], capture_output=True, text=True, env=environment
-    )
-    assert done.stdout.split() == ["2", "False"]
-    assert f"{recipe}: " in done.stderr and "unknown key 'colour'" in done.stderr
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines() == ["distill 2 False", "finetune 2 False", "prime 2 False"]
+    lines = done.stderr.splitlines()
+    assert len(lines) == 3 and all(f"{recipe}: " in line and "unknown key 'colour'" in line for line in lines)
 
 
 def test_classes_can_be_imported_by_name_and_models_pickled(tiny_qwen3):

@@ -70,6 +70,19 @@ def primed(base: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]
     return load_file(base.parent / "stage0/model.safetensors"), load_file(base.parent / "hybrid/model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def primed_once(tiny_qwen3_dir, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("primed")
+    primed(shutil.copytree(tiny_qwen3_dir, folder / "base"))
+    return folder
+
+
+@pytest.fixture
+def primed_base(primed_once, tmp_path) -> Path:
+    """Such a copy beside its own stage0 and hybrid, to be changed too."""
+    return shutil.copytree(primed_once, tmp_path, dirs_exist_ok=True) / "base"
+
+
 def same(kept: torch.Tensor, given: torch.Tensor) -> bool:
     return kept.dtype == given.dtype and torch.equal(kept, given)
 
@@ -102,8 +115,7 @@ def test_a_head_of_its_own_is_kept_though_the_config_ties_it(base, shards, amoun
     assert len(lines) == 1 and HEAD in lines[0] and str(base) in lines[0]
 
 
-def test_a_hybrid_with_a_merged_head_computes_with_it(base, tmp_path):
-    primed(base)
+def test_a_hybrid_with_a_merged_head_computes_with_it(primed_base, tmp_path):
     hybrid = tmp_path / "hybrid"
     edit_json(hybrid / "config.json", tie_word_embeddings=True)
     model = AutoModelForCausalLM.from_pretrained(hybrid)
@@ -321,8 +333,8 @@ def test_weights_in_another_format_alone(base):
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
-def test_an_adapter_is_not_applied_silently(base, name):
-    primed(base)
+def test_an_adapter_is_not_applied_silently(primed_base, name):
+    base = primed_base
     for folder in (base, base.parent / "stage0", base.parent / "hybrid"):
         (folder / name).write_text('{"peft_type": "LORA"}')
     said = f"{name}: adapters are not supported; merge it first"
@@ -334,16 +346,18 @@ def test_an_adapter_is_not_applied_silently(base, name):
     refused(said, load_config, base.parent / "hybrid")
 
 
-def test_from_pretrained_refuses_an_adapter(base):
-    primed(base)
-    (base.parent / "hybrid/adapter_model.safetensors").write_bytes(b"")
-    refused("adapters are not supported; merge it first", AutoModelForCausalLM.from_pretrained, base.parent / "hybrid")
+def test_from_pretrained_refuses_an_adapter(primed_base):
+    hybrid = primed_base.parent / "hybrid"
+    (hybrid / "adapter_model.safetensors").write_bytes(b"")
+    refused("adapters are not supported; merge it first", AutoModelForCausalLM.from_pretrained, hybrid)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_numbers_that_are_none(base, dtype, value):
-    primed(base)
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [*((dtype, torch.nan) for dtype in DTYPES), (torch.float32, torch.inf), (torch.bfloat16, -torch.inf)],
+)
+def test_numbers_that_are_none(primed_base, dtype, value):
+    base = primed_base
     for folder in (base, base.parent / "stage0"):
         edit(folder, lambda tensors: tensors.update({NORM: tensors[NORM].to(dtype)}))
         require_finite(folder)
@@ -390,9 +404,8 @@ def test_a_snapshot_of_the_hub_s_cache_is_a_base(base):
 
 
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "experts_implementation"])
-def test_an_implementation_on_the_hub_is_dropped(base, key, capfd):
-    primed(base)
-    hybrid = base.parent / "hybrid"
+def test_an_implementation_on_the_hub_is_dropped(primed_base, key, capfd):
+    base, hybrid = primed_base, primed_base.parent / "hybrid"
     for folder in (base, hybrid):
         edit_json(folder / "config.json", **{key: "org/kernel"})
         config = load_config(folder, weights=False)
@@ -564,22 +577,28 @@ def test_files_have_the_modes_of_new_files(base, umask):
         assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o666 & ~umask}
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "notes.txt", ".", "../output"])
-def test_no_permission_is_named(base, name):
+def test_no_permission_is_named(tiny_qwen3_dir, tmp_path):
     """In a process without the privilege of passing over modes, which the administrator's have."""
-    (base / "notes.txt").write_text("a companion")
-    (base.parent / "output").mkdir()
-    locked = (base / name).resolve()
-    mode = locked.stat().st_mode
-    locked.chmod(0o000)
+    locked = []
+    for number, name in enumerate(("config.json", "model.safetensors", "notes.txt", ".", "../output")):
+        base = shutil.copytree(tiny_qwen3_dir, tmp_path / str(number) / "base")
+        (base / "notes.txt").write_text("a companion")
+        (base.parent / "output").mkdir()
+        locked.append((base / name).resolve())
+    modes = [path.stat().st_mode for path in locked]
+    for path in locked:
+        path.chmod(0o000)
     code = f"""if True:
         from hmf.config.pattern import Pattern
         from hmf.errors import HmfError
         from hmf.priming.stage0 import make_stage0
-        try:
-            make_stage0({str(base)!r}, Pattern.parse("*-GDN-*-GDN"), {str(base.parent / "output" / "out")!r})
-        except HmfError as error:
-            print(error)
+        for number in range({len(locked)}):
+            case = {str(tmp_path)!r} + f"/{{number}}"
+            try:
+                make_stage0(f"{{case}}/base", Pattern.parse("*-GDN-*-GDN"), f"{{case}}/output/out")
+                print("made")
+            except HmfError as error:
+                print(error)
     """
     libc, drop = ctypes.CDLL(None), 24  # prctl's PR_CAPBSET_DROP; of CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
     done = subprocess.run(
@@ -588,9 +607,12 @@ def test_no_permission_is_named(base, name):
         text=True,
         preexec_fn=lambda: (libc.prctl(drop, 1, 0, 0, 0), libc.prctl(drop, 2, 0, 0, 0)),
     )
-    locked.chmod(mode)
-    assert "no permission" in done.stdout and str(locked) in done.stdout, done.stdout + done.stderr
-    assert done.stdout.count("\n") == 1
+    for path, mode in zip(locked, modes, strict=True):
+        path.chmod(mode)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(locked), done.stdout + done.stderr
+    for path, line in zip(locked, lines, strict=True):
+        assert "no permission" in line and str(path) in line, line
 
 
 def test_the_table_of_tensors_is_that_of_the_files(base):
