@@ -165,7 +165,7 @@ def test_the_fit_does_not_depend_on_the_width_of_the_model(symbol):
     rows = [made[index] for index in range(8)]
     narrow, fit = fused_in(1, symbol), CalibrationSettings(rows=8, steps=15, learning_rate=0.02)
     starts = initialise(narrow, conv_start="identity")
-    wide = fused_in(16, symbol, narrow.state_dict())  # 3,072 channels
+    wide = fused_in(8, symbol, narrow.state_dict())  # 1,536 channels
     (before, of_narrow), (same, of_wide) = (
         next(iter(calibrate(model, starts, rows, fit).values())) for model in (narrow, wide)
     )
