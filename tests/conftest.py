@@ -86,7 +86,7 @@ def _library_is_encoded_once():
 
 @pytest.fixture
 def blank_pictures():
-    """Figures are made and not rendered: a picture of the losses with each checkpoint is half the time of a tiny run."""
+    """Figures are made and not rendered: pictures of the losses take half the time of a tiny run."""
     from matplotlib.figure import Figure
 
     with pytest.MonkeyPatch.context() as patch:
