@@ -85,6 +85,16 @@ def _library_is_encoded_once():
 
 
 @pytest.fixture
+def blank_pictures():
+    """Figures are made and not rendered: pictures of the losses take half the time of a tiny run."""
+    from matplotlib.figure import Figure
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "draw", lambda figure, renderer: None)
+        yield
+
+
+@pytest.fixture
 def in_float64():
     """A float64 model computes in float64 throughout: norms and rotary tables do not round to float32."""
     from tests import numerics

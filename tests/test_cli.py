@@ -29,10 +29,11 @@ from hmf.priming.stage0 import make_stage0
 from tests.conftest import ROOT
 from tests.training.cutting import make_tiny_stage0
 
+DATA = {"text": str(ROOT / "docs"), "sequence_length": 96}  # small: the standard library takes seconds to encode
 PRIME = {
     "base": "teacher",
     "hybrid": {"mixer": "gdn", "ratio": 0.5},
-    "distill": {"training": {"max_steps": 1, "per_device_train_batch_size": 1}, "data": {"sequence_length": 96}},
+    "distill": {"training": {"max_steps": 1, "per_device_train_batch_size": 1}, "data": DATA},
 }
 
 

@@ -21,6 +21,11 @@ def campaign(record_property) -> Campaign:
     return campaign
 
 
+@pytest.fixture(autouse=True)
+def _blank_pictures(blank_pictures):
+    """Of the runs in this process."""
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
     """base, sharded (the same in two files), stage0, hybrid: tiny, with a tokenizer each; corpus: text files."""

@@ -20,8 +20,8 @@ from tests.faults.campaign import SIZE, Outcome, digest, require_promised
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 
 KILLS = SIZE  # of each command, at least
-MOST = 4  # of one run, before it may end
-LONG = {"max_steps": 24, "per_device_train_batch_size": 2, "save_steps": 3}
+MOST = min(SIZE + 2, 4)  # of one run, before it may end
+LONG = {"max_steps": 9, "per_device_train_batch_size": 2, "save_steps": 3}
 
 
 def begin(folder: Path, arguments: tuple[str, ...]) -> None:
@@ -61,7 +61,7 @@ def inputs(folder: Path, models: Path) -> None:
             "base": str(models / "base"),
             "output": "run",
             "hybrid": {"pattern": "*-GDN"},
-            "distill": {"data": text, "training": LONG, "objective": {"layerwise_steps": 6, "kl": 0.5}},
+            "distill": {"data": text, "training": LONG, "objective": {"layerwise_steps": 4, "kl": 0.5}},
             "evaluate": {"tasks": [], "length": 96, "text_bytes": 1000},
         },
         "finetune": {

@@ -51,9 +51,10 @@ def one_each(test):
     return in_float64(each_type(test))
 
 
-few_examples = settings(
-    max_examples=4, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
+def few_examples(count: int) -> settings:
+    return settings(
+        max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:
@@ -98,7 +99,7 @@ def test_any_split_of_a_prefill(case, pattern, tokens):
     model = tiny_hybrid(case, pattern)
     ids = random_ids(3, tokens)
 
-    @few_examples
+    @few_examples(4 if tokens == LONG else 2)
     @given(
         cuts=st.sets(st.integers(1, tokens - 1), max_size=4),
         kind=st.sampled_from(["none", "left", "right", "holes"]),

@@ -389,7 +389,9 @@ FIRST_IMPORTS = (
 def test_the_auto_classes_know_hybrids():
     """Whichever of hmf and transformers a process imports first; what both need is imported once, before it forks."""
     code = f"""if True:
-        import os, sys, torch._dynamo, torch.distributed.tensor, sklearn.metrics
+        import contextlib, os, sys, torch._dynamo, torch.distributed.tensor
+        with contextlib.suppress(ImportError):
+            import sklearn.metrics  # transformers imports it where it is installed
         assert not {{"hmf", "transformers"}} & set(sys.modules)
         for first in {FIRST_IMPORTS!r}:
             if os.fork():

@@ -135,8 +135,9 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_selection_that_was_cut_off_ends_as_one_that_was_not(tmp_path, monkeypatch):
-    content = [written(tmp_path), "--keep", 3, "--set", "distill.training.save_steps=1"]
+    content = [written(tmp_path), "--keep", 3, "--set", "distill.training.save_steps=2"]
     command("teacher", "--recipe", *content, "--out", tmp_path / "whole")
     real = HybridTrainer.compute_loss
 
@@ -158,6 +159,7 @@ def test_a_selection_that_was_cut_off_ends_as_one_that_was_not(tmp_path, monkeyp
         command("teacher", "--recipe", *content[:2], 2, *content[3:], "--out", tmp_path / "cut")
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_prime_chooses_and_keeps_its_choice(tmp_path, monkeypatch):
     path = written(tmp_path)
     recipe, lines = load_recipe(path, PrimeRecipe), []

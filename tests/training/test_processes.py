@@ -128,6 +128,7 @@ def prime_tiny(stage0, run, rows, environment=None):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_pictures")
 def test_two_processes_prime_as_one_does_and_one_of_them_writes(stage0, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     prime_tiny(stage0, one, rows=4)

@@ -50,15 +50,16 @@ def test_resuming_from_every_state_of_the_folder_ends_bit_for_bit_the_same(stage
     first_steps = set()
     for number, state in enumerate(found):
         last = newest_valid(state / "checkpoints", 1)
-        first_steps.add(last and last.name)
-        if last and last.name == "checkpoint-1" and number % 3:
-            continue  # the second checkpoint comes about like the first and the third
+        step = int(last.name.partition("-")[2]) if last else 0
+        if step in (0, 1) and (state / "checkpoints").exists() and number % 3:
+            continue  # the first two checkpoints come about like the third
         if not (state / "stage1").exists():
             distill(stage0, state, cutting.settings(stage0))
+        first_steps.add(step)
         assert cutting.same(state, finished), state.name
         assert not list(state.glob(".stage1.*")) and not (state / "checkpoints" / UNPUBLISHED).exists()
         shutil.rmtree(state)
-    assert first_steps == {None, "checkpoint-1", "checkpoint-2", "checkpoint-3"}
+    assert first_steps == {0, 1, 2, 3}
     capfd.readouterr()
 
 
