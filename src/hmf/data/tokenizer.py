@@ -214,6 +214,12 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(added | set(tokenizer.all_special_ids))
 
 
+def is_special(tokenizer: PreTrainedTokenizerBase, number: int) -> bool:
+    """Whether an id is one of `special_ids`, which takes long to collect where a tokenizer has thousands of them."""
+    skipped = tokenizer.decode([number]) and not tokenizer.decode([number], skip_special_tokens=True)
+    return bool(skipped) or number in tokenizer.all_special_ids
+
+
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """A pattern for the special tokens in a text; at each position, the longest one matches."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
