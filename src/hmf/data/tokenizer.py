@@ -112,8 +112,9 @@ def _check_template(folder: Path, template: Any) -> None:
         raise HmfError(f"{file}: {key}: two templates have the name {twice[0]!r}; remove one of them")
     if template and (other := folder / f"{key}.jinja").is_file():
         with reading(other):
-            content = other.read_bytes()
-        if content.decode(errors="replace") != dict(named).get("default", template):
+            content = other.read_bytes().decode(errors="replace")
+        # Jinja reads all line breaks alike, and leaves out one at the end.
+        if content.splitlines() != str(dict(named).get("default", template)).splitlines():
             notice(f"{other}: is the chat template; {key} of {file.name} differs and is not read")
 
 
