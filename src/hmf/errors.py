@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 
@@ -20,21 +21,22 @@ def one_line(message: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
 
 
-_rewriters: list[Callable[[str], str]] = []  # of the blocks that are being executed, the innermost last
+# Of the blocks that this thread executes, the innermost last.
+_rewriters: ContextVar[tuple[Callable[[str], str], ...]] = ContextVar("rewriters", default=())
 
 
 @contextmanager
 def _rewriting(rewrite: Callable[[str], str]) -> Iterator[None]:
     """In the block, notices and an HmfError have the text that `rewrite` gives."""
-    _rewriters.append(rewrite)
+    outer = _rewriters.get()
+    _rewriters.set((*outer, rewrite))
     try:
         yield
     except HmfError as error:
-        if (line := rewrite(str(error))) == str(error):
-            raise
-        raise HmfError(line) from error.__cause__
+        error.args = (rewrite(str(error)),)
+        raise
     finally:
-        _rewriters.pop()
+        _rewriters.set(outer)
 
 
 def standing_for(folder: str | Path, name: str | Path) -> AbstractContextManager[None]:
@@ -51,7 +53,7 @@ def naming_config(source: str | Path | None, besides: Collection[str] = ()) -> A
     def rewrite(line: str) -> str:
         file, _, rest = line.partition(": ")
         from_file = file == "config.json" and re.split(r"\W", rest, maxsplit=1)[0] not in besides
-        return str(Path(source, line)) if source and from_file else line
+        return f"{Path(source, file)}: {rest}" if source and from_file else line
 
     return _rewriting(rewrite)
 
@@ -63,7 +65,7 @@ def _print(line: str) -> None:
 
 def notice(line: str) -> None:
     """Print a warning on stderr. Each line is printed once per process, and only by the process of rank 0."""
-    for rewrite in reversed(_rewriters):
+    for rewrite in reversed(_rewriters.get()):
         line = rewrite(line)
     if os.environ.get("RANK", "0") == "0":
         _print(line)

@@ -492,7 +492,7 @@ def test_a_tokenizer_that_cannot_be_read(worded, damage, said, capfd):
 
 
 @pytest.mark.parametrize(
-    ("template", "said"),
+    ("template", "message"),
     [
         (5, "chat_template: must be text, or a list"),
         (["{{ messages }}"], "chat_template: must be text, or a list"),
@@ -501,16 +501,16 @@ def test_a_tokenizer_that_cannot_be_read(worded, damage, said, capfd):
         ([{"name": "default", "template": x} for x in "ab"], "chat_template: two templates have the name 'default'"),
     ],
 )
-def test_chat_templates_that_are_none_are_refused(worded, template, said):
+def test_chat_templates_that_are_none_are_refused(worded, template, message):
     edit_json(worded / "tokenizer_config.json", chat_template=template)
-    refused(f"tokenizer_config.json: {said}", load_tokenizer, worded)
+    refused(f"tokenizer_config.json: {message}", load_tokenizer, worded)
 
 
 @pytest.mark.parametrize("as_list", [False, True])
 def test_a_chat_template_in_two_files(worded, capfd, as_list):
     """transformers reads the one in the file of its own."""
     file = worded / "chat_template.jinja"
-    for text, differs in ((file.read_text(), False), ("{{ messages }}", True)):
+    for text, differs in ((file.read_text(), False), (file.read_text().rstrip("\n"), False), ("{{ messages }}", True)):
         template = [{"name": "default", "template": text}] if as_list else text
         edit_json(worded / "tokenizer_config.json", chat_template=template)
         assert load_tokenizer(worded).chat_template == file.read_text()

@@ -132,6 +132,10 @@ class TestOptions:
             ("<think> </think>", "--reasoning-parser qwen3"),
             ("<tool_call><function=f>", "--enable-auto-tool-choice --tool-call-parser qwen3_coder"),
             ("<|python_tag|>", "--enable-auto-tool-choice --tool-call-parser llama3_json"),
+            (  # Llama 3.2
+                'Respond in the format {"name": function name, "parameters": dictionary} {{ m.tool_calls }}',
+                "--enable-auto-tool-choice --tool-call-parser llama3_json",
+            ),
             ("plain", ""),
         ],
     )

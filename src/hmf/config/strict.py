@@ -165,6 +165,8 @@ class Rounded(float):
 
 def _number(text: str) -> float:
     value = float(text)
+    if len(text) <= 17:
+        return value
     digits = re.sub(r"[eE].*|[^0-9]", "", text).strip("0")
     return Rounded(value) if len(digits) > 17 and Decimal(text) != Decimal(value) else value
 

@@ -25,7 +25,7 @@ from hmf.data.conversation import (
 )
 from hmf.data.marks import marked_turns
 from hmf.data.template import MarkedConversation, Template
-from hmf.data.tokenizer import SpecialTokenSplitter, document_separator, encode_texts, special_ids
+from hmf.data.tokenizer import SpecialTokenSplitter, document_separator, encode_texts, is_special
 from hmf.errors import HmfError
 
 IGNORED = -100  # the label that transformers' losses ignore
@@ -285,7 +285,7 @@ class _Chat:
             )
 
     def check_end(self, ids: list[int]) -> None:
-        if not ids or ids[-1] not in special_ids(self.tokenizer):
+        if not ids or not is_special(self.tokenizer, ids[-1]):
             shown = self.tokenizer.decode(ids[-8:])
             raise HmfError(
                 f"an assistant turn ends with {shown!r} instead of a special token, so the model would not learn to "

@@ -112,8 +112,9 @@ def _check_template(folder: Path, template: Any) -> None:
         raise HmfError(f"{file}: {key}: two templates have the name {twice[0]!r}; remove one of them")
     if template and (other := folder / f"{key}.jinja").is_file():
         with reading(other):
-            content = other.read_bytes()
-        if content.decode(errors="replace") != dict(named).get("default", template):
+            content = other.read_bytes().decode(errors="replace")
+        # Jinja reads all line breaks alike, and leaves out one at the end.
+        if content.splitlines() != str(dict(named).get("default", template)).splitlines():
             notice(f"{other}: is the chat template; {key} of {file.name} differs and is not read")
 
 
@@ -212,6 +213,12 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids of the special tokens: those with a role, such as EOS, and added ones. Some end turns without a role."""
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset(added | set(tokenizer.all_special_ids))
+
+
+def is_special(tokenizer: PreTrainedTokenizerBase, number: int) -> bool:
+    """Whether an id is one of `special_ids`, which takes long to collect where a tokenizer has thousands of them."""
+    skipped = tokenizer.decode([number]) and not tokenizer.decode([number], skip_special_tokens=True)
+    return bool(skipped) or number in tokenizer.all_special_ids
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:

@@ -59,31 +59,36 @@ def packed_layout(
     if cu_seqlens is None and real is None and (tokens == 1 or has_past):
         return None
     starts = None if has_past or cu_seqlens is not None else document_starts(shape, position_ids)  # [B, T]
-    if may_jump and starts is not None and position_ids is not None:
-        _require_restarts(starts, position_ids, real)
+    if starts is not None and position_ids is not None:
+        inner = starts[:, 1:]
+        if real is not None:
+            # Padding may have any position. A real token after a real token must continue its document.
+            inner = inner & real[:, 1:] & real[:, :-1]
+        if not bool(inner.any()):
+            starts = None
+        elif may_jump:
+            _require_restarts(inner, position_ids)
     if real is not None:
-        # Padding may have any position. A real token after a real token must continue its document.
-        if cu_seqlens is not None or (starts is not None and bool((starts[:, 1:] & real[:, 1:] & real[:, :-1]).any())):
+        if cu_seqlens is not None or starts is not None:
             raise HmfError("attention_mask: a batch has both padding and packed documents; remove the padding tokens")
         return PackedLayout(real.flatten().nonzero()[:, 0], _cumulative(real.sum(1)), shape)
     if cu_seqlens is not None:
         if batch != 1 or has_past:
             raise HmfError("cu_seq_lens_q: packed documents need a batch of one row and no cached tokens")
         return PackedLayout(torch.arange(tokens, device=cu_seqlens.device), cu_seqlens.long(), shape)
-    if starts is None or not bool(starts[:, 1:].any()):
+    if starts is None:
         return None
     bounds = starts.flatten().nonzero()[:, 0]
     end = bounds.new_tensor([batch * tokens])
     return PackedLayout(torch.arange(batch * tokens, device=bounds.device), torch.cat([bounds, end]), shape)
 
 
-def _require_restarts(starts: torch.Tensor, position_ids: torch.Tensor, real: torch.Tensor | None) -> None:
-    jumps = starts[:, 1:] & (position_ids[:, 1:] != 0)
-    if real is not None:
-        jumps &= real[:, 1:] & real[:, :-1]
+def _require_restarts(inner: torch.Tensor, position_ids: torch.Tensor) -> None:
+    """HmfError if a document that starts inside a row, at `inner` [B, T-1], has a first position other than 0."""
+    jumps = inner & (position_ids[:, 1:] != 0)
     if bool(jumps.any()):
         row, at = jumps.nonzero()[0].tolist()
-        before, after = position_ids.expand(len(starts), -1)[row, at : at + 2].tolist()
+        before, after = position_ids.expand(len(inner), -1)[row, at : at + 2].tolist()
         raise HmfError(
             f"position_ids: jump from {before} to {after}: with an attention_mask or a cache, transformers goes on in "
             "the same text there, and a Hybrid does not; give positions that grow by one, or without a mask and with "

@@ -187,7 +187,8 @@ def check_length(config: Any, past: int, position_ids: torch.Tensor) -> None:
     if table.get("rope_type") != "longrope":
         return
     original = table[ORIGINAL]
-    if int(position_ids[:, 0].max()) <= original <= int(position_ids.max()):
+    first, last = position_ids[:, 0].max(), position_ids.max()
+    if bool((first <= original) & (original <= last)):  # one wait for the device, in every step of decoding
         raise HmfError(
             f"past_key_values: the cache holds {past} tokens with longrope's positions for at most {original} tokens, "
             "and the text is longer now; compute all of it anew, without a cache or in a single chunk"

@@ -243,8 +243,13 @@ def state_options(config: Any, prefix_caching: bool = True) -> dict[str, str | N
     return caching | dict.fromkeys(("--mamba-cache-dtype", "--mamba-ssm-cache-dtype"), config.state_dtype)
 
 
-# vLLM's parser by a marker of the template's calls: XML, JSON between tags, and Llama 3.1's JSON. The first one counts.
-TOOL_PARSERS = {"<function=": "qwen3_coder", "<tool_call>": "hermes", "<|python_tag|>": "llama3_json"}
+# vLLM's parser by a marker of the template's calls: XML, JSON between tags, and the JSON of Llama 3, for which the
+# template asks. The first one counts.
+TOOL_PARSERS = {
+    "<function=": "qwen3_coder",
+    "<tool_call>": "hermes",
+    **dict.fromkeys(("<|python_tag|>", '{"name": function name, "parameters":'), "llama3_json"),
+}
 
 
 def parsers(source: str | Path, given: Container[str] = ()) -> dict[str, str | None]:
