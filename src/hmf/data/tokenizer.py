@@ -218,7 +218,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 def is_special(tokenizer: PreTrainedTokenizerBase, number: int) -> bool:
     """Whether an id is one of `special_ids`, which takes long to collect where a tokenizer has thousands of them."""
     skipped = tokenizer.decode([number]) and not tokenizer.decode([number], skip_special_tokens=True)
-    return bool(skipped) or number in tokenizer.all_special_ids
+    return bool(skipped) or number in special_ids(tokenizer)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
