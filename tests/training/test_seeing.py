@@ -149,6 +149,17 @@ def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path, capsys):
     assert "stage1.log.json: the plot of this log failed (no fonts at all)" in capsys.readouterr().err
 
 
+def test_checkpoints_in_quick_succession_share_a_picture(tmp_path, monkeypatch):
+    state, drawn, now = SimpleNamespace(is_world_process_zero=True, log_history=[{"loss": 1.0}]), [], 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    log = progress.RunLog(tmp_path / "stage1.log.json", lambda path: drawn.append(now))
+    for now in (1.0, 21.0, 22.0, 40.0, 42.0):  # noqa: B007, the clock reads it
+        log.on_save(None, state, None)
+    now = 43.0
+    log.write(state)
+    assert drawn == [21.0, 42.0, 43.0]
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_a_missing_reporter_is_one_line(stage0, tmp_path, name, monkeypatch):
     monkeypatch.setattr(progress.importlib.util, "find_spec", lambda package: None)

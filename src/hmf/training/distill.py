@@ -39,7 +39,7 @@ def distill(
     """`hmf distill`: train the mixers of the fused checkpoint `model` and save the result at `output`/stage1.
 
     An interrupted run resumes from its last complete checkpoint under `output`/checkpoints. Its log is
-    `output`/stage1.log.json; `draw` is called with that path after each write. Returns the saved folder.
+    `output`/stage1.log.json; `draw` is called with that path from time to time. Returns the saved folder.
 
     Raises:
         HmfError: the settings or the data are invalid, a loss is not finite or diverges (its batch is saved), or the

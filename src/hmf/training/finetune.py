@@ -40,7 +40,7 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
     """`hmf finetune`: train the plain Hybrid `recipe.model` and save the result at `recipe.output`/model.
 
     An interrupted run resumes from its last complete checkpoint under `output`/checkpoints. Its log is
-    `output`/stage2.log.json; `draw` is called with that path after each write. Returns the saved folder.
+    `output`/stage2.log.json; `draw` is called with that path from time to time. Returns the saved folder.
 
     Raises:
         HmfError: the recipe or the data are invalid, a loss is not finite or diverges (its batch is saved), or the disk

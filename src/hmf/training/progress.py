@@ -20,6 +20,7 @@ from hmf.gpus import peak_flops
 from .checkpoints import replace_text, say
 
 PLAIN_INTERVAL = 15.0  # seconds between plain lines
+DRAWN_EVERY = 20.0  # seconds between plots of the log, at least
 
 
 def require_reporters(names: Iterable[str]) -> None:
@@ -132,22 +133,23 @@ class RunLog(TrainerCallback):
     """Writes the log of the whole run, a JSON list with an entry for each log step, to a file beside the checkpoints.
 
     Every checkpoint is also a log step, so that no mean in the log spans a resume. `draw` is called with the file's
-    path after each write.
+    path at the end and at checkpoints, there at most once in `DRAWN_EVERY` seconds, because a plot takes about one.
     """
 
     def __init__(self, path: Path, draw: Callable[[Path], object] | None = None):
-        self.path, self.draw = path, draw
+        self.path, self.draw, self.drawn = path, draw, time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_log = control.should_log or control.should_save
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.write(state)
+        self.write(state, time.monotonic() - self.drawn > DRAWN_EVERY)
 
-    def write(self, state: Any) -> None:
+    def write(self, state: Any, draw: bool = True) -> None:
         if state.is_world_process_zero and state.log_history:
             replace_text(self.path, json.dumps(state.log_history, indent=1) + "\n")
-            if self.draw is not None:
+            if draw and self.draw is not None:
+                self.drawn = time.monotonic()
                 try:
                     self.draw(self.path)
                 except Exception as error:  # a failed plot must not stop the run

@@ -148,7 +148,7 @@ def train(
         rows: the data set. Every checkpoint stores its digest and that of the evaluation's rows. A run cannot be
             resumed with other data.
         row_tokens: tokens of a row; None if rows have any number of them.
-        draw: called with the path of the log after each write.
+        draw: called with the path of the log at the end, and from time to time before it.
     """
     step_rows, digest = rows_per_step(training), rows.digest()
     trainer.remove_callback(PrinterCallback)
