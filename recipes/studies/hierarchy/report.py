@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -212,31 +213,36 @@ def cost_table(lines: Lines) -> str:
 
 
 def draw(picture: Path, found: dict[str, Runs], label: str, columns: list[str] | None = None) -> None:
-    """Accuracy of each type over the columns, with its interval; over tasks, without lines."""
+    """Accuracy of each type over the columns, with bars from the lowest to the highest seed; tasks have no lines."""
     figure, axes = new_figure()
     numbered = columns is None
     columns = columns or [column for column in next(iter(next(iter(found.values())).values())) if column != "mean"]
     for index, (name, runs) in enumerate(found.items()):
         across = [position + 0.5 * (index / len(found) - 0.5) for position in range(len(columns))]
-        values = [interval([x[column] for x in runs.values()]) for column in columns]
-        middle, half = [x for x, _ in values], [0 if math.isnan(x) else x for _, x in values]
+        middle, bars = ranges([[x[column] for x in runs.values()] for column in columns])
         style = {"linestyle": "-" if numbered else "", "marker": "o", "markersize": 4, "capsize": 2, "linewidth": 1}
         family = name.removesuffix("-wide")
         style |= {"color": "grey" if family == "attention" else f"C{TYPES.index(family)}"}
         if family != name and numbered:
             style |= {"linestyle": "--", "markerfacecolor": "white"}
-        axes.errorbar(across, middle, yerr=half, label=name, **style)
+        axes.errorbar(across, middle, yerr=bars, label=name, **style)
     axes.set(xlabel=label, ylabel="accuracy, %", ylim=(-3, 103), xticks=range(len(columns)), xticklabels=columns)
     save(figure, axes, picture)
+
+
+def ranges(values: list[list[float]]) -> tuple[list[float], list[list[float]]]:
+    """Means, and how far the lowest and the highest value are from them."""
+    means = [fmean(x) for x in values]
+    down, up = ([abs(end(x) - middle) for x, middle in zip(values, means, strict=True)] for end in (min, max))
+    return means, [down, up]
 
 
 def draw_iterations(picture: Path, trained: dict[int, dict[str, Runs]], tested: list[str]) -> None:
     """A line for each number in training, over the number in use; the point of its own number is larger."""
     figure, axes = new_figure()
     for count, by_tested in sorted(trained.items()):
-        values = [interval([x["mean"] for x in by_tested[name].values()]) for name in tested]
-        middle, half = [x for x, _ in values], [0 if math.isnan(x) else x for _, x in values]
-        line = axes.errorbar(range(len(tested)), middle, yerr=half, marker="o", markersize=3, capsize=2, linewidth=1)
+        middle, bars = ranges([[x["mean"] for x in by_tested[name].values()] for name in tested])
+        line = axes.errorbar(range(len(tested)), middle, yerr=bars, marker="o", markersize=3, capsize=2, linewidth=1)
         line.set_label(f"trained with {count}")
         if str(count) in tested:
             at = tested.index(str(count))
