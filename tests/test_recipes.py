@@ -16,7 +16,7 @@ from hmf.config.recipes import load_recipe
 from hmf.config.runs import DistillRecipe, FinetuneRecipe, PrimeRecipe
 from hmf.config.strict import parse_yaml
 from hmf.data.sources import Source, pair_of
-from hmf.errors import notice
+from hmf.errors import print_once
 from hmf.training.pretrain import PretrainRecipe
 from tests.conftest import ROOT
 
@@ -90,7 +90,7 @@ def test_the_quickstart_through_all_stages(tmp_path, monkeypatch):
         (tmp_path / "corpus" / f"{number}.py").write_text(f"def f{number}(x):\n    return x + {number}\n" * 40)
     evaluate = ("evaluate.samples=1", "evaluate.length=128", "evaluate.text_bytes=2000", "evaluate.max_new_tokens=4")
     data = ("distill.data.text=corpus", "distill.data.sequence_length=128", "distill.objective.layerwise_steps=1")
-    notice.cache_clear()  # another test of this process may have had this notice
+    print_once.cache_clear()  # another test of this process may have had this notice
     said = run("prime", "recipe", *(f"distill.training.{value}" for value in SMALL), *data, *evaluate)
     assert "hmf: teacher: not copied to the result: README.md, training.json\n" in said  # no path of the machine
     assert str(ROOT) not in "".join(file.read_text() for file in (tmp_path / "runs/quickstart").glob("*.json"))

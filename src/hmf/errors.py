@@ -59,19 +59,17 @@ def naming_config(source: str | Path | None, besides: Collection[str] = ()) -> A
 
 
 @functools.cache
-def _print(line: str) -> None:
+def print_once(line: str) -> None:
+    """Print a line on stderr, the first time that this process has it."""
     print(f"hmf: {one_line(line)}", file=sys.stderr, flush=True)
 
 
 def notice(line: str) -> None:
-    """Print a warning on stderr. Each line is printed once per process, and only by the process of rank 0."""
+    """Print a warning on stderr, once, and only in the process of rank 0."""
     for rewrite in reversed(_rewriters.get()):
         line = rewrite(line)
     if os.environ.get("RANK", "0") == "0":
-        _print(line)
-
-
-notice.cache_clear = _print.cache_clear  # type: ignore[attr-defined]
+        print_once(line)
 
 
 def listed(names: Iterable[str], shown: int = 4, joint: str = ", ") -> str:

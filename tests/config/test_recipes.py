@@ -11,7 +11,7 @@ from hmf.config.recipes import SHOWN, load_recipe
 from hmf.config.runs import DistillRecipe, FinetuneRecipe, PrimeRecipe
 from hmf.config.strict import parse_yaml
 from hmf.config.training import RENAMED, OptimiserSettings
-from hmf.errors import HmfError, notice
+from hmf.errors import HmfError, print_once
 from hmf.training.pretrain import PretrainOptimiserSettings
 from hmf.training.run import arguments
 
@@ -131,7 +131,7 @@ def test_former_names_mean_what_the_present_ones_do(tmp_path_factory, former):
 
 
 def test_former_names_are_told_once_with_the_file_and_the_present_names(tmp_path, capsys):
-    notice.cache_clear()
+    print_once.cache_clear()
     file = prime_recipe(tmp_path, FORMER)
     for _ in range(2):
         load_recipe(file, PrimeRecipe)

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from hmf.config.pattern import Pattern
 from hmf.config.runs import DistillSettings
-from hmf.errors import HmfError, notice
+from hmf.errors import HmfError, print_once
 from hmf.folders import resolve_base
 from hmf.priming.stage0 import make_stage0
 from hmf.training.distill import distill
@@ -99,7 +99,7 @@ def test_weight_decay_is_for_matrices_only(symbol, tmp_path):
 
 def test_rows_beyond_the_teachers_positions_are_named(tmp_path, capfd):
     stage0 = cutting.make_tiny_stage0(tmp_path / "tiny")
-    notice.cache_clear()
+    print_once.cache_clear()
     for length in (128, 160):
         given = cutting.settings(stage0, max_steps=2, save_steps=2, warmup_steps=2)
         data = given.data.model_copy(update={"sequence_length": length})

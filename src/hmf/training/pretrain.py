@@ -113,9 +113,9 @@ def main(recipe_path: str) -> None:
     """
     recipe, text = read_recipe(recipe_path, PretrainRecipe)
     require_reporters(recipe.training.report_to)
-    if recipe.model is not None:
+    if recipe.model is not None and recipe.tokenizer is not None:  # both, or none
         try:
-            _config(recipe.model, recipe.tokenizer.vocab_size)  # type: ignore[union-attr]  # both, or none
+            _config(recipe.model, recipe.tokenizer.vocab_size)
         except HmfError as error:
             raise HmfError(f"{recipe_path}: {error}") from None
     with run_folder(recipe.output, text):

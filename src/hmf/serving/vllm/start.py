@@ -106,9 +106,9 @@ def _default_length(config: Any) -> int:
     rope, length = config.rope_parameters, config.max_position_embeddings
     if rope.get("rope_type") == "dynamic":
         return int(length * rope["factor"])
-    return (
-        getattr(config, "original_max_position_embeddings", length) if rope.get("rope_type") == "longrope" else length
-    )
+    if rope.get("rope_type") == "longrope":
+        return getattr(config, "original_max_position_embeddings", length)
+    return length
 
 
 def _prefill(additional_config: Any) -> Any:
