@@ -182,25 +182,11 @@ def test_kernels_compile_in_seconds(tmp_path):
     assert float(done.stdout) < 60
 
 
-@pytest.mark.parametrize(
-    ("dtype", "dims", "reason"),
-    [
-        (torch.float32, (64, 64), "bfloat16"),
-        (torch.bfloat16, (160, 160), "wider"),
-        (torch.bfloat16, (64, 160), "wider"),
-    ],
-)
-def test_other_inputs_are_refused(dtype, dims, reason):
-    pytest.importorskip("triton")
-    from hmf.ops.gdn_chunk_triton import unsupported
-
-    q, v = (torch.zeros(1, 1, dim, dtype=dtype) for dim in dims)
-    assert reason in unsupported(q, q, v)
-
-
 def test_when_the_version_runs(monkeypatch):
-    """Only if HMF_OPS names it, in dtypes that it supports, and if its gradients are those of the chunked version."""
+    """Before fla's kernels, for inputs that it supports, and if its gradients are those of the chunked version."""
     pytest.importorskip("triton")
+    from hmf.ops import gdn_chunk_triton
+
     monkeypatch.delenv("HMF_OPS", raising=False)
     reasons = {"triton": None, "fast": None}
     monkeypatch.setattr(
@@ -209,23 +195,41 @@ def test_when_the_version_runs(monkeypatch):
     monkeypatch.setattr(dispatch, "_installed", lambda package: True)
     monkeypatch.setattr(dispatch, "miscompiled", lambda: None)
 
-    def chosen(op, gradients, dtype):
-        return dispatch.choose(op, "cuda", gradients, dtype)[0].version
+    monkeypatch.setattr(gdn_chunk_triton, "shared_memory", lambda device: 200 * 2**10)
 
-    assert chosen("gdn", True, torch.bfloat16) == "fast"
-    monkeypatch.setenv("HMF_OPS", "triton")
-    assert chosen("gdn", True, torch.bfloat16) == chosen("gdn", False, torch.float16) == "triton"
-    assert chosen("gdn", False, torch.float32) == chosen("conv", True, torch.bfloat16) == "fast"
-    assert dispatch.choose("gdn", "cpu", False, torch.bfloat16)[0].version == "chunked"
+    def chosen(op, gradients, dtype, head_dim=64):
+        return dispatch.choose(op, "cuda", gradients, dtype, (2, head_dim))[0].version
+
+    for forced in (None, "triton"):
+        if forced:
+            monkeypatch.setenv("HMF_OPS", forced)
+        assert chosen("gdn", True, torch.bfloat16) == chosen("gdn", False, torch.float16, 128) == "triton"
+        assert chosen("gdn", False, torch.float32) == chosen("gdn", False, torch.bfloat16, 160) == "fast"
+        assert chosen("conv", True, torch.bfloat16) == "fast"
+        assert dispatch.choose("gdn", "cpu", False, torch.bfloat16)[0].version == "chunked"
     reasons["triton"] = "its gradients are off"
     assert chosen("gdn", True, torch.bfloat16) == "fast" and chosen("gdn", False, torch.bfloat16) == "triton"
+    monkeypatch.setenv("HMF_OPS", "fast")
+    assert chosen("gdn", False, torch.bfloat16) == "fast"
+    monkeypatch.delenv("HMF_OPS")
+    monkeypatch.setattr(gdn_chunk_triton, "shared_memory", lambda device: 99 * 2**10)
+    assert chosen("gdn", False, torch.bfloat16) == "fast"
 
 
 def test_wide_heads_are_refused():
     pytest.importorskip("triton")
     made = sample("gdn", Shape(tokens=3, head_dim=160))
-    with pytest.raises(HmfError, match="wider than 128"):
+    with pytest.raises(HmfError, match="heads of at most 128"):
         made.call(gdn.triton, made.tensors(torch.bfloat16))
+
+
+def test_tokens_of_several_dtypes(monkeypatch):
+    """Keys in float32 beside queries in bfloat16 are not rounded."""
+    pytest.importorskip("triton")
+    made = sample("gdn", Shape(tokens=70, with_state=True))
+    x = made.tensors(torch.bfloat16) | {"k": made.tensors(torch.float32)["k"]}
+    for ours, theirs in zip(made.call(gdn.triton, x), made.call(gdn.chunked, x), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chooses which implementation of an op runs; no other module does.
 
-Every op has a `reference` (the definition), a `chunked` version in plain PyTorch and, on CUDA, a `fast` one. The
-environment variable HMF_OPS selects one of the three for all ops, for debugging and for `hmf doctor`. An op may have
-further versions, which run only if HMF_OPS names them; ops without the named version, and inputs that it does not
-support, then run as without HMF_OPS.
+Every op has a `reference` (the definition), a `chunked` version in plain PyTorch and, on CUDA, a `fast` one. An op may
+have a further version with GPU kernels, which is preferred to `fast` for the inputs that it supports. The environment
+variable HMF_OPS selects a version for all ops, for debugging and for `hmf doctor`. If it names a further version, ops
+without it, and inputs that it does not support, run as without HMF_OPS.
 
 Sequence parallelism wraps ops with `set_wrappers`.
 """
@@ -33,7 +33,8 @@ class Implementation:
     version: str
     function: Callable
     requires: str | None  # a package, imported only when the version is used
-    dtypes: tuple[torch.dtype, ...] = ()  # of the tokens; empty: all
+    # (dtype of the tokens, head_dim) -> the reason why the kernels cannot run on the current GPU, or None
+    unsupported: Callable[[torch.dtype, int], str | None] = lambda dtype, head_dim: None
 
 
 _IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {}
@@ -73,6 +74,7 @@ def entry(op: str, recurrence: bool = False):
     """
 
     def mark(function: Callable) -> Callable:
+        @torch.compiler.disable  # a compiled layer calls the op, which has kernels of its own, as it is
         @functools.wraps(function)
         def call(*args, **kwargs):
             if recurrence and torch.is_autocast_enabled(device := args[0].device.type):
@@ -119,7 +121,7 @@ def choose(
 
     heads: number and size of the heads, with which a recurrence's backward is checked on some GPUs.
     """
-    versions = _IMPLEMENTATIONS[op]
+    versions, reason = _IMPLEMENTATIONS[op], None
     if forced := os.environ.get("HMF_OPS"):
         if forced not in (known := all_versions()):
             raise HmfError(f"HMF_OPS: {unknown_name('version', forced, known)}")
@@ -132,8 +134,12 @@ def choose(
             )
         else:
             return versions[forced], "selected by HMF_OPS"
-    reason = not_fast(op, device_type, requires_grad, dtype, heads)
-    return (versions["fast"], "CUDA tensors") if reason is None else (versions["chunked"], reason)
+    for version in (*(name for name in versions if name not in VERSIONS), "fast"):
+        reason = not_fast(op, device_type, requires_grad, dtype, heads, version)
+        if reason is None:
+            return versions[version], "CUDA tensors"
+    assert reason is not None
+    return versions["chunked"], reason
 
 
 def not_fast(
@@ -144,9 +150,9 @@ def not_fast(
     heads: tuple[int, int] = HEADS,
     version: str = "fast",
 ) -> str | None:
-    """The reason why `op` has no fast version for such tensors, in one line, or None. HMF_OPS is ignored.
+    """The reason why `version` of `op`, which has GPU kernels, cannot run for such tensors, in one line, or None.
 
-    version: "fast", or another one with GPU kernels.
+    HMF_OPS is ignored.
     """
     fast = _IMPLEMENTATIONS[op].get(version)
     if fast is None:
@@ -155,10 +161,10 @@ def not_fast(
         return f"no GPU kernel on {device_type}"
     if dtype == torch.float64:
         return "float64 tensors"
-    if fast.dtypes and dtype not in fast.dtypes:
-        return f"its kernels support only {' and '.join(str(x).removeprefix('torch.') for x in fast.dtypes)}"
     if fast.requires and not _installed(fast.requires):
         return f"{fast.requires} is not installed (pip install 'hybrid-model-factory[train]')"
+    if reason := fast.unsupported(dtype, heads[1]):
+        return reason
     if not requires_grad:
         return None
     if version != "fast":
@@ -173,7 +179,8 @@ def resolve(op: str, *tensors: torch.Tensor) -> Callable:
     """
     sample = tensors[0]
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    heads = (sample.shape[-2], sample.shape[-1])  # of a recurrence, whose first tensor is [B, T, H, K]
+    # Of a recurrence, whose first tensors are [B, T, H, K] and [B, T, H, V].
+    heads = (sample.shape[-2], max(x.shape[-1] for x in tensors if x.dim() == sample.dim()))
     chosen, why = choose(op, sample.device.type, grad, sample.dtype, heads)
     on_gpu = sample.device.type == "cuda" and sample.dtype != torch.float64
     if chosen.version == "chunked" and on_gpu and "fast" in _IMPLEMENTATIONS[op]:

@@ -235,16 +235,22 @@ def fast(q, k, v, g, beta, initial_state=None, cu_seqlens=None) -> Result:
     )
 
 
-@dispatch.implementation("gdn", "triton", requires="triton", dtypes=(torch.bfloat16, torch.float16))
+def _unsupported(dtype: torch.dtype, head_dim: int, device: str = "cuda") -> str | None:
+    from .gdn_chunk_triton import unsupported
+
+    return unsupported(dtype, head_dim, torch.device(device))
+
+
+@dispatch.implementation("gdn", "triton", requires="triton", unsupported=_unsupported)
 def triton(q, k, v, g, beta, initial_state=None, cu_seqlens=None) -> Result:
     """The Triton kernels of this package (CUDA, bfloat16 or float16, heads up to 128). HmfError for other inputs."""
-    from . import gdn_chunk_triton, gdn_grads_triton
+    from . import gdn_grads_triton
 
-    if reason := gdn_chunk_triton.unsupported(q, k, v):
+    if reason := _unsupported(q.dtype, max(q.shape[-1], v.shape[-1]), q.device.type):
         raise HmfError(f"gdn: the version triton cannot run: {reason}; unset HMF_OPS, or select another version")
     batch, tokens = q.shape[:2]
-    if tokens == 1 and cu_seqlens is None:
-        return chunked(q, k, v, g, beta, initial_state)  # a step
+    if (tokens == 1 and cu_seqlens is None) or not q.dtype == k.dtype == v.dtype:  # a step, or tokens of several dtypes
+        return chunked(q, k, v, g, beta, initial_state, cu_seqlens)
     bounds = torch.arange(batch + 1, device=q.device) * tokens if cu_seqlens is None else cu_seqlens
     q, k, v, g, beta = (x.contiguous().flatten(0, 1) for x in (q, k, v, g, beta))
     state = None if initial_state is None else initial_state.mT.contiguous()

@@ -296,13 +296,13 @@ def _outputs(
     tl.store(o + row * V + t * (H * V) + e[None, :], result.to(o.dtype.element_ty), mask=in_value)
 
 
-def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
-    """The reason why these kernels cannot run for q, k [..., K] and v [..., V], or None."""
-    if q.dtype not in (torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
-        return "tokens are neither bfloat16 nor float16"
-    if max(q.shape[-1], v.shape[-1]) > 128:
-        return "heads are wider than 128"
-    if q.is_cuda and shared_memory(q.device) < SHARED_MEMORY * 2**10:
+def unsupported(dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
+    """The reason why these kernels cannot run for tokens of `dtype` with heads of at most `head_dim`, or None."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "its kernels support only bfloat16 and float16"
+    if head_dim > 128:
+        return "its kernels support heads of at most 128"
+    if device.type == "cuda" and shared_memory(device) < SHARED_MEMORY * 2**10:
         return f"a block has less than {SHARED_MEMORY} KiB of shared memory"
     return None
 

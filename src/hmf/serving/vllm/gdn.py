@@ -179,8 +179,8 @@ class GatedDeltaNet(RecurrentMixer):
         return o, (*convs, after.mT)
 
     def _init_kernels(self) -> None:
-        """Choose the prefill kernel: FlashInfer's if available, which shares key and value heads, otherwise vLLM's
-        Triton kernels, for which they are repeated. Those of hmf are used on request. None supports float32."""
+        """Choose the prefill kernels: those of hmf; where these cannot run, FlashInfer's or else vLLM's in Triton. The
+        first two share key and value heads, which are repeated for the third. None supports float32."""
         self.chunks: Callable | None = None  # the op for prefills
         self.shares_heads = False
         if not HAS_KERNELS:
@@ -192,10 +192,10 @@ class GatedDeltaNet(RecurrentMixer):
             from vllm.third_party.flash_linear_attention.ops import chunk_gated_delta_rule
 
             self.chunks, name = chunk_gated_delta_rule, "triton"
-            try_flashinfer = option in (None, "auto", "flashinfer")
-            if option == "hmf" and self._runs_own_kernels(dtype):
+            automatic = option in (None, "auto")
+            if (automatic or option == "hmf") and self._runs_own_kernels(dtype):
                 self.chunks, self.shares_heads, name = own_chunks, True, "hmf"
-            elif try_flashinfer and self.options.head_dim == 128 and has_flashinfer():
+            elif (automatic or option == "flashinfer") and self.options.head_dim == 128 and has_flashinfer():
                 from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import ChunkGatedDeltaRule
 
                 chosen = ChunkGatedDeltaRule()
@@ -216,8 +216,7 @@ class GatedDeltaNet(RecurrentMixer):
     def _runs_own_kernels(self, dtype: torch.dtype) -> bool:
         from hmf.ops.gdn_chunk_triton import unsupported
 
-        head = self.A_log.new_empty(0, self.options.head_dim, dtype=dtype)
-        return unsupported(head, head, head) is None
+        return unsupported(dtype, self.options.head_dim, self.A_log.device) is None
 
     def prefill(self, inputs: Tensors, pools: Tensors, metadata: RecurrentMetadata) -> torch.Tensor:
         if self.chunks is None:
