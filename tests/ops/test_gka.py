@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hmf.ops import gated_kalmanet, gka, gka_solve
+from hmf.ops.ssd import scan_states
+from hmf.ops.varlen import ChunkLayout
 from tests.numerics import assert_same
 from tests.ops import recurrent
 from tests.ops.cases import QUICK, documents, log_decay, normal, outputs_and_grads
@@ -46,6 +48,23 @@ case = case_of(num_iter=6)
 def test_chunked_is_the_reference(lengths, with_state, num_iter, bp_lambda, rescale):
     options = {"num_iter": num_iter, "bp_lambda": bp_lambda, "rescale": rescale}
     recurrent.check_versions_agree(case_of(**options), lengths, with_state)
+
+
+@QUICK
+@given(documents.filter(bool), st.sampled_from([2, 5, 64]), st.booleans())
+def test_states_by_products(lengths, at_once, with_state):
+    """As a GPU computes them; also with decays that leave nothing of earlier chunks."""
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    layout = ChunkLayout(1, sum(lengths), bounds, 1)
+    tensors = [-torch.rand(sum(lengths), H, 1).double() ** 4 * 2000, normal(sum(lengths), H, K, V)]
+    tensors += [normal(len(lengths), H, K, V)] if with_state else []
+
+    def states_and_grads(at_once):
+        x = [tensor.clone().requires_grad_() for tensor in tensors]
+        results = scan_states(layout, *x[:2], x[2] if with_state else None, at_once)
+        return *results, *torch.autograd.grad(results, x, [torch.arange(y.numel()).view_as(y).to(y) for y in results])
+
+    assert_same(states_and_grads(at_once), states_and_grads(1))
 
 
 @QUICK

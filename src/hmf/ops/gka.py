@@ -157,7 +157,7 @@ def chunked(
     keys, log_decay = (layout.split(x).to(compute).transpose(1, 2) for x in (k, gk))  # [N, H, C, K], [N, H, C]
     decay_in, decay, total = chunk_decays(log_decay)
     update = (keys * (total - decay_in).exp()[..., None]).mT @ keys
-    starts, C = scan_states(layout, total.exp()[..., None], update, C)
+    starts, C = scan_states(layout, total, update, C)
     q = q.to(compute)
     if num_iter:
         queries = layout.split(q).transpose(1, 2)

@@ -13,7 +13,7 @@ Legend: B batch, T tokens, S sequences, N chunks, C chunk_size, H heads, K/V key
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -207,24 +207,61 @@ def decay_factors(g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 
 def scan_states(
-    layout: ChunkLayout, carry: torch.Tensor, update: torch.Tensor, initial_state: torch.Tensor | None
+    layout: ChunkLayout,
+    log_decay: torch.Tensor,
+    update: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    at_once: int | None = None,
 ) -> Result:
-    """S <- carry_n S + update_n over the chunks of every sequence.
+    """S <- exp(log_decay_n) S + update_n over the chunks of every sequence.
 
-    carry broadcasts to update [N, H, K, V]; initial_state [S, H, K, V] or None. Returns the states before each chunk
+    log_decay [N, H, 1]; update [N, H, K, V]; initial_state [S, H, K, V] or None. Returns the states before each chunk
     [N, H, K, V] and the final ones [S, H, K, V].
+
+    at_once: number of chunks whose states are computed by one product, with the matrix of the decays between them. A
+    GPU then runs a few large operations, forward and backward, instead of several for each chunk. None: 64 on a GPU; on
+    a CPU one step of the layout at a time, which is faster there.
     """
+    groups = list(_groups_of_steps(layout, at_once or (64 if update.is_cuda else 1)))
+    sizes = [sum(counts) for counts in groups]
     state = state_or_zeros(initial_state, (layout.num_sequences, *update.shape[1:]), update)
-    state = state[layout.order]
-    starts, done = [update[:0]], []
-    for carry_n, update_n in zip(layout.by_step(carry), layout.by_step(update), strict=True):
-        active = len(update_n)
-        done.append(state[active:])
-        starts.append(state[:active])
-        state = torch.addcmul(update_n, carry_n, state[:active])
-    state = torch.cat([state, *reversed(done)])
     order = torch.tensor(layout.order, device=state.device)
+    state, starts, done = state[order], [update[:0]], []
+    # One split each, as the backward of every slice would fill a whole tensor.
+    for counts, log, new in zip(groups, log_decay[..., 0].split(sizes), update.split(sizes), strict=True):
+        done.append(state[counts[0] :])
+        start, carry = state[: counts[0]], log.exp()[..., None, None]
+        if len(counts) > 1:
+            places = [place for count in counts for place in range(count)]  # of each chunk's sequence in `order`
+            last = [n for _, n in sorted({place: n for n, place in enumerate(places)}.items())]  # chunk of a sequence
+            place = torch.tensor(places, device=state.device)
+            before = (place[:, None] == place).tril(-1)
+            # In float64: small differences of large sums decide how much of a chunk remains.
+            log = log.double()
+            since = before.double() @ log  # [n, H], from the group's start to that of each chunk
+            between = (since[:, None] - (since + log)).masked_fill(~before[..., None], -torch.inf)
+            added = between.exp().to(new.dtype).permute(2, 0, 1) @ new.flatten(2).transpose(0, 1)
+            start = since.exp().to(new.dtype)[..., None, None] * start[place]
+            start = start + added.transpose(0, 1).unflatten(2, new.shape[2:])
+            state = torch.addcmul(new[last], carry[last], start[last])
+        else:
+            state = torch.addcmul(new, carry, start)
+        starts.append(start)
+    state = torch.cat([state, *reversed(done)])
     return torch.cat(starts), torch.empty_like(state).index_copy(0, order, state)
+
+
+def _groups_of_steps(layout: ChunkLayout, most: int) -> Iterator[list[int]]:
+    """The layout's steps in groups of together at most `most` chunks, or of one step: the number of chunks of each."""
+    counts: list[int] = []
+    for step in layout.steps:
+        count = step.stop - step.start
+        if counts and sum(counts) + count > most:
+            yield counts
+            counts = []
+        counts.append(count)
+    if counts:
+        yield counts
 
 
 def state_or_zeros(state, shape, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
