@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stage 1 by the Trainer: it learns, touches only mixers, and goes on after a stop as if there had been none."""
 
+import functools
 import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.backends.debugging import aot_eager
 from transformers import TrainingArguments
 
 from hmf.config.pattern import Pattern
-from hmf.config.runs import DistillSettings
+from hmf.config.runs import DistillSettings, ObjectiveSettings
 from hmf.errors import HmfError, print_once
 from hmf.folders import resolve_base
+from hmf.priming import objectives
 from hmf.priming.stage0 import make_stage0
 from hmf.training.distill import distill
 from hmf.training.trainer import HybridTrainer
@@ -122,6 +125,33 @@ def test_accumulation_is_the_same_as_a_larger_batch(stage0, tmp_path):
     first, second = (json.loads((run / "stage1.log.json").read_text())[-1] for run in (one, two))
     first, second = (torch.tensor(log["train_loss"]) for log in (first, second))
     assert_near(second, first, first)
+
+
+@pytest.mark.parametrize("layers", ["none", "mixer"])  # the second reads the outputs of parts of a layer
+def test_compiled_layers_compute_the_same(stage0, tmp_path, monkeypatch, layers):
+    """By the backend that runs the captured graphs as they are. The evaluation runs them without gradients."""
+    captured = []
+
+    def backend(graph, inputs):
+        captured.append(graph)
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    objectives._compiled_divergence.cache_clear()
+    objective = {"layers": layers, "kl": 0.5, "layerwise_steps": 1}
+    for compiled in (False, True):
+        options = {"max_steps": 3, "torch_compile": compiled, "eval_strategy": "steps", "eval_rows": 2}
+        given = settings(**options, logging_steps=1)
+        given = given.model_copy(update={"objective": ObjectiveSettings.model_validate(objective)})
+        distill(stage0, tmp_path / str(compiled), given)
+    objectives._compiled_divergence.cache_clear()
+    assert len(captured) > (20 if layers == "none" else 0)
+    (weights, log), (wanted, wanted_log) = (cutting.result(tmp_path / str(compiled)) for compiled in (True, False))
+    torch.testing.assert_close(weights, wanted, rtol=1e-4, atol=1e-6)
+    for entry, other in zip(log, wanted_log, strict=True):
+        assert {name: x for name, x in entry.items() if "loss" in name} == pytest.approx(
+            {name: x for name, x in other.items() if "loss" in name}, rel=1e-4
+        )
 
 
 def test_bad_settings_are_one_clear_line(stage0, tmp_path):

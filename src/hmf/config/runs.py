@@ -245,6 +245,8 @@ class DistillSettings(Settings):
                 yield "objective.layerwise_steps must be 0 with on_policy; train layer by layer in an earlier run"
             if self.training.strategy != "ddp" or self.training.sequence_parallel > 1:
                 yield "on_policy needs training.strategy ddp and training.sequence_parallel 1"
+            if self.training.torch_compile:
+                yield "on_policy is not supported with training.torch_compile; leave one of them out"
             if self.training.eval_strategy != "no":
                 yield "on_policy needs training.eval_strategy no: its loss is that of texts written at the step"
         yield from indivisible(self.data, self.training)

@@ -65,6 +65,7 @@ class OptimiserSettings(Settings):
     # bfloat16 (or bf16): autocast to bfloat16; parameters stay float32
     precision: Annotated[Literal["float32", "bfloat16"], BeforeValidator(_as_precision)] = "float32"
     gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
+    torch_compile: bool = False  # compile the decoder layers, which takes a minute or more when a run starts
     # GPUs that the recipe is written for, such as h200x8, for `hmf plan-training`
     gpus: str | None = None
     divergence_factor: float = Field(10.0, ge=0)  # stop if the loss exceeds the usual loss by this factor; 0: never
@@ -145,4 +146,6 @@ class ParallelSettings(OptimiserSettings):
     def _known_to_work(self) -> ParallelSettings:
         if self.strategy == "deepspeed" and self.sequence_parallel > 1:
             raise ValueError("sequence_parallel needs strategy ddp or fsdp2, not deepspeed")
+        if self.torch_compile and self.sequence_parallel > 1:
+            raise ValueError("sequence_parallel is not supported with torch_compile; leave one of them out")
         return self

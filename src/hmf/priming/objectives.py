@@ -7,8 +7,9 @@ teacher's path runs without gradients.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -48,7 +49,7 @@ class Stage1Objective:
     KL(teacher || student) forward, KL(student || teacher) reverse; see `logit_divergence` for `kl_top_k`,
     `kl_temperature`, `kl_chunk_size` and `kl_differing_weight`. With `kl_tokens` "supervised" the KL term is a mean
     over positions whose next token has a label, so that the tokens of long prompts do not dominate it. `replaced` names
-    the layers in which the student runs mixers; None stands for all that have one.
+    the layers in which the student runs mixers; None stands for all that have one. `compiled`: compile the divergence.
 
     Call it with a fused model and a batch (input_ids [B, T], optional labels, attention_mask and position_ids). It
     returns scalar losses by name; "loss" is their sum. Padding does not count. Each loss is a sum over the batch's
@@ -67,6 +68,7 @@ class Stage1Objective:
     kl_chunk_size: int | None = None
     kl_differing_weight: float = 1.0
     replaced: frozenset[int] | None = None
+    compiled: bool = False
 
     def __call__(
         self, model: PreTrainedModel, counts: torch.Tensor | None = None, **batch: Any
@@ -114,6 +116,7 @@ class Stage1Objective:
                 self.kl_chunk_size,
                 self.kl_differing_weight,
                 partial(logits_of, model),
+                self.compiled,
             )
             losses["kl"] = self.kl * divergence.sum() / number
         for part in parts:
@@ -162,8 +165,10 @@ class LayerwiseObjective:
 Objective = Stage1Objective | LayerwiseObjective
 
 
-def objective_at(settings: ObjectiveSettings, step: int, sizes: tuple[float, ...] | None = None) -> Objective:
-    """The objective of a recipe at an optimiser step."""
+def objective_at(
+    settings: ObjectiveSettings, step: int, sizes: tuple[float, ...] | None = None, compiled: bool = False
+) -> Objective:
+    """The objective of a recipe at an optimiser step. sizes, compiled: see the two classes."""
     if step < settings.layerwise_steps:
         return LayerwiseObjective(sizes)
     weights = settings.weights_at(step)
@@ -172,6 +177,7 @@ def objective_at(settings: ObjectiveSettings, step: int, sizes: tuple[float, ...
         pre_lm_head=weights["pre_lm_head"],
         layers_weight=weights["layers"],
         kl=weights["kl"],
+        compiled=compiled,
         **settings.model_dump(include={name for name in ObjectiveSettings.model_fields if name.startswith("kl_")}),
     )
 
@@ -210,10 +216,12 @@ def logit_divergence(
     chunk_size: int | None = None,
     differing_weight: float = 1.0,
     finish: Callable[[torch.Tensor], torch.Tensor] = lambda projected: projected,
+    compiled: bool = False,
 ) -> torch.Tensor:
     """Divergence of next-token distributions, [N] in nats, from final hidden states [N, D] of both paths.
 
-    `finish` gives the logits from the head's output (`hmf.model.modeling.logits_of`).
+    `finish` gives the logits from the head's output (`hmf.model.modeling.logits_of`). `compiled`: torch.compile makes
+    the passes over the logits fewer.
 
     Logits are computed for `chunk_size` tokens at a time (None: as many as fit LOGITS_AT_ONCE elements) and only once:
     the forward pass computes the gradient too, and stores it in the hidden states' shape for the backward pass.
@@ -231,25 +239,28 @@ def logit_divergence(
     if torch.is_grad_enabled() and any(x.requires_grad for x in head.parameters()):
         raise HmfError("lm_head: the head must be frozen in distillation; call train_only_mixers(model) first")
     weight, vocabulary = whole(head.weight), head.weight.shape[0]
+    if torch.is_autocast_enabled(place := student.device.type):  # once, as autocast would for each chunk
+        weight = weight.to(torch.get_autocast_dtype(place))
     if top_k is not None and top_k >= vocabulary:
         raise HmfError(f"objective.kl_top_k: {top_k} is not below the vocabulary size, {vocabulary}; leave it out")
 
     def logits(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # Not head(x): the hooks of a sharded module would mistake this gradient for that of the step.
-        ours, theirs = (_wide(finish(F.linear(x, weight, head.bias))) for x in (ours, theirs))
+        ours, theirs = (finish(F.linear(x, weight, head.bias)) for x in (ours, theirs))
         if temperature != 1:
-            ours, theirs = ours / temperature, theirs / temperature
+            ours, theirs = _wide(ours) / temperature, _wide(theirs) / temperature
         if top_k is None:
             return ours, theirs
         kept = theirs.topk(top_k, -1).indices
-        return _with_rest(ours, kept), _with_rest(theirs, kept)
+        return _with_rest(_wide(ours), kept), _with_rest(_wide(theirs), kept)
 
     chunk_size = chunk_size or max(1, LOGITS_AT_ONCE // vocabulary)
-    return _ByRow.apply(student, teacher, logits, direction, chunk_size, differing_weight) * temperature**2
+    rule = partial(_compiled_divergence() if compiled else divergence, direction=direction)
+    return _ByRow.apply(student, teacher, logits, rule, chunk_size, differing_weight) * temperature**2
 
 
 class _ByRow(torch.autograd.Function):
-    """`divergence` of the logits of two tensors [n, D], `chunk_size` rows at a time: [n]."""
+    """The divergence by `rule` of the logits of two tensors [n, D], `chunk_size` rows at a time: [n]."""
 
     @staticmethod
     def forward(
@@ -257,7 +268,7 @@ class _ByRow(torch.autograd.Function):
         ours: torch.Tensor,
         theirs: torch.Tensor,
         logits: Any,
-        direction: str,
+        rule: Any,
         chunk_size: int,
         differing_weight: float,
     ) -> torch.Tensor:
@@ -266,7 +277,7 @@ class _ByRow(torch.autograd.Function):
             with torch.set_grad_enabled(needs_grad):
                 mine = mine.detach().requires_grad_(needs_grad)
                 our_logits, their_logits = logits(mine, other)
-                value, gradient = divergence(our_logits.detach(), their_logits, direction)
+                value, gradient = rule(our_logits.detach(), their_logits)
                 if differing_weight != 1:
                     differs = our_logits.argmax(-1) != their_logits.argmax(-1)
                     weight = torch.where(differs, differing_weight, 1.0).to(value.dtype)
@@ -287,17 +298,22 @@ class _ByRow(torch.autograd.Function):
 def divergence(ours: torch.Tensor, theirs: torch.Tensor, direction: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Divergence of two softmax distributions, [n], and its gradient with respect to `ours`, from logits [n, V].
 
-    Computed in place, with half of the passes over these large tensors that autograd would need.
+    Computed in float32 or wider, in place, with half of the passes over these large tensors that autograd would need.
     """
-    log_q, log_p = ours.log_softmax(-1), theirs.log_softmax(-1)
+    log_q, log_p = _wide(ours).log_softmax(-1), _wide(theirs).log_softmax(-1)
     if direction == "forward":
         p = log_p.exp()
         value = torch.linalg.vecdot(p, log_p.sub_(log_q))
-        return value, log_q.exp_().sub_(p)
+        return value, log_q.exp_().sub_(p).to(ours.dtype)
     difference = log_p.neg_().add_(log_q)
     q = log_q.exp_()
     value = torch.linalg.vecdot(q, difference)
-    return value, difference.sub_(value.unsqueeze(-1)).mul_(q)
+    return value, difference.sub_(value.unsqueeze(-1)).mul_(q).to(ours.dtype)
+
+
+@functools.cache
+def _compiled_divergence() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    return torch.compile(divergence)
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
@@ -354,7 +370,7 @@ def _attentions(model: PreTrainedModel, inputs: Any) -> dict[int, tuple[torch.Te
     attentions = {index: base_mixer(model.model.layers[index]) for index in replaced}
     hooks = [x.register_forward_hook(keep(index), with_kwargs=True) for index, x in attentions.items()]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _uncompiled():
             model.model.run_layers(inputs.hidden_states, inputs, range(replaced[-1] + 1), TEACHER)
     finally:
         for hook in hooks:
@@ -366,7 +382,10 @@ def _attentions(model: PreTrainedModel, inputs: Any) -> dict[int, tuple[torch.Te
 def _recorded(
     model: PreTrainedModel, mixed: frozenset[int], parts: tuple[Part, ...], first: int
 ) -> Iterator[dict[str, list[torch.Tensor]]]:
-    """During the block, record the outputs of each layer from `first` on, by part. The block must run these mixers."""
+    """During the block, record the outputs of each layer from `first` on, by part. The block must run these mixers.
+
+    With parts to record, compiled layers run uncompiled, because compiled code does not see the hooks of every step.
+    """
     outputs: dict[str, list[torch.Tensor]] = {part: [] for part in parts}
     names = {index: name for index, name in mixer_names(model) if index in mixed}
 
@@ -384,10 +403,16 @@ def _recorded(
         modules = {"decoder": layer, "mlp": layer.mlp, "mixer": mixer}
         hooks += [modules[part].register_forward_hook(keep(part)) for part in parts]
     try:
-        yield outputs
+        with _uncompiled() if hooks else nullcontext():
+            yield outputs
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _uncompiled() -> Any:
+    """A context in which compiled layers run uncompiled."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def train_only_mixers(model: PreTrainedModel) -> list[str]:

@@ -84,7 +84,7 @@ def _trainer(
 ) -> tuple[HybridTrainer, Any]:
     """The Trainer and its data set."""
     training, on_policy = settings.training, settings.on_policy
-    loss = Stage1Loss(settings.objective)
+    loss = Stage1Loss(settings.objective, training.torch_compile)
     if on_policy is None:
         rows, evaluated = with_evaluation(
             mixture(settings.data, tokenizer, 0, seed), training, settings.data, settings.eval_data, tokenizer, seed

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import TrainerCallback, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import PrinterCallback
 
 from hmf.config.training import OptimiserSettings, ParallelSettings
@@ -132,6 +134,18 @@ class SameData(TrainerCallback):
             )
 
 
+def compile_layers(model: nn.Module) -> None:
+    """Compile every decoder layer of `model` in place. The ops of `hmf.ops` run as they are between the compiled parts.
+
+    Layers of one class share the compiled code, so the time for it does not grow with their number.
+    """
+    # A frame is compiled again for each projection that it is called for, with and without gradients.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):  # the base class of all decoder layers
+            module.compile()
+
+
 def train(
     trainer: HybridTrainer,
     rows: Any,
@@ -160,6 +174,8 @@ def train(
     log = RunLog(log_file, draw)
     trainer.add_callback(log)
     written = step_rows if row_tokens is None else None  # rows that the model writes end anywhere
+    if training.torch_compile:
+        compile_layers(trainer.model)
     trainer.add_callback(ProgressLine(title, step_rows * (row_tokens or 0), flops_per_token, written))
     try:
         trainer.train(resume_from_checkpoint=trainer.start_from())

@@ -24,8 +24,9 @@ class Stage1Loss(TrainingLoss):
 
     log_prefix = "loss_"
 
-    def __init__(self, settings: ObjectiveSettings):
-        self.settings = settings
+    def __init__(self, settings: ObjectiveSettings, compiled: bool = False):
+        """compiled: compile the divergence of the logits."""
+        self.settings, self.compiled = settings, compiled
         self._attention_sizes: tuple[float, ...] | None = None
 
     def count(self, **batch: Any) -> torch.Tensor:
@@ -34,7 +35,7 @@ class Stage1Loss(TrainingLoss):
 
     def at(self, step: int, measure: Measure) -> Objective:
         if step >= self.settings.layerwise_steps:
-            return objective_at(self.settings, step)
+            return objective_at(self.settings, step, compiled=self.compiled)
         if self._attention_sizes is None:
             self._attention_sizes = measure(attention_sizes, SIZED_ROWS)
         return objective_at(self.settings, step, self._attention_sizes)
