@@ -56,7 +56,7 @@ def test_states_by_products(lengths, at_once, with_state):
     """As a GPU computes them; also with decays that leave nothing of earlier chunks."""
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     layout = ChunkLayout(1, sum(lengths), bounds, 1)
-    tensors = [-torch.rand(sum(lengths), H, 1).double() ** 4 * 2000, normal(sum(lengths), H, K, V)]
+    tensors = [-(torch.rand(sum(lengths), H, 1).double() ** 4) * 2000, normal(sum(lengths), H, K, V)]
     tensors += [normal(len(lengths), H, K, V)] if with_state else []
 
     def states_and_grads(at_once):

@@ -49,11 +49,18 @@ def test_time_left_and_rate_count_this_processes_steps(monkeypatch, capsys):
     line.on_log(args, state, None, {"loss": 0.5, "train_loss": 2.0})
     line.on_step_end(args, state, None)
     assert capsys.readouterr().err == "distil: step 911/1000 loss 0.5000 32 tokens/s ETA 178 s\n"
+    now = 125.0  # figures of the log, and a checkpoint
     line.on_log(args, state, None, {"loss": 0.25, "loss_kl": 0.5, "learning_rate": 1.234e-4, "grad_norm": 2.5})
+    now = 130.0
+    line.on_save(args, state, None)
     line.on_log(args, state, None, {"train_loss": 2.0})  # the summary at the end
     line.on_train_end(args, state, None)
     said = "loss 0.2500 loss_kl 0.5000 lr 0.000123 grad norm 2.5 32 tokens/s"
-    assert capsys.readouterr().err == f"distil: step 911/1000 {said} ETA 178 s\n"
+    assert capsys.readouterr().err == f"distil: step 911/1000 {said} ETA 267 s\n"
+    now = 131.0
+    line.on_step_begin(args, state, None)
+    state.global_step, now = 912, 132.0  # the time in which the rows of the step were made counts
+    assert line.status(args, state).endswith("32 tokens/s")
 
 
 def test_rows_of_any_length_have_no_rate_of_tokens():

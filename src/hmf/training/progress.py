@@ -38,7 +38,8 @@ class ProgressLine(TrainerCallback):
     the remaining time.
 
     Rates are computed from the steps of this process, so that they are correct after a resume. Its first step does not
-    count once there are others: it compiles and tunes kernels, which takes minutes on a GPU.
+    count once there are others: it compiles and tunes kernels, which takes minutes on a GPU. Log entries, evaluations
+    and checkpoints between the steps count for the remaining time, but not for the rates.
 
     flops_per_token: FLOPs of the model per token. With it, GPUs of known peak show the model FLOPs utilisation (MFU).
     rows_per_step: shown as rows/s instead, where rows have any number of tokens.
@@ -56,10 +57,12 @@ class ProgressLine(TrainerCallback):
         self.logged: dict[str, float] = {}  # the Trainer's last log entry with a loss
         self.evaluated: float | None = None  # the last evaluation's loss
         self.bar: Any = None
+        self.between_steps = 0.0  # seconds of the rates' time that were not spent on steps
+        self.step_ended: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began, self.printed = state.global_step, time.perf_counter()
-        self.first_step, self.started = state.global_step, time.perf_counter()  # of the steps that rates count
+        self._start_counting(state)
         if not state.is_world_process_zero:
             return
         if args.device.type == "cuda":
@@ -74,12 +77,30 @@ class ProgressLine(TrainerCallback):
             self.logged = logs
         if logs and "eval_loss" in logs:
             self.evaluated = logs["eval_loss"]
+        self._leave_out()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._leave_out()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_ended = None
         if state.global_step == self.began + 1:
-            self.first_step, self.started = state.global_step, time.perf_counter()
+            self._start_counting(state)
+
+    def _start_counting(self, state: Any) -> None:
+        """Begin with the steps that rates count."""
+        self.first_step, self.started = state.global_step, time.perf_counter()
+        self.between_steps, self.step_ended = 0.0, None
+
+    def _leave_out(self) -> None:
+        """Do not count the time since the end of the step, in which a log entry or a checkpoint was made."""
+        if self.step_ended is not None:
+            now = time.perf_counter()
+            self.between_steps += now - self.step_ended
+            self.step_ended = now
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_ended = time.perf_counter()
         if self.bar is not None:
             self.bar.update(1)
             self.bar.set_postfix_str(self.status(args, state), refresh=False)
@@ -104,7 +125,8 @@ class ProgressLine(TrainerCallback):
         return (state.max_steps - state.global_step) * per_step
 
     def status(self, args: Any, state: Any) -> str:
-        steps_per_second = (state.global_step - self.first_step) / (time.perf_counter() - self.started)
+        seconds = time.perf_counter() - self.started - self.between_steps
+        steps_per_second = (state.global_step - self.first_step) / seconds
         parts = [f"{name} {value:.4f}" for name, value in self.logged.items() if name.startswith("loss")]
         if self.evaluated is not None:
             parts.append(f"eval_loss {self.evaluated:.4f}")
