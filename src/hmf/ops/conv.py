@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from . import dispatch
-from .varlen import sequence_lengths
+from .varlen import lengths_on, sequence_lengths
 
 Result = tuple[torch.Tensor, torch.Tensor]
 
@@ -62,7 +62,7 @@ def chunked(x, weight, bias=None, initial_state=None, cu_seqlens=None) -> Result
         y = F.silu(F.conv1d(extended, weight.to(x.dtype), _as(bias, x), groups=channels)).transpose(1, 2)
         return y, extended[..., tokens:]
     # Packed documents: W-1 slots of history stand before each, so that one convolution does not mix documents.
-    lengths = torch.tensor(sequence_lengths(batch, tokens, cu_seqlens), device=x.device)
+    lengths = lengths_on(x.device, batch, tokens, cu_seqlens)
     sequences = torch.arange(len(lengths), device=x.device)
     position = torch.arange(tokens, device=x.device) + (torch.repeat_interleave(sequences, lengths) + 1) * reach
     taps = torch.arange(reach, device=x.device)
@@ -88,7 +88,7 @@ def fast(x, weight, bias=None, initial_state=None, cu_seqlens=None) -> Result:
 
     batch, tokens, channels = x.shape
     reach, device = weight.shape[-1] - 1, x.device
-    lengths = torch.tensor(sequence_lengths(batch, tokens, cu_seqlens), device=device)
+    lengths = lengths_on(device, batch, tokens, cu_seqlens)
     sequences = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=batch * tokens)
     ends = lengths.cumsum(0)
     bounds = torch.stack([(ends - lengths)[sequences], ends[sequences], sequences])

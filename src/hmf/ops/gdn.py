@@ -22,7 +22,7 @@ from hmf.errors import HmfError
 
 from . import dispatch
 from .ssd import decay_factors, state_or_zeros
-from .varlen import ChunkLayout, by_head, chunk_groups, sequence_lengths, step_views
+from .varlen import ChunkLayout, by_head, chunk_groups, on_device, sequence_lengths, step_views
 
 Result = tuple[torch.Tensor, torch.Tensor]
 
@@ -135,7 +135,7 @@ class _Chunks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, layout, decays, q, k, v, g, beta, initial):
-        order = torch.tensor(layout.order, device=v.device)
+        order = on_device(layout.order, v.device)
         state = initial[order]
         starts = state.new_empty(len(beta), *state.shape[1:])
         inverses = beta.new_empty(*beta.shape, beta.shape[-1])

@@ -19,7 +19,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import dispatch
-from .varlen import ChunkLayout, by_head, chunk_groups, sequence_lengths, step_views
+from .varlen import ChunkLayout, by_head, chunk_groups, on_device, sequence_lengths, step_views
 
 Result = tuple[torch.Tensor, torch.Tensor]
 
@@ -114,7 +114,7 @@ class _Chunks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, layout, q, k, v, g, initial):
-        order = torch.tensor(layout.order, device=v.device)
+        order = on_device(layout.order, v.device)
         state = initial[order]
         starts = state.new_empty(len(g), *state.shape[1:])
         o = torch.empty_like(v, memory_format=torch.contiguous_format)
@@ -225,7 +225,7 @@ def scan_states(
     groups = list(_groups_of_steps(layout, at_once or (64 if update.is_cuda else 1)))
     sizes = [sum(counts) for counts in groups]
     state = state_or_zeros(initial_state, (layout.num_sequences, *update.shape[1:]), update)
-    order = torch.tensor(layout.order, device=state.device)
+    order = on_device(layout.order, state.device)
     state, starts, done = state[order], [update[:0]], []
     # One split each, as the backward of every slice would fill a whole tensor.
     for counts, log, new in zip(groups, log_decay[..., 0].split(sizes), update.split(sizes), strict=True):
@@ -234,7 +234,7 @@ def scan_states(
         if len(counts) > 1:
             places = [place for count in counts for place in range(count)]  # of each chunk's sequence in `order`
             last = [n for _, n in sorted({place: n for n, place in enumerate(places)}.items())]  # chunk of a sequence
-            place = torch.tensor(places, device=state.device)
+            place = on_device(places, state.device)
             before = (place[:, None] == place).tril(-1)
             # In float64: small differences of large sums decide how much of a chunk remains.
             log = log.double()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 GROUP = 4096  # tokens times heads of the chunks that a CPU computes together; more would not fit into its cache
 
@@ -16,12 +17,40 @@ def sequence_lengths(batch: int, tokens: int, cu_seqlens: torch.Tensor | None) -
     """Lengths of the S sequences. ValueError if `cu_seqlens` [S+1] does not cover one row of `tokens` exactly."""
     if cu_seqlens is None:
         return [tokens] * batch
-    bounds = cu_seqlens.tolist()
+    bounds = _values(cu_seqlens)
     if batch != 1:
         raise ValueError(f"cu_seqlens needs a batch of 1 (documents packed in one row), got {batch}")
     if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
         raise ValueError(f"cu_seqlens must not decrease and must go from 0 to {tokens}, got {bounds}")
     return [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+_VALUES = WeakTensorKeyDictionary()  # cu_seqlens -> its version and values
+
+
+def _values(cu_seqlens: torch.Tensor) -> list[int]:
+    """The values of `cu_seqlens`. They are kept: all ops of all layers ask for those of the same tensor, and each time
+    the CPU would wait until the GPU has finished its work."""
+    if cu_seqlens.is_inference():  # has no version
+        return cu_seqlens.tolist()
+    version, values = _VALUES.get(cu_seqlens, (None, None))
+    if version != cu_seqlens._version:
+        values = cu_seqlens.tolist()
+        _VALUES[cu_seqlens] = cu_seqlens._version, values
+    return values
+
+
+def lengths_on(device: torch.device, batch: int, tokens: int, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    """`sequence_lengths` as a tensor [S] on `device`; for equal rows without a copy, which CUDA graphs do not allow."""
+    if cu_seqlens is None:
+        return torch.full((batch,), tokens, device=device)
+    return on_device(sequence_lengths(batch, tokens, cu_seqlens), device)
+
+
+def on_device(values: list[int] | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Integers of the CPU on `device`. A GPU receives them in its order of work, and the CPU does not wait for it."""
+    x = torch.as_tensor(values, dtype=torch.long)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 class ChunkLayout:
@@ -63,7 +92,7 @@ class ChunkLayout:
                 x = F.pad(x, [0, 0] * (x.dim() - 2) + [0, pad])
             return x.unflatten(1, (len(self.steps), size)).transpose(0, 1).flatten(0, 1)
         x = torch.cat([x[0], x.new_zeros(1, *x.shape[2:])])
-        return x.index_select(0, self._rows.flatten().to(x.device)).unflatten(0, self._rows.shape)
+        return x.index_select(0, on_device(self._rows.flatten(), x.device)).unflatten(0, self._rows.shape)
 
     def split_heads(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """[B, T, H, ...] -> [N, H, C, ...] in `dtype`, contiguous, because bmm copies operands that are not."""
@@ -80,7 +109,7 @@ class ChunkLayout:
             return x.unflatten(0, (len(self.steps), batch)).transpose(0, 1).flatten(1, 2)[:, :tokens]
         source = torch.empty(tokens + 1, dtype=torch.long)
         source[self._rows.flatten()] = torch.arange(self._rows.numel())
-        return x.flatten(0, 1).index_select(0, source[:tokens].to(x.device)).unsqueeze(0)
+        return x.flatten(0, 1).index_select(0, on_device(source[:tokens], x.device)).unsqueeze(0)
 
 
 def packed_chunks(

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from hmf.errors import HmfError
 
 from . import dispatch
-from .varlen import ChunkLayout, sequence_lengths
+from .varlen import ChunkLayout, lengths_on, on_device, sequence_lengths
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class _Reach:
             self.past = [x.new_zeros(layout.num_sequences, 0, *x.shape[2:]) for x in (keys.k, keys.v)]
             self.seen = None
         else:
-            order = slice(None) if layout.equal else torch.tensor(layout.order, device=keys.k.device)
+            order = slice(None) if layout.equal else on_device(layout.order, keys.k.device)
             self.past = [x[order].to(keys.k.dtype) for x in (keys.past_k, keys.past_v)]  # [S, P, Hk, K|V]
             self.seen = seen.to(keys.k.device)[order, None, None]
         self.slots = self.past[0].shape[1]
@@ -188,7 +188,7 @@ def latest(
     longest = max(sequence_lengths(x.shape[0], x.shape[1], cu_seqlens))
     slots = 0 if past is None else past.shape[1]
     size = min(size, slots + longest)
-    count = _lengths(x.shape[0], x.shape[1], cu_seqlens, x.device)[:, None]
+    count = lengths_on(x.device, x.shape[0], x.shape[1], cu_seqlens)[:, None]
     sequence = torch.arange(len(count), device=x.device)[:, None]
     parts = [x.new_zeros(1, *x.shape[2:]), x.flatten(0, 1)]
     if past is not None:
@@ -198,10 +198,3 @@ def latest(
     token = 1 + count.cumsum(0) - count + position
     before = 1 + x.shape[0] * x.shape[1] + (sequence + 1) * slots + position
     return flat[torch.where(position >= 0, token, torch.where(position >= -slots, before, 0))]
-
-
-def _lengths(batch: int, tokens: int, cu_seqlens: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """`sequence_lengths` as a tensor; for equal rows without a copy to the device, which CUDA graphs do not allow."""
-    if cu_seqlens is None:
-        return torch.full((batch,), tokens, device=device)
-    return torch.tensor(sequence_lengths(batch, tokens, cu_seqlens), device=device)
