@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from packaging.version import Version
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
@@ -83,6 +84,36 @@ def reach_inner_mixers(model: nn.Module) -> None:
             for inner in module.children():
                 if isinstance(inner, Mixer) and isinstance(inner, FSDPModule):
                     register_fsdp_forward_method(inner, "mix")
+
+
+def complete_units(model: PreTrainedModel) -> None:
+    """Make every forward pass run the final norm and the head as often as each other, and tied embeddings, too.
+
+    accelerate shards these as one unit. Before torch 2.13, FSDP2 takes the next forward pass for a part of this one if
+    a module of a unit did not run, and does not gather the unit's parameters. Stage 1 does not call the head.
+    """
+    head, embeddings, norm = model.get_output_embeddings(), model.get_input_embeddings(), model.get_decoder().norm
+    unit = {norm, head, embeddings} if embeddings.weight is head.weight else {norm, head}
+    if Version(torch.__version__).release >= (2, 13) or not all(isinstance(module, FSDPModule) for module in unit):
+        return
+    missing: set[nn.Module] = set()  # what FSDP2 waits for
+
+    def ran(module: nn.Module, *args: Any) -> None:
+        if not missing:
+            missing.update(unit)
+        missing.discard(module)
+
+    @torch.no_grad()
+    def run_missing(*args: Any) -> None:
+        for module in list(missing):
+            weight = module.weight
+            nothing = torch.zeros(1, 0, weight.shape[-1], dtype=weight.dtype, device=weight.device)
+            module(nothing[..., 0].long() if module is embeddings else nothing)
+
+    for module in unit:
+        module.register_forward_hook(ran)
+    model.register_forward_pre_hook(lambda *args: missing.clear())
+    model.register_forward_hook(run_missing, prepend=True)  # before the hook of FSDP2 that ends the forward pass
 
 
 def autocast(args: TrainingArguments) -> torch.autocast | None:

@@ -20,7 +20,7 @@ from .groups import ALL, ParameterGroup, optimiser_groups
 from .guard import LossGuard
 from .losses import TrainingLoss, labels_count
 from .sequence import SequenceParallel
-from .strategy import autocast, complete_accelerator, keep_parameter_dtypes, reach_inner_mixers
+from .strategy import autocast, complete_accelerator, complete_units, keep_parameter_dtypes, reach_inner_mixers
 
 
 class HybridTrainer(Trainer):
@@ -40,7 +40,7 @@ class HybridTrainer(Trainer):
     1. `create_accelerator_and_postprocess`: FSDP2 keeps dtypes; base; FSDP on CPUs.
     2. `_load_from_checkpoint`: base, on a view of the checkpoint without its config.
     3. `_prepare_for_training`: base, which creates the optimiser (4) and wraps the model; then FSDP2 is set up for
-       mixers inside mixers.
+       mixers inside mixers and for modules that do not run.
     4. `create_optimizer`: from `groups`.
     5. `get_batch_samples`: base; the counts of `loss` for the step's batches, summed over all processes.
     6. `training_step`, for each batch: `guard` remembers it, and forgets earlier losses if the objective changes; base,
@@ -121,6 +121,8 @@ class HybridTrainer(Trainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
         reach_inner_mixers(self.model)
+        if self.is_fsdp_enabled:
+            complete_units(self.model)
         return prepared
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
