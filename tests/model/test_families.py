@@ -221,7 +221,8 @@ def stock_model(family: str, variant: str, **fields: Any) -> Any:
 
 
 def assert_equal(family: str, found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Bit for bit; but padding in a base's own recurrent layers goes through our ops, which are as near as any are."""
+    """Bit for bit, except for families with recurrent layers of their own: padding goes through our ops there, and on
+    some processors the rounding of these models depends on where their tensors lie in memory."""
     if FAMILIES[family].own_recurrence:
         assert_same(found, expected, tolerance=1e-5)
     else:
@@ -253,7 +254,7 @@ def test_hybrid_of_attention_only_is_the_stock_model(family, variant, tmp_path):
     hybrid = load_model(tmp_path / "hybrid")
     ids, mask = random_ids(2, 17), torch.ones(2, 17, dtype=torch.long)
     mask[1, :6] = 0
-    assert torch.equal(hybrid(ids).logits, stock(ids).logits)
+    assert_equal(family, hybrid(ids).logits, stock(ids).logits)
     given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
     padded, expected = hybrid(ids, **given).logits, stock(ids, **given).logits
     assert_equal(family, padded[mask.bool()], expected[mask.bool()])
@@ -300,7 +301,7 @@ def test_the_whole_job(family, variant, tmp_path):
     mask = torch.ones(2, 17, dtype=torch.long)
     mask[1, 13:] = 0
     with torch.no_grad():
-        assert torch.equal(teacher_logits(fused, ids), stock(ids).logits)
+        assert_equal(family, teacher_logits(fused, ids), stock(ids).logits)
         padded, expected = teacher_logits(fused, ids, attention_mask=mask), stock(ids, attention_mask=mask).logits
         assert_equal(family, padded[mask.bool()], expected[mask.bool()])
 
@@ -324,7 +325,7 @@ def test_the_whole_job(family, variant, tmp_path):
     assert {name: list(x.shape) for name, x in tensors.items()} == expected_tensors(base, hybrid.config)
     assert all(torch.equal(base[name], tensors[name]) for name in base.keys() & tensors.keys())
     with torch.no_grad():
-        assert torch.equal(hybrid(ids).logits, fused(ids).logits)
+        assert_equal(family, hybrid(ids).logits, fused(ids).logits)
         whole = hybrid.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
         again = hybrid.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, use_cache=False)
     assert whole.shape == (2, 23)
