@@ -14,7 +14,7 @@ import torch
 
 from hmf.config.layers import LAYER_KINDS, base_head_dim, layer_options, needed_kinds, own_shape_problem
 from hmf.config.pattern import ATTENTION, FROM_RECURRENT, Pattern
-from hmf.errors import HmfError, naming_config
+from hmf.errors import HmfError, naming_config, unknown_name
 from hmf.layers.own import RECURRENT, check_own_layers, own_layers
 from hmf.layers.registry import MIXERS
 
@@ -25,7 +25,8 @@ STATE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 # Optional dicts of a Hybrid's config.json.
-OPTION_KEYS = tuple(key for kind in LAYER_KINDS.values() for key in (kind.config_key, kind.overrides_key))
+OVERRIDES = tuple(kind.overrides_key for kind in LAYER_KINDS.values())
+OPTION_KEYS = (*(kind.config_key for kind in LAYER_KINDS.values()), *OVERRIDES)
 
 
 @contextmanager
@@ -112,7 +113,13 @@ class HybridConfigMixin(Mixin):
                 f"config.json: layer_types {list(listed)} differs from {self.layer_types}, which follows from the "
                 "pattern and the other keys; delete layer_types"
             )
-        for kind in needed_kinds(self, pattern.symbols):
+        needed = needed_kinds(self, pattern.symbols)
+        for key in (name for name in vars(self) if name.endswith("_overrides")):
+            if key not in OVERRIDES:
+                raise HmfError(f"config.json: {unknown_name('key', key, OVERRIDES)}")
+            if getattr(self, key) and key not in (kind.overrides_key for kind in needed):
+                raise HmfError(f"config.json: {key}: no layer of the pattern {pattern} has this type; remove the key")
+        for kind in needed:
             setattr(self, kind.config_key, layer_options(self, kind.symbol).model_dump())
         for index in sorted(pattern.from_recurrent):
             if not getattr(self, LAYER_KINDS[pattern.symbols[index]].config_key).get("own_shape"):

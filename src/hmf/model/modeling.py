@@ -146,6 +146,9 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         batch, tokens = inputs_embeds.shape[:2]
+        if not batch * tokens:
+            name = "inputs_embeds" if input_ids is None else "input_ids"
+            raise HmfError(f"{name}: has no tokens, as its shape begins with {[batch, tokens]}; give one or more")
         if past_key_values is not None:
             adopt(past_key_values, self.config, batch)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
