@@ -292,6 +292,10 @@ def refused(name, model, folder):
             except HmfError:
                 model(IDS, past_key_values=cache)
             model(IDS, past_key_values=cache)
+        case "checkpointing":
+            model = copy.deepcopy(model).train()
+            model.gradient_checkpointing_enable()
+            generate(model)
         case "lookup":
             generate(model, ONE, prompt_lookup_num_tokens=2)
         case "assistant":
@@ -331,6 +335,7 @@ REFUSED = {
     "crop": "a recurrent state cannot be rolled back",
     "after crop": r"past_key_values: its layers hold \[10, 12\] tokens",
     "after reset": r"past_key_values: its layers hold \[0, 12\] tokens",
+    "checkpointing": r"generate: gradient checkpointing keeps no cache in training mode; call model.eval\(\)",
     "lookup": "assisted generation is not supported",
     "assistant": "assisted generation is not supported",
     "continuous batching": "generate_batch: .* not supported",

@@ -19,7 +19,7 @@ from hmf.layers.own import RECURRENT, check_own_layers, own_layers
 from hmf.layers.registry import MIXERS
 
 from .families import FAMILIES, Family, Mixin
-from .rope import check_rope
+from .rope import check_rope, check_rope_names
 
 STATE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -76,6 +76,7 @@ class HybridConfigMixin(Mixin):
         self.layer_types = self.base_layer_types
         if kwargs.get("per_layer_config") is not None:
             raise HmfError("config.json: per_layer_config: layers of different shapes are not supported; remove it")
+        check_rope_names({"rope_parameters": self.rope_parameters} | kwargs, "config.json")
         super().__post_init__(**kwargs)
         check_rope(vars(self), self.family, "config.json")
         if not getattr(self, "is_causal", True):
@@ -133,6 +134,7 @@ class HybridConfigMixin(Mixin):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Keywords replace fields before others follow from them; transformers sets them on the finished config."""
         known = {field.name for field in dataclasses.fields(cls)} - {"dtype"}  # transformers knows "auto" for this one
+        known |= {"rope_scaling", "rope_theta"}  # former names, refused beside rope_parameters
         given = {name: kwargs.pop(name) for name in known & kwargs.keys()}
         if "hybrid_override_pattern" in given:
             config_dict = {name: value for name, value in config_dict.items() if name != "layer_types"}

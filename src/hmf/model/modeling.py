@@ -168,6 +168,7 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
                 "axes of images are not supported"
             )
         cu_seqlens = kwargs.get("cu_seq_lens_q")
+        given_positions = position_ids
         if position_ids is None:
             if cu_seqlens is not None:
                 lengths = cu_seqlens.diff()
@@ -192,7 +193,8 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
                 )
             layout = shards.layout
         else:
-            layout = packed_layout((batch, tokens), attention_mask, position_ids, cu_seqlens, past > 0, may_jump)
+            # Positions from above begin no documents. Without a look at their values, torch.compile has one graph.
+            layout = packed_layout((batch, tokens), attention_mask, given_positions, cu_seqlens, past > 0, may_jump)
         mask_arguments = {
             "config": self.config,
             "inputs_embeds": inputs_embeds,
@@ -300,6 +302,11 @@ class HybridCausalLMMixin(AsItsFamily, StrictLoading):
             raise HmfError(
                 f"cache_implementation={generation_config.cache_implementation!r} is not supported with recurrent "
                 "layers; leave it out"
+            )
+        if generation_config.use_cache and self.training and self.is_gradient_checkpointing:
+            raise HmfError(
+                "generate: gradient checkpointing keeps no cache in training mode; call model.eval() first, or give "
+                "use_cache=False"
             )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if (cache := model_kwargs.get("past_key_values")) is not None:
