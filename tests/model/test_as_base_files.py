@@ -209,6 +209,22 @@ def test_transformers_trainer(trio, tmp_path):
     assert losses["gdn"][1] < losses["gdn"][0]
 
 
+def test_the_trainer_resumes(model, tmp_path):
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+    rows = Dataset.from_list([{"input_ids": row, "labels": row} for row in random_ids(8, 12).tolist()])
+    losses = []
+    for last in (None, tmp_path / "checkpoint-2"):
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=4, save_steps=2, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True
+        )
+        trainer = Trainer(copy.deepcopy(model), arguments, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=last and str(last))
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == losses[1]
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer(["the state of a layer", "a layer of states"], 290, None, 64)
