@@ -314,6 +314,14 @@ REFUSED = [
     ("OLMo 2", {"decoder_sparse_step": 0}, "decoder_sparse_step: 0 is not a whole number from 1"),
     ("Phi-4 mini", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "long_factor: is missing"),
     ("Phi-4 mini", {"partial_rotary_factor": 0.5}, "short_factor field must have length 2"),
+    *(
+        (
+            "Phi-4 mini",
+            {"rope_scaling": {"type": kind, "short_factor": [1.0] * 3, "long_factor": [1.0] * 3}},
+            f"rope_type: '{kind}' is a former name of longrope in Phi-3; write longrope",
+        )
+        for kind in ("su", "yarn")
+    ),
 ]
 
 

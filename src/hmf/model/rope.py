@@ -54,6 +54,8 @@ class _Table(BaseModel):
 
     @model_validator(mode="after")
     def _fit_together(self) -> _Table:
+        if self.rope_type in ("su", "yarn") and self.short_factor:
+            raise ValueError(f"rope_type: {self.rope_type!r} is a former name of longrope in Phi-3; write longrope")
         if self.rope_type not in TYPES:
             raise ValueError(f"rope_type: {self.rope_type!r} is not one of {', '.join(TYPES)}")
         if (legacy := (self.model_extra or {}).get("type", self.rope_type)) != self.rope_type:
