@@ -26,7 +26,7 @@ _rewriters: ContextVar[tuple[Callable[[str], str], ...]] = ContextVar("rewriters
 
 
 @contextmanager
-def _rewriting(rewrite: Callable[[str], str]) -> Iterator[None]:
+def rewriting(rewrite: Callable[[str], str]) -> Iterator[None]:
     """In the block, notices and an HmfError have the text that `rewrite` gives."""
     outer = _rewriters.get()
     _rewriters.set((*outer, rewrite))
@@ -41,7 +41,7 @@ def _rewriting(rewrite: Callable[[str], str]) -> Iterator[None]:
 
 def standing_for(folder: str | Path, name: str | Path) -> AbstractContextManager[None]:
     """In the block, messages name `name` in place of the temporary `folder`, which the user never saw."""
-    return _rewriting(lambda line: line.replace(str(folder), str(name)))
+    return rewriting(lambda line: line.replace(str(folder), str(name)))
 
 
 def naming_config(source: str | Path | None, besides: Collection[str] = ()) -> AbstractContextManager[None]:
@@ -55,7 +55,7 @@ def naming_config(source: str | Path | None, besides: Collection[str] = ()) -> A
         from_file = file == "config.json" and re.split(r"\W", rest, maxsplit=1)[0] not in besides
         return f"{Path(source, file)}: {rest}" if source and from_file else line
 
-    return _rewriting(rewrite)
+    return rewriting(rewrite)
 
 
 @functools.cache

@@ -267,6 +267,15 @@ def refused(name, model, folder):
             model(IDS, position_ids=[list(range(12))])
         case "mask of one row":
             model(IDS, attention_mask=MASK[1:])
+        case "no tokens":
+            model(IDS[:, :0])
+        case "no embeddings":
+            model(inputs_embeds=torch.zeros(2, 0, model.config.hidden_size))
+        case "no rows":
+            model(IDS[:0])
+        case "no new tokens":
+            model(IDS, past_key_values=cache)
+            model(IDS[:, :0], past_key_values=cache)
         case "mask of new tokens":
             model(IDS, past_key_values=cache)
             model(MORE, past_key_values=cache, attention_mask=torch.ones_like(MORE))
@@ -283,6 +292,10 @@ def refused(name, model, folder):
             except HmfError:
                 model(IDS, past_key_values=cache)
             model(IDS, past_key_values=cache)
+        case "checkpointing":
+            model = copy.deepcopy(model).train()
+            model.gradient_checkpointing_enable()
+            generate(model)
         case "lookup":
             generate(model, ONE, prompt_lookup_num_tokens=2)
         case "assistant":
@@ -312,12 +325,17 @@ REFUSED = {
     "positions of images": r"position_ids: .* \[2, 12\], not \[3, 2, 12\]",
     "positions of another length": r"position_ids: .* \[2, 12\], not \[1, 11\]",
     "listed positions": r"position_ids: .* not list",
+    "no tokens": r"input_ids: has no tokens, as its shape begins with \[2, 0\]",
+    "no embeddings": r"inputs_embeds: has no tokens",
+    "no rows": r"input_ids: has no tokens, as its shape begins with \[0, 12\]",
+    "no new tokens": r"input_ids: has no tokens",
     "mask of one row": r"attention_mask: .* \[2, 12\], not \[1, 12\]",
     "mask of new tokens": r"attention_mask: .* \[2, 16\], not \[2, 4\]",
     "other rows": "past_key_values: the cache holds 1 sequences and the batch has 2",
     "crop": "a recurrent state cannot be rolled back",
     "after crop": r"past_key_values: its layers hold \[10, 12\] tokens",
     "after reset": r"past_key_values: its layers hold \[0, 12\] tokens",
+    "checkpointing": r"generate: gradient checkpointing keeps no cache in training mode; call model.eval\(\)",
     "lookup": "assisted generation is not supported",
     "assistant": "assisted generation is not supported",
     "continuous batching": "generate_batch: .* not supported",

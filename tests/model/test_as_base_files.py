@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from hmf.data.tokenizer import train_tokenizer
@@ -24,6 +25,8 @@ LOADS = {
     "config by path": lambda f, m: type(m).from_pretrained(f, config=str(f)),
     "device_map": lambda f, m: AutoModelForCausalLM.from_pretrained(f, device_map="cpu"),
     "device_map of all": lambda f, m: AutoModelForCausalLM.from_pretrained(f, device_map={"": "cpu"}),
+    "dtype by part": lambda f, m: AutoModelForCausalLM.from_pretrained(f, dtype={"": "float32"}),
+    "accelerate": lambda f, m: dispatched(f),
     "auto dtype": lambda f, m: AutoModelForCausalLM.from_pretrained(f, dtype="auto"),
     "wider": lambda f, m: AutoModelForCausalLM.from_pretrained(f, dtype=torch.float64).float(),
     "torch_dtype": lambda f, m: AutoModelForCausalLM.from_pretrained(f, torch_dtype="float32"),
@@ -35,6 +38,14 @@ LOADS = {
     "deepcopy": lambda f, m: copy.deepcopy(m),
     "from_config": lambda f, m: with_weights(AutoModelForCausalLM.from_config(m.config), m),
 }
+
+
+def dispatched(folder):
+    """Built without memory for the weights, which accelerate loads."""
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    model.tie_weights()
+    return load_checkpoint_and_dispatch(model, str(folder), device_map={"": "cpu"})
 
 
 def described(config):
@@ -147,6 +158,8 @@ def test_torch_compile(trio):
     compiled = torch.compile(model, backend="eager")
     close(compiled(PADDED, attention_mask=MASK).logits, model(PADDED, attention_mask=MASK).logits)
     assert compiled.generate(IDS, **SETTINGS).tolist() == greedy(model, IDS).tolist()
+    program = torch.export.export(model, (IDS,), {"use_cache": False}, strict=False)
+    close(program.module()(IDS, use_cache=False).logits, model(IDS).logits)
 
 
 def gradients(model, **given):
@@ -194,6 +207,22 @@ def test_transformers_trainer(trio, tmp_path):
         losses[name] = whole
     assert losses["twin"] == pytest.approx(losses["base"], rel=1e-4)
     assert losses["gdn"][1] < losses["gdn"][0]
+
+
+def test_the_trainer_resumes(model, tmp_path):
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+    rows = Dataset.from_list([{"input_ids": row, "labels": row} for row in random_ids(8, 12).tolist()])
+    losses = []
+    for last in (None, tmp_path / "checkpoint-2"):
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=4, save_steps=2, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True
+        )
+        trainer = Trainer(copy.deepcopy(model), arguments, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=last and str(last))
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == losses[1]
 
 
 @pytest.fixture(scope="module")

@@ -115,6 +115,7 @@ def test_truncated_weights(checkpoint, load, size):
         {"hybrid_override_pattern": "*-FOO"},
         {"gdn_config": {"foo": 1}},
         {"gdn_overrides": [1]},
+        {"gka_overrides": {"num_iter": 3}},  # the pattern has no such layer
         {"state_dtype": "float8"},
         {"rope_parameters": {"rope_type": "spiral"}},
         {"num_key_value_heads": 3},

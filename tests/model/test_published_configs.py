@@ -210,6 +210,7 @@ def test_a_published_config(folder, tmp_path):
     same = drop_teacher(hybridise(load_model(folder), Pattern(("*",) * 8)))
     same.save_pretrained(tmp_path / "same")
     again = load_model(tmp_path / "same")
+    assert not hasattr(again.config, "auto_map")
     assert torch.equal(again(ids).logits, stock(ids).logits)
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     assert again.generate(ids, **settings).tolist() == stock.generate(ids, **settings).tolist()
@@ -266,7 +267,21 @@ REFUSED = [
         {"rope_parameters": {"full_attention": TABLE, "sliding_attention": TABLE}},
         "rope_scaling: the config has rope_parameters too",
     ),
-    ("Gemma 3 1B", {"rope_parameters": TABLE}, r"rope_parameters\.rope_theta: Gemma3 has positions for each type"),
+    (
+        "Gemma 3 1B",
+        {"rope_parameters": TABLE, "rope_theta": None},
+        r"rope_parameters\.rope_theta: Gemma3 has positions for each type",
+    ),
+    (
+        "Mistral NeMo",
+        {"rope_parameters": TABLE, "rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_theta": None},
+        "rope_scaling: the config has rope_parameters too, and transformers would read nothing of it",
+    ),
+    (
+        "Mistral NeMo",
+        {"rope_parameters": TABLE},
+        "rope_theta: 1000000.0 is not read, because rope_parameters has 10000.0",
+    ),
     (
         "OLMo 3",
         {"rope_scaling": None, "rope_parameters": {"full_attention": None}},
@@ -299,6 +314,14 @@ REFUSED = [
     ("OLMo 2", {"decoder_sparse_step": 0}, "decoder_sparse_step: 0 is not a whole number from 1"),
     ("Phi-4 mini", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "long_factor: is missing"),
     ("Phi-4 mini", {"partial_rotary_factor": 0.5}, "short_factor field must have length 2"),
+    *(
+        (
+            "Phi-4 mini",
+            {"rope_scaling": {"type": kind, "short_factor": [1.0] * 3, "long_factor": [1.0] * 3}},
+            f"rope_type: '{kind}' is a former name of longrope in Phi-3; write longrope",
+        )
+        for kind in ("su", "yarn")
+    ),
 ]
 
 

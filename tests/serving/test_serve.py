@@ -270,6 +270,14 @@ class TestOptions:
             assert "--max-model-len" in serve.prepare(tmp_path, ["--max-model-len", str(end)]).arguments
 
     @needs_vllm
+    def test_overrides_of_a_base_are_whole(self, tmp_path):
+        _stock(tmp_path)
+        table = {"rope_type": "linear", "factor": 2.0}
+        with pytest.raises(HmfError, match=f"^{tmp_path}: --hf-overrides: rope_parameters.rope_theta: is missing"):
+            serve.prepare(tmp_path, ["--hf-overrides", json.dumps({"rope_parameters": table})])
+        serve.prepare(tmp_path, ["--hf-overrides", json.dumps({"rope_parameters": table | {"rope_theta": 1e4}})])
+
+    @needs_vllm
     @pytest.mark.parametrize(
         ("fields", "extra", "line"),
         [
@@ -296,6 +304,10 @@ class TestOptions:
                 "--additional-config: gdn_prefill_backend: unknown backend 'own'; valid: aiter_flydsl, auto",
             ),
             (["--enable-lora"], "LoRA is not supported on Hybrids"),
+            (
+                ["--hf-overrides", '{"rope_parameters": {"rope_type": "linear", "factor": 2}}'],
+                "--hf-overrides: rope_pa",
+            ),
             (["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'], "drop --speculative-config"),
             (["--quantization", "fp8"], "vLLM's CPU build cannot quantise to fp8"),
             (["--pipeline-parallel-size", "2"], "stage 2 of 2 has no recurrent layer"),

@@ -22,6 +22,7 @@ GDN = Case("GDN", "vllm")
 STACKS = re.compile(r"models\.(llama|mistral|qwen)")  # vLLM's modules that hold the families' stacks
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 YARN = {"rope_type": "yarn", "factor": 4.0}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +279,28 @@ class TestRefusals:
         fields = engines.DIMENSIONS | fields | {"architectures": [architecture]}
         tiny_config(GDN, family=family, **fields).save_pretrained(tmp_path)
         assert line in refused(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("overrides", "line"),
+        [
+            (
+                {"rope_parameters": LINEAR},
+                "rope_parameters.rope_theta: is missing; the table replaces that of config.json",
+            ),
+            ({"rope_scaling": LINEAR}, "rope_parameters.rope_theta: is missing"),
+            ({"rope_theta": 5e5}, "rope_theta: 500000.0 is not read, because rope_parameters has 10000.0"),
+            ({"sliding_window": 8}, "sliding_window: 8 contradicts other keys, from which None follows"),
+            ({"gka_overrides": {"num_iter": 3}}, "gka_overrides: no layer of the pattern .* has this type"),
+            ({"gdn_config": {"conv_size": 3}}, "gdn_config.allow_neg_eigval: is missing"),
+        ],
+    )
+    def test_overrides_that_do_not_fit(self, hybrid_dir, overrides, line):
+        """vLLM would take its default of 10000 for a rope_theta that is not there."""
+        assert re.search(f"^{hybrid_dir}: --hf-overrides: {line}", refused(hybrid_dir, hf_overrides=overrides))
+
+    def test_overrides_that_fit(self, hybrid_dir):
+        for overrides in ({"rope_parameters": ROPE | LINEAR}, {"gdn_overrides": {"use_gate": False}}):
+            engine_config(hybrid_dir, hf_overrides=overrides)
 
     @pytest.mark.parametrize(
         "rope",

@@ -179,17 +179,18 @@ def distill(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     An interrupted run continues from its last checkpoint.
     """
-    from hmf.config.recipes import read_recipe
+    from hmf.config.recipes import naming_recipe, read_recipe
     from hmf.config.runs import DistillRecipe
 
     settings, text = read_recipe(recipe, DistillRecipe, overrides or ())
-    settings = with_checkpoint(settings, "model")  # before imports that take seconds
+    with naming_recipe(recipe, DistillRecipe, overrides):
+        settings = with_checkpoint(settings, "model")  # before imports that take seconds
 
     from hmf.report.curves import draw_curves
     from hmf.training.distill import distill as run
     from hmf.training.run import run_folder
 
-    with run_folder(settings.output, text) as first:
+    with naming_recipe(recipe, DistillRecipe, overrides), run_folder(settings.output, text) as first:
         saved = run(settings.model, settings.output, settings, settings.seed, draw=draw_curves)
     if first:
         typer.echo(f"saved {saved}; next: {command()} export {saved} --out {settings.output}/model")
@@ -237,11 +238,12 @@ def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
     The methods are continued pretraining, supervised fine-tuning and preference optimisation (DPO). An interrupted run
     continues from its last checkpoint.
     """
-    from hmf.config.recipes import read_recipe
+    from hmf.config.recipes import naming_recipe, read_recipe
     from hmf.config.runs import FinetuneRecipe
 
     settings, text = read_recipe(recipe, FinetuneRecipe, overrides or ())
-    settings = with_checkpoint(settings, "model")
+    with naming_recipe(recipe, FinetuneRecipe, overrides):
+        settings = with_checkpoint(settings, "model")
 
     from hmf.pipeline import check_tasks, finetuned_scores
     from hmf.report.curves import draw_curves
@@ -250,13 +252,14 @@ def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from hmf.training.finetune import finetune as run
     from hmf.training.run import run_folder
 
-    check(settings)  # before the output folder is claimed for this recipe
-    check_tasks(settings.evaluate)
-    scores = {}
-    with run_folder(settings.output, text) as first:
-        saved = run(settings, draw=draw_curves)
-        if first:
-            scores = finetuned_scores(settings)
+    with naming_recipe(recipe, FinetuneRecipe, overrides):
+        check(settings)  # before the output folder is claimed for this recipe
+        check_tasks(settings.evaluate)
+        scores = {}
+        with run_folder(settings.output, text) as first:
+            saved = run(settings, draw=draw_curves)
+            if first:
+                scores = finetuned_scores(settings)
     if scores:
         print_scores(scores)
     if first:
@@ -274,16 +277,18 @@ def prime(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     Everything is written to one run folder. Finished steps are not repeated.
     """
-    from hmf.config.recipes import read_recipe
+    from hmf.config.recipes import naming_recipe, read_recipe
     from hmf.config.runs import PrimeRecipe
 
     settings, text = read_recipe(recipe, PrimeRecipe, overrides or ())
-    settings = with_checkpoint(settings, "base")
+    with naming_recipe(recipe, PrimeRecipe, overrides):
+        settings = with_checkpoint(settings, "base")
 
     from hmf.pipeline import prime as run
     from hmf.report.table import next_commands, print_scores
 
-    scores = run(settings, text, say=typer.echo)
+    with naming_recipe(recipe, PrimeRecipe, overrides):
+        scores = run(settings, text, say=typer.echo)
     if scores:  # empty in processes that only take part in training
         print_scores(scores)
         typer.echo(next_commands(settings.output, command()))

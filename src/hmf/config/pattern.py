@@ -164,7 +164,7 @@ def mixer_symbol(name: str) -> str:
     for kind in LAYER_KINDS.values():
         if name.lower() in (kind.symbol.lower(), kind.name):
             return kind.symbol
-    raise HmfError(unknown_name("mixer", name, [kind.name for kind in LAYER_KINDS.values()]))
+    raise HmfError(f"mixer: {unknown_name('mixer', name, [kind.name for kind in LAYER_KINDS.values()])}")
 
 
 def parse_layer_list(text: str) -> Sequence[int]:

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from hmf.errors import HmfError, listed, unknown_name
+from hmf.errors import HmfError, listed, rewriting, unknown_name
 
 from .data import DataRecipe
 from .runs import DistillRecipe, FinetuneRecipe, PrimeRecipe
@@ -71,8 +73,48 @@ def read_recipe(path: str | Path, kind: type[Recipe], overrides: Sequence[str] =
     try:
         return kind.model_validate(content, context={"file": path}), text
     except ValidationError as error:
-        changed = f" with {' '.join(overrides):.200}" if overrides else ""
-        raise HmfError(f"{path}{changed}: {_problems(error, kind)}") from None
+        raise HmfError(f"{_named(path, overrides)}: {_problems(error, kind)}") from None
+
+
+def _named(path: str | Path, overrides: Sequence[str]) -> str:
+    return f"{path} with {' '.join(overrides):.200}" if overrides else str(path)
+
+
+def naming_recipe(
+    path: str | Path, kind: type[Settings], overrides: Sequence[str] | None = None
+) -> AbstractContextManager[None]:
+    """In the block, messages that begin with a key of the recipe, or of one of its sections, name the file and the
+    whole key: `pattern: ...` becomes `recipe.yaml: hybrid.pattern: ...`."""
+
+    def rewrite(line: str) -> str:
+        key = re.match(r"\w+(\.\w+)*(?=: )", line)
+        section = key and next((place for place in _sections(kind) if _has_key(place[1], key[0].split("."))), None)
+        return f"{_named(path, overrides or ())}: {section[0]}{line}" if section else line
+
+    return rewriting(rewrite)
+
+
+def _sections(kind: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
+    """The recipe and its sections, outer ones first, each with what precedes its keys, such as "distill.data."."""
+    found = [("", kind)]
+    for prefix, section in found:
+        yield prefix, section
+        fields = section.model_fields.items()
+        found += [(f"{prefix}{name}.", inner) for name, field in fields if (inner := _model(field.annotation))]
+
+
+def _has_key(kind: type[BaseModel] | None, path: Sequence[str]) -> bool:
+    """Whether a section has the key at `path`; of a key without keys of its own, such as a mapping, any part fits."""
+    if kind is None or not path:
+        return True
+    return path[0] in kind.model_fields and _has_key(_model(kind.model_fields[path[0]].annotation), path[1:])
+
+
+def _model(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field with this type holds: of X | None it is X."""
+    if isinstance(annotation, type):
+        return annotation if issubclass(annotation, BaseModel) else None
+    return next((inner for part in get_args(annotation) if (inner := _model(part))), None)
 
 
 def _override(content: dict[str, Any], override: str) -> None:

@@ -128,9 +128,13 @@ def norm_like(norm: nn.Module, eps: float) -> nn.Module:
 
 
 def norm_offset(norm: nn.Module) -> float:
-    """The constant that the norm adds to its weight: 1 for Gemma's norms, whose weights start at 0."""
+    """The constant that the norm adds to its weight: 1 for Gemma's norms, whose weights start at 0.
+
+    It is read from an output, because accelerate's `init_empty_weights` creates parameters without values.
+    """
     with torch.device("cpu"):
-        return 1 - type(norm)(1).weight.item()
+        zero, x = {"weight": torch.zeros(1)}, torch.ones(1)
+        return torch.func.functional_call(type(norm)(1), zero, x).round().item()
 
 
 def normalised(norm: nn.Module | None, y: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -146,6 +146,9 @@ def check_merged(folder: Path, config: Any) -> None:
     if not get_checkpoint_conversion_mapping(config.model_type):
         return
     shapes = {name: stored.shape for name, stored in stored_tensors(folder).items()}
+    if isinstance(config.dtype, dict):  # the caller's, for each part of the model; names and shapes need none
+        config = copy.deepcopy(config)
+        config.dtype = torch.float32
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(config)
     merged = model.state_dict()

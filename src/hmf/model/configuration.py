@@ -14,18 +14,19 @@ import torch
 
 from hmf.config.layers import LAYER_KINDS, base_head_dim, layer_options, needed_kinds, own_shape_problem
 from hmf.config.pattern import ATTENTION, FROM_RECURRENT, Pattern
-from hmf.errors import HmfError, naming_config
+from hmf.errors import HmfError, naming_config, unknown_name
 from hmf.layers.own import RECURRENT, check_own_layers, own_layers
 from hmf.layers.registry import MIXERS
 
 from .families import FAMILIES, Family, Mixin
-from .rope import check_rope
+from .rope import check_rope, check_rope_names
 
 STATE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 # Optional dicts of a Hybrid's config.json.
-OPTION_KEYS = tuple(key for kind in LAYER_KINDS.values() for key in (kind.config_key, kind.overrides_key))
+OVERRIDES = tuple(kind.overrides_key for kind in LAYER_KINDS.values())
+OPTION_KEYS = (*(kind.config_key for kind in LAYER_KINDS.values()), *OVERRIDES)
 
 
 @contextmanager
@@ -75,6 +76,7 @@ class HybridConfigMixin(Mixin):
         self.layer_types = self.base_layer_types
         if kwargs.get("per_layer_config") is not None:
             raise HmfError("config.json: per_layer_config: layers of different shapes are not supported; remove it")
+        check_rope_names({"rope_parameters": self.rope_parameters} | kwargs, "config.json")
         super().__post_init__(**kwargs)
         check_rope(vars(self), self.family, "config.json")
         if not getattr(self, "is_causal", True):
@@ -112,7 +114,13 @@ class HybridConfigMixin(Mixin):
                 f"config.json: layer_types {list(listed)} differs from {self.layer_types}, which follows from the "
                 "pattern and the other keys; delete layer_types"
             )
-        for kind in needed_kinds(self, pattern.symbols):
+        needed = needed_kinds(self, pattern.symbols)
+        for key in (name for name in vars(self) if name.endswith("_overrides")):
+            if key not in OVERRIDES:
+                raise HmfError(f"config.json: {unknown_name('key', key, OVERRIDES)}")
+            if getattr(self, key) and key not in (kind.overrides_key for kind in needed):
+                raise HmfError(f"config.json: {key}: no layer of the pattern {pattern} has this type; remove the key")
+        for kind in needed:
             setattr(self, kind.config_key, layer_options(self, kind.symbol).model_dump())
         for index in sorted(pattern.from_recurrent):
             if not getattr(self, LAYER_KINDS[pattern.symbols[index]].config_key).get("own_shape"):
@@ -126,6 +134,7 @@ class HybridConfigMixin(Mixin):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Keywords replace fields before others follow from them; transformers sets them on the finished config."""
         known = {field.name for field in dataclasses.fields(cls)} - {"dtype"}  # transformers knows "auto" for this one
+        known |= {"rope_scaling", "rope_theta"}  # former names, refused beside rope_parameters
         given = {name: kwargs.pop(name) for name in known & kwargs.keys()}
         if "hybrid_override_pattern" in given:
             config_dict = {name: value for name, value in config_dict.items() if name != "layer_types"}

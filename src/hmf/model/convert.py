@@ -75,7 +75,8 @@ def hybrid_config(base: Any, pattern: Pattern, options: Mapping[str, Mapping[str
             continue
         if new := kind.options.new_values(base, family.query_growth() is not None, kind.symbol in from_recurrent):
             options[kind.config_key] = {**new, **options.get(kind.config_key, {})}
-    for key in ("model_type", "architectures", "layer_types", "transformers_version", *options):
+    # auto_map names code of the base's class, which would load a Hybrid without its new layers.
+    for key in ("model_type", "architectures", "layer_types", "transformers_version", "auto_map", *options):
         fields.pop(key, None)
     kinds = getattr(base, "attention_types", None) or getattr(base, "layer_types", None)
     if family.own_recurrence:

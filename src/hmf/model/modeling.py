@@ -146,6 +146,9 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         batch, tokens = inputs_embeds.shape[:2]
+        if not batch * tokens:
+            name = "inputs_embeds" if input_ids is None else "input_ids"
+            raise HmfError(f"{name}: has no tokens, as its shape begins with {[batch, tokens]}; give one or more")
         if past_key_values is not None:
             adopt(past_key_values, self.config, batch)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -165,6 +168,7 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
                 "axes of images are not supported"
             )
         cu_seqlens = kwargs.get("cu_seq_lens_q")
+        given_positions = position_ids
         if position_ids is None:
             if cu_seqlens is not None:
                 lengths = cu_seqlens.diff()
@@ -189,7 +193,8 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
                 )
             layout = shards.layout
         else:
-            layout = packed_layout((batch, tokens), attention_mask, position_ids, cu_seqlens, past > 0, may_jump)
+            # Positions from above begin no documents. Without a look at their values, torch.compile has one graph.
+            layout = packed_layout((batch, tokens), attention_mask, given_positions, cu_seqlens, past > 0, may_jump)
         mask_arguments = {
             "config": self.config,
             "inputs_embeds": inputs_embeds,
@@ -297,6 +302,11 @@ class HybridCausalLMMixin(AsItsFamily, StrictLoading):
             raise HmfError(
                 f"cache_implementation={generation_config.cache_implementation!r} is not supported with recurrent "
                 "layers; leave it out"
+            )
+        if generation_config.use_cache and self.training and self.is_gradient_checkpointing:
+            raise HmfError(
+                "generate: gradient checkpointing keeps no cache in training mode; call model.eval() first, or give "
+                "use_cache=False"
             )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if (cache := model_kwargs.get("past_key_values")) is not None:

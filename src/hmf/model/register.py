@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, configuration_utils
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import tokenization_auto
+
+from hmf.config.layers import LAYER_KINDS
+from hmf.config.pattern import ATTENTION, FROM_RECURRENT, FUSED_ATTENTION
 
 from .families import FAMILIES, Family
 from .modeling import hybrid_classes
@@ -22,6 +25,19 @@ def register() -> None:
         if conversions := get_checkpoint_conversion_mapping(family.model_type):
             register_checkpoint_conversion_mapping(family.hybrid_model_type, conversions, overwrite=True)
         _register_tokenizer(family, classes.config)
+    _allow_symbols()
+
+
+def _allow_symbols() -> None:
+    """Let transformers' general config class read a Hybrid's config.json, where `layer_types` has the symbols.
+
+    The Trainer does so when it resumes.
+    """
+    symbols = [
+        f"{teacher}{symbol}{fused}" for teacher in ("", FROM_RECURRENT) for symbol in LAYER_KINDS for fused in ("", "*")
+    ]
+    allowed = (*configuration_utils.ALLOWED_ATTN_LAYER_TYPES, ATTENTION, FUSED_ATTENTION, *symbols)
+    configuration_utils.ALLOWED_ATTN_LAYER_TYPES = tuple(dict.fromkeys(allowed))
 
 
 def _register_tokenizer(family: Family, config_class: type) -> None:

@@ -54,6 +54,8 @@ class _Table(BaseModel):
 
     @model_validator(mode="after")
     def _fit_together(self) -> _Table:
+        if self.rope_type in ("su", "yarn") and self.short_factor:
+            raise ValueError(f"rope_type: {self.rope_type!r} is a former name of longrope in Phi-3; write longrope")
         if self.rope_type not in TYPES:
             raise ValueError(f"rope_type: {self.rope_type!r} is not one of {', '.join(TYPES)}")
         if (legacy := (self.model_extra or {}).get("type", self.rope_type)) != self.rope_type:
@@ -69,8 +71,27 @@ class _Table(BaseModel):
         return self
 
 
+def check_rope_names(fields: Mapping[str, Any], source: str) -> None:
+    """HmfError for rotary positions under their new and their former names, of which transformers reads only one."""
+    table, scaling, theta = (fields.get(name) for name in ("rope_parameters", "rope_scaling", "rope_theta"))
+    if not isinstance(table, Mapping) or not table:
+        return
+    if isinstance(scaling, Mapping) and scaling and not table.items() <= {"rope_theta": theta, **scaling}.items():
+        raise HmfError(
+            f"{source}: rope_scaling: the config has rope_parameters too, and transformers would read nothing of it, "
+            "not even rope_theta; write all of them into rope_parameters, and remove rope_scaling"
+        )
+    inner = table.get("rope_theta")
+    if theta is not None and isinstance(inner, int | float) and math.isfinite(inner) and theta != inner:
+        raise HmfError(
+            f"{source}: rope_theta: {theta!r} is not read, because rope_parameters has {inner!r}; write "
+            "the right one there, and remove the other"
+        )
+
+
 def check_rope(fields: Mapping[str, Any], family: Family, source: str) -> None:
     """HmfError for invalid rotary positions in the fields of a config.json, under their new or their former names."""
+    check_rope_names(fields, source)
     name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"  # transformers' order of precedence
     table = fields.get(name)
     written_outside = table is None and "rope_theta" in fields
@@ -103,8 +124,6 @@ def _check_by_layer_type(
     Former configs have rope_theta and rope_scaling, which only layers without a window use, and for Gemma 3
     rope_local_base_freq. New ones have a table for each type in rope_parameters.
     """
-    if name == "rope_scaling" and fields.get("rope_parameters"):
-        raise HmfError(f"{source}: rope_scaling: the config has rope_parameters too; remove one of them")
     if name == "rope_scaling" or not table:
         if "rope_type" not in table and table.get("type", "default") != "default":
             raise HmfError(

@@ -78,6 +78,8 @@ def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
     config = servable(config, source)
     generation_config(folder, config, needed=True)  # vLLM reads it too
     user_options = given_options(source, extra)
+    for key, value in (user_options.get("hf_overrides") or {}).items():
+        setattr(config, key, value)  # as vLLM does
     start = Start.given(config, not torch.cuda.is_available(), quantization, user_options)
     (require_served if is_hybrid else require_stock)(source, start)  # vLLM serves a base without the plugin
     settings = ServingSettings(

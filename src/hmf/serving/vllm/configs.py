@@ -6,13 +6,17 @@ Each function of a start returns why it is refused, or None; `of_stock_classes` 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 from hmf.config.layers import base_activation, base_head_dim, layer_options, needed_kinds
 from hmf.config.pattern import ATTENTION
 from hmf.config.rope import ROPE_KEYS, ROPE_SCALING_KEYS
+from hmf.errors import HmfError
 from hmf.layers.own import own_layers
+from hmf.model.configuration import OPTION_KEYS
+from hmf.model.values import reading
 
 from .start import Start
 
@@ -55,6 +59,23 @@ READ_BY_VLLM_ALWAYS = (
     *("mrope_section", "rotary_emb_base", "rotary_emb_fraction", "rotary_pct", "xdrope_section"),
     *("attention_chunk_size", "canvas_length", "head_dtype", "n_head_kv", "num_kv_heads", "rswa_window"),
 )
+
+
+def unsettled(start: Start) -> str | None:
+    """A config with values that do not follow from each other. vLLM sets those of --hf-overrides one by one."""
+    before: dict[str, Any] = start.config.to_dict()
+    try:
+        with reading(option := "--hf-overrides"):
+            after = type(start.config).from_dict(copy.deepcopy(before)).to_dict()
+    except HmfError as error:
+        return str(error)
+    for key, value in before.items():
+        settled = after.get(key)
+        if isinstance(value, dict) and isinstance(settled, dict) and (missing := sorted(settled.keys() - value.keys())):
+            return f"{option}: {key}.{missing[0]}: is missing; the table replaces that of config.json, so give all keys"
+        if value != settled and key not in OPTION_KEYS:  # gdn_overrides changes what gdn_config becomes
+            return f"{option}: {key}: {value!r} contradicts other keys, from which {settled!r} follows; correct them"
+    return None
 
 
 def family(start: Start) -> str | None:

@@ -181,6 +181,12 @@ def _prefill(start: Start) -> str | None:
 TABLE: tuple[Row, ...] = (
     Row(f"Hybrids of {', '.join(f'`{name}`' for name in READ_BY_VLLM)}", True),
     Row("Hybrids of other families", False, "`hmf chat`, or generate with Hugging Face", configs.family),
+    Row(
+        "`--hf-overrides` with incomplete tables or contradictions",
+        False,
+        "give all keys, as of `rope_parameters`",
+        configs.unsettled,
+    ),
     Row("GDN, KDA, GKA, Mamba2, B'MOJO-F and SWA layers, with all options, mixed in any pattern", True),
     Row(
         "Recurrent layers of the base (Qwen3.5, Qwen3-Next)",
@@ -356,7 +362,7 @@ def require_served(source: str | Path, start: Start) -> None:
 
 def require_stock(source: str | Path, start: Start) -> None:
     """Raise HmfError for a base that vLLM's own class would serve with wrong positions; print where it differs."""
-    if problem := configs.beyond_table(start):
+    if problem := configs.unsettled(start) or configs.beyond_table(start):
         raise HmfError(f"{source}: {problem}")
     for difference in configs.of_stock_classes(start):
         notice(f"{source}: {difference}; hmf chat and transformers compute what the config says")
