@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -327,12 +328,31 @@ NO_RATIOS = [
         (["finetune", "quickstart"], "recipe.yaml: is a recipe of `hmf prime`; give it to that command"),
         (["data", "prepare", "quickstart"], "is a recipe of `hmf prime`"),
         (["prime", "recipes/quickstart/sft.yaml"], "sft.yaml: is a recipe of `hmf finetune`"),
+        (["prime", "qwen3-8b"], "is a folder; give one of its recipes: gdn-1-prime.yaml, gdn-2-long.yaml"),
+        (["evaluate"], "Missing argument 'MODEL...'; see hmf evaluate --help"),
+        (["plna"], "hmf: No such command 'plna'. Did you mean 'plan'?\n"),
+        (["serve", "teacher", "--port", "9000"], "--port: is not an option of hmf serve; those of vLLM follow --"),
         (["evaluate", "two\nhmf: lines"], "two\\nhmf: lines: no such directory"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(arguments, line, monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, *arguments)
     assert (code, err.count("\n")) == (2, 1) and line in err and err.startswith("hmf: ")
+
+
+@pytest.mark.parametrize("name", ["", "data", "bench", "harness"])
+def test_a_group_without_a_command_prints_its_help(name, monkeypatch, capsys):
+    code, out, err = run(monkeypatch, capsys, *name.split())
+    assert (code, out) == (2, "") and err.startswith(f"Usage: {f'hmf {name}'.strip()} [OPTIONS] COMMAND")
+    assert "\nCommands:\n" in err
+
+
+def test_a_run_folder_in_place_of_its_model_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    for command in ("chat", "plan --gpu l4"):
+        code, _, err = run(monkeypatch, capsys, *command.split(), tmp_path)
+        assert code == 2 and err.endswith(f"this is a run folder; did you mean {tmp_path / 'model'}?\n"), err
 
 
 def test_an_unexpected_error_is_one_line_and_a_log(monkeypatch, capsys):
@@ -465,15 +485,21 @@ def test_messages_name_the_command_that_can_be_typed(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     (other := tmp_path / "other").mkdir()
     found = {}
-    for name, path, folder in (("path", script.parent, tmp_path), ("clone", "/bin", tmp_path), ("else", "/bin", other)):
+    for name, path, folder in (
+        ("pa th", script.parent, tmp_path),
+        ("clone", "/bin", tmp_path),
+        ("else", "/bin", other),
+    ):
         monkeypatch.chdir(folder)
         monkeypatch.setenv("PATH", str(path))
         options = ["--ratio", "0.5", "--out", str(tmp_path / name)]
         monkeypatch.setattr(sys, "argv", [str(script), "init", "teacher", *options])
         with pytest.raises(SystemExit):
             main()
-        found[name] = re.search(r"next: (.*) distill", capsys.readouterr().out)[1]
-    assert found == {"path": "hmf", "clone": ".venv/bin/hmf", "else": str(script)}
+        *words, model = shlex.split(re.search(r"next: (.*)", capsys.readouterr().out)[1])
+        assert words[1:] == ["distill", "RECIPE.yaml", "--set"] and model == f"model={tmp_path / name}"
+        found[name] = words[0]
+    assert found == {"pa th": "hmf", "clone": ".venv/bin/hmf", "else": str(script)}
 
 
 def test_evaluate_takes_several_models_and_prints_json(tmp_path, monkeypatch, capsys):
@@ -491,7 +517,7 @@ def test_evaluate_takes_several_models_and_prints_json(tmp_path, monkeypatch, ca
     code, out, _ = run(
         monkeypatch, capsys, "evaluate", *long, "--tasks", "recall,needle,arithmetic", *options[2:], "--samples", "1"
     )
-    assert code == 0 and all(f"│ {path} " in out for path in long)
+    assert code == 0 and all(f"│ {path} " in out for path in long) and "answers to 1 prompt a task" in out
     for wrong, line in (
         (["teacher", "teacher"], "MODEL: a model is named twice"),
         (["teacher", "--tasks", "recal"], "did you mean 'recall'?"),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -147,6 +148,8 @@ def scored(path: Path, settings: EvaluateSettings, result: Path, name: str) -> d
     with suppress(FileNotFoundError, ValueError):
         return parse_sealed(result.read_text(encoding="utf-8"))
     answers = result.parent / ANSWERS / result.stem.removeprefix("scores.")
+    if not sys.stderr.isatty():  # a terminal has a progress bar for each task
+        print(f"evaluate: {name}", file=sys.stderr, flush=True)
     scores = evaluate_checkpoint(path, settings, name=name, answers=answers)
     replace_text(result, seal_json(scores))
     return scores

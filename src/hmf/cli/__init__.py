@@ -11,13 +11,12 @@ import traceback
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 import hmf
 from hmf import processors
 from hmf.cli import bench, data, harness, machine, models, runs, stages
-from hmf.cli.shared import group
+from hmf.cli.shared import Group, group
 from hmf.errors import HmfError, one_line
 
 DEBUG = "HMF_DEBUG"  # if set, unexpected errors show their traceback
@@ -27,7 +26,7 @@ class Stopped(Exception):
     """Raised in place of a KeyboardInterrupt, whose message Typer would replace by a bare exit code."""
 
 
-class _Commands(TyperGroup):
+class _Commands(Group):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -78,11 +77,13 @@ def main() -> None:
     # The Hub library shows progress bars for reading and writing files; long steps of hmf show their own.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="hmf", standalone_mode=False)
     except HmfError as error:
         _end(str(error), 2)
-    except TyperException as error:  # invalid options; the message is empty after help was printed
-        _end(error.format_message(), 2)
+    except TyperException as error:  # invalid options
+        message, context = error.format_message().removesuffix("."), getattr(error, "ctx", None)
+        hint = f"; see {context.command_path} --help" if context and not message.endswith("?") else ""
+        _end(message + hint, 2)
     except Stopped as stop:
         _end(str(stop), 130)
     except BrokenPipeError:  # the reader of the output, such as a pager, has ended

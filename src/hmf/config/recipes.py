@@ -49,6 +49,9 @@ def read_recipe(path: str | Path, kind: type[Recipe], overrides: Sequence[str] =
         HmfError: names the file, the key and the fix.
     """
     path = Path(path)
+    if path.is_dir():
+        names = listed(sorted(file.name for file in path.glob("*.yaml")), SHOWN)
+        raise HmfError(f"{path}: is a folder; give {f'one of its recipes: {names}' if names else 'a recipe'}")
     if not path.is_file():
         raise HmfError(f"{path}: no such recipe file; correct the path")
     try:
