@@ -316,6 +316,8 @@ def serve(
     if not dry_run:
         server.require_vllm()
     launch = server.prepare(source, extra or ())
+    if not dry_run:
+        launch.require_port()
     typer.echo(launch.line)
     typer.echo(launch.access)
     if not dry_run:
