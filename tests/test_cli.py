@@ -431,6 +431,18 @@ def test_overrides_are_part_of_the_recipe(tmp_path):
     assert read_recipe(written, PrimeRecipe) == (settings, text)
 
 
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**PRIME, "base": "~/base", "output": "~/run"}))
+    settings, _ = read_recipe(recipe, PrimeRecipe, ["distill.data.text=~/text"])
+    assert (settings.base, settings.output) == (f"{tmp_path}/base", tmp_path / "run")
+    assert settings.distill.data.text == f"{tmp_path}/text"
+    for words in (["~/none"], ["teacher", "--plot=~/none/plan.png"]):
+        code, _, err = run(monkeypatch, capsys, "plan", "--gpu", "l4", *words)
+        assert code == 2 and f"{tmp_path}/none: no such directory" in err
+
+
 @pytest.mark.slow
 def test_prime_does_the_whole_job_once(tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "recipe.yaml"

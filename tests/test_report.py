@@ -153,7 +153,7 @@ def test_steps_have_their_times_and_what_was_not_kept_is_not_measured(run):
     page = Page(write_report(run))
     assert page.row("Stage 0")[-1] == "1.2 s" and page.row("Export")[-1] == "1 h 02 min"
     assert page.row("Stage 1, distillation")[1:] == ["5 optimiser steps", "2 min 27 s"]
-    assert page.row("Evaluation", "teacher: 1 tasks, 40 prompts")[-1] == "7.1 s"
+    assert page.row("Evaluation", "teacher: 1 task, 40 prompts")[-1] == "7.1 s"
     assert page.row("Evaluation", "primed: 2 tasks, 50 prompts")[-1] == "not measured"
     (run / "times.json").unlink()
     assert Page(write_report(run)).row("Export")[-1] == "not measured"

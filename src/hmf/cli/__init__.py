@@ -5,6 +5,7 @@ code 2."""
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -77,12 +78,13 @@ def main() -> None:
     # The Hub library shows progress bars for reading and writing files; long steps of hmf show their own.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        code = app(prog_name="hmf", standalone_mode=False)
+        code = app([_at_home(word) for word in sys.argv[1:]], prog_name="hmf", standalone_mode=False)
     except HmfError as error:
         _end(str(error), 2)
     except TyperException as error:  # invalid options
         message, context = error.format_message().removesuffix("."), getattr(error, "ctx", None)
-        hint = f"; see {context.command_path} --help" if context and not message.endswith("?") else ""
+        no_fix = message.startswith(("Missing", "No such")) and not message.endswith("?")
+        hint = f"; see {context.command_path} --help" if context and no_fix else ""
         _end(message + hint, 2)
     except Stopped as stop:
         _end(str(stop), 130)
@@ -103,6 +105,11 @@ def main() -> None:
         reason = str(error).strip().split("\n")[0]
         _end(f"unexpected {type(error).__name__}: {reason}; please report it, with the file {log.name}", 1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _at_home(word: str) -> str:
+    """`word` with a ~/ at its start, or at that of an option's value (--out=~/x), where shells leave it, expanded."""
+    return re.sub(r"\A(--[\w-]+=)?~/", lambda match: f"{match[1] or ''}{os.path.expanduser('~/')}", word)
 
 
 def _end(message: str, code: int) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hmf.errors import counted
+
 
 def print_scores(scores: dict[str, dict[str, Any]]) -> None:
     """Print one row per model: perplexity, task accuracies (with the share of truncated answers, if any), footprint."""
@@ -45,7 +47,7 @@ def _caption(score: dict[str, Any]) -> str:
         parts.append(f"perplexity on {score['text']['tokens']:,} tokens of held-out text")
     if score["tasks"]:
         count = next(iter(score["tasks"].values()))["n"]
-        prompts = f"{count} prompt{'s' if count > 1 else ''}"
+        prompts = counted(count, "prompt")
         parts.append(f"accuracy of greedy answers to {prompts} a task, up to {score['length']:,} tokens")
     if baselines := score.get("baselines"):
         values = ", ".join(f"{name.removeprefix('order3_')} {value:.3f}" for name, value in baselines.items())
