@@ -409,6 +409,7 @@ def test_no_recipe_and_broken_yaml(tmp_path, monkeypatch, capsys):
         ("base.name=gka", "'base' is a value"),
         ("seed=[", "not valid YAML"),
         ("hybrid.mixr=gka", "unknown key 'mixr'; did you mean 'mixer'?"),
+        ("training.max_steps=3", "unknown key 'training'; did you mean 'distill.training'?"),
         ("hybrid.mixer=gak", "unknown mixer 'gak'; did you mean 'gka'?"),
     ],
 )

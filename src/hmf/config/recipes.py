@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -119,7 +119,11 @@ def _problem(problem: Any, kind: type[BaseModel]) -> str:
         name = str(problem["loc"][-1])
         if (present := RENAMED.get(name)) in section.model_fields:
             return f"{prefix}: {name} is the former name of {present}; give only {present}"
-        return f"{prefix + ': ' if prefix else ''}{unknown_name('key', name, section.model_fields)}"
+        inner = [f"{key}.{name}" for key in section.model_fields if name in _fields(_section(section, [key]))]
+        unknown = unknown_name("key", name, section.model_fields)
+        if inner and "did you mean" not in unknown:
+            unknown = f"unknown key {name!r}; did you mean {inner[0]!r}?"
+        return f"{prefix + ': ' if prefix else ''}{unknown}"
     if problem["type"] == "missing":
         return f"{where}: is missing"
     message = _PLAIN.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
@@ -128,11 +132,16 @@ def _problem(problem: Any, kind: type[BaseModel]) -> str:
     return f"{where + ': ' if where else ''}{message}{shown}"
 
 
-def _section(kind: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
+def _section(kind: type[Any], location: Sequence[int | str]) -> type[Any]:
     for name in location:
         if isinstance(name, str):  # an item of a list has the class of the list's items
             annotation: Any = kind.model_fields[name].annotation
-            while not isinstance(annotation, type):  # X | None, list[X]
+            while get_args(annotation):  # X | None, list[X]
                 annotation = get_args(annotation)[0]
             kind = annotation
     return kind
+
+
+def _fields(kind: Any) -> Collection[str]:
+    """Names of the keys of a section; none if `kind` is the type of a value."""
+    return kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else ()
