@@ -23,9 +23,10 @@ import hmf
 from hmf.cli import app, main
 from hmf.config.pattern import Pattern
 from hmf.config.recipes import read_recipe
-from hmf.config.runs import PrimeRecipe
+from hmf.config.runs import EvaluateSettings, PrimeRecipe
 from hmf.config.strict import parse_tokens
 from hmf.errors import HmfError
+from hmf.pipeline import scored
 from hmf.priming.stage0 import make_stage0
 from tests.conftest import ROOT
 from tests.training.cutting import make_tiny_stage0
@@ -378,13 +379,28 @@ def test_an_unexpected_error_is_one_line_and_a_log(monkeypatch, capsys):
         main()
 
 
-def test_ctrl_c_is_one_line_with_what_it_stopped(monkeypatch, capsys):
+def test_ctrl_c_is_one_line_with_what_it_stopped(tmp_path, monkeypatch, capsys):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt("at step 3 of 9")
 
     monkeypatch.setattr("hmf.model.checkpoint.load_config", stop)
     code, _, err = run(monkeypatch, capsys, "plan", "teacher", "--gpu", "h100")
     assert (code, err) == (130, "hmf: stopped at step 3 of 9\n")
+
+    def stop_without_a_word(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hmf.data.prepare.prepare", stop_without_a_word)
+    (tmp_path / "chat.jsonl").write_text("{}\n")
+    recipe = {"output": str(tmp_path / "rows"), "tokenizer": "teacher", "sequence_length": 64}
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump(recipe | {"sources": [{"path": str(tmp_path / "chat.jsonl")}]})
+    )
+    code, _, err = run(monkeypatch, capsys, "data", "prepare", tmp_path / "recipe.yaml")
+    assert (code, err) == (130, "hmf: stopped before the end; the same command continues\n")
+    monkeypatch.setattr("hmf.pipeline.evaluate_checkpoint", stop_without_a_word)
+    with pytest.raises(KeyboardInterrupt, match="while evaluating primed; the same command continues"):
+        scored(tmp_path, EvaluateSettings(), tmp_path / "scores.primed.json", "primed")
 
 
 def test_version_and_short_help(monkeypatch, capsys):

@@ -150,7 +150,10 @@ def scored(path: Path, settings: EvaluateSettings, result: Path, name: str) -> d
     answers = result.parent / ANSWERS / result.stem.removeprefix("scores.")
     if not sys.stderr.isatty():  # a terminal has a progress bar for each task
         print(f"evaluate: {name}", file=sys.stderr, flush=True)
-    scores = evaluate_checkpoint(path, settings, name=name, answers=answers)
+    try:
+        scores = evaluate_checkpoint(path, settings, name=name, answers=answers)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"while evaluating {name}; the same command continues") from None
     replace_text(result, seal_json(scores))
     return scores
 

@@ -58,7 +58,11 @@ def data_prepare(
     from hmf.data.prepare import prepare
     from hmf.report.samples import print_counts
 
-    print_counts(prepare(settings, tokenizer, workers or processors.count()))
+    try:
+        index = prepare(settings, tokenizer, workers or processors.count())
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("before the end; the same command continues") from None
+    print_counts(index)
     typer.echo(f"saved {settings.output}; show it: {typed('data', 'show', settings.output)}")
     typer.echo(f"to train on it, write into a recipe: data: {{prepared: {settings.output}}}")
 
