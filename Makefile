@@ -26,7 +26,7 @@ quickstart: setup-run ## prime the embedded teacher and print its table
 
 MODEL ?= runs/quickstart/model
 serve: setup-serve ## serve a Hybrid by vLLM: make serve MODEL=runs/quickstart/model
-	@$(BIN)/hmf serve $(MODEL)
+	@$(BIN)/hmf serve "$(MODEL)"
 
 test: setup-test lint ## linters, layering, types and all tests
 	@$(BIN)/python -m pytest -n 2 --no-loadscope-reorder

@@ -220,6 +220,15 @@ def test_a_finetune_recipe_may_ask_for_an_evaluation(tiny, tmp_path, monkeypatch
     assert scores["settings"]["samples"] == 2 and "torch" in scores["versions"] and scores["model"]["config_sha256"]
 
 
+def test_settings_that_a_file_of_scores_does_not_have_are_left_out(run):
+    task = {"accuracy": 0.5, "n": 4, "interval": [0.1, 0.9], "truncated": 0.0}
+    settings = {"sampling": {"temperature": 0.0}, "seed": 3}  # of the small tasks with --compose
+    scores = {"suite": "tasks-sliding-fused-64", "tasks": {"recall": task}, "settings": settings}
+    (run / "scores.primed-tasks-sliding-fused-64.json").write_text(json.dumps(scores))
+    text = write_card(run).read_text()
+    assert "temperature 0, top-p 1, seed 3" in text and "None" not in text
+
+
 @pytest.mark.parametrize("own", ["# Mine\n", "---\nlicense: mit\n---\n", "---\na: [\n---\n", b"\xff\xfe"])
 def test_a_card_that_somebody_else_wrote_is_kept(run, own, monkeypatch, capsys):
     own = own if isinstance(own, bytes) else own.encode()

@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -22,9 +23,10 @@ import hmf
 from hmf.cli import app, main
 from hmf.config.pattern import Pattern
 from hmf.config.recipes import read_recipe
-from hmf.config.runs import PrimeRecipe
+from hmf.config.runs import EvaluateSettings, PrimeRecipe
 from hmf.config.strict import parse_tokens
 from hmf.errors import HmfError
+from hmf.pipeline import scored
 from hmf.priming.stage0 import make_stage0
 from tests.conftest import ROOT
 from tests.training.cutting import make_tiny_stage0
@@ -327,12 +329,31 @@ NO_RATIOS = [
         (["finetune", "quickstart"], "recipe.yaml: is a recipe of `hmf prime`; give it to that command"),
         (["data", "prepare", "quickstart"], "is a recipe of `hmf prime`"),
         (["prime", "recipes/quickstart/sft.yaml"], "sft.yaml: is a recipe of `hmf finetune`"),
+        (["prime", "qwen3-8b"], "is a folder; give one of its recipes: gdn-1-prime.yaml, gdn-2-long.yaml"),
+        (["evaluate"], "Missing argument 'MODEL...'; see hmf evaluate --help"),
+        (["plna"], "hmf: No such command 'plna'. Did you mean 'plan'?\n"),
+        (["serve", "teacher", "--port", "9000"], "--port: is not an option of hmf serve; those of vLLM follow --"),
         (["evaluate", "two\nhmf: lines"], "two\\nhmf: lines: no such directory"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(arguments, line, monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, *arguments)
     assert (code, err.count("\n")) == (2, 1) and line in err and err.startswith("hmf: ")
+
+
+@pytest.mark.parametrize("name", ["", "data", "bench", "harness"])
+def test_a_group_without_a_command_prints_its_help(name, monkeypatch, capsys):
+    code, out, err = run(monkeypatch, capsys, *name.split())
+    assert (code, out) == (2, "") and err.startswith(f"Usage: {f'hmf {name}'.strip()} [OPTIONS] COMMAND")
+    assert "\nCommands:\n" in err
+
+
+def test_a_run_folder_in_place_of_its_model_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    for command in ("chat", "plan --gpu l4"):
+        code, _, err = run(monkeypatch, capsys, *command.split(), tmp_path)
+        assert code == 2 and err.endswith(f"this is a run folder; did you mean {tmp_path / 'model'}?\n"), err
 
 
 def test_an_unexpected_error_is_one_line_and_a_log(monkeypatch, capsys):
@@ -358,13 +379,28 @@ def test_an_unexpected_error_is_one_line_and_a_log(monkeypatch, capsys):
         main()
 
 
-def test_ctrl_c_is_one_line_with_what_it_stopped(monkeypatch, capsys):
+def test_ctrl_c_is_one_line_with_what_it_stopped(tmp_path, monkeypatch, capsys):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt("at step 3 of 9")
 
     monkeypatch.setattr("hmf.model.checkpoint.load_config", stop)
     code, _, err = run(monkeypatch, capsys, "plan", "teacher", "--gpu", "h100")
     assert (code, err) == (130, "hmf: stopped at step 3 of 9\n")
+
+    def stop_without_a_word(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hmf.data.prepare.prepare", stop_without_a_word)
+    (tmp_path / "chat.jsonl").write_text("{}\n")
+    recipe = {"output": str(tmp_path / "rows"), "tokenizer": "teacher", "sequence_length": 64}
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump(recipe | {"sources": [{"path": str(tmp_path / "chat.jsonl")}]})
+    )
+    code, _, err = run(monkeypatch, capsys, "data", "prepare", tmp_path / "recipe.yaml")
+    assert (code, err) == (130, "hmf: stopped before the end; the same command continues\n")
+    monkeypatch.setattr("hmf.pipeline.evaluate_checkpoint", stop_without_a_word)
+    with pytest.raises(KeyboardInterrupt, match="while evaluating primed; the same command continues"):
+        scored(tmp_path, EvaluateSettings(), tmp_path / "scores.primed.json", "primed")
 
 
 def test_version_and_short_help(monkeypatch, capsys):
@@ -389,6 +425,7 @@ def test_no_recipe_and_broken_yaml(tmp_path, monkeypatch, capsys):
         ("base.name=gka", "'base' is a value"),
         ("seed=[", "not valid YAML"),
         ("hybrid.mixr=gka", "unknown key 'mixr'; did you mean 'mixer'?"),
+        ("training.max_steps=3", "unknown key 'training'; did you mean 'distill.training'?"),
         ("hybrid.mixer=gak", "unknown mixer 'gak'; did you mean 'gka'?"),
     ],
 )
@@ -409,6 +446,18 @@ def test_overrides_are_part_of_the_recipe(tmp_path):
     assert (settings.distill.objective.kl, str(settings.output)) == ({0: 0.5}, "there")
     written.write_text(text)
     assert read_recipe(written, PrimeRecipe) == (settings, text)
+
+
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**PRIME, "base": "~/base", "output": "~/run"}))
+    settings, _ = read_recipe(recipe, PrimeRecipe, ["distill.data.text=~/text"])
+    assert (settings.base, settings.output) == (f"{tmp_path}/base", tmp_path / "run")
+    assert settings.distill.data.text == f"{tmp_path}/text"
+    for words in (["~/none"], ["teacher", "--plot=~/none/plan.png"]):
+        code, _, err = run(monkeypatch, capsys, "plan", "--gpu", "l4", *words)
+        assert code == 2 and f"{tmp_path}/none: no such directory" in err
 
 
 @pytest.mark.slow
@@ -465,15 +514,21 @@ def test_messages_name_the_command_that_can_be_typed(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     (other := tmp_path / "other").mkdir()
     found = {}
-    for name, path, folder in (("path", script.parent, tmp_path), ("clone", "/bin", tmp_path), ("else", "/bin", other)):
+    for name, path, folder in (
+        ("pa th", script.parent, tmp_path),
+        ("clone", "/bin", tmp_path),
+        ("else", "/bin", other),
+    ):
         monkeypatch.chdir(folder)
         monkeypatch.setenv("PATH", str(path))
         options = ["--ratio", "0.5", "--out", str(tmp_path / name)]
         monkeypatch.setattr(sys, "argv", [str(script), "init", "teacher", *options])
         with pytest.raises(SystemExit):
             main()
-        found[name] = re.search(r"next: (.*) distill", capsys.readouterr().out)[1]
-    assert found == {"path": "hmf", "clone": ".venv/bin/hmf", "else": str(script)}
+        *words, model = shlex.split(re.search(r"next: (.*)", capsys.readouterr().out)[1])
+        assert words[1:] == ["distill", "RECIPE.yaml", "--set"] and model == f"model={tmp_path / name}"
+        found[name] = words[0]
+    assert found == {"pa th": "hmf", "clone": ".venv/bin/hmf", "else": str(script)}
 
 
 def test_evaluate_takes_several_models_and_prints_json(tmp_path, monkeypatch, capsys):
@@ -491,7 +546,7 @@ def test_evaluate_takes_several_models_and_prints_json(tmp_path, monkeypatch, ca
     code, out, _ = run(
         monkeypatch, capsys, "evaluate", *long, "--tasks", "recall,needle,arithmetic", *options[2:], "--samples", "1"
     )
-    assert code == 0 and all(f"│ {path} " in out for path in long)
+    assert code == 0 and all(f"│ {path} " in out for path in long) and "answers to 1 prompt a task" in out
     for wrong, line in (
         (["teacher", "teacher"], "MODEL: a model is named twice"),
         (["teacher", "--tasks", "recal"], "did you mean 'recall'?"),

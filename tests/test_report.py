@@ -153,7 +153,7 @@ def test_steps_have_their_times_and_what_was_not_kept_is_not_measured(run):
     page = Page(write_report(run))
     assert page.row("Stage 0")[-1] == "1.2 s" and page.row("Export")[-1] == "1 h 02 min"
     assert page.row("Stage 1, distillation")[1:] == ["5 optimiser steps", "2 min 27 s"]
-    assert page.row("Evaluation", "teacher: 1 tasks, 40 prompts")[-1] == "7.1 s"
+    assert page.row("Evaluation", "teacher: 1 task, 40 prompts")[-1] == "7.1 s"
     assert page.row("Evaluation", "primed: 2 tasks, 50 prompts")[-1] == "not measured"
     (run / "times.json").unlink()
     assert Page(write_report(run)).row("Export")[-1] == "not measured"
@@ -162,6 +162,7 @@ def test_steps_have_their_times_and_what_was_not_kept_is_not_measured(run):
 def test_curves_have_their_numbers_in_a_table_and_mark_a_new_objective(run):
     page = Page(write_report(run))
     assert ["4", "0.75", "", "0.25"] in page.rows and ["2", "1", "0.5", ""] in page.rows
+    assert ["3", "0.6667", "0.3333", ""] in page.rows  # the last one before the change
     assert "The dashed line at 3: from here on the loss is the sum of b" in page.text
     assert ["5", "0.08", "0.12"] in page.rows and ["5", "0.6"] in page.rows  # errors of two layers; gradient norm
     assert ["1", "replaced", "0.12"] in page.rows and "train_loss" not in page.text

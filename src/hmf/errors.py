@@ -79,6 +79,11 @@ def listed(names: Iterable[str], shown: int = 4, joint: str = ", ") -> str:
     return joint.join(names[:shown]) + more
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 row, 2,000 rows."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     """Error text for a name that is not among `known`: it suggests the closest valid name, or lists all of them."""
     known = sorted(known)

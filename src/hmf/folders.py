@@ -177,8 +177,8 @@ def claimed(output: Path, recipe: str) -> Iterator[None]:
         if stored_recipe.is_file() and stored_recipe.read_bytes() != recipe.encode():
             if _results(output) - {RECIPE, BASE, STAGE0}:
                 raise HmfError(
-                    f"{output}: was started with another recipe ({stored_recipe}); choose another output or remove it "
-                    "first"
+                    f"{output}: was started with another recipe; continue it with {stored_recipe}, choose another "
+                    "output, or remove the folder first"
                 )
             for name in (BASE, STAGE0):
                 shutil.rmtree(output / name, ignore_errors=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -147,7 +148,12 @@ def scored(path: Path, settings: EvaluateSettings, result: Path, name: str) -> d
     with suppress(FileNotFoundError, ValueError):
         return parse_sealed(result.read_text(encoding="utf-8"))
     answers = result.parent / ANSWERS / result.stem.removeprefix("scores.")
-    scores = evaluate_checkpoint(path, settings, name=name, answers=answers)
+    if not sys.stderr.isatty():  # a terminal has a progress bar for each task
+        print(f"evaluate: {name}", file=sys.stderr, flush=True)
+    try:
+        scores = evaluate_checkpoint(path, settings, name=name, answers=answers)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"while evaluating {name}; the same command continues") from None
     replace_text(result, seal_json(scores))
     return scores
 

@@ -53,6 +53,10 @@ def test_rows_are_ratios_to_the_first_way(tiny_qwen3_config, capsys):
 
 def test_a_config_is_changed_by_known_keys_alone(tiny_qwen3_config):
     assert with_overrides(tiny_qwen3_config, ["num_hidden_layers=2"]).layer_types == ["full_attention"] * 2
+    tiny_qwen3_config.pad_token_id = tiny_qwen3_config.vocab_size - 1
+    smaller = with_overrides(tiny_qwen3_config, ["vocab_size=16"])
+    assert (smaller.vocab_size, smaller.pad_token_id) == (16, None)
+    assert prepared(Case(smaller, "*-GDN-*-GDN", 1, 4), "one model")[1]().isfinite()
     with pytest.raises(HmfError, match="did you mean 'hidden_size'"):
         with_overrides(tiny_qwen3_config, ["hiden_size=3"])
     with pytest.raises(HmfError, match="--set: hidden_size: 'wide' is not a whole number"):

@@ -61,7 +61,7 @@ def test_files_of_a_run_folder(run, tiny, evaluated):
     assert "### Suite: retention" in card and "This model minus another model on the same prompts" in card
     line = next(line for line in card.splitlines() if line.startswith("| needle_single 1K"))
     assert line.count("(../scores.") == 2 and line.count("n = 3") == 2 and line.count("cut off") == 2
-    assert "seed 0" in card and "| 512–1,023 |" in card
+    assert "seed 0" in card and "| 512–1,023 |" in card and "needle_single@" not in card
 
 
 def test_a_stopped_evaluation_goes_on_with_what_is_not_answered(run, evaluated, hmf, asked):

@@ -210,6 +210,18 @@ class TestOptions:
         assert "for clients with the API key" in serve.prepare(scripted, ["--host", "0.0.0.0"]).access
         assert "--host" not in serve.prepare(scripted, ["--uds", "/tmp/socket"]).arguments
 
+    @needs_vllm
+    def test_a_port_in_use_is_told_before_vllm_starts(self, scripted):
+        with socket.socket() as other:
+            other.bind(("127.0.0.1", 0))
+            other.listen()
+            port = other.getsockname()[1]
+            launch = serve.prepare(scripted, ["--port", str(port)])
+            with pytest.raises(HmfError, match=f"127.0.0.1:{port}: Address already in use; choose another port: -- "):
+                launch.require_port()
+        launch.require_port()
+        serve.prepare(scripted, ["--uds", "/tmp/socket"]).require_port()
+
     def test_quantised_checkpoint(self, tmp_path):
         quantise(tmp_path, engines.save_hybrid(tmp_path, Case("GDN", "int8"), "X-*"), lambda name: ".mlp." in name)
         assert "align" in serve.prepare(_with_tokenizer(tmp_path)).arguments

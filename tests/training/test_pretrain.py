@@ -55,7 +55,10 @@ def test_a_run_makes_a_model_that_loads_and_a_second_one_goes_on_from_it(tmp_pat
 
     following = {name: part for name, part in recipe.items() if name not in ("tokenizer", "model")}
     following |= {"output": str(tmp_path / "next"), "start_from": str(output)}
-    main(str(write(tmp_path, following)))
+    assert (
+        main(str(write(tmp_path, following | {"output": "elsewhere"})), [f"output={tmp_path / 'next'}"])
+        == tmp_path / "next"
+    )
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "next")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "next" / name).read_bytes() == (output / name).read_bytes()

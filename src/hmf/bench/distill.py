@@ -81,6 +81,8 @@ def with_overrides(config: Any, overrides: Iterable[str]) -> Any:
             values[key] = parse_yaml(value)
         except ValueError as error:
             raise HmfError(f"--set {override}: the value is not valid YAML ({error}); quote it") from None
+    if "vocab_size" in values:  # special tokens may be outside of it, and no step uses them
+        values = {key: None for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in known} | values
     return changed(config, values, "--set")
 
 

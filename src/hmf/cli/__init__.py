@@ -5,19 +5,19 @@ code 2."""
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 import traceback
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 import hmf
 from hmf import processors
 from hmf.cli import bench, data, harness, machine, models, runs, stages
-from hmf.cli.shared import group
+from hmf.cli.shared import Group, group
 from hmf.errors import HmfError, one_line
 
 DEBUG = "HMF_DEBUG"  # if set, unexpected errors show their traceback
@@ -27,7 +27,7 @@ class Stopped(Exception):
     """Raised in place of a KeyboardInterrupt, whose message Typer would replace by a bare exit code."""
 
 
-class _Commands(TyperGroup):
+class _Commands(Group):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -78,11 +78,14 @@ def main() -> None:
     # The Hub library shows progress bars for reading and writing files; long steps of hmf show their own.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        code = app(standalone_mode=False)
+        code = app([_at_home(word) for word in sys.argv[1:]], prog_name="hmf", standalone_mode=False)
     except HmfError as error:
         _end(str(error), 2)
-    except TyperException as error:  # invalid options; the message is empty after help was printed
-        _end(error.format_message(), 2)
+    except TyperException as error:  # invalid options
+        message, context = error.format_message().removesuffix("."), getattr(error, "ctx", None)
+        no_fix = message.startswith(("Missing", "No such")) and not message.endswith("?")
+        hint = f"; see {context.command_path} --help" if context and no_fix else ""
+        _end(message + hint, 2)
     except Stopped as stop:
         _end(str(stop), 130)
     except BrokenPipeError:  # the reader of the output, such as a pager, has ended
@@ -102,6 +105,11 @@ def main() -> None:
         reason = str(error).strip().split("\n")[0]
         _end(f"unexpected {type(error).__name__}: {reason}; please report it, with the file {log.name}", 1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _at_home(word: str) -> str:
+    """`word` with a ~/ at its start, or at that of an option's value (--out=~/x), where shells leave it, expanded."""
+    return re.sub(r"\A(--[\w-]+=)?~/", lambda match: f"{match[1] or ''}{os.path.expanduser('~/')}", word)
 
 
 def _end(message: str, code: int) -> None:

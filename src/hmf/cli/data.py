@@ -10,7 +10,19 @@ from typing import Annotated
 import typer
 
 from hmf import processors
-from hmf.cli.shared import MODEL, Device, Dtype, Overrides, RecipeFile, command, epilog, group, require_data, tokens
+from hmf.cli.shared import (
+    MODEL,
+    Device,
+    Dtype,
+    Overrides,
+    RecipeFile,
+    command,
+    epilog,
+    group,
+    require_data,
+    tokens,
+    typed,
+)
 from hmf.errors import HmfError, unknown_name
 from hmf.folders import find_recipe, resolve_base
 
@@ -46,8 +58,12 @@ def data_prepare(
     from hmf.data.prepare import prepare
     from hmf.report.samples import print_counts
 
-    print_counts(prepare(settings, tokenizer, workers or processors.count()))
-    typer.echo(f"saved {settings.output}; show it: {command()} data show {settings.output}")
+    try:
+        index = prepare(settings, tokenizer, workers or processors.count())
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("before the end; the same command continues") from None
+    print_counts(index)
+    typer.echo(f"saved {settings.output}; show it: {typed('data', 'show', settings.output)}")
     typer.echo(f"to train on it, write into a recipe: data: {{prepared: {settings.output}}}")
 
 

@@ -12,11 +12,11 @@ from hmf.cli.shared import MODEL, Device, Dtype, epilog, group, tokens
 from hmf.errors import HmfError
 from hmf.folders import resolve_base
 
-app = group("Known suites, by lm-eval and NeMo Evaluator.")
+app = group("Run public benchmarks by lm-eval and NeMo Evaluator.")
 
 RunFolder = Annotated[Path, typer.Option("--run", help="Run folder that the scores are written to.")]
 Name = Annotated[str, typer.Option(help="NAME of scores.NAME-SUITE.json; teacher is the base, primed the Hybrid.")]
-Lengths = Annotated[str, typer.Option(help="Of RULER's prompts, joined by commas: 4K,32K,128K.")]
+Lengths = Annotated[str, typer.Option(help="Prompt lengths of RULER, for example 4K,32K,128K. Default: 4K.")]
 
 
 @app.command(
@@ -29,30 +29,31 @@ Lengths = Annotated[str, typer.Option(help="Of RULER's prompts, joined by commas
 )
 def lm_eval(
     model: Annotated[str, typer.Argument(help=MODEL)],
-    tasks: Annotated[str, typer.Option(help="short, long or reasoning; or tasks of lm-eval, joined by commas.")],
+    tasks: Annotated[str, typer.Option(help="short, long or reasoning; or tasks of lm-eval, separated by commas.")],
     run: RunFolder,
     name: Name = "primed",
-    url: Annotated[str | None, typer.Option(help="Of a server that has the model; left out: load it here.")] = None,
+    url: Annotated[str | None, typer.Option(help="Server that answers. Default: load the model here.")] = None,
     chat_template: Annotated[
-        bool | None, typer.Option(help="Ask through the chat template; left out: as the suite does.")
+        bool | None, typer.Option(help="Prompts use the chat template. Default: as in the suite.")
     ] = None,
-    thinking: Annotated[bool, typer.Option(help="With a chat template: let the model think first.")] = True,
-    max_new_tokens: Annotated[int | None, tokens("Longest answer; left out: the suite's or the task's.")] = None,
+    thinking: Annotated[bool, typer.Option(help="With a chat template: let the model think before it answers.")] = True,
+    max_new_tokens: Annotated[int | None, tokens("Most tokens of an answer. Default: as in the suite or task.")] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="0 takes the likeliest token; left out: the suite's or the task's.")
+        float | None,
+        typer.Option(min=0, help="Sampling temperature; 0 is greedy. Default: as in the suite or task."),
     ] = None,
     lengths: Lengths = "",
-    shots: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt; left out: the task's.")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Examples in a prompt. Default: as in the task.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts of each task.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are answered together.")] = 8,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests to the server at once.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="Of samples and of examples.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 8,
+    concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests to the server.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of sampling and of the choice of examples.")] = 0,
     task_folder: Annotated[
         Path | None, typer.Option(help="Folder of task files, in place of those that come with lm-eval.")
     ] = None,
     device: Device = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Of the weights; left out: as stored on a GPU, float32 on a CPU.")
+        Dtype | None, typer.Option(help="Dtype of the weights. Default: as stored on a GPU, float32 on a CPU.")
     ] = None,
 ) -> None:
     """Run tasks of lm-eval on a model here, or on a server.
@@ -98,13 +99,13 @@ def lm_eval(
 @app.command(epilog=epilog("hmf harness nemo runs/mine/model --url http://localhost:8000 --run runs/mine"))
 def nemo(
     model: Annotated[str, typer.Argument(help="The model's name on the server.")],
-    url: Annotated[str, typer.Option(help="Of the server, as NeMo Evaluator's containers reach it.")],
+    url: Annotated[str, typer.Option(help="Address of the server, as NeMo Evaluator's containers reach it.")],
     run: RunFolder,
 ) -> None:
     """Print the command that runs NeMo Evaluator.
 
-    It evaluates AIME24/25, GPQA, LiveCodeBench v5, BFCL v3/v4, IFBench and SciCode, with an answer of at most 64K
-    tokens, by the package's configuration nemo.yaml. The launcher needs docker, and is not part of this package.
+    It evaluates AIME24/25, GPQA, LiveCodeBench v5, BFCL v3/v4, IFBench and SciCode, with answers of at most 64K tokens.
+    The settings are in this package's nemo.yaml. The launcher needs docker, and is not part of this package.
     """
     _require_run(run)
 
@@ -127,7 +128,8 @@ def read(
 ) -> None:
     """Read results files into scores of a run.
 
-    The files are copied into the run folder, and each score names its own. What is no known share is kept beside them.
+    The files are copied into the run folder, and each score names its file. Metrics that are not known to be shares,
+    such as perplexity, are kept under `measures`.
     """
     _require_run(run)
     for file in files:  # before imports that take seconds

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
+from typer.exceptions import TyperException
 
 from hmf.cli.shared import (
     MODEL,
@@ -98,7 +100,8 @@ def evaluate(
         float, typer.Option(min=0, help="Largest mean KL divergence per token that passes, in nats.")
     ] = 0.01,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the results.", show_default="for a suite, the model's run folder")
+        Path | None,
+        typer.Option(help="Folder for the results.", show_default="run folder of the first model in one"),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the results: scores.NAME.json.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Remove the suite's answers and start again.")] = False,
@@ -274,12 +277,25 @@ def chat(
         run(ServerChat(source, url, **options), source)
 
 
+class _Serve(TyperCommand):
+    """Names the place of vLLM's options where one is given as an option of hmf."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except TyperException as error:
+            if (name := getattr(error, "option_name", None)) is None:
+                raise
+            raise HmfError(f"{name}: is not an option of hmf serve; those of vLLM follow --: -- {name} ...") from None
+
+
 @app.command(
+    cls=_Serve,
     epilog=epilog(
         "hmf serve runs/quickstart/model",
         "hmf serve runs/quickstart/model -- --port 9000 --max-model-len 4096",
         "VLLM_API_KEY=a-long-secret hmf serve runs/quickstart/model -- --host 0.0.0.0",
-    )
+    ),
 )
 def serve(
     model: Annotated[str, typer.Argument(help=MODEL)],
@@ -300,6 +316,8 @@ def serve(
     if not dry_run:
         server.require_vllm()
     launch = server.prepare(source, extra or ())
+    if not dry_run:
+        launch.require_port()
     typer.echo(launch.line)
     typer.echo(launch.access)
     if not dry_run:

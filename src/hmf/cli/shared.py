@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from hmf import hub
 from hmf.errors import HmfError
@@ -25,7 +26,7 @@ RecipeFile = Annotated[
     Path,
     typer.Argument(
         parser=find_recipe,
-        help='YAML file, or the name of a recipe that comes with hmf, such as "quickstart".',
+        help='YAML file, or the name of a recipe that comes with hmf, such as "quickstart" or "quickstart/sft".',
         metavar="RECIPE.yaml",
     ),
 ]
@@ -86,7 +87,7 @@ Compose = Annotated[
     typer.Option(metavar="KEYS,STATES", help='Process chunks of long prompts apart, as in "concatenated,fused".'),
 ]
 ComposeChunk = Annotated[
-    int, tokens("Of a chunk, with --compose: prefix, chunk and answer fit the trained length.", 16)
+    int, tokens("With --compose: longest chunk. Prefix, chunk and answer should fit the trained length.", 16)
 ]
 
 
@@ -146,9 +147,24 @@ def command() -> str:
     return shlex.quote(str(script.relative_to(here) if script.is_relative_to(here) else script))
 
 
-def group(help: str, **options: Any) -> typer.Typer:
-    """A group of commands. Without a command it prints its help."""
-    return typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=help, **options)
+class Group(TyperGroup):
+    """A group of commands. Without a command it prints its help to stderr, with exit code 2."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args and not ctx.resilient_parsing:
+            typer.echo(ctx.get_help(), err=True)
+            raise typer.Exit(2)
+        return super().parse_args(ctx, args)
+
+
+def typed(*words: object) -> str:
+    """A command of `hmf` with these words, as a user can type it here."""
+    return f"{command()} {shlex.join(map(str, words))}"
+
+
+def group(help: str, cls: type[Group] = Group, **options: Any) -> typer.Typer:
+    """A `Group` as a Typer app."""
+    return typer.Typer(cls=cls, rich_markup_mode=None, help=help, **options)
 
 
 def epilog(*examples: str) -> str:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from contextlib import nullcontext
 from functools import partial
 from typing import Annotated, Literal
@@ -24,6 +23,7 @@ from hmf.cli.shared import (
     command,
     epilog,
     group,
+    typed,
     with_checkpoint,
 )
 from hmf.errors import HmfError
@@ -94,7 +94,8 @@ def init(
         report = make_stage0(language, layout, out, seed=seed, calibration=settings.calibrated, data=data)
     typer.echo(report.describe())
     typer.echo("*DA: a layer of the base as it is; GDN* and so on: a mixer beside the layer that it learns from")
-    typer.echo(f"saved {out}; next: {command()} distill RECIPE.yaml with model: {out}")
+    model = f"model={out}"
+    typer.echo(f"saved {out}; next: {typed('distill', 'RECIPE.yaml', '--set', model)}")
 
 
 @app.command(
@@ -169,8 +170,8 @@ def select(
         **({} if method is None else {"select.method": method}),
     }
     given = [*(f"{key}={value}" for key, value in values.items()), *(overrides or ())]
-    prime = shlex.join(["prime", recipe, *(word for change in given for word in ("--set", change))])
-    typer.echo(f"saved {settings.output}/selection.json; next: {command()} {prime}")
+    prime = typed("prime", recipe, *(word for change in given for word in ("--set", change)))
+    typer.echo(f"saved {settings.output}/selection.json; next: {prime}")
 
 
 @app.command(epilog=epilog("hmf distill recipes/distill/recipe.yaml"))
@@ -193,7 +194,7 @@ def distill(recipe: RecipeFile, overrides: Overrides = None) -> None:
     with naming_recipe(recipe, DistillRecipe, overrides), run_folder(settings.output, text) as first:
         saved = run(settings.model, settings.output, settings, settings.seed, draw=draw_curves)
     if first:
-        typer.echo(f"saved {saved}; next: {command()} export {saved} --out {settings.output}/model")
+        typer.echo(f"saved {saved}; next: {typed('export', saved, '--out', settings.output / 'model')}")
 
 
 @app.command(
@@ -263,7 +264,7 @@ def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
     if scores:
         print_scores(scores)
     if first:
-        typer.echo(f"saved {saved}; next: {command()} evaluate {saved}, {command()} chat {saved}")
+        typer.echo(f"saved {saved}; next: {typed('evaluate', saved)}, {typed('chat', saved)}")
 
 
 @app.command(
@@ -294,12 +295,17 @@ def prime(recipe: RecipeFile, overrides: Overrides = None) -> None:
         typer.echo(next_commands(settings.output, command()))
 
 
-@app.command(epilog=epilog("hmf pretrain recipes/teacher/recipe.yaml"))
-def pretrain(recipe: RecipeFile) -> None:
+@app.command(
+    epilog=epilog(
+        "hmf pretrain recipes/teacher/recipe.yaml", "hmf pretrain recipes/teacher/recipe.yaml --set training.workers=4"
+    )
+)
+def pretrain(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Train a tiny teacher and its tokenizer from scratch.
 
-    The teacher that comes with hmf was made in this way.
+    The teacher that comes with hmf was made in this way. An interrupted run continues from its last checkpoint.
     """
     from hmf.training.pretrain import main as run
 
-    run(str(recipe))
+    if (saved := run(str(recipe), overrides or ())) is not None:
+        typer.echo(f"saved {saved}; next: {typed('evaluate', saved)}")

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -51,6 +51,9 @@ def read_recipe(path: str | Path, kind: type[Recipe], overrides: Sequence[str] =
         HmfError: names the file, the key and the fix.
     """
     path = Path(path)
+    if path.is_dir():
+        names = listed(sorted(file.name for file in path.glob("*.yaml")), SHOWN)
+        raise HmfError(f"{path}: is a folder; give {f'one of its recipes: {names}' if names else 'a recipe'}")
     if not path.is_file():
         raise HmfError(f"{path}: no such recipe file; correct the path")
     try:
@@ -158,7 +161,11 @@ def _problem(problem: Any, kind: type[BaseModel]) -> str:
         name = str(problem["loc"][-1])
         if (present := RENAMED.get(name)) in section.model_fields:
             return f"{prefix}: {name} is the former name of {present}; give only {present}"
-        return f"{prefix + ': ' if prefix else ''}{unknown_name('key', name, section.model_fields)}"
+        inner = [f"{key}.{name}" for key in section.model_fields if name in _fields(_section(section, [key]))]
+        unknown = unknown_name("key", name, section.model_fields)
+        if inner and "did you mean" not in unknown:
+            unknown = f"unknown key {name!r}; did you mean {inner[0]!r}?"
+        return f"{prefix + ': ' if prefix else ''}{unknown}"
     if problem["type"] == "missing":
         return f"{where}: is missing"
     message = _PLAIN.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
@@ -167,11 +174,16 @@ def _problem(problem: Any, kind: type[BaseModel]) -> str:
     return f"{where + ': ' if where else ''}{message}{shown}"
 
 
-def _section(kind: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
+def _section(kind: type[Any], location: Sequence[int | str]) -> type[Any]:
     for name in location:
         if isinstance(name, str):  # an item of a list has the class of the list's items
             annotation: Any = kind.model_fields[name].annotation
-            while not isinstance(annotation, type):  # X | None, list[X]
+            while get_args(annotation):  # X | None, list[X]
                 annotation = get_args(annotation)[0]
             kind = annotation
     return kind
+
+
+def _fields(kind: Any) -> Collection[str]:
+    """Names of the keys of a section; none if `kind` is the type of a value."""
+    return kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else ()

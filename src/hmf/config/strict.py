@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterable
 from decimal import Decimal
@@ -25,11 +26,11 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _home_and_no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         assert info.field_name is not None
         if isinstance(value, bool) and _numbers_alone(cls.model_fields[info.field_name].annotation):
             raise ValueError("a number is expected, not true or false, as YAML reads yes, no, on and off")
-        return value
+        return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _numbers_alone(annotation: Any) -> bool:

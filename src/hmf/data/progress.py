@@ -27,7 +27,7 @@ class Progress:
         if sys.stderr.isatty():
             from tqdm.auto import tqdm
 
-            self.bar = tqdm(total=total, desc=title, unit=unit, unit_scale=True)
+            self.bar = tqdm(total=total, desc=title, unit=unit, unit_scale=unit in ("B", " tokens"))
 
     def skip(self, size: int) -> None:
         """Count work that an earlier run has done."""

@@ -16,7 +16,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from hmf.config.strict import require_text
 from hmf.data.conversation import strings_of
 from hmf.errors import HmfError, notice
-from hmf.model.files import read_object, reading, require_folder
+from hmf.model.files import meant, read_object, reading, require_folder
 from hmf.model.values import require_values
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -66,7 +66,8 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     # Without any file, transformers makes a tokenizer with an empty vocabulary, which encodes every text to no tokens.
     if not any(item for pattern in VOCABULARIES for item in folder.glob(pattern)):
         raise HmfError(
-            f"{folder}: has no tokenizer ({', '.join(VOCABULARIES[:3])}, ...); copy the tokenizer's files into it"
+            f"{folder}: has no tokenizer ({', '.join(VOCABULARIES[:3])}, ...); "
+            + (meant(folder) or "copy the tokenizer's files into it")
         )
     if (file := folder / "config.json").exists():  # transformers reads it to find the tokenizer's class
         require_values(read_object(file), file)

@@ -105,6 +105,12 @@ def require_folder(source: str | Path) -> Path:
     return folder
 
 
+def meant(folder: Path) -> str:
+    """What to give instead if `folder` is a run folder with a result; else an empty text."""
+    result = folder / "model"
+    return f"this is a run folder; did you mean {result}?" if (result / "config.json").is_file() else ""
+
+
 def require_config(source: str | Path) -> Path:
     """`source` as a directory with a config.json that can be read; HmfError otherwise, also for an adapter."""
     folder, config_file = require_folder(source), Path(source) / "config.json"
@@ -121,7 +127,7 @@ def require_config(source: str | Path) -> Path:
             "save_pretrained), or remove its files to use the model without it"
         )
     if content is None:
-        raise HmfError(f"{folder}: no config.json; this is not a checkpoint directory")
+        raise HmfError(f"{folder}: no config.json; {meant(folder) or 'this is not a checkpoint directory'}")
     if "transformers_weights" in content:
         raise HmfError(f"{config_file}: transformers_weights: only {WEIGHTS} and {INDEX} are read; delete the key")
     return folder

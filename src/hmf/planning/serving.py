@@ -290,9 +290,9 @@ def print_plans(plans: Sequence[Plan], context: int) -> None:
     table = Table(
         title=f"{devices(first)}, sequences of {context:,} tokens",
         title_justify="left",
-        caption=f"vLLM uses {first.settings.utilisation:g} of the memory. A decode step moves\n"
+        caption=f"vLLM uses {first.settings.utilisation:g} of the memory. A decode step moves "
         f"its bytes at {COPY_SHARE:.2f} of {first.device.bandwidth * first.ranks / 1e12:g} TB/s, and each layer takes "
-        f"{first.settings.layer_overhead * 1e6:g} µs\nin addition.",
+        f"{first.settings.layer_overhead * 1e6:g} µs in addition.",
         caption_justify="left",
     )
     table.add_column("")

@@ -282,7 +282,7 @@ def print_plans(plans: Sequence[TrainingPlan]) -> None:
         title="Planned, not measured",
         title_justify="left",
         caption_justify="left",
-        caption=f"GPU-hours assume a model FLOPs utilisation (MFU) of {plans[0].mfu:.0%}. Weights,\n"
+        caption=f"GPU-hours assume a model FLOPs utilisation (MFU) of {plans[0].mfu:.0%}. Weights, "
         "gradients and moments are counted exactly, all in float32; the rest of the memory is estimated.",
     )
     table.add_column("")

@@ -159,12 +159,10 @@ def lines(
             axes.legend()
 
     stated = [*notes, *(f"The dashed line at {x_shown(at)}: {meaning}." for at, meaning in (marks or {}).items())]
-    points = sorted({x for one in series for x in one.x})
-    values = [dict(zip(one.x, one.y, strict=True)) for one in series]
-    rows = [
-        [x_shown(x), *(number(by_x[x]) if x in by_x and not math.isnan(by_x[x]) else "" for by_x in values)]
-        for x in points
-    ]
+    # A gap in a curve is a NaN, which may be at the same place as a value.
+    values = [{x: y for x, y in zip(one.x, one.y, strict=True) if not math.isnan(y)} for one in series]
+    points = sorted({x for by_x in values for x in by_x})
+    rows = [[x_shown(x), *(number(by_x[x]) if x in by_x else "" for by_x in values)] for x in points]
     picture = render(key, f"{title}. {y_label} over {x_label}", draw)
     return Chart(key, title, picture, [x_label, *(one.name for one in series)], rows, source, computed, stated)
 

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 import hmf
 from hmf.config.pattern import ATTENTION, is_fused
 from hmf.config.runs import DistillRecipe, FinetuneRecipe, PrimeRecipe
-from hmf.errors import HmfError
+from hmf.errors import HmfError, counted
 from hmf.folders import ASSETS, RECIPE, reason
 from hmf.model.checkpoint import load_config
 from hmf.planning import serving as planner
@@ -210,7 +210,7 @@ class Page:
         for name in (name for models in self.retention.suites.values() for name in models.values()):
             scores = self.evidence.scores[name]
             prompts = sum(task.n for task in scores.tasks.values())
-            what = f"{name}: {len(scores.tasks)} tasks, {prompts:,} prompts"
+            what = f"{name}: {counted(len(scores.tasks), 'task')}, {counted(prompts, 'prompt')}"
             add("Evaluation", what, getattr(scores, "seconds", None), f"scores.{name}.json")
         yield Table("Steps of the run", ["step", "what", "time"], rows, text_columns=2)
         yield Note(

@@ -21,6 +21,7 @@ from hmf.data.prepared import PreparedDataset
 from hmf.data.shards import Counts, Encoder
 from hmf.data.sources import Source
 from hmf.data.tokenizer import load_tokenizer
+from hmf.errors import counted
 
 SUPERVISED, CONTEXT, OMITTED = "bold green", "dim", "yellow"
 
@@ -91,7 +92,8 @@ def print_counts(index: dict[str, Any], console: Console | None = None) -> None:
     console = console or _console()
     console.print(_table(index["sources"]))
     console.print(
-        f"{index['rows']:,} rows of {index['sequence_length']:,} tokens from {index['documents']:,} documents "
+        f"{counted(index['rows'], 'row')} of {index['sequence_length']:,} tokens from "
+        f"{counted(index['documents'], 'document')} "
         f"and pieces of them, {index['filled']:.1%} filled",
         highlight=False,
     )

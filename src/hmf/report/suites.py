@@ -58,6 +58,12 @@ def title(key: str, task: TaskResult) -> str:
     return f"{task.task or key} {short(task.length)}" if task.length else key
 
 
+def key_title(key: str) -> str:
+    """The display name of the task with this key, TASK@LENGTH or TASK."""
+    task, _, length = key.rpartition("@")
+    return f"{task} {short(int(length))}" if task and length.isdecimal() else key
+
+
 def _cells(task: TaskResult) -> list[str]:
     low, high = task.interval
     cut = task.cut_off
@@ -113,7 +119,7 @@ def _pairs(first: str, second: str, result: Mapping[str, Pair | None]) -> Table 
     for name in ("difference (95%)", "n", "first only", "second only", "p"):
         table.add_column(name, justify="right", no_wrap=True)
     for key, pair in result.items():
-        table.add_row(key, *pair_cells(pair))
+        table.add_row(key_title(key), *pair_cells(pair))
     return table
 
 
@@ -185,7 +191,8 @@ def _how(result: Scores) -> str:
     parts = []
     if "temperature" in sampling:
         parts.append(f"temperature {sampling['temperature']:g}, top-p {sampling.get('top_p', 1):g}")
-        parts.append(f"answers of at most {sampling.get('max_new_tokens')} tokens in addition to the expected answer's")
+    if (most := sampling.get("max_new_tokens")) is not None:
+        parts.append(f"answers of at most {most} tokens in addition to the expected answer's")
     parts += [f"{key} {settings[key]}" for key in ("seed", "dtype", "device") if settings.get(key) is not None]
     if "thinking" in settings:
         parts.append(f"thinking {'on' if settings['thinking'] else 'off'}")
@@ -226,7 +233,7 @@ def _card_pairs(evidence: Evidence, files: Mapping[str, Scores], named: Callable
     for name, other in ((name, other) for name in ours for other in files if other not in ours):
         for key, pair in compare_all(evidence.answers[name], evidence.answers[other]).items():
             if pair is not None:
-                rows.append([key, _titled(other, files[other], named), *pair_cells(pair)])
+                rows.append([key_title(key), _titled(other, files[other], named), *pair_cells(pair)])
     if rows:
         yield "\nThis model minus another model on the same prompts, in percentage points:\n"
         head = ["Task", "Other model", "Difference (95%)", "n", "this one only", "the other only", "p"]

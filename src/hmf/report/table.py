@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from hmf.errors import counted
 
 
 def print_scores(scores: dict[str, dict[str, Any]]) -> None:
@@ -44,7 +47,8 @@ def _caption(score: dict[str, Any]) -> str:
         parts.append(f"perplexity on {score['text']['tokens']:,} tokens of held-out text")
     if score["tasks"]:
         count = next(iter(score["tasks"].values()))["n"]
-        parts.append(f"accuracy of greedy answers to {count} prompts a task, up to {score['length']:,} tokens")
+        prompts = counted(count, "prompt")
+        parts.append(f"accuracy of greedy answers to {prompts} a task, up to {score['length']:,} tokens")
     if baselines := score.get("baselines"):
         values = ", ".join(f"{name.removeprefix('order3_')} {value:.3f}" for name, value in baselines.items())
         parts.append(f"order-3 models, bits per byte: {values} (the first model: {score['text']['bits_per_byte']:.3f})")
@@ -53,11 +57,12 @@ def _caption(score: dict[str, Any]) -> str:
 
 def next_commands(run: Path, hmf: str) -> str:
     """Commands to run after priming. hmf: the command's name on this machine."""
+    model = shlex.quote(str(run / "model"))
     return "\n".join(
         (
             "Next:",
-            f"  {hmf} chat {run}/model    # chat with the Hybrid",
-            f"  {hmf} evaluate {run}/model --tasks recall,arithmetic,tool_call",
-            f"  {hmf} serve {run}/model   # an OpenAI-compatible API by vLLM; in a clone, make serve MODEL={run}/model",
+            f"  {hmf} chat {model}    # chat with the Hybrid",
+            f"  {hmf} evaluate {model} --tasks recall,arithmetic,tool_call",
+            f"  {hmf} serve {model}   # an OpenAI-compatible API by vLLM; in a clone, make serve MODEL={model}",
         )
     )

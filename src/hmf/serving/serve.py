@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shlex
+import socket
 from argparse import ArgumentParser, Namespace
 from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
@@ -40,12 +41,27 @@ UTILISED, RANKS = "--gpu-memory-utilization", "--tensor-parallel-size"
 
 @dataclass(frozen=True)
 class Launch:
-    """A command `vllm serve ...`, its environment variables, and a line about who can access the server."""
+    """A command `vllm serve ...`, its environment variables, its host and port, and a line about who can access it."""
 
     arguments: tuple[str, ...]
     environment: dict[str, str] = field(default_factory=dict)
     secrets: frozenset[str] = frozenset()  # API keys among the arguments
     access: str = ""
+    address: tuple[str, int] | None = None  # None: a Unix socket
+
+    def require_port(self) -> None:
+        """HmfError if the server cannot listen at its address, for example because another program does."""
+        if self.address is None:
+            return
+        host, port = self.address
+        try:
+            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM does
+                probe.bind(self.address)
+        except OSError as error:
+            raise HmfError(
+                f"{host or '0.0.0.0'}:{port}: {error.strerror}; choose another port: -- --port NUMBER"
+            ) from None
 
     @property
     def line(self) -> str:
@@ -116,7 +132,7 @@ def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
         if text is not None
     ]
     keys = frozenset(key for key in user_options.get("api_key") or () if key)
-    return Launch((str(source), *chosen, *extra), environment, keys, access(user_options))
+    return Launch((str(source), *chosen, *extra), environment, keys, access(user_options), address(user_options))
 
 
 def _known(value: str | None, dtypes: Mapping[str, torch.dtype | None]) -> str:
@@ -159,11 +175,18 @@ def _parser() -> ArgumentParser:
     return make_arg_parser(Parser(prog="vllm serve"))
 
 
+def address(given: dict[str, Any]) -> tuple[str, int] | None:
+    """Host and port of a server with these options. None if it listens on a Unix socket."""
+    if given.get("uds") is not None:
+        return None
+    return given.get("host") or ("" if "host" in given else LOOPBACK), given.get("port", PORT)
+
+
 def access(given: dict[str, Any]) -> str:
     """One line that says where a server with these options listens, and who can use it."""
-    if (path := given.get("uds")) is not None:
-        return f"The server listens on the socket {path}."
-    host, port = given.get("host") or ("" if "host" in given else LOOPBACK), given.get("port", PORT)
+    if (place := address(given)) is None:
+        return f"The server listens on the socket {given['uds']}."
+    host, port = place
     shown = f"[{host}]" if ":" in host else host or "0.0.0.0"
     scheme = "https" if given.get("ssl_keyfile") else "http"
     line = f"The server listens on {scheme}://{shown}:{port}"

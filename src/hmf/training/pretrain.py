@@ -4,6 +4,7 @@
 import json
 import os
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -105,21 +106,27 @@ class PretrainRecipe(Settings):
         return self
 
 
-def main(recipe_path: str) -> None:
+def main(recipe_path: str, overrides: Sequence[str] = ()) -> Path | None:
     """Run a recipe: create tokenizer and model, train, and save the result in bfloat16 in the output folder.
 
     An interrupted run resumes from its last checkpoint. At the end the folder has weights, config, tokenizer and
     `training.json`, a record of the model, data, time and versions.
+
+    Args:
+        overrides: "KEY=VALUE", as in `read_recipe`.
+    Returns:
+        The output folder; None in processes that only take part in training.
     """
-    recipe, text = read_recipe(recipe_path, PretrainRecipe)
+    recipe, text = read_recipe(recipe_path, PretrainRecipe, overrides)
     require_reporters(recipe.training.report_to)
     if recipe.model is not None and recipe.tokenizer is not None:  # both, or none
         try:
             _config(recipe.model, recipe.tokenizer.vocab_size)
         except HmfError as error:
             raise HmfError(f"{recipe_path}: {error}") from None
-    with run_folder(recipe.output, text):
+    with run_folder(recipe.output, text) as first:
         _pretrain(recipe, recipe_path)
+    return recipe.output if first else None
 
 
 def _pretrain(recipe: PretrainRecipe, recipe_path: str) -> None:
