@@ -157,6 +157,34 @@ def test_the_schema_of_a_tool_may_have_another_key(templated):
         encode_chat(templated(READS_PARAMETERS), [user("q"), answer("a")], tools)
 
 
+QUOTED = OLD.replace(
+    "{{ c.function.arguments | tojson }}",
+    "{ {%- for k, v in c.function.arguments.items() %}{{ k }}:"
+    "{% if v is string %}«{{ v }}»{% elif v is none %}None{% else %}{{ v }}{% endif %}{% endfor %} }",
+).replace("{ {%- for", "{{ '{' }}{%- for")
+
+
+def test_literals_are_not_passed_as_text_to_a_template_that_quotes_texts(templated):
+    """Gemma 4 has its own quotation marks and writes None. With null as text, it would write the text "null"."""
+    for template in (QUOTED, "gemma4_v2"):
+        with pytest.raises(HmfError, match="Python's notation"):
+            encode_chat(templated(template), [HI, answer("", tool_calls=[call(arguments={"unit": None})])], TOOLS)
+    assert "weather {city:«Lyon» }" in text_of(
+        templated(QUOTED), [HI, answer("", tool_calls=[call(arguments={"city": "Lyon"})])]
+    )
+
+
+IN_PYTHON = OLD.replace("tool | tojson", "tool | string")
+
+
+def test_tools_may_be_written_in_pythons_notation(templated):
+    """As SmolLM3's published template writes them; calls may not."""
+    text = text_of(templated(IN_PYTHON), [HI, HELLO], TOOLS)
+    assert "{'name': 'weather', 'description': 'Of a city.', 'parameters': {}}" in text
+    with pytest.raises(HmfError, match=r"messages\[0\]: the chat template leaves its content out"):
+        encode_chat(templated(IN_PYTHON.replace("{{ m.content }}", "{{ [m.content] }}")), [HI, HELLO], TOOLS)
+
+
 def test_a_template_is_given_the_form_that_it_reads(templated):
     talk = [HI, answer("", tool_calls=[call()])]
     assert 'args {"city": "Lyon", "days": 3, "unit": null}' in text_of(templated(TEXT_ARGUMENTS), talk, TOOLS)
@@ -289,13 +317,23 @@ def test_thinking_that_a_template_with_marks_removes_is_learnt_in_a_document_of_
 
 
 @pytest.mark.parametrize("template", [None, "qwen2_5", "qwen3"], ids=str)
-def test_tags_that_the_template_writes_too_are_refused(templated, template):
+def test_tags_that_the_template_writes_too_stand_once(templated, template):
     """Results in the Hermes format have the tags in their text; the template would write a second pair around them."""
     made = '<tool_response>\n{"t": 21}\n</tool_response>'
+
+    def talk(*contents):
+        called = answer("", tool_calls=[call()] * len(contents))
+        return [HI, called, *map(result, contents), answer("21.")]
+
+    tokenizer = templated(template)
+    plain = encode_chat(tokenizer, talk('{"t": 21}'), TOOLS)
+    assert encode_chat(tokenizer, talk(made), TOOLS) == encode_chat(tokenizer, talk(f"{made}\n"), TOOLS) == plain
+    assert text_of(tokenizer, talk(f"{made}\n{made}"), TOOLS).count(made) == 2  # two results in one message
+    assert f"\n{made}<|im_end|>" in text_of(templated(OLD), talk(made), TOOLS)  # which writes no tags
     with pytest.raises(
         HmfError, match=r"messages\[2\].content: begins with <tool_response>, which .* writes before it"
     ):
-        encode_chat(templated(template), [HI, answer("", tool_calls=[call()]), result(made), answer("21.")], TOOLS)
+        encode_chat(tokenizer, talk(f"{made} for Lyon"), TOOLS)
     text = text_of(templated(template), [HI, HELLO, user(f"{made} is a result."), answer("Yes.")])
     assert text.count("<tool_response>") == 1
 

@@ -276,6 +276,18 @@ def test_a_tokenizer_that_has_changed_is_asked_again(templated):
     assert ended.ids.count(number) == 2 and "<|im_end|>" not in chosen.decode(ended.ids)
 
 
+def test_special_tokens_are_collected_once(templated, monkeypatch):
+    """Of thousands of tokens this takes longer than the rest of a conversation."""
+    chosen, collected = templated(SIMPLE), []
+    tokens = type(chosen).added_tokens_decoder
+    monkeypatch.setattr(
+        type(chosen), "added_tokens_decoder", property(lambda self: collected.append(1) or tokens.__get__(self))
+    )
+    for _ in range(3):
+        encode_chat(chosen, CONTROL_TALK, split_special_tokens=True)
+    assert len(collected) == 1
+
+
 PIECES = st.lists(st.one_of(st.text(), st.sampled_from(sorted(SPECIAL))), min_size=1, max_size=4).map("".join)
 
 

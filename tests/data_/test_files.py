@@ -256,6 +256,11 @@ REFUSED = {
     "surrogate": ({"instruction": "a", "output": "\ud83d"}, "alpaca", r"messages\[1\].content: a lone surrogate"),
     "empty": ({"prompt": "", "completion": "a"}, "prompt_completion", "prompt: is empty"),
     "unwanted": ({"prompt": "a", "completion": "b", "label": False}, "prompt_completion", "'label' is false, as KTO"),
+    "unwanted, as a number": (
+        {"prompt": "a", "completion": "b", "label": 0},
+        "prompt_completion",
+        "'label' is 0, as KTO .*ignore_fields if it means something else",
+    ),
     "messages": ({"conversations": said(("user", "a"))}, "sharegpt", "leave shape out and set messages_field"),
     "messages as text": (
         {"prompt": json.dumps(said(("user", "a"))), "completion": "b"},
@@ -380,7 +385,7 @@ UNREAD = {
     ),
     "tools of MCP": ({"Tools": [{"name": "f", "inputSchema": SCHEMA}]}, "set tools_field: Tools"),
     "unwanted": ({"label": False}, "'label' is false, as KTO marks an unwanted answer"),
-    "unwanted, as a number": ({"kto_tag": 0}, "'kto_tag' is false"),
+    "unwanted, as a number": ({"kto_tag": 0}, "'kto_tag' is 0"),
     "unwanted, as text": ({"label": "False"}, "'label' is false"),
     "mask of answers": ({"train": [0, 1]}, "'train' has 0 or 1 for each message"),
 }
@@ -408,6 +413,12 @@ def test_facts_about_a_row_are_named_as_not_read(tmp_path):
     }
     found = shaped(tmp_path, {"messages": said(("user", "a"), ("assistant", "b"))} | facts, messages_field="messages")
     assert found.unread == ("id", "source", "label", "turns", "names", "scores")
+
+
+@pytest.mark.parametrize("label", [0, 0.0, "0", 3, "spam"])
+def test_the_number_of_a_class_marks_no_unwanted_answer(tmp_path, label):
+    row = {"messages": said(("user", "a"), ("assistant", "b")), "label": label}
+    assert shaped(tmp_path, row, messages_field="messages").unread == ("label",)
 
 
 @pytest.mark.parametrize("mask", [[0, 1], [False, True], [1.0, 0.0]])

@@ -162,6 +162,13 @@ def test_pairs_stay_whole_and_all_come_before_any_comes_again(hybrid, pairs):
     assert again == [pair_dataset(settings, tokenizer, 12, 1)[index]["input_ids"].tolist() for index in range(12)]
 
 
+def test_fields_of_pairs_that_are_not_read_are_named(hybrid, tmp_path, capsys):
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 0.5, "label": 0, "id": None}
+    file = write(tmp_path / "pairs.jsonl", [pair, pair | {"source": "web"}])
+    pair_dataset(PairSettings(path=str(file), sequence_length=96), tokenizer_of(hybrid))
+    assert capsys.readouterr().err == "hmf: pairs: fields that are not read: margin, label, source\n"
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

@@ -200,7 +200,8 @@ class _Chat:
         for index, thinking in self.thinks.items():
             if not index:
                 raise HmfError(
-                    "messages[0]: the first message is the assistant's, so it has no prompt; start with a user message"
+                    "messages[0]: the first message is the assistant's, so it has no prompt; start with a user "
+                    "message, or give it weight: 0 to keep it as context"
                 )
             prompt = self.template.render(messages[:index], tools, add_generation_prompt=True, enable_thinking=thinking)
             whole = self.template.render(messages[: index + 1], tools, enable_thinking=thinking)

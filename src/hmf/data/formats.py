@@ -59,8 +59,7 @@ CONVERSATION_FIELDS = (
 )
 
 
-# With which KTO marks an unwanted answer, if they are false.
-WANTED = ("label", "kto_tag")
+WANTED = ("label", "kto_tag")  # fields with which KTO marks an unwanted answer, if they are false
 
 
 @dataclass(frozen=True)
@@ -74,12 +73,13 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Pair:
-    """The messages before an answer, and two answers."""
+    """The messages before an answer, and two answers. unread: as of `Conversation`."""
 
     prompt: list[Message]
     chosen: Message
     rejected: Message
     tools: list[Any] | None
+    unread: tuple[str, ...] = ()
 
 
 def conversation(row: Row, settings: SourceSettings) -> Conversation:
@@ -101,10 +101,10 @@ def conversation(row: Row, settings: SourceSettings) -> Conversation:
     require_text(messages, "messages")
     unread = _unread(row, used, settings)
     for name, value in unread.items():
-        if name in WANTED and str(value).casefold() in ("false", "0"):
+        if _is_unwanted(name, value, settings):
             raise HmfError(
-                f"field {name!r} is false, as KTO marks an unwanted answer; remove the row, or add {name} to "
-                f"{settings.key}.ignore_fields"
+                f"field {name!r} is {str(value).casefold()}, as KTO marks an unwanted answer; remove the row, or add "
+                f"{name} to {settings.key}.ignore_fields if it means something else"
             )
         if _is_mask(value, messages):
             raise HmfError(
@@ -139,7 +139,7 @@ def pair(row: Row, settings: PairSettings) -> Pair:
     tools = _tools(row, used, settings)
     for place, messages in (("prompt", prompt), *zip(names, answers, strict=True)):
         require_text(messages, place)
-    return Pair(prompt, answers[0], answers[1], tools)
+    return Pair(prompt, answers[0], answers[1], tools, tuple(_unread(row, used, settings)))
 
 
 def message_list(value: Any, field: str) -> list[Message]:
@@ -214,6 +214,13 @@ def _is_tool(value: Any) -> bool:
     function = value.get("function", value) if isinstance(value, dict) else None
     schemas = {"parameters", "input_schema", "inputSchema"}
     return isinstance(function, dict) and isinstance(function.get("name"), str) and bool(schemas & function.keys())
+
+
+def _is_unwanted(name: str, value: Any, settings: SourceSettings) -> bool:
+    """Whether a field may mark an unwanted answer. A number in `label` does so only in the shape of KTO data; in other
+    rows it is the number of a class."""
+    numbers = {"0", "0.0"} if name == "kto_tag" or settings.shape == "prompt_completion" else set()
+    return name in WANTED and str(value).casefold() in {"false", *numbers}
 
 
 def _is_mask(value: Any, messages: list[Message]) -> bool:

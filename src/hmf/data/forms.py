@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from hmf.data.conversation import REASONING_FIELDS, Message
 
 SPELLED = "\ue002\ue003"  # in place of null, true or false: as the value of an argument, and inside one
+NUMBER = 9174_000_000_000  # in place of null, true or false as the value of an argument
 
 
 @dataclass(frozen=True)
@@ -52,20 +53,23 @@ class Form:
         return made
 
 
-def spelled(message: Message) -> Message:
-    """The message, in whose calls a character of `SPELLED` stands in place of each null, true and false."""
+def spelled(message: Message, value: str | int = SPELLED[0]) -> Message:
+    """The message, in whose calls `value` stands in place of each argument that is null, true or false, and the second
+    character of `SPELLED` in place of those inside of arguments."""
     if not (calls := message.get("tool_calls")):
         return message
-    return message | {"tool_calls": [_with_arguments(call, _spelled) for call in calls]}
+    return message | {
+        "tool_calls": [_with_arguments(call, partial(_spelled, values=(value, SPELLED[1]))) for call in calls]
+    }
 
 
-def _spelled(value: Any, level: int = -1) -> Any:
+def _spelled(value: Any, level: int = -1, values: Sequence[str | int] = SPELLED) -> Any:
     match value:
         case dict():
-            return {name: _spelled(item, level + 1) for name, item in value.items()}
+            return {name: _spelled(item, level + 1, values) for name, item in value.items()}
         case list():
-            return [_spelled(item, level + 1) for item in value]
-    return SPELLED[min(level, 1)] if value is None or isinstance(value, bool) else value
+            return [_spelled(item, level + 1, values) for item in value]
+    return values[min(level, 1)] if value is None or isinstance(value, bool) else value
 
 
 def _literal_text(arguments: Message) -> Message:

@@ -12,9 +12,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hmf.config.places import PairSettings
-from hmf.errors import HmfError
+from hmf.errors import HmfError, listed
 
 from .encoding import IGNORED, Encoded, encode_answers
+from .files import say_once
 from .formats import Pair as AnswerPair
 from .packing import PackedRow, row_tensors
 from .sources import Source, pair_of
@@ -79,11 +80,14 @@ def pair_dataset(
     """
     sequence_length = settings.sequence_length
     packed: list[list[Pair]] = []
+    unread = dict[str, None]()
     room = 0
     for record in Source(settings).records():
         where = f"{settings.key}: {record.where}"
         try:
-            pair = encode_pair(tokenizer, pair_of(record, settings), settings)
+            answers = pair_of(record, settings)
+            unread.update(dict.fromkeys(answers.unread))
+            pair = encode_pair(tokenizer, answers, settings)
         except HmfError as error:
             raise HmfError(f"{where}: {error}") from None
         size = len(pair[0]) + len(pair[1])
@@ -102,6 +106,8 @@ def pair_dataset(
             f"{settings.key}: {settings.path or settings.dataset}: there are no pairs; give rows with prompt, "
             "chosen and rejected"
         )
+    if unread:
+        say_once(f"{settings.key}: fields that are not read: {listed(unread)}")
     return PairDataset(packed, sequence_length, document_separator(tokenizer), rows or len(packed), seed)
 
 

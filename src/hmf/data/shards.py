@@ -109,7 +109,7 @@ class Encoder:
             else:
                 documents = [encode_document(tokenizer, item, split)] if item.strip() else []
                 texts = iter([item])
-            counts.special_tokens += any(_special(tokenizer).search(text) for text in texts)
+            counts.special_tokens += any(map(special_tokens(tokenizer).search, texts))
         except HmfError as error:
             raise HmfError(f"{self.source.title}: {record.where}: {error}") from None
         kept = []
@@ -126,9 +126,6 @@ class Encoder:
         counts.tokens += sum(map(len, kept))
         counts.supervised += sum(label != IGNORED for document in kept for label in document.labels)
         return kept
-
-
-_special = functools.lru_cache(maxsize=1)(special_tokens)  # while rows are prepared, the tokenizer does not change
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:

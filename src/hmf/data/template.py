@@ -22,21 +22,23 @@ from transformers import PreTrainedTokenizerBase
 
 from hmf.data import rendering
 from hmf.data.conversation import REASONING_FIELDS, RESULT_ROLES, ROLES, THINK_BLOCK, Message, untagged
-from hmf.data.forms import SPELLED, Form, spelled
+from hmf.data.forms import NUMBER, SPELLED, Form, spelled
 from hmf.errors import HmfError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_MARKER = re.compile("\ue000(\\d+)\ue001|9173(\\d{9})")  # in place of a text, or of a number
+# In place of a text, or of a number; and of a text in Python's notation, in which some templates write tools.
+_MARKER = re.compile("\ue000(\\d+)\ue001|9173(\\d{9})|(?<!\\\\)\\\\ue000(\\d+)\\\\ue001")
 # A list of parts in the notation of Python or JSON, and an object that was encoded as JSON twice.
 _NOTATION = re.compile(r"""['"]text['"]: ?['"]\ue000|\\": ?(?:9173\d{9}|\\"\ue000)""")
 _PYTHON = "(?:'\ue000|9173\\d{9}|None|True|False|\\[)"  # follows the name of an argument in Python's notation
+_BRACES = re.compile(r"\{\s*\{")  # an object as text, in braces of the template
 _LITERALS, _PYTHON_LITERALS = re.compile(r"\b(?:null|true|false)\b"), re.compile(r"\b(?:None|True|False)\b")
-_QUOTED = re.compile(f"['\"]{SPELLED[0]}")
 _NOT_JSON = (
     "the chat template writes contents or arguments in Python's notation, or encodes them as JSON twice; use another "
     "template"
 )
 _TAG = re.compile(r"\s*(<[^<>\s]+>)")
+_TAGGED = re.compile(r"\s*(<([^<>/\s]+)>)\s*(.*?)\s*</\2>\s*", re.DOTALL)
 _CACHE_SIZE = 1024  # structures of conversations that are cached for each template
 TOOLS = -1  # stands for tools in place of the index of a message
 
@@ -60,7 +62,8 @@ class MarkedConversation:
         leaves: the texts and numbers that the markers stand for, by the markers' numbers.
         names: names of arguments and of tools' properties. They are not marked, since templates may look them up.
         literals: the index of the message of each argument that is null, true or false.
-        spelled: the marked copy, in the form that `Template.read` chose, without these literals.
+        spelled, numbered: the marked copy, in the form that `Template.read` chose, with texts or numbers in place of
+            these literals.
         structure: the marked copy as a string: equal for conversations that differ only in their leaves.
     """
 
@@ -78,11 +81,17 @@ class MarkedConversation:
         self.form = form
         self.messages, self.marked = form.apply(self.original), form.apply(self._marked)
         self.spelled = form.apply(spelled(message) for message in self._marked)
+        self.numbered = form.apply(spelled(message, NUMBER) for message in self._marked)
         self.structures = [repr(message) for message in self.marked]
 
     def written(self, text: str) -> list[tuple[int, int]]:
         """(position, number of the leaf) of every marker in a text."""
-        return [(match.start(), int(match[1] or match[2])) for match in _MARKER.finditer(text)]
+        found = ((match, int(match[1] or match[2] or match[3])) for match in _MARKER.finditer(text))
+        return [
+            (match.start(), number)
+            for match, number in found
+            if match[3] is None or self.leaves[number].message == TOOLS
+        ]
 
     def _mark(self, value: Any, message: int, what: str, path: str) -> Any:
         """The value with markers in place of its texts and numbers."""
@@ -251,8 +260,29 @@ class Template:
                 refusals.append(error)
                 continue
             keep(self.forms, key, form)
-            return conversation
+            inside = self._untagged(conversation, max(answers), answers[max(answers)])
+            return conversation if inside == messages else self.read(inside, tools, answers)
         raise next((error for error in refusals if not isinstance(error, _Failure)), refusals[0])
+
+    def _untagged(self, conversation: MarkedConversation, last: int, thinking: bool) -> list[Message]:
+        """The messages, where results in tags that the template itself writes around results are without them."""
+        tagged = {
+            index: match
+            for index, message in enumerate(conversation.original)
+            if message["role"] in RESULT_ROLES
+            and isinstance(content := message["content"], str)
+            and (match := _TAGGED.fullmatch(content))
+        }
+        if not tagged:
+            return conversation.original
+        text = self.render(conversation.marked[: last + 1], conversation.marked_tools, enable_thinking=thinking)
+        written = ((place, conversation.leaves[number]) for place, number in conversation.written(text))
+        starts = {leaf.message: place for place, leaf in written if leaf.what == "content"}
+        made = list(conversation.original)
+        for index, match in tagged.items():
+            if index in starts and text[: starts[index]].rstrip().endswith(match[1]):
+                made[index] = made[index] | {"content": match[3]}
+        return made
 
     def _candidates(self, messages: list[Message]) -> Iterator[Form]:
         """The default form, then those that differ from it for these messages."""
@@ -282,7 +312,8 @@ class Template:
             return self.orders[key]
         text = self.render(conversation.marked[: last + 1], conversation.marked_tools, enable_thinking=thinking)
         names = [re.escape(repr(leaf.value)) for leaf in conversation.names if 0 <= leaf.message <= last]
-        if _NOTATION.search(text) or (names and re.search(f"(?:{'|'.join(names)}): {_PYTHON}", text)):
+        in_braces = conversation.form.arguments is str and _BRACES.search(text)
+        if in_braces or _NOTATION.search(text) or (names and re.search(f"(?:{'|'.join(names)}): {_PYTHON}", text)):
             raise HmfError(_NOT_JSON)
         numbers = Counter(number for _, number in conversation.written(text))
         for number, leaf in enumerate(conversation.leaves):
@@ -318,7 +349,13 @@ class Template:
         json_, python = (
             len(words.findall(text)) - len(words.findall(without)) for words in (_LITERALS, _PYTHON_LITERALS)
         )
-        if python or (conversation.form.literals and _QUOTED.search(without)):
+        if conversation.form.literals and not python:
+            # JSON's literals may be passed as text only if the template writes a text as it writes a number: unquoted.
+            numbers = self.render(
+                conversation.numbered[: last + 1], conversation.marked_tools, enable_thinking=thinking
+            )
+            python = int(numbers.replace(str(NUMBER), SPELLED[0]) != without)
+        if python:
             raise HmfError(_NOT_JSON)
         expected = sum(map(without.count, SPELLED))
         if json_ != expected or expected < sum(message <= last for message in conversation.literals):

@@ -212,25 +212,30 @@ def encode_texts(
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids of the special tokens: those with a role, such as EOS, and added ones. Some end turns without a role."""
-    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return frozenset(added | set(tokenizer.all_special_ids))
+    return _special(tokenizer)[0]
 
 
 def is_special(tokenizer: PreTrainedTokenizerBase, number: int) -> bool:
-    """Whether an id is one of `special_ids`, which takes long to collect where a tokenizer has thousands of them."""
+    """Whether an id is one of `special_ids`; fast for most of them."""
     skipped = tokenizer.decode([number]) and not tokenizer.decode([number], skip_special_tokens=True)
     return bool(skipped) or number in special_ids(tokenizer)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """A pattern for the special tokens in a text; at each position, the longest one matches."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return _any_of(frozenset(added | set(tokenizer.all_special_tokens)))
+    return _special(tokenizer)[1]
 
 
-@functools.lru_cache(maxsize=8)
-def _any_of(names: frozenset[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+def _special(tokenizer: PreTrainedTokenizerBase) -> tuple[frozenset[int], re.Pattern[str]]:
+    return _collected(tokenizer, len(tokenizer), *tokenizer.all_special_tokens)
+
+
+@functools.lru_cache(maxsize=8)  # it takes long if there are thousands of special tokens
+def _collected(tokenizer: PreTrainedTokenizerBase, *state: Any) -> tuple[frozenset[int], re.Pattern[str]]:
+    """Ids and pattern of the special tokens. `state` changes if tokens are added."""
+    added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    names = sorted({*added.values(), *tokenizer.all_special_tokens}, key=len, reverse=True)
+    return frozenset({*added, *tokenizer.all_special_ids}), re.compile("|".join(map(re.escape, names)) or "(?!)")
 
 
 class SpecialTokenSplitter:
