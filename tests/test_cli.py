@@ -219,10 +219,10 @@ def test_init_explains_the_marks_of_a_fused_pattern(tmp_path, monkeypatch, capsy
     make_tiny_stage0(tmp_path)
     code, out, _ = run(monkeypatch, capsys, "init", tmp_path / "base", "--pattern", "*-GDN", "--out", tmp_path / "new")
     assert code == 0 and "pattern *DA-GDN*\n" in out
-    assert "*DA: a layer of the base as it is; GDN* and so on: a mixer beside the layer that it" in out
+    assert "*DA: an unchanged layer of the base; GDN* and so on: a mixer beside the layer that it" in out
     _, out, _ = run(monkeypatch, capsys, "init", "--help")
     words = " ".join(out.split())
-    assert "`*DA` is a layer of the base as it is" in words and "* keeps the base's layer; GDN" in words
+    assert "`*DA` is an unchanged layer of the base" in words and "* keeps the base's layer; GDN" in words
 
 
 def test_the_script_and_the_module_are_the_same():
