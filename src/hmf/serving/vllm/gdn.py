@@ -5,7 +5,7 @@ States of a request: the last conv_size - 1 inputs of the short convolutions of 
 and the recurrent state, in the layout of vLLM's kernels [H, V, K]. Heads are split over tensor-parallel ranks. With
 fewer key/value heads than ranks, each rank holds the one that its heads use.
 
-Legend: N tokens of the batch, S sequences, T tokens a sequence, H expanded heads (of this rank), D head_dim.
+Legend: N tokens of the batch, S sequences, T tokens per sequence, H expanded heads (of this rank), D head_dim.
 """
 
 from __future__ import annotations

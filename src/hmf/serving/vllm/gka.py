@@ -10,7 +10,7 @@ A decode step on a GPU runs two kernels: one for the convolutions, and one for t
 the output. They are separate because the heads that share a key also share its convolution state, which is updated in
 place.
 
-Legend: N tokens of the batch, S sequences, T tokens a sequence, H heads, K head_dim, D model dim.
+Legend: N tokens of the batch, S sequences, T tokens per sequence, H heads, K head_dim, D model dim.
 """
 
 from __future__ import annotations
