@@ -201,10 +201,12 @@ def test_lengths_are_taken_with_a_unit_wherever_they_are_asked_for(tmp_path, mon
     needed = {
         "harness lm-eval": ["teacher", "--tasks", "short", "--run", "."],
         "data answers": ["teacher", "--out", "new.jsonl"],
+        "bench serving": ["teacher"],
     }
     for command, option in counts:
         code, _, err = run(monkeypatch, capsys, *command.split(), *needed.get(command, []), option, "1.5K")
-        assert code == 2 and "write for example 131072, 128K or 1M" in err or option == "--context", (command, err)
+        example = "16K:20,32K:max" if (command, option) == ("bench serving", "--context") else "131072, 128K or 1M"
+        assert code == 2 and f"write for example {example}" in err, (command, err)
     code, _, err = run(monkeypatch, capsys, "evaluate", "teacher", "--length", "64")
     assert (code, err) == (2, "hmf: Invalid value for '--length': 64 is less than 96\n")
     recipe = tmp_path / "recipe.yaml"
@@ -221,10 +223,10 @@ def test_init_explains_the_marks_of_a_fused_pattern(tmp_path, monkeypatch, capsy
     make_tiny_stage0(tmp_path)
     code, out, _ = run(monkeypatch, capsys, "init", tmp_path / "base", "--pattern", "*-GDN", "--out", tmp_path / "new")
     assert code == 0 and "pattern *DA-GDN*\n" in out
-    assert "*DA: a layer of the base as it is; GDN* and so on: a mixer beside the layer that it" in out
+    assert "*DA: an unchanged layer of the base; GDN* and so on: a mixer beside the layer that it" in out
     _, out, _ = run(monkeypatch, capsys, "init", "--help")
     words = " ".join(out.split())
-    assert "`*DA` is a layer of the base as it is" in words and "* keeps the base's layer; GDN" in words
+    assert "`*DA` is an unchanged layer of the base" in words and "* keeps the base's layer; GDN" in words
 
 
 def test_the_script_and_the_module_are_the_same():

@@ -98,8 +98,7 @@ def test_runs_come_seed_by_seed_and_methods_before_choices(scripts):
     assert {job["variant"] for job in list(study.jobs(options))[1:]} == study.VARIANTS.keys()
 
 
-def test_a_variant_changes_the_recipe_as_its_name_says(scripts, tmp_path):
-    """All of them are recipes that can be read."""
+def test_every_variant_makes_a_recipe_that_can_be_read(scripts):
     from hmf.config.recipes import read_recipe
     from hmf.config.runs import PrimeRecipe
 

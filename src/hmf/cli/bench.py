@@ -41,14 +41,16 @@ app = group("Measure speed, memory and accuracy on this machine.")
 def ops(
     tokens: Annotated[int, tokens("Length of the sequence.")] = 2048,
     heads: Annotated[int, typer.Option(min=1, help="Number of heads.")] = 8,
-    head_dim: Annotated[int, typer.Option(min=1, help="Key and value dimensions of a head.")] = 64,
-    ops: Annotated[str, typer.Option(help="Ops, separated by commas; empty for all.")] = "",
+    head_dim: Annotated[int, typer.Option(min=1, help="Dimension of a head's keys and values.")] = 64,
+    ops: Annotated[str, typer.Option(help="Ops, separated by commas. Default: all.")] = "",
     versions: Annotated[
-        str, typer.Option(help="From reference,chunked,fast,triton; empty for all that run here.")
+        str, typer.Option(help="Some of reference,chunked,fast,triton. Default: all that run here.")
     ] = "",
     device: Device = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the tensors.")] = "float32",
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs; fewer for a version that takes 10 seconds.")] = 5,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Timed runs of each version; no run starts after 10 seconds.")
+    ] = 5,
     forward: Annotated[bool, typer.Option("--forward", help="Time the forward pass only, as in inference.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -81,10 +83,10 @@ def ops(
 @app.command(epilog=epilog("hmf bench solver", "hmf bench solver --head-dim 64 --plot solver.png"))
 def solver(
     tokens: Annotated[int, tokens("Length of the sequence.")] = 256,
-    heads: Annotated[int, typer.Option(min=1, help="Number of heads, whose memory ranges from short to long.")] = 4,
-    head_dim: Annotated[int, typer.Option(min=1, help="Key and value dimensions of a head.")] = 128,
+    heads: Annotated[int, typer.Option(min=1, help="Number of heads, whose decay ranges from fast to slow.")] = 4,
+    head_dim: Annotated[int, typer.Option(min=1, help="Dimension of a head's keys and values.")] = 128,
     ridge_strength: Annotated[
-        float, typer.Option(min=0, help="Option of the layer; a smaller value converges more slowly.")
+        float, typer.Option(min=0, help="Option of the GKA layer. The solver converges more slowly at a smaller value.")
     ] = 0.02,
     plot: Annotated[Path | None, typer.Option(help="Plot to write (.png, .svg).")] = None,
     as_json: AsJson = False,
@@ -135,12 +137,15 @@ def distill(
     rows: Annotated[int, typer.Option(min=1, help="Rows in the batch.")] = 2,
     tokens: Annotated[int, tokens("Length of a row.", 2)] = 512,
     kl: Annotated[
-        float, typer.Option(min=0, help="Weight of the KL divergence of the logits, beside the MSE before the LM head.")
+        float,
+        typer.Option(
+            min=0, help="Weight of the KL divergence of the logits, which is added to the MSE before the LM head."
+        ),
     ] = 1.0,
     device: Device = None,
-    dtype: Annotated[Dtype, typer.Option(help="bfloat16: autocast over float32 weights.")] = "float32",
+    dtype: Annotated[Dtype, typer.Option(help="bfloat16: autocast; the weights stay float32.")] = "float32",
     repeats: Annotated[int, typer.Option(min=1, help="Timed steps per process.")] = 3,
-    rounds: Annotated[int, typer.Option(min=1, help="Processes for each variant, which take turns.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Processes for each variant; the variants run in turn.")] = 2,
     as_json: AsJson = False,
 ) -> None:
     """Measure time and peak memory of a step of Stage 1.
@@ -179,10 +184,10 @@ def distill(
 def states(
     model: Annotated[str, typer.Argument(help=f"Hybrid. {MODEL}")],
     dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"], typer.Option(help="Dtype of the states; float32 leaves them.")
+        Literal["bfloat16", "float16", "float32"], typer.Option(help="Dtype of the states; float32: unchanged.")
     ] = "bfloat16",
     rounding: Annotated[
-        Literal["nearest", "stochastic"], typer.Option(help="How states are rounded; a server rounds to the nearest.")
+        Literal["nearest", "stochastic"], typer.Option(help="How states are rounded; vLLM rounds to the nearest.")
     ] = "nearest",
     kv_cache_dtype: KVCacheDtype = "auto",
     tokens: Annotated[int, tokens("Length of each excerpt.", 2)] = 1024,
@@ -190,7 +195,7 @@ def states(
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Device to measure on.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Measure the effect of caches in fewer bits.
+    """Measure the effect of caches in a smaller dtype.
 
     Prints how far the log-probabilities move when recurrent states, and keys and values, are stored in the given
     dtypes.
@@ -242,7 +247,7 @@ def serving(
     mixer: Annotated[
         str | None,
         typer.Option(
-            help="With --ratio and one MODEL: also measure Hybrids of it with these mixers (separated by commas).",
+            help="With --ratio and one MODEL: mixers of the Hybrids to measure beside it, separated by commas.",
             show_default=DEFAULT_MIXER,
         ),
     ] = None,
@@ -261,7 +266,7 @@ def serving(
         ),
     ] = None,
     output: Annotated[int, tokens("Tokens that each sequence decodes in the timed run.")] = 128,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs; the fastest counts.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs; the fastest one is reported.")] = 1,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Dtype of the weights. Default: bfloat16 on a GPU, float32 on a CPU.")
     ] = None,

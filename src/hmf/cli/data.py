@@ -79,9 +79,11 @@ def data_show(
             metavar="RECIPE|DIR",
         ),
     ],
-    samples: Annotated[int, typer.Option(min=0, help="Documents to print; for a recipe, of each source.")] = 3,
+    samples: Annotated[
+        int, typer.Option(min=0, help="Documents to print; with a recipe, this number from each source.")
+    ] = 3,
     tokens: Annotated[int, tokens("Tokens to print of a document; the middle of longer ones is omitted.", 8)] = 400,
-    records: Annotated[int, typer.Option(min=1, help="For a recipe: records of each source to read and count.")] = 200,
+    records: Annotated[int, typer.Option(min=1, help="With a recipe: records of each source to read and count.")] = 200,
     overrides: Overrides = None,
 ) -> None:
     """Print documents as the model reads them, and counts.
@@ -119,8 +121,8 @@ def data_answers(
         str, typer.Option(help="Generated tasks, each with its weight.")
     ] = "recall_many=3,recall=1,needle=1,arithmetic=1,tool_call=1",
     samples: Annotated[int, typer.Option(min=1, help="Prompts, half of them with thinking.")] = 1000,
-    length: Annotated[int, tokens("Most tokens of a conversation as the task has it.", 96)] = 512,
-    max_new_tokens: Annotated[int, tokens("Most tokens of an answer; longer ones are left out.")] = 512,
+    length: Annotated[int, tokens("Largest length of a generated conversation.", 96)] = 512,
+    max_new_tokens: Annotated[int, tokens("Largest length of an answer; longer answers are left out.")] = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 16,
     only_correct: Annotated[bool, typer.Option("--only-correct", help="Leave out answers that are wrong.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the prompts.")] = 0,
@@ -131,7 +133,7 @@ def data_answers(
 ) -> None:
     """Let a model answer generated tasks, as training data.
 
-    The answers are greedy and have their thinking. Prompts of an evaluation are not among them.
+    Answers are decoded greedily, and their thinking is kept. The prompts differ from those of `hmf evaluate`.
     """
     if out.exists():
         raise HmfError(f"{out}: exists; choose another file or remove it")

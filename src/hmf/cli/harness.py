@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hmf harness`: known suites through lm-eval and NeMo Evaluator, and their results files."""
+"""`hmf harness`: benchmarks with lm-eval and NeMo Evaluator, and their results files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hmf.cli.shared import MODEL, Device, Dtype, epilog, group, tokens
 from hmf.errors import HmfError
 from hmf.folders import resolve_base
 
-app = group("Run public benchmarks by lm-eval and NeMo Evaluator.")
+app = group("Run benchmarks with lm-eval and NeMo Evaluator.")
 
 RunFolder = Annotated[Path, typer.Option("--run", help="Run folder that the scores are written to.")]
-Name = Annotated[str, typer.Option(help="NAME of scores.NAME-SUITE.json; teacher is the base, primed the Hybrid.")]
-Lengths = Annotated[str, typer.Option(help="Prompt lengths of RULER, for example 4K,32K,128K. Default: 4K.")]
+Name = Annotated[str, typer.Option(help="NAME in scores.NAME-SUITE.json: teacher for the base, primed for the Hybrid.")]
+Lengths = Annotated[str, typer.Option(help="Lengths of RULER's prompts, separated by commas, for example 4K,32K,128K.")]
 
 
 @app.command(
@@ -29,36 +29,42 @@ Lengths = Annotated[str, typer.Option(help="Prompt lengths of RULER, for example
 )
 def lm_eval(
     model: Annotated[str, typer.Argument(help=MODEL)],
-    tasks: Annotated[str, typer.Option(help="short, long or reasoning; or tasks of lm-eval, separated by commas.")],
+    tasks: Annotated[
+        str, typer.Option(help="short, long, reasoning, or names of lm-eval's tasks, separated by commas.")
+    ],
     run: RunFolder,
     name: Name = "primed",
-    url: Annotated[str | None, typer.Option(help="Server that answers. Default: load the model here.")] = None,
+    url: Annotated[str | None, typer.Option(help="URL of a server that runs the model. Default: load it here.")] = None,
     chat_template: Annotated[
-        bool | None, typer.Option(help="Prompts use the chat template. Default: as in the suite.")
+        bool | None, typer.Option(help="Whether prompts use the chat template. Default: the suite's choice.")
     ] = None,
     thinking: Annotated[bool, typer.Option(help="With a chat template: let the model think before it answers.")] = True,
-    max_new_tokens: Annotated[int | None, tokens("Most tokens of an answer. Default: as in the suite or task.")] = None,
+    max_new_tokens: Annotated[int | None, tokens("Longest answer. Default: that of the suite or the task.")] = None,
     temperature: Annotated[
         float | None,
-        typer.Option(min=0, help="Sampling temperature; 0 is greedy. Default: as in the suite or task."),
+        typer.Option(min=0, help="Sampling temperature; 0 is greedy. Default: that of the suite or the task."),
     ] = None,
     lengths: Lengths = "",
-    shots: Annotated[int | None, typer.Option(min=0, help="Examples in a prompt. Default: as in the task.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts of each task.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Few-shot examples in a prompt. Default: as many as the task has.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Number of prompts of each task, from the first. Default: all.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 8,
     concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests to the server.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of sampling and of the choice of examples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of sampling and of the few-shot examples.")] = 0,
     task_folder: Annotated[
-        Path | None, typer.Option(help="Folder of task files, in place of those that come with lm-eval.")
+        Path | None, typer.Option(help="Folder of task files to use in place of those of lm-eval.")
     ] = None,
     device: Device = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Dtype of the weights. Default: as stored on a GPU, float32 on a CPU.")
     ] = None,
 ) -> None:
-    """Run tasks of lm-eval on a model here, or on a server.
+    """Run tasks of lm-eval on a local model or a server.
 
-    The scores and lm-eval's own results file go into the run folder, where `hmf card` finds them.
+    Writes the scores and lm-eval's own results file to the run folder, from which `hmf card` reads them.
     """
     from hmf.config.strict import parse_tokens
 
@@ -99,13 +105,13 @@ def lm_eval(
 @app.command(epilog=epilog("hmf harness nemo runs/mine/model --url http://localhost:8000 --run runs/mine"))
 def nemo(
     model: Annotated[str, typer.Argument(help="The model's name on the server.")],
-    url: Annotated[str, typer.Option(help="Address of the server, as NeMo Evaluator's containers reach it.")],
+    url: Annotated[str, typer.Option(help="URL at which NeMo Evaluator's containers reach the server.")],
     run: RunFolder,
 ) -> None:
     """Print the command that runs NeMo Evaluator.
 
-    It evaluates AIME24/25, GPQA, LiveCodeBench v5, BFCL v3/v4, IFBench and SciCode, with answers of at most 64K tokens.
-    The settings are in this package's nemo.yaml. The launcher needs docker, and is not part of this package.
+    The command evaluates AIME24/25, GPQA, LiveCodeBench v5, BFCL v3/v4, IFBench and SciCode with answers of at most 64K
+    tokens, as hmf's configuration nemo.yaml says. The launcher needs docker, and is installed separately.
     """
     _require_run(run)
 
@@ -122,14 +128,14 @@ def nemo(
 )
 def read(
     files: Annotated[list[Path], typer.Argument(help="Results files of lm-eval, NeMo Evaluator or NeMo-Skills.")],
-    suite: Annotated[str, typer.Option(help="SUITE of scores.NAME-SUITE.json.")],
+    suite: Annotated[str, typer.Option(help="SUITE in scores.NAME-SUITE.json.")],
     run: RunFolder,
     name: Name = "primed",
 ) -> None:
-    """Read results files into scores of a run.
+    """Read results files into the scores of a run.
 
-    The files are copied into the run folder, and each score names its file. Metrics that are not known to be shares,
-    such as perplexity, are kept under `measures`.
+    Copies the files into the run folder; each score names the file that it is from. Metrics that are not
+    known to be a share from 0 to 1 are kept beside the scores.
     """
     _require_run(run)
     for file in files:  # before imports that take seconds

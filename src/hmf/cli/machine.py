@@ -54,7 +54,10 @@ def plan(
         float, typer.Option(help="vLLM's option: share of GPU memory that it may use.")
     ] = 0.9,
     layer_overhead: Annotated[
-        float, typer.Option(min=0, help="Microseconds per layer and decode step beside memory traffic.")
+        float,
+        typer.Option(
+            min=0, help="Microseconds per layer and decode step that are added to the time of memory traffic."
+        ),
     ] = 85,
     prefix_caching: Annotated[bool, typer.Option(help="Cache states at block boundaries for later prompts.")] = True,
     max_num_seqs: Annotated[int | None, typer.Option(min=1, help="vLLM's option. Default: vLLM's default.")] = None,
@@ -122,9 +125,9 @@ def plan_training(
         ),
     ],
     gpu: Annotated[
-        str | None, typer.Option(help="For example h200x8. Default: the GPUs that each recipe names.")
+        str | None, typer.Option(help="GPUs to train on, for example h200x8. Default: those that each recipe names.")
     ] = None,
-    mfu: Annotated[float, typer.Option(help="Assumed model FLOPs utilisation: share of the GPUs' peak.")] = MFU,
+    mfu: Annotated[float, typer.Option(help="Assumed model FLOPs utilisation (MFU), a share of the GPUs' peak.")] = MFU,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:

@@ -60,16 +60,15 @@ def evaluate(
     models: Annotated[list[str], typer.Argument(help=f"Models to compare. {MODEL}", metavar="MODEL...")],
     tasks: Annotated[
         str | None,
-        typer.Option(
-            help="Generated tasks, separated by commas; empty for none.", show_default="recall,needle, or all"
-        ),
+        typer.Option(help="Generated tasks, separated by commas; '' for none.", show_default="recall,needle, or all"),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Prompts per task.")] = 50,
     length: Annotated[int, tokens("Length of the longest prompts, and of the window for text.", 96)] = 512,
     text_bytes: Annotated[int, typer.Option(min=0, help="Bytes of held-out text to score.")] = 100_000,
     thinking: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = True,
     max_new_tokens: Annotated[
-        int | None, tokens("Most tokens of an answer. Default: 160; for a suite 1024 more than the expected answer.")
+        int | None,
+        tokens("Largest length of an answer. Default: 160; with a suite, 1024 more than the expected answer."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 16,
     baselines: Annotated[bool, typer.Option(help="Also score order-3 n-gram models of bytes and of tokens.")] = False,
@@ -81,21 +80,25 @@ def evaluate(
     ] = None,
     as_json: AsJson = False,
     suite: Annotated[
-        str | None, typer.Option(help="Suite of tasks in place of the four small ones: retention.")
+        str | None, typer.Option(help="Suite of tasks to run in place of the small tasks: retention.")
     ] = None,
     lengths: Annotated[
         Any, token_list("Prompt lengths of the suite, for example 4K,128K.", show_default="4K, or the context")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the suite's prompts and of sampling.")] = 0,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature of the suite; 0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus sampling of the suite.")] = 1.0,
-    likelihood: Annotated[bool, typer.Option(help="Also score the expected answers of the suite.")] = True,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Top-p (nucleus) sampling of the suite.")] = 1.0,
+    likelihood: Annotated[
+        bool, typer.Option(help="Also compute the likelihood of the suite's expected answers.")
+    ] = True,
     url: Annotated[str | None, typer.Option(help="OpenAI-compatible server that answers the suite.")] = None,
     endpoint: Annotated[
-        Endpoint, typer.Option(help="What the server gets: completions, the prompt's tokens; chat, messages.")
+        Endpoint, typer.Option(help="What the server receives. completions: the prompt's tokens; chat: messages.")
     ] = "completions",
     concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests to the server.")] = 16,
-    parity: Annotated[bool, typer.Option("--parity", help="Also compare the server with Hugging Face.")] = False,
+    parity: Annotated[
+        bool, typer.Option("--parity", help="Also compare the server's probabilities with those of transformers.")
+    ] = False,
     parity_bound: Annotated[
         float, typer.Option(min=0, help="Largest mean KL divergence per token that passes, in nats.")
     ] = 0.01,
@@ -254,7 +257,7 @@ def _evaluate_tasks(
 def chat(
     model: Annotated[str, typer.Argument(help=MODEL)],
     thinking: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = True,
-    max_new_tokens: Annotated[int, tokens("Most tokens of an answer.")] = 512,
+    max_new_tokens: Annotated[int, tokens("Largest length of an answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="Temperature of sampling; 0 is greedy.")] = 0.0,
     url: Annotated[str | None, typer.Option(help="Server that runs the model. Default: load it here.")] = None,
     compose: Compose = None,
@@ -300,7 +303,7 @@ class _Serve(TyperCommand):
 def serve(
     model: Annotated[str, typer.Argument(help=MODEL)],
     extra: Annotated[
-        list[str] | None, typer.Argument(help="After --: options for vLLM, which override those that hmf chooses.")
+        list[str] | None, typer.Argument(help="Options for vLLM, after --. They override those that hmf chooses.")
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the command and start nothing.")] = False,
 ) -> None:

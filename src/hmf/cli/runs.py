@@ -44,8 +44,8 @@ def report(
 ) -> None:
     """Write the report of a run, one HTML page.
 
-    RUN/report.html: times, losses, layers, scores, memory and throughput, samples, and the files that each is from. It
-    needs no network. What was not measured is named as such.
+    RUN/report.html shows times, losses, layers, scores, memory, throughput and samples, and names the file that each is
+    from. It states what was not measured. A browser shows it without a network.
     """
     parse_gpus(gpu)
     require_run(run)

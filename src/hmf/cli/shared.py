@@ -34,7 +34,9 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe; repeatable.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Device = Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="Default: cuda if a GPU is available, else cpu.")]
+Device = Annotated[
+    Literal["cpu", "cuda"] | None, typer.Option(help="Device to run on. Default: cuda if a GPU is available, else cpu.")
+]
 Mixer = Annotated[
     str | None, typer.Option(help="Type of the layers that replace attention.", show_default=DEFAULT_MIXER)
 ]
@@ -73,7 +75,7 @@ def _parsed(value: str | int, least: int) -> int:
     return number
 
 
-BatchedTokens = Annotated[int, tokens("vLLM's --max-num-batched-tokens.")]
+BatchedTokens = Annotated[int, tokens("vLLM's --max-num-batched-tokens: largest number of tokens in a step.")]
 KVCacheDtype = Annotated[
     Literal["auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"],
     typer.Option(help="vLLM's option: dtype of keys and values. auto: the model's."),
@@ -84,7 +86,10 @@ StateCacheDtype = Annotated[
 ]
 Compose = Annotated[
     str | None,
-    typer.Option(metavar="KEYS,STATES", help='Process chunks of long prompts apart, as in "concatenated,fused".'),
+    typer.Option(
+        metavar="KEYS,STATES",
+        help='Process a long prompt in separate chunks, and combine keys and states as named: "concatenated,fused".',
+    ),
 ]
 ComposeChunk = Annotated[
     int, tokens("With --compose: longest chunk. Prefix, chunk and answer should fit the trained length.", 16)

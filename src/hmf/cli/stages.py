@@ -57,16 +57,18 @@ def init(
     ] = False,
     start: Annotated[
         Literal["copied", "calibrated"],
-        typer.Option(help="calibrated: new layers are also fitted to the attention's output, on --text."),
+        typer.Option(
+            help="copied: tensors of the attention; calibrated: then fitted to the attention's output on --text."
+        ),
     ] = "copied",
     text: Annotated[
-        str, typer.Option(help="Of a calibrated start: stdlib, or a folder or file of .py, .txt or .md text.")
+        str, typer.Option(help="With --start calibrated: stdlib, or a folder or file of .py, .txt or .md text.")
     ] = "stdlib",
 ) -> None:
     """Stage 0: initialise mixers from attention.
 
-    The result is a fused checkpoint, which holds the frozen teacher beside the mixers. Its pattern marks every symbol:
-    `*DA` is a layer of the base as it is, and `GDN*` is a layer with a mixer beside the attention that it learns from.
+    The result is a fused checkpoint, which holds the frozen teacher beside the mixers. In its pattern, `*DA` is an
+    unchanged layer of the base, and `GDN*` is a layer with a mixer beside the attention that it learns from.
     `hmf export` drops that attention.
     """
     from hmf.config.pattern import parse_layer_list
@@ -93,7 +95,7 @@ def init(
         data = DataSettings(text=text)
         report = make_stage0(language, layout, out, seed=seed, calibration=settings.calibrated, data=data)
     typer.echo(report.describe())
-    typer.echo("*DA: a layer of the base as it is; GDN* and so on: a mixer beside the layer that it learns from")
+    typer.echo("*DA: an unchanged layer of the base; GDN* and so on: a mixer beside the layer that it learns from")
     model = f"model={out}"
     typer.echo(f"saved {out}; next: {typed('distill', 'RECIPE.yaml', '--set', model)}")
 
@@ -108,21 +110,26 @@ def init(
 def select(
     base: Annotated[str, typer.Argument(help=f"Transformer. {MODEL}")],
     out: Out,
-    keep: Annotated[int | None, typer.Option(min=0, help="Layers that keep attention.")] = None,
+    keep: Annotated[int | None, typer.Option(min=0, help="Number of layers that keep attention.")] = None,
     ratio: Annotated[
         float | None, typer.Option(min=0, max=1, help="Share of layers to replace, in place of --keep.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="supernet, greedy, kl, window, uniform or scores.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="How layers are chosen: supernet, greedy, kl, window, uniform or scores.")
+    ] = None,
     mixer: Annotated[str | None, typer.Option(help="Layer type that replaces attention.")] = None,
     recipe: Annotated[
-        str, typer.Option(metavar="RECIPE.yaml", help="Of hmf prime: its data, Stage 1 and section select are used.")
+        str,
+        typer.Option(
+            metavar="RECIPE.yaml", help="Recipe of hmf prime, whose data, Stage 1 and section select are used."
+        ),
     ] = "quickstart",
     overrides: Overrides = None,
 ) -> None:
     """Choose the layers that keep attention.
 
-    Data, training and method are those of a prime RECIPE. Continues where it stopped. `hybrid.layers: auto` in a recipe
-    does the same inside `hmf prime`.
+    Data, training and method are those of --recipe. An interrupted run continues. `hmf prime` does the same if its
+    recipe has `hybrid.layers: auto`.
     """
     if (keep is None) == (ratio is None):
         raise HmfError("give exactly one of --keep and --ratio")
@@ -274,9 +281,9 @@ def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
     )
 )
 def prime(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Init, distil, export and evaluate by one recipe.
+    """Run init, distill, export and evaluate.
 
-    Everything is written to one run folder. Finished steps are not repeated.
+    One recipe describes all steps, and everything is written to one run folder. Finished steps are not repeated.
     """
     from hmf.config.recipes import naming_recipe, read_recipe
     from hmf.config.runs import PrimeRecipe

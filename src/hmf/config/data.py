@@ -15,15 +15,16 @@ from .strict import Seed, Settings, TokenCount, Tokens
 
 
 class RepetitionSettings(Settings):
-    """A document is left out as repetitive if one of these shares is exceeded. The defaults are Gopher's (Rae et al.
-    2021, table A1). N-grams are of words; their shares are shares of the document's characters."""
+    """A document is left out as repetitive if it exceeds one of these shares. The defaults are Gopher's (Rae et al.
+    2021, table A1). N-grams are n-grams of words. Shares of characters are relative to the whole document."""
 
-    duplicate_paragraphs: Share = 0.30  # share of paragraphs
-    duplicate_paragraph_characters: Share = 0.20  # share of characters in them
-    duplicate_lines: Share = 0.30  # share of lines
-    duplicate_line_characters: Share = 0.20  # share of characters in them
-    top_ngram: dict[int, Share] = {2: 0.20, 3: 0.18, 4: 0.16}  # share of characters in the most frequent n-gram, by n
-    # share of characters in n-grams that repeat, by n
+    duplicate_paragraphs: Share = 0.30  # largest share of duplicate paragraphs, of all paragraphs
+    duplicate_paragraph_characters: Share = 0.20  # largest share of characters in duplicate paragraphs
+    duplicate_lines: Share = 0.30  # largest share of duplicate lines, of all lines
+    duplicate_line_characters: Share = 0.20  # largest share of characters in duplicate lines
+    # largest share of characters in the most frequent n-gram, by n
+    top_ngram: dict[int, Share] = {2: 0.20, 3: 0.18, 4: 0.16}
+    # largest share of characters in n-grams that repeat, by n
     duplicate_ngrams: dict[int, Share] = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 
@@ -31,7 +32,7 @@ class FilterSettings(Settings):
     """Which documents are left out. `repetition: true` selects the default thresholds."""
 
     min_tokens: TokenCount = Field(0, ge=0)  # shorter documents are left out
-    max_tokens: TokenCount | None = Field(None, ge=1)  # longer ones are left out
+    max_tokens: TokenCount | None = Field(None, ge=1)  # longer documents are left out
     repetition: RepetitionSettings | None = None  # thresholds of the repetition filters; left out: no such filters
 
     @field_validator("repetition", mode="before")
@@ -47,7 +48,8 @@ class SourceSettings(PlaceSettings):
     name: str | None = None  # name in tables and errors; left out: derived from the place
     text_field: str | None = None  # field with a text; left out: text
     messages_field: str | None = None  # field with messages; the documents are then conversations
-    shape: Literal["sharegpt", "alpaca", "prompt_completion"] | None = None  # None: messages with role and content
+    # layout of a conversation; left out: messages with role and content
+    shape: Literal["sharegpt", "alpaca", "prompt_completion"] | None = None
     weight: float | None = Field(None, gt=0)  # share of the mixture's tokens
     filters: FilterSettings | None = None  # filters of this source; left out: the recipe's
 
@@ -106,9 +108,10 @@ class DataRecipe(Settings):
     sources: list[SourceSettings] = Field(min_length=1)  # sources of documents
     tokens: TokenCount | None = Field(None, ge=1)  # tokens of the whole mixture; needs weights
     seed: Seed = 0  # seed of the order of documents
-    thinking: Literal["keep", "strip"] = "keep"  # strip removes the thinking from all assistant turns
+    thinking: Literal["keep", "strip"] = "keep"  # whether assistant turns keep their thinking; strip: it is removed
     turns: Literal["all", "last"] = "all"  # which assistant turns are supervised
-    filters: FilterSettings = Field(default_factory=FilterSettings)  # filters of sources without their own
+    # filters of the sources that have none of their own
+    filters: FilterSettings = Field(default_factory=FilterSettings)
     max_truncated_share: Share = 0.02  # largest share of a source's conversations that may be cut to a row
     packing_window: int = Field(10_000, ge=1)  # number of documents packed at a time, and of rows that stay open
     cache: Path | None = None  # folder that keeps tokenised documents for other recipes; left out: they are removed

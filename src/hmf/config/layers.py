@@ -153,10 +153,10 @@ class _LinearOptions(LayerOptions):
     num_q_heads: int
     num_k_heads: int
     num_v_heads: int
-    use_gate: bool = True  # gate the output
+    use_gate: bool = True  # whether the output is gated
     conv_size: PositiveInt = 4  # width of the short convolutions
     kv_proj_rank: NonNegativeInt | None = None  # rank of the correction that is added to the repeated heads of k and v
-    kv_learnable_residual: bool = False  # with kv_proj_rank: heads are repeated with learned factors
+    kv_learnable_residual: bool = False  # with kv_proj_rank: repeated heads have learned factors
     # Heads as in the base's own recurrent layers (Qwen3.5), not as in attention. Written only if it is true.
     own_shape: StrictBool = Field(False, exclude_if=lambda value: not value)
 
@@ -187,14 +187,14 @@ class GDNOptions(_LinearOptions):
     # As in Qwen3.5: one epsilon for all norms.
     new_from_base = {"norm_eps": "rms_norm_eps", **_LinearOptions.new_from_base}
     new_in_own_shape = True  # so that a Hybrid of Qwen3.5 can become a stock Qwen3.5
-    use_short_conv: bool = True  # convolutions on q, k and v
-    allow_neg_eigval: bool = False  # doubles beta
-    conv_bias: bool = False  # biases in convolutions
+    use_short_conv: bool = True  # short convolutions on q, k and v
+    allow_neg_eigval: bool = False  # whether beta is doubled, so that transitions can have negative eigenvalues
+    conv_bias: bool = False  # biases in the short convolutions
     norm_eps: NonNegativeFloat = 1e-5  # epsilon of the norm over each head; new layers use the base's rms_norm_eps
 
 
 class KDAOptions(GDNOptions):
-    """Kimi Delta Attention (arXiv 2510.26692), `kda_config`: the options of GDN, with their meaning."""
+    """Kimi Delta Attention (arXiv 2510.26692), `kda_config`. It has the options of GDN, with the same meaning."""
 
     new_in_own_shape = False
 
@@ -204,18 +204,18 @@ class GKAOptions(_LinearOptions):
 
     # Chunk length of the published kernels. The kernels here have their own chunk length; the results are the same.
     format_only = frozenset({"chunk_size"})
-    use_alpha_connection: bool = True  # mixes the query with the solution by a learned alpha
-    use_v_conv: bool = True  # a short convolution on v, too
+    use_alpha_connection: bool = True  # whether the query is mixed with the solution by a learned alpha
+    use_v_conv: bool = True  # short convolution on v, too
     use_forgetting_gate: bool = True  # decay of the value state
     use_forgetting_gate_kk: bool = True  # decay of the covariance
-    use_beta_gate: bool = True  # a learned weight of each key and value
-    gla_rescale: bool = True  # scales outputs by 1 / sqrt(D)
-    solver_type: Literal["chebyshev"] = "chebyshev"
-    bp_lambda: bool = True  # gradients through lambda
+    use_beta_gate: bool = True  # learned weight of each key and value
+    gla_rescale: bool = True  # whether outputs are scaled by 1 / sqrt(head_dim)
+    solver_type: Literal["chebyshev"] = "chebyshev"  # the only solver
+    bp_lambda: bool = True  # whether gradients flow through lambda
     num_iter: NonNegativeInt = 30  # Chebyshev iterations of the solver
     ridge_strength: NonNegativeFloat = 0.02  # lambda relative to the norm of the covariance
-    norm_eps: NonNegativeFloat = 1e-6
-    chunk_size: PositiveInt = 64
+    norm_eps: NonNegativeFloat = 1e-6  # epsilon of the norm over each head
+    chunk_size: PositiveInt = 64  # kept for readers of config.json; it has no effect
 
 
 class Mamba2Options(LayerOptions):
@@ -232,8 +232,8 @@ class Mamba2Options(LayerOptions):
     rms_norm_eps: float
     n_layer: int
     ssm_cfg: dict[str, int]
-    use_qk_norm: bool = True  # use the base's norms of queries and keys, if it has them
-    use_pos_emb: bool = False  # rotary positions
+    use_qk_norm: bool = True  # whether the base's norms of queries and keys are used, if it has them
+    use_pos_emb: bool = False  # whether queries and keys have rotary positions
 
     @classmethod
     def dimensions(cls, base: Any, own_shape: bool = False) -> dict[str, Any]:
@@ -251,7 +251,7 @@ class Mamba2Options(LayerOptions):
 
 
 class BMojoFOptions(LayerOptions):
-    """B'MOJO-F (arXiv 2407.06324), `bmojo_config`; the inner layer's own dict stands beside it."""
+    """B'MOJO-F (arXiv 2407.06324), `bmojo_config`. The options of the inner layer are in the dict of its own type."""
 
     derived = frozenset({"hidden_size", "num_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"})
     new_where_queries_grow = {"scale_queries": True}
@@ -261,7 +261,7 @@ class BMojoFOptions(LayerOptions):
     head_dim: int
     rms_norm_eps: float
     window_size: PositiveInt = 2048  # tokens of the window
-    tie_attn_weights: bool = True  # fading tokens use the projections of the input
+    tie_attn_weights: bool = True  # whether fading tokens use the projections of the input
     # Scales queries by their position, as the base does (Ministral 3). The published software does not know this key,
     # so it is written only if it is true.
     scale_queries: bool = Field(False, exclude_if=lambda value: not value)

@@ -13,12 +13,13 @@ from .strict import Settings, Tokens
 class PlaceSettings(Settings):
     """`path` (a file, a folder or a pattern with *) or `dataset` (a name that `datasets.load_dataset` takes)."""
 
-    path: str | None = None  # file, folder or pattern with *
+    path: str | None = None  # file, folder, or pattern with *
     dataset: str | None = None  # name for datasets.load_dataset
     subset: str | None = None  # configuration of the dataset
     revision: str | None = None  # branch, tag or commit of the dataset
     split: str | None = None  # split of a dataset, by default train; for text: train or heldout, by a hash of the path
-    format: Literal["jsonl", "parquet", "text", "saved"] | None = None  # left out: by the suffix
+    # format of the files; left out: chosen by the suffix
+    format: Literal["jsonl", "parquet", "text", "saved"] | None = None
     tools_field: str = "tools"  # field with the tools of a conversation
     ignore_fields: list[str] = Field(default_factory=list)  # fields of a row that are deliberately not used
     ignore_keys: list[str] = Field(
@@ -58,7 +59,8 @@ class PlaceSettings(Settings):
 class PairSettings(PlaceSettings):
     """Preference pairs: rows with a prompt, a chosen and a rejected answer; see docs/training.md."""
 
-    shape: Literal["sharegpt", "alpaca", "ultrafeedback"] | None = None  # left out: prompt, chosen and rejected
+    # layout of a row; left out: the fields prompt_field, chosen_field and rejected_field
+    shape: Literal["sharegpt", "alpaca", "ultrafeedback"] | None = None
     prompt_field: str = "prompt"  # field with the prompt
     chosen_field: str = "chosen"  # field with the better answer
     rejected_field: str = "rejected"  # field with the worse answer

@@ -36,17 +36,24 @@ ROPE_SCALING_KEYS = frozenset(key for needed, optional in ROPE_KEYS.values() for
 class RopeScaling(Settings):
     """Scaling of rotary positions, with the names of transformers. The type "default" removes a scaling."""
 
-    rope_type: Literal["default", "linear", "yarn", "llama3"]  # type; each has its own keys
+    rope_type: Literal["default", "linear", "yarn", "llama3"]  # type of scaling; each type has its own keys
     factor: AtLeastOne | None = None  # scaling factor, relative to the length before any scaling
-    original_max_position_embeddings: TokenCount | None = Field(None, ge=1)  # left out: the model's value
-    beta_fast: Positive | None = None  # for yarn
-    beta_slow: Positive | None = None  # for yarn
-    attention_factor: Positive | None = None  # for yarn
-    mscale: NotNegative | None = None  # for yarn
-    mscale_all_dim: NotNegative | None = None  # for yarn
-    truncate: bool | None = None  # for yarn
-    low_freq_factor: Positive | None = None  # for llama3
-    high_freq_factor: Positive | None = None  # for llama3
+    # context length before any scaling; left out: the model's value
+    original_max_position_embeddings: TokenCount | None = Field(None, ge=1)
+    # for yarn: frequencies with more rotations than this in the original context are not scaled
+    beta_fast: Positive | None = None
+    # for yarn: frequencies with fewer rotations than this in the original context are scaled by factor
+    beta_slow: Positive | None = None
+    attention_factor: Positive | None = None  # for yarn: multiplies cosines and sines; left out: follows from factor
+    mscale: NotNegative | None = None  # for yarn: with mscale_all_dim, determines attention_factor
+    mscale_all_dim: NotNegative | None = None  # for yarn: see mscale
+    truncate: bool | None = (
+        None  # for yarn: whether the range between beta_slow and beta_fast is rounded to whole dimensions
+    )
+    # for llama3: wavelengths above the original context divided by this are scaled by factor
+    low_freq_factor: Positive | None = None
+    # for llama3: wavelengths below the original context divided by this are not scaled
+    high_freq_factor: Positive | None = None
 
     @model_validator(mode="after")
     def _keys_of_its_type(self) -> RopeScaling:
@@ -71,4 +78,4 @@ class RopeSettings(Settings):
 
     theta: Positive | None = None  # base of the rotary frequencies
     max_position_embeddings: TokenCount | None = Field(None, ge=1)  # longest context
-    scaling: RopeScaling | None = None  # left out: the model's scaling
+    scaling: RopeScaling | None = None  # scaling of the positions; left out: the model's scaling

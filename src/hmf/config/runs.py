@@ -28,13 +28,13 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class CalibrationSettings(Settings):
-    """The fit of a calibrated start: each new layer alone, to the output of the attention that it replaces."""
+    """Calibrated start: each new layer is fitted, on its own, to the output of the attention that it replaces."""
 
-    rows: int = Field(16, ge=4, le=2**16)  # rows of the training data; a quarter of them decides what is kept
-    steps: int = Field(
-        100, ge=0, le=10**9
-    )  # steps of Adam on decay, gates and convolutions; 0: the output projection alone
-    # learning rate of Adam at the first step; for matrices with more than 256 inputs, times 256 / inputs
+    # rows of the training data; a quarter is held out, and a fit is kept only if it lowers the error there
+    rows: int = Field(16, ge=4, le=2**16)
+    # steps of Adam on decay, gates and convolutions; 0: only the output projection is fitted
+    steps: int = Field(100, ge=0, le=10**9)
+    # learning rate of Adam at the first step; for matrices with more than 256 inputs, it is multiplied by 256 / inputs
     learning_rate: float = Field(0.01, gt=0)
 
 
@@ -47,16 +47,18 @@ class HybridSettings(Settings):
 
     mixer: str = "gdn"  # layer type: gdn, kda, gka, mamba2, bmojo or swa
     ratio: float | None = None  # share of the attention layers to replace, spread evenly
-    # indices of the layers to replace, from 0; or auto: as many as ratio says, chosen by the section select
+    # indices of the layers to replace, from 0; auto: the section select chooses as many layers as ratio says
     layers: list[int] | Literal["auto"] | None = None
     pattern: str | None = None  # one symbol per layer, joined by -, for example *-GDN-*-GDN
     # options by layer type; see the end of docs/recipe-keys.md
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    # identity: short convolutions start as the identity
+    # initial weights of short convolutions; identity: each convolution returns its current token
     conv_start: Literal["random", "identity"] = "random"
-    # copied: from the attention's tensors; calibrated: then fitted to the attention's output on rows of distill.data
+    # initial weights of mixers. copied: tensors of the attention; calibrated: then fitted to the attention's output on
+    # rows of distill.data
     start: Literal["copied", "calibrated"] = "copied"
-    calibration: CalibrationSettings = Field(default_factory=CalibrationSettings)  # of start: calibrated
+    # settings of the fit, with start: calibrated
+    calibration: CalibrationSettings = Field(default_factory=CalibrationSettings)
 
     @model_validator(mode="after")
     def _one_choice(self) -> HybridSettings:
@@ -113,12 +115,13 @@ class DataSettings(Settings):
     """Training data: text and generated conversations in rows of `sequence_length` tokens, or `prepared`, rows that
     `hmf data prepare` wrote."""
 
-    prepared: Path | None = None  # output folder of `hmf data prepare`; excludes the other keys of this section
+    # output folder of `hmf data prepare`; given in place of all other keys of this section
+    prepared: Path | None = None
     text: str = "stdlib"  # "stdlib", or a folder or file with .py, .txt or .md text
     sequence_length: Tokens = 1024  # tokens in a row
-    # share of rows that hold text only; the others hold tasks, too; required with tasks
+    # share of rows that hold text only; the other rows hold tasks, too. Required with tasks
     text_share: float = Field(1.0, ge=0, le=1)
-    # generated tasks by name, with their weights; rows have 96 tokens or more
+    # weights of the generated tasks, by name; they need a sequence_length of at least 96
     tasks: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -170,21 +173,24 @@ class ObjectiveSettings(Settings):
     layers.
     """
 
-    layerwise_steps: int = Field(0, ge=0, le=10**9)  # first steps, in which each mixer is trained on its own
+    layerwise_steps: int = Field(0, ge=0, le=10**9)  # number of first steps in which each mixer is trained on its own
     pre_lm_head: Schedule = {0: 1.0}  # weight of the MSE before the LM head; false is 0, true is 1
-    layers: LayerTarget = "none"  # layer outputs that are compared
-    layers_weight: Schedule = {0: 1.0}  # weight of that term
+    # layer outputs that are compared; residuals: those of mixers and MLPs; all: these and those of decoder layers
+    layers: LayerTarget = "none"
+    layers_weight: Schedule = {0: 1.0}  # weight of the MSE of layer outputs
     kl: Schedule = {0: 0.0}  # weight of the KL divergence of next-token distributions
-    # forward is KL(teacher, student), reverse is KL(student, teacher)
+    # direction of the divergence; forward: KL(teacher, student); reverse: KL(student, teacher)
     kl_direction: Literal["forward", "reverse"] = "forward"
-    kl_tokens: Literal["all", "supervised"] = "all"  # supervised: only tokens with a label
-    kl_top_k: int | None = Field(
-        None, ge=1
-    )  # compare the teacher's k most likely tokens; the others count as one outcome
-    kl_temperature: float = Field(1.0, ge=1e-3, le=1e3)  # divides the logits; the term is multiplied by its square
+    # tokens on which the divergence is computed; supervised: those with a label
+    kl_tokens: Literal["all", "supervised"] = "all"
+    # number of the teacher's most likely tokens that are compared; all others count as one outcome. Left out: all
+    kl_top_k: int | None = Field(None, ge=1)
+    # temperature that divides the logits; the term is multiplied by its square
+    kl_temperature: float = Field(1.0, ge=1e-3, le=1e3)
     # weight of tokens where the student's likeliest token is not the teacher's, relative to the other tokens
     kl_differing_weight: float = Field(1.0, gt=0, le=1e6)
-    kl_chunk_size: TokenCount | None = Field(None, ge=1)  # tokens whose logits are computed at once; left out: by size
+    # tokens whose logits are computed at a time; left out: chosen by the size of the vocabulary
+    kl_chunk_size: TokenCount | None = Field(None, ge=1)
 
     def weights_at(self, step: int) -> dict[str, float]:
         """Weights of the terms pre_lm_head, layers and kl at a step."""
@@ -216,7 +222,7 @@ class ObjectiveSettings(Settings):
 class OnPolicySettings(Settings):
     """Stage 1 on texts that the student generates: it continues prompts from `data`, up to `data.sequence_length`."""
 
-    max_new_tokens: TokenCount = Field(128, ge=1)  # longest continuation
+    max_new_tokens: TokenCount = Field(128, ge=1)  # largest number of tokens of a continuation
     temperature: float = Field(1.0, gt=0)  # temperature of sampling, independent of kl_temperature
     top_p: float = Field(1.0, gt=0, le=1)  # top-p of sampling
 
@@ -225,10 +231,12 @@ class DistillSettings(Settings):
     """Stage 1 in `hmf prime`."""
 
     data: DataSettings = Field(default_factory=DataSettings)  # training data
-    eval_data: DataSettings | None = None  # data of training.eval_strategy; left out: rows held out of data
+    # data to evaluate on, with training.eval_strategy; left out: rows held out of data
+    eval_data: DataSettings | None = None
     objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)  # terms of the loss
     training: ParallelSettings  # optimiser, log, checkpoints, processes
-    on_policy: OnPolicySettings | None = None  # left out: train on the rows of data
+    # training on texts that the student generates; left out: training on the rows of data
+    on_policy: OnPolicySettings | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> DistillSettings:
@@ -301,10 +309,11 @@ class LoraSettings(Settings):
 class EvaluateSettings(Settings):
     """Evaluation on held-out text and generated tasks."""
 
-    tasks: list[str] = Field(default_factory=list)  # generated tasks
+    tasks: list[str] = Field(default_factory=list)  # names of generated tasks
     samples: int = Field(50, ge=1, le=10**6)  # prompts per task
-    length: TokenCount = Field(1024, ge=96, le=2**24)  # tokens of the longest prompts, and of the window for text
-    max_new_tokens: TokenCount = Field(160, ge=1, le=2**24)  # longest answer
+    # length of the longest prompts and of the windows of text, in tokens
+    length: TokenCount = Field(1024, ge=96, le=2**24)
+    max_new_tokens: TokenCount = Field(160, ge=1, le=2**24)  # largest number of tokens of an answer
     text_bytes: int = Field(100_000, ge=0)  # bytes of held-out text that are scored
     thinking: bool | None = None  # whether prompts enable thinking; left out: true
     batch_size: int = Field(16, ge=1, le=2**16)  # prompts per batch
@@ -318,21 +327,22 @@ class FinetuneRecipe(Settings):
     every group that is not named beside it.
     """
 
-    method: Literal["cpt", "sft", "dpo"]  # continued pretraining, supervised fine-tuning, or preferences
+    method: Literal["cpt", "sft", "dpo"]  # continued pretraining, supervised fine-tuning or preference optimisation
     model: Path  # plain Hybrid, from `hmf export`, `prime` or `finetune`
     output: Path  # run folder; the result is its `model`
-    seed: Seed = 0  # of all random numbers
-    data: DataSettings | None = None  # for cpt and sft
-    pairs: PairSettings | None = None  # for dpo
-    eval_data: DataSettings | None = None  # of training.eval_strategy; left out: rows held out of data
-    eval_pairs: EvalPairSettings | None = None  # likewise of dpo; left out: rows held out of pairs
+    seed: Seed = 0  # seed of all random numbers
+    data: DataSettings | None = None  # training data, for cpt and sft
+    pairs: PairSettings | None = None  # preference pairs, for dpo
+    # data to evaluate on, with training.eval_strategy; left out: rows held out of data
+    eval_data: DataSettings | None = None
+    eval_pairs: EvalPairSettings | None = None  # pairs to evaluate on, for dpo; left out: rows held out of pairs
     rope: RopeSettings = Field(default_factory=RopeSettings)  # changes to rotary positions
-    # learning rate by group
+    # learning rate of each trained group
     trainable: dict[TrainableName, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     lora: LoraSettings | None = None  # adapters on frozen groups
     training: ParallelSettings  # optimiser, log, checkpoints, processes
     dtype: Literal["float32", "bfloat16"] | None = None  # dtype of the result; left out: the dtype of `model`
-    evaluate: EvaluateSettings | None = None  # scores of the result and of `model` at the end; left out: none
+    evaluate: EvaluateSettings | None = None  # evaluation of the result and of `model` at the end; left out: none
 
     @model_validator(mode="after")
     def _fits_together(self) -> FinetuneRecipe:
@@ -370,11 +380,12 @@ class PrimeRecipe(Settings):
     """`hmf prime`: init, distill, export and evaluate in one run folder."""
 
     base: str  # a checkpoint directory, or "teacher" for the embedded one
-    base_config: Path | None = None  # folder with base's config.json, relative to the recipe, for planning without base
+    # folder with the config.json of base, relative to the recipe; `hmf plan-training` reads it if base is not a folder
+    base_config: Path | None = None
     text_only: bool = False  # use the language model of a base that also reads images
     output: Path  # run folder
     seed: Seed = 0  # seed of all random numbers
     hybrid: HybridSettings  # which layers are replaced, and by what
-    select: SelectSettings = Field(default_factory=SelectSettings)  # how hybrid.layers: auto chooses
+    select: SelectSettings = Field(default_factory=SelectSettings)  # how layers are chosen, with hybrid.layers: auto
     distill: DistillSettings  # Stage 1
-    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)  # scores at the end
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)  # evaluation at the end

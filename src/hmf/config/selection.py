@@ -16,19 +16,19 @@ Method = Literal["supernet", "greedy", "kl", "window", "uniform", "scores"]
 class SelectSettings(Settings):
     """Choice of the layers that keep attention; data, objective and training are those of the section distill."""
 
-    # uniform spreads the layers; window and kl replace one layer at a time; greedy and supernet score whole choices;
-    # scores reads a file
+    # how layers are chosen. uniform: spread evenly; window and kl: by the effect of replacing each layer alone; greedy
+    # and supernet: by scores of whole choices; scores: by the numbers of a file
     method: Method = "supernet"
-    layerwise_steps: int = Field(
-        160, ge=0, le=10**9
-    )  # steps in which each mixer learns alone; 0: mixers as Stage 0 leaves them
-    subset_steps: int = Field(
-        240, ge=0, le=10**9
-    )  # of supernet: steps in which a random part of the layers is replaced
+    # steps in which each mixer is trained on its own; 0: the mixers of Stage 0 are scored
+    layerwise_steps: int = Field(160, ge=0, le=10**9)
+    # for supernet: steps in which a random subset of the layers is replaced
+    subset_steps: int = Field(240, ge=0, le=10**9)
     rows: int = Field(48, ge=2, le=2**16)  # rows of data on which choices are scored
-    window_size: TokenCount = Field(128, ge=1)  # of window: tokens that a layer still reads
-    choices: int = Field(512, ge=1, le=2**20)  # most choices that are all scored; above this number, a search
-    scores: Path | None = None  # of scores: JSON or CSV with a number for each layer, larger where attention is needed
+    window_size: TokenCount = Field(128, ge=1)  # for window: number of tokens to which a layer still attends
+    # if there are at most this many choices, all are scored; otherwise a search scores some of them
+    choices: int = Field(512, ge=1, le=2**20)
+    # for scores: JSON or CSV file with a number for each layer, larger where attention is needed
+    scores: Path | None = None
 
     @model_validator(mode="after")
     def _file_of_its_method(self) -> SelectSettings:

@@ -34,7 +34,7 @@ class OptimiserSettings(Settings):
     """AdamW with a warm-up. Keys that transformers' Trainer also has have its names and values."""
 
     max_steps: Steps | None = None  # optimiser steps of the run; give this or num_train_epochs
-    # passes over `data.prepared` or `pairs`, in place of max_steps; the last step may reach into the next pass
+    # passes over `data.prepared` or `pairs`, in place of max_steps; the last step may include rows of the next pass
     num_train_epochs: float | None = Field(None, gt=0, le=10**6)
     # rows in a batch of one process; see gradient_accumulation_steps
     per_device_train_batch_size: int = Field(ge=1, le=2**16)
@@ -47,32 +47,35 @@ class OptimiserSettings(Settings):
     final_learning_rate_ratio: float = Field(
         0.1, ge=0, le=1
     )  # last learning rate of cosine_with_min_lr, relative to the highest
-    warmup_steps: int = Field(0, ge=0, le=10**9)  # first steps, in which the learning rate rises from 0
-    warmup_ratio: float | None = Field(None, ge=0, le=1)  # warmup_steps as a share of max_steps, rounded up
+    warmup_steps: int = Field(0, ge=0, le=10**9)  # number of first steps in which the learning rate rises from 0
+    # number of warm-up steps as a share of max_steps, rounded up; in place of warmup_steps
+    warmup_ratio: float | None = Field(None, ge=0, le=1)
     weight_decay: float = Field(0.0, ge=0)  # weight decay of AdamW, for matrices only
-    adam_beta2: float = Field(0.95, gt=0, lt=1)  # beta2 of AdamW; beta1 is 0.9
+    adam_beta2: float = Field(0.95, gt=0, lt=1)  # second beta of AdamW; the first is 0.9
     max_grad_norm: float = Field(1.0, gt=0)  # gradients are clipped to this norm
     logging_steps: Steps = 10  # steps between log entries; there is one at each checkpoint, too
     save_steps: Steps = 500  # steps between checkpoints
-    save_total_limit: int = Field(2, ge=1)  # number of checkpoints that are kept, the newest ones
+    save_total_limit: int = Field(2, ge=1)  # number of checkpoints that are kept; older ones are removed
     workers: int = Field(0, ge=0, le=1024)  # processes that make the rows; 0: the training process makes them itself
-    # when the loss of rows that training does not see is computed: at every eval_steps and at the end, or at the end of
-    # every epoch
+    # when the loss on held-out rows is computed; steps: after every eval_steps steps and at the end; epoch: at the end
+    # of every epoch
     eval_strategy: Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_as_strategy)] = "no"
     eval_steps: Steps | None = None  # steps between evaluations; left out: logging_steps
-    # rows of an evaluation; left out: all that eval_data.prepared or eval_pairs has, else 64
+    # rows of an evaluation; left out: all rows of eval_data.prepared or eval_pairs, otherwise 64
     eval_rows: int | None = Field(None, ge=1, le=2**24)
-    # bfloat16 (or bf16): autocast to bfloat16; parameters stay float32
+    # dtype of the computation; bfloat16 (or bf16): autocast, with parameters in float32
     precision: Annotated[Literal["float32", "bfloat16"], BeforeValidator(_as_precision)] = "float32"
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
-    torch_compile: bool = False  # compile the decoder layers, which takes a minute or more when a run starts
+    gradient_checkpointing: bool = False  # whether activations are computed again in the backward pass, to save memory
+    torch_compile: bool = False  # whether decoder layers are compiled, which takes a minute or more when a run starts
     # GPUs that the recipe is written for, such as h200x8, for `hmf plan-training`
     gpus: str | None = None
-    divergence_factor: float = Field(10.0, ge=0)  # stop if the loss exceeds the usual loss by this factor; 0: never
+    # the run stops if the loss stays above this multiple of the median of recent losses; 0: never
+    divergence_factor: float = Field(10.0, ge=0)
     # experiment trackers that receive the log
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     run_name: str | None = None  # name of the run in the trackers; left out: chosen by the tracker
-    wandb_project: str | None = Field(None, min_length=1)  # wandb's project; left out: that of WANDB_PROJECT
+    # project in Weights & Biases; left out: that of WANDB_PROJECT
+    wandb_project: str | None = Field(None, min_length=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -137,8 +140,8 @@ class OptimiserSettings(Settings):
 class ParallelSettings(OptimiserSettings):
     """Optimiser, log and checkpoints, and how the processes that torchrun starts share the work."""
 
-    # ddp: every process holds everything; fsdp2: parameters, gradients and optimiser states are sharded; deepspeed
-    # (ZeRO 2): gradients and optimiser states are sharded
+    # what is sharded over the processes. ddp: nothing; fsdp2: parameters, gradients and optimiser states; deepspeed
+    # (ZeRO 2): gradients and optimiser states
     strategy: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
     sequence_parallel: int = Field(1, ge=1)  # number of processes that share each row
 

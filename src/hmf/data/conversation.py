@@ -150,8 +150,7 @@ def _message(message: Any, place: str, ignored: frozenset[str]) -> Message:
     if "weight" in made and (made["weight"] not in (0, 1) or (role != "assistant" and made["weight"])):
         raise HmfError(
             f"{place}.weight: is {made['weight']!r} for role {role!r}; write 0 (not supervised) or, for the assistant, "
-            "1 "
-            "(supervised)"
+            "1 (supervised)"
         )
     return made
 

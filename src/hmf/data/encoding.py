@@ -23,8 +23,9 @@ from hmf.data.conversation import (
     thinking_of,
     without_thinking,
 )
+from hmf.data.marked import MarkedConversation
 from hmf.data.marks import marked_turns
-from hmf.data.template import MarkedConversation, Template
+from hmf.data.template import Template
 from hmf.data.tokenizer import SpecialTokenSplitter, document_separator, encode_texts, is_special
 from hmf.errors import HmfError
 

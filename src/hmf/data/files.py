@@ -65,23 +65,10 @@ def find(place: str, path: Path, kind: str | None = None) -> FileSet:
             be read.
     """
     skipped: list[str] = []
+    root, candidates = _candidates(place, path, skipped)
     assumed_kind = kind  # of files whose suffix is not known
-    if has_magic(str(path)) and not path.exists():  # names of files and folders may have brackets too
-        root = Path(*takewhile(lambda part: not has_magic(part), path.parts))
-        candidates = [Path(name) for name in glob(str(path), recursive=True)]
-        if "**" not in path.parts:
-            skipped += [f"{folder.relative_to(root)}/" for folder in candidates if folder.is_dir()]
-        candidates = [file for file in candidates if not file.is_dir()]
-    elif path.is_dir():
-        root, candidates = path, _files_below(path, skipped)
-        if any(kind_of(file) == kind for file in candidates):
-            assumed_kind = None
-    elif path.is_file():
-        root, candidates = path.parent, [path]
-    else:
-        raise HmfError(
-            f"{place}: {path}: {'is neither a file nor a folder' if path.exists() else 'no such file or folder'}"
-        )
+    if root == path and any(kind_of(file) == kind for file in candidates):
+        assumed_kind = None
     kinds: dict[str, list[Path]] = {}
     for file in sorted(candidates, key=lambda file: file.relative_to(root).as_posix()):
         file_kind = kind_of(file)
@@ -109,6 +96,26 @@ def find(place: str, path: Path, kind: str | None = None) -> FileSet:
         say_once(f"{place}: {path}: not read: {shown}")
     [(name, files)] = kinds.items()
     return FileSet(root, name, files)
+
+
+def _candidates(place: str, path: Path, skipped: list[str]) -> tuple[Path, list[Path]]:
+    """The folder that names are relative to (`path` itself if it is one), and the files at a path.
+
+    Folders that are not searched are added to `skipped`.
+    """
+    if has_magic(str(path)) and not path.exists():  # names of files and folders may have brackets too
+        root = Path(*takewhile(lambda part: not has_magic(part), path.parts))
+        found = [Path(name) for name in glob(str(path), recursive=True)]
+        if "**" not in path.parts:
+            skipped += [f"{folder.relative_to(root)}/" for folder in found if folder.is_dir()]
+        return root, [file for file in found if not file.is_dir()]
+    if path.is_dir():
+        return path, _files_below(path, skipped)
+    if path.is_file():
+        return path.parent, [path]
+    raise HmfError(
+        f"{place}: {path}: {'is neither a file nor a folder' if path.exists() else 'no such file or folder'}"
+    )
 
 
 def kind_of(path: Path) -> str | None:
@@ -156,8 +163,7 @@ def objects(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
             if mark not in allowed:
                 raise HmfError(
                     f"{path}:{line}: {mark!r} is not valid here, where {' or '.join(allowed) or 'the end'} is "
-                    "expected: write "
-                    "an array of objects, or objects one after the other"
+                    "expected: write an array of objects, or objects one after the other"
                 )
             if mark != "{":
                 array, allowed, at = True, {"[": "{]", ",": "{", "]": ""}[mark], at + 1

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from hmf.data.template import TOOLS, MarkedConversation, Template, keep
+from hmf.data.marked import TOOLS, MarkedConversation
+from hmf.data.template import Template, keep
 from hmf.errors import HmfError
 
 BLOCK = "{% generation %} block, or use another template"

@@ -261,13 +261,7 @@ def _multiply_steps(a: int, b: int) -> list[str]:
 def _tool_call(rng: Random, tokenizer: PreTrainedTokenizerBase, length: int, split: Split, thinking: bool) -> Sample:
     """A request for one of one to three offered tools."""
     messages, call, tools = _tool_request(rng)
-    arguments = ", ".join(f"{key} {value}" for key, value in call["arguments"].items())
-    reasoning = f"I call {call['name']} with {arguments}."
-    # OpenAI clients send arguments as a JSON string, others as a dict; the rendered text is the same.
-    reply = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
-    if thinking:
-        reply["reasoning_content"] = reasoning
-    return Sample("tool_call", [*messages, reply], json.dumps(call), thinking, tools)
+    return Sample("tool_call", [*messages, _call_turn(call, thinking)], json.dumps(call), thinking, tools)
 
 
 def _tool_answer(rng: Random, tokenizer: PreTrainedTokenizerBase, length: int, split: Split, thinking: bool) -> Sample:
@@ -276,15 +270,11 @@ def _tool_answer(rng: Random, tokenizer: PreTrainedTokenizerBase, length: int, s
     result = phrases.value(rng)
     key = rng.choice(("result", "value", "answer", "status"))
     content = json.dumps({key: result}) if rng.random() < 0.6 else result
-    reply = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
-    if thinking:
-        arguments = ", ".join(f"{key} {value}" for key, value in call["arguments"].items())
-        reply["reasoning_content"] = f"I call {call['name']} with {arguments}."
     answer = f"The result is {result}."
     final = {"role": "assistant", "content": answer}
     if thinking:
         final["reasoning_content"] = f"The tool says {result}."
-    messages = [*messages, reply, {"role": "tool", "content": content}, final]
+    messages = [*messages, _call_turn(call, thinking), {"role": "tool", "content": content}, final]
     return Sample("tool_answer", messages, answer, thinking, tools)
 
 
@@ -299,6 +289,16 @@ def _tool_request(rng: Random) -> tuple[list[Message], dict[str, Any], list[dict
     if rng.random() < 0.3:
         messages.insert(0, {"role": "system", "content": rng.choice(phrases.SYSTEM)})
     return messages, {"name": requested_tool.name, "arguments": arguments}, [tool.schema() for tool in offered.values()]
+
+
+def _call_turn(call: dict[str, Any], thinking: bool) -> Message:
+    """The assistant's turn with one call of a tool."""
+    # OpenAI clients send arguments as a JSON string, others as a dict; the rendered text is the same.
+    turn = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+    if thinking:
+        arguments = ", ".join(f"{key} {value}" for key, value in call["arguments"].items())
+        turn["reasoning_content"] = f"I call {call['name']} with {arguments}."
+    return turn
 
 
 def _chat(rng: Random, tokenizer: PreTrainedTokenizerBase, length: int, split: Split, thinking: bool) -> Sample:

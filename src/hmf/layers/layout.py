@@ -96,6 +96,26 @@ def _require_restarts(inner: torch.Tensor, position_ids: torch.Tensor) -> None:
         )
 
 
+def default_positions(
+    tokens: int,
+    past: int,
+    attention_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """Positions [B or 1, tokens] of new tokens: from 0 in each document of `cu_seqlens`, or after `past` tokens.
+
+    With an attention mask [B, past + tokens], the real tokens of a row start at 0. This matters because after a short
+    convolution the result depends on absolute rotary positions, not only on differences.
+    """
+    if cu_seqlens is not None:
+        first = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff())
+        return (torch.arange(tokens, device=device) - first)[None]
+    if attention_mask is not None:
+        return (attention_mask.bool().long().cumsum(1) - 1).clamp_min(0)[:, -tokens:]
+    return (torch.arange(tokens, device=device) + past)[None]
+
+
 def document_starts(shape: tuple[int, int], position_ids: torch.Tensor | None) -> torch.Tensor | None:
     """bool [B, T], true where a position is not its left neighbour's plus one; None without 2-D position_ids."""
     if position_ids is None or position_ids.dim() != 2 or shape[1] == 1:

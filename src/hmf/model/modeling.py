@@ -23,7 +23,7 @@ from hmf.config.layers import LAYER_KINDS
 from hmf.config.pattern import ATTENTION
 from hmf.errors import HmfError, naming_config
 from hmf.layers.base import Mixer
-from hmf.layers.layout import packed_layout
+from hmf.layers.layout import default_positions, packed_layout
 from hmf.layers.own import OWN_MODULE, RECURRENT, base_mixer_name, own_layers, own_recurrence_class
 from hmf.layers.registry import MIXERS, mixer_class
 
@@ -84,6 +84,11 @@ class LayerInputs:
     layout: Any
     rotary: dict[str, tuple[torch.Tensor, torch.Tensor]]  # (cos, sin) [B, T, head_dim], by entry of attention_types
     shared: dict[str, Any]  # position_ids, past_key_values, use_cache and further keywords
+
+
+def _shape(x: Any) -> Any:
+    """The shape of a tensor, or the name of the type of another value."""
+    return list(x.shape) if hasattr(x, "shape") else type(x).__name__
 
 
 def _own_class(family: Family) -> type[nn.Module]:
@@ -152,34 +157,23 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
         if past_key_values is not None:
             adopt(past_key_values, self.config, batch)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if attention_mask is not None and getattr(attention_mask, "shape", None) != (batch, past + tokens):
-            got = list(attention_mask.shape) if hasattr(attention_mask, "shape") else type(attention_mask).__name__
+        if attention_mask is not None and _shape(attention_mask) != [batch, past + tokens]:
             raise HmfError(
                 f"attention_mask: recurrent layers need shape [batch, cached + new tokens], {[batch, past + tokens]}, "
-                f"not {got}"
+                f"not {_shape(attention_mask)}"
             )
         may_jump = attention_mask is not None or past_key_values is not None
         if attention_mask is not None and tokens > 1 and bool(attention_mask.all()):
             attention_mask = None
-        if position_ids is not None and getattr(position_ids, "shape", None) not in ((1, tokens), (batch, tokens)):
-            got = list(position_ids.shape) if hasattr(position_ids, "shape") else type(position_ids).__name__
+        if position_ids is not None and _shape(position_ids) not in ([1, tokens], [batch, tokens]):
             raise HmfError(
-                f"position_ids: must be of shape [batch, new tokens], {[batch, tokens]}, not {got}; positions on the "
-                "axes of images are not supported"
+                f"position_ids: must be of shape [batch, new tokens], {[batch, tokens]}, not {_shape(position_ids)}; "
+                "positions on the axes of images are not supported"
             )
         cu_seqlens = kwargs.get("cu_seq_lens_q")
         given_positions = position_ids
         if position_ids is None:
-            if cu_seqlens is not None:
-                lengths = cu_seqlens.diff()
-                first = torch.repeat_interleave(cu_seqlens[:-1], lengths)
-                position_ids = (torch.arange(tokens, device=inputs_embeds.device) - first)[None]
-            elif attention_mask is not None:
-                # Real tokens start at position 0 in every row: after a short convolution the result depends on absolute
-                # rotary positions, not only on differences.
-                position_ids = (attention_mask.bool().long().cumsum(1) - 1).clamp_min(0)[:, -tokens:]
-            else:
-                position_ids = (torch.arange(tokens, device=inputs_embeds.device) + past)[None]
+            position_ids = default_positions(tokens, past, attention_mask, cu_seqlens, inputs_embeds.device)
         elif cu_seqlens is not None and bool(position_ids[0, cu_seqlens[:-1][cu_seqlens.diff() > 0].long()].any()):
             raise HmfError("position_ids: must restart at 0 at each document start in cu_seq_lens_q")
         if past:

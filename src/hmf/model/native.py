@@ -170,6 +170,12 @@ def classes(config: Any) -> tuple[type[Any], type[Any]]:
 
 def native_config(config: Any, source: str = "config.json", to: str = FORMAT) -> Any:
     """The config in the format `to` of a Hybrid's config; HmfError names the key that the format does not support."""
+    _require_expressible(config, source, to)
+    return _own_config(config) if config.family.model_type in OWN else _new_config(config, source)
+
+
+def _require_expressible(config: Any, source: str, to: str) -> None:
+    """HmfError that names the first key of a Hybrid's config which the format `to` does not support."""
 
     def refuse(key: str, why: str) -> NoReturn:
         raise HmfError(f"{source}: {key}: {why}")
@@ -197,10 +203,8 @@ def native_config(config: Any, source: str = "config.json", to: str = FORMAT) ->
     if SYMBOL in pattern.symbols:
         _check_options(config, to, refuse)
     if own:
-        return _own_config(config)
-    config_class, model_class = classes(config)
-    with_experts = config_class is Qwen3_5MoeTextConfig
-    for key, (only, cause) in EXPERTS.items() if with_experts else ():
+        return
+    for key, (only, cause) in EXPERTS.items() if _has_experts(config) else ():
         if getattr(config, key) != only:
             refuse(key, f"{getattr(config, key)!r}: {cause}; use the Hybrid's own format")
     if config.attention_bias:
@@ -216,7 +220,16 @@ def native_config(config: Any, source: str = "config.json", to: str = FORMAT) ->
     ]
     if any(kept_windows):
         refuse("sliding_window", "the format has only full attention; use the Hybrid's own format")
-    options = layer_options(config, SYMBOL)
+
+
+def _has_experts(config: Any) -> bool:
+    return classes(config)[0] is Qwen3_5MoeTextConfig
+
+
+def _new_config(config: Any, source: str) -> Any:
+    """The config in the format of a Hybrid whose base has no recurrent layers of its own."""
+    config_class, model_class = classes(config)
+    with_experts, options = _has_experts(config), layer_options(config, SYMBOL)
     attributes = {stored: name for name, stored in config.attribute_map.items()}  # num_local_experts: num_experts
     fields = {attributes.get(key, key): value for key, value in config.to_dict().items()}
     known = {field.name for field in dataclasses.fields(config_class)}
@@ -234,7 +247,7 @@ def native_config(config: Any, source: str = "config.json", to: str = FORMAT) ->
         | {
             "architectures": [model_class.__name__],
             "layer_types": [
-                "full_attention" if symbol == ATTENTION else "linear_attention" for symbol in pattern.symbols
+                "full_attention" if symbol == ATTENTION else "linear_attention" for symbol in config.pattern.symbols
             ],
             "rope_parameters": {**rope, "partial_rotary_factor": 1.0},
             "partial_rotary_factor": 1.0,  # otherwise the class writes its own default next to the table

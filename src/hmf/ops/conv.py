@@ -34,7 +34,7 @@ def short_conv(
 
 @dispatch.implementation("conv", "reference")
 def reference(x, weight, bias=None, initial_state=None, cu_seqlens=None) -> Result:
-    """The definition: one token after the other."""
+    """The definition: a loop over the tokens."""
     batch, tokens, channels = x.shape
     rows, outputs, states, first = x.flatten(0, 1), [], [], 0
     for s, length in enumerate(sequence_lengths(batch, tokens, cu_seqlens)):

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chooses which implementation of an op runs; no other module does.
+"""The choice of the implementation that runs an op. No other module makes this choice.
 
 Every op has a `reference` (the definition), a `chunked` version in plain PyTorch and, on CUDA, a `fast` one. An op may
 have a further version with GPU kernels, which is preferred to `fast` for the inputs that it supports. The environment
-variable HMF_OPS selects a version for all ops, for debugging and for `hmf doctor`. If it names a further version, ops
-without it, and inputs that it does not support, run as without HMF_OPS.
+variable HMF_OPS selects a version for all ops, for debugging and for `hmf doctor`. If an op lacks the named version, or
+a further version does not support the inputs, the op runs as it would without HMF_OPS.
 
-Sequence parallelism wraps ops with `set_wrappers`.
+Sequence parallelism and the composition of caches wrap ops with `set_wrappers`.
 """
 
 from __future__ import annotations
@@ -97,7 +97,10 @@ def entry(op: str, recurrence: bool = False):
 
 
 def set_wrappers(wrappers: Mapping[str, Callable]) -> None:
-    """In this context, a call of the entry of `op` becomes `wrappers[op](entry, ...)`. {} removes all wrappers."""
+    """In the current context (`contextvars`), a call of the entry of `op` becomes `wrappers[op](entry, ...)`.
+
+    {} removes all wrappers.
+    """
     _WRAPPERS.set(wrappers)
 
 

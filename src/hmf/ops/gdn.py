@@ -42,7 +42,10 @@ def gated_delta_rule(
 
 
 def step(q, k, v, g, beta, state) -> Result:
-    """A token per sequence: q, k [S, H, K], v [S, H, V], g, beta [S, H], state [S, H, K, V] -> (o [S, H, V], state)."""
+    """One token per sequence: q, k [S, H, K], v [S, H, V], g, beta [S, H], state [S, H, K, V].
+
+    Returns o [S, H, V] and the new state.
+    """
     state = state * g.exp()[..., None, None]
     error = v - torch.einsum("shkv,shk->shv", state, k)
     state = state + torch.einsum("shk,shv->shkv", k, error * beta[..., None])
@@ -51,12 +54,12 @@ def step(q, k, v, g, beta, state) -> Result:
 
 @dispatch.implementation("gdn", "reference")
 def reference(q, k, v, g, beta, initial_state=None, cu_seqlens=None) -> Result:
-    """The definition: one token after the other."""
+    """The definition: a loop over the tokens."""
     return sequential(step, q, k, v, g, beta, initial_state, cu_seqlens)
 
 
 def sequential(step: Callable, q, k, v, g, beta, initial_state, cu_seqlens) -> Result:
-    """A delta rule by its `step`, which also has decays g [B, T, H, ...] of other shapes (`kda`)."""
+    """A delta rule as a loop over tokens that calls `step`. g [B, T, H, ...] may have further axes, as in `kda`."""
     batch, tokens, heads, _ = q.shape
     out_dtype, compute = v.dtype, dispatch.compute_dtype(v)
     q, k, v, g, beta = (x.to(compute).flatten(0, 1) for x in (q, k, v, g, beta))
@@ -84,7 +87,10 @@ def chunked(q, k, v, g, beta, initial_state=None, cu_seqlens=None, chunk_size: i
 
 
 def in_chunks(step: Callable, decays: Callable, q, k, v, g, beta, initial_state, cu_seqlens, chunk_size: int) -> Result:
-    """A delta rule by chunks. decays: the class that makes a group's decays from g, `HeadDecay` or one like it."""
+    """A delta rule in chunks.
+
+    decays: the class that computes the decays of a group of chunks from g, such as `HeadDecay`.
+    """
     out_dtype, compute = v.dtype, dispatch.compute_dtype(v)
     batch, tokens, heads, key_dim = q.shape
     if tokens == 1 and cu_seqlens is None:
@@ -120,7 +126,7 @@ class HeadDecay:
         return grad @ y, grad.mT @ x
 
     def of_channels(self, x: torch.Tensor) -> torch.Tensor:
-        """The gradient of a log decay from its share of each channel [..., K]."""
+        """The gradient of a log decay from the contributions of the channels [..., K]."""
         return x.sum(-1)
 
 

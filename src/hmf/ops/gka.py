@@ -89,7 +89,7 @@ def reference(
     rescale=True,
     solve=solve_chebyshev,
 ) -> Result:
-    """The definition: one token after the other. `solve` is `solve_chebyshev` or `solve_exact`."""
+    """The definition: a loop over the tokens. `solve` is `solve_chebyshev` or `solve_exact`."""
     batch, tokens, heads, key_dim = q.shape
     out_dtype, compute = v.dtype, dispatch.compute_dtype(v)
     q, k, v, g, gk = (x.to(compute).flatten(0, 1) for x in (q, k, v, g, gk))

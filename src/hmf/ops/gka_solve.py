@@ -19,7 +19,7 @@ Result = tuple[torch.Tensor, State]
 
 
 def coefficients(num_iter: int, ridge_strength: float) -> tuple[float, float, list[float]]:
-    """c, the factor of z in an iteration (1 - c ridge_strength), and the weight w of each iteration."""
+    """c, the factor `keep` of z in an iteration (1 - c ridge_strength), and the weight w of each iteration."""
     c, rho = 2 / (1 + 2 * ridge_strength), 1 / (1 + 2 * ridge_strength)
     weights, w = [], 2.0
     for _ in range(num_iter):
@@ -55,7 +55,7 @@ def solve_exact(C, q, num_iter, ridge_strength, bp_lambda=True) -> torch.Tensor:
 
 
 def squared_norms(k, starts, from_start, decay) -> torch.Tensor:
-    """||C_t||_F^2 [N, H, C] of every token, a sum of non-negative terms, so without cancellation."""
+    """||C_t||_F^2 [N, H, C] of every token. All terms of the sum are non-negative, so nothing cancels."""
     fresh = ((decay @ (k @ k.mT).square()) * decay).sum(-1)
     mixed = decay @ ((k @ starts.mT) * k).sum(-1, keepdim=True)
     old = starts.square().sum((-2, -1))[..., None]
@@ -101,7 +101,7 @@ class ChunkSolve(torch.autograd.Function):
 
 
 def _groups(q: torch.Tensor, stored: int) -> list[slice]:
-    """Slices of G for which `stored` tensors of q's shape fit into a CPU's cache, or are a large launch on a GPU."""
+    """Slices of G. `stored` tensors of a slice fit into a CPU's cache, or occupy a GPU."""
     budget = 2**28 if q.is_cuda else 2**22
     size = max(1, budget // (stored * q[0].numel())) if len(q) else 1
     return [slice(first, first + size) for first in range(0, len(q), size)]

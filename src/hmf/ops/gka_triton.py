@@ -2,8 +2,8 @@
 """Triton kernels of Gated KalmaNet for training: the Chebyshev iterations of whole chunks, forward and backward.
 
 They compute the same as `gka_solve.ChunkSolve`. A program takes one chunk of one head: keys, the covariance at the
-chunk's start and the iterate stay on the chip during all iterations. There is no autotuning, and the iterations are a
-loop at run time, so that a kernel compiles in seconds.
+chunk's start and the iterate stay in registers and shared memory during all iterations. There is no autotuning, and the
+iterations are a loop at run time, so that a kernel compiles in seconds.
 
 Products run on bfloat16 tensor cores with nearly the precision of float32: a float32 factor is the sum of two bfloat16
 numbers with an error of 2^-17, and three products of such parts have the same precision. TF32's 2^-11 is not enough,

@@ -31,13 +31,18 @@ def kimi_delta_attention(
     initial_state: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> Result:
-    """The delta rule with decays of channels, by the implementation that `dispatch` chooses; arguments as in the module
-    docstring."""
+    """The delta rule with a decay for each channel, by the implementation that `dispatch` chooses.
+
+    Arguments and result are described in the module docstring.
+    """
     return dispatch.resolve("kda", q, k, v, g, beta)(q, k, v, g, beta, initial_state, cu_seqlens)
 
 
 def step(q, k, v, g, beta, state) -> Result:
-    """A token per sequence: q, k, g [S, H, K], v [S, H, V], beta [S, H], state [S, H, K, V] -> (o [S, H, V], state)."""
+    """One token per sequence: q, k, g [S, H, K], v [S, H, V], beta [S, H], state [S, H, K, V].
+
+    Returns o [S, H, V] and the new state.
+    """
     state = state * g.exp()[..., None]
     error = v - torch.einsum("shkv,shk->shv", state, k)
     state = state + torch.einsum("shk,shv->shkv", k, error * beta[..., None])
@@ -46,13 +51,13 @@ def step(q, k, v, g, beta, state) -> Result:
 
 @dispatch.implementation("kda", "reference")
 def reference(q, k, v, g, beta, initial_state=None, cu_seqlens=None) -> Result:
-    """The definition: one token after the other."""
+    """The definition: a loop over the tokens."""
     return gdn.sequential(step, q, k, v, g, beta, initial_state, cu_seqlens)
 
 
 @dispatch.implementation("kda", "chunked")
 def chunked(q, k, v, g, beta, initial_state=None, cu_seqlens=None, chunk_size: int = 64) -> Result:
-    """The chunks of `gdn`, whose products of tokens have a decay for each channel. `chunk_size` is a power of two."""
+    """As `gdn.chunked`, with a decay for each channel. `chunk_size` must be a power of two."""
     return gdn.in_chunks(step, ChannelDecay, q, k, v, g, beta, initial_state, cu_seqlens, chunk_size)
 
 
@@ -60,9 +65,9 @@ class ChannelDecay:
     """As `gdn.HeadDecay`, from log decays g [n, H, C, K] of each channel.
 
     One product cannot give the decayed scores of a chunk: exp(g_in_t) exp(-g_in_s) overflows where the decay is strong.
-    So the chunk is halved, and its halves, down to single tokens. The scores of a second half's tokens with a first
-    half's decay over the border between them, as exp(log decay since the border) exp(log decay to the border). No
-    exponent is positive, and each is a sum of its own tokens' decays.
+    The chunk is therefore divided into halves, recursively, down to single tokens. For a token t of a second half and a
+    token s of the first half, the decay is exp(log decay from the border to t) exp(log decay from s to the border). No
+    exponent is positive.
     """
 
     def __init__(self, g: torch.Tensor):

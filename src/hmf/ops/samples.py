@@ -88,7 +88,7 @@ class _Random:
         return torch.rand(*self.shape.rows, self.shape.heads, generator=self.generator, dtype=torch.float64)
 
     def log_decay(self) -> torch.Tensor:
-        """[B, T, H]: heads that remember hundreds of tokens to heads that forget within a few, as in trained models."""
+        """[B, T, H]. The memory of a head is a few tokens to hundreds of tokens, as in trained models."""
         reach = torch.logspace(0.5, 2.5, self.shape.heads, dtype=torch.float64)
         return -2 * self.share() / reach
 
@@ -102,7 +102,7 @@ class _Random:
 
 
 def _gdn(shape: Shape, draw: _Random, channels: bool = False) -> Sample:
-    """channels: each channel of a head has a decay, up to twice as fast or as slow as the head's."""
+    """channels: whether each channel of a head has its own decay, up to twice as fast or as slow as the head's."""
     cu_seqlens = draw.cu_seqlens()
 
     def call(function, x):
@@ -202,7 +202,9 @@ SAMPLES: dict[str, Callable[[Shape, _Random], Sample]] = {
 def gradient_off(
     op: str, dtype: torch.dtype, device: str, heads: tuple[int, int] = dispatch.HEADS, version: str = "fast"
 ) -> str | None:
-    """Compare the gradients of `op`'s fast and chunked versions on a small sample: how they differ, or None.
+    """Compare the gradients of `op`'s fast and chunked versions on a small sample.
+
+    Returns the reason why the fast gradients are wrong, in one line, or None.
 
     heads: number and size of the sample's heads. The check runs once in a process for each.
 

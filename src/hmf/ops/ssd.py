@@ -68,7 +68,7 @@ def step(q, k, v, g, state) -> Result:
 
 @dispatch.implementation("ssd", "reference")
 def reference(q, k, v, g, initial_state=None, cu_seqlens=None) -> Result:
-    """The definition: one token after the other."""
+    """The definition: a loop over the tokens."""
     batch, tokens, heads, _ = q.shape
     out_dtype, compute = v.dtype, dispatch.compute_dtype(v)
     q, k, v, g = (x.to(compute).flatten(0, 1) for x in (q, k, v, g))

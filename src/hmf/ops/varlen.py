@@ -99,7 +99,8 @@ class ChunkLayout:
         return self.split(x).transpose(1, 2).to(dtype).contiguous()
 
     def by_step(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """[N, ...] -> a tensor for each of `steps`. One split, as the backward of each slice would fill a whole x."""
+        """[N, ...] -> a tensor for each of `steps`."""
+        # One split, because the backward of each slice would fill a tensor like x.
         return x.split([at.stop - at.start for at in self.steps])
 
     def merge(self, x: torch.Tensor) -> torch.Tensor:

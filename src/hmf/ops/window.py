@@ -66,7 +66,7 @@ def windowed_attention(
 
 @dispatch.implementation("window", "reference")
 def reference(q, sets, scale, seen=None, cu_seqlens=None) -> torch.Tensor:
-    """The definition: one query after the other, with the keys in its window."""
+    """The definition: a loop over the queries, each with the keys in its window."""
     batch, tokens, heads, _ = q.shape
     compute = dispatch.compute_dtype(q)
     queries, outputs, first = q.to(compute).flatten(0, 1), [], 0
@@ -99,7 +99,7 @@ def _with_past(
 
 @dispatch.implementation("window", "chunked")
 def blockwise(q, sets, scale, seen=None, cu_seqlens=None, block_size: int | None = None) -> torch.Tensor:
-    """Attention of each block of queries to the blocks of keys in its windows: memory O(T window).
+    """Attention of each block of queries to the blocks of keys in its windows, in memory O(T window).
 
     Each block is one product for all sequences. Larger blocks copy fewer keys, but mask more of them. Small blocks do
     not fill a GPU.

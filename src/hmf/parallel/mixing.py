@@ -3,8 +3,8 @@
 
 Recurrences: a chunk maps the state at its start to the state at its end by an affine map of fixed size. Every rank
 receives the maps of all chunks, composes them, and so computes the initial states of its own chunks. Convolutions and
-windows receive the positions before a chunk. Attention receives all keys and values of the row. Final states are not
-needed in training, so they are None.
+windows receive the positions before a chunk. Attention receives all keys and values of the row. Training does not need
+final states, so they are None.
 
 Legend: as in shards.py; N = 2cB tokens of this rank, H heads, K/V key/value head dims.
 """
@@ -83,8 +83,8 @@ def with_map(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gated delta rule `op` from `initial` [S, H, K, V] with the identity beside it.
 
-    Returns outputs [B, T, H, V], each query as the initial state meets it [B, T, H, K], and [S, H, K, V + K]: the final
-    states, and the matrices by which they follow the initial ones.
+    Returns the outputs [B, T, H, V]; for each query the vector [B, T, H, K] that multiplies the initial state; and
+    [S, H, K, V + K], the final states beside the matrices that map initial states to them.
     """
     key_dim, value_dim = k.shape[-1], v.shape[-1]
     eye = torch.eye(key_dim, dtype=initial.dtype, device=v.device).expand(*initial.shape[:2], -1, -1)
@@ -196,7 +196,7 @@ def attention(
 
 
 class _DependsOn(torch.autograd.Function):
-    """`o` as it is, with a dependence on `row` in the graph.
+    """Returns `o` unchanged, with a dependence on `row` in the graph.
 
     On ranks that did not use `row`, its backward would not run, and the other ranks would wait for its collective.
     """

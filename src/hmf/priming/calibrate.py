@@ -3,8 +3,7 @@
 
 The teacher runs once, layer by layer. Each mixer is fitted alone, from the attention's own inputs: first everything
 that is not copied from the attention (decay, gates, convolutions, norms) by a short run of Adam, then the output
-projection in closed form, by ridge regression. Both are kept only if they bring the error down on rows that the fit
-does not read.
+projection in closed form, by ridge regression. A fit is kept only if it lowers the error on held-out rows.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from hmf.layers.own import base_mixer
 from hmf.model.convert import mixers
 from hmf.model.modeling import TEACHER
 
-ROWS_AT_ONCE, TOKENS_AT_ONCE = 4, 8192  # most of either in a batch, of at least one row
+ROWS_AT_ONCE, TOKENS_AT_ONCE = 4, 8192  # upper bounds of a batch, which has at least one row
 # Adam changes each weight of a matrix about as much, so its effect grows with the number of inputs. Up to this number
 # of inputs the learning rate is the setting's, above it is divided by their ratio.
 INPUTS = 256

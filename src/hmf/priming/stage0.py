@@ -108,8 +108,8 @@ def make_stage0(
 ) -> Stage0Report:
     """`hmf init`: load `base`, make it a fused Hybrid, initialise the mixers, save it at `out` with its tokenizer.
 
-    With `calibration`, the mixers are also fitted to their attention (`hmf.priming.calibrate`), on rows of `data`
-    (None: Python's own library) by `seed`.
+    With `calibration`, the mixers are also fitted to the attention that they replace (`hmf.priming.calibrate`), on rows
+    of `data` (None: Python's standard library) that `seed` selects.
     """
     require_unused(out)
     base_config(base)  # raises for an unsupported base before the weights are read
@@ -118,7 +118,7 @@ def make_stage0(
     base_model = load_model(base, dtype=STORED)
     model = hybridise(base_model, pattern, options)
     names = [name for name in stored_tensors(Path(base)) if not COMPUTED.search(name)]
-    # Tensors that transformers passes over without a word, such as those of multi-token prediction (mtp.).
+    # Tensors that transformers ignores without a message, such as those of multi-token prediction (mtp.).
     ignored = getattr(type(base_model), "_keys_to_ignore_on_load_unexpected", None) or ()
     unread = [name for name in names if any(re.search(pattern, name) for pattern in ignored)]
     if unread:
@@ -138,7 +138,7 @@ def calibrate_on(
     data: DataSettings,
     seed: int,
 ) -> dict[str, tuple[float, float]]:
-    """`calibrate` on the first rows that Stage 1 reads with the same `data` and `seed`, by the tokenizer of `base`."""
+    """`calibrate` on the first rows that Stage 1 reads with the same `data` and `seed`."""
     rows = mixture(data, load_tokenizer(base), calibration.rows, seed)
     if rows.epoch is not None and rows.epoch < calibration.rows:  # rows of a second pass are not held out of the first
         raise HmfError(

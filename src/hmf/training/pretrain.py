@@ -47,13 +47,13 @@ from .trainer import HybridTrainer
 class TokenizerSettings(Settings):
     """A byte-level BPE, learned from the run's text and tasks."""
 
-    vocab_size: int = Field(ge=300, le=2**20)
-    chat_template: Path  # relative to the recipe
+    vocab_size: int = Field(ge=300, le=2**20)  # number of tokens
+    chat_template: Path  # file of the chat template, relative to the recipe
     task_samples: int = Field(ge=0)  # conversations of each task in the tokenizer's training text
 
 
 class ModelSettings(Settings):
-    """Keys of Qwen3Config; embeddings are tied."""
+    """The model's config, with keys of Qwen3Config. Embeddings are tied."""
 
     hidden_size: int
     intermediate_size: int
@@ -63,16 +63,17 @@ class ModelSettings(Settings):
     head_dim: int
     max_position_embeddings: int
     rope_theta: float
-    initializer_range: float = Field(gt=0)  # transformers takes 0 for its default
+    # standard deviation of the initial weights; above 0, because transformers reads 0 as its default
+    initializer_range: float = Field(gt=0)
 
 
 class PretrainOptimiserSettings(OptimiserSettings):
     """Optimiser settings, and options that make training of a small model fast on a large GPU."""
 
-    save_total_limit: int = Field(1, ge=1)  # number of newest checkpoints that are kept
-    logging_steps: Steps = 50  # steps between entries of the log; each checkpoint has one too
-    compile: bool = False  # torch.compile, on a GPU only
-    # False: documents in a row attend to each other, and positions run through the row. Attention then needs no mask.
+    save_total_limit: int = Field(1, ge=1)  # number of checkpoints that are kept; older ones are removed
+    logging_steps: Steps = 50  # steps between log entries; there is one at each checkpoint, too
+    compile: bool = False  # whether the model is compiled with torch.compile, on a GPU only
+    # whether a document attends to itself alone; false: positions run through the row, and attention needs no mask
     isolate_documents: bool = True
 
 
@@ -82,12 +83,14 @@ class PretrainRecipe(Settings):
     output: Path  # run folder
     seed: Seed = 0  # seed of all random numbers
     data: DataSettings  # training data
-    eval_data: DataSettings | None = None  # data for training.eval_strategy; without it, rows of data are held out
+    eval_data: DataSettings | None = (
+        None  # data to evaluate on, with training.eval_strategy; left out: rows held out of data
+    )
     start_from: Path | None = None  # output of another run to start from
     rope: RopeSettings = Field(default_factory=RopeSettings)  # changes to rotary positions, with start_from
     tokenizer: TokenizerSettings | None = None  # not allowed with start_from, required without it
     model: ModelSettings | None = None  # not allowed with start_from, required without it
-    training: PretrainOptimiserSettings
+    training: PretrainOptimiserSettings  # optimiser, log, checkpoints
 
     @model_validator(mode="after")
     def _one_start(self) -> "PretrainRecipe":

@@ -6,7 +6,7 @@ States of a request: those of the recurrent layer, then near keys and values [W 
 GPU, in bfloat16 or float16, prefill runs flash attention for each window and merges the two by their log-sum-exps. A
 decode step reads the rings in place.
 
-Legend: N tokens of the batch, S sequences, T tokens a sequence, D model dim, H query heads, Hk key/value heads,
+Legend: N tokens of the batch, S sequences, T tokens per sequence, D model dim, H query heads, Hk key/value heads,
 K head_dim, W window size, R size of a ring.
 """
 
@@ -42,7 +42,7 @@ BUILDER = WindowMetadataBuilder
 
 
 def states(symbol: str, config: Any, ranks: int) -> dict[str, StateShape]:
-    """The states of one request on one of `ranks` ranks. vLLM requires at least one row of a ring."""
+    """The states of one request on one of `ranks` ranks. vLLM requires that a ring has at least one row."""
     inner = layer_options(config, symbol).inner_symbol
     states = {INNER + name: state for name, state in mixer_module(inner).states(inner, config, ranks).items()}
     shapes = mixer_class(symbol).state_shapes(config, ranks)

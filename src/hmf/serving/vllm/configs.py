@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a checkpoint's config.json vLLM's layers would compute otherwise than transformers, or not at all.
+"""Values of a checkpoint's config.json with which vLLM's layers differ from those of transformers, or do not work.
 
-Each function of a start returns why it is refused, or None; `of_stock_classes` is about bases, which are served.
+Each function of a start returns the reason why it is refused, or None. `of_stock_classes` is about bases, which are
+served.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ READ_BY_VLLM = {
     "qwen3_next": OWN_RECURRENCE,
     "smollm3": ("bias", "qkv_bias", "target_layer_count"),
 }
-# And those that vLLM reads in every model.
+# Keys that vLLM reads in every model.
 READ_BY_VLLM_ALWAYS = (
     *("mrope_section", "rotary_emb_base", "rotary_emb_fraction", "rotary_pct", "xdrope_section"),
     *("attention_chunk_size", "canvas_length", "head_dtype", "n_head_kv", "num_kv_heads", "rswa_window"),
@@ -187,7 +188,7 @@ def rope_tables(config: Any) -> list[Any]:
 
 
 def of_stock_classes(start: Start) -> Iterator[str]:
-    """How the rotary positions of vLLM's own class of a base differ from those of transformers."""
+    """How the rotary positions of vLLM's own class for a base differ from those of transformers."""
     config, length = start.config, start.config.max_position_embeddings
     for rope in rope_tables(config):
         kind, name = rope["rope_type"], "rope_parameters"

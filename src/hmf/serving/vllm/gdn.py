@@ -5,7 +5,7 @@ States of a request: the last conv_size - 1 inputs of the short convolutions of 
 and the recurrent state, in the layout of vLLM's kernels [H, V, K]. Heads are split over tensor-parallel ranks. With
 fewer key/value heads than ranks, each rank holds the one that its heads use.
 
-Legend: N tokens of the batch, S sequences, T tokens a sequence, H expanded heads (of this rank), D head_dim.
+Legend: N tokens of the batch, S sequences, T tokens per sequence, H expanded heads (of this rank), D head_dim.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_update
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.model_executor.utils import set_weight_attrs
@@ -34,7 +34,7 @@ from hmf.layers.linear import LowRank
 from hmf.ops import gated_delta_rule, short_conv
 
 from .backends import HAS_KERNELS, RecurrentMetadata, RecurrentMetadataBuilder
-from .parts import NormWeight, ShortConvWeights, rms_norm
+from .parts import NormWeight, ShortConvWeights, convolve, rms_norm
 from .recurrent import RecurrentMixer, Tensors, started
 from .start import PREFILL
 
@@ -222,23 +222,8 @@ class GatedDeltaNet(RecurrentMixer):
         if self.chunks is None:
             return super().prefill(inputs, pools, metadata)
         qkv, decay, beta = inputs
-        slots, known, bounds = (
-            metadata.state_indices_tensor_p,
-            metadata.has_initial_states_p,
-            metadata.query_start_loc_p,
-        )
         if self.options.use_short_conv:
-            qkv = causal_conv1d_fn(
-                qkv.T,
-                self.conv1d.weight.squeeze(1),
-                self.conv1d.bias,
-                pools[0].transpose(1, 2),
-                bounds,
-                cache_indices=slots,
-                has_initial_state=known,
-                activation="silu",
-                metadata=metadata,
-            ).T
+            qkv = convolve(qkv, self.conv1d.weight, self.conv1d.bias, pools[0].transpose(1, 2), metadata)
         else:
             qkv = F.silu(qkv)
         q, k, v = self._streams(qkv[None])
@@ -247,16 +232,16 @@ class GatedDeltaNet(RecurrentMixer):
             k, v = self._expand(k, "k"), self._expand(v, "v")
         if not own:
             q, k, v = (x.contiguous() for x in (q, k, v))
-        slots = slots.long()
+        slots = metadata.state_indices_tensor_p.long()
         o, after = self.chunks(
             q=q,
             k=k,
             v=v,
             g=decay[None],
             beta=beta[None],
-            initial_state=started(pools[-1][slots], known),
+            initial_state=started(pools[-1][slots], metadata.has_initial_states_p),
             output_final_state=True,
-            cu_seqlens=bounds,
+            cu_seqlens=metadata.query_start_loc_p,
             use_qk_l2norm_in_kernel=True,
         )
         pools[-1][slots] = after.to(pools[-1].dtype)

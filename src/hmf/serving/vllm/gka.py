@@ -10,7 +10,7 @@ A decode step on a GPU runs two kernels: one for the convolutions, and one for t
 the output. They are separate because the heads that share a key also share its convolution state, which is updated in
 place.
 
-Legend: N tokens of the batch, S sequences, T tokens a sequence, H heads, K head_dim, D model dim.
+Legend: N tokens of the batch, S sequences, T tokens per sequence, H heads, K head_dim, D model dim.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_update
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
 from hmf.config.layers import GKAOptions, layer_options
@@ -30,7 +30,7 @@ from hmf.ops import gated_kalmanet, short_conv
 
 from .backends import RecurrentMetadata, RecurrentMetadataBuilder
 from .hosted import HostedMixer
-from .parts import joined, rms_norm
+from .parts import convolve, joined, rms_norm
 from .recurrent import Tensors, started
 
 PROJECTIONS = (
@@ -106,29 +106,14 @@ class GKAMixer(HostedMixer):
 
         if gka_chunk_triton.unsupported(*self._streams(qkv)):
             return super().prefill(inputs, pools, metadata)
-        slots, known, bounds = (
-            metadata.state_indices_tensor_p,
-            metadata.has_initial_states_p,
-            metadata.query_start_loc_p,
-        )
         x, rest = qkv.tensor_split([len(self.conv_weight)], dim=-1)
-        x = causal_conv1d_fn(
-            x.T,
-            self.conv_weight.squeeze(1),
-            None,
-            pools[0].transpose(1, 2),
-            bounds,
-            cache_indices=slots,
-            has_initial_state=known,
-            activation="silu",
-            metadata=metadata,
-        ).T
+        x = convolve(x, self.conv_weight, None, pools[0].transpose(1, 2), metadata)
         q, k, v = self._expanded(x, rest)
         g, gk, beta, alpha = self._gates(inputs)
-        slots = slots.long()
-        before = tuple(started(pool[slots], known) for pool in pools[1:])
+        slots = metadata.state_indices_tensor_p.long()
+        before = tuple(started(pool[slots], metadata.has_initial_states_p) for pool in pools[1:])
         o, after = gka_chunk_triton.chunked(
-            q, k, v, g, gk, alpha, before, bounds, **self.mixer.solver, beta=beta, eps=EPS
+            q, k, v, g, gk, alpha, before, metadata.query_start_loc_p, **self.mixer.solver, beta=beta, eps=EPS
         )
         for pool, state in zip(pools[1:], after, strict=True):
             pool[slots] = state.to(pool.dtype)

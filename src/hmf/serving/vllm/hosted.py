@@ -2,13 +2,13 @@
 """Runs any mixer of `hmf.layers` inside vLLM without changes.
 
 A mixer's `mix` maps states and packed documents to outputs and new states, which is sufficient for vLLM's batches.
-Every layer type with a Hugging Face layer can therefore be served. Faster implementations have separate files: GDN and
-KDA are implemented completely, and GKA, Mamba2 and B'MOJO-F implement their handling of states on a GPU.
+Every layer type with a Hugging Face layer can therefore be served. Faster implementations are in separate
+files: all of GDN and KDA, and the work on a GPU's states of GKA, Mamba2 and B'MOJO-F.
 
 Under tensor parallelism each rank builds a mixer with its share of the heads and loads this share of every tensor. The
 outputs of the ranks' output projections are added.
 
-Legend: N tokens of the batch, S sequences, T tokens a sequence, D model dim.
+Legend: N tokens of the batch, S sequences, T tokens per sequence, D model dim.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ BUILDER = RecurrentMetadataBuilder
 def states(symbol: str, config: Any, ranks: int) -> dict[str, StateShape]:
     """The states of one request on one of `ranks` ranks, widest dtype first so that each state is aligned.
 
-    A state that is one number has an axis here: vLLM takes a pool of one axis for a single state when it copies blocks.
+    A state that is one number has an axis here, because vLLM treats a pool with one axis as a single state when it
+    copies blocks.
     """
     shapes = mixer_class(symbol).state_shapes(config, ranks)
     shapes = {name: state._replace(shape=state.shape or (1,)) for name, state in shapes.items()}

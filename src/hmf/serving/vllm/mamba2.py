@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_update
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
 from hmf.layers.mamba2 import Mamba2
 
 from .backends import HAS_KERNELS, SSD_CHUNK, SSDMetadata, SSDMetadataBuilder
 from .hosted import HostedMixer, states  # noqa: F401 (part of this module's interface, like `build`)
+from .parts import convolve
 from .recurrent import Tensors, started
 
 BUILDER = SSDMetadataBuilder
@@ -58,21 +59,11 @@ class Mamba2Mixer(HostedMixer):
             return super().prefill(inputs, pools, metadata)
         from vllm.model_executor.layers.mamba.ops.ssd_combined import mamba_chunk_scan_combined_varlen
 
-        mixer, slots, known = self.mixer, metadata.state_indices_tensor_p, metadata.has_initial_states_p
+        mixer, slots = self.mixer, metadata.state_indices_tensor_p.long()
         x, dt = inputs
-        x = causal_conv1d_fn(
-            x.T,
-            mixer.conv1d.weight.squeeze(1),
-            mixer.conv1d.bias,
-            pools[0],
-            metadata.query_start_loc_p,
-            cache_indices=slots,
-            has_initial_state=known,
-            activation="silu",
-            metadata=metadata,
-        ).T
+        x = convolve(x, mixer.conv1d.weight, mixer.conv1d.bias, pools[0], metadata)
         x, B, C = mixer.heads_of(x)
-        y, slots = torch.empty_like(x), slots.long()
+        y = torch.empty_like(x)
         after = mamba_chunk_scan_combined_varlen(
             x,
             dt,
@@ -88,7 +79,7 @@ class Mamba2Mixer(HostedMixer):
             D=mixer.D,
             dt_bias=mixer.dt_bias,
             dt_softplus=True,
-            initial_states=started(pools[1][slots], known),
+            initial_states=started(pools[1][slots], metadata.has_initial_states_p),
             state_dtype=pools[1].dtype,
         )
         pools[1][slots] = after

@@ -98,7 +98,7 @@ def hybrid_layer(stock: type[nn.Module]) -> type[nn.Module]:
 
 
 def replace_mixer(layer: Any, prefix: str) -> None:
-    """Give a stock decoder layer the mixer of its symbol, or the window of its attention."""
+    """Replace a stock decoder layer's attention by the mixer of its symbol, or set the attention's window."""
     vllm_config = get_current_vllm_config()
     config, quant_config = vllm_config.model_config.hf_config, vllm_config.quant_config
     index = extract_layer_index(prefix)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recurrent layers that a base has of its own (Qwen3.5's Gated DeltaNet): vLLM's module, or that of `hmf.layers`.
+"""The base's own recurrent layers (Qwen3.5's Gated DeltaNet): vLLM's module, or that of `hmf.layers`.
 
 vLLM's module needs a GPU and bfloat16 or float16. Its CPU kernels support neither float32 nor the float32 states of
 convolutions that a Hybrid has by default.
@@ -56,8 +56,10 @@ def build(symbol: str, config: Any, quant_config: Any, prefix: str, stock: nn.Mo
 
 
 def choose_prefill(vllm_config: VllmConfig) -> None:
-    """Ask vLLM for its Triton kernels where it would choose those of FlashInfer and these cannot be imported: it
-    imports them at the first prefill, and the engine would stop there."""
+    """Select vLLM's Triton kernels where vLLM would choose those of FlashInfer but cannot import them.
+
+    vLLM imports them at the first prefill, and the failure would stop the engine.
+    """
     if _resolve_gdn_prefill_backend(vllm_config)[1] == "flashinfer" and not has_flashinfer():
         vllm_config.additional_config = (vllm_config.additional_config or {}) | {"gdn_prefill_backend": "triton"}
 

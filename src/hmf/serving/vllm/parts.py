@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small modules of parameters that recurrent layers share, with tensor-parallel loading by heads.
+"""What recurrent layers share: modules of parameters, with tensor-parallel loading by heads, and vLLM's convolution.
 
-Legend: H heads, D head_dim, W conv_size.
+Legend: N tokens of the batch, H heads, D head_dim, C channels, W conv_size.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn
 
 from hmf.layers.base import split_heads
+
+from .backends import RecurrentMetadata
 
 
 class ShortConvWeights(nn.Module):
@@ -55,6 +58,30 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm over the last axis, in float32."""
     x = x.float()
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
+def convolve(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    pool: torch.Tensor,
+    metadata: RecurrentMetadata,
+) -> torch.Tensor:
+    """The short convolution and SiLU of the prefills' tokens x [N, C] on a GPU, by vLLM's kernel; returns [N, C].
+
+    weight [C, 1, W]; bias [C] or None. pool [slots, C, W - 1] holds the states, which are updated in place.
+    """
+    return causal_conv1d_fn(
+        x.T,
+        weight.squeeze(1),
+        bias,
+        pool,
+        metadata.query_start_loc_p,
+        cache_indices=metadata.state_indices_tensor_p,
+        has_initial_state=metadata.has_initial_states_p,
+        activation="silu",
+        metadata=metadata,
+    ).T
 
 
 def joined(parameters: list[nn.Parameter]) -> torch.Tensor:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base class of recurrent layers inside vLLM: state slots, batches of mixed requests, and one opaque operator.
 
-vLLM keeps the states of all requests in pools of slots, one row a slot. A forward pass gets a flat batch of tokens:
+vLLM keeps the states of all requests in pools, with one row per slot. A forward pass gets a flat batch of tokens:
 first the requests that decode (one token each), then those that prefill (any number, perhaps continuing an earlier
-chunk or a cached prefix). A layer type only says how it projects, which states it has and how the recurrence runs;
-reading and writing slots, fresh requests and padding are handled here, once.
+chunk or a cached prefix). A layer type defines its projections, its states and its recurrence. The base class reads and
+writes slots, and handles new requests and padding.
 
-Legend: N tokens of the batch, S sequences, T tokens a sequence, D model dim.
+Legend: N tokens of the batch, S sequences, T tokens per sequence, D model dim.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def state_dtypes(states: Iterable[StateShape], vllm_config: Any) -> tuple[torch.
 class RecurrentMixer(MambaBase, nn.Module):
     """A recurrent token mixer that replaces a decoder layer's attention.
 
-    symbol: the layer type's; states: those of one request on this rank, by name, in the order that `recur` takes them.
-    A subclass gives `output_shape`, `project`, `recur` and `finish`.
+    symbol: the symbol of the layer type; states: the states of one request on this rank, by name, in the order in which
+    `recur` takes them. A subclass defines `output_shape`, `project`, `recur` and `finish`.
     """
 
     rehearsals: tuple[int, ...] = (1,)  # numbers of requests of the warm-up prefills, before vLLM measures memory
@@ -74,8 +74,8 @@ class RecurrentMixer(MambaBase, nn.Module):
     def recur(self, inputs: Tensors, states: Tensors, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor, Tensors]:
         """Run the recurrence: over rows [S, 1, ...], or over S documents packed in one row [1, T, ...].
 
-        `states` have one row a sequence, and so have the returned final states.
-        The output has the shape of the inputs' leading axes, then `output_shape`.
+        `states` and the returned final states have one row per sequence. The output has the leading axes of the inputs,
+        then `output_shape`.
         """
 
     @abstractmethod

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What decides whether the plugin can serve a Hybrid: its config, and settings of vLLM."""
+"""The config and the settings of vLLM that decide whether the plugin can serve a Hybrid."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Start:
     """A start of the server.
 
     config: the Hugging Face config; longest: tokens of the longest sequence; quantization: vLLM's method, for a
-    quantised checkpoint that of its config; divided_tokens: whether vLLM divides tokens over ranks between experts;
+    quantised checkpoint that of its config; divided_tokens: whether vLLM divides tokens over ranks for the experts;
     prefill: the value of `PREFILL`, or None.
     """
 

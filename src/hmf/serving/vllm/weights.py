@@ -28,7 +28,7 @@ SHOWN = 5
 def expected_tensors(config: Any) -> tuple[dict[str, torch.Size], dict[str, str]]:
     """Names and shapes of a published checkpoint's tensors, from the Hugging Face model of this configuration.
 
-    The second value names those that may be absent because they are tied to others, and these.
+    The second value maps each tensor that may be absent because it is tied to another one to this other tensor.
     """
     config = copy.copy(config)
     config._attn_implementation = config._experts_implementation = None  # a config may name code on the Hub
@@ -58,8 +58,9 @@ def quantised_tensors(
 def require_exact_products(name: str, tensor: torch.Tensor) -> None:
     """HmfError for int8 weights whose products overflow on this processor, or have no kernel.
 
-    Without VNNI, x86 adds pairs of products of a weight with 0..255 in 16 bits: beyond 64 they may saturate. With AMX,
-    vLLM takes a kernel whose inputs are bfloat16 or float16; while it loads, torch's default dtype is the model's.
+    Without VNNI, x86 adds pairs of products of a weight and a number from 0 to 255 in 16 bits, and the sum may saturate
+    for weights beyond 64. With AMX, vLLM uses a kernel whose inputs are bfloat16 or float16. While vLLM loads weights,
+    torch's default dtype is the model's.
     """
     if tensor.dtype == torch.int8 and torch.get_default_dtype() == torch.float32 and _narrow_inputs_only(tensor):
         raise HmfError(
