@@ -139,8 +139,10 @@ def compile_layers(model: nn.Module) -> None:
 
     Layers of one class share the compiled code, so the time for it does not grow with their number.
     """
+    from torch._dynamo import config
+
     # A frame is compiled again for each projection that it is called for, with and without gradients.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    config.recompile_limit = max(config.recompile_limit, 64)
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):  # the base class of all decoder layers
             module.compile()
