@@ -24,6 +24,7 @@ from hmf.config.pattern import ATTENTION
 from hmf.config.runs import DistillSettings, FinetuneRecipe
 from hmf.config.training import ParallelSettings
 from hmf.gpus import GIB, MFU, Device
+from hmf.layers.gka import GatedKalmaNet
 from hmf.layers.own import base_mixer_name
 from hmf.model.configuration import building
 from hmf.priming.distance import stage1_flops_per_token
@@ -35,6 +36,9 @@ WIDE = 4  # bytes of a float32 number: a master weight, a gradient or a moment
 # Activations that a layer stores for the backward pass, in multiples of the inputs and outputs of its linear layers:
 # norms, rotary positions, gates and casts create further tensors of the same widths.
 COPIES = 2.0
+# What GKA's op stores beside these, in multiples of float32 tensors [tokens, heads, head_dim]: states between chunks,
+# decays, and float32 copies of queries, keys and values. From a measured peak (docs/performance.md).
+GKA_COPIES = 12
 LOGITS = 4 * WIDE * LOGITS_AT_ONCE  # four tensors of the size of a chunk of logits
 FRAMEWORK = 3 * GIB  # CUDA context, kernel workspaces, buffers of the communication library
 
@@ -135,8 +139,11 @@ class TrainingPlan:
 
     def _activations(self) -> float:
         tokens = self.training.per_device_train_batch_size * self.job.sequence_length / self.training.sequence_parallel
-        stream = WIDE * self.job.model.config.hidden_size  # the residual stream is in float32
-        inside = [COPIES * self._width * linear_widths(layer, self.job.model.config) for layer in self._backward_layers]
+        config = self.job.model.config
+        stream = WIDE * config.hidden_size  # the residual stream is in float32
+        inside = [COPIES * self._width * linear_widths(layer, config) for layer in self._backward_layers]
+        states = [GKA_COPIES * WIDE * _solved_width(layer) for layer in self._backward_layers]
+        inside = [sum(pair) for pair in zip(inside, states, strict=True)]
         if self.training.gradient_checkpointing:
             kept = len(inside) * stream + max(inside)
         else:
@@ -232,6 +239,12 @@ def _changes(training: ParallelSettings, ranks: int) -> Iterator[dict[str, Any]]
 def has_kl(recipe: DistillSettings) -> bool:
     """Whether Stage 1 computes logits at any step."""
     return any(recipe.objective.kl.values())
+
+
+def _solved_width(layer: nn.Module) -> int:
+    """Width of all heads of a layer's GKA, H K; 0 without one."""
+    mixers = [module for module in layer.modules() if isinstance(module, GatedKalmaNet)]
+    return sum(mixer.options.num_heads * mixer.options.head_dim for mixer in mixers)
 
 
 def linear_widths(layer: nn.Module, config: Any) -> float:
