@@ -86,7 +86,7 @@ BAD = {
     "zero.jsonl.gz": (b"", "zero.jsonl.gz: has 0 bytes"),
     "zero.json.zst": (b"", "zero.json.zst: has 0 bytes"),
     "zero.txt.xz": (b"", "zero.txt.xz: has 0 bytes"),
-    "packed.jsonl": (gzip.compress(LINES), "packed.jsonl:1: not UTF-8"),
+    "packed.jsonl": (gzip.compress(LINES), "packed.jsonl:1: compressed with gzip; add .gz"),
     "utf16.jsonl": (LINES.decode().encode("utf-16"), "utf16.jsonl:1: encoded in UTF-16"),
     "utf16le.jsonl": (LINES.decode().encode("utf-16-le"), r"utf16le.jsonl:1: not UTF-8 text \(byte 2 is 0\)"),
     "utf16.json": (LINES.decode().encode("utf-16"), "utf16.json:1: cannot be read"),

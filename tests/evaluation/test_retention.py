@@ -129,6 +129,10 @@ def test_the_rule_of_tools_knows_types_and_takes_one_call(tokenizer):
     assert judged(made, body) and judged(made, f"```json\n{body.strip()}\n```")
     assert judged(made, body.replace('"arguments"', '"parameters"'))
     call = json.loads(body)
+    for start, end in (("[TOOL_CALLS]", ""), ("", ""), ("<|tool_call|>", "<|/tool_call|>")):  # Mistral, Granite, Phi-4
+        assert judged(made, f"{start}{json.dumps([call | {'id': 'abcdef123'}])}{end}")
+        assert not judged(made, f"{start}{json.dumps([call, call])}{end}") and not judged(made, f"{start}[]{end}")
+    assert judged(made, f"<|python_tag|>{body.replace('arguments', 'parameters')}")  # Llama
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in call["arguments"].items()}
     lines = "".join(f"<parameter={name}>\n{value}\n</parameter>\n" for name, value in texts.items())
     written = f"<tool_call>\n<function={call['name']}>\n{lines}</function>\n</tool_call>"  # as Qwen3.5 does

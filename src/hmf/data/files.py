@@ -207,6 +207,8 @@ def decoded(content: bytes) -> str:
     """Decode UTF-8, with or without a byte order mark. HmfError for any other encoding."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise HmfError("encoded in UTF-16; convert the file to UTF-8")
+    if content.startswith(b"\x1f\x8b"):
+        raise HmfError("compressed with gzip; add .gz to the file's name")
     if (place := content.find(b"\0")) >= 0:
         raise HmfError(f"not UTF-8 text (byte {place + 1} is 0); convert the file to UTF-8 or remove it")
     try:

@@ -298,19 +298,28 @@ def _spoken(value: Any) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
+# Of Mistral, Granite and Phi-4, and Llama. Decoding usually leaves them out.
+_CALL_MARKS = re.compile(r"^\s*(?:\[TOOL_CALLS\]|<\|tool_call\|>|<\|python_tag\|>)|<\|/tool_call\|>\s*$")
+
+
 def _calls(text: str, tools: list[dict[str, Any]]) -> Iterator[Any]:
-    """The calls in an answer: in <tool_call> blocks, or without a block the whole answer."""
+    """The calls in an answer: in <tool_call> blocks, or without a block the whole answer, which may be a list of calls
+    and begin with the token that some templates write before calls."""
+    text = _CALL_MARKS.sub("", text)
     blocks = re.findall(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL) or [unfenced(text)]
     if "<tool_call>" in text and re.sub(r"<tool_call>.*?</tool_call>", "", text, flags=re.DOTALL).strip():
         blocks = [text]  # other text beside the calls, or an unfinished call
     for block in blocks:
         try:
-            call = parse_call(block, tools)
+            made = parse_call(block, tools)
         except (ValueError, RecursionError):
-            call = None
-        if isinstance(call, dict) and "parameters" in call and "arguments" not in call:
-            call["arguments"] = call.pop("parameters")  # the key in Llama's format
-        yield call
+            made = None
+        for call in made if isinstance(made, list) and made else [made]:
+            if isinstance(call, dict):
+                call.pop("id", None)  # which Mistral's format has
+                if "parameters" in call and "arguments" not in call:
+                    call["arguments"] = call.pop("parameters")  # the key in Llama's format
+            yield call
 
 
 def _typed(value: Any) -> str:
