@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ways that `hmf bench distill` compares do the same work, and what it says of them is right."""
 
+import functools
+
 import pytest
 import torch
 
@@ -10,12 +12,13 @@ from hmf.errors import HmfError
 from tests.numerics import assert_same
 
 
-@pytest.mark.parametrize("kl", [0.0, 0.7])
+@pytest.mark.parametrize(("kl", "compiled"), [(0.0, False), (0.7, False), (0.7, True)])
 @pytest.mark.usefixtures("in_float64")
-def test_every_way_has_the_same_loss_and_gradients(tiny_qwen3_config, kl, monkeypatch):
+def test_every_way_has_the_same_loss_and_gradients(tiny_qwen3_config, kl, compiled, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     real = distill.AutoModelForCausalLM.from_config
     monkeypatch.setattr(distill.AutoModelForCausalLM, "from_config", lambda config, dtype: real(config).double())
-    case = Case(tiny_qwen3_config, "*-GDN-*-GDN", rows=2, tokens=20, kl=kl)
+    case = Case(tiny_qwen3_config, "*-GDN-*-GDN", rows=2, tokens=20, kl=kl, compiled=compiled)
     found = {}
     for way in WAYS:
         model, loss_of_batch = prepared(case, way)

@@ -32,6 +32,7 @@ from hmf.model.convert import drop_teacher, hybridise
 from hmf.model.values import changed
 from hmf.priming.objectives import Stage1Objective, train_only_mixers
 from hmf.priming.stage0 import initialise
+from hmf.training.run import compile_layers
 
 WAYS = {
     "two models": "each called in the ordinary way: whole logits, activations of both stored",
@@ -46,7 +47,8 @@ class Case:
     """The measured case: a base `config`, the layers that become mixers, and a batch of rows [rows, tokens].
 
     The loss is the MSE before the head plus `kl` times the divergence of the logits of all tokens. bfloat16 is
-    autocast over float32 weights, as in training.
+    autocast over float32 weights, as in training. compiled: compile the decoder layers, and the divergence of the
+    fused model's logits, as `training.torch_compile` does.
     """
 
     config: Any
@@ -57,6 +59,7 @@ class Case:
     device: str = "cpu"
     dtype: str = "float32"
     repeats: int = 3
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,15 @@ def prepared(case: Case, way: str) -> tuple[nn.Module, Callable[[], torch.Tensor
     if way == "one model":
         fused.to(case.device).train()
         train_only_mixers(fused)
-        objective = Stage1Objective(kl=case.kl)
+        objective = Stage1Objective(kl=case.kl, compiled=case.compiled)
+        if case.compiled:
+            compile_layers(fused)
         return fused, lambda: fused(input_ids=ids, objective=objective)["loss"]
     frugal = way == "two models, frugal"
     teacher, student = copy.deepcopy(base).to(case.device).train(), drop_teacher(fused).to(case.device).train()
     train_only_mixers(student)
+    for model in (teacher, student) if case.compiled else ():
+        compile_layers(model)
 
     def run(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state

@@ -144,6 +144,9 @@ def distill(
     ] = 1.0,
     device: Device = None,
     dtype: Annotated[Dtype, typer.Option(help="bfloat16: autocast; the weights stay float32.")] = "float32",
+    torch_compile: Annotated[
+        bool, typer.Option("--torch-compile", help="Compile the decoder layers, as training.torch_compile does.")
+    ] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Timed steps per process.")] = 3,
     rounds: Annotated[int, typer.Option(min=1, help="Processes for each variant; the variants run in turn.")] = 2,
     as_json: AsJson = False,
@@ -165,14 +168,17 @@ def distill(
     config = steps.with_overrides(load_config(folder, weights=False), overrides or ())
     layers = str(base_pattern(config, settings))
     place = available(device)
-    case = steps.Case(config, layers, rows, tokens, kl, place, dtype, repeats)
+    case = steps.Case(config, layers, rows, tokens, kl, place, dtype, repeats, torch_compile)
     table = steps.rows(case, steps.run(case, rounds))
     if as_json:
         facts = {"pattern": layers, "hardware": machine.hardware(), "versions": machine.versions()}
         typer.echo(json.dumps({"rows": table, **facts}, indent=2))
     else:
+        made = ", compiled layers" if torch_compile else ""
         shape = f"{config.num_hidden_layers} layers of {config.hidden_size}, vocabulary {config.vocab_size:,}"
-        steps.print_rows(table, f"{layers}\n{shape}; {rows} rows of {tokens:,} tokens, kl {kl:g}, {dtype}, {place}")
+        steps.print_rows(
+            table, f"{layers}\n{shape}; {rows} rows of {tokens:,} tokens, kl {kl:g}, {dtype}, {place}{made}"
+        )
 
 
 @app.command(
