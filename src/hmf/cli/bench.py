@@ -174,11 +174,9 @@ def distill(
         facts = {"pattern": layers, "hardware": machine.hardware(), "versions": machine.versions()}
         typer.echo(json.dumps({"rows": table, **facts}, indent=2))
     else:
-        made = ", compiled layers" if torch_compile else ""
         shape = f"{config.num_hidden_layers} layers of {config.hidden_size}, vocabulary {config.vocab_size:,}"
-        steps.print_rows(
-            table, f"{layers}\n{shape}; {rows} rows of {tokens:,} tokens, kl {kl:g}, {dtype}, {place}{made}"
-        )
+        measured = f"kl {kl:g}, {dtype}, {place}" + (", compiled layers" if torch_compile else "")
+        steps.print_rows(table, f"{layers}\n{shape}; {rows} rows of {tokens:,} tokens, {measured}")
 
 
 @app.command(
