@@ -8,7 +8,6 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch._dynamo.backends.debugging import aot_eager
 from transformers import TrainingArguments
 
 from hmf.config.pattern import Pattern
@@ -134,18 +133,18 @@ def test_compiled_layers_compute_the_same(stage0, tmp_path, monkeypatch, layers)
 
     def backend(graph, inputs):
         captured.append(graph)
-        return aot_eager(graph, inputs)
+        return graph.forward
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     objectives._compiled_divergence.cache_clear()
     objective = {"layers": layers, "kl": 0.5, "layerwise_steps": 1}
     for compiled in (False, True):
-        options = {"max_steps": 3, "torch_compile": compiled, "eval_strategy": "steps", "eval_rows": 2}
+        options = {"max_steps": 2, "torch_compile": compiled, "eval_strategy": "steps", "eval_rows": 2}
         given = settings(**options, logging_steps=1)
         given = given.model_copy(update={"objective": ObjectiveSettings.model_validate(objective)})
         distill(stage0, tmp_path / str(compiled), given)
     objectives._compiled_divergence.cache_clear()
-    assert len(captured) > (20 if layers == "none" else 0)
+    assert len(captured) > (15 if layers == "none" else 0)
     (weights, log), (wanted, wanted_log) = (cutting.result(tmp_path / str(compiled)) for compiled in (True, False))
     torch.testing.assert_close(weights, wanted, rtol=1e-4, atol=1e-6)
     for entry, other in zip(log, wanted_log, strict=True):
