@@ -92,9 +92,11 @@ def complete_units(model: PreTrainedModel) -> None:
     accelerate shards these as one unit. Before torch 2.13, FSDP2 takes the next forward pass for a part of this one if
     a module of a unit did not run, and does not gather the unit's parameters. Stage 1 does not call the head.
     """
+    if Version(torch.__version__).release >= (2, 13):
+        return
     head, embeddings, norm = model.get_output_embeddings(), model.get_input_embeddings(), model.get_decoder().norm
     unit = {norm, head, embeddings} if embeddings.weight is head.weight else {norm, head}
-    if Version(torch.__version__).release >= (2, 13) or not all(isinstance(module, FSDPModule) for module in unit):
+    if not all(isinstance(module, FSDPModule) for module in unit):
         return
     missing: set[nn.Module] = set()  # what FSDP2 waits for
 
