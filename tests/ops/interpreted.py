@@ -95,6 +95,14 @@ CASES = [  # name, shape, options, changes, dtype, with gradients
         True,
     ),
     (
+        "packed, gradients of the exact solution",
+        Shape(lengths=(0, 17, 1), heads=1, head_dim=12, with_state=True),
+        {"num_iter": 5, "ridge_strength": 2.0},
+        {"value_dim": 5, "symmetric": False},
+        torch.bfloat16,
+        True,
+    ),
+    (
         "packed, no gradients",
         Shape(lengths=(0, 37, 1), heads=2, head_dim=20, with_state=True),
         TWO,

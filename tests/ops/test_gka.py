@@ -117,14 +117,33 @@ def test_iteration_converges_to_the_exact_solution():
     assert distances[-1][0] < 1e-6
 
 
+@pytest.mark.parametrize("num_iter", [1, 3, 10, 30])
+def test_distance_bound(num_iter):
+    """The distance from the exact solution in the system's norm, from the start's, is below the bound."""
+    k = normal(40, 16) * torch.logspace(0, -4, 16, dtype=torch.float64)
+    C, q = k.T @ k, normal(16)
+    system, exact = C + 0.02 * C.norm() * torch.eye(16), gka_solve.solve_exact(C, q, 0, 0.02)
+
+    def distance(steps):
+        away = gka_solve.solve_chebyshev(C, q, steps, 0.02) - exact
+        return (away @ system @ away).sqrt()
+
+    bound = gka_solve.distance_bound(num_iter, 0.02)
+    assert bound / 5 < distance(num_iter) / distance(0) < bound
+
+
 def test_exact_backward_is_the_solutions_gradient():
-    """With enough steps, differentiating the solution and differentiating the iterations are the same thing."""
+    """With enough steps, differentiating the solution and differentiating the iterations are the same thing, also from
+    a covariance that is not symmetric."""
     x = inputs(1, 19)
-    run = [
-        outputs_and_grads(functools.partial(gka.chunked, chunk_size=8, num_iter=90, exact_backward=exact), x)
-        for exact in (False, True)
-    ]
-    assert_same(run[1], run[0], 1e-7)
+    C, U = states(1)
+    C = C + 0.02 * normal(1, H, K, K)
+
+    def run(exact):
+        options = {"chunk_size": 8, "num_iter": 90, "exact_backward": exact}
+        return outputs_and_grads(lambda *y: gka.chunked(*y[:6], y[6:], **options), [*x, C, U])
+
+    assert_same(run(True), run(False), 1e-7)
 
 
 @pytest.mark.parametrize("bp_lambda", [True, False])

@@ -116,6 +116,14 @@ def test_a_query_that_sees_no_key_gives_zeros_and_finite_gradients(version):
     assert all(x.isfinite().all() for x in grads)
 
 
+@pytest.mark.parametrize("version", [reference, blockwise])
+def test_keys_that_no_query_reaches_have_gradients_of_zero(version):
+    """Not None: DDP fails without a gradient for each parameter, and FSDP2 could not resume."""
+    q, *kv = (x.requires_grad_() for x in tokens_of(1, 5, 2))
+    o = call(version, [q, *kv], windows(5, True))
+    assert not any(grad.any() for grad in torch.autograd.grad(o.sum(), kv[2:]))
+
+
 def test_block_memory_is_the_windows():
     """Twice the tokens keep twice the memory for the backward, not four times; a window beyond them costs nothing."""
 

@@ -32,7 +32,7 @@ class GatedDeltaNet(LinearMixer):
 
     def mix(self, hidden_states, states, cu_seqlens, position_embeddings) -> tuple[torch.Tensor, States]:
         new: States = {}
-        q, k, v = (self.project(name, hidden_states, states, cu_seqlens, new) for name in "qkv")
+        q, k, v = self.project(hidden_states, states, cu_seqlens, new)
         heads = self.options.num_heads
         q = q.repeat_interleave(heads // q.shape[-2], dim=-2)
         k, v = self.expand("k", k), self.expand("v", v)

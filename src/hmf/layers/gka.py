@@ -61,7 +61,7 @@ class GatedKalmaNet(LinearMixer):
     ) -> tuple[torch.Tensor | None, ...]:
         """The op's q, k, v [B, T, H, K], g, gk and alpha (or None) [B, T, H]; conv states are written to `new`."""
         options = self.options
-        q, k, v = (self.project(name, hidden_states, states, cu_seqlens, new) for name in "qkv")
+        q, k, v = self.project(hidden_states, states, cu_seqlens, new)
         beta = self.b_proj(hidden_states) if options.use_beta_gate else None
         alpha = self.alpha_proj(hidden_states) if options.use_alpha_connection else None
         g, gk, beta, alpha = self.gates(self.a_proj(hidden_states), beta, alpha)

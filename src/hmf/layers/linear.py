@@ -88,22 +88,29 @@ class LinearMixer(Mixer):
         return convs | dict.fromkeys(cls.recurrent_states, recurrent)
 
     def project(
-        self,
-        name: str,
-        hidden_states: torch.Tensor,
-        states: States | None,
-        cu_seqlens: torch.Tensor | None,
-        new: States,
-    ) -> torch.Tensor:
-        """q, k or v [B, T, heads, K], after its convolution if it has one; the conv state is written to `new`."""
-        x = getattr(self, f"{name}_proj")(hidden_states)
-        conv = getattr(self, f"{name}_conv1d", None)
-        if conv is not None:
-            before = None if states is None else states[f"conv_{name}"]
-            x, new[f"conv_{name}"] = short_conv(x, conv.weight, conv.bias, before, cu_seqlens)
-        elif self.activates(name):
-            x = F.silu(x)
-        return x.unflatten(-1, (-1, self.options.head_dim))
+        self, hidden_states: torch.Tensor, states: States | None, cu_seqlens: torch.Tensor | None, new: States
+    ) -> list[torch.Tensor]:
+        """q, k and v [B, T, heads, K], after their convolutions if they have any; conv states are written to `new`.
+
+        One call convolves all of them, because torch.compile divides a layer into parts at each op.
+        """
+        projected = {name: getattr(self, f"{name}_proj")(hidden_states) for name in "qkv"}
+        convs = {name: getattr(self, f"{name}_conv1d") for name in self.convs(self.options)}
+        if convs:
+            weight = torch.cat([conv.weight for conv in convs.values()])
+            biases = [conv.bias for conv in convs.values() if conv.bias is not None]
+            bias = torch.cat(biases) if biases else None
+            before = None if states is None else torch.cat([states[f"conv_{name}"] for name in convs], 1)
+            x = torch.cat([projected[name] for name in convs], -1)
+            x, after = short_conv(x, weight, bias, before, cu_seqlens)
+            widths = [len(conv.weight) for conv in convs.values()]
+            projected |= zip(convs, x.split(widths, -1), strict=True)
+            if after is not None:  # sequence parallelism computes no final states
+                new.update(zip((f"conv_{name}" for name in convs), after.split(widths, 1), strict=True))
+        for name in projected.keys() - convs.keys():
+            if self.activates(name):
+                projected[name] = F.silu(projected[name])
+        return [x.unflatten(-1, (-1, self.options.head_dim)) for x in projected.values()]
 
     def activates(self, name: str) -> bool:
         """Whether projection `name` is followed by SiLU when it has no convolution."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from . import dispatch
-from .varlen import lengths_on, sequence_lengths
+from .varlen import kept, lengths_on, sequence_lengths
 
 Result = tuple[torch.Tensor, torch.Tensor]
 
@@ -88,10 +88,8 @@ def fast(x, weight, bias=None, initial_state=None, cu_seqlens=None) -> Result:
 
     batch, tokens, channels = x.shape
     reach, device = weight.shape[-1] - 1, x.device
-    lengths = lengths_on(device, batch, tokens, cu_seqlens)
-    sequences = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=batch * tokens)
-    ends = lengths.cumsum(0)
-    bounds = torch.stack([(ends - lengths)[sequences], ends[sequences], sequences])
+    where = _bounds if cu_seqlens is None else _kept_bounds
+    lengths, ends, bounds = where(cu_seqlens, batch, tokens, device)
     state = None if initial_state is None else initial_state.to(x.dtype)
     rows = x.reshape(-1, channels)
     y = Conv.apply(rows, weight[:, 0].to(x.dtype), _as(bias, x), state, bounds)
@@ -103,6 +101,19 @@ def fast(x, weight, bias=None, initial_state=None, cu_seqlens=None) -> Result:
     fresh = rows[own].transpose(1, 2) if len(rows) else torch.zeros_like(state)
     kept = state.gather(2, (at + reach).clamp(max=max(0, reach - 1))[:, None].expand_as(state))
     return y.view_as(x), torch.where((at >= 0)[:, None], fresh, kept)
+
+
+def _bounds(
+    cu_seqlens: torch.Tensor | None, batch: int, tokens: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Lengths and ends of the sequences [S], and the `bounds` of `conv_triton.Conv`."""
+    lengths = lengths_on(device, batch, tokens, cu_seqlens)
+    sequences = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=batch * tokens)
+    ends = lengths.cumsum(0)
+    return lengths, ends, torch.stack([(ends - lengths)[sequences], ends[sequences], sequences])
+
+
+_kept_bounds = kept(_bounds)
 
 
 def _as(bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:

@@ -22,7 +22,7 @@ from hmf.errors import HmfError
 
 from . import dispatch
 from .ssd import decay_factors, state_or_zeros
-from .varlen import ChunkLayout, by_head, chunk_groups, on_device, sequence_lengths, step_views
+from .varlen import by_head, chunk_groups, chunk_layout, on_device, sequence_lengths, step_views
 
 Result = tuple[torch.Tensor, torch.Tensor]
 
@@ -98,7 +98,7 @@ def in_chunks(step: Callable, decays: Callable, q, k, v, g, beta, initial_state,
         q, k, v, g, beta = (x[:, 0].to(compute) for x in (q, k, v, g, beta))
         o, state = step(q, k, v, g, beta, state)
         return o[:, None].to(out_dtype), state
-    layout = ChunkLayout(batch, tokens, cu_seqlens, chunk_size)
+    layout = chunk_layout(batch, tokens, cu_seqlens, chunk_size)
     initial = state_or_zeros(initial_state, (layout.num_sequences, heads, key_dim, v.shape[-1]), k, compute)
     q, k, v = (layout.split(x.to(compute)) for x in (q, k, v))
     g, beta = (layout.split_heads(x, compute) for x in (g, beta))

@@ -405,19 +405,21 @@ def chunked(
     cu_seqlens: torch.Tensor,
     *,
     eps: float | None = None,
+    packed: tuple[torch.Tensor, ...] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gated delta rule over S sequences packed in N tokens: o [N, H, V] in v.dtype and the final states in float32.
 
     q [N, Hq, K], k [N, Hk, K], v [N, Hv, V] bfloat16 or float16, whose last two dimensions are contiguous; Hq, Hk and
     Hv divide H. g (log decay) and beta [N, H]; state [S, H, V, K] (vLLM's layout, also of the result) of any float
     dtype, or None; cu_seqlens [S+1] integers, on the device. With eps, q and k are divided by sqrt(sum x^2 + eps);
-    without it they must be normalised. Raises ValueError for another memory layout.
+    without it they must be normalised. packed: the result of `packed_chunks`, if it is known already. Raises ValueError
+    for another memory layout.
     """
     if any(x.stride()[1:] != (x.shape[-1], 1) for x in (q, k, v)):
         raise ValueError("the last two dimensions of q, k and v must be contiguous")
     tokens, heads = g.shape
     g, beta = g.float().contiguous(), beta.float().contiguous()
-    packed = packed_chunks(cu_seqlens, tokens, CHUNK_SIZE)
+    packed = packed or packed_chunks(cu_seqlens, tokens, CHUNK_SIZE)
     made = advance(k, v, g, beta, state, packed, eps)
     o = v.new_empty(tokens, heads, v.shape[-1])
     options = launch("outputs", k, v, heads)

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from .fla_backend import chunk_grads
 from .gdn_chunk_triton import CHUNK_SIZE, advance, chunked, decays, launch, launch_sequential, parts
 from .gka_triton_common import load
-from .varlen import packed_chunks
+from .varlen import kept_chunks
 
 
 @triton.jit
@@ -221,7 +221,7 @@ class Rule(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, beta, state, cu_seqlens):
         ctx.save_for_backward(q, k, v, g, beta, state, cu_seqlens)
-        return chunked(q, k, v, g, beta, state, cu_seqlens)
+        return chunked(q, k, v, g, beta, state, cu_seqlens, packed=kept_chunks(cu_seqlens, len(q), CHUNK_SIZE))
 
     @staticmethod
     @once_differentiable
@@ -229,7 +229,7 @@ class Rule(torch.autograd.Function):
         q, k, v, g, beta, state, cu_seqlens = ctx.saved_tensors
         (tokens, heads), scale = g.shape, k.shape[-1] ** -0.5
         log_decay, strength = (x.float().contiguous() for x in (g, beta))
-        packed = packed_chunks(cu_seqlens, tokens, CHUNK_SIZE)
+        packed = kept_chunks(cu_seqlens, tokens, CHUNK_SIZE)
         made = advance(k, v, log_decay, strength, state, packed, None, keep=True)
         grad_o, grad_out = grad_o.contiguous(), grad_out.contiguous()
         grad_u, afters, grad_state = torch.empty_like(made.u), torch.empty_like(made.starts), torch.empty_like(grad_out)

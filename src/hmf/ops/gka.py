@@ -25,11 +25,20 @@ import functools
 import torch
 
 from . import dispatch
-from .gka_solve import ChunkSolve, Result, State, coefficients, inverse_norm, solve_chebyshev, squared_norms
+from .gka_solve import (
+    ChunkSolve,
+    Result,
+    State,
+    coefficients,
+    distance_bound,
+    inverse_norm,
+    solve_chebyshev,
+    squared_norms,
+)
 from .ssd import chunk_decays, scan_states, state_or_zeros
 from .ssd import chunked as linear_attention
 from .ssd import step as linear_attention_step
-from .varlen import ChunkLayout, sequence_lengths
+from .varlen import chunk_layout, sequence_lengths
 
 
 @dispatch.entry("gka", recurrence=True)
@@ -138,8 +147,9 @@ def chunked(
     the decay from token s to t, C_t p = d_t C_0 p + sum_{s <= t} M_ts k_s (k_s . p), so an iteration for a whole chunk
     is three matrix products. ||C_t||_F comes from the chunk's Gram matrix.
 
-    exact_backward: differentiate the exact solution instead of the iterations. This halves the cost; its error is of
-    the size of the iterations' distance from the exact solution.
+    exact_backward: differentiate the exact solution instead of the iterations, as the published software does. This
+    halves the cost or more; its error is of the size of the iterations' distance from the exact solution
+    (`gka_solve.distance_bound`).
     solver: runs the iterations of all chunks; None is `ChunkSolve`.
     """
     batch, tokens, heads, key_dim = q.shape
@@ -153,7 +163,7 @@ def chunked(
         options = {"num_iter": num_iter, "ridge_strength": ridge_strength, "bp_lambda": bp_lambda, "rescale": rescale}
         o, state = step(q, k, v, g, gk, alpha, (C, U), **options)
         return o[:, None].to(out_dtype), state
-    layout = ChunkLayout(batch, tokens, cu_seqlens, chunk_size)
+    layout = chunk_layout(batch, tokens, cu_seqlens, chunk_size)
     keys, log_decay = (layout.split(x).to(compute).transpose(1, 2) for x in (k, gk))  # [N, H, C, K], [N, H, C]
     decay_in, decay, total = chunk_decays(log_decay)
     update = (keys * (total - decay_in).exp()[..., None]).mT @ keys
@@ -214,7 +224,10 @@ def fast(
         sequence_lengths(q.shape[0], q.shape[1], cu_seqlens)  # raises for invalid cu_seqlens
         return gka_chunk_triton.rows(q, k, v, g, gk, alpha, initial_state, cu_seqlens, **options)
     else:
-        # For bfloat16 keys the kernels need fewer products.
-        solver = functools.partial(kernels.Solve.apply, k.dtype == torch.bfloat16)
+        # For bfloat16 keys the kernels need fewer products. Gradients that differ by less than bfloat16 rounds are
+        # those of the exact solution, as in the published software.
+        exact_keys = k.dtype == torch.bfloat16
+        exact_backward = exact_keys and distance_bound(num_iter, ridge_strength) < 2**-10
+        solver = functools.partial(kernels.Solve.apply, exact_keys, exact_backward)
     options |= {"bp_lambda": bp_lambda, "chunk_size": kernels.CHUNK_SIZE, "solver": solver}
     return chunked(q, k, v, g, gk, alpha, initial_state, cu_seqlens, **options)

@@ -263,7 +263,7 @@ def _outputs(
         row = tl.exp(log_decay)
         square = row * row * old + 2 * row * mixed + fresh
         factor = tl.where(square > 0, c / tl.sqrt(tl.maximum(square, 1.2e-38)), 0.0)
-        row *= size * factor
+        row = tl.where(old > 0, row * size * factor, 0.0)  # without old tokens factor may be beyond float16
         weight = (weight * factor[:, None]).to(tl.float16)
     # Loaded only here, because of register pressure.
     query = load(q + (head // QUERY_GROUP) * K + token[:, None] * q_row, d[None, :], inside).to(tl.float32)

@@ -8,6 +8,7 @@ Legend: C chunk_size (or the covariance), K key head dim, N chunks, H heads, G c
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 
@@ -26,6 +27,13 @@ def coefficients(num_iter: int, ridge_strength: float) -> tuple[float, float, li
         w = 1 / (1 - rho * rho / 4 * w)
         weights.append(w)
     return c, 1 - c * ridge_strength, weights
+
+
+def distance_bound(num_iter: int, ridge_strength: float) -> float:
+    """The largest distance of `num_iter` Chebyshev steps from the exact solution, as a share of the distance at their
+    start, in the norm of the system: 1 / T_n((kappa + 1) / (kappa - 1)) with the condition number kappa (Saad,
+    Iterative Methods for Sparse Linear Systems, section 6.11). It is 4e-4 for 30 steps and a ridge of 0.02."""
+    return 1 / math.cosh(num_iter * math.acosh(1 + 2 * ridge_strength))
 
 
 def inverse_norm(square: torch.Tensor, bp_lambda: bool) -> torch.Tensor:
@@ -89,13 +97,14 @@ class ChunkSolve(torch.autograd.Function):
         for at in _groups(q, 8 + 4 * stored):
             system = k[at], start[at], row[at], mask[at]
             if ctx.exact:
-                # A is symmetric, so the adjoint solution is the solution for the incoming gradient.
-                grad_q = _last(_iterates(grad_z[at], system, ctx.keep, ctx.weights))
+                # Transposed, because A_t is symmetric only if the initial state is.
+                transposed = k[at], start[at].mT, row[at], mask[at]
+                grad_q = _last(_iterates(grad_z[at], transposed, ctx.keep, ctx.weights))
                 z, grad_product = solution[0][at, None], -grad_q[:, None]
             else:
                 grad_q, z, grad_product = _adjoint(q[at], grad_z[at], system, ctx.keep, ctx.weights)
             grads[0][at] = grad_q
-            for grad, value in zip(grads[1:], _product_grads(z, grad_product, *system), strict=True):
+            for grad, value in zip(grads[1:], product_grads(z, grad_product, *system), strict=True):
                 grad[at] = value
         return None, None, None, *grads
 
@@ -147,7 +156,7 @@ def _adjoint(q, grad_z, system, keep, weights):
     return grad_q.add_(grad), z, grad_product
 
 
-def _product_grads(z, grad, k, start, row, mask):
+def product_grads(z, grad, k, start, row, mask):
     """Gradients of k, start, row and mask from the products' arguments and incoming gradients [G, steps, C, K]."""
     steps = z.shape[1]
     z, flat = z.flatten(1, 2), grad.flatten(1, 2)  # [G, steps C, K]

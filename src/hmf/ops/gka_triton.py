@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from .gka_solve import product_grads
 from .gka_triton_common import load, shared_memory, split, step_weights, tile_width
 
 CHUNK_SIZE = 64
@@ -214,42 +215,29 @@ def _start_grads(
 class Solve(torch.autograd.Function):
     """`ChunkSolve` on CUDA: q, k [G, C, K]; start [G, K, K]; row [G, C]; mask [G, C, C], all float32 -> z [G, C, K].
 
-    exact_keys: the values of k are bfloat16 numbers, which saves a third of the products with k. The backward computes
-    the iterations again, for as many chunks at a time as `STORED` bytes hold.
+    exact_keys: the values of k are bfloat16 numbers, which saves a third of the products with k.
+    exact_backward: as in `gka.chunked`. Otherwise the backward computes the iterations again, for as many chunks at a
+    time as `STORED` bytes hold.
     """
 
     @staticmethod
-    def forward(ctx, exact_keys, num_iter, ridge_strength, q, k, start, row, mask):
+    def forward(ctx, exact_keys, exact_backward, num_iter, ridge_strength, q, k, start, row, mask):
         q, k, start, row, mask = (x.contiguous() for x in (q, k, start, row, mask))
-        ctx.save_for_backward(q, k, start, row, mask)
-        ctx.options = exact_keys, num_iter, ridge_strength
-        keep, weights = step_weights(num_iter, ridge_strength, q.device)
-        z = torch.empty_like(q)
-        if len(q):
-            with torch.cuda.device_of(q):
-                _solve[len(q),](
-                    q,
-                    k,
-                    start,
-                    row,
-                    mask,
-                    weights,
-                    z,
-                    z,
-                    keep,
-                    num_iter,
-                    STORE=False,
-                    EXACT_KEYS=exact_keys,
-                    **_launch(q),
-                    num_stages=1,
-                )
+        ctx.options = exact_keys, exact_backward, num_iter, ridge_strength
+        z = _solved(q, k, start, row, mask, exact_keys, num_iter, ridge_strength)
+        ctx.save_for_backward(z if exact_backward else q, k, start, row, mask)
         return z
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_z):
         q, k, start, row, mask = ctx.saved_tensors
-        exact_keys, num_iter, ridge_strength = ctx.options
+        exact_keys, exact_backward, num_iter, ridge_strength = ctx.options
+        if exact_backward:
+            transposed = start.mT.contiguous()
+            grad_q = _solved(grad_z.contiguous(), k, transposed, row, mask, exact_keys, num_iter, ridge_strength)
+            system = product_grads(q[:, None], -grad_q[:, None], k, start, row, mask)  # q is the solution here
+            return None, None, None, None, grad_q, *system
         keep, weights = step_weights(num_iter, ridge_strength, q.device)
         grad_z = grad_z.contiguous()
         grad_q, grad_k, grad_start, grad_row, grad_mask = (torch.empty_like(x) for x in (q, k, start, row, mask))
@@ -298,7 +286,32 @@ class Solve(torch.autograd.Function):
                     num_stages=stages,
                 )
                 _start_grads[grid](row[at], *sums, grad_start[at], num_iter, **launch, num_stages=stages)
-        return None, None, None, grad_q, grad_k, grad_start, grad_row, grad_mask
+        return None, None, None, None, grad_q, grad_k, grad_start, grad_row, grad_mask
+
+
+def _solved(q, k, start, row, mask, exact_keys: bool, num_iter: int, ridge_strength: float) -> torch.Tensor:
+    """z of `_solve`, without the iterates."""
+    keep, weights = step_weights(num_iter, ridge_strength, q.device)
+    z = torch.empty_like(q)
+    if len(q):
+        with torch.cuda.device_of(q):
+            _solve[len(q),](
+                q,
+                k,
+                start,
+                row,
+                mask,
+                weights,
+                z,
+                z,
+                keep,
+                num_iter,
+                STORE=False,
+                EXACT_KEYS=exact_keys,
+                **_launch(q),
+                num_stages=1,
+            )
+    return z
 
 
 def _launch(q: torch.Tensor) -> dict[str, int]:

@@ -19,7 +19,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import dispatch
-from .varlen import ChunkLayout, by_head, chunk_groups, on_device, sequence_lengths, step_views
+from .varlen import ChunkLayout, by_head, chunk_groups, chunk_layout, on_device, sequence_lengths, step_views
 
 Result = tuple[torch.Tensor, torch.Tensor]
 
@@ -97,7 +97,7 @@ def chunked(q, k, v, g, initial_state=None, cu_seqlens=None, chunk_size: int = 6
         q, k, v, g = (x[:, 0].to(compute) for x in (q, k, v, g))
         o, state = step(q, k, v, g, state)
         return o[:, None].to(out_dtype), state
-    layout = ChunkLayout(batch, tokens, cu_seqlens, chunk_size)
+    layout = chunk_layout(batch, tokens, cu_seqlens, chunk_size)
     initial = state_or_zeros(initial_state, (layout.num_sequences, heads, key_dim, v.shape[-1]), k, compute)
     q, k, v = (layout.split(x.to(compute)) for x in (q, k, v))
     o, final = _Chunks.apply(layout, q, k, v, layout.split_heads(g, compute), initial)

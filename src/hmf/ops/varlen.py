@@ -6,11 +6,17 @@ Legend: B batch, T tokens, S sequences (rows or documents), N chunks, n chunks o
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
+T = TypeVar("T")
 GROUP = 4096  # tokens times heads of the chunks that a CPU computes together; more would not fit into its cache
+_KEPT = WeakTensorKeyDictionary()  # cu_seqlens -> its version, and results of `kept` functions
 
 
 def sequence_lengths(batch: int, tokens: int, cu_seqlens: torch.Tensor | None) -> list[int]:
@@ -25,19 +31,28 @@ def sequence_lengths(batch: int, tokens: int, cu_seqlens: torch.Tensor | None) -
     return [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
-_VALUES = WeakTensorKeyDictionary()  # cu_seqlens -> its version and values
+def kept(make: Callable[..., T]) -> Callable[..., T]:
+    """make(cu_seqlens, *arguments), whose results are kept as long as the tensor `cu_seqlens` exists and has the same
+    version. The ops of all layers ask for the same values, and reading them makes the CPU wait for the GPU."""
+
+    @functools.wraps(make)
+    def get(cu_seqlens: torch.Tensor, *arguments: Any) -> T:
+        if cu_seqlens.is_inference():  # has no version
+            return make(cu_seqlens, *arguments)
+        version, results = _KEPT.get(cu_seqlens, (None, {}))
+        if version != cu_seqlens._version:
+            version, results = _KEPT[cu_seqlens] = cu_seqlens._version, {}
+        key = make, torch.is_inference_mode_enabled(), *arguments
+        if key not in results:
+            results[key] = make(cu_seqlens, *arguments)
+        return results[key]
+
+    return get
 
 
+@kept
 def _values(cu_seqlens: torch.Tensor) -> list[int]:
-    """The values of `cu_seqlens`. They are kept: all ops of all layers ask for those of the same tensor, and each time
-    the CPU would wait until the GPU has finished its work."""
-    if cu_seqlens.is_inference():  # has no version
-        return cu_seqlens.tolist()
-    version, values = _VALUES.get(cu_seqlens, (None, None))
-    if version != cu_seqlens._version:
-        values = cu_seqlens.tolist()
-        _VALUES[cu_seqlens] = cu_seqlens._version, values
-    return values
+    return cu_seqlens.tolist()
 
 
 def lengths_on(device: torch.device, batch: int, tokens: int, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
@@ -82,6 +97,15 @@ class ChunkLayout:
                     first, stop = starts[s] + step * chunk_size, starts[s] + lengths[s]
                     rows.append([t if t < stop else tokens for t in range(first, first + chunk_size)])
         self._rows = torch.tensor(rows, dtype=torch.long).view(-1, chunk_size)  # empty for equal rows
+        self._source = torch.empty(0 if self.equal else tokens + 1, dtype=torch.long)  # position of each token in rows
+        self._source[self._rows.flatten()] = torch.arange(self._rows.numel())
+        self._on: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def _indices(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The token of each position of the chunks, and the position of each token, on `device`."""
+        if device not in self._on:
+            self._on[device] = on_device(self._rows.flatten(), device), on_device(self._source[:-1], device)
+        return self._on[device]
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, ...] -> [N, C, ...], zeros after the end of a sequence."""
@@ -92,7 +116,7 @@ class ChunkLayout:
                 x = F.pad(x, [0, 0] * (x.dim() - 2) + [0, pad])
             return x.unflatten(1, (len(self.steps), size)).transpose(0, 1).flatten(0, 1)
         x = torch.cat([x[0], x.new_zeros(1, *x.shape[2:])])
-        return x.index_select(0, on_device(self._rows.flatten(), x.device)).unflatten(0, self._rows.shape)
+        return x.index_select(0, self._indices(x.device)[0]).unflatten(0, self._rows.shape)
 
     def split_heads(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """[B, T, H, ...] -> [N, H, C, ...] in `dtype`, contiguous, because bmm copies operands that are not."""
@@ -108,9 +132,19 @@ class ChunkLayout:
         batch, tokens = self.shape
         if self.equal:
             return x.unflatten(0, (len(self.steps), batch)).transpose(0, 1).flatten(1, 2)[:, :tokens]
-        source = torch.empty(tokens + 1, dtype=torch.long)
-        source[self._rows.flatten()] = torch.arange(self._rows.numel())
-        return x.flatten(0, 1).index_select(0, on_device(source[:tokens], x.device)).unsqueeze(0)
+        return x.flatten(0, 1).index_select(0, self._indices(x.device)[1]).unsqueeze(0)
+
+
+def chunk_layout(batch: int, tokens: int, cu_seqlens: torch.Tensor | None, chunk_size: int) -> ChunkLayout:
+    """`ChunkLayout`, kept for further ops on the same `cu_seqlens`."""
+    if cu_seqlens is None:
+        return ChunkLayout(batch, tokens, None, chunk_size)
+    return _kept_layout(cu_seqlens, batch, tokens, chunk_size)
+
+
+@kept
+def _kept_layout(cu_seqlens: torch.Tensor, batch: int, tokens: int, chunk_size: int) -> ChunkLayout:
+    return ChunkLayout(batch, tokens, cu_seqlens, chunk_size)
 
 
 def packed_chunks(
@@ -121,12 +155,15 @@ def packed_chunks(
     cu_seqlens [S+1] again, the number of chunks before each sequence [S+1], and the sequence of each chunk [most],
     where `most` is at least the number of chunks. The sequence of a chunk that does not exist is S.
     """
-    bounds = cu_seqlens.int()
+    bounds = cu_seqlens.to(torch.int32, copy=True)  # never the argument itself, which keeps results (`kept_chunks`)
     most = tokens // chunk_size + min(len(bounds) - 1, tokens)
     chunks = torch.zeros_like(bounds)
     torch.cumsum((bounds.diff() + chunk_size - 1) // chunk_size, 0, out=chunks[1:])
     numbers = torch.arange(most, device=bounds.device, dtype=torch.int32)
     return bounds, chunks, torch.searchsorted(chunks, numbers, right=True, out_int32=True) - 1
+
+
+kept_chunks = kept(packed_chunks)
 
 
 def chunk_groups(layout: ChunkLayout, g: torch.Tensor) -> list[tuple[slice, list[int]]]:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from hmf.errors import HmfError
 
 from . import dispatch
-from .varlen import ChunkLayout, lengths_on, on_device, sequence_lengths
+from .varlen import ChunkLayout, chunk_layout, lengths_on, on_device, sequence_lengths
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def blockwise(q, sets, scale, seen=None, cu_seqlens=None, block_size: int | None
     if block_size is None:
         window = max(keys.high - keys.low + 1 for keys in sets)
         block_size = max(window // 4, 512 if q.is_cuda else 64)
-    layout = ChunkLayout(batch, tokens, cu_seqlens, min(block_size, tokens))
+    layout = chunk_layout(batch, tokens, cu_seqlens, min(block_size, tokens))
     kv_heads = sets[0].k.shape[2]
     # Query heads that share a key head are stacked along the query axis, so that keys are not repeated.
     queries = layout.split(q).transpose(1, 2).unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [N, Hk, H/Hk C, K]
@@ -130,7 +130,12 @@ def blockwise(q, sets, scale, seen=None, cu_seqlens=None, block_size: int | None
             empty = (bias == -math.inf).all(-1, keepdim=True)
             outputs.append(attend(attn_mask=bias.masked_fill(empty, 0)).masked_fill(empty, 0))
     o = torch.cat([o.unflatten(2, (-1, layout.chunk_size)).permute(0, 3, 1, 2, 4) for o in outputs])
-    return layout.merge(o.flatten(2, 3))  # [N, C, H, V]
+    o = layout.merge(o.flatten(2, 3))  # [N, C, H, V]
+    longest = max(sequence_lengths(batch, tokens, cu_seqlens), default=0)
+    for keys in sets:
+        if keys.low >= longest:  # no query reaches them, but their gradients are zeros: DDP and FSDP2 need all
+            o = o + keys.k[:, :0].sum() + keys.v[:, :0].sum()
+    return o
 
 
 class _Reach:
