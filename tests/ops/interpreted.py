@@ -66,6 +66,14 @@ def changed(made, value_dim=None, alpha=True, symmetric=True):
     return type(made)(tokens, exact, call)
 
 
+def with_small_keys(made):
+    """The sample with first keys far smaller than those after them, as small gates make them."""
+    tokens = dict(made.tokens)
+    scale = torch.ones_like(tokens["k"])
+    scale[:, 0] = 2.0**-12
+    return type(made)(tokens | {"k": tokens["k"] * scale}, made.exact, made.call)
+
+
 def nudged(made):
     """The sample with every number perturbed by the rounding error of the kernels' products (`hmf.ops.gka_triton`)."""
     generator = torch.Generator().manual_seed(0)
@@ -202,6 +210,23 @@ def shared_errors(device: str) -> dict[str, float]:
     return {name: doctor.relative_error(y.cpu().double(), z) for name, (y, z) in result.items()}
 
 
+def scan_errors(device: str) -> dict[str, float]:
+    """Of states over the chunks of sequences of 3, 1 and 0 chunks, forwards and backwards, relative to a loop."""
+    from hmf.ops import scan_triton, ssd
+
+    sequences, heads, shape = [2, 1, 1], 2, (5, 130)
+    carry, update = torch.rand(4, heads), torch.randn(4, heads, *shape)
+    errors = {}
+    for reverse in (False, True):
+        expected, found = [(torch.empty_like(update), torch.ones(3, heads, *shape)) for _ in range(2)]
+        ssd._scan(sequences, carry, update, *expected, reverse)
+        found = [x.to(device) for x in found]
+        scan_triton.scan(sequences, carry.to(device), update.to(device), *found, reverse)
+        for name, x, y in zip(("before", "final"), found, expected, strict=True):
+            errors[f"{name}, reverse {reverse}"] = doctor.relative_error(x.cpu().double(), y.double())
+    return errors
+
+
 POOLS = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)]  # tokens, states
 
 
@@ -222,10 +247,15 @@ def main() -> None:
             assert_near(value, expected[tensor], plain[tensor], what=f"{name}: {tensor}")
     for dtypes in POOLS:
         check_pool("cpu", *dtypes)
+    small = with_small_keys(sample("gka", Shape(tokens=19, heads=1, head_dim=16)))
+    expected = doctor.evaluate(gka.reference, small, torch.float64, "cpu", False)
+    for tensor, value in doctor.evaluate(gka.fast, small, torch.bfloat16, "cpu", False).items():
+        assert (error := doctor.relative_error(value, expected[tensor])) <= 4e-3, f"small keys: {tensor}: {error:.1e}"
     for tensor, error in shared_errors("cpu").items():
         assert error <= (4e-3 if tensor in ("output", "next") else 1e-3), (
             f"shared heads: {tensor} is off by {error:.1e}"
         )
+    assert max(scan_errors("cpu").values()) <= 1e-6
     print(f"{len(CASES)} cases, 0 failures")
 
 

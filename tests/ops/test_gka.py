@@ -51,20 +51,30 @@ def test_chunked_is_the_reference(lengths, with_state, num_iter, bp_lambda, resc
 
 
 @QUICK
-@given(documents.filter(bool), st.sampled_from([2, 5, 64]), st.booleans())
-def test_states_by_products(lengths, at_once, with_state):
-    """As a GPU computes them; also with decays that leave nothing of earlier chunks."""
-    bounds = torch.tensor([0, *lengths]).cumsum(0)
-    layout = ChunkLayout(1, sum(lengths), bounds, 1)
-    tensors = [-(torch.rand(sum(lengths), H, 1).double() ** 4) * 2000, normal(sum(lengths), H, K, V)]
-    tensors += [normal(len(lengths), H, K, V)] if with_state else []
+@given(documents.filter(bool), st.booleans())
+def test_states_of_all_sequences_together(lengths, with_state):
+    """Also with decays that leave nothing of earlier chunks."""
+    layout = ChunkLayout(1, sum(lengths), torch.tensor([0, *lengths]).cumsum(0), 1)
+    x = [-(torch.rand(sum(lengths), H, 1).double() ** 4) * 2000, normal(sum(lengths), H, K, V)]
+    x += [normal(len(lengths), H, K, V)] if with_state else []
 
-    def states_and_grads(at_once):
-        x = [tensor.clone().requires_grad_() for tensor in tensors]
-        results = scan_states(layout, *x[:2], x[2] if with_state else None, at_once)
-        return *results, *torch.autograd.grad(results, x, [torch.arange(y.numel()).view_as(y).to(y) for y in results])
+    def together(log_decay, update, state=None):
+        decays, updates = (layout.split(y[None])[:, 0] for y in (log_decay, update))
+        starts, final = scan_states(layout, decays, updates, state)
+        return layout.merge(starts[:, None])[0], final
 
-    assert_same(states_and_grads(at_once), states_and_grads(1))
+    def one_by_one(log_decay, update, state=None):
+        starts, final, first = [], [], 0
+        for s, length in enumerate(lengths):
+            now = torch.zeros_like(update[0]) if state is None else state[s]
+            for t in range(first, first + length):
+                starts.append(now)
+                now = log_decay[t, :, :, None].exp() * now + update[t]
+            final.append(now)
+            first += length
+        return torch.stack(starts) if starts else update, torch.stack(final)
+
+    assert_same(outputs_and_grads(together, x), outputs_and_grads(one_by_one, x))
 
 
 @QUICK

@@ -12,7 +12,7 @@ import torch
 from hmf.bench import doctor
 from hmf.ops import gka
 from hmf.ops.samples import Shape, sample
-from tests.ops.interpreted import POOLS, changed, check_pool, shared_errors
+from tests.ops.interpreted import POOLS, changed, check_pool, scan_errors, shared_errors, with_small_keys
 
 ROWS = Shape(batch=2, tokens=150, heads=2, head_dim=64)
 PACKED = Shape(lengths=(130, 0, 1, 20), heads=2, head_dim=128, with_state=True)
@@ -99,10 +99,18 @@ def test_heads_that_share_keys():
 
 
 @pytest.mark.gpu
+def test_scan_of_states():
+    errors = scan_errors("cuda")
+    assert max(errors.values()) <= 1e-6, errors
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("small", [False, True], ids=["", "small first keys"])
 @pytest.mark.parametrize("shape", [ROWS, PACKED, ODD], ids=["rows", "packed", "odd dimensions"])
-def test_prefill_is_nearer_than_its_output_rounds(shape):
+def test_prefill_is_nearer_than_its_output_rounds(shape, small):
     """Without gradients in bfloat16: the states lose nothing, and the output little beside its own rounding."""
     made = sample("gka", shape)
+    made = with_small_keys(made) if small else made
     expected = doctor.evaluate(gka.reference, made, torch.float64, "cpu", False)
     found = doctor.evaluate(gka.fast, made, torch.bfloat16, "cuda", False)
     errors = {name: doctor.relative_error(value, expected[name]) for name, value in found.items()}

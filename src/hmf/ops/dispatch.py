@@ -164,7 +164,7 @@ def not_fast(
         return f"no GPU kernel on {device_type}"
     if dtype == torch.float64:
         return "float64 tensors"
-    if fast.requires and not _installed(fast.requires):
+    if fast.requires and not installed(fast.requires):
         return f"{fast.requires} is not installed (pip install 'hybrid-model-factory[train]')"
     if reason := fast.unsupported(dtype, heads[1]):
         return reason
@@ -201,7 +201,7 @@ def known_bad_backward(op: str, dtype: torch.dtype, heads: tuple[int, int] = HEA
         return None
     if op == "kda":
         return _GRADIENT_CHECK[-1](op, dtype, "cuda", heads)
-    if not (_installed("fla") and _installed("fla.backends")):
+    if not (installed("fla") and installed("fla.backends")):
         return f"{wrong}, and fla is older than 0.6; pip install -U fla-core"
     if os.environ.get("FLA_DISABLE_BACKEND_DISPATCH") == "1":
         return f"{wrong}; unset FLA_DISABLE_BACKEND_DISPATCH"
@@ -230,7 +230,7 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 @functools.cache
-def _installed(package: str) -> bool:
+def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 

@@ -13,8 +13,6 @@ Legend: B batch, T tokens, S sequences, N chunks, C chunk_size, H heads, K/V key
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -121,7 +119,7 @@ class _Chunks(torch.autograd.Function):
         for at, sequences in chunk_groups(layout, g):
             q_n, k_n, v_n = by_head(at, q, k, v)
             decay, from_start, to_end, carry = decay_factors(g[at])
-            _scan(step_views(sequences, carry, (k_n * to_end).mT @ v_n, starts[at]), state.flatten(0, 1))
+            _scan(sequences, carry[..., 0, 0], (k_n * to_end).mT @ v_n, starts[at], state)
             o_n = (q_n @ k_n.mT).mul_(decay) @ v_n
             o_n.flatten(0, 1).baddbmm_((q_n * from_start).flatten(0, 1), starts[at].flatten(0, 1))
             o[at] = o_n.transpose(1, 2)
@@ -141,7 +139,7 @@ class _Chunks(torch.autograd.Function):
             decay, from_start, to_end, carry = decay_factors(g[at])
             after = torch.empty_like(starts[at])
             update = (q_n * from_start).mT @ grad_n
-            _scan(reversed(step_views(sequences, carry, update, after)), grad_state.flatten(0, 1))
+            _scan(sequences, carry[..., 0, 0], update, after, grad_state, reverse=True)
             grad_scores = (grad_n @ v_n.mT).mul_(decay)
             grad_q = (grad_n @ starts[at].mT).mul_(from_start).add_(grad_scores @ k_n)
             grad_out = (v_n @ after.mT).mul_(to_end)
@@ -157,12 +155,25 @@ class _Chunks(torch.autograd.Function):
         return None, *grads, grad_g, torch.empty_like(grad_state).index_copy_(0, order, grad_state)
 
 
-def _scan(steps: Iterable[tuple[torch.Tensor, ...]], state: torch.Tensor) -> None:
-    """state [S H, K, V] <- carry state + update, in place, step by step; `out` receives the state before each step."""
-    for carry, update, out in steps:
-        now = state[: len(out)]
-        out.copy_(now)
-        torch.addcmul(update, carry, now, out=now)
+def _scan(
+    sequences: list[int],
+    carry: torch.Tensor,
+    update: torch.Tensor,
+    out: torch.Tensor,
+    state: torch.Tensor,
+    reverse: bool = False,
+) -> None:
+    """As `scan_triton.scan`, which runs on a GPU."""
+    if update.is_cuda and dispatch.installed("triton"):
+        from .scan_triton import scan
+
+        scan(sequences, carry.contiguous(), update.contiguous(), out, state, reverse)
+        return
+    steps = step_views(sequences, carry[..., None, None], update, out)
+    for carry_t, update_t, out_t in reversed(steps) if reverse else steps:
+        now = state.flatten(0, 1)[: len(out_t)]
+        out_t.copy_(now)
+        torch.addcmul(update_t, carry_t, now, out=now)
 
 
 @dispatch.implementation("ssd", "fast", requires="fla")
@@ -207,61 +218,38 @@ def decay_factors(g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 
 def scan_states(
-    layout: ChunkLayout,
-    log_decay: torch.Tensor,
-    update: torch.Tensor,
-    initial_state: torch.Tensor | None,
-    at_once: int | None = None,
+    layout: ChunkLayout, log_decay: torch.Tensor, update: torch.Tensor, initial_state: torch.Tensor | None
 ) -> Result:
     """S <- exp(log_decay_n) S + update_n over the chunks of every sequence.
 
     log_decay [N, H, 1]; update [N, H, K, V]; initial_state [S, H, K, V] or None. Returns the states before each chunk
     [N, H, K, V] and the final ones [S, H, K, V].
-
-    at_once: number of chunks whose states are computed by one product, with the matrix of the decays between them. A
-    GPU then runs a few large operations, forward and backward, instead of several for each chunk. None: 64 on a GPU; on
-    a CPU one step of the layout at a time, which is faster there.
     """
-    groups = list(_groups_of_steps(layout, at_once or (64 if update.is_cuda else 1)))
-    sizes = [sum(counts) for counts in groups]
     state = state_or_zeros(initial_state, (layout.num_sequences, *update.shape[1:]), update)
     order = on_device(layout.order, state.device)
-    state, starts, done = state[order], [update[:0]], []
-    # One split each, as the backward of every slice would fill a whole tensor.
-    for counts, log, new in zip(groups, log_decay[..., 0].split(sizes), update.split(sizes), strict=True):
-        done.append(state[counts[0] :])
-        start, carry = state[: counts[0]], log.exp()[..., None, None]
-        if len(counts) > 1:
-            places = [place for count in counts for place in range(count)]  # of each chunk's sequence in `order`
-            last = [n for _, n in sorted({place: n for n, place in enumerate(places)}.items())]  # chunk of a sequence
-            place = on_device(places, state.device)
-            before = (place[:, None] == place).tril(-1)
-            # In float64: small differences of large sums decide how much of a chunk remains.
-            log = log.double()
-            since = before.double() @ log  # [n, H], from the group's start to that of each chunk
-            between = (since[:, None] - (since + log)).masked_fill(~before[..., None], -torch.inf)
-            added = between.exp().to(new.dtype).permute(2, 0, 1) @ new.flatten(2).transpose(0, 1)
-            start = since.exp().to(new.dtype)[..., None, None] * start[place]
-            start = start + added.transpose(0, 1).unflatten(2, new.shape[2:])
-            state = torch.addcmul(new[last], carry[last], start[last])
-        else:
-            state = torch.addcmul(new, carry, start)
-        starts.append(start)
-    state = torch.cat([state, *reversed(done)])
-    return torch.cat(starts), torch.empty_like(state).index_copy(0, order, state)
+    starts, state = _Scan.apply(layout, log_decay[..., 0].exp(), update, state[order])
+    return starts, torch.empty_like(state).index_copy(0, order, state)
 
 
-def _groups_of_steps(layout: ChunkLayout, most: int) -> Iterator[list[int]]:
-    """The layout's steps in groups of together at most `most` chunks, or of one step: the number of chunks of each."""
-    counts: list[int] = []
-    for step in layout.steps:
-        count = step.stop - step.start
-        if counts and sum(counts) + count > most:
-            yield counts
-            counts = []
-        counts.append(count)
-    if counts:
-        yield counts
+class _Scan(torch.autograd.Function):
+    """The states before each chunk and the final ones from carry [N, H], update [N, H, K, V] and the initial states.
+    Sequences are in the layout's order."""
+
+    @staticmethod
+    def forward(ctx, layout, carry, update, state):
+        ctx.sequences = [step.stop - step.start for step in layout.steps]
+        starts, state = torch.empty_like(update, memory_format=torch.contiguous_format), state.clone()
+        _scan(ctx.sequences, carry, update, starts, state)
+        ctx.save_for_backward(carry, starts)
+        return starts, state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_starts, grad_state):
+        carry, starts = ctx.saved_tensors
+        after, grad_state = torch.empty_like(starts), grad_state.clone()  # `after`: of the state after each chunk
+        _scan(ctx.sequences, carry, grad_starts, after, grad_state, reverse=True)
+        return None, (after * starts).sum((-2, -1)), after, grad_state
 
 
 def state_or_zeros(state, shape, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
