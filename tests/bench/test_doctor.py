@@ -159,7 +159,7 @@ def test_known_bad_combinations_are_notes(monkeypatch):
 )
 def test_backwards_that_hopper_lacks(monkeypatch, op, triton, fla, disabled, line):
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=triton))
-    monkeypatch.setattr(dispatch, "_installed", lambda package: package != "fla.backends" or fla == "0.6")
+    monkeypatch.setattr(dispatch, "installed", lambda package: package != "fla.backends" or fla == "0.6")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setenv("FLA_DISABLE_BACKEND_DISPATCH", "1" if disabled else "0")

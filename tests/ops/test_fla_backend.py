@@ -118,7 +118,7 @@ def test_the_check_has_the_heads_of_the_model(monkeypatch):
     asked, chosen, choose = [], [], dispatch.choose
     monkeypatch.setattr(dispatch, "_GRADIENT_CHECK", [lambda *args: asked.append(args)])
     monkeypatch.setattr(dispatch, "miscompiled", lambda: "fla's backward is wrong here")
-    monkeypatch.setattr(dispatch, "_installed", lambda package: True)
+    monkeypatch.setattr(dispatch, "installed", lambda package: True)
     monkeypatch.setattr(dispatch, "choose", lambda *args: chosen.append(args) or choose(*args))
     q = torch.ones(1, 5, 3, 16, requires_grad=True)
     gated_delta_rule(q, q, q, -torch.ones(1, 5, 3), torch.ones(1, 5, 3))

@@ -192,7 +192,7 @@ def test_when_the_version_runs(monkeypatch):
     monkeypatch.setattr(
         dispatch, "_GRADIENT_CHECK", [lambda op, dtype, device, heads, version="fast": reasons[version]]
     )
-    monkeypatch.setattr(dispatch, "_installed", lambda package: True)
+    monkeypatch.setattr(dispatch, "installed", lambda package: True)
     monkeypatch.setattr(dispatch, "miscompiled", lambda: None)
 
     monkeypatch.setattr(gdn_chunk_triton, "shared_memory", lambda device: 200 * 2**10)
