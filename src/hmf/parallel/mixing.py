@@ -62,7 +62,7 @@ def gated_kalmanet(shards, op, q, k, v, g, gk, alpha=None, initial_state=None, c
 
 
 def gated_delta_rule(shards, op, q, k, v, g, beta, initial_state=None, cu_seqlens=None):
-    """Run the op from a zero state that is extended by the identity matrix.
+    """Run the op from a zero state, and without values from the identity matrix.
 
     This gives the outputs without an initial state, for each query the vector that multiplies the initial state, and
     the chunk's affine map. One product then adds the initial state's share to the outputs.
@@ -86,10 +86,11 @@ def with_map(
     Returns the outputs [B, T, H, V]; for each query the vector [B, T, H, K] that multiplies the initial state; and
     [S, H, K, V + K], the final states beside the matrices that map initial states to them.
     """
-    key_dim, value_dim = k.shape[-1], v.shape[-1]
-    eye = torch.eye(key_dim, dtype=initial.dtype, device=v.device).expand(*initial.shape[:2], -1, -1)
-    o, final = op(q, k, F.pad(v, (0, key_dim)), g, beta, torch.cat([initial, eye], -1), cu_seqlens)
-    return *o.split([value_dim, key_dim], -1), final
+    # Two calls, because GPU kernels have a largest width of values.
+    o, final = op(q, k, v, g, beta, initial, cu_seqlens)
+    eye = torch.eye(k.shape[-1], dtype=initial.dtype, device=v.device).expand(*initial.shape[:2], -1, -1)
+    query, carry = op(q, k, torch.zeros_like(k, dtype=v.dtype), g, beta, eye, cu_seqlens)
+    return o, query, torch.cat([final, carry], -1)
 
 
 def entering(shards: Shards, *decayed: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
