@@ -276,9 +276,9 @@ def chat(
 
     options: Any = {"thinking": thinking, "max_new_tokens": max_new_tokens, "temperature": temperature}
     if url is None:
-        run(LocalChat(source, **options, compose=composition(compose, compose_chunk)), source)
+        run(LocalChat(source, **options, compose=composition(compose, compose_chunk)), model)
     else:
-        run(ServerChat(source, url, **options), source)
+        run(ServerChat(source, url, **options), model)
 
 
 class _Serve(TyperCommand):
