@@ -519,6 +519,15 @@ def test_show_marks_what_is_learnt_and_counts(folder, whole, tmp_path):
     assert files(tmp_path / "out") == files(whole)
 
 
+def test_show_prints_no_document_twice(folder, tmp_path):
+    texts = ["One.", "Two.", "Three."]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare(recipe(folder, tmp_path / "out", sources=[{"path": str(tmp_path / "few.jsonl")}]), TEACHER)
+    output = CliRunner().invoke(app, ["data", "show", str(tmp_path / "out"), "--samples", "5"]).output
+    assert [output.count(text) for text in texts] == [1, 1, 1]
+    assert "1 row of 512 tokens from 3 documents, " in output
+
+
 def test_show_counts_special_tokens_and_what_follows_the_last_answer(folder, tmp_path):
     talk = [{"role": "user", "content": "a", "id": 3}, {"role": "assistant", "content": "b"}]
     after = [{"role": "user", "content": "What is <|im_end|>?"}, {"role": "assistant", "content": "c", "weight": 0}]

@@ -11,7 +11,7 @@ import typer
 from hmf.cli.shared import (
     CONFIG,
     DEFAULT_MIXER,
-    MODEL,
+    HYBRID,
     PATTERN,
     AsJson,
     BatchedTokens,
@@ -186,7 +186,7 @@ def distill(
     )
 )
 def states(
-    model: Annotated[str, typer.Argument(help=f"Hybrid. {MODEL}")],
+    model: Annotated[str, typer.Argument(help=f"Hybrid. {HYBRID}")],
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"], typer.Option(help="Dtype of the states; float32: unchanged.")
     ] = "bfloat16",

@@ -68,7 +68,8 @@ def data_prepare(
 
 
 @app.command(
-    name="show", epilog=epilog("hmf data show recipes/data/recipe.yaml", "hmf data show runs/data --samples 5")
+    name="show",
+    epilog=epilog("hmf data show recipes/data/recipe.yaml", "hmf data show runs/data/prepared --samples 5"),
 )
 def data_show(
     source: Annotated[

@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
 from hmf.cli.shared import (
+    HYBRID,
     MODEL,
     AsJson,
     Compose,
@@ -112,7 +113,7 @@ def evaluate(
     """Score models on held-out text and generated tasks.
 
     With `--suite`: tasks that Hybrids are likely to lose, by prompt length, for local models or for a server. A suite
-    that was stopped continues where it stopped. The exit code is 1 if `--parity` was not passed.
+    that was stopped continues where it stopped. The exit code is 1 if the parity check fails.
     """
     if len(set(models)) < len(models):
         raise HmfError("MODEL: a model is named twice; name each model once")
@@ -275,9 +276,9 @@ def chat(
 
     options: Any = {"thinking": thinking, "max_new_tokens": max_new_tokens, "temperature": temperature}
     if url is None:
-        run(LocalChat(source, **options, compose=composition(compose, compose_chunk)), source)
+        run(LocalChat(source, **options, compose=composition(compose, compose_chunk)), model)
     else:
-        run(ServerChat(source, url, **options), source)
+        run(ServerChat(source, url, **options), model)
 
 
 class _Serve(TyperCommand):
@@ -330,7 +331,7 @@ def serve(
 
 @app.command(epilog=epilog("hmf convert runs/quickstart/model --to qwen3_5 --out runs/quickstart/native"))
 def convert(
-    model: Annotated[str, typer.Argument(help=f"GDN Hybrid of Qwen3, Qwen3.5 or Qwen3-Next. {MODEL}")],
+    model: Annotated[str, typer.Argument(help=f"GDN Hybrid of Qwen3, Qwen3.5 or Qwen3-Next. {HYBRID}")],
     to: Annotated[NativeFormat, typer.Option(help="Stock architecture to convert to.")],
     out: Out,
 ) -> None:

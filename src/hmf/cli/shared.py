@@ -41,6 +41,7 @@ Mixer = Annotated[
     str | None, typer.Option(help="Type of the layers that replace attention.", show_default=DEFAULT_MIXER)
 ]
 Ratio = Annotated[float | None, typer.Option(min=0, max=1, help="Share of layers to replace.")]
+HYBRID = "Checkpoint directory, or model of the Hub (OWNER/NAME@revision)."
 MODEL = 'Checkpoint directory, model of the Hub (Qwen/Qwen3-8B@revision), or "teacher".'
 CONFIG = f"{MODEL} Only config.json is needed."
 PATTERN = (

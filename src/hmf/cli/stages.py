@@ -6,12 +6,14 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from hmf.cli.shared import (
     DEFAULT_MIXER,
+    HYBRID,
     MODEL,
     PATTERN,
     Dtype,
@@ -109,7 +111,7 @@ def init(
 )
 def select(
     base: Annotated[str, typer.Argument(help=f"Transformer. {MODEL}")],
-    out: Out,
+    out: Annotated[Path, typer.Option(help="Output directory, to which the run is written.")],
     keep: Annotated[int | None, typer.Option(min=0, help="Number of layers that keep attention.")] = None,
     ratio: Annotated[
         float | None, typer.Option(min=0, max=1, help="Share of layers to replace, in place of --keep.")
@@ -211,7 +213,7 @@ def distill(recipe: RecipeFile, overrides: Overrides = None) -> None:
     )
 )
 def export(
-    fused: Annotated[str, typer.Argument(help=f"Fused checkpoint, from init or distill. {MODEL}")],
+    fused: Annotated[str, typer.Argument(help=f"Fused checkpoint, from init or distill. {HYBRID}")],
     out: Out,
     dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the weights. Default: as stored.")] = None,
     format: Annotated[NativeFormat | None, typer.Option(help="Stock architecture to write. Default: a Hybrid.")] = None,

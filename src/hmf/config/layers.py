@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of every layer kind. Their defaults are defined here and nowhere else.
+"""Options of every layer type. Their defaults are defined here and nowhere else.
 
 Each options class mirrors one dict of the published `config.json` (`gdn_config`, ...). The *derived* fields repeat
 dimensions of the base model. They are written for readers of the file; loading ignores them and computes them again.
@@ -295,7 +295,7 @@ class SWAOptions(LayerOptions):
 
 @dataclass(frozen=True)
 class LayerKind:
-    """Names of one layer kind in the published format, on the command line and in a decoder layer."""
+    """Names of one layer type in the published format, on the command line and in a decoder layer."""
 
     symbol: str
     name: str
@@ -322,7 +322,7 @@ LAYER_KINDS: dict[str, LayerKind] = {
 
 
 def layer_options(config: Any, symbol: str) -> Any:
-    """Options of layer kind `symbol` for a hybrid config (any object with the config's attributes).
+    """Options of layer type `symbol` for a hybrid config (any object with the config's attributes).
 
     The optional top-level dict `<name>_overrides` (published: `gka_overrides`) is merged over the stored one.
     """
@@ -337,7 +337,7 @@ def layer_options(config: Any, symbol: str) -> Any:
 
 
 def needed_kinds(config: Any, symbols: tuple[str, ...]) -> list[LayerKind]:
-    """The layer kinds whose options a config with these `symbols` must hold; B'MOJO-F adds its inner layer's kind."""
+    """The layer types whose options a config with these `symbols` must hold; B'MOJO-F adds its inner layer's type."""
     kinds = [LAYER_KINDS[symbol] for symbol in dict.fromkeys(symbols) if symbol in LAYER_KINDS]
     for kind in list(kinds):
         if issubclass(kind.options, BMojoFOptions):

@@ -156,10 +156,10 @@ def require_fused(config: Any, source: object) -> None:
 
 
 def mixer_symbol(name: str) -> str:
-    """The symbol of a layer kind, given its symbol or its name on the command line (`gdn`, `mamba2`).
+    """The symbol of a layer type, given its symbol or its name on the command line (`gdn`, `mamba2`).
 
     Raises:
-        HmfError: there is no such layer kind.
+        HmfError: there is no such layer type.
     """
     for kind in LAYER_KINDS.values():
         if name.lower() in (kind.symbol.lower(), kind.name):

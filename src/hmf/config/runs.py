@@ -107,7 +107,7 @@ class HybridSettings(Settings):
         known = {kind.name: kind.config_key for kind in LAYER_KINDS.values()}
         for name in self.options:
             if name not in known:
-                raise HmfError(f"options: {unknown_name('layer kind', name, known)}")
+                raise HmfError(f"options: {unknown_name('layer type', name, known)}")
         return {known[name]: dict(values) for name, values in self.options.items()}
 
 

@@ -17,7 +17,6 @@ from .strict import Settings, Steps, require_none
 # Former names of keys of `training`; they are accepted until the next release.
 RENAMED = {"steps": "max_steps", "rows_per_step": "per_device_train_batch_size", "schedule": "lr_scheduler_type"}
 
-
 # Keys of `training` of which a recipe has one: `--set` of one replaces the other.
 ALTERNATIVES = {"max_steps": "num_train_epochs", "num_train_epochs": "max_steps"}
 

@@ -271,23 +271,7 @@ def _write(
     for first in range(0, len(rows), per_file):
         columns: dict[str, list[Any]] = {name: [] for name in _ROW_SCHEMA.names}
         for place in order[first : first + per_file]:
-            ids, supervised, lengths, where = [], [], [], []
-            for number, document, start, size in pieces[rows[place]].tolist():
-                part, is_supervised = sources[number].tokens(document, start, start + size)
-                ids.append(part)
-                supervised.append(is_supervised)
-                lengths.append(size)
-                where.append(sources[number].where(document) + (f" from token {start}" if start else ""))
-                used[number]["tokens"] += size
-                used[number]["supervised"] += int(is_supervised.sum())
-            if room := length - sum(lengths):
-                ids.append(np.full(room, filler, np.int32))
-                supervised.append(np.zeros(room, bool))
-                lengths.append(room)
-                where.append("")
-            for name, value in zip(
-                columns, (np.concatenate(ids), np.concatenate(supervised), lengths, where), strict=True
-            ):
+            for name, value in _row(pieces[rows[place]], sources, length, filler, used).items():
                 columns[name].append(value)
             progress.add(1, length)
         path = staged / f"{first // per_file:05d}.arrow"
@@ -320,6 +304,28 @@ def _write(
     }
     write_file(recipe.output / INDEX, lambda file: file.write(seal_json(index).encode()))
     return index
+
+
+def _row(
+    pieces: np.ndarray, sources: list[Tokenised], length: int, filler: int, used: list[dict[str, int]]
+) -> dict[str, Any]:
+    """The columns of a row of these pieces, filled up with `filler`. Their tokens are added to `used`, by source."""
+    ids, supervised, lengths, where = [], [], [], []
+    for number, document, start, size in pieces.tolist():
+        part, is_supervised = sources[number].tokens(document, start, start + size)
+        ids.append(part)
+        supervised.append(is_supervised)
+        lengths.append(size)
+        where.append(sources[number].where(document) + (f" from token {start}" if start else ""))
+        used[number]["tokens"] += size
+        used[number]["supervised"] += int(is_supervised.sum())
+    if room := length - sum(lengths):
+        ids.append(np.full(room, filler, np.int32))
+        supervised.append(np.zeros(room, bool))
+        lengths.append(room)
+        where.append("")
+    values = np.concatenate(ids), np.concatenate(supervised), lengths, where
+    return dict(zip(_ROW_SCHEMA.names, values, strict=True))
 
 
 def _pieces(number: int, documents: np.ndarray, sizes: np.ndarray, length: int) -> np.ndarray:

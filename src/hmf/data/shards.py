@@ -34,8 +34,9 @@ from hmf.data.conversation import messages_after, normalise, strings_of, text_of
 from hmf.data.encoding import IGNORED, Encoded, encode_chat, encode_document
 from hmf.data.files import say_once
 from hmf.data.filters import repetition
+from hmf.data.formats import Conversation
 from hmf.data.progress import Progress
-from hmf.data.sources import Conversation, Record, Source, content, digest
+from hmf.data.sources import Record, Source, content, digest
 from hmf.data.tokenizer import load_tokenizer, special_tokens
 from hmf.errors import HmfError
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hmf.data.shards import Progress
+from hmf.data.progress import Progress
 from hmf.evaluation.local import Local
 from hmf.evaluation.prompts import Prompt
 from hmf.evaluation.server import Server

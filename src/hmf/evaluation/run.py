@@ -20,6 +20,7 @@ from hmf.evaluation.generation import task_accuracy
 from hmf.evaluation.ngram import bits_per_byte
 from hmf.evaluation.perplexity import perplexity
 from hmf.evaluation.results import describe, versions, wilson
+from hmf.folders import shown
 from hmf.gpus import available
 from hmf.model.checkpoint import load_model
 from hmf.model.convert import footprint
@@ -133,8 +134,8 @@ def evaluate_checkpoint(
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if compose is None and context is not None and settings.length > context:
         notice(
-            f"length: {settings.length:,} tokens exceed the {context:,} that {path} has (max_position_embeddings); the "
-            "scores include positions for which the model was not trained"
+            f"length: {settings.length:,} tokens exceed the {context:,} that {shown(Path(path))} has "
+            "(max_position_embeddings); the scores include positions for which the model was not trained"
         )
     scores = evaluate_model(
         model,

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from hmf.config.strict import parse_sealed, seal_json
-from hmf.data.shards import Progress
+from hmf.data.progress import Progress
 from hmf.errors import HmfError, notice
 from hmf.evaluation.positions import PERPLEXITY, WINDOWS, by_position, nats_by_range, window
 from hmf.evaluation.prompts import Answer, Prompt, Prompter

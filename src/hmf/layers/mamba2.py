@@ -122,9 +122,8 @@ class Mamba2(Mixer):
         """
         start = Start()
         parameters = dict(attention.named_parameters())
-        v, transposed = (parameters[f"{name}_proj.weight"] for name in "vo")
+        v, transposed = parameters["v_proj.weight"], parameters["o_proj.weight"].T
         k, q, norms = self._keys_and_queries(attention, parameters)
-        transposed = transposed.T
         gate = (transposed + v.repeat_interleave(transposed.shape[0] // v.shape[0], 0)) / 2
         steps = torch.randn(self.heads, q.shape[1], generator=generator) * std
         self.in_proj.weight.copy_(torch.cat([gate, v, k, q, steps.to(q)]))

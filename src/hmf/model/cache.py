@@ -113,7 +113,10 @@ def adopt(cache: Cache, config: Any, batch: int | None = None) -> Cache:
     for index in config.recurrent_layers:
         rows = getattr(cache.layers[index], "batch_size", batch)
         if batch not in (None, rows):
-            raise HmfError(f"past_key_values: the cache holds {rows} sequences and the batch has {batch}")
+            raise HmfError(
+                f"past_key_values: the cache holds {rows} sequences and the batch has {batch}; give the cache of these "
+                "sequences, or an empty DynamicCache(config=model.config)"
+            )
     if getattr(cache, "offloading", False):
         _check_offloading(len(symbols) - len(config.recurrent_layers))
     return cache

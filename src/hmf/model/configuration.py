@@ -23,7 +23,6 @@ from .rope import check_rope, check_rope_names
 
 STATE_DTYPES = ("float32", "bfloat16", "float16")
 
-
 # Optional dicts of a Hybrid's config.json.
 OVERRIDES = tuple(kind.overrides_key for kind in LAYER_KINDS.values())
 OPTION_KEYS = (*(kind.config_key for kind in LAYER_KINDS.values()), *OVERRIDES)

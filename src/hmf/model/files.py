@@ -180,7 +180,9 @@ def weight_files(folder: Path) -> list[str]:
             raise HmfError(f"{index}: weight_map: must map tensor names to file names; copy the file again")
         for tensor, name in weight_map.items():
             if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name):
-                raise HmfError(f"{index}: weight_map: {tensor}: {name!r} is not the name of a file in this folder")
+                raise HmfError(
+                    f"{index}: weight_map: {tensor}: {name!r} is not the name of a file in this folder; copy it again"
+                )
         names = sorted(set(weight_map.values()))
         if single and names != [WEIGHTS]:
             raise HmfError(f"{folder}: has both {WEIGHTS} and {INDEX}; remove the one that is not this model's")
@@ -203,7 +205,7 @@ def weight_files(folder: Path) -> list[str]:
         raise HmfError(f"{folder / stray[0]}: not used by {used}; remove the file, or copy the whole checkpoint again")
     for name in names:
         if not (folder / name).exists():
-            raise HmfError(f"{folder / name}: missing, though the index names it")
+            raise HmfError(f"{folder / name}: missing, though the index names it; copy it too")
     if index.exists() and not isinstance(content.get("metadata"), dict):  # transformers reads it
         raise HmfError(f'{index}: metadata: must be an object; add "metadata": {{}} to the index')
     return names

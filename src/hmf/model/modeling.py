@@ -80,7 +80,7 @@ class LayerInputs:
     """Inputs that the layers of one forward pass share."""
 
     hidden_states: torch.Tensor  # [B, T, D], the embeddings
-    masks: dict[str, torch.Tensor | None]  # by entry of config.attention_types
+    masks: dict[str, torch.Tensor | None]  # by entry of config.attention_types; none for parts of rows
     layout: Any
     rotary: dict[str, tuple[torch.Tensor, torch.Tensor]]  # (cos, sin) [B, T, head_dim], by entry of attention_types
     shared: dict[str, Any]  # position_ids, past_key_values, use_cache and further keywords
@@ -189,18 +189,14 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
         else:
             # Positions from above begin no documents. Without a look at their values, torch.compile has one graph.
             layout = packed_layout((batch, tokens), attention_mask, given_positions, cu_seqlens, past > 0, may_jump)
-        mask_arguments = {
-            "config": self.config,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values if past else None,
-            "position_ids": position_ids,
-        }
-        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        kinds = self.config.attention_types if self.config.pattern.fused else self.config.layer_types
-        masks = {
-            kind: makers[kind](**mask_arguments) if shards is None else None for kind in set(kinds) if kind in makers
-        }
+        masks: dict[str, Any] = {}
+        if shards is None:
+            masks = self._masks(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values if past else None,
+                position_ids=position_ids,
+            )
         shared = {
             **kwargs,
             "position_ids": position_ids,
@@ -208,6 +204,12 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
             "use_cache": use_cache,
         }
         return LayerInputs(inputs_embeds, masks, layout, self._rotary(inputs_embeds, position_ids), shared)
+
+    def _masks(self, **arguments: Any) -> dict[str, torch.Tensor | None]:
+        """The masks of the attention layers that run, by entry of config.attention_types."""
+        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        kinds = self.config.attention_types if self.config.pattern.fused else self.config.layer_types
+        return {kind: makers[kind](config=self.config, **arguments) for kind in set(kinds) if kind in makers}
 
     def _rotary(self, x: torch.Tensor, position_ids: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         kinds = set(self.config.attention_types)

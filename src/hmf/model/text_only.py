@@ -171,7 +171,10 @@ def _names(source: Path, stored: Any, expected: set[str]) -> dict[str, str]:
         if own in expected and (name.startswith(prefix) or own == HEAD):
             taken[name] = own
         elif own.startswith(("model.layers.", "model.norm.")) and name.startswith(prefix) and not COMPUTED.search(name):
-            raise HmfError(f"{source}: tensor {name} is not in the language model that text_config describes")
+            raise HmfError(
+                f"{source}: tensor {name} is not in the language model that text_config describes; copy the whole "
+                "checkpoint again"
+            )
     return taken
 
 

@@ -141,14 +141,13 @@ class TrainingPlan:
         tokens = self.training.per_device_train_batch_size * self.job.sequence_length / self.training.sequence_parallel
         config = self.job.model.config
         stream = WIDE * config.hidden_size  # the residual stream is in float32
-        inside = [COPIES * self._width * linear_widths(layer, config) for layer in self._backward_layers]
-        states = [GKA_COPIES * WIDE * _solved_width(layer) for layer in self._backward_layers]
-        inside = [sum(pair) for pair in zip(inside, states, strict=True)]
-        if self.training.gradient_checkpointing:
-            kept = len(inside) * stream + max(inside)
-        else:
-            kept = len(inside) * stream + sum(inside)
-        return tokens * (kept + 4 * stream)  # 4: embeddings, last norm, the teacher's output and the difference
+        inside = [
+            COPIES * self._width * linear_widths(layer, config) + GKA_COPIES * WIDE * _solved_width(layer)
+            for layer in self._backward_layers
+        ]
+        stored = max(inside) if self.training.gradient_checkpointing else sum(inside)
+        streams = len(inside) + 4  # 4: embeddings, last norm, the teacher's output and the difference
+        return tokens * (streams * stream + stored)
 
     def _logits(self) -> int:
         recipe = self.job.recipe

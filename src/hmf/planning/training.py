@@ -148,7 +148,8 @@ class Recipes:
             if isinstance(recipe, DataRecipe) and recipe.output == data.prepared:
                 return recipe.sequence_length
         raise HmfError(
-            f"data.prepared: {data.prepared} does not exist, and no recipe in or beside this folder creates it"
+            f"data.prepared: {data.prepared} does not exist, and no recipe in or beside this folder creates it; "
+            "correct the path, or prepare the rows"
         )
 
     def _epoch_rows(self, recipe: DistillSettings | FinetuneRecipe) -> int:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hmf.config.pattern import is_fused
 from hmf.errors import HmfError, listed, notice
-from hmf.folders import require_unused
+from hmf.folders import require_unused, shown
 from hmf.model.checkpoint import STORED, load_model, save_checkpoint
 from hmf.model.convert import drop_teacher
 from hmf.model.files import require_finite
@@ -35,7 +35,9 @@ def export(
     require_unused(out)
     model = load_model(fused, dtype=STORED)
     if not is_fused(model.config):
-        raise HmfError(f"{fused}: has no teacher to remove; export takes the result of hmf init or hmf distill")
+        raise HmfError(
+            f"{shown(Path(fused))}: has no teacher to remove; export takes the result of hmf init or hmf distill"
+        )
     hybrid = drop_teacher(model)
     require_finite(Path(fused))
     if dtype is not None:

@@ -53,7 +53,7 @@ class Stage0Report:
     def describe(self) -> str:
         """The report as lines of text."""
         lines = [f"pattern {self.pattern}"]
-        lines += [f"{count:6d} tensors {what}" for what, count in self.counts().items()]
+        lines += [f"{count:6d} tensor{'s' * (count != 1)} {what}" for what, count in self.counts().items()]
         unused = {name: why for start in self.starts.values() for name, why in start.unused.items()}
         lines += [f"       not used by the mixers: {name} ({why})" for name, why in sorted(unused.items())]
         lines += [
@@ -120,7 +120,7 @@ def make_stage0(
     names = [name for name in stored_tensors(Path(base)) if not COMPUTED.search(name)]
     # Tensors that transformers ignores without a message, such as those of multi-token prediction (mtp.).
     ignored = getattr(type(base_model), "_keys_to_ignore_on_load_unexpected", None) or ()
-    unread = [name for name in names if any(re.search(pattern, name) for pattern in ignored)]
+    unread = [name for name in names if any(re.search(rule, name) for rule in ignored)]
     if unread:
         notice(f"{base}: not read, and not in the Hybrid: {listed(unread)}")
     starts, errors = initialise(model, seed, conv_start), {}

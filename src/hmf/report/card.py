@@ -20,7 +20,7 @@ from hmf.config.layers import base_head_dim, base_intermediate_size, experts_per
 from hmf.config.pattern import is_fused
 from hmf.config.runs import DistillRecipe, FinetuneRecipe, PrimeRecipe
 from hmf.errors import HmfError
-from hmf.evaluation.results import SMALL, who
+from hmf.evaluation.results import SMALL, Scores, who
 from hmf.folders import RECIPE, reason
 from hmf.model.checkpoint import load_config
 from hmf.planning import serving as planner
@@ -28,7 +28,7 @@ from hmf.planning.memory import layer_caches, weights
 from hmf.serving.serve import parsers, state_options
 from hmf.training.checkpoints import replace_text
 
-from .evidence import BEFORE, MODEL, PRIMED, STAGE0, TEACHER, Evidence, Scores, Stage
+from .evidence import BEFORE, MODEL, PRIMED, STAGE0, TEACHER, Evidence, Stage
 from .licence import CARD, NOT_STATED, licence, metadata_of
 from .references import citation, reference
 from .suites import MISSING, card_suites, markdown, task_cell

@@ -14,6 +14,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import hmf
+from hmf.config.layers import LAYER_KINDS
 from hmf.config.pattern import ATTENTION, is_fused
 from hmf.config.runs import DistillRecipe, FinetuneRecipe, PrimeRecipe
 from hmf.errors import HmfError, counted
@@ -152,8 +153,6 @@ class Page:
         """The display name of a layer type."""
         if symbol == ATTENTION:
             return "Attention"
-        from hmf.config.layers import LAYER_KINDS
-
         return reference(LAYER_KINDS[symbol])[0] if symbol in LAYER_KINDS else symbol
 
     # ---- sections

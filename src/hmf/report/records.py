@@ -13,11 +13,11 @@ from typing import Any
 
 from hmf.config.strict import parse_json, parse_sealed
 from hmf.errors import HmfError
-from hmf.evaluation.results import ANSWERS, TaskResult
+from hmf.evaluation.results import ANSWERS, Scores, TaskResult
 from hmf.folders import reason
 from hmf.selection.run import SELECTION
 
-from .evidence import MODEL, PRIMED, STAGE0, TEACHER, Scores
+from .evidence import MODEL, PRIMED, STAGE0, TEACHER
 
 TIMES = "times.json"
 LOGS = {"training.log.json": "Pretraining", "stage1.log.json": "Stage 1, distillation", "stage2.log.json": "Stage 2"}

@@ -21,7 +21,7 @@ PAPERS = {
 
 
 def citation(kinds: Sequence[LayerKind]) -> str:
-    """BibTeX entries of this software and of the papers of the layer kinds, as a Markdown block."""
+    """BibTeX entries of this software and of the papers of the layer types, as a Markdown block."""
     entries = {"software": {"hybrid_model_factory": {"title": "Hybrid Model Factory", "version": hmf.__version__}}}
     entries["misc"] = {
         kind.name: {
@@ -43,7 +43,7 @@ def citation(kinds: Sequence[LayerKind]) -> str:
 
 
 def reference(kind: LayerKind) -> tuple[str, str | None]:
-    """(name, arXiv number or None) of a layer kind, from the docstring of its options."""
+    """(name, arXiv number or None) of a layer type, from the docstring of its options."""
     first = (kind.options.__doc__ or kind.name).partition(",")[0]
     match = re.fullmatch(r"(.*?) ?\(arXiv (\d{4}\.\d{5})\)", first)
     return (match[1], match[2]) if match else (first, None)

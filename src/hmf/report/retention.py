@@ -9,11 +9,11 @@ from functools import cached_property
 from typing import Any
 from urllib.parse import quote
 
-from hmf.evaluation.results import ANSWERS, Answered
+from hmf.evaluation.results import ANSWERS, Answered, Scores
 
 from . import charts, records
 from .blocks import Answer, Block, Cell, Note, Samples, Table, Text
-from .evidence import PRIMED, STAGE0, TEACHER, Evidence, Scores
+from .evidence import PRIMED, STAGE0, TEACHER, Evidence
 from .suites import MISSING
 
 COLOURS = {TEACHER: 0, PRIMED: 1, STAGE0: 2}

@@ -27,13 +27,21 @@ SUPERVISED, CONTEXT, OMITTED = "bold green", "dim", "yellow"
 
 
 def show_prepared(folder: Path, resolve: Callable[[str], Path], samples: int, tokens: int) -> None:
-    """Print counts of a prepared data set and `samples` documents, spread over its rows and alternating its sources."""
+    """Print counts of a prepared data set and `samples` documents, spread over its rows and alternating its sources.
+
+    No document is printed twice, so a small set prints fewer.
+    """
     prepared = PreparedDataset(folder)
     tokenizer = load_tokenizer(resolve(prepared.index["recipe"]["tokenizer"]))
     console = _console()
     names = [source["name"] for source in prepared.index["sources"]]
+    shown: set[tuple[int, int]] = set()
     for sample in range(samples):
-        row, place = _document(prepared, sample * len(prepared) // samples, names[sample % len(names)])
+        found = _document(prepared, sample * len(prepared) // samples, names[sample % len(names)], shown)
+        if found is None:
+            continue
+        shown.add(found)
+        row, place = prepared.stored[found[0]], found[1]
         bounds = np.cumsum([0, *row["lengths"]])
         part = slice(bounds[place], bounds[place + 1])
         _print(console, tokenizer, str(row["where"][place]), row["input_ids"][part], row["supervised"][part], tokens)
@@ -42,14 +50,22 @@ def show_prepared(folder: Path, resolve: Callable[[str], Path], samples: int, to
     print_counts(prepared.index, console)
 
 
-def _document(prepared: PreparedDataset, first: int, source: str) -> tuple[Any, int]:
-    """A row and the index in it of a document from `source`. If the next 200 rows have none, the first document."""
+def _document(
+    prepared: PreparedDataset, first: int, source: str, shown: set[tuple[int, int]]
+) -> tuple[int, int] | None:
+    """The row, and the index in it, of a document in the rows from `first` on that is not in `shown`.
+
+    It is from `source` if the next 200 rows have one of it. None if these rows have no other document.
+    """
+    other = None
     for number in range(first, min(first + 200, len(prepared))):
-        row = prepared.stored[number]
-        for place, where in enumerate(row["where"]):
+        for place, where in enumerate(prepared.stored[number]["where"]):
+            if (number, place) in shown:
+                continue
             if where.startswith(f"{source}: "):
-                return row, place
-    return prepared.stored[first], 0
+                return number, place
+            other = other or (number, place)
+    return other
 
 
 def show_recipe(recipe: DataRecipe, tokenizer: str | Path, samples: int, tokens: int, records: int) -> None:
@@ -91,10 +107,10 @@ def print_counts(index: dict[str, Any], console: Console | None = None) -> None:
     """Print the counts of each source, and of the rows."""
     console = console or _console()
     console.print(_table(index["sources"]))
+    pieces = index["documents"] > sum(source["used"]["documents"] for source in index["sources"])
     console.print(
         f"{counted(index['rows'], 'row')} of {index['sequence_length']:,} tokens from "
-        f"{counted(index['documents'], 'document')} "
-        f"and pieces of them, {index['filled']:.1%} filled",
+        f"{counted(index['documents'], 'document')}{' and pieces of them' * pieces}, {index['filled']:.1%} filled",
         highlight=False,
     )
     for source in index["sources"]:

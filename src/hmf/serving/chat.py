@@ -176,7 +176,7 @@ class ServerChat:
         return HmfError(f"--url: {self.url}: {reason}; check that the server is running (`hmf serve DIR` starts one)")
 
 
-def run(chat: Chat, name: str | Path, read: Callable[[], str] | None = None, console: Console | None = None) -> None:
+def run(chat: Chat, name: str, read: Callable[[], str] | None = None, console: Console | None = None) -> None:
     """Read messages and stream the answers until an empty message, Ctrl-D, or Ctrl-C at the prompt.
 
     Ctrl-C during an answer stops the answer. read: returns the next message; None reads from the terminal, or a line

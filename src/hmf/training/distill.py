@@ -59,7 +59,8 @@ def distill(
     train_only_mixers(fused)
     tokenizer = load_tokenizer(model)
     training = settings.training
-    trainer, rows = _trainer(fused, tokenizer, settings, checkpoints, seed)
+    make = _trainer if settings.on_policy is None else _on_policy_trainer
+    trainer, rows = make(fused, tokenizer, settings, checkpoints, seed)
     flops = stage1_flops_per_token(fused, head=any(settings.objective.kl.values()))
     row_tokens = length if settings.on_policy is None else None
     train(trainer, rows, "distil", output / "stage1.log.json", training, row_tokens, flops, draw)
@@ -82,32 +83,38 @@ def check_positions(config: Any, length: int) -> None:
 def _trainer(
     model: Any, tokenizer: PreTrainedTokenizerBase, settings: DistillSettings, checkpoints: Path, seed: int
 ) -> tuple[HybridTrainer, Any]:
-    """The Trainer and its data set."""
+    """The Trainer on the rows of a data set, and that data set."""
+    training = settings.training
+    rows, evaluated = with_evaluation(
+        mixture(settings.data, tokenizer, 0, seed), training, settings.data, settings.eval_data, tokenizer, seed
+    )
+    training = known_steps(training, rows)
+    args = arguments(
+        training,
+        checkpoints,
+        seed,
+        TrainingArguments,
+        use_cache=model.config.use_cache,
+        **strategy_arguments(training, model),
+    )
+    trainer = HybridTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        eval_dataset=evaluated,
+        loss=Stage1Loss(settings.objective, training.torch_compile),
+        sequence_parallel=training.sequence_parallel,
+        divergence_factor=training.divergence_factor,
+    )
+    return trainer, rows
+
+
+def _on_policy_trainer(
+    model: Any, tokenizer: PreTrainedTokenizerBase, settings: DistillSettings, checkpoints: Path, seed: int
+) -> tuple[HybridTrainer, Any]:
+    """The Trainer on texts that the student writes, and the data set of their prompts."""
     training, on_policy = settings.training, settings.on_policy
-    loss = Stage1Loss(settings.objective, training.torch_compile)
-    if on_policy is None:
-        rows, evaluated = with_evaluation(
-            mixture(settings.data, tokenizer, 0, seed), training, settings.data, settings.eval_data, tokenizer, seed
-        )
-        training = known_steps(training, rows)
-        args = arguments(
-            training,
-            checkpoints,
-            seed,
-            TrainingArguments,
-            use_cache=model.config.use_cache,
-            **strategy_arguments(training, model),
-        )
-        trainer = HybridTrainer(
-            model=model,
-            args=args,
-            train_dataset=rows,
-            eval_dataset=evaluated,
-            loss=loss,
-            sequence_parallel=training.sequence_parallel,
-            divergence_factor=training.divergence_factor,
-        )
-        return trainer, rows
+    assert on_policy is not None
     if not importlib.util.find_spec("trl"):
         raise HmfError(
             "on_policy: needs trl; `make setup-train` or pip install 'hybrid-model-factory[onpolicy]' installs it"
@@ -133,7 +140,7 @@ def _trainer(
         processing_class=tokenizer,
         args=args,
         train_dataset=prompts,
-        loss=loss,
+        loss=Stage1Loss(settings.objective),
         divergence_factor=training.divergence_factor,
     )
     return student, prompts
