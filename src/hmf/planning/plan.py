@@ -34,11 +34,12 @@ from hmf.training.finetune import flops_per_token
 USABLE = 0.92  # usable share of a GPU's memory; the rest is lost to fragmentation
 WIDE = 4  # bytes of a float32 number: a master weight, a gradient or a moment
 # Activations that a layer stores for the backward pass, in multiples of the inputs and outputs of its linear layers:
-# norms, rotary positions, gates and casts create further tensors of the same widths.
-COPIES = 2.0
+# norms, rotary positions, gates and casts create further tensors of the same widths. Compiled layers store fewer. These
+# and the next figure are from measured peaks (docs/performance.md), rounded up.
+COPIES, COMPILED_COPIES = 1.6, 0.9
 # What GKA's op stores beside these, in multiples of float32 tensors [tokens, heads, head_dim]: states between chunks,
-# decays, and float32 copies of queries, keys and values. From a measured peak (docs/performance.md).
-GKA_COPIES = 12
+# decays, and float32 copies of queries, keys and values.
+GKA_COPIES = 18
 LOGITS = 4 * WIDE * LOGITS_AT_ONCE  # four tensors of the size of a chunk of logits
 FRAMEWORK = 3 * GIB  # CUDA context, kernel workspaces, buffers of the communication library
 
@@ -141,8 +142,9 @@ class TrainingPlan:
         tokens = self.training.per_device_train_batch_size * self.job.sequence_length / self.training.sequence_parallel
         config = self.job.model.config
         stream = WIDE * config.hidden_size  # the residual stream is in float32
+        copies = COMPILED_COPIES if self.training.torch_compile else COPIES
         inside = [
-            COPIES * self._width * linear_widths(layer, config) + GKA_COPIES * WIDE * _solved_width(layer)
+            copies * self._width * linear_widths(layer, config) + GKA_COPIES * WIDE * _solved_width(layer)
             for layer in self._backward_layers
         ]
         stored = max(inside) if self.training.gradient_checkpointing else sum(inside)
