@@ -101,7 +101,7 @@ class ChunkLayout:
         self._source[self._rows.flatten()] = torch.arange(self._rows.numel())
         self._on: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def _indices(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def _positions(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """The token of each position of the chunks, and the position of each token, on `device`."""
         if device not in self._on:
             self._on[device] = on_device(self._rows.flatten(), device), on_device(self._source[:-1], device)
@@ -116,7 +116,7 @@ class ChunkLayout:
                 x = F.pad(x, [0, 0] * (x.dim() - 2) + [0, pad])
             return x.unflatten(1, (len(self.steps), size)).transpose(0, 1).flatten(0, 1)
         x = torch.cat([x[0], x.new_zeros(1, *x.shape[2:])])
-        return x.index_select(0, self._indices(x.device)[0]).unflatten(0, self._rows.shape)
+        return x.index_select(0, self._positions(x.device)[0]).unflatten(0, self._rows.shape)
 
     def split_heads(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """[B, T, H, ...] -> [N, H, C, ...] in `dtype`, contiguous, because bmm copies operands that are not."""
@@ -132,7 +132,7 @@ class ChunkLayout:
         batch, tokens = self.shape
         if self.equal:
             return x.unflatten(0, (len(self.steps), batch)).transpose(0, 1).flatten(1, 2)[:, :tokens]
-        return x.flatten(0, 1).index_select(0, self._indices(x.device)[1]).unsqueeze(0)
+        return x.flatten(0, 1).index_select(0, self._positions(x.device)[1]).unsqueeze(0)
 
 
 def chunk_layout(batch: int, tokens: int, cu_seqlens: torch.Tensor | None, chunk_size: int) -> ChunkLayout:
