@@ -168,4 +168,4 @@ def _legend(console: Console) -> None:
 
 
 def _console() -> Console:
-    return Console() if Console().is_terminal else Console(width=120)
+    return Console(width=None if Console().is_terminal else 120, markup=False, emoji=False)
