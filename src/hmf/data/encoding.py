@@ -26,7 +26,7 @@ from hmf.data.conversation import (
 from hmf.data.marked import MarkedConversation
 from hmf.data.marks import marked_turns
 from hmf.data.template import Template
-from hmf.data.tokenizer import SpecialTokenSplitter, document_separator, encode_texts, is_special
+from hmf.data.tokenizer import SpecialTokenSplitter, document_separator, encode_parts, encode_texts, is_special
 from hmf.errors import HmfError
 
 IGNORED = -100  # the label that transformers' losses ignore
@@ -227,7 +227,7 @@ class _Chat:
             return []
         ids: list[int] = []
         labels: list[int] = []
-        for part, (text, is_turn) in zip(encode_texts(self.tokenizer, [text for text, _ in parts]), parts, strict=True):
+        for part, (text, is_turn) in zip(encode_parts(self.tokenizer, [text for text, _ in parts]), parts, strict=True):
             if self.splitter:
                 part, _ = self.splitter.restore(text, part, [0] * len(part))
             if is_turn:
