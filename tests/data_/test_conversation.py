@@ -204,6 +204,13 @@ def test_a_template_is_given_the_form_that_it_reads(templated):
         )
 
 
+@pytest.mark.parametrize("template", [None, "qwen3", "llama3_1"], ids=str)
+def test_parts_without_text_are_an_empty_text(templated, template):
+    """Llama 3.1's template writes a list of parts in Python's notation."""
+    empty = [{"type": "text", "text": ""}, {"type": "text", "text": None}]
+    assert encode_chat(templated(template), [user(empty), HELLO]) == encode_chat(templated(template), [user(""), HELLO])
+
+
 def test_a_developer_is_the_system_where_there_is_no_such_role(templated):
     talk = [{"role": "developer", "content": "Be kind."}, HI, HELLO]
     for template in (None, OLD, "qwen2_5", "qwen3", "llama3_1", "gemma3", "cohere2"):
@@ -355,6 +362,7 @@ REFUSED = {
     "older calls": ([HI, answer("x", function_call={"name": "f"})], r"messages\[1\].function_call: .*write tool_calls"),
     "unknown key": ([user("x", contentt="y"), HELLO], r"messages\[0\].contentt: unknown key .* did you mean 'content'"),
     "refusal": ([HI, answer("x", refusal="no")], r"messages\[1\].refusal: unknown key.*ignore_keys"),
+    "several": ([user("x", id=1, lang="en", loss=1), HELLO], r".id: unknown .*\(or add to ignore_keys: id, lang\)"),
     "audio": ([HI, answer("x", audio={"id": "1"})], r"messages\[1\].audio: unknown key"),
     "training flag": ([HI, answer("x", train=False)], r"messages\[1\].train: unknown key"),
     "half a weight": ([HI, answer("x", weight=0.5)], r"messages\[1\].weight: is 0.5"),

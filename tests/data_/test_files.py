@@ -73,6 +73,7 @@ def test_objects_are_those_of_the_json_module(tmp_path_factory, rows, indent, ch
         files.CHUNK = before
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 5\n"
 BAD = {
     "cut.jsonl.gz": (gzip.compress(LINES)[:-9], "cut.jsonl.gz:[34]: cannot be read .*ended before"),
     "cut.jsonl.zst": (zstd(LINES)[:-3], "cut.jsonl.zst:.* cannot be read .*Truncated"),
@@ -111,6 +112,8 @@ BAD = {
     "more.json": (b'[{"text": "a"}]\n{"text": "b"}', "more.json:2: '{' is not valid here, where the end is expected"),
     "numbers.json": (b"[1, 2]", "numbers.json:1: '1' is not valid here"),
     "wrong.json": (b'{"text": "a"}\n{"text" "b"}' + b" " * 99, "wrong.json:2: not valid JSON .Expecting ':'"),
+    "pointer.parquet": (POINTER, "pointer.parquet: is a pointer of Git LFS"),
+    "pointer.txt": (POINTER, "pointer.txt: is a pointer of Git LFS"),
     "none.parquet": (b"", "none.parquet: row 0: not readable Parquet"),
     "a.parquet.gz": (b"", "nothing to read .a.parquet.gz"),
     "a.csv": (b"text\na", "nothing to read .a.csv"),
@@ -150,6 +153,12 @@ def test_a_name_that_exists_is_no_pattern(tmp_path, name):
     for other in ("a1.jsonl", "b2.jsonl", "c3.jsonl"):
         (tmp_path / other).write_text('{"text": "other"}')
     assert read(tmp_path / name) == ["a"]
+
+
+def test_a_file_is_no_data_set(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}")
+    with pytest.raises(HmfError, match=r"sources.a.dataset: .*a.jsonl: is a file; write path in place of dataset"):
+        Source(SourceSettings(dataset=str(tmp_path / "a.jsonl")))
 
 
 def test_files_that_are_not_read_are_named(tmp_path, capsys):
@@ -461,6 +470,19 @@ def test_a_suggested_shape_of_pairs_is_one_of_theirs(tmp_path):
         shaped(tmp_path, {"prompt": "a", "completion": "b", "label": True}, PairSettings)
 
 
+def test_ignored_keys_of_messages_may_differ_in_the_two_answers(tmp_path):
+    row = PAIRS["ultrafeedback"]
+    ids = {
+        name: [message | {"id": f"{name}-{number}"} for number, message in enumerate(row[name])]
+        for name in ("chosen", "rejected", "messages")
+    }
+    for changes in (ids, ids | {"messages": json.dumps(ids["messages"])}):
+        found = shaped(tmp_path, row | changes, PairSettings, shape="ultrafeedback", ignore_keys=["id"])
+        assert (found.prompt, found.chosen) == (ASKED, said(("assistant", "2"))[0])
+    with pytest.raises(HmfError, match="differ only in their last message"):
+        shaped(tmp_path, row | ids, PairSettings, shape="ultrafeedback")
+
+
 def test_pairs_that_do_not_share_their_prompt_are_refused(tmp_path):
     row = PAIRS["ultrafeedback"]
     for changes, expected in (
@@ -499,6 +521,12 @@ def test_values_that_yaml_knows_and_python_does_not_are_one_line(text):
     with pytest.raises(ValueError) as caught:
         parse_yaml(text)
     assert "\n" not in str(caught.value)
+
+
+def test_null_in_a_table_is_no_value(tmp_path):
+    pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "a.parquet")
+    with pytest.raises(HmfError, match="row 1: no field 'text'; the row has none with a value"):
+        read(tmp_path)
 
 
 def test_a_row_of_a_table_has_a_limit(tmp_path, monkeypatch):

@@ -172,7 +172,7 @@ def kind_of(value: Any) -> str:
 
 
 def missing(row: Row, field: str, fix: str) -> HmfError:
-    return HmfError(f"no field {field!r}; the row has {', '.join(map(repr, row)) or 'no fields'}: {fix}")
+    return HmfError(f"no field {field!r}; the row has {', '.join(map(repr, row)) or 'none with a value'}: {fix}")
 
 
 def _tools(row: Row, used: Iterable[str], settings: PlaceSettings) -> list[Any] | None:
@@ -356,9 +356,12 @@ def _answer(row: Row, field: str, settings: PairSettings) -> Message:
 
 def _common(row: Row, settings: PairSettings) -> tuple[list[Message], list[Message]]:
     """The shared messages and both answers of two whole conversations, which differ only in their last message."""
-    chosen, rejected = (
-        message_list(_field(row, name), name) for name in (settings.chosen_field, settings.rejected_field)
-    )
+
+    def messages(value: Any, field: str) -> list[Message]:
+        ignored = settings.ignore_keys
+        return [{key: message[key] for key in message if key not in ignored} for message in message_list(value, field)]
+
+    chosen, rejected = (messages(_field(row, name), name) for name in (settings.chosen_field, settings.rejected_field))
     prompt = chosen[:-1]
     if not prompt or prompt != rejected[:-1] or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
         raise HmfError(
@@ -367,9 +370,11 @@ def _common(row: Row, settings: PairSettings) -> tuple[list[Message], list[Messa
         )
     same: dict[str, Callable[[Any], bool]] = {
         settings.prompt_field: lambda value: (
-            value in (prompt, *(x.get("content") for x in prompt if x["role"] == "user"))
+            messages(value, settings.prompt_field) == prompt
+            if isinstance(value, list)
+            else value in (x.get("content") for x in prompt if x["role"] == "user")
         ),
-        "messages": lambda value: value == chosen,
+        "messages": lambda value: messages(value, "messages") == chosen,
     }
     for name, is_same in same.items():
         if row.get(name) and name not in settings.ignore_fields and not is_same(row[name]):

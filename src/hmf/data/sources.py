@@ -54,6 +54,8 @@ class Source:
             if (folder := Path(settings.dataset)).is_dir():
                 self.root, self.files = folder, sorted(path for path in folder.rglob("*") if path.is_file())
                 self.fingerprint += self._facts()
+            elif folder.is_file():
+                raise HmfError(f"{settings.key}.dataset: {folder}: is a file; write path in place of dataset")
             return
         assert settings.path is not None  # checked by the settings' validator
         if settings.path == text.STDLIB and settings.reads_text:
