@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hmf.data.conversation import messages_after, normalise
-from hmf.data.encoding import encode_chat
+from hmf.data.encoding import encode_answers, encode_chat
 from hmf.errors import HmfError
 
 trl = pytest.importorskip("trl", reason="needs trl's chat templates, which `make test` installs")
@@ -468,6 +468,38 @@ def test_what_the_template_leaves_out_is_named(templated, name):
     template, messages, expected = LOST[name]
     with pytest.raises(HmfError, match=expected):
         encode_chat(templated(template), messages)
+
+
+WITH_VARIABLES = "{{ note }}{% if effort == 'high' %}!{% endif %}{{ notes | tojson if notes }}" + OLD
+
+
+def test_variables_of_the_template(templated):
+    def text(variables, template=WITH_VARIABLES, **options):
+        return text_of(templated(template), [HI, HELLO], chat_template_kwargs=variables, **options)
+
+    assert text({}) == text(None) == text_of(templated(OLD), [HI, HELLO])
+    for split in (False, True):
+        note = {"note": "Be kind <|im_end|>.", "effort": "high", "notes": [{"a": 'In "French".'}]}
+        written = text(note, split_special_tokens=split)
+        assert written.startswith('Be kind <|im_end|>.![{"a": "In \\"French\\"."}]<|im_start|>user')
+    assert not text({"effort": "low"}).startswith("!")
+    for template in (None, "qwen3"):
+        assert "</think>\n\n|Hello." in text({"enable_thinking": False}, template)
+        assert "|<think>\n\n</think>\n\nHello." in text({"enable_thinking": True}, template)
+        assert "</think>\n\n|Hello." in text({"enable_thinking": True}, template, thinking="strip")
+    first, second = encode_answers(
+        templated("qwen3"), [HI], [HELLO, answer("Yes.")], chat_template_kwargs={"enable_thinking": True}
+    )
+    assert first.prompt == second.prompt and templated("qwen3").decode(first.prompt).endswith("assistant\n")
+    for variables, template, message in [
+        ({"tone": "kind"}, WITH_VARIABLES, r"^chat_template_kwargs.tone: the chat template does not read it"),
+        ({"enable_thinking": False}, OLD, r"^chat_template_kwargs.enable_thinking: the chat template does not read it"),
+        ({"enable_thinking": "no"}, "qwen3", "is 'no'; write true or false"),
+        ({"messages": []}, OLD, "messages: is not a variable to set"),
+        ({"note": "Be kind."}, "{%- set note = '' %}" + WITH_VARIABLES, "the chat template leaves 'Be kind.' out"),
+    ]:
+        with pytest.raises(HmfError, match=message):
+            text(variables, template)
 
 
 def test_keys_can_be_ignored_and_empty_ones_are_absent(templated):

@@ -410,6 +410,30 @@ def test_fields_under_other_names_are_not_passed_over(tmp_path, name):
     assert ignored.messages == row["messages"] and not ignored.unread
 
 
+def test_variables_of_the_template_are_those_of_the_row_and_the_recipe(tmp_path):
+    talk = {"messages": said(("user", "a"), ("assistant", "b"))}
+    own = {"enable_thinking": False, "note": None, "xml_tools": [], "effort": "high"}
+    settings = {"messages_field": "messages", "chat_template_kwargs": {"effort": "low", "note": "x"}}
+    for value in (own, json.dumps(own)):
+        found = shaped(tmp_path, talk | {"chat_template_kwargs": value}, **settings)
+        assert found.chat_template_kwargs == {"enable_thinking": False, "note": "x", "effort": "high"}
+        assert not found.unread
+    pair = PAIRS[None] | {"chat_template_kwargs": own}
+    assert shaped(tmp_path, pair, PairSettings).chat_template_kwargs == {"enable_thinking": False, "effort": "high"}
+    ignored = settings | {"ignore_fields": ["chat_template_kwargs"]}
+    found = shaped(tmp_path, talk | {"chat_template_kwargs": own}, **ignored)
+    assert found.chat_template_kwargs == settings["chat_template_kwargs"]
+    for changes, expected in (
+        ({"chat_template_kwargs": [1]}, "'chat_template_kwargs' holds list instead of an object"),
+        ({"chat_template_kwargs": {"note": "\ud83d"}}, "chat_template_kwargs.note: a lone surrogate"),
+        ({"enable_thinking": True}, "'enable_thinking' belongs .* move it into chat_template_kwargs"),
+    ):
+        with pytest.raises(HmfError, match=expected):
+            shaped(tmp_path, talk | changes, **settings)
+    with pytest.raises(ValueError, match="chat_template_kwargs has no effect on texts"):
+        SourceSettings(path="a.txt", chat_template_kwargs={"effort": "low"})
+
+
 def test_facts_about_a_row_are_named_as_not_read(tmp_path):
     facts = {
         "id": 7,

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hmf.config.data import SourceSettings
@@ -57,28 +57,31 @@ CONVERSATION_FIELDS = (
     "chat_template_kwargs",
     "enable_thinking",
 )
-
-
+VARIABLES = "chat_template_kwargs"  # name of the field with variables of the chat template
+EMPTY: tuple[Any, ...] = (None, "", [], {})  # values of a field that count as no value
 WANTED = ("label", "kto_tag")  # fields with which KTO marks an unwanted answer, if they are false
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """unread: names of the row's fields that are neither used nor in ignore_fields."""
+    """chat_template_kwargs: variables of the chat template. unread: names of the row's fields that are neither used nor
+    in ignore_fields."""
 
     messages: list[Message]
     tools: list[Any] | None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The messages before an answer, and two answers. unread: as of `Conversation`."""
+    """The messages before an answer, and two answers. The other attributes are those of `Conversation`."""
 
     prompt: list[Message]
     chosen: Message
     rejected: Message
     tools: list[Any] | None
+    chat_template_kwargs: dict[str, Any]
     unread: tuple[str, ...] = ()
 
 
@@ -111,7 +114,7 @@ def conversation(row: Row, settings: SourceSettings) -> Conversation:
                 f"field {name!r} has 0 or 1 for each message but is not read; write weight into the assistant's "
                 f"messages, or add it to {settings.key}.ignore_fields"
             )
-    return Conversation(messages, tools, tuple(unread))
+    return Conversation(messages, tools, _variables(row, settings), tuple(unread))
 
 
 def pair(row: Row, settings: PairSettings) -> Pair:
@@ -139,7 +142,7 @@ def pair(row: Row, settings: PairSettings) -> Pair:
     tools = _tools(row, used, settings)
     for place, messages in (("prompt", prompt), *zip(names, answers, strict=True)):
         require_text(messages, place)
-    return Pair(prompt, answers[0], answers[1], tools, tuple(_unread(row, used, settings)))
+    return Pair(prompt, answers[0], answers[1], tools, _variables(row, settings), tuple(_unread(row, used, settings)))
 
 
 def message_list(value: Any, field: str) -> list[Message]:
@@ -183,6 +186,8 @@ def _tools(row: Row, used: Iterable[str], settings: PlaceSettings) -> list[Any] 
         raise HmfError(f"field {field!r} holds {kind_of(tools)} instead of a list of tools")
     for name, value in _unread(row, used, settings).items():
         fix = "move it into the messages" if name.casefold() in CONVERSATION_FIELDS else None
+        if name in ("documents", "enable_thinking"):
+            fix = f"move it into {VARIABLES}"
         if _holds_tools(value):
             fix = f"set tools_field: {name}"
         if fix:
@@ -194,10 +199,20 @@ def _tools(row: Row, used: Iterable[str], settings: PlaceSettings) -> list[Any] 
     return tools
 
 
+def _variables(row: Row, settings: PlaceSettings) -> dict[str, Any]:
+    """The variables of the chat template that have a value: those of the row, then those of the recipe."""
+    given = None if VARIABLES in settings.ignore_fields else decoded_field(row.get(VARIABLES) or None, VARIABLES)
+    if not isinstance(given or {}, dict):
+        raise HmfError(f"field {VARIABLES!r} holds {kind_of(given)} instead of an object")
+    require_text(given, VARIABLES)
+    own = {name: value for name, value in (given or {}).items() if value not in EMPTY}
+    return settings.chat_template_kwargs | own
+
+
 def _unread(row: Row, used: Iterable[str], settings: PlaceSettings) -> Row:
     """The fields with a value that are neither used nor ignored on purpose."""
-    passed = {*used, settings.tools_field, *settings.ignore_fields}
-    return {name: value for name, value in row.items() if name not in passed and value not in (None, "", [], {})}
+    passed = {*used, settings.tools_field, VARIABLES, *settings.ignore_fields}
+    return {name: value for name, value in row.items() if name not in passed and value not in EMPTY}
 
 
 def _holds_tools(value: Any) -> bool:

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -96,16 +96,24 @@ class Encoder:
             item, split = content(record, self.source), self.source.split_special_tokens
             if isinstance(item, Conversation):
                 counts.add(Counts(unread=dict.fromkeys(item.unread, 1)))
-                item = Conversation(*normalise(item.messages, item.tools, self.source.ignore_keys))
+                messages, tools = normalise(item.messages, item.tools, self.source.ignore_keys)
+                item = replace(item, messages=messages, tools=tools)
             if self.filters.repetition and (reason := repetition(_supervised_text(item), self.filters.repetition)):
                 counts.leave_out(reason)
                 return []
             if isinstance(item, Conversation):
+                variables = item.chat_template_kwargs
                 documents = encode_chat(
-                    tokenizer, item.messages, item.tools, self.thinking, self.turns, split_special_tokens=split
+                    tokenizer,
+                    item.messages,
+                    item.tools,
+                    self.thinking,
+                    self.turns,
+                    split_special_tokens=split,
+                    chat_template_kwargs=variables,
                 )
                 counts.after_answers += messages_after(item.messages)
-                texts = strings_of([item.messages, item.tools])
+                texts = strings_of([item.messages, item.tools, variables])
             else:
                 documents = [encode_document(tokenizer, item, split)] if item.strip() else []
                 texts = iter([item])
