@@ -141,6 +141,8 @@ def test_fields_that_are_not_read_are_counted(tmp_path, capsys, workers):
     assert index["sources"][0]["unread"] == {"id": 10, "[/b]": 5}
     print_counts(index)
     assert "chat: fields of conversations that are not read: [/b] (5), id (10)" in capsys.readouterr().out
+    shown = CliRunner().invoke(app, ["data", "show", str(tmp_path / "out"), "--samples", "12"]).output
+    assert sorted(re.findall(r"chat.jsonl:(\d+)", shown), key=int) == [str(number) for number in range(1, 11)]
 
 
 def test_training_reads_prepared_rows(whole, tokenizer):

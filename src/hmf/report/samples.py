@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -32,8 +32,13 @@ def show_prepared(folder: Path, resolve: Callable[[str], Path], samples: int, to
     tokenizer = load_tokenizer(resolve(prepared.index["recipe"]["tokenizer"]))
     console = _console()
     names = [source["name"] for source in prepared.index["sources"]]
+    shown = set[tuple[int, int]]()
     for sample in range(samples):
-        row, place = _document(prepared, sample * len(prepared) // samples, names[sample % len(names)])
+        found = _document(prepared, sample * len(prepared) // samples, names[sample % len(names)], shown)
+        if found is None:
+            continue
+        shown.add(found)
+        row, place = prepared.stored[found[0]], found[1]
         bounds = np.cumsum([0, *row["lengths"]])
         part = slice(bounds[place], bounds[place + 1])
         _print(console, tokenizer, str(row["where"][place]), row["input_ids"][part], row["supervised"][part], tokens)
@@ -42,14 +47,17 @@ def show_prepared(folder: Path, resolve: Callable[[str], Path], samples: int, to
     print_counts(prepared.index, console)
 
 
-def _document(prepared: PreparedDataset, first: int, source: str) -> tuple[Any, int]:
-    """A row and the index in it of a document from `source`. If the next 200 rows have none, the first document."""
-    for number in range(first, min(first + 200, len(prepared))):
-        row = prepared.stored[number]
-        for place, where in enumerate(row["where"]):
-            if where.startswith(f"{source}: "):
-                return row, place
-    return prepared.stored[first], 0
+def _document(
+    prepared: PreparedDataset, first: int, source: str, shown: Container[tuple[int, int]]
+) -> tuple[int, int] | None:
+    """Numbers of a row from `first` on and of a document in it that is not `shown`. It is from `source` if one of the
+    next 200 rows has such a document. None if all are shown."""
+    for start in (f"{source}: ", ""):
+        for number in range(first, min(first + 200, len(prepared))):
+            for place, where in enumerate(prepared.stored[number]["where"]):
+                if where and where.startswith(start) and (number, place) not in shown:
+                    return number, place
+    return None
 
 
 def show_recipe(recipe: DataRecipe, tokenizer: str | Path, samples: int, tokens: int, records: int) -> None:
