@@ -107,6 +107,16 @@ def test_thinking_can_be_stripped_from_field_and_content(tokenizer):
     assert encode_chat(tokenizer, [*QUESTION, inside]) == encode_chat(tokenizer, [*QUESTION, TWO])
 
 
+def test_half_a_block_of_thinking_cannot_be_stripped(templated):
+    """A content begins so if the prompt had <think>, and ends so if it was cut off."""
+    for content in ("Count.\n</think>\n\n2", "<think>\nCount.", "<think>\na\n</think>\n\n<think>b</think>"):
+        with pytest.raises(HmfError, match=r"messages\[1\].content: has <think> or </think> alone"):
+            encode_chat(templated(SIMPLE), [*QUESTION, {"role": "assistant", "content": content}], thinking="strip")
+    said = {"role": "assistant", "content": "<think>\na\n</think>\n\nBetween <think> and </think>."}
+    [document] = encode_chat(templated(SIMPLE), [*QUESTION, said], thinking="strip")
+    assert shown(templated(SIMPLE), document)[1] == ["Between <think> and </think>.<|im_end|>"]
+
+
 @pytest.mark.parametrize("turns", ["all", "last"])
 @pytest.mark.parametrize("template", [MARKED, MARKED_WIDE], ids=["turn", "turn and newline"])
 def test_marks_of_a_template_and_its_prompts_say_the_same(templated, template, turns):

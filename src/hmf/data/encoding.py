@@ -116,7 +116,7 @@ def encode_chat(
         raise HmfError(f"no assistant turn is supervised{named}; remove the row or add an answer")
     messages = messages[: len(messages) - messages_after(messages)]
     if thinking == "strip":
-        messages = [without_thinking(message) for message in messages]
+        messages = [_stripped(message, f"messages[{index}]") for index, message in enumerate(messages)]
     for index, message in enumerate(messages):
         content = text_of(message["content"])
         answer = THINK_BLOCK.sub("", content, count=1) if THINK_BLOCK.match(content) else content
@@ -304,6 +304,20 @@ class _Chat:
                 f"an assistant turn ends with {shown!r} instead of a special token, so the model would not learn to "
                 "stop; fix the chat template"
             )
+
+
+def _stripped(message: Message, place: str) -> Message:
+    """The message without thinking. HmfError if an assistant's content has a part of a <think> block."""
+    message = without_thinking(message)
+    before, closing, _ = text_of(message["content"]).partition("</think>")
+    if message["role"] == "assistant" and (
+        before.lstrip().startswith("<think>") or (closing and "<think>" not in before)
+    ):
+        raise HmfError(
+            f"{place}.content: has <think> or </think> alone, so thinking: strip cannot tell the thinking from the "
+            "answer; complete the tags, or remove the row"
+        )
+    return message
 
 
 def _hidden(message: Message, splitter: SpecialTokenSplitter) -> Message:
