@@ -392,6 +392,7 @@ UNREAD = {
         {"spec": json.dumps([{"type": "function", "function": {"name": "f", "parameters": {}}}])},
         "spec",
     ),
+    "tools, each as text": ({"spec": [json.dumps({"name": "f", "parameters": SCHEMA})]}, "set tools_field: spec"),
     "tools of MCP": ({"Tools": [{"name": "f", "inputSchema": SCHEMA}]}, "set tools_field: Tools"),
     "unwanted": ({"label": False}, "'label' is false, as KTO marks an unwanted answer"),
     "unwanted, as a number": ({"kto_tag": 0}, "'kto_tag' is 0"),
@@ -432,6 +433,14 @@ def test_variables_of_the_template_are_those_of_the_row_and_the_recipe(tmp_path)
             shaped(tmp_path, talk | changes, **settings)
     with pytest.raises(ValueError, match="chat_template_kwargs has no effect on texts"):
         SourceSettings(path="a.txt", chat_template_kwargs={"effort": "low"})
+
+
+def test_tools_may_be_json_texts(tmp_path):
+    row, tools = {"messages": said(("user", "a"), ("assistant", "b"))}, [{"name": "f", "parameters": SCHEMA}]
+    for value in (tools, json.dumps(tools), [json.dumps(tool) for tool in tools]):
+        assert shaped(tmp_path, row | {"tools": value}, messages_field="messages").tools == tools
+    with pytest.raises(HmfError, match=r"'tools\[0\]' is text but not valid JSON"):
+        shaped(tmp_path, row | {"tools": ["f(x)"]}, messages_field="messages")
 
 
 def test_facts_about_a_row_are_named_as_not_read(tmp_path):

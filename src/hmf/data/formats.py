@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -184,6 +185,7 @@ def _tools(row: Row, used: Iterable[str], settings: PlaceSettings) -> list[Any] 
     tools = decoded_field(row.get(field) or None, field) or None
     if tools is not None and not isinstance(tools, list):
         raise HmfError(f"field {field!r} holds {kind_of(tools)} instead of a list of tools")
+    tools = tools and [decoded_field(tool, f"{field}[{number}]") for number, tool in enumerate(tools)]
     for name, value in _unread(row, used, settings).items():
         fix = "move it into the messages" if name.casefold() in CONVERSATION_FIELDS else None
         if name in ("documents", "enable_thinking"):
@@ -217,15 +219,20 @@ def _unread(row: Row, used: Iterable[str], settings: PlaceSettings) -> Row:
 
 def _holds_tools(value: Any) -> bool:
     """Whether a field holds a list of tools, also as JSON text."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = parse_json(value)
-        except ValueError:
-            return False
+    value = _parsed(value)
     return isinstance(value, list) and bool(value) and all(map(_is_tool, value))
 
 
+def _parsed(value: Any) -> Any:
+    """A list or an object from its JSON text; any other value unchanged."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        with suppress(ValueError):
+            return parse_json(value)
+    return value
+
+
 def _is_tool(value: Any) -> bool:
+    value = _parsed(value)
     function = value.get("function", value) if isinstance(value, dict) else None
     schemas = {"parameters", "input_schema", "inputSchema"}
     return isinstance(function, dict) and isinstance(function.get("name"), str) and bool(schemas & function.keys())
@@ -289,12 +296,7 @@ def _messages(row: Row, field: str, role: str) -> list[Message]:
 
 
 def _holds_messages(text: str) -> bool:
-    if not text.lstrip().startswith(("[", "{")):
-        return False
-    try:
-        value = parse_json(text)
-    except ValueError:
-        return False
+    value = _parsed(text)
     messages = [value] if isinstance(value, dict) else value
     return bool(messages) and all(isinstance(item, dict) and {"role", "content"} <= item.keys() for item in messages)
 
