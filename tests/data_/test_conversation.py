@@ -48,6 +48,13 @@ AS_IT_IS = OLD.replace("c.function.arguments | tojson", "c.function.arguments") 
 NULL_CONTENT = OLD.replace("in m.tool_calls or []", "in (m.tool_calls if m.content is none else []) or []")
 TWICE = OLD.replace("{{ m.content }}", "{{ m.content }}{% if m.role == 'assistant' %}{{ m.content }}{% endif %}")
 ONE_CALL = OLD.replace("in m.tool_calls or []", "in (m.tool_calls or [])[:1]")
+# As in Ministral 3's: the parts of an answer are thinking and text.
+BLOCKS = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]"
+    "{% elif m.content is string %}{{ m.content }}<|im_end|>"
+    "{% else %}{% for p in m.content %}{{ '[THINK]' + p.thinking + '[/THINK]' if p.type == 'thinking' else p.text }}"
+    "{% endfor %}<|im_end|>{% endif %}{% endfor %}"
+)
 REVERSED = OLD.replace("for m in messages", "for m in messages | reverse")
 PARTS_ONLY = OLD.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
 
@@ -193,6 +200,13 @@ def test_a_template_is_given_the_form_that_it_reads(templated):
         assert f"weather {json.dumps(arguments)}</call>" in text_of(templated(AS_IT_IS), given, TOOLS)
         assert f"weather {json.dumps(arguments)}</call>" in text_of(templated(OLD), given, TOOLS)
     assert '<call>weather {"city": "Lyon"' in text_of(templated(NULL_CONTENT), talk, TOOLS)
+    thought = answer("Hello.", reasoning_content="Greet.")
+    assert text_of(templated(BLOCKS), [HI, thought]) == "[INST]Hi?[/INST]|[THINK]Greet.[/THINK]Hello.<|im_end|>"
+    assert text_of(templated(BLOCKS), [HI, HELLO]) == "[INST]Hi?[/INST]|Hello.<|im_end|>"
+    for template in ("qwen2_5", OLD, PARTS_ONLY):  # which know no thinking
+        for thinks in (thought, thought | {"content": "", "tool_calls": [call()]}):
+            with pytest.raises(HmfError, match="the chat template leaves its (thinking|content) out"):
+                encode_chat(templated(template), [HI, thinks])
     parts = [user([{"type": "text", "text": "One."}, {"type": "text", "text": "Two."}]), HELLO]
     assert "One.\nTwo.<|im_end|>" in text_of(templated(OLD), parts)  # as vLLM joins them
     assert "One.Two.<|im_end|>" in text_of(templated(None), parts)  # as the template does

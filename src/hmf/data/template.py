@@ -21,13 +21,13 @@ from transformers import PreTrainedTokenizerBase
 
 from hmf.data import rendering
 from hmf.data.conversation import REASONING_FIELDS, RESULT_ROLES, ROLES, Message, strings_of
-from hmf.data.forms import NUMBER, SPELLED, Form, spelled
+from hmf.data.forms import NUMBER, PART, SPELLED, Form, spelled
 from hmf.data.marked import TOOLS, Leaf, MarkedConversation
 from hmf.errors import HmfError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # A list of parts in the notation of Python or JSON, and an object that was encoded as JSON twice.
-_NOTATION = re.compile(r"""['"]text['"]: ?['"]\ue000|\\": ?(?:9173\d{9}|\\"\ue000)""")
+_NOTATION = re.compile(r"""['"](?:text|thinking)['"]: ?['"]\ue000|\\": ?(?:9173\d{9}|\\"\ue000)""")
 _PYTHON = "(?:'\ue000|9173\\d{9}|None|True|False|\\[)"  # follows the name of an argument in Python's notation
 _BRACES = re.compile(r"\{\s*\{")  # an object as text, in braces of the template
 _LITERALS, _PYTHON_LITERALS = re.compile(r"\b(?:null|true|false)\b"), re.compile(r"\b(?:None|True|False)\b")
@@ -203,7 +203,7 @@ class Template:
             ("", None) if calls else ("",),
             (dict, str) if calls else (dict,),
             (False, True) if literals else (False,),
-            (None, *REASONING_FIELDS) if thoughts else (None,),
+            (None, *REASONING_FIELDS, PART) if thoughts else (None,),
             self.developers if any(message["role"] == "developer" for message in messages) else ("system",),
         ]
         return itertools.starmap(Form, itertools.product(*choices))
