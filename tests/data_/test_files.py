@@ -155,6 +155,15 @@ def test_a_name_that_exists_is_no_pattern(tmp_path, name):
     assert read(tmp_path / name) == ["a"]
 
 
+def test_a_pointer_is_no_data_set(tmp_path):
+    for name in ("dataset_info.json", "state.json"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "data.arrow").write_bytes(POINTER)
+    for place in ({"path": str(tmp_path)}, {"dataset": str(tmp_path)}):
+        with pytest.raises(HmfError, match=r"data.arrow: is a pointer of Git LFS"):
+            Source(SourceSettings(**place))
+
+
 def test_a_file_is_no_data_set(tmp_path):
     (tmp_path / "a.jsonl").write_text("{}")
     with pytest.raises(HmfError, match=r"sources.a.dataset: .*a.jsonl: is a file; write path in place of dataset"):

@@ -52,7 +52,8 @@ class Source:
         if settings.dataset is not None:
             self.fingerprint: list[Any] = [settings.dataset, settings.subset, settings.split, settings.revision]
             if (folder := Path(settings.dataset)).is_dir():
-                self.root, self.files = folder, sorted(path for path in folder.rglob("*") if path.is_file())
+                self.root = folder
+                self.files = files.downloaded(sorted(path for path in folder.rglob("*") if path.is_file()))
                 self.fingerprint += self._facts()
             elif folder.is_file():
                 raise HmfError(f"{settings.key}.dataset: {folder}: is a file; write path in place of dataset")
@@ -103,7 +104,8 @@ class Source:
                 raise HmfError(
                     f"{key}.path: {path}: is not a folder written by datasets.save_to_disk; correct path or format"
                 )
-            self.format, self.root, self.files = "saved", path, sorted(path.rglob("*.arrow"))
+            self.format, self.root = "saved", path
+            self.files = files.downloaded(sorted(path.rglob("*.arrow")))
             return
         file_set = files.find(f"{key}.path", path, settings.format)
         self.format, self.files, self.root = file_set.kind, file_set.files, file_set.root
