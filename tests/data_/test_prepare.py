@@ -135,9 +135,12 @@ def test_fields_that_are_not_read_are_counted(tmp_path, capsys, workers):
     rows = [{"messages": talk, "id": number} | ({"[/b]": "x"} if number % 2 else {}) for number in range(10)]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = recipe(
-        tmp_path, tmp_path / "out", sources=[{"path": str(tmp_path / "chat.jsonl"), "messages_field": "messages"}]
+        tmp_path,
+        tmp_path / "out",
+        sources=[{"path": str(tmp_path / "chat.jsonl"), "messages_field": "messages", "name": "../../chat"}],
     )
     index = prepare(settings, TEACHER, workers)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["chat.jsonl", "out"]
     assert index["sources"][0]["unread"] == {"id": 10, "[/b]": 5}
     print_counts(index)
     assert "chat: fields of conversations that are not read: [/b] (5), id (10)" in capsys.readouterr().out

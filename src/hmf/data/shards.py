@@ -13,6 +13,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections import deque
@@ -163,7 +164,8 @@ def shard_folder(source: Source, encoder: Encoder, tokenizer: PreTrainedTokenize
         versions(),
     ]
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-    return f"{encoder.source.title}-{key[:16]}"
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", encoder.source.title)[:64]  # may have any characters
+    return f"{name}-{key[:16]}"
 
 
 def write_file(path: Path, write: Callable[[Any], None]) -> None:

@@ -219,7 +219,8 @@ def encode_parts(tokenizer: PreTrainedTokenizerBase, parts: list[str]) -> list[l
         HmfError: as for `encode_texts`, or this space cannot be left out.
     """
     encoded = encode_texts(tokenizer, parts)
-    if not tokenizer.convert_ids_to_tokens(encode_texts(tokenizer, ["a"])[0])[0].startswith(("\u2581", "\u0120")):
+    [example] = encode_texts(tokenizer, ["a"])
+    if not "".join(tokenizer.convert_ids_to_tokens(example)).startswith(("\u2581", "\u0120")):
         return encoded
     for number, (before, part) in enumerate(pairwise(parts), 1):
         for anchor in (before, "\n"):  # the first, unless a token extends from it into the part
