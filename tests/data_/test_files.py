@@ -242,6 +242,17 @@ def test_a_shape_is_one_key(tmp_path, shape):
             shaped(tmp_path, {key: value for key, value in row.items() if key != name}, shape=shape)
 
 
+def test_only_the_completion_is_supervised(tmp_path, tokenizer):
+    """As in TRL; answers in the prompt are context, unless they have a weight."""
+    prompt = said(("user", "1+1?"), ("assistant", "2"), ("user", "2+1?"))
+    row = {"prompt": prompt, "completion": said(("assistant", "3"))}
+    for weight, learnt in ((None, ["3<|im_end|>"]), (0, ["3<|im_end|>"]), (1, ["2<|im_end|>", "3<|im_end|>"])):
+        prompt[1]["weight"] = weight
+        documents = encode_chat(tokenizer, shaped(tmp_path, row, shape="prompt_completion").messages)
+        labels = [[label for label in document.labels if label != IGNORED] for document in documents]
+        assert [tokenizer.decode(ids) for ids in labels] == learnt
+
+
 def test_sharegpt_has_tools_and_calls(tmp_path):
     call = {"name": "add", "arguments": {"a": 1}}
     turns = [

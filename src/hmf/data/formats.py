@@ -100,7 +100,7 @@ def conversation(row: Row, settings: SourceSettings) -> Conversation:
             used, messages = {*ALPACA, "output"}, [*_alpaca(row), _message("assistant", _text(row, "output"), "output")]
         case "prompt_completion":
             used = {"prompt", "completion"}
-            messages = [*_messages(row, "prompt", "user"), *_messages(row, "completion", "assistant")]
+            messages = [*_context(_messages(row, "prompt", "user")), *_messages(row, "completion", "assistant")]
     tools = _tools(row, used, settings)
     require_text(messages, "messages")
     unread = _unread(row, used, settings)
@@ -293,6 +293,14 @@ def _messages(row: Row, field: str, role: str) -> list[Message]:
             )
         return [_message(role, value, field)]
     return message_list([value] if isinstance(value, dict) else value, field)
+
+
+def _context(messages: list[Message]) -> list[Message]:
+    """The messages, where the assistant's are not supervised unless they have a weight."""
+    return [
+        message | {"weight": 0} if message["role"] == "assistant" and message.get("weight") is None else message
+        for message in messages
+    ]
 
 
 def _holds_messages(text: str) -> bool:
