@@ -155,6 +155,22 @@ def test_a_name_that_exists_is_no_pattern(tmp_path, name):
     assert read(tmp_path / name) == ["a"]
 
 
+def test_a_folder_with_a_held_out_split_needs_a_pattern(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("data/train_sft-0.jsonl", "data/latest-training.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": name}))
+    both = ["data/latest-training.jsonl", "data/train_sft-0.jsonl"]
+    assert read(tmp_path) == both
+    for name in ("data/test_sft-0.jsonl", "Validation.jsonl"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(
+            HmfError, match=r"a training split \(.*train.*\) and a held-out one .* such as .*/\*train\*$"
+        ):
+            read(tmp_path)
+        assert read(tmp_path / "**" / "*train*") == both
+        (tmp_path / name).unlink()
+
+
 def test_a_pointer_is_no_data_set(tmp_path):
     for name in ("dataset_info.json", "state.json"):
         (tmp_path / name).write_text("{}")
