@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import os
+from datetime import date
 
 import datasets
 import pyarrow as pa
@@ -469,6 +470,10 @@ def test_variables_of_the_template_are_those_of_the_row_and_the_recipe(tmp_path)
             shaped(tmp_path, talk | changes, **settings)
     with pytest.raises(ValueError, match="chat_template_kwargs has no effect on texts"):
         SourceSettings(path="a.txt", chat_template_kwargs={"effort": "low"})
+    with pytest.raises(ValueError, match="date_string\n  input was not a valid JSON value"):
+        PairSettings(
+            path="a.jsonl", chat_template_kwargs={"date_string": date(2024, 7, 26)}
+        )  # as YAML reads 2024-07-26
 
 
 def test_tools_may_be_json_texts(tmp_path):
