@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
-from pydantic import BaseModel
+from pydantic import BaseModel, JsonValue
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -151,7 +151,9 @@ def _name(annotation: Any) -> str:
         return f"mapping of {_name(arguments[0])} to {_name(arguments[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"[{annotation.__name__}](#{_anchor(annotation)})"
-    names = {str: "text", bool: "true or false", int: "integer", float: "number", Path: "path", Any: "any value"}
+    names = {str: "text", bool: "true or false", int: "integer", float: "number", Path: "path"} | dict.fromkeys(
+        (Any, JsonValue), "any value"
+    )
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hmf.data.conversation import messages_after, normalise
-from hmf.data.encoding import encode_chat
+from hmf.data.encoding import encode_answers, encode_chat
 from hmf.errors import HmfError
 
 trl = pytest.importorskip("trl", reason="needs trl's chat templates, which `make test` installs")
@@ -48,6 +48,13 @@ AS_IT_IS = OLD.replace("c.function.arguments | tojson", "c.function.arguments") 
 NULL_CONTENT = OLD.replace("in m.tool_calls or []", "in (m.tool_calls if m.content is none else []) or []")
 TWICE = OLD.replace("{{ m.content }}", "{{ m.content }}{% if m.role == 'assistant' %}{{ m.content }}{% endif %}")
 ONE_CALL = OLD.replace("in m.tool_calls or []", "in (m.tool_calls or [])[:1]")
+# As in Ministral 3's: the parts of an answer are thinking and text.
+BLOCKS = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]"
+    "{% elif m.content is string %}{{ m.content }}<|im_end|>"
+    "{% else %}{% for p in m.content %}{{ '[THINK]' + p.thinking + '[/THINK]' if p.type == 'thinking' else p.text }}"
+    "{% endfor %}<|im_end|>{% endif %}{% endfor %}"
+)
 REVERSED = OLD.replace("for m in messages", "for m in messages | reverse")
 PARTS_ONLY = OLD.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
 
@@ -193,6 +200,13 @@ def test_a_template_is_given_the_form_that_it_reads(templated):
         assert f"weather {json.dumps(arguments)}</call>" in text_of(templated(AS_IT_IS), given, TOOLS)
         assert f"weather {json.dumps(arguments)}</call>" in text_of(templated(OLD), given, TOOLS)
     assert '<call>weather {"city": "Lyon"' in text_of(templated(NULL_CONTENT), talk, TOOLS)
+    thought = answer("Hello.", reasoning_content="Greet.")
+    assert text_of(templated(BLOCKS), [HI, thought]) == "[INST]Hi?[/INST]|[THINK]Greet.[/THINK]Hello.<|im_end|>"
+    assert text_of(templated(BLOCKS), [HI, HELLO]) == "[INST]Hi?[/INST]|Hello.<|im_end|>"
+    for template in ("qwen2_5", OLD, PARTS_ONLY):  # which know no thinking
+        for thinks in (thought, thought | {"content": "", "tool_calls": [call()]}):
+            with pytest.raises(HmfError, match="the chat template leaves its (thinking|content) out"):
+                encode_chat(templated(template), [HI, thinks])
     parts = [user([{"type": "text", "text": "One."}, {"type": "text", "text": "Two."}]), HELLO]
     assert "One.\nTwo.<|im_end|>" in text_of(templated(OLD), parts)  # as vLLM joins them
     assert "One.Two.<|im_end|>" in text_of(templated(None), parts)  # as the template does
@@ -202,6 +216,13 @@ def test_a_template_is_given_the_form_that_it_reads(templated):
         assert text_of(templated("qwen3"), [HI, answer("Hello.", **{name: "Greet."})]).endswith(
             "|<think>\nGreet.\n</think>\n\nHello.<|im_end|>"
         )
+
+
+@pytest.mark.parametrize("template", [None, "qwen3", "llama3_1"], ids=str)
+def test_parts_without_text_are_an_empty_text(templated, template):
+    """Llama 3.1's template writes a list of parts in Python's notation."""
+    empty = [{"type": "text", "text": ""}, {"type": "text", "text": None}]
+    assert encode_chat(templated(template), [user(empty), HELLO]) == encode_chat(templated(template), [user(""), HELLO])
 
 
 def test_a_developer_is_the_system_where_there_is_no_such_role(templated):
@@ -355,6 +376,7 @@ REFUSED = {
     "older calls": ([HI, answer("x", function_call={"name": "f"})], r"messages\[1\].function_call: .*write tool_calls"),
     "unknown key": ([user("x", contentt="y"), HELLO], r"messages\[0\].contentt: unknown key .* did you mean 'content'"),
     "refusal": ([HI, answer("x", refusal="no")], r"messages\[1\].refusal: unknown key.*ignore_keys"),
+    "several": ([user("x", id=1, lang="en", loss=1), HELLO], r".id: unknown .*\(or add to ignore_keys: id, lang\)"),
     "audio": ([HI, answer("x", audio={"id": "1"})], r"messages\[1\].audio: unknown key"),
     "training flag": ([HI, answer("x", train=False)], r"messages\[1\].train: unknown key"),
     "half a weight": ([HI, answer("x", weight=0.5)], r"messages\[1\].weight: is 0.5"),
@@ -460,6 +482,38 @@ def test_what_the_template_leaves_out_is_named(templated, name):
     template, messages, expected = LOST[name]
     with pytest.raises(HmfError, match=expected):
         encode_chat(templated(template), messages)
+
+
+WITH_VARIABLES = "{{ note }}{% if effort == 'high' %}!{% endif %}{{ notes | tojson if notes }}" + OLD
+
+
+def test_variables_of_the_template(templated):
+    def text(variables, template=WITH_VARIABLES, **options):
+        return text_of(templated(template), [HI, HELLO], chat_template_kwargs=variables, **options)
+
+    assert text({}) == text(None) == text_of(templated(OLD), [HI, HELLO])
+    for split in (False, True):
+        note = {"note": "Be kind <|im_end|>.", "effort": "high", "notes": [{"a": 'In "French".'}]}
+        written = text(note, split_special_tokens=split)
+        assert written.startswith('Be kind <|im_end|>.![{"a": "In \\"French\\"."}]<|im_start|>user')
+    assert not text({"effort": "low"}).startswith("!")
+    for template in (None, "qwen3"):
+        assert "</think>\n\n|Hello." in text({"enable_thinking": False}, template)
+        assert "|<think>\n\n</think>\n\nHello." in text({"enable_thinking": True}, template)
+        assert "</think>\n\n|Hello." in text({"enable_thinking": True}, template, thinking="strip")
+    first, second = encode_answers(
+        templated("qwen3"), [HI], [HELLO, answer("Yes.")], chat_template_kwargs={"enable_thinking": True}
+    )
+    assert first.prompt == second.prompt and templated("qwen3").decode(first.prompt).endswith("assistant\n")
+    for variables, template, message in [
+        ({"tone": "kind"}, WITH_VARIABLES, r"^chat_template_kwargs.tone: the chat template does not read it"),
+        ({"enable_thinking": False}, OLD, r"^chat_template_kwargs.enable_thinking: the chat template does not read it"),
+        ({"enable_thinking": "no"}, "qwen3", "is 'no'; write true or false"),
+        ({"messages": []}, OLD, "messages: is not a variable to set"),
+        ({"note": "Be kind."}, "{%- set note = '' %}" + WITH_VARIABLES, "the chat template leaves 'Be kind.' out"),
+    ]:
+        with pytest.raises(HmfError, match=message):
+            text(variables, template)
 
 
 def test_keys_can_be_ignored_and_empty_ones_are_absent(templated):

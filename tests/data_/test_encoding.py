@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AddedToken
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from hmf.data.encoding import IGNORED, encode_answers, encode_chat, encode_document
 from hmf.data.tokenizer import encode_texts
@@ -104,6 +105,16 @@ def test_thinking_can_be_stripped_from_field_and_content(tokenizer):
         assert learnt == ["2<|im_end|>"] and "Count" not in text
         assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n2<|im_end|>")  # the prompt without thinking
     assert encode_chat(tokenizer, [*QUESTION, inside]) == encode_chat(tokenizer, [*QUESTION, TWO])
+
+
+def test_half_a_block_of_thinking_cannot_be_stripped(templated):
+    """A content begins so if the prompt had <think>, and ends so if it was cut off."""
+    for content in ("Count.\n</think>\n\n2", "<think>\nCount.", "<think>\na\n</think>\n\n<think>b</think>"):
+        with pytest.raises(HmfError, match=r"messages\[1\].content: has <think> or </think> alone"):
+            encode_chat(templated(SIMPLE), [*QUESTION, {"role": "assistant", "content": content}], thinking="strip")
+    said = {"role": "assistant", "content": "<think>\na\n</think>\n\nBetween <think> and </think>."}
+    [document] = encode_chat(templated(SIMPLE), [*QUESTION, said], thinking="strip")
+    assert shown(templated(SIMPLE), document)[1] == ["Between <think> and </think>.<|im_end|>"]
 
 
 @pytest.mark.parametrize("turns", ["all", "last"])
@@ -317,6 +328,42 @@ def test_special_tokens_of_tools_calls_and_texts_can_be_plain_text(tokenizer):
     text = encode_document(tokenizer, "a<|im_start|>b", split_special_tokens=True)
     assert start not in text.ids and tokenizer.decode(text.ids[1:-1]) == "a<|im_start|>b"
     assert start in encode_document(tokenizer, "a<|im_start|>b").ids  # and the next call is as before
+
+
+SPACES = {
+    "prepend": {"normalizer": normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])},
+    "first": {"pre_tokenizer": pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)},
+    "always": {"pre_tokenizer": pre_tokenizers.Metaspace("▁", prepend_scheme="always", split=False)},
+    "byte level": {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)},
+}
+INST = (
+    "{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + '</s>' }}"
+    "{% endfor %}"
+)
+ENDED = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("template", [INST, ENDED], ids=["space", "line"])
+def test_a_space_before_a_text_is_added_once(space, template):
+    """Parts of a conversation are tokenised as in one text, by tokenizers such as Llama 2's and Phi-3's too."""
+    plain = Tokenizer(models.BPE())
+    for name, value in SPACES[space].items():
+        setattr(plain, name, value)
+    text = ["user assistant\n [INST] Hi you? [/INST] Hello there."] * 9
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if space == "byte level" else []
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    plain.train_from_iterator([word for line in text for word in line.split(" ")] + ["▁", "\n"] * 9, trainer)
+    plain.add_special_tokens(["<s>", "</s>"])
+    chosen = PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>", eos_token="</s>", chat_template=template)
+    talk = [{"role": ("user", "assistant")[i % 2], "content": ("Hi you?", "Hello there.")[i % 2]} for i in range(4)]
+    [document] = encode_chat(chosen, talk)
+    whole = chosen.apply_chat_template(talk, tokenize=False).rstrip("\n")
+    prompt = chosen.apply_chat_template(talk[:1], add_generation_prompt=True, tokenize=False)
+    assert [document.ids, document.prompt] == encode_texts(chosen, [whole, prompt])
 
 
 def test_a_lone_surrogate_is_no_text(tokenizer):

@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import os
+from datetime import date
 
 import datasets
 import pyarrow as pa
@@ -73,6 +74,7 @@ def test_objects_are_those_of_the_json_module(tmp_path_factory, rows, indent, ch
         files.CHUNK = before
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 5\n"
 BAD = {
     "cut.jsonl.gz": (gzip.compress(LINES)[:-9], "cut.jsonl.gz:[34]: cannot be read .*ended before"),
     "cut.jsonl.zst": (zstd(LINES)[:-3], "cut.jsonl.zst:.* cannot be read .*Truncated"),
@@ -111,6 +113,8 @@ BAD = {
     "more.json": (b'[{"text": "a"}]\n{"text": "b"}', "more.json:2: '{' is not valid here, where the end is expected"),
     "numbers.json": (b"[1, 2]", "numbers.json:1: '1' is not valid here"),
     "wrong.json": (b'{"text": "a"}\n{"text" "b"}' + b" " * 99, "wrong.json:2: not valid JSON .Expecting ':'"),
+    "pointer.parquet": (POINTER, "pointer.parquet: is a pointer of Git LFS"),
+    "pointer.txt": (POINTER, "pointer.txt: is a pointer of Git LFS"),
     "none.parquet": (b"", "none.parquet: row 0: not readable Parquet"),
     "a.parquet.gz": (b"", "nothing to read .a.parquet.gz"),
     "a.csv": (b"text\na", "nothing to read .a.csv"),
@@ -150,6 +154,37 @@ def test_a_name_that_exists_is_no_pattern(tmp_path, name):
     for other in ("a1.jsonl", "b2.jsonl", "c3.jsonl"):
         (tmp_path / other).write_text('{"text": "other"}')
     assert read(tmp_path / name) == ["a"]
+
+
+def test_a_folder_with_a_held_out_split_needs_a_pattern(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("data/train_sft-0.jsonl", "data/latest-training.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": name}))
+    both = ["data/latest-training.jsonl", "data/train_sft-0.jsonl"]
+    assert read(tmp_path) == both
+    for name in ("data/test_sft-0.jsonl", "Validation.jsonl"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(
+            HmfError, match=r"a training split \(.*train.*\) and a held-out one .* such as .*/\*train\*$"
+        ):
+            read(tmp_path)
+        assert read(tmp_path / "**" / "*train*") == both
+        (tmp_path / name).unlink()
+
+
+def test_a_pointer_is_no_data_set(tmp_path):
+    for name in ("dataset_info.json", "state.json"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "data.arrow").write_bytes(POINTER)
+    for place in ({"path": str(tmp_path)}, {"dataset": str(tmp_path)}):
+        with pytest.raises(HmfError, match=r"data.arrow: is a pointer of Git LFS"):
+            Source(SourceSettings(**place))
+
+
+def test_a_file_is_no_data_set(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}")
+    with pytest.raises(HmfError, match=r"sources.a.dataset: .*a.jsonl: is a file; write path in place of dataset"):
+        Source(SourceSettings(dataset=str(tmp_path / "a.jsonl")))
 
 
 def test_files_that_are_not_read_are_named(tmp_path, capsys):
@@ -222,6 +257,17 @@ def test_a_shape_is_one_key(tmp_path, shape):
     for name in row.keys() - {"id", "input", "system", "history"}:
         with pytest.raises(HmfError, match=f"no field '{name}'; the row has"):
             shaped(tmp_path, {key: value for key, value in row.items() if key != name}, shape=shape)
+
+
+def test_only_the_completion_is_supervised(tmp_path, tokenizer):
+    """As in TRL; answers in the prompt are context, unless they have a weight."""
+    prompt = said(("user", "1+1?"), ("assistant", "2"), ("user", "2+1?"))
+    row = {"prompt": prompt, "completion": said(("assistant", "3"))}
+    for weight, learnt in ((None, ["3<|im_end|>"]), (0, ["3<|im_end|>"]), (1, ["2<|im_end|>", "3<|im_end|>"])):
+        prompt[1]["weight"] = weight
+        documents = encode_chat(tokenizer, shaped(tmp_path, row, shape="prompt_completion").messages)
+        labels = [[label for label in document.labels if label != IGNORED] for document in documents]
+        assert [tokenizer.decode(ids) for ids in labels] == learnt
 
 
 def test_sharegpt_has_tools_and_calls(tmp_path):
@@ -383,6 +429,7 @@ UNREAD = {
         {"spec": json.dumps([{"type": "function", "function": {"name": "f", "parameters": {}}}])},
         "spec",
     ),
+    "tools, each as text": ({"spec": [json.dumps({"name": "f", "parameters": SCHEMA})]}, "set tools_field: spec"),
     "tools of MCP": ({"Tools": [{"name": "f", "inputSchema": SCHEMA}]}, "set tools_field: Tools"),
     "unwanted": ({"label": False}, "'label' is false, as KTO marks an unwanted answer"),
     "unwanted, as a number": ({"kto_tag": 0}, "'kto_tag' is 0"),
@@ -399,6 +446,42 @@ def test_fields_under_other_names_are_not_passed_over(tmp_path, name):
         shaped(tmp_path, row, messages_field="messages")
     ignored = shaped(tmp_path, row, messages_field="messages", ignore_fields=list(more))
     assert ignored.messages == row["messages"] and not ignored.unread
+
+
+def test_variables_of_the_template_are_those_of_the_row_and_the_recipe(tmp_path):
+    talk = {"messages": said(("user", "a"), ("assistant", "b"))}
+    own = {"enable_thinking": False, "note": None, "xml_tools": [], "effort": "high"}
+    settings = {"messages_field": "messages", "chat_template_kwargs": {"effort": "low", "note": "x"}}
+    for value in (own, json.dumps(own)):
+        found = shaped(tmp_path, talk | {"chat_template_kwargs": value}, **settings)
+        assert found.chat_template_kwargs == {"enable_thinking": False, "note": "x", "effort": "high"}
+        assert not found.unread
+    pair = PAIRS[None] | {"chat_template_kwargs": own}
+    assert shaped(tmp_path, pair, PairSettings).chat_template_kwargs == {"enable_thinking": False, "effort": "high"}
+    ignored = settings | {"ignore_fields": ["chat_template_kwargs"]}
+    found = shaped(tmp_path, talk | {"chat_template_kwargs": own}, **ignored)
+    assert found.chat_template_kwargs == settings["chat_template_kwargs"]
+    for changes, expected in (
+        ({"chat_template_kwargs": [1]}, "'chat_template_kwargs' holds list instead of an object"),
+        ({"chat_template_kwargs": {"note": "\ud83d"}}, "chat_template_kwargs.note: a lone surrogate"),
+        ({"enable_thinking": True}, "'enable_thinking' belongs .* move it into chat_template_kwargs"),
+    ):
+        with pytest.raises(HmfError, match=expected):
+            shaped(tmp_path, talk | changes, **settings)
+    with pytest.raises(ValueError, match="chat_template_kwargs has no effect on texts"):
+        SourceSettings(path="a.txt", chat_template_kwargs={"effort": "low"})
+    with pytest.raises(ValueError, match="date_string\n  input was not a valid JSON value"):
+        PairSettings(
+            path="a.jsonl", chat_template_kwargs={"date_string": date(2024, 7, 26)}
+        )  # as YAML reads 2024-07-26
+
+
+def test_tools_may_be_json_texts(tmp_path):
+    row, tools = {"messages": said(("user", "a"), ("assistant", "b"))}, [{"name": "f", "parameters": SCHEMA}]
+    for value in (tools, json.dumps(tools), [json.dumps(tool) for tool in tools]):
+        assert shaped(tmp_path, row | {"tools": value}, messages_field="messages").tools == tools
+    with pytest.raises(HmfError, match=r"'tools\[0\]' is text but not valid JSON"):
+        shaped(tmp_path, row | {"tools": ["f(x)"]}, messages_field="messages")
 
 
 def test_facts_about_a_row_are_named_as_not_read(tmp_path):
@@ -461,6 +544,19 @@ def test_a_suggested_shape_of_pairs_is_one_of_theirs(tmp_path):
         shaped(tmp_path, {"prompt": "a", "completion": "b", "label": True}, PairSettings)
 
 
+def test_ignored_keys_of_messages_may_differ_in_the_two_answers(tmp_path):
+    row = PAIRS["ultrafeedback"]
+    ids = {
+        name: [message | {"id": f"{name}-{number}"} for number, message in enumerate(row[name])]
+        for name in ("chosen", "rejected", "messages")
+    }
+    for changes in (ids, ids | {"messages": json.dumps(ids["messages"])}):
+        found = shaped(tmp_path, row | changes, PairSettings, shape="ultrafeedback", ignore_keys=["id"])
+        assert (found.prompt, found.chosen) == (ASKED, said(("assistant", "2"))[0])
+    with pytest.raises(HmfError, match="differ only in their last message"):
+        shaped(tmp_path, row | ids, PairSettings, shape="ultrafeedback")
+
+
 def test_pairs_that_do_not_share_their_prompt_are_refused(tmp_path):
     row = PAIRS["ultrafeedback"]
     for changes, expected in (
@@ -499,6 +595,12 @@ def test_values_that_yaml_knows_and_python_does_not_are_one_line(text):
     with pytest.raises(ValueError) as caught:
         parse_yaml(text)
     assert "\n" not in str(caught.value)
+
+
+def test_null_in_a_table_is_no_value(tmp_path):
+    pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "a.parquet")
+    with pytest.raises(HmfError, match="row 1: no field 'text'; the row has none with a value"):
+        read(tmp_path)
 
 
 def test_a_row_of_a_table_has_a_limit(tmp_path, monkeypatch):

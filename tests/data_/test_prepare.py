@@ -132,15 +132,20 @@ def test_rows_hold_every_document_once_as_it_is_encoded(folder, whole, tokenizer
 @pytest.mark.parametrize("workers", [1, 2])
 def test_fields_that_are_not_read_are_counted(tmp_path, capsys, workers):
     talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    rows = [{"messages": talk, "id": number} | ({"topic": "x"} if number % 2 else {}) for number in range(10)]
+    rows = [{"messages": talk, "id": number} | ({"[/b]": "x"} if number % 2 else {}) for number in range(10)]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = recipe(
-        tmp_path, tmp_path / "out", sources=[{"path": str(tmp_path / "chat.jsonl"), "messages_field": "messages"}]
+        tmp_path,
+        tmp_path / "out",
+        sources=[{"path": str(tmp_path / "chat.jsonl"), "messages_field": "messages", "name": "../../chat"}],
     )
     index = prepare(settings, TEACHER, workers)
-    assert index["sources"][0]["unread"] == {"id": 10, "topic": 5}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["chat.jsonl", "out"]
+    assert index["sources"][0]["unread"] == {"id": 10, "[/b]": 5}
     print_counts(index)
-    assert "chat: fields of conversations that are not read: id (10), topic (5)" in capsys.readouterr().out
+    assert "chat: fields of conversations that are not read: [/b] (5), id (10)" in capsys.readouterr().out
+    shown = CliRunner().invoke(app, ["data", "show", str(tmp_path / "out"), "--samples", "12"]).output
+    assert sorted(re.findall(r"chat.jsonl:(\d+)", shown), key=int) == [str(number) for number in range(1, 11)]
 
 
 def test_training_reads_prepared_rows(whole, tokenizer):

@@ -58,6 +58,10 @@ class SourceSettings(PlaceSettings):
         if self.text_field is not None and self.chat:
             other = "messages_field" if self.messages_field is not None else "shape"
             raise ValueError(f"give either text_field or {other}: a document is either a text or a conversation")
+        if self.chat_template_kwargs and not self.chat:
+            raise ValueError(
+                "chat_template_kwargs has no effect on texts; set messages_field or shape, or leave it out"
+            )
         if self.messages_field is not None and self.shape in ("alpaca", "prompt_completion"):
             raise ValueError(
                 f"messages_field has no effect with shape {self.shape}, which has its own field names; leave it out"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from .strict import Settings, Tokens
 
@@ -25,6 +25,8 @@ class PlaceSettings(Settings):
     ignore_keys: list[str] = Field(
         default_factory=list
     )  # keys of messages that are deliberately not used; other unknown keys are errors
+    # variables of the chat template, such as enable_thinking; those in a row's field of this name take precedence
+    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
     split_special_tokens: bool = False  # encode special tokens in texts and messages as plain text
 
     @model_validator(mode="after")

@@ -158,10 +158,11 @@ def _message(message: Any, place: str, ignored: frozenset[str]) -> Message:
 def _present(holder: Message, known: tuple[str, ...], place: str, ignored: frozenset[str]) -> Message:
     """The keys that have a value and are not ignored. HmfError for an unknown key."""
     kept = {key: value for key, value in holder.items() if key not in ignored and value not in (None, "", [], {})}
-    for key in kept:
-        if key not in known:
-            problem = _ELSEWHERE.get(key) or f"{unknown_name('key', key, known)}, or add it to ignore_keys"
-            raise HmfError(f"{place}.{key}: {problem}")
+    if unknown := [key for key in kept if key not in known]:
+        names = ", ".join(key for key in unknown if key not in _ELSEWHERE)
+        key = unknown[0]
+        problem = _ELSEWHERE.get(key) or f"{unknown_name('key', key, known)} (or add to ignore_keys: {names})"
+        raise HmfError(f"{place}.{key}: {problem}")
     return kept
 
 
@@ -173,7 +174,11 @@ def _content(value: Any, role: str, place: str, ignored: frozenset[str]) -> str 
     if isinstance(value, list) and (not value or any(isinstance(part, dict) and "type" in part for part in value)):
         if not value and result:
             raise HmfError(f"{place}: an empty list is ambiguous (no text, or the result []); write the text")
-        return [_part(part, f"{place}[{number}]", ignored) for number, part in enumerate(value)] or None
+        parts = [_part(part, f"{place}[{number}]", ignored) for number, part in enumerate(value)]
+        # Without any text, what a template writes cannot be checked: some would write the list in Python's notation.
+        if not any(part["text"].strip() for part in parts):
+            return "".join(part["text"] for part in parts) if parts else None
+        return parts
     if not result:
         raise HmfError(f"{place}: {_kind(value)} is not text; write text, or parts {{type: text, text: ...}}")
     try:

@@ -26,7 +26,7 @@ from hmf.data.conversation import (
 from hmf.data.marked import MarkedConversation
 from hmf.data.marks import marked_turns
 from hmf.data.template import Template
-from hmf.data.tokenizer import SpecialTokenSplitter, document_separator, encode_texts, is_special
+from hmf.data.tokenizer import SpecialTokenSplitter, document_separator, encode_parts, encode_texts, is_special
 from hmf.errors import HmfError
 
 IGNORED = -100  # the label that transformers' losses ignore
@@ -80,6 +80,7 @@ def encode_chat(
     *,
     ignore_keys: Iterable[str] = (),
     split_special_tokens: bool = False,
+    chat_template_kwargs: dict[str, Any] | None = None,
     enable_thinking: bool | None = None,
 ) -> list[Encoded]:
     """Encode a conversation with the tokenizer's chat template. The assistant's turns are supervised.
@@ -97,13 +98,15 @@ def encode_chat(
         ignore_keys: keys of messages that are not read.
         split_special_tokens: encode special tokens in messages and tools as plain text; those that the template writes
             stay special.
-        enable_thinking: the template's variable for every prompt; None: true for the turns that have thinking.
+        chat_template_kwargs: variables of the template. With `thinking="strip"`, `enable_thinking` is false.
+        enable_thinking: that variable if it is not in `chat_template_kwargs`; None: true for the turns that have
+            thinking.
     Returns:
         One or more documents.
     Raises:
         HmfError: `normalise` refuses the messages; there is no supervised assistant turn, or an empty one; or the
-            template fails, omits a part of the messages or tools, writes `<think>` twice, does not start a turn with
-            its prompt, or does not end it with a special token.
+            template fails, omits a part of the messages, tools or variables, writes `<think>` twice, does not start a
+            turn with its prompt, or does not end it with a special token.
     """
     messages, tools = normalise(messages, tools, ignore_keys)
     answers = [index for index, message in enumerate(messages) if supervised(message)]
@@ -113,26 +116,29 @@ def encode_chat(
         raise HmfError(f"no assistant turn is supervised{named}; remove the row or add an answer")
     messages = messages[: len(messages) - messages_after(messages)]
     if thinking == "strip":
-        messages = [without_thinking(message) for message in messages]
+        messages = [_stripped(message, f"messages[{index}]") for index, message in enumerate(messages)]
     for index, message in enumerate(messages):
         content = text_of(message["content"])
         answer = THINK_BLOCK.sub("", content, count=1) if THINK_BLOCK.match(content) else content
         if message["role"] == "assistant" and not (answer.strip() or thinking_of(message) or "tool_calls" in message):
             raise HmfError(f"messages[{index}]: the assistant's message is empty; remove the row or the message")
-    splitter = SpecialTokenSplitter(tokenizer, [messages, tools]) if split_special_tokens else None
+    variables = chat_template_kwargs or {}
+    splitter = SpecialTokenSplitter(tokenizer, [messages, tools, variables]) if split_special_tokens else None
     if splitter:
         messages, tools = [_hidden(message, splitter) for message in messages], splitter.hide(tools)
+        variables = splitter.hide(variables)
     template, answers = Template.of(tokenizer), answers if turns == "all" else answers[-1:]
-    thinks = {
-        index: bool(thinking_of(messages[index])) if enable_thinking is None else enable_thinking for index in answers
-    }
+    template.require_variables(variables, tools)
+    enabled = False if thinking == "strip" else variables.get("enable_thinking", enable_thinking)
+    variables = {name: value for name, value in variables.items() if name != "enable_thinking"}
+    thinks = {index: bool(thinking_of(messages[index])) if enabled is None else enabled for index in answers}
     if not template.marks_turns(tools):
-        return _Chat(template, template.read(messages, tools, thinks), thinks, splitter).by_prompts()
+        return _Chat(template, template.read(messages, tools, thinks, variables), thinks, splitter).by_prompts()
     last = answers[-1]
-    conversation = template.read(messages, tools, {last: thinks[last]})
+    conversation = template.read(messages, tools, {last: thinks[last]}, variables)
     stripped = template.stripped(conversation, last, thinks[last], answers)
     if stripped:
-        conversation = template.read(messages, tools, {index: thinks[index] for index in (*stripped, last)})
+        conversation = template.read(messages, tools, {index: thinks[index] for index in (*stripped, last)}, variables)
     chat = _Chat(template, conversation, thinks, splitter)
     return [
         *(chat.by_marks([index]) for index in stripped),
@@ -148,10 +154,11 @@ def encode_answers(
     *,
     ignore_keys: Iterable[str] = (),
     split_special_tokens: bool = False,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[Encoded]:
     """Encode several answers to one prompt, each supervised after the same prompt tokens.
 
-    Thinking is enabled for all answers if one of them has it.
+    Thinking is enabled for all answers if one of them has it, unless `chat_template_kwargs` has `enable_thinking`.
 
     Raises:
         HmfError: as for `encode_chat`; or the template writes different prompts for the answers.
@@ -165,6 +172,7 @@ def encode_answers(
             turns="last",
             ignore_keys=ignore_keys,
             split_special_tokens=split_special_tokens,
+            chat_template_kwargs=chat_template_kwargs,
             enable_thinking=thinking,
         )[0]
         for answer in answers
@@ -197,15 +205,16 @@ class _Chat:
         """Supervise the texts that the template adds to the prompts."""
         documents: list[Encoded] = []
         text, parts = "", list[tuple[str, bool]]()
-        messages, tools = self.conversation.messages, self.conversation.tools
+        messages, tools, variables = self.conversation.messages, self.conversation.tools, self.conversation.variables
         for index, thinking in self.thinks.items():
             if not index:
                 raise HmfError(
                     "messages[0]: the first message is the assistant's, so it has no prompt; start with a user "
                     "message, or give it weight: 0 to keep it as context"
                 )
-            prompt = self.template.render(messages[:index], tools, add_generation_prompt=True, enable_thinking=thinking)
-            whole = self.template.render(messages[: index + 1], tools, enable_thinking=thinking)
+            options = variables | {"enable_thinking": thinking}
+            prompt = self.template.render(messages[:index], tools, add_generation_prompt=True, **options)
+            whole = self.template.render(messages[: index + 1], tools, **options)
             if not whole.startswith(prompt):
                 tagged = "</think>" in text_of(messages[index]["content"])
                 fix = "write thinking into reasoning_content without tags, or " if tagged else ""
@@ -227,7 +236,7 @@ class _Chat:
             return []
         ids: list[int] = []
         labels: list[int] = []
-        for part, (text, is_turn) in zip(encode_texts(self.tokenizer, [text for text, _ in parts]), parts, strict=True):
+        for part, (text, is_turn) in zip(encode_parts(self.tokenizer, [text for text, _ in parts]), parts, strict=True):
             if self.splitter:
                 part, _ = self.splitter.restore(text, part, [0] * len(part))
             if is_turn:
@@ -240,7 +249,9 @@ class _Chat:
         """Supervise the parts of `answers` that the template marks, in the messages up to the last of them."""
         last = answers[-1]
         thinking, messages, tools = self.thinks[last], self.conversation.messages[: last + 1], self.conversation.tools
-        text, marks = self.template.render_marked(messages, tools, enable_thinking=thinking)
+        text, marks = self.template.render_marked(
+            messages, tools, enable_thinking=thinking, **self.conversation.variables
+        )
         self.check_doubled(last, text)
         # A template that marks its turns may remove the thinking of earlier turns, but not that of the last.
         self.template.check(self.conversation, last, thinking, text)
@@ -293,6 +304,20 @@ class _Chat:
                 f"an assistant turn ends with {shown!r} instead of a special token, so the model would not learn to "
                 "stop; fix the chat template"
             )
+
+
+def _stripped(message: Message, place: str) -> Message:
+    """The message without thinking. HmfError if an assistant's content has a part of a <think> block."""
+    message = without_thinking(message)
+    before, closing, _ = text_of(message["content"]).partition("</think>")
+    if message["role"] == "assistant" and (
+        before.lstrip().startswith("<think>") or (closing and "<think>" not in before)
+    ):
+        raise HmfError(
+            f"{place}.content: has <think> or </think> alone, so thinking: strip cannot tell the thinking from the "
+            "answer; complete the tags, or remove the row"
+        )
+    return message
 
 
 def _hidden(message: Message, splitter: SpecialTokenSplitter) -> Message:

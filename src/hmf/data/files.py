@@ -95,7 +95,16 @@ def find(place: str, path: Path, kind: str | None = None) -> FileSet:
     if skipped:
         say_once(f"{place}: {path}: not read: {shown}")
     [(name, files)] = kinds.items()
-    return FileSet(root, name, files)
+    return FileSet(root, name, downloaded(files))
+
+
+def downloaded(files: list[Path]) -> list[Path]:
+    """The files. HmfError if Git LFS has not downloaded one of them."""
+    for file in files:
+        with _readable(file):
+            if file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs.github.com/spec/"):
+                raise HmfError(f"{file}: is a pointer of Git LFS, not the file; run `git lfs pull` in its repository")
+    return files
 
 
 def _candidates(place: str, path: Path, skipped: list[str]) -> tuple[Path, list[Path]]:

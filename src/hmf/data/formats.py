@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from hmf.config.data import SourceSettings
@@ -57,28 +58,31 @@ CONVERSATION_FIELDS = (
     "chat_template_kwargs",
     "enable_thinking",
 )
-
-
+VARIABLES = "chat_template_kwargs"  # name of the field with variables of the chat template
+EMPTY: tuple[Any, ...] = (None, "", [], {})  # values of a field that count as no value
 WANTED = ("label", "kto_tag")  # fields with which KTO marks an unwanted answer, if they are false
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """unread: names of the row's fields that are neither used nor in ignore_fields."""
+    """chat_template_kwargs: variables of the chat template. unread: names of the row's fields that are neither used nor
+    in ignore_fields."""
 
     messages: list[Message]
     tools: list[Any] | None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The messages before an answer, and two answers. unread: as of `Conversation`."""
+    """The messages before an answer, and two answers. The other attributes are those of `Conversation`."""
 
     prompt: list[Message]
     chosen: Message
     rejected: Message
     tools: list[Any] | None
+    chat_template_kwargs: dict[str, Any]
     unread: tuple[str, ...] = ()
 
 
@@ -96,7 +100,7 @@ def conversation(row: Row, settings: SourceSettings) -> Conversation:
             used, messages = {*ALPACA, "output"}, [*_alpaca(row), _message("assistant", _text(row, "output"), "output")]
         case "prompt_completion":
             used = {"prompt", "completion"}
-            messages = [*_messages(row, "prompt", "user"), *_messages(row, "completion", "assistant")]
+            messages = [*_context(_messages(row, "prompt", "user")), *_messages(row, "completion", "assistant")]
     tools = _tools(row, used, settings)
     require_text(messages, "messages")
     unread = _unread(row, used, settings)
@@ -111,7 +115,7 @@ def conversation(row: Row, settings: SourceSettings) -> Conversation:
                 f"field {name!r} has 0 or 1 for each message but is not read; write weight into the assistant's "
                 f"messages, or add it to {settings.key}.ignore_fields"
             )
-    return Conversation(messages, tools, tuple(unread))
+    return Conversation(messages, tools, _variables(row, settings), tuple(unread))
 
 
 def pair(row: Row, settings: PairSettings) -> Pair:
@@ -139,7 +143,7 @@ def pair(row: Row, settings: PairSettings) -> Pair:
     tools = _tools(row, used, settings)
     for place, messages in (("prompt", prompt), *zip(names, answers, strict=True)):
         require_text(messages, place)
-    return Pair(prompt, answers[0], answers[1], tools, tuple(_unread(row, used, settings)))
+    return Pair(prompt, answers[0], answers[1], tools, _variables(row, settings), tuple(_unread(row, used, settings)))
 
 
 def message_list(value: Any, field: str) -> list[Message]:
@@ -172,7 +176,7 @@ def kind_of(value: Any) -> str:
 
 
 def missing(row: Row, field: str, fix: str) -> HmfError:
-    return HmfError(f"no field {field!r}; the row has {', '.join(map(repr, row)) or 'no fields'}: {fix}")
+    return HmfError(f"no field {field!r}; the row has {', '.join(map(repr, row)) or 'none with a value'}: {fix}")
 
 
 def _tools(row: Row, used: Iterable[str], settings: PlaceSettings) -> list[Any] | None:
@@ -181,8 +185,11 @@ def _tools(row: Row, used: Iterable[str], settings: PlaceSettings) -> list[Any] 
     tools = decoded_field(row.get(field) or None, field) or None
     if tools is not None and not isinstance(tools, list):
         raise HmfError(f"field {field!r} holds {kind_of(tools)} instead of a list of tools")
+    tools = tools and [decoded_field(tool, f"{field}[{number}]") for number, tool in enumerate(tools)]
     for name, value in _unread(row, used, settings).items():
         fix = "move it into the messages" if name.casefold() in CONVERSATION_FIELDS else None
+        if name in ("documents", "enable_thinking"):
+            fix = f"move it into {VARIABLES}"
         if _holds_tools(value):
             fix = f"set tools_field: {name}"
         if fix:
@@ -194,23 +201,38 @@ def _tools(row: Row, used: Iterable[str], settings: PlaceSettings) -> list[Any] 
     return tools
 
 
+def _variables(row: Row, settings: PlaceSettings) -> dict[str, Any]:
+    """The variables of the chat template that have a value: those of the row, then those of the recipe."""
+    given = None if VARIABLES in settings.ignore_fields else decoded_field(row.get(VARIABLES) or None, VARIABLES)
+    if not isinstance(given or {}, dict):
+        raise HmfError(f"field {VARIABLES!r} holds {kind_of(given)} instead of an object")
+    require_text(given, VARIABLES)
+    own = {name: value for name, value in (given or {}).items() if value not in EMPTY}
+    return settings.chat_template_kwargs | own
+
+
 def _unread(row: Row, used: Iterable[str], settings: PlaceSettings) -> Row:
     """The fields with a value that are neither used nor ignored on purpose."""
-    passed = {*used, settings.tools_field, *settings.ignore_fields}
-    return {name: value for name, value in row.items() if name not in passed and value not in (None, "", [], {})}
+    passed = {*used, settings.tools_field, VARIABLES, *settings.ignore_fields}
+    return {name: value for name, value in row.items() if name not in passed and value not in EMPTY}
 
 
 def _holds_tools(value: Any) -> bool:
     """Whether a field holds a list of tools, also as JSON text."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = parse_json(value)
-        except ValueError:
-            return False
+    value = _parsed(value)
     return isinstance(value, list) and bool(value) and all(map(_is_tool, value))
 
 
+def _parsed(value: Any) -> Any:
+    """A list or an object from its JSON text; any other value unchanged."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        with suppress(ValueError):
+            return parse_json(value)
+    return value
+
+
 def _is_tool(value: Any) -> bool:
+    value = _parsed(value)
     function = value.get("function", value) if isinstance(value, dict) else None
     schemas = {"parameters", "input_schema", "inputSchema"}
     return isinstance(function, dict) and isinstance(function.get("name"), str) and bool(schemas & function.keys())
@@ -273,13 +295,16 @@ def _messages(row: Row, field: str, role: str) -> list[Message]:
     return message_list([value] if isinstance(value, dict) else value, field)
 
 
+def _context(messages: list[Message]) -> list[Message]:
+    """The messages, where the assistant's are not supervised unless they have a weight."""
+    return [
+        message | {"weight": 0} if message["role"] == "assistant" and message.get("weight") is None else message
+        for message in messages
+    ]
+
+
 def _holds_messages(text: str) -> bool:
-    if not text.lstrip().startswith(("[", "{")):
-        return False
-    try:
-        value = parse_json(text)
-    except ValueError:
-        return False
+    value = _parsed(text)
     messages = [value] if isinstance(value, dict) else value
     return bool(messages) and all(isinstance(item, dict) and {"role", "content"} <= item.keys() for item in messages)
 
@@ -356,9 +381,12 @@ def _answer(row: Row, field: str, settings: PairSettings) -> Message:
 
 def _common(row: Row, settings: PairSettings) -> tuple[list[Message], list[Message]]:
     """The shared messages and both answers of two whole conversations, which differ only in their last message."""
-    chosen, rejected = (
-        message_list(_field(row, name), name) for name in (settings.chosen_field, settings.rejected_field)
-    )
+
+    def messages(value: Any, field: str) -> list[Message]:
+        ignored = settings.ignore_keys
+        return [{key: message[key] for key in message if key not in ignored} for message in message_list(value, field)]
+
+    chosen, rejected = (messages(_field(row, name), name) for name in (settings.chosen_field, settings.rejected_field))
     prompt = chosen[:-1]
     if not prompt or prompt != rejected[:-1] or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
         raise HmfError(
@@ -367,9 +395,11 @@ def _common(row: Row, settings: PairSettings) -> tuple[list[Message], list[Messa
         )
     same: dict[str, Callable[[Any], bool]] = {
         settings.prompt_field: lambda value: (
-            value in (prompt, *(x.get("content") for x in prompt if x["role"] == "user"))
+            messages(value, settings.prompt_field) == prompt
+            if isinstance(value, list)
+            else value in (x.get("content") for x in prompt if x["role"] == "user")
         ),
-        "messages": lambda value: value == chosen,
+        "messages": lambda value: messages(value, "messages") == chosen,
     }
     for name, is_same in same.items():
         if row.get(name) and name not in settings.ignore_fields and not is_same(row[name]):

@@ -12,6 +12,7 @@ from typing import Any
 from hmf.data.conversation import REASONING_FIELDS, Message
 
 SPELLED = "\ue002\ue003"  # in place of null, true or false: as the value of an argument, and inside one
+PART = "part"  # of a content, with thinking, as Ministral 3 has it
 NUMBER = 9174_000_000_000  # in place of null, true or false as the value of an argument
 
 
@@ -25,7 +26,7 @@ class Form:
     literals: bool = (
         False  # arguments that are null, true or false: as JSON text, for templates that write values as text
     )
-    reasoning: str | None = None  # name of the reasoning field; None: unchanged
+    reasoning: str | None = None  # name of the reasoning field; None: unchanged; PART: as a part of the content
     developer: str = "system"  # role of the developer's messages
 
     def apply(self, messages: Iterable[Message]) -> list[Message]:
@@ -48,6 +49,10 @@ class Form:
             for name in REASONING_FIELDS:
                 if name in made:
                     made[self.reasoning] = made.pop(name)
+        if PART in made:
+            content = made["content"] or []
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            made["content"] = [{"type": "thinking", "thinking": made.pop(PART)}, *parts]
         if made["role"] == "developer":
             made["role"] = self.developer
         return made

@@ -30,6 +30,7 @@ class MarkedConversation:
 
     Attributes:
         original: the conversation before a form is applied.
+        variables: variables of the template, the same for the copy.
         messages, marked: the conversation and its copy, in the form that `Template.read` chose.
         leaves: the texts and numbers that the markers stand for, by the markers' numbers.
         names: names of arguments and of tools' properties. They are not marked, since templates may look them up.
@@ -37,16 +38,18 @@ class MarkedConversation:
         spelled, numbered: the marked copy, in the form that `Template.read` chose, with texts or numbers in place of
             these literals.
         structure: the marked copy as a string: equal for conversations that differ only in their leaves.
+        context: the part of it that is not in the messages.
     """
 
-    def __init__(self, messages: list[Message], tools: list[Any] | None):
-        self.original, self.tools = messages, tools
+    def __init__(self, messages: list[Message], tools: list[Any] | None, variables: dict[str, Any]):
+        self.original, self.tools, self.variables = messages, tools, variables
         self.leaves: list[Leaf] = []
         self.names: list[Leaf] = []
         self.literals: list[int] = []
         self.marked_tools = [self._tool(tool) for tool in tools] if tools else None
         self._marked = [self._message(message, number) for number, message in enumerate(messages)]
-        self.structure = repr((self._marked, self.marked_tools))
+        self.context = repr((self.marked_tools, variables))
+        self.structure = repr(self._marked) + self.context
 
     def use(self, form: Form) -> None:
         """Bring the conversation and its marked copy into a form."""

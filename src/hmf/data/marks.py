@@ -18,11 +18,11 @@ def marked_turns(
     Raises:
         HmfError: a part holds a text that is not the assistant's, or a text of one of `answers` is not marked.
     """
-    key = ("".join(conversation.structures[: last + 1]), repr(conversation.marked_tools), thinking, *answers)
+    key = ("".join(conversation.structures[: last + 1]), conversation.context, thinking, *answers)
     if key in template.turns:
         return template.turns[key]
     text, marks = template.render_marked(
-        conversation.marked[: last + 1], conversation.marked_tools, enable_thinking=thinking
+        conversation.marked[: last + 1], conversation.marked_tools, enable_thinking=thinking, **conversation.variables
     )
     if not any(start < stop for start, stop in marks):
         raise HmfError(f"the chat template marks no token as the assistant's; fix its {BLOCK}")

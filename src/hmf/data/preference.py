@@ -120,6 +120,7 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, pair: AnswerPair, settings: 
         pair.tools,
         ignore_keys=settings.ignore_keys,
         split_special_tokens=settings.split_special_tokens,
+        chat_template_kwargs=pair.chat_template_kwargs,
     )
     if chosen.ids == rejected.ids:
         raise HmfError("chosen and rejected are the same; remove the pair")

@@ -13,13 +13,14 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from hmf.data.sources import Record, Source, content, digest
 from hmf.data.tokenizer import load_tokenizer, special_tokens
 from hmf.errors import HmfError
 
-FORMAT = 3  # version of the file format; shards of other versions are not used
+FORMAT = 4  # version of the file format and of the encoding; shards of other versions are not used
 HASH_BYTES = 32
 SHARD_BYTES = 8 << 20  # a shard ends at this size of its records, or at the recipe's shard_documents
 _SCHEMA = pa.schema(
@@ -97,16 +98,24 @@ class Encoder:
             item, split = content(record, self.source), self.source.split_special_tokens
             if isinstance(item, Conversation):
                 counts.add(Counts(unread=dict.fromkeys(item.unread, 1)))
-                item = Conversation(*normalise(item.messages, item.tools, self.source.ignore_keys))
+                messages, tools = normalise(item.messages, item.tools, self.source.ignore_keys)
+                item = replace(item, messages=messages, tools=tools)
             if self.filters.repetition and (reason := repetition(_supervised_text(item), self.filters.repetition)):
                 counts.leave_out(reason)
                 return []
             if isinstance(item, Conversation):
+                variables = item.chat_template_kwargs
                 documents = encode_chat(
-                    tokenizer, item.messages, item.tools, self.thinking, self.turns, split_special_tokens=split
+                    tokenizer,
+                    item.messages,
+                    item.tools,
+                    self.thinking,
+                    self.turns,
+                    split_special_tokens=split,
+                    chat_template_kwargs=variables,
                 )
                 counts.after_answers += messages_after(item.messages)
-                texts = strings_of([item.messages, item.tools])
+                texts = strings_of([item.messages, item.tools, variables])
             else:
                 documents = [encode_document(tokenizer, item, split)] if item.strip() else []
                 texts = iter([item])
@@ -156,7 +165,8 @@ def shard_folder(source: Source, encoder: Encoder, tokenizer: PreTrainedTokenize
         versions(),
     ]
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-    return f"{encoder.source.title}-{key[:16]}"
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", encoder.source.title)[:64]  # may have any characters
+    return f"{name}-{key[:16]}"
 
 
 def write_file(path: Path, write: Callable[[Any], None]) -> None:

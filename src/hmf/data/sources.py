@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,10 @@ from hmf.config.strict import parse_json, require_text
 from hmf.data import files, formats, text
 from hmf.data.formats import Conversation, Pair
 from hmf.errors import HmfError, unknown_name
+
+# Words in the names of files that stand for splits, as for the datasets library.
+_TRAIN = {"train", "training"}
+_HELD_OUT = {"test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev"}
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,11 @@ class Source:
         if settings.dataset is not None:
             self.fingerprint: list[Any] = [settings.dataset, settings.subset, settings.split, settings.revision]
             if (folder := Path(settings.dataset)).is_dir():
-                self.root, self.files = folder, sorted(path for path in folder.rglob("*") if path.is_file())
+                self.root = folder
+                self.files = files.downloaded(sorted(path for path in folder.rglob("*") if path.is_file()))
                 self.fingerprint += self._facts()
+            elif folder.is_file():
+                raise HmfError(f"{settings.key}.dataset: {folder}: is a file; write path in place of dataset")
             return
         assert settings.path is not None  # checked by the settings' validator
         if settings.path == text.STDLIB and settings.reads_text:
@@ -101,7 +109,8 @@ class Source:
                 raise HmfError(
                     f"{key}.path: {path}: is not a folder written by datasets.save_to_disk; correct path or format"
                 )
-            self.format, self.root, self.files = "saved", path, sorted(path.rglob("*.arrow"))
+            self.format, self.root = "saved", path
+            self.files = files.downloaded(sorted(path.rglob("*.arrow")))
             return
         file_set = files.find(f"{key}.path", path, settings.format)
         self.format, self.files, self.root = file_set.kind, file_set.files, file_set.root
@@ -116,6 +125,19 @@ class Source:
             self.files = [file for file in self.files if part is None or text.split_of(self.name(file)) == part]
         elif settings.split is not None:
             raise HmfError(f"{key}.split: {self.format} files have no splits; leave it out")
+        elif path.is_dir():
+            self._require_one_split()
+
+    def _require_one_split(self) -> None:
+        """HmfError for a folder with files of a training split and of a held-out one, by the words in their names."""
+        names = [(self.name(path), {*re.split("[^a-z]+", self.name(path).lower())}) for path in self.files]
+        firsts = [next((name for name, words in names if words & split), None) for split in (_TRAIN, _HELD_OUT)]
+        if all(firsts):
+            place = str(self.settings.path).rstrip("/")
+            raise HmfError(
+                f"{self.settings.key}.path: {place}: holds a training split ({firsts[0]}) and a held-out one "
+                f"({firsts[1]}); name the files to read by a pattern, such as {place}/**/*train*"
+            )
 
     def _json(self, path: Path) -> Iterator[Record]:
         name = self.name(path)

@@ -20,20 +20,26 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from hmf.data import rendering
-from hmf.data.conversation import REASONING_FIELDS, RESULT_ROLES, ROLES, Message
-from hmf.data.forms import NUMBER, SPELLED, Form, spelled
+from hmf.data.conversation import REASONING_FIELDS, RESULT_ROLES, ROLES, Message, strings_of
+from hmf.data.forms import NUMBER, PART, SPELLED, Form, spelled
 from hmf.data.marked import TOOLS, Leaf, MarkedConversation
 from hmf.errors import HmfError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # A list of parts in the notation of Python or JSON, and an object that was encoded as JSON twice.
-_NOTATION = re.compile(r"""['"]text['"]: ?['"]\ue000|\\": ?(?:9173\d{9}|\\"\ue000)""")
+_NOTATION = re.compile(r"""['"](?:text|thinking)['"]: ?['"]\ue000|\\": ?(?:9173\d{9}|\\"\ue000)""")
 _PYTHON = "(?:'\ue000|9173\\d{9}|None|True|False|\\[)"  # follows the name of an argument in Python's notation
 _BRACES = re.compile(r"\{\s*\{")  # an object as text, in braces of the template
 _LITERALS, _PYTHON_LITERALS = re.compile(r"\b(?:null|true|false)\b"), re.compile(r"\b(?:None|True|False)\b")
 _NOT_JSON = (
     "the chat template writes contents or arguments in Python's notation, or encodes them as JSON twice; use another "
     "template"
+)
+_CODE = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
+# Names that are set from the conversation, or have another meaning in a template or in transformers.
+_NOT_VARIABLES = frozenset(
+    ("messages", "conversations", "tools", "chat_template", "add_generation_prompt")
+    + ("continue_final_message", "return_assistant_tokens_mask", "self")
 )
 _TAG = re.compile(r"\s*(<[^<>\s]+>)")
 _TAGGED = re.compile(r"\s*(<([^<>/\s]+)>)\s*(.*?)\s*</\2>\s*", re.DOTALL)
@@ -113,16 +119,23 @@ class Template:
                 raise HmfError(f"the chat template fails: {error}") from None
             raise _Failure(f"{self.place}the chat template fails: {error}") from None
 
-    def read(self, messages: list[Message], tools: list[Any] | None, answers: dict[int, bool]) -> MarkedConversation:
+    def read(
+        self,
+        messages: list[Message],
+        tools: list[Any] | None,
+        answers: dict[int, bool],
+        variables: dict[str, Any],
+    ) -> MarkedConversation:
         """The conversation in the first form of which the template writes everything.
 
         Args:
             answers: by index of the turns that must be written in full, whether thinking is enabled for them.
+            variables: further variables of the template.
         Raises:
             HmfError: there is no such form. The message names what the template omits, of the first form on which it
                 does not fail.
         """
-        conversation = MarkedConversation(messages, tools)
+        conversation = MarkedConversation(messages, tools, variables)
         key = (conversation.structure, *answers.items())
         refusals: list[HmfError] = []
         for form in [self.forms[key]] if key in self.forms else self._candidates(messages):
@@ -137,8 +150,27 @@ class Template:
                 continue
             keep(self.forms, key, form)
             inside = self._untagged(conversation, max(answers), answers[max(answers)])
-            return conversation if inside == messages else self.read(inside, tools, answers)
+            return conversation if inside == messages else self.read(inside, tools, answers, variables)
         raise next((error for error in refusals if not isinstance(error, _Failure)), refusals[0])
+
+    def require_variables(self, variables: dict[str, Any], tools: list[Any] | None) -> None:
+        """HmfError for a variable that the template does not read, or that is not one."""
+        code = " ".join(_CODE.findall(self._source(tools))) if variables else ""
+        for name, value in variables.items():
+            if name in _NOT_VARIABLES:
+                raise HmfError(f"chat_template_kwargs.{name}: is not a variable to set; remove it")
+            if name == "enable_thinking" and not isinstance(value, bool):
+                raise HmfError(f"chat_template_kwargs.{name}: is {value!r}; write true or false")
+            if not re.search(rf"\b{re.escape(name)}\b", code):
+                raise HmfError(
+                    f"chat_template_kwargs.{name}: the chat template does not read it; remove it (ignore_fields: "
+                    "[chat_template_kwargs] leaves those of the rows out), or use a tokenizer whose template reads it"
+                )
+
+    def _marked_text(self, conversation: MarkedConversation, messages: list[Message], last: int, thinking: bool) -> str:
+        """The rendered text of a marked copy of the messages up to `last`."""
+        variables = conversation.variables
+        return self.render(messages[: last + 1], conversation.marked_tools, enable_thinking=thinking, **variables)
 
     def _untagged(self, conversation: MarkedConversation, last: int, thinking: bool) -> list[Message]:
         """The messages, where results in tags that the template itself writes around results are without them."""
@@ -151,7 +183,7 @@ class Template:
         }
         if not tagged:
             return conversation.original
-        text = self.render(conversation.marked[: last + 1], conversation.marked_tools, enable_thinking=thinking)
+        text = self._marked_text(conversation, conversation.marked, last, thinking)
         written = ((place, conversation.leaves[number]) for place, number in conversation.written(text))
         starts = {leaf.message: place for place, leaf in written if leaf.what == "content"}
         made = list(conversation.original)
@@ -171,7 +203,7 @@ class Template:
             ("", None) if calls else ("",),
             (dict, str) if calls else (dict,),
             (False, True) if literals else (False,),
-            (None, *REASONING_FIELDS) if thoughts else (None,),
+            (None, *REASONING_FIELDS, PART) if thoughts else (None,),
             self.developers if any(message["role"] == "developer" for message in messages) else ("system",),
         ]
         return itertools.starmap(Form, itertools.product(*choices))
@@ -183,10 +215,10 @@ class Template:
             HmfError: a leaf is omitted (except thinking before the last message, which many templates remove); the
                 content of an answer is written twice; or messages are written in another order.
         """
-        key = ("".join(conversation.structures[: last + 1]), repr(conversation.marked_tools), thinking)
+        key = ("".join(conversation.structures[: last + 1]), conversation.context, thinking)
         if key in self.orders:
             return self.orders[key]
-        text = self.render(conversation.marked[: last + 1], conversation.marked_tools, enable_thinking=thinking)
+        text = self._marked_text(conversation, conversation.marked, last, thinking)
         names = [re.escape(repr(leaf.value)) for leaf in conversation.names if 0 <= leaf.message <= last]
         in_braces = conversation.form.arguments is str and _BRACES.search(text)
         if in_braces or _NOTATION.search(text) or (names and re.search(f"(?:{'|'.join(names)}): {_PYTHON}", text)):
@@ -220,16 +252,14 @@ class Template:
 
     def _require_literals(self, conversation: MarkedConversation, last: int, thinking: bool, text: str) -> None:
         """HmfError unless `text`, rendered from the marked messages, has null, true and false in arguments as JSON."""
-        without = self.render(conversation.spelled[: last + 1], conversation.marked_tools, enable_thinking=thinking)
+        without = self._marked_text(conversation, conversation.spelled, last, thinking)
         # All else is the same in both texts.
         json_, python = (
             len(words.findall(text)) - len(words.findall(without)) for words in (_LITERALS, _PYTHON_LITERALS)
         )
         if conversation.form.literals and not python:
             # JSON's literals may be passed as text only if the template writes a text as it writes a number: unquoted.
-            numbers = self.render(
-                conversation.numbered[: last + 1], conversation.marked_tools, enable_thinking=thinking
-            )
+            numbers = self._marked_text(conversation, conversation.numbered, last, thinking)
             python = int(numbers.replace(str(NUMBER), SPELLED[0]) != without)
         if python:
             raise HmfError(_NOT_JSON)
@@ -259,6 +289,12 @@ class Template:
                 place = end
             elif leaf.what != "thinking" or leaf.message == last:
                 raise self._lost(conversation, leaf)
+        for value in strings_of(conversation.variables):
+            if len(value.split()) > 1 and _find(text, value, 0) is None:  # one word may choose a branch of the template
+                raise HmfError(
+                    f"chat_template_kwargs: the chat template leaves {value[:40]!r} out; remove it, or use a tokenizer "
+                    "whose template writes it"
+                )
         for leaf in conversation.names:
             if leaf.message <= last and _find(text, leaf.value, 0) is None:
                 raise self._lost(conversation, leaf)

@@ -5,7 +5,7 @@ import functools
 import re
 import string
 from collections.abc import Container, Iterable
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +208,32 @@ def encode_texts(
             f"the tokenizer fails ({' '.join(str(error).split())}); the longest text has {max(map(len, texts)):,} "
             "characters; split it or remove it"
         ) from None
+
+
+def encode_parts(tokenizer: PreTrainedTokenizerBase, parts: list[str]) -> list[list[int]]:
+    """Token ids of each part of a text, as if the parts before it were read or generated already.
+
+    Tokenizers such as Llama 2's add a space before a text. Here only the first part may have it.
+
+    Raises:
+        HmfError: as for `encode_texts`, or this space cannot be left out.
+    """
+    encoded = encode_texts(tokenizer, parts)
+    [example] = encode_texts(tokenizer, ["a"])
+    if not "".join(tokenizer.convert_ids_to_tokens(example)).startswith(("\u2581", "\u0120")):
+        return encoded
+    for number, (before, part) in enumerate(pairwise(parts), 1):
+        for anchor in (before, "\n"):  # the first, unless a token extends from it into the part
+            head, whole = encode_texts(tokenizer, [anchor, anchor + part])
+            if whole[: len(head)] == head:
+                encoded[number] = whole[len(head) :]
+                break
+        else:
+            raise HmfError(
+                f"the tokenizer adds a space before {part[:16]!r}, where the text has none; use a chat template whose "
+                "turns do not begin with white space"
+            )
+    return encoded
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

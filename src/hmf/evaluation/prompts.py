@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hmf.data.tasks import fitting
 from hmf.data.template import Template
-from hmf.data.tokenizer import encode_texts
+from hmf.data.tokenizer import encode_parts, encode_texts
 from hmf.errors import HmfError
 from hmf.evaluation.retention import Draw, Problem, Task
 
@@ -120,16 +120,15 @@ class Prompter:
             yield made
 
     def _fitted(self, index: int, problem: Problem, length: int | None, places: int, name: str) -> Prompt:
-        answer_ids = encode_texts(self.tokenizer, [problem.answer])[0]
-        limit = len(answer_ids) + self.max_new_tokens
+        limit = len(encode_texts(self.tokenizer, [problem.answer])[0]) + self.max_new_tokens
         thinking = self.thinking if problem.thinking is None else problem.thinking
-        bare = self._prompt(index, problem, problem.text(0, Random(places)), answer_ids, limit, thinking)
+        bare = self._prompt(index, problem, problem.text(0, Random(places)), limit, thinking)
         if length is None:
             return bare
         room = length - limit - len(bare.ids)
         kept = fitting(self.tokenizer, problem.lines, room) if room > 0 else 0
         while kept > 0:
-            made = self._prompt(index, problem, problem.text(kept, Random(places)), answer_ids, limit, thinking)
+            made = self._prompt(index, problem, problem.text(kept, Random(places)), limit, thinking)
             beyond = len(made.ids) + limit - length
             if beyond <= 0:
                 return made
@@ -140,23 +139,21 @@ class Prompter:
             f"at least {needed:,}, or lower --max-new-tokens"
         )
 
-    def _prompt(
-        self, index: int, problem: Problem, user: str, answer_ids: list[int], limit: int, thinking: bool
-    ) -> Prompt:
+    def _prompt(self, index: int, problem: Problem, user: str, limit: int, thinking: bool) -> Prompt:
         messages = [{"role": "user", "content": user}]
         if not self.tokenizer.chat_template:
             text = f"{_with_tools(user, problem.tools)}\n\nAnswer:"
             ids = self.tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
-            answered = encode_texts(self.tokenizer, [f" {problem.answer}"])[0]
+            _, answered = encode_parts(self.tokenizer, ["Answer:", f" {problem.answer}"])
             return Prompt(index, problem, text, ids, text, answered, limit, [], None, False)
         tools = problem.tools
         text = self._rendered(messages, tools, thinking)
         if tools and not all(tool["function"]["name"] in text for tool in tools):  # the template omits tools
             messages, tools = [{"role": "user", "content": _with_tools(user, tools)}], None
             text = self._rendered(messages, tools, thinking)
-        ids = encode_texts(self.tokenizer, [text])[0]
+        ids, answered = encode_parts(self.tokenizer, [text, problem.answer])
         direct = self._rendered(messages, tools, False) if thinking else text
-        return Prompt(index, problem, text, ids, direct, answer_ids, limit, messages, tools, thinking)
+        return Prompt(index, problem, text, ids, direct, answered, limit, messages, tools, thinking)
 
     def _rendered(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, thinking: bool) -> str:
         return Template.of(self.tokenizer).render(messages, tools, add_generation_prompt=True, enable_thinking=thinking)

@@ -301,7 +301,7 @@ def print_plans(plans: Sequence[Plan], context: int) -> None:
     columns = [rows(plan, context) for plan in plans]
     for name in columns[0]:
         table.add_row(name, *(row[name] for row in columns))
-    Console(width=max(80, Console().width)).print(table)
+    Console(width=max(80, Console().width), markup=False, emoji=False).print(table)
 
 
 def plot(plans: Sequence[Plan], context: int, path: Path, model: str) -> None:

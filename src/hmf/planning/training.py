@@ -292,7 +292,7 @@ def print_plans(plans: Sequence[TrainingPlan]) -> None:
     columns = [rows(plan) for plan in plans]
     for name in columns[0]:
         table.add_row(name, *(row[name] for row in columns))
-    console = Console(width=max(80 + 16 * len(plans), Console().width))
+    console = Console(width=max(80 + 16 * len(plans), Console().width), markup=False, emoji=False)
     console.print(table)
     for plan in plans:
         if not plan.fits:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -35,7 +35,11 @@ def show_prepared(folder: Path, resolve: Callable[[str], Path], samples: int, to
     tokenizer = load_tokenizer(resolve(prepared.index["recipe"]["tokenizer"]))
     console = _console()
     names = [source["name"] for source in prepared.index["sources"]]
+<<<<<<< HEAD
     shown: set[tuple[int, int]] = set()
+=======
+    shown = set[tuple[int, int]]()
+>>>>>>> w33-data
     for sample in range(samples):
         found = _document(prepared, sample * len(prepared) // samples, names[sample % len(names)], shown)
         if found is None:
@@ -51,6 +55,7 @@ def show_prepared(folder: Path, resolve: Callable[[str], Path], samples: int, to
 
 
 def _document(
+<<<<<<< HEAD
     prepared: PreparedDataset, first: int, source: str, shown: set[tuple[int, int]]
 ) -> tuple[int, int] | None:
     """The row, and the index in it, of a document in the rows from `first` on that is not in `shown`.
@@ -66,6 +71,18 @@ def _document(
                 return number, place
             other = other or (number, place)
     return other
+=======
+    prepared: PreparedDataset, first: int, source: str, shown: Container[tuple[int, int]]
+) -> tuple[int, int] | None:
+    """Numbers of a row from `first` on and of a document in it that is not `shown`. It is from `source` if one of the
+    next 200 rows has such a document. None if all are shown."""
+    for start in (f"{source}: ", ""):
+        for number in range(first, min(first + 200, len(prepared))):
+            for place, where in enumerate(prepared.stored[number]["where"]):
+                if where and where.startswith(start) and (number, place) not in shown:
+                    return number, place
+    return None
+>>>>>>> w33-data
 
 
 def show_recipe(recipe: DataRecipe, tokenizer: str | Path, samples: int, tokens: int, records: int) -> None:
@@ -184,4 +201,4 @@ def _legend(console: Console) -> None:
 
 
 def _console() -> Console:
-    return Console() if Console().is_terminal else Console(width=120)
+    return Console(width=None if Console().is_terminal else 120, markup=False, emoji=False)

@@ -21,7 +21,7 @@ MISSING = "not measured"
 def print_suites(scores: Mapping[str, Scores], pairs: Mapping[str, Mapping[str, Pair | None]]) -> None:
     """Print a row for each task, length and model; then perplexity by position, paired comparisons, and parity."""
     tables = [_tasks(scores), _positions(scores), *(_pairs(first_of(scores), *each) for each in pairs.items())]
-    console = Console(width=max(110, Console().width))
+    console = Console(width=max(110, Console().width), markup=False, emoji=False)
     for table in filter(None, tables):
         widest = console.measure(table, options=console.options.update(width=1000)).maximum
         console.width = max(console.width, widest)

@@ -31,7 +31,7 @@ def print_scores(scores: dict[str, dict[str, Any]]) -> None:
         row += [_accuracy(task) for task in score["tasks"].values()]
         row += [f"{score['footprint'][key]:,}" for key in ("parameters", "kv_bytes_per_token", "state_bytes")]
         table.add_row(*row)
-    console = Console(width=max(110, Console().width))
+    console = Console(width=max(110, Console().width), markup=False, emoji=False)
     console.width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)
     console.print(table)
 

@@ -182,7 +182,7 @@ def run(chat: Chat, name: str, read: Callable[[], str] | None = None, console: C
     Ctrl-C during an answer stops the answer. read: returns the next message; None reads from the terminal, or a line
     of the standard input if it is not a terminal.
     """
-    console, read = console or Console(highlight=False), read or _reader()
+    console, read = console or Console(highlight=False, markup=False, emoji=False), read or _reader()
     console.print(f"{name}: an empty message ends the conversation; {KEYS}", style="dim", soft_wrap=True)
     while True:
         try:
