@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from hmf.bench import machine
@@ -153,12 +154,11 @@ def run(case: Case, rounds: int = 1, ways: Iterable[str] = WAYS) -> dict[str, Re
     if case.device == "cuda" and not torch.cuda.is_available():
         raise HmfError("--device cuda: PyTorch finds no GPU; omit --device")
     results: dict[str, Result] = {}
-    for _ in range(rounds):
-        for way in ways:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                new = pool.submit(measure, case, way).result()
-            old = results.get(way, Result([], 0, new.loss))
-            results[way] = Result(old.seconds + new.seconds, max(old.peak_bytes, new.peak_bytes), new.loss)
+    for way in tqdm(list(ways) * rounds, "measuring", unit="process", disable=None):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            new = pool.submit(measure, case, way).result()
+        old = results.get(way, Result([], 0, new.loss))
+        results[way] = Result(old.seconds + new.seconds, max(old.peak_bytes, new.peak_bytes), new.loss)
     return results
 
 

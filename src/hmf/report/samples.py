@@ -27,19 +27,12 @@ SUPERVISED, CONTEXT, OMITTED = "bold green", "dim", "yellow"
 
 
 def show_prepared(folder: Path, resolve: Callable[[str], Path], samples: int, tokens: int) -> None:
-    """Print counts of a prepared data set and `samples` documents, spread over its rows and alternating its sources.
-
-    No document is printed twice, so a small set prints fewer.
-    """
+    """Print counts of a prepared data set and `samples` documents, spread over its rows and alternating its sources."""
     prepared = PreparedDataset(folder)
     tokenizer = load_tokenizer(resolve(prepared.index["recipe"]["tokenizer"]))
     console = _console()
     names = [source["name"] for source in prepared.index["sources"]]
-<<<<<<< HEAD
-    shown: set[tuple[int, int]] = set()
-=======
     shown = set[tuple[int, int]]()
->>>>>>> w33-data
     for sample in range(samples):
         found = _document(prepared, sample * len(prepared) // samples, names[sample % len(names)], shown)
         if found is None:
@@ -55,23 +48,6 @@ def show_prepared(folder: Path, resolve: Callable[[str], Path], samples: int, to
 
 
 def _document(
-<<<<<<< HEAD
-    prepared: PreparedDataset, first: int, source: str, shown: set[tuple[int, int]]
-) -> tuple[int, int] | None:
-    """The row, and the index in it, of a document in the rows from `first` on that is not in `shown`.
-
-    It is from `source` if the next 200 rows have one of it. None if these rows have no other document.
-    """
-    other = None
-    for number in range(first, min(first + 200, len(prepared))):
-        for place, where in enumerate(prepared.stored[number]["where"]):
-            if (number, place) in shown:
-                continue
-            if where.startswith(f"{source}: "):
-                return number, place
-            other = other or (number, place)
-    return other
-=======
     prepared: PreparedDataset, first: int, source: str, shown: Container[tuple[int, int]]
 ) -> tuple[int, int] | None:
     """Numbers of a row from `first` on and of a document in it that is not `shown`. It is from `source` if one of the
@@ -82,7 +58,6 @@ def _document(
                 if where and where.startswith(start) and (number, place) not in shown:
                     return number, place
     return None
->>>>>>> w33-data
 
 
 def show_recipe(recipe: DataRecipe, tokenizer: str | Path, samples: int, tokens: int, records: int) -> None:
@@ -124,10 +99,10 @@ def print_counts(index: dict[str, Any], console: Console | None = None) -> None:
     """Print the counts of each source, and of the rows."""
     console = console or _console()
     console.print(_table(index["sources"]))
-    pieces = index["documents"] > sum(source["used"]["documents"] for source in index["sources"])
     console.print(
         f"{counted(index['rows'], 'row')} of {index['sequence_length']:,} tokens from "
-        f"{counted(index['documents'], 'document')}{' and pieces of them' * pieces}, {index['filled']:.1%} filled",
+        f"{counted(index['documents'], 'document')} "
+        f"and pieces of them, {index['filled']:.1%} filled",
         highlight=False,
     )
     for source in index["sources"]:
