@@ -27,7 +27,10 @@ SUPERVISED, CONTEXT, OMITTED = "bold green", "dim", "yellow"
 
 
 def show_prepared(folder: Path, resolve: Callable[[str], Path], samples: int, tokens: int) -> None:
-    """Print counts of a prepared data set and `samples` documents, spread over its rows and alternating its sources."""
+    """Print counts of a prepared data set and `samples` documents, spread over its rows and alternating its sources.
+
+    No document is printed twice, so a small set prints fewer.
+    """
     prepared = PreparedDataset(folder)
     tokenizer = load_tokenizer(resolve(prepared.index["recipe"]["tokenizer"]))
     console = _console()
@@ -99,10 +102,10 @@ def print_counts(index: dict[str, Any], console: Console | None = None) -> None:
     """Print the counts of each source, and of the rows."""
     console = console or _console()
     console.print(_table(index["sources"]))
+    pieces = index["documents"] > sum(source["used"]["documents"] for source in index["sources"])
     console.print(
         f"{counted(index['rows'], 'row')} of {index['sequence_length']:,} tokens from "
-        f"{counted(index['documents'], 'document')} "
-        f"and pieces of them, {index['filled']:.1%} filled",
+        f"{counted(index['documents'], 'document')}{' and pieces of them' * pieces}, {index['filled']:.1%} filled",
         highlight=False,
     )
     for source in index["sources"]:
