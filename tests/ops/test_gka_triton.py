@@ -79,10 +79,10 @@ def test_float32_products_are_better_than_tf32s():
 def test_groups_do_not_change_the_gradients(monkeypatch):
     from hmf.ops import gka_triton
 
-    made = sample("gka", PACKED)
-    together = doctor.evaluate(gka.fast, made, torch.bfloat16, "cuda", True)
-    monkeypatch.setattr(gka_triton, "STORED", 2 * 2 * 30 * 64 * 128 * 4)  # two chunks at a time
-    apart = doctor.evaluate(gka.fast, made, torch.bfloat16, "cuda", True)
+    made, run = sample("gka", PACKED), functools.partial(gka.fast, num_iter=10)  # more steps have the exact gradients
+    together = doctor.evaluate(run, made, torch.bfloat16, "cuda", True)
+    monkeypatch.setattr(gka_triton, "STORED", 2 * 2 * 10 * 64 * 128 * 4)  # two chunks at a time
+    apart = doctor.evaluate(run, made, torch.bfloat16, "cuda", True)
     assert all(doctor.relative_error(apart[name], together[name]) <= 1e-5 for name in together)
 
 
