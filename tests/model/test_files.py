@@ -266,6 +266,7 @@ def points_at(name, tensor=HEAD):
     [
         (in_two_shards, f"{SECOND}: tensor {NORM} is in {FIRST} too"),
         (lambda base: shutil.copy(base / SECOND, base / "model-00003-of-00003.safetensors"), "00003.*: not used by"),
+        (lambda base: shutil.copy(base / SECOND, base / "model.safetensors-1-of-1.safetensors"), "-1.*: not used by"),
         (lambda base: shutil.copy(base / SECOND, base / "model.safetensors"), "both model.safetensors and .*index"),
         (points_at("../x.safetensors"), r"weight_map: lm_head.weight: '../x.safetensors' is not the name of a file"),
         (points_at("/etc/passwd"), "'/etc/passwd' is not the name of a file in this folder"),

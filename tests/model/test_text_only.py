@@ -220,6 +220,22 @@ def test_token_ids_that_are_defaults_of_the_whole_configs_class_are_not_the_lang
         language_config(load_config(tmp_path, weights=False), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "text", "said"),
+    [
+        ("gemma3", {"rope_scaling": {"type": "linear", "factor": 8.0}}, r"rope_scaling\.type: 'linear' is not read by"),
+        ("mistral3", {"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e4}}, "rope_theta: 1000000.0 is not read"),
+        ("mistral3", {"hidden_act": "gelu_tan"}, "unknown hidden_act 'gelu_tan'"),
+    ],
+)
+def test_keys_of_the_language_model_are_checked_as_its_own_config_s_are(model_type, text, said, tmp_path):
+    """transformers reads them without a word, or stops without a name."""
+    text = {"model_type": {"gemma3": "gemma3_text", "mistral3": "mistral"}[model_type]} | text
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "text_config": text}))
+    with pytest.raises(HmfError, match=f"config.json: text_config: {said}"):
+        load_config(tmp_path, weights=False)
+
+
 @torch.no_grad()
 def test_the_command(tmp_path):
     model, run = whole_model("mistral3-ministral3", tmp_path / "whole"), CliRunner().invoke

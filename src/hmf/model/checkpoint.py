@@ -211,10 +211,10 @@ def load_config(source: str | Path, weights: bool = True) -> Any:
     model_type = content.get("model_type")
     if not isinstance(model_type, str):
         raise HmfError(f"{file}: model_type: {model_type!r} is not an architecture; give the config of a model")
-    require_values(content, file)
+    _check_fields(content, str(file))
+    if isinstance(nested := content.get("text_config"), dict):  # the language model of a multimodal one
+        _check_fields(nested, f"{file}: text_config")
     known = model_type.removeprefix("hybrid_") in FAMILIES
-    if known or model_type.startswith("hybrid_"):
-        check_rope(content, family_of(model_type, str(file)), str(file))
     with reading(str(file)):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if known:
@@ -233,6 +233,14 @@ def load_config(source: str | Path, weights: bool = True) -> Any:
             require_own_names(folder)
     settle(config, folder, weights)
     return config
+
+
+def _check_fields(content: Mapping[str, Any], source: str) -> None:
+    """HmfError for values of a config.json, or of a part of it, that transformers uses before it checks them."""
+    require_values(content, source)
+    model_type = str(content.get("model_type"))
+    if model_type in FAMILIES or model_type.startswith("hybrid_"):
+        check_rope(content, family_of(model_type, source), source)
 
 
 def require_own_names(folder: Path) -> None:

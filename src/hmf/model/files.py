@@ -21,7 +21,7 @@ from hmf.errors import HmfError, listed, notice, standing_for
 from hmf.folders import reason, require_unused, shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+SHARD = re.compile(r"model(\.safetensors)?-\d+-of-\d+\.safetensors")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Tensors that old checkpoints store although they follow from the config. All loaders ignore them.
 COMPUTED = re.compile(r"(?:^|\.)rotary_emb\.inv_freq$")
@@ -31,7 +31,7 @@ QUANTISED = ("quantization_config", "compression_config")  # keys of a config.js
 # Other files of a checkpoint are copied to a new one, except for these: files that are written anew, weights in other
 # formats, training state, code, and the model card, which describes the old model.
 ADAPTERS = re.compile(r"adapter_config\.json|adapter_model\..*")
-WRITTEN = re.compile(r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+WRITTEN = re.compile(rf"config\.json|model\.safetensors(\.index\.json)?|{SHARD.pattern}")
 LEFT_BEHIND = re.compile(
     r"\..*|.*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|ggml|onnx|onnx_data|npz|pkl|tflite|py)"
     r"|.*\.index\.json|params\.json|trainer_state\.json|training\.json|manifest\.json|README.*",

@@ -120,6 +120,7 @@ class NativeReport:
 
     before: int
     after: int
+    with_experts: bool
 
     def describe(self) -> str:
         """One line of text."""
@@ -128,7 +129,8 @@ class NativeReport:
             return f"{self.after:,} parameters, as many as the Hybrid"
         return (
             f"{self.after:,} parameters: {added:,} ({added / self.before:.1%}) more than the Hybrid, for repeated "
-            "heads, convolutions of one width, the gates of attention and, beside experts, shared ones that are zero"
+            f"heads, convolutions of one width, {'shared experts of zeros, ' * self.with_experts}and the gates of "
+            "attention"
         )
 
 
@@ -156,7 +158,7 @@ def save_native(model: PreTrainedModel, out: str | Path, companions: str | Path,
     native.generation_config = model.generation_config
     native.config.dtype = model.config.dtype or model.dtype
     save_checkpoint(native, out, companions)
-    report = NativeReport(model.num_parameters(), native.num_parameters())
+    report = NativeReport(model.num_parameters(), native.num_parameters(), _has_experts(model.config))
     notice(f"{out}: {report.describe()}")
     return report
 
