@@ -116,22 +116,19 @@ REPLACED = {
 
 @dataclass(frozen=True)
 class NativeReport:
-    """Numbers of parameters before and after; tied embeddings are counted once."""
+    """Numbers of parameters before and after, and what those are that were added; tied embeddings are counted once."""
 
     before: int
     after: int
-    with_experts: bool
+    additions: str
 
     def describe(self) -> str:
         """One line of text."""
         added = self.after - self.before
         if not added:
             return f"{self.after:,} parameters, as many as the Hybrid"
-        return (
-            f"{self.after:,} parameters: {added:,} ({added / self.before:.1%}) more than the Hybrid, for repeated "
-            f"heads, convolutions of one width, {'shared experts of zeros, ' * self.with_experts}and the gates of "
-            "attention"
-        )
+        share = f"{added:,} ({added / self.before:.1%})"
+        return f"{self.after:,} parameters: {share} more than the Hybrid, for {self.additions}"
 
 
 def convert(source: str | Path, out: str | Path, to: str = FORMAT) -> NativeReport:
@@ -158,7 +155,11 @@ def save_native(model: PreTrainedModel, out: str | Path, companions: str | Path,
     native.generation_config = model.generation_config
     native.config.dtype = model.config.dtype or model.dtype
     save_checkpoint(native, out, companions)
-    report = NativeReport(model.num_parameters(), native.num_parameters(), _has_experts(model.config))
+    additions = "convolutions of one width"
+    if not model.config.family.own_recurrence:
+        experts = "shared experts of zeros, " * _has_experts(model.config)
+        additions = f"repeated heads, {additions}, {experts}and the gates of attention"
+    report = NativeReport(model.num_parameters(), native.num_parameters(), additions)
     notice(f"{out}: {report.describe()}")
     return report
 
