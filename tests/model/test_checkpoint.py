@@ -343,6 +343,7 @@ def test_companions_are_byte_identical(checkpoint, tmp_path, capsys):
         "optimizer.pt",
         "consolidated.safetensors",
         "params.json",
+        "hf_quant_config.json",
         "README.md",
         "modeling_own.py",
         "original/params.json",

@@ -203,10 +203,12 @@ def folder(request, tmp_path):
 
 @pytest.mark.parametrize("folder", PUBLISHED, indirect=True)
 @torch.no_grad()
-def test_a_published_config(folder, tmp_path):
+def test_a_published_config(folder, tmp_path, capfd):
     """transformers' own reading of it is the Hybrid's, before and after it is saved; and a Hybrid generates."""
     stock, ids = AutoModelForCausalLM.from_pretrained(folder).eval(), random_ids(2, 17)
     assert base_config(folder).num_hidden_layers == 8
+    own_code = "auto_map" in json.loads((folder / "config.json").read_text())
+    assert ("auto_map: the code that it names is not run" in capfd.readouterr().err) == own_code
     same = drop_teacher(hybridise(load_model(folder), Pattern(("*",) * 8)))
     same.save_pretrained(tmp_path / "same")
     again = load_model(tmp_path / "same")

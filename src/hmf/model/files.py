@@ -34,7 +34,8 @@ ADAPTERS = re.compile(r"adapter_config\.json|adapter_model\..*")
 WRITTEN = re.compile(rf"config\.json|model\.safetensors(\.index\.json)?|{SHARD.pattern}")
 LEFT_BEHIND = re.compile(
     r"\..*|.*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|ggml|onnx|onnx_data|npz|pkl|tflite|py)"
-    r"|.*\.index\.json|params\.json|trainer_state\.json|training\.json|manifest\.json|README.*",
+    r"|.*\.index\.json|params\.json|(hf_)?quant(ize)?_config\.json|trainer_state\.json|training\.json|manifest\.json"
+    r"|README.*",
     re.IGNORECASE,
 )
 TEMPLATES = ("additional_chat_templates", "chat_templates")  # folders of chat templates that transformers reads
