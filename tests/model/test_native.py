@@ -201,7 +201,12 @@ def test_an_override_of_an_option_counts():
                     Case("GDN", "x", options=EPS), PATTERN, "qwen3_moe", **EXPERTS | {key: value}
                 ),
             )
-            for key, value in (("norm_topk_prob", False), ("mlp_only_layers", [1]), ("decoder_sparse_step", 2))
+            for key, value in (
+                ("norm_topk_prob", False),
+                ("mlp_only_layers", [1]),
+                ("decoder_sparse_step", 2),
+                ("num_experts", 0),
+            )
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -207,6 +207,8 @@ def _require_expressible(config: Any, source: str, to: str) -> None:
         _check_options(config, to, refuse)
     if own:
         return
+    if _has_experts(config) and not config.num_experts:
+        refuse("num_experts", "0: the format has experts in every layer; use the Hybrid's own format")
     for key, (only, cause) in EXPERTS.items() if _has_experts(config) else ():
         if getattr(config, key) != only:
             refuse(key, f"{getattr(config, key)!r}: {cause}; use the Hybrid's own format")
