@@ -296,6 +296,11 @@ def test_what_is_no_multimodal_model_is_refused(tmp_path):
     take_text(tmp_path / "whole", tmp_path / "text")
     with pytest.raises(HmfError, match="text/config.json: 'mistral' reads only text; leave --text-only"):
         take_text(tmp_path / "text", tmp_path / "again")
+    content = json.loads((tmp_path / "whole/config.json").read_text())
+    for name in ("MistralForCausalLM", "LlavaLlamaForCausalLM"):
+        (tmp_path / "whole/config.json").write_text(json.dumps(content | {"architectures": [name]}))
+        with pytest.raises(HmfError, match=f"architectures: '{name}' is not a class of transformers for 'mistral3'"):
+            take_text(tmp_path / "whole", tmp_path / "again")
 
 
 @pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_5_moe_text"])

@@ -113,9 +113,10 @@ def _require_decoder(whole: Any, family: Family, source: Path) -> None:
     """HmfError unless the multimodal model runs text through the family's own decoder."""
     name = (getattr(whole, "architectures", None) or [None])[0]
     whole_class: Any = getattr(transformers, str(name), None)
-    if whole_class is None:
+    if not isinstance(whole, getattr(whole_class, "config_class", None) or ()):
         raise HmfError(
-            f"{source}/config.json: architectures: {name!r} is not a class of transformers; name the model's"
+            f"{source}/config.json: architectures: {name!r} is not a class of transformers for "
+            f"{whole.model_type!r}; name the model's"
         )
     with building(source), torch.device("meta"), no_init_weights():
         decoder = whole_class(whole).get_decoder()
