@@ -285,6 +285,10 @@ def test_a_plan_is_that_of_the_language_model(tmp_path, monkeypatch, capsys):
         assert code == 0 and ("without its modules for images" in err) == (name == "whole")
         (tmp_path / name / "plan").write_text(rows)
     assert (tmp_path / "whole/plan").read_text() == (tmp_path / "text/plan").read_text()
+    quantised = json.loads((tmp_path / "whole/config.json").read_text()) | {"quantization_config": {"bits": 8}}
+    (tmp_path / "whole/config.json").write_text(json.dumps(quantised))
+    _, _, err = call(monkeypatch, capsys, "plan", tmp_path / "whole", "--gpu", "h100")
+    assert "whole/config.json: quantization_config: plans need unquantised weights" in err
     for command in (["serve", "--dry-run"], ["bench", "distill"]):
         code, _, err = call(monkeypatch, capsys, *command, tmp_path / "whole")
         assert code == 2

@@ -25,6 +25,7 @@ from .families import FAMILIES, Family, family_of
 from .files import (
     COMPUTED,
     INDEX,
+    QUANTISED,
     copy_companions,
     new_directory,
     opened,
@@ -79,7 +80,9 @@ def language_config(whole: Any, source: str | Path) -> Any:
     file = Path(source) / "config.json"
     require_token_ids(file, whole.text_config.vocab_size)
     with building(source):
-        return _text_config(whole, family, read_object(file).keys())
+        config = _text_config(whole, family, read_object(file).keys())
+    config.name_or_path = str(source)
+    return config
 
 
 def take_text(source: str | Path, target: str | Path) -> TextOnlyReport:
@@ -142,7 +145,7 @@ def _text_config(whole: Any, family: Family, given: Set[str]) -> Any:
     for key in ("model_type", "architectures", "transformers_version"):
         fields.pop(key, None)
     tokens = {"bos_token_id", "eos_token_id", "pad_token_id"}
-    for key in ("tie_word_embeddings", "dtype", *sorted(tokens & given)):
+    for key in ("tie_word_embeddings", "dtype", *QUANTISED, *sorted(tokens & given)):
         if (value := getattr(whole, key, None)) is not None:
             fields[key] = value
     if whole.text_config.model_type in SAME_AS:
