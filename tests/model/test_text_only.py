@@ -215,9 +215,12 @@ def test_token_ids_that_are_defaults_of_the_whole_configs_class_are_not_the_lang
     (tmp_path / "config.json").write_text(json.dumps(content))
     found = language_config(load_config(tmp_path, weights=False), tmp_path)
     assert (found.pad_token_id, found.bos_token_id, found.eos_token_id) == (0, 1, 7)
-    (tmp_path / "config.json").write_text(json.dumps(content | {"pad_token_id": 128002}))
-    with pytest.raises(HmfError, match="config.json: pad_token_id: 128002 is not a token id below .* 300; set it"):
-        language_config(load_config(tmp_path, weights=False), tmp_path)
+    nested = {"text_config": content["text_config"] | {"pad_token_id": 128002}}
+    for place, change in (("", {"pad_token_id": 128002}), ("text_config.", nested)):
+        (tmp_path / "config.json").write_text(json.dumps(content | change))
+        said = f"config.json: {place}pad_token_id: 128002 is not a token id below .* 300; set it"
+        with pytest.raises(HmfError, match=said):
+            language_config(load_config(tmp_path, weights=False), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -338,13 +338,18 @@ def copy_companions(source: str | Path, target: str | Path, leave: re.Pattern[st
 
 
 def require_token_ids(file: Path, size: int) -> None:
-    """HmfError if the id of a special token in a config or generation config is not below `size`, the vocabulary."""
+    """HmfError if the id of a special token in a config or generation config is not below `size`, the vocabulary.
+
+    The ids of a multimodal model's language model are those of the whole config, or else of its `text_config`.
+    """
     content = read_object(file)
+    nested = content.get("text_config")
+    nested = nested if isinstance(nested, dict) else {}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
-        value = content.get(key)
+        name, value = (key, content[key]) if key in content else (f"text_config.{key}", nested.get(key))
         for number in value if isinstance(value, list) else [value]:
             if number is not None and (type(number) is not int or not 0 <= number < size):
                 raise HmfError(
-                    f"{file}: {key}: {number!r} is not a token id below the model's vocab_size, {size}; "
+                    f"{file}: {name}: {number!r} is not a token id below the model's vocab_size, {size}; "
                     "set it to the tokenizer's id, or to null"
                 )
