@@ -43,7 +43,15 @@ def served(tmp_path_factory):
     for part in ("en/a.jsonl", "en/b.jsonl", "de/a.jsonl"):
         (data / part).parent.mkdir(parents=True, exist_ok=True)
         (data / part).write_text(json.dumps({"text": part}) + "\n")
-    repositories = {"models/some-org/Tiny.1": model, "datasets/some-org/texts": data}
+    shards = root / "shards"
+    shards.mkdir()
+    for name in ("model-1-of-2.safetensors", "model.safetensors-2-of-2.safetensors", "model.fp16.safetensors"):
+        (shards / name).write_text("weights")
+    repositories = {
+        "models/some-org/Tiny.1": model,
+        "models/some-org/Shards": shards,
+        "datasets/some-org/texts": data,
+    }
     asked: list[str] = []
 
     class Hub(BaseHTTPRequestHandler):
@@ -159,7 +167,9 @@ def test_a_model_comes_by_name_once_and_loads_as_its_folder_does(served, tmp_pat
     assert ask("resolve_base('some-org/Tiny.1')", served, cache, HF_HUB_OFFLINE="1") == str(folder) and not asked
     assert ask("resolve_base('some-org/Tiny.1')", served, cache) == str(folder)
     assert not [path for path in asked if "resolve" in path]
-    assert ask("resolve_base('hf://some-org/Tiny.1@v1').name", served, cache) == COMMITS["v1"]
+    shards = "*sorted(path.name for path in resolve_base('some-org/Shards').iterdir())"  # Qwen3's names, and Qwen3.5's
+    found = ask(f"resolve_base('hf://some-org/Tiny.1@v1').name, {shards}", served, cache)
+    assert found == f"{COMMITS['v1']} model-1-of-2.safetensors model.safetensors-2-of-2.safetensors"
 
 
 def test_what_the_hub_does_not_have_is_one_line_that_says_both(served, tmp_path):

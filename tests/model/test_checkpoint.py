@@ -343,6 +343,7 @@ def test_companions_are_byte_identical(checkpoint, tmp_path, capsys):
         "optimizer.pt",
         "consolidated.safetensors",
         "params.json",
+        "hf_quant_config.json",
         "README.md",
         "modeling_own.py",
         "original/params.json",
@@ -351,7 +352,8 @@ def test_companions_are_byte_identical(checkpoint, tmp_path, capsys):
     for number, name in enumerate((*travels, *stays)):
         (source / name).parent.mkdir(exist_ok=True, parents=True)
         (source / name).write_bytes(b'{ "a":\t%d }\r\n' % number)  # not as any writer of ours would print it
-    (source / "model.safetensors").write_bytes(b"written anew")
+    for name in ("model.safetensors", "model.safetensors-00001-of-00001.safetensors"):
+        (source / name).write_bytes(b"written anew")
     save_checkpoint(load_model(checkpoint), target, companions=source)
     for name in travels:
         assert (target / name).read_bytes() == (source / name).read_bytes(), name

@@ -229,6 +229,15 @@ def test_export_names_what_it_casts(base, capfd):
     assert re.search(rf"{base.parent / 'stage0'}: \d+ of \d+ tensors are cast to bfloat16: model\.", err)
 
 
+def test_export_refuses_what_its_dtype_cannot_hold(base):
+    edit(base, lambda tensors: tensors.update({NORM: torch.full((64,), 7e4)}))
+    make_stage0(base, PATTERN, base.parent / "stage0")
+    said = f"--dtype float16: tensor {NORM} has 64 values beyond its range; give another dtype"
+    refused(said, export, base.parent / "stage0", base.parent / "out", torch.float16)
+    assert not (base.parent / "out").exists()
+    export(base.parent / "stage0", base.parent / "out", torch.bfloat16)
+
+
 # --- tensors and files ---
 
 
@@ -244,6 +253,14 @@ def test_old_checkpoints_carry_rotary_frequencies(base, capfd):
 def test_an_extra_tensor_is_refused(base, name):
     edit(base, lambda tensors: tensors.update({name: torch.ones(8)}))
     refused(f"not of this model: {name}", make_stage0, base, PATTERN, base.parent / "out")
+
+
+def test_names_with_a_prefix_are_named_beside_a_tied_head(base):
+    edit_json(base / "config.json", tie_word_embeddings=True)
+    tensors = {f"language_{name}": x for name, x in load_file(base / WEIGHTS).items() if name != HEAD}
+    save_file(tensors, base / WEIGHTS, {"format": "pt"})
+    said = f"has no tensor {EMBEDDINGS}, but has language_{EMBEDDINGS}; check whether it was renamed"
+    refused(said, make_stage0, base, PATTERN, base.parent / "out")
 
 
 def in_two_shards(base: Path) -> None:
@@ -266,6 +283,7 @@ def points_at(name, tensor=HEAD):
     [
         (in_two_shards, f"{SECOND}: tensor {NORM} is in {FIRST} too"),
         (lambda base: shutil.copy(base / SECOND, base / "model-00003-of-00003.safetensors"), "00003.*: not used by"),
+        (lambda base: shutil.copy(base / SECOND, base / "model.safetensors-1-of-1.safetensors"), "-1.*: not used by"),
         (lambda base: shutil.copy(base / SECOND, base / "model.safetensors"), "both model.safetensors and .*index"),
         (points_at("../x.safetensors"), r"weight_map: lm_head.weight: '../x.safetensors' is not the name of a file"),
         (points_at("/etc/passwd"), "'/etc/passwd' is not the name of a file in this folder"),
@@ -472,6 +490,7 @@ def test_a_tokenizer_larger_than_the_model(worded, capfd):
         (lambda f: (f / "tokenizer.json").write_bytes(b"\xff\xfe"), "the tokenizer cannot be loaded"),
         (lambda f: (f / "tokenizer_config.json").write_text("[]"), "tokenizer_config.json: is not a JSON object"),
         (lambda f: (f / "tokenizer_config.json").write_text("{"), "tokenizer_config.json: not valid JSON"),
+        (lambda f: (f / "special_tokens_map.json").write_text(""), "special_tokens_map.json: not valid JSON"),
         (lambda f: edit_json(f / "tokenizer_config.json", tokenizer_class="Own"), "transformers has no class 'Own'"),
         (
             lambda f: edit_json(f / "tokenizer_config.json", tokenizer_class=3),

@@ -97,6 +97,7 @@ def test_the_stock_model_gives_the_same_numbers(tmp_path, options, base):
     require_same(hybrid, stock)
     assert (report.before, report.after) == (hybrid.num_parameters(), stock.num_parameters())
     assert f"{report.after - report.before:,} ({report.after / report.before - 1:.1%}) more" in report.describe()
+    assert "experts" not in report.describe()
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_experts_give_the_same_numbers_beside_a_shared_one_that_is_zero(tmp_path
     require_same(hybrid, stock)
     assert report.after == stock.num_parameters()
     shared = [p for name, p in stock.named_parameters() if "shared_expert" in name]
-    assert len(shared) == 4 * 4 and not any(p.any() for p in shared)
+    assert len(shared) == 4 * 4 and not any(p.any() for p in shared) and "shared experts of zeros" in report.describe()
     assert "left out" not in capsys.readouterr().err
 
 
@@ -200,7 +201,12 @@ def test_an_override_of_an_option_counts():
                     Case("GDN", "x", options=EPS), PATTERN, "qwen3_moe", **EXPERTS | {key: value}
                 ),
             )
-            for key, value in (("norm_topk_prob", False), ("mlp_only_layers", [1]), ("decoder_sparse_step", 2))
+            for key, value in (
+                ("norm_topk_prob", False),
+                ("mlp_only_layers", [1]),
+                ("decoder_sparse_step", 2),
+                ("num_experts", 0),
+            )
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

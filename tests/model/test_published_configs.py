@@ -203,10 +203,12 @@ def folder(request, tmp_path):
 
 @pytest.mark.parametrize("folder", PUBLISHED, indirect=True)
 @torch.no_grad()
-def test_a_published_config(folder, tmp_path):
+def test_a_published_config(folder, tmp_path, capfd):
     """transformers' own reading of it is the Hybrid's, before and after it is saved; and a Hybrid generates."""
     stock, ids = AutoModelForCausalLM.from_pretrained(folder).eval(), random_ids(2, 17)
     assert base_config(folder).num_hidden_layers == 8
+    own_code = "auto_map" in json.loads((folder / "config.json").read_text())
+    assert ("auto_map: the code that it names is not run" in capfd.readouterr().err) == own_code
     same = drop_teacher(hybridise(load_model(folder), Pattern(("*",) * 8)))
     same.save_pretrained(tmp_path / "same")
     again = load_model(tmp_path / "same")
@@ -299,8 +301,10 @@ REFUSED = [
     ("SmolLM3", {"layer_types": ["attention", "mamba"] * 4}, "layer_types: 'mamba' is not one of full_attention, sli"),
     ("Mistral NeMo", {"layer_types": ["full_attention"] * 8}, "layer_types: .* reads model_type 'mistral' as 'minist"),
     ("Granite 3.3", {"output_attentions": True}, "output_attentions: transformers saves no such model"),
-    ("OLMo 2", {"torch_dtype": "torch.bfloat16"}, "torch_dtype: 'torch.bfloat16' is not a dtype of PyTorch"),
-    ("Phi-3 mini", {"dtype": "auto"}, "dtype: 'auto' is not a dtype of PyTorch"),
+    ("OLMo 2", {"torch_dtype": "torch.bfloat16"}, "torch_dtype: 'torch.bfloat16' is not one of float64, flo"),
+    ("Phi-3 mini", {"dtype": "auto"}, "dtype: 'auto' is not one of float64, float32, float16, bfloat16; give"),
+    ("Phi-3 mini", {"torch_dtype": "float8_e4m3fn"}, "torch_dtype: 'float8_e4m3fn' is not one of float64"),
+    ("Phi-3 mini", {"dtype": "float16"}, "dtype 'float16' and torch_dtype 'float32' disagree; remove one"),
     ("SmolLM3", {"no_rope_layers": [1, 0]}, "no_rope_layers: has 2 entries for 8 layers"),
     ("SmolLM3", {"layer_types": ["sliding_attention"] * 8, "sliding_window": 5}, "layer_types .* differs from"),
     ("Granite 3.3", {"attention_multiplier": math.nan}, "attention_multiplier: nan is not a positive number"),

@@ -215,9 +215,28 @@ def test_token_ids_that_are_defaults_of_the_whole_configs_class_are_not_the_lang
     (tmp_path / "config.json").write_text(json.dumps(content))
     found = language_config(load_config(tmp_path, weights=False), tmp_path)
     assert (found.pad_token_id, found.bos_token_id, found.eos_token_id) == (0, 1, 7)
-    (tmp_path / "config.json").write_text(json.dumps(content | {"pad_token_id": 128002}))
-    with pytest.raises(HmfError, match="config.json: pad_token_id: 128002 is not a token id below .* 300; set it"):
-        language_config(load_config(tmp_path, weights=False), tmp_path)
+    nested = {"text_config": content["text_config"] | {"pad_token_id": 128002}}
+    for place, change in (("", {"pad_token_id": 128002}), ("text_config.", nested)):
+        (tmp_path / "config.json").write_text(json.dumps(content | change))
+        said = f"config.json: {place}pad_token_id: 128002 is not a token id below .* 300; set it"
+        with pytest.raises(HmfError, match=said):
+            language_config(load_config(tmp_path, weights=False), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "text", "said"),
+    [
+        ("gemma3", {"rope_scaling": {"type": "linear", "factor": 8.0}}, r"rope_scaling\.type: 'linear' is not read by"),
+        ("mistral3", {"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e4}}, "rope_theta: 1000000.0 is not read"),
+        ("mistral3", {"hidden_act": "gelu_tan"}, "unknown hidden_act 'gelu_tan'"),
+    ],
+)
+def test_keys_of_the_language_model_are_checked_as_its_own_config_s_are(model_type, text, said, tmp_path):
+    """transformers reads them without a word, or stops without a name."""
+    text = {"model_type": {"gemma3": "gemma3_text", "mistral3": "mistral"}[model_type]} | text
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "text_config": text}))
+    with pytest.raises(HmfError, match=f"config.json: text_config: {said}"):
+        load_config(tmp_path, weights=False)
 
 
 @torch.no_grad()
@@ -269,6 +288,10 @@ def test_a_plan_is_that_of_the_language_model(tmp_path, monkeypatch, capsys):
         assert code == 0 and ("without its modules for images" in err) == (name == "whole")
         (tmp_path / name / "plan").write_text(rows)
     assert (tmp_path / "whole/plan").read_text() == (tmp_path / "text/plan").read_text()
+    quantised = json.loads((tmp_path / "whole/config.json").read_text()) | {"quantization_config": {"bits": 8}}
+    (tmp_path / "whole/config.json").write_text(json.dumps(quantised))
+    _, _, err = call(monkeypatch, capsys, "plan", tmp_path / "whole", "--gpu", "h100")
+    assert "whole/config.json: quantization_config: plans need unquantised weights" in err
     for command in (["serve", "--dry-run"], ["bench", "distill"]):
         code, _, err = call(monkeypatch, capsys, *command, tmp_path / "whole")
         assert code == 2
@@ -280,6 +303,11 @@ def test_what_is_no_multimodal_model_is_refused(tmp_path):
     take_text(tmp_path / "whole", tmp_path / "text")
     with pytest.raises(HmfError, match="text/config.json: 'mistral' reads only text; leave --text-only"):
         take_text(tmp_path / "text", tmp_path / "again")
+    content = json.loads((tmp_path / "whole/config.json").read_text())
+    for name in ("MistralForCausalLM", "LlavaLlamaForCausalLM"):
+        (tmp_path / "whole/config.json").write_text(json.dumps(content | {"architectures": [name]}))
+        with pytest.raises(HmfError, match=f"architectures: '{name}' is not a class of transformers for 'mistral3'"):
+            take_text(tmp_path / "whole", tmp_path / "again")
 
 
 @pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_5_moe_text"])

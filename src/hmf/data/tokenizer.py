@@ -72,7 +72,8 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if (file := folder / "config.json").exists():  # transformers reads it to find the tokenizer's class
         require_values(read_object(file), file)
     config = folder / "tokenizer_config.json"
-    content = read_object(config) if config.exists() else {}
+    files = (config, folder / "special_tokens_map.json", folder / "added_tokens.json")
+    content, *_ = [read_object(file) if file.exists() else {} for file in files]
     _check_template(folder, content.get("chat_template"))
     name = content.get("tokenizer_class")
     if name is not None and (not isinstance(name, str) or tokenizer_class_from_name(name) is None):

@@ -21,7 +21,7 @@ from hmf.errors import HmfError, listed, notice, standing_for
 from hmf.folders import reason, require_unused, shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+SHARD = re.compile(r"model(\.safetensors)?-\d+-of-\d+\.safetensors")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Tensors that old checkpoints store although they follow from the config. All loaders ignore them.
 COMPUTED = re.compile(r"(?:^|\.)rotary_emb\.inv_freq$")
@@ -31,10 +31,11 @@ QUANTISED = ("quantization_config", "compression_config")  # keys of a config.js
 # Other files of a checkpoint are copied to a new one, except for these: files that are written anew, weights in other
 # formats, training state, code, and the model card, which describes the old model.
 ADAPTERS = re.compile(r"adapter_config\.json|adapter_model\..*")
-WRITTEN = re.compile(r"config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+WRITTEN = re.compile(rf"config\.json|model\.safetensors(\.index\.json)?|{SHARD.pattern}")
 LEFT_BEHIND = re.compile(
     r"\..*|.*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|ggml|onnx|onnx_data|npz|pkl|tflite|py)"
-    r"|.*\.index\.json|params\.json|trainer_state\.json|training\.json|manifest\.json|README.*",
+    r"|.*\.index\.json|params\.json|(hf_)?quant(ize)?_config\.json|trainer_state\.json|training\.json|manifest\.json"
+    r"|README.*",
     re.IGNORECASE,
 )
 TEMPLATES = ("additional_chat_templates", "chat_templates")  # folders of chat templates that transformers reads
@@ -339,13 +340,18 @@ def copy_companions(source: str | Path, target: str | Path, leave: re.Pattern[st
 
 
 def require_token_ids(file: Path, size: int) -> None:
-    """HmfError if the id of a special token in a config or generation config is not below `size`, the vocabulary."""
+    """HmfError if the id of a special token in a config or generation config is not below `size`, the vocabulary.
+
+    The ids of a multimodal model's language model are those of the whole config, or else of its `text_config`.
+    """
     content = read_object(file)
+    nested = content.get("text_config")
+    nested = nested if isinstance(nested, dict) else {}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
-        value = content.get(key)
+        name, value = (key, content[key]) if key in content else (f"text_config.{key}", nested.get(key))
         for number in value if isinstance(value, list) else [value]:
             if number is not None and (type(number) is not int or not 0 <= number < size):
                 raise HmfError(
-                    f"{file}: {key}: {number!r} is not a token id below the model's vocab_size, {size}; "
+                    f"{file}: {name}: {number!r} is not a token id below the model's vocab_size, {size}; "
                     "set it to the tokenizer's id, or to null"
                 )

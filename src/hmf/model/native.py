@@ -116,20 +116,19 @@ REPLACED = {
 
 @dataclass(frozen=True)
 class NativeReport:
-    """Numbers of parameters before and after; tied embeddings are counted once."""
+    """Numbers of parameters before and after, and what those are that were added; tied embeddings are counted once."""
 
     before: int
     after: int
+    additions: str
 
     def describe(self) -> str:
         """One line of text."""
         added = self.after - self.before
         if not added:
             return f"{self.after:,} parameters, as many as the Hybrid"
-        return (
-            f"{self.after:,} parameters: {added:,} ({added / self.before:.1%}) more than the Hybrid, for repeated "
-            "heads, convolutions of one width, the gates of attention and, beside experts, shared ones that are zero"
-        )
+        share = f"{added:,} ({added / self.before:.1%})"
+        return f"{self.after:,} parameters: {share} more than the Hybrid, for {self.additions}"
 
 
 def convert(source: str | Path, out: str | Path, to: str = FORMAT) -> NativeReport:
@@ -156,7 +155,11 @@ def save_native(model: PreTrainedModel, out: str | Path, companions: str | Path,
     native.generation_config = model.generation_config
     native.config.dtype = model.config.dtype or model.dtype
     save_checkpoint(native, out, companions)
-    report = NativeReport(model.num_parameters(), native.num_parameters())
+    additions = "convolutions of one width"
+    if not model.config.family.own_recurrence:
+        experts = "shared experts of zeros, " * _has_experts(model.config)
+        additions = f"repeated heads, {additions}, {experts}and the gates of attention"
+    report = NativeReport(model.num_parameters(), native.num_parameters(), additions)
     notice(f"{out}: {report.describe()}")
     return report
 
@@ -204,6 +207,8 @@ def _require_expressible(config: Any, source: str, to: str) -> None:
         _check_options(config, to, refuse)
     if own:
         return
+    if _has_experts(config) and not config.num_experts:
+        refuse("num_experts", "0: the format has experts in every layer; use the Hybrid's own format")
     for key, (only, cause) in EXPERTS.items() if _has_experts(config) else ():
         if getattr(config, key) != only:
             refuse(key, f"{getattr(config, key)!r}: {cause}; use the Hybrid's own format")

@@ -25,6 +25,7 @@ from .families import FAMILIES, Family, family_of
 from .files import (
     COMPUTED,
     INDEX,
+    QUANTISED,
     copy_companions,
     new_directory,
     opened,
@@ -79,7 +80,9 @@ def language_config(whole: Any, source: str | Path) -> Any:
     file = Path(source) / "config.json"
     require_token_ids(file, whole.text_config.vocab_size)
     with building(source):
-        return _text_config(whole, family, read_object(file).keys())
+        config = _text_config(whole, family, read_object(file).keys())
+    config.name_or_path = str(source)
+    return config
 
 
 def take_text(source: str | Path, target: str | Path) -> TextOnlyReport:
@@ -113,9 +116,10 @@ def _require_decoder(whole: Any, family: Family, source: Path) -> None:
     """HmfError unless the multimodal model runs text through the family's own decoder."""
     name = (getattr(whole, "architectures", None) or [None])[0]
     whole_class: Any = getattr(transformers, str(name), None)
-    if whole_class is None:
+    if not isinstance(whole, getattr(whole_class, "config_class", None) or ()):
         raise HmfError(
-            f"{source}/config.json: architectures: {name!r} is not a class of transformers; name the model's"
+            f"{source}/config.json: architectures: {name!r} is not a class of transformers for "
+            f"{whole.model_type!r}; name the model's"
         )
     with building(source), torch.device("meta"), no_init_weights():
         decoder = whole_class(whole).get_decoder()
@@ -141,7 +145,7 @@ def _text_config(whole: Any, family: Family, given: Set[str]) -> Any:
     for key in ("model_type", "architectures", "transformers_version"):
         fields.pop(key, None)
     tokens = {"bos_token_id", "eos_token_id", "pad_token_id"}
-    for key in ("tie_word_embeddings", "dtype", *sorted(tokens & given)):
+    for key in ("tie_word_embeddings", "dtype", *QUANTISED, *sorted(tokens & given)):
         if (value := getattr(whole, key, None)) is not None:
             fields[key] = value
     if whole.text_config.model_type in SAME_AS:

@@ -19,6 +19,7 @@ from hmf.errors import HmfError, unknown_name
 from hmf.layers.own import RECURRENT
 
 from .families import FAMILIES
+from .files import DTYPES
 from .rope import LAYER_TYPES
 
 # Upper bounds of a model's sizes. Without them a typo would make transformers build layers for hours.
@@ -77,10 +78,14 @@ def require_values(content: Mapping[str, Any], file: str | Path) -> None:
         raise HmfError(f"{file}: head_dim: null: transformers takes it for a size; remove the key")
     if content.get("num_experts") == 0 and "num_experts" in keys and "intermediate_size" not in keys:
         raise HmfError(f"{file}: num_experts: 0: this family has experts in every layer; give the base model's number")
-    for name in ("dtype", "torch_dtype"):
-        value = content.get(name)
-        if value is not None and not (isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)):
-            raise HmfError(f"{file}: {name}: {value!r} is not a dtype of PyTorch; write for example bfloat16")
+    dtypes = {name: content[name] for name in ("dtype", "torch_dtype") if content.get(name) is not None}
+    for name, value in dtypes.items():
+        if getattr(torch, str(value), None) not in DTYPES.values():
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
+            raise HmfError(f"{file}: {name}: {value!r} is not one of {allowed}; give the one to compute in")
+    if len({getattr(torch, value) for value in dtypes.values()}) > 1:
+        both = " and ".join(f"{name} {value!r}" for name, value in dtypes.items())
+        raise HmfError(f"{file}: {both} disagree; remove one of them")
     for name in ("hidden_act", "hidden_activation"):
         activation = content.get(name)
         if activation is not None and not (isinstance(activation, str) and activation in ACT2FN):

@@ -26,6 +26,7 @@ from hmf.gpus import GIB
 from hmf.layers.base import StateShape, split_heads
 from hmf.layers.registry import layer_states
 from hmf.model.configuration import building
+from hmf.model.files import QUANTISED
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,8 @@ def working_bytes(config: Any, dtype: torch.dtype, ranks: int, batched_tokens: i
 
 def require_unquantised(config: Any) -> None:
     """Raise HmfError for a config with quantised weights, whose size does not follow from the config."""
-    if getattr(config, "quantization_config", None):
+    if key := next((key for key in QUANTISED if getattr(config, key, None)), None):
         raise HmfError(
-            f"{Path(config.name_or_path or '', 'config.json')}: quantization_config: plans need unquantised weights; "
+            f"{Path(config.name_or_path or '', 'config.json')}: {key}: plans need unquantised weights; "
             "plan the original, unquantised model"
         )

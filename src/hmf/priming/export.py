@@ -15,7 +15,7 @@ from hmf.errors import HmfError, listed, notice
 from hmf.folders import require_unused, shown
 from hmf.model.checkpoint import STORED, load_model, save_checkpoint
 from hmf.model.convert import drop_teacher
-from hmf.model.files import require_finite
+from hmf.model.files import not_finite, require_finite
 
 
 def export(
@@ -44,8 +44,14 @@ def export(
         before = {name: x.dtype for name, x in hybrid.named_parameters()}
         hybrid = hybrid.to(dtype)
         hybrid.config.dtype = dtype
+        name = str(dtype).removeprefix("torch.")
         if changed := [name for name, x in hybrid.named_parameters() if x.dtype != before[name]]:
-            name = str(dtype).removeprefix("torch.")
             notice(f"{fused}: {len(changed)} of {len(before)} tensors are cast to {name}: {listed(changed, 2)}")
+        for tensor in changed:
+            if count := not_finite(hybrid.get_parameter(tensor)):
+                raise HmfError(
+                    f"--dtype {name}: tensor {tensor} has {count} values beyond its range; give another dtype, such as "
+                    "bfloat16"
+                )
     save(hybrid, out, companions=fused)
     return hybrid

@@ -172,4 +172,6 @@ def base_config(base: str | Path, text_only: bool = False) -> Any:
     require_language_model(config)
     if config.model_type.startswith("hybrid_"):
         raise HmfError(f"{base}: is already a Hybrid ({config.hybrid_override_pattern}); give the base Transformer")
+    if getattr(config, "auto_map", None):
+        notice(f"{base}/config.json: auto_map: the code that it names is not run; transformers' own code is")
     return config
