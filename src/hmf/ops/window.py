@@ -131,10 +131,11 @@ def blockwise(q, sets, scale, seen=None, cu_seqlens=None, block_size: int | None
             outputs.append(attend(attn_mask=bias.masked_fill(empty, 0)).masked_fill(empty, 0))
     o = torch.cat([o.unflatten(2, (-1, layout.chunk_size)).permute(0, 3, 1, 2, 4) for o in outputs])
     o = layout.merge(o.flatten(2, 3))  # [N, C, H, V]
-    longest = max(sequence_lengths(batch, tokens, cu_seqlens), default=0)
-    for keys in sets:
-        if keys.low >= longest:  # no query reaches them, but their gradients are zeros: DDP and FSDP2 need all
-            o = o + keys.k[:, :0].sum() + keys.v[:, :0].sum()
+    if o.requires_grad:
+        longest = max(sequence_lengths(batch, tokens, cu_seqlens), default=0)
+        for keys in sets:
+            if keys.low >= longest:  # no query reaches them, but their gradients are zeros: DDP and FSDP2 need all
+                o = o + keys.k[:, :0].sum() + keys.v[:, :0].sum()
     return o
 
 
