@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
+from . import dispatch
 from .gka_triton_common import load, shared_memory, split, step_weights, tile_width
 
 CHUNK_SIZE = 64
@@ -246,7 +246,7 @@ class Solve(torch.autograd.Function):
         return z
 
     @staticmethod
-    @once_differentiable
+    @dispatch.backward
     def backward(ctx, grad_z):
         q, k, start, row, mask = ctx.saved_tensors
         exact_keys, num_iter, ridge_strength = ctx.options

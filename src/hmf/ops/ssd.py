@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import dispatch
 from .varlen import ChunkLayout, by_head, chunk_groups, on_device, sequence_lengths, step_views
@@ -130,7 +129,7 @@ class _Chunks(torch.autograd.Function):
         return o, torch.empty_like(state).index_copy_(0, order, state)
 
     @staticmethod
-    @once_differentiable
+    @dispatch.backward
     def backward(ctx, grad_o, grad_final):
         q, k, v, g, starts, order = ctx.saved_tensors
         grad_state = grad_final[order]  # gradient of the state after a chunk, from the last chunk to the first
