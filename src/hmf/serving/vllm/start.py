@@ -9,6 +9,8 @@ from typing import Any
 
 PREFILL = "gdn_prefill_backend"  # key of vLLM's --additional-config
 PREFILLS = ("flashinfer", "triton", "hmf")  # its values for GDN layers of a Hybrid
+# Settings that turn speculative decoding on; vLLM adds the others to the first.
+SPECULATION = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Start:
             balanced_experts=parallel.enable_eplb,
             speculation=vllm_config.speculative_config is not None,
             lora=vllm_config.lora_config is not None,
-            kv_transfer=vllm_config.kv_transfer_config is not None,
+            # vLLM makes a KV connector of the second one later in its start.
+            kv_transfer=vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None,
             cache_mode=cache.mamba_cache_mode,
             replay=cache.use_replayssm,
             stochastic_rounding=vllm_config.mamba_config.enable_stochastic_rounding,
@@ -91,9 +94,9 @@ class Start:
             expert_parallel=experts,
             divided_tokens=experts and ranks > 1 and options.get("data_parallel_size", 1) > 1,
             balanced_experts=bool(options.get("enable_eplb")),
-            speculation=bool(options.get("speculative_config")),
+            speculation=any(options.get(key) for key in SPECULATION),
             lora=bool(options.get("enable_lora")),
-            kv_transfer=bool(options.get("kv_transfer_config")),
+            kv_transfer=bool(options.get("kv_transfer_config")) or options.get("kv_offloading_size") is not None,
             cache_mode=options.get("mamba_cache_mode", "auto"),
             replay=bool(options.get("use_replayssm")),
             stochastic_rounding=bool(options.get("enable_mamba_cache_stochastic_rounding")),

@@ -260,10 +260,10 @@ TABLE: tuple[Row, ...] = (
     Row(
         "Speculative decoding",
         False,
-        "drop `--speculative-config`: recurrent states cannot be rolled back",
+        "drop `--speculative-config` and `--spec-method`: recurrent states cannot be rolled back",
         _when(
             lambda s: s.speculation,
-            "speculative decoding cannot roll a recurrent state back; drop --speculative-config",
+            "speculative decoding cannot roll a recurrent state back; drop --speculative-config and --spec-method",
         ),
     ),
     Row(
@@ -285,12 +285,12 @@ TABLE: tuple[Row, ...] = (
         ),
     ),
     Row(
-        "KV transfer between engines",
+        "KV transfer between engines, and to the CPU",
         False,
-        "drop `--kv-transfer-config`: states are not moved",
+        "drop `--kv-transfer-config` and `--kv-offloading-size`: states are not moved",
         _when(
             lambda s: s.kv_transfer,
-            "KV transfer does not move recurrent states; drop --kv-transfer-config",
+            "KV transfer does not move recurrent states; drop --kv-transfer-config and --kv-offloading-size",
         ),
     ),
     Row(
