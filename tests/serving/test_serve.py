@@ -323,6 +323,7 @@ class TestOptions:
             (["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'], "drop --speculative-config"),
             (["--spec-method", "ngram", "--spec-tokens", "2"], "drop --speculative-config and --spec-method"),
             (["--kv-offloading-size", "1"], "drop --kv-transfer-config and --kv-offloading-size"),
+            (["--disable-hybrid-kv-cache-manager"], "drop --disable-hybrid-kv-cache-manager"),
             (["--quantization", "fp8"], "vLLM's CPU build cannot quantise to fp8"),
             (["--pipeline-parallel-size", "2"], "stage 2 of 2 has no recurrent layer"),
             (["--tensor-parallel-size=3"], "do not split over 3 ranks"),

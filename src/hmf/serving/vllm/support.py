@@ -127,6 +127,12 @@ def _stages(start: Start) -> str | None:
     )
 
 
+def _one_cache(start: Start) -> str | None:
+    if not start.one_cache or not any(keeps_states(symbol, start.config) for symbol in layer_symbols(start.config)):
+        return None
+    return "states and keys need cache blocks of their own; drop --disable-hybrid-kv-cache-manager"
+
+
 def _split(start: Start) -> str | None:
     return split_problem(start.config, start.ranks)
 
@@ -292,6 +298,12 @@ TABLE: tuple[Row, ...] = (
             lambda s: s.kv_transfer,
             "KV transfer does not move recurrent states; drop --kv-transfer-config and --kv-offloading-size",
         ),
+    ),
+    Row(
+        "One kind of cache blocks for attention and recurrent layers",
+        False,
+        "drop `--disable-hybrid-kv-cache-manager`",
+        _one_cache,
     ),
     Row(
         "ReplaySSM",
