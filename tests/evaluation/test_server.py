@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from hmf.config.strict import parse_sealed
+from hmf.errors import HmfError
 from hmf.evaluation import server as client
 from hmf.evaluation.parity import divergence
 from hmf.evaluation.prompts import Prompter
@@ -21,6 +22,7 @@ from hmf.evaluation.results import read_answers
 from hmf.evaluation.retention import TASKS
 from hmf.model.checkpoint import load_model
 from hmf.report.card import write_card
+from hmf.serving.chat import ServerChat
 
 
 class Stub:
@@ -241,6 +243,18 @@ def test_a_busy_server_is_asked_again_and_one_that_refuses_is_named(run, served,
     served.requests.clear()
     evaluated(*arguments, "--samples", 6)
     assert len(served.requests) == 3
+
+
+def test_chat_gives_the_fix_that_fits_the_servers_error(stub):
+    chat = ServerChat("our-model", stub.url)
+    for status, said in ((400, "status 400$"), (401, "set VLLM_API_KEY to the server's key$")):
+        stub.fails = lambda request, status=status: status
+        with pytest.raises(HmfError, match=said):
+            list(chat.answer("Hi"))
+    stub.http.shutdown()
+    stub.http.server_close()
+    with pytest.raises(HmfError, match="check that the server is running"):
+        list(chat.answer("Hi"))
 
 
 def test_a_server_that_is_away_and_a_length_beyond_its_own(tiny, served, hmf):

@@ -6,7 +6,7 @@ import torch
 
 from hmf import ops
 from tests.ops import test_gdn, test_gka, test_kda, test_ssd
-from tests.ops.cases import flat
+from tests.ops.cases import outputs_and_grads
 
 CASES = {
     ops.gated_delta_rule: test_gdn.case,
@@ -19,7 +19,10 @@ CASES = {
 @pytest.mark.parametrize("op", CASES, ids=lambda op: op.__name__)
 def test_autocast_changes_nothing(op):
     given = [x.float() for x in CASES[op].inputs(1, 70)]
-    expected = flat(op(*given))
+    expected = outputs_and_grads(op, given)
     with torch.autocast("cpu", torch.bfloat16):
-        found = flat(op(*given))
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        found = outputs_and_grads(op, given)
+    outputs = len(expected) - len(given)
+    assert all(torch.equal(a, b) for a, b in zip(found[:outputs], expected[:outputs], strict=True))
+    # A backward inside autocast rounds PyTorch's own products, around those of the op.
+    assert all((a - b).norm() < 0.01 * b.norm() for a, b in zip(found[outputs:], expected[outputs:], strict=True))

@@ -321,6 +321,9 @@ class TestOptions:
                 "--hf-overrides: rope_pa",
             ),
             (["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'], "drop --speculative-config"),
+            (["--spec-method", "ngram", "--spec-tokens", "2"], "drop --speculative-config and --spec-method"),
+            (["--kv-offloading-size", "1"], "drop --kv-transfer-config and --kv-offloading-size"),
+            (["--disable-hybrid-kv-cache-manager"], "drop --disable-hybrid-kv-cache-manager"),
             (["--quantization", "fp8"], "vLLM's CPU build cannot quantise to fp8"),
             (["--pipeline-parallel-size", "2"], "stage 2 of 2 has no recurrent layer"),
             (["--tensor-parallel-size=3"], "do not split over 3 ranks"),
@@ -420,6 +423,14 @@ class TestChat:
         chat.max_new_tokens = 100
         list(chat.answer("Hi"))
         assert not chat.cut_off
+
+    def test_a_conversation_beyond_the_context_is_named(self, scripted, capsys):
+        chat = LocalChat(scripted)
+        chat.model.config.max_position_embeddings = 24
+        for notices in (0, 1, 0):  # once
+            list(chat.answer("Hi word word"))
+            notices -= capsys.readouterr().err.count(f"exceeds the 24 tokens that {scripted} has")
+            assert not notices
 
     def test_the_tokenizer_ends_an_answer_where_the_generation_config_does_not(self, scripted):
         chat = LocalChat(scripted, max_new_tokens=100)

@@ -158,7 +158,12 @@ class TestRefusals:
         from vllm.config import KVTransferConfig
 
         options = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
-        assert "--kv-transfer-config" in refused(hybrid_dir, kv_transfer_config=options)
+        for given in ({"kv_transfer_config": options}, {"kv_offloading_size": 1.0}):
+            assert "--kv-transfer-config and --kv-offloading-size" in refused(hybrid_dir, **given)
+
+    def test_one_kind_of_cache_blocks(self, hybrid_dir):
+        line = refused(hybrid_dir, disable_hybrid_kv_cache_manager=True)
+        assert line.endswith("drop --disable-hybrid-kv-cache-manager")
 
     def test_cache_mode_all(self, hybrid_dir):
         config = engine_config(hybrid_dir, enable_prefix_caching=True)

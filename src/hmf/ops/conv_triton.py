@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
+
+from . import dispatch
 
 BLOCK_T, BLOCK_C = 32, 128
 
@@ -157,7 +158,7 @@ class Conv(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @dispatch.backward
     def backward(ctx, grad_y):
         x, weight, bias, state, bounds = ctx.saved_tensors
         (total, channels), size = x.shape, weight.shape[1]

@@ -22,6 +22,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from hmf.errors import HmfError, unknown_name
 
@@ -84,7 +85,10 @@ def entry(op: str, recurrence: bool = False):
             if not wrappers:
                 return function(*args, **kwargs)
             if op not in wrappers:
-                raise HmfError(f"{op}: sequence parallelism does not know this op; add it to hmf/parallel/mixing.py")
+                raise HmfError(
+                    f"{op}: this op has no wrapper; add one in hmf/parallel/mixing.py for sequence parallelism, or in "
+                    "hmf/evaluation/compose.py for the composition of caches"
+                )
             set_wrappers({})  # a wrapped op calls other ops without their wrappers
             try:
                 return wrappers[op](function, *args, **kwargs)
@@ -94,6 +98,18 @@ def entry(op: str, recurrence: bool = False):
         return call
 
     return mark
+
+
+def backward(function: Callable) -> Callable:
+    """Mark the decorated backward of an op's autograd function: it runs once and, like `entry`, without autocast."""
+
+    @once_differentiable
+    @functools.wraps(function)
+    def call(ctx: Any, grad: torch.Tensor, *others: torch.Tensor):
+        with torch.autocast(grad.device.type, enabled=False):
+            return function(ctx, grad, *others)
+
+    return call
 
 
 def set_wrappers(wrappers: Mapping[str, Callable]) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from hmf.errors import HmfError
 
@@ -168,7 +167,7 @@ class _Chunks(torch.autograd.Function):
         return o, torch.empty_like(state).index_copy_(0, order, state)
 
     @staticmethod
-    @once_differentiable
+    @dispatch.backward
     def backward(ctx, grad_o, grad_final):
         q, k, v, g, beta, starts, inverses, values, order = ctx.saved_tensors
         scale = q.shape[-1] ** -0.5

@@ -23,8 +23,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
+from . import dispatch
 from .fla_backend import chunk_grads
 from .gdn_chunk_triton import CHUNK_SIZE, advance, chunked, decays, launch, launch_sequential, parts
 from .gka_triton_common import load
@@ -224,7 +224,7 @@ class Rule(torch.autograd.Function):
         return chunked(q, k, v, g, beta, state, cu_seqlens, packed=kept_chunks(cu_seqlens, len(q), CHUNK_SIZE))
 
     @staticmethod
-    @once_differentiable
+    @dispatch.backward
     def backward(ctx, grad_o, grad_out):
         q, k, v, g, beta, state, cu_seqlens = ctx.saved_tensors
         (tokens, heads), scale = g.shape, k.shape[-1] ** -0.5

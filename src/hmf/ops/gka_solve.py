@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Iterator
 
 import torch
-from torch.autograd.function import once_differentiable
+
+from . import dispatch
 
 State = tuple[torch.Tensor, torch.Tensor]
 Result = tuple[torch.Tensor, State]
@@ -89,7 +90,7 @@ class ChunkSolve(torch.autograd.Function):
         return z
 
     @staticmethod
-    @once_differentiable
+    @dispatch.backward
     def backward(ctx, grad_z):
         q, k, start, row, mask, *solution = ctx.saved_tensors
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, start, row, mask)]

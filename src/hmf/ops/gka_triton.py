@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
+from . import dispatch
 from .gka_solve import product_grads
 from .gka_triton_common import load, shared_memory, split, step_weights, tile_width
 
@@ -229,7 +229,7 @@ class Solve(torch.autograd.Function):
         return z
 
     @staticmethod
-    @once_differentiable
+    @dispatch.backward
     def backward(ctx, grad_z):
         q, k, start, row, mask = ctx.saved_tensors
         exact_keys, exact_backward, num_iter, ridge_strength = ctx.options

@@ -14,7 +14,6 @@ Legend: B batch, T tokens, S sequences, N chunks, C chunk_size, H heads, K/V key
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import dispatch
 from .varlen import ChunkLayout, by_head, chunk_groups, chunk_layout, on_device, sequence_lengths, step_views
@@ -128,7 +127,7 @@ class _Chunks(torch.autograd.Function):
         return o, torch.empty_like(state).index_copy_(0, order, state)
 
     @staticmethod
-    @once_differentiable
+    @dispatch.backward
     def backward(ctx, grad_o, grad_final):
         q, k, v, g, starts, order = ctx.saved_tensors
         grad_state = grad_final[order]  # gradient of the state after a chunk, from the last chunk to the first
@@ -244,7 +243,7 @@ class _Scan(torch.autograd.Function):
         return starts, state
 
     @staticmethod
-    @once_differentiable
+    @dispatch.backward
     def backward(ctx, grad_starts, grad_state):
         carry, starts = ctx.saved_tensors
         after, grad_state = torch.empty_like(starts), grad_state.clone()  # `after`: of the state after each chunk

@@ -18,7 +18,7 @@ from transformers import StoppingCriteriaList, TextIteratorStreamer
 from hmf.config.strict import require_text
 from hmf.data.template import Template
 from hmf.data.tokenizer import load_tokenizer
-from hmf.errors import HmfError
+from hmf.errors import HmfError, notice
 from hmf.evaluation.chunks import Composition, conversation_parts
 from hmf.evaluation.compose import prefill
 from hmf.evaluation.generation import end_tokens, generating, pad_token
@@ -59,7 +59,7 @@ class LocalChat:
         temperature: float = 0.0,
         compose: Composition | None = None,
     ):
-        self.tokenizer = load_tokenizer(source)
+        self.source, self.tokenizer = source, load_tokenizer(source)
         if not self.tokenizer.chat_template:
             raise HmfError(f"{source}: the tokenizer has no chat template; give an instruction-tuned checkpoint")
         self.model = load_model(source, generates=True).eval().to("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,12 +82,14 @@ class LocalChat:
         def generate() -> None:
             try:
                 with generating(self.model):
-                    tokens = self.model.generate(
+                    whole = self.model.generate(
                         **arguments,
                         stopping_criteria=StoppingCriteriaList([lambda *_, **__: stopped.is_set()]),
                         eos_token_id=ends or None,
                         pad_token_id=pad_token(self.tokenizer, ends),
-                    )[0, inputs["input_ids"].shape[1] :]
+                    )[0]
+                self._notice_length(len(whole))
+                tokens = whole[inputs["input_ids"].shape[1] :]
                 self.cut_off = len(tokens) == self.max_new_tokens and tokens[-1].item() not in ends
             except BaseException as error:
                 failure.append(error)
@@ -108,6 +110,15 @@ class LocalChat:
             self.messages.append({"role": "assistant", "content": "".join(pieces)})
         if failure:
             raise failure[0]
+
+    def _notice_length(self, tokens: int) -> None:
+        """Print a notice if the conversation is longer than the model's context. Composed chunks share positions."""
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if self.compose is None and context is not None and tokens > context:
+            notice(
+                f"the conversation exceeds the {context:,} tokens that {self.source} has (max_position_embeddings); "
+                "answers now include positions for which the model was not trained"
+            )
 
     def _inputs(self) -> Mapping[str, Any]:
         """What `generate` gets for the conversation so far."""
@@ -135,7 +146,7 @@ class ServerChat:
             raise HmfError("--url: needs the openai client; pip install openai") from None
         api_key = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY", "none")
         self.client = openai.OpenAI(base_url=f"{server_root(url)}/v1", api_key=api_key, max_retries=0)
-        self.url, self.failure = url, openai.OpenAIError
+        self.url, self.failure, self.unreachable = url, openai.OpenAIError, openai.APIConnectionError
         try:
             served = [model.id for model in self.client.models.list()]
         except openai.OpenAIError as error:
@@ -172,8 +183,12 @@ class ServerChat:
             self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
     def _server_error(self, error: Exception) -> HmfError:
-        reason = " ".join(str(error).split()).rstrip(".")
-        return HmfError(f"--url: {self.url}: {reason}; check that the server is running (`hmf serve DIR` starts one)")
+        hint = ""  # the server's own message names what to change
+        if isinstance(error, self.unreachable):
+            hint = "; check that the server is running (`hmf serve DIR` starts one)"
+        elif getattr(error, "status_code", None) in (401, 403):
+            hint = "; set VLLM_API_KEY to the server's key"
+        return HmfError(f"--url: {self.url}: {' '.join(str(error).split()).rstrip('.')}{hint}")
 
 
 def run(chat: Chat, name: str, read: Callable[[], str] | None = None, console: Console | None = None) -> None:

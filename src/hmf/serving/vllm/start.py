@@ -9,6 +9,8 @@ from typing import Any
 
 PREFILL = "gdn_prefill_backend"  # key of vLLM's --additional-config
 PREFILLS = ("flashinfer", "triton", "hmf")  # its values for GDN layers of a Hybrid
+# Settings that turn speculative decoding on; vLLM adds the others to the first.
+SPECULATION = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Start:
 
     config: the Hugging Face config; longest: tokens of the longest sequence; quantization: vLLM's method, for a
     quantised checkpoint that of its config; divided_tokens: whether vLLM divides tokens over ranks for the experts;
-    prefill: the value of `PREFILL`, or None.
+    one_cache: whether all layers share one kind of cache blocks; prefill: the value of `PREFILL`, or None.
     """
 
     config: Any
@@ -35,6 +37,7 @@ class Start:
     speculation: bool = False
     lora: bool = False
     kv_transfer: bool = False
+    one_cache: bool = False
     cache_mode: str = "auto"
     replay: bool = False
     stochastic_rounding: bool = False
@@ -61,7 +64,9 @@ class Start:
             balanced_experts=parallel.enable_eplb,
             speculation=vllm_config.speculative_config is not None,
             lora=vllm_config.lora_config is not None,
-            kv_transfer=vllm_config.kv_transfer_config is not None,
+            # vLLM makes a KV connector of the second one later in its start.
+            kv_transfer=vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None,
+            one_cache=bool(vllm_config.scheduler_config.disable_hybrid_kv_cache_manager),
             cache_mode=cache.mamba_cache_mode,
             replay=cache.use_replayssm,
             stochastic_rounding=vllm_config.mamba_config.enable_stochastic_rounding,
@@ -91,9 +96,10 @@ class Start:
             expert_parallel=experts,
             divided_tokens=experts and ranks > 1 and options.get("data_parallel_size", 1) > 1,
             balanced_experts=bool(options.get("enable_eplb")),
-            speculation=bool(options.get("speculative_config")),
+            speculation=any(options.get(key) for key in SPECULATION),
             lora=bool(options.get("enable_lora")),
-            kv_transfer=bool(options.get("kv_transfer_config")),
+            kv_transfer=bool(options.get("kv_transfer_config")) or options.get("kv_offloading_size") is not None,
+            one_cache=bool(options.get("disable_hybrid_kv_cache_manager")),
             cache_mode=options.get("mamba_cache_mode", "auto"),
             replay=bool(options.get("use_replayssm")),
             stochastic_rounding=bool(options.get("enable_mamba_cache_stochastic_rounding")),

@@ -127,6 +127,12 @@ def _stages(start: Start) -> str | None:
     )
 
 
+def _one_cache(start: Start) -> str | None:
+    if not start.one_cache or not any(keeps_states(symbol, start.config) for symbol in layer_symbols(start.config)):
+        return None
+    return "states and keys need cache blocks of their own; drop --disable-hybrid-kv-cache-manager"
+
+
 def _split(start: Start) -> str | None:
     return split_problem(start.config, start.ranks)
 
@@ -260,10 +266,10 @@ TABLE: tuple[Row, ...] = (
     Row(
         "Speculative decoding",
         False,
-        "drop `--speculative-config`: recurrent states cannot be rolled back",
+        "drop `--speculative-config` and `--spec-method`: recurrent states cannot be rolled back",
         _when(
             lambda s: s.speculation,
-            "speculative decoding cannot roll a recurrent state back; drop --speculative-config",
+            "speculative decoding cannot roll a recurrent state back; drop --speculative-config and --spec-method",
         ),
     ),
     Row(
@@ -285,13 +291,19 @@ TABLE: tuple[Row, ...] = (
         ),
     ),
     Row(
-        "KV transfer between engines",
+        "KV transfer between engines, and to the CPU",
         False,
-        "drop `--kv-transfer-config`: states are not moved",
+        "drop `--kv-transfer-config` and `--kv-offloading-size`: states are not moved",
         _when(
             lambda s: s.kv_transfer,
-            "KV transfer does not move recurrent states; drop --kv-transfer-config",
+            "KV transfer does not move recurrent states; drop --kv-transfer-config and --kv-offloading-size",
         ),
+    ),
+    Row(
+        "One kind of cache blocks for attention and recurrent layers",
+        False,
+        "drop `--disable-hybrid-kv-cache-manager`",
+        _one_cache,
     ),
     Row(
         "ReplaySSM",
