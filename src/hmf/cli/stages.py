@@ -262,7 +262,7 @@ def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     with naming_recipe(recipe, FinetuneRecipe, overrides):
         check(settings)  # before the output folder is claimed for this recipe
-        check_tasks(settings.evaluate)
+        check_tasks(settings.evaluate, settings.model)
         scores = {}
         with run_folder(settings.output, text) as first:
             saved = run(settings, draw=draw_curves)
