@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import hmf
 from hmf.cli import app, main
 from hmf.config.pattern import Pattern
-from hmf.config.recipes import read_recipe
+from hmf.config.recipes import read_recipe, read_run
 from hmf.config.runs import EvaluateSettings, PrimeRecipe
 from hmf.config.strict import parse_tokens
 from hmf.errors import HmfError
@@ -460,6 +460,24 @@ def test_a_path_may_begin_at_home(tmp_path, monkeypatch, capsys):
     for words in (["~/none"], ["teacher", "--plot=~/none/plan.png"]):
         code, _, err = run(monkeypatch, capsys, "plan", "--gpu", "l4", *words)
         assert code == 2 and f"{tmp_path}/none: no such directory" in err
+
+
+def test_the_recipe_of_a_run_folder_continues_that_run(tmp_path, monkeypatch, capsys):
+    """A relative output would be another folder from elsewhere, and so it would after the run folder was moved."""
+    run_folder = tmp_path / "moved"
+    run_folder.mkdir()
+    recipe = run_folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**PRIME, "output": "runs/first"}))
+    assert read_run(recipe, PrimeRecipe)[0].output == Path("runs/first")  # no run is here
+    (run_folder / "stage1.log.json").touch()
+    settings, text = read_run(recipe, PrimeRecipe)
+    assert settings.output == run_folder and text == recipe.read_text()
+    assert "continues the run in its folder, not in output, runs/first; --set output=DIR" in capsys.readouterr().err
+    assert read_run(recipe, PrimeRecipe, ["output=runs/second"])[0].output == Path("runs/second")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/first").symlink_to(run_folder)
+    assert read_run(recipe, PrimeRecipe)[0].output == Path("runs/first")  # the same folder
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from hmf.config.pattern import Pattern
 from hmf.config.runs import EvaluateSettings, FinetuneRecipe, PrimeRecipe
 from hmf.config.strict import parse_sealed, seal_json
 from hmf.data import tasks
+from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError, notice, unknown_name
 from hmf.evaluation.results import ANSWERS
 from hmf.evaluation.run import evaluate_checkpoint
@@ -47,7 +48,7 @@ def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[st
     """
     source, run = resolve_base(recipe.base), recipe.output
     base = run / BASE if recipe.text_only else source
-    check_tasks(recipe.evaluate)
+    check_tasks(recipe.evaluate, source)
     config = base_config(source, recipe.text_only)
     layers = config.num_hidden_layers
     pattern = base_pattern(config, recipe.hybrid.spread_evenly())
@@ -109,11 +110,17 @@ def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[st
         return scores
 
 
-def check_tasks(settings: EvaluateSettings | None) -> None:
-    """HmfError if `settings.tasks` has the name of an unknown task."""
-    for task in settings.tasks if settings else ():
+def check_tasks(settings: EvaluateSettings | None, model: Path) -> None:
+    """HmfError if `settings.tasks` has an unknown task, or one that the model's chat template cannot write."""
+    chosen = settings.tasks if settings else []
+    for task in chosen:
         if task not in tasks.TASKS:
             raise HmfError(f"evaluate.tasks: {unknown_name('task', task, tasks.TASKS)}")
+    if chosen:
+        try:
+            tasks.require_template(chosen, load_tokenizer(model))
+        except HmfError as error:
+            raise HmfError(f"evaluate.{error}") from None
 
 
 def finetuned_scores(recipe: FinetuneRecipe) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a recipe's reader reports, and the names that it takes."""
 
+import re
+
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -81,6 +83,32 @@ def test_a_switch_is_not_a_number(tmp_path_factory, key, value):
     read = load_recipe(file, DistillRecipe, [f"training.gradient_checkpointing={value}", "objective.pre_lm_head=yes"])
     assert read.training.gradient_checkpointing is (value in ("yes", "on", "true"))
     assert read.objective.pre_lm_head == {0: 1.0}  # a documented meaning
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "said"),
+    [
+        (FinetuneRecipe, "trainable={mixers: 1e-4, norms: yes}", "trainable: norms: a number is expected, not true"),
+        (FinetuneRecipe, "data.tasks={recall: on}", "data.tasks: recall: a number is expected, not true or false"),
+        (DistillRecipe, "objective.kl={0: 1, 9: off}", "objective.kl: 9: a number is expected, not true or false"),
+        (PrimeRecipe, "hybrid.layers=[2, yes]", "hybrid.layers: 1: a number is expected, not true or false"),
+        (DistillRecipe, "data.prepared=", "data: prepared: has no value; give the folder of the prepared rows"),
+        (DistillRecipe, "output=''", "output: a path is expected, not an empty text"),
+    ],
+)
+def test_a_switch_among_numbers_and_a_place_without_a_name_are_refused(tmp_path, kind, change, said):
+    """`norms: yes` would be a learning rate of 1, `prepared:` the standard library, and an empty output this folder."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text("{output: b}")
+    with pytest.raises(HmfError, match=re.escape(said)):
+        load_recipe(file, kind, [change])
+
+
+def test_a_weight_may_have_an_exponent(tmp_path):
+    """YAML 1.1 reads 1e-2 as text."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text("{model: a, output: b, objective: {kl: 1e-2}, training: {max_steps: 1, rows_per_step: 1}}")
+    assert load_recipe(file, DistillRecipe).objective.kl == {0: 0.01}
 
 
 @given(st.integers(0, 10**6), st.sampled_from(["0{}", "00{}", "{}:30", "{}_0"]))
@@ -185,6 +213,15 @@ def test_a_share_of_the_steps_is_rounded_up_only_where_it_is_no_whole_number(per
 def test_unknown_gpus_are_refused_before_a_training(tmp_path):
     with pytest.raises(HmfError, match=r"training\.gpus: unknown GPU 'h20x8'; did you mean"):
         arguments(OptimiserSettings(**PRESENT, gpus="h20x8"), tmp_path, 0, TrainingArguments)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_warmup_as_long_as_the_run_is_named(steps, tmp_path, capsys):
+    print_once.cache_clear()
+    training = OptimiserSettings(max_steps=steps, per_device_train_batch_size=1, warmup_steps=steps)
+    arguments(training, tmp_path, 0, TrainingArguments)
+    effect = {1: "step is not shorter than the run of 1, so the learning rate is 0", 2: "the learning rate only rises"}
+    assert effect[steps] in capsys.readouterr().err
 
 
 def test_bf16_is_bfloat16():

@@ -8,6 +8,7 @@ import pytest
 from hmf.data import phrases, tasks
 from hmf.data.tokenizer import encode_texts
 from hmf.errors import HmfError
+from hmf.evaluation.run import evaluate_model
 
 SEEDS = range(12)
 
@@ -108,6 +109,46 @@ def test_a_call_in_the_form_of_the_models_template_is_right(tokenizer, template)
         assert sample.is_correct(turn)
         for value in json.loads(sample.answer)["arguments"].values():
             assert not sample.is_correct(turn.split("</think>")[-1].replace(str(value), "x"))
+
+
+CALL_FORMS = {  # what a chat template writes for the calls of a turn: as OLMo 3, Mistral and Ministral 3
+    "python": "<calls>{% for c in m.tool_calls %}{{ c.function.name }}({% for k, v in c.function.arguments.items() %}"
+    "{{ k }}={{ v | tojson }}{{ '' if loop.last else ', ' }}{% endfor %}){% endfor %}</calls>",
+    "list": '[CALLS][{% for c in m.tool_calls %}{{ (c.function | tojson)[:-1] }}, "id": {{ c.id | tojson }}}'
+    "{% endfor %}]",
+    "marks": "{% for c in m.tool_calls %}[CALLS]{{ c.function.name }}[ARGS]{{ c.function.arguments | tojson }}"
+    "{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("form", CALL_FORMS)
+def test_a_call_in_a_form_of_any_template_is_right_for_its_tokenizer(tokenizer, form):
+    templated = copy.deepcopy(tokenizer)
+    templated.chat_template = (
+        "{{ tools | tojson }}{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content or '' }}"
+        f"{{% if m.tool_calls %}}{CALL_FORMS[form]}{{% endif %}}<|im_end|>{{% endfor %}}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    )
+    tasks.require_template(tasks.TASKS, templated)
+    for seed in SEEDS:
+        sample = tasks.sample("tool_call", seed, templated, 512, thinking=False)
+        call = json.loads(sample.answer)
+        turned = {"name": call["name"], "arguments": dict(reversed(call["arguments"].items()))}
+        words = [tasks.written_call(one, sample.messages[:-1], sample.tools, templated) for one in (call, turned)]
+        words.append(words[0].replace("a1b2c3d4e", "ZZZZZZZZZ").replace(": ", " :\n") + "<|im_end|>")
+        assert all(sample.is_correct(text, templated) for text in words)
+        assert not any(sample.is_correct(text, tokenizer) for text in words)
+        for value in call["arguments"].values():
+            assert not sample.is_correct(words[0].replace(str(value), "x"), templated)
+        assert not any(sample.is_correct(text, templated) for text in ("", "<|im_end|>", words[0] * 2, words[0][:-1]))
+
+
+def test_a_template_without_calls_is_refused_for_tasks_with_tools(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    tasks.require_template(["recall", "chat"], other)
+    with pytest.raises(HmfError, match="tasks: tool_call: the chat template leaves tools out .* or leave the task out"):
+        evaluate_model(None, other, ["recall", "tool_call"])
 
 
 def test_values_of_calls_in_xml_have_the_types_of_the_schema():

@@ -87,6 +87,21 @@ def test_a_template_without_tools_gets_them_in_the_message(tokenizer):
     assert made.tools is None and all(tool["function"]["name"] in made.text for tool in made.problem.tools)
 
 
+def test_a_call_is_expected_as_the_template_writes_it(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = (
+        "{{ tools | tojson }}{% for m in messages %}<|im_start|>{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name }}({% for k, v in c.function.arguments.items() %}{{ k }}={{ v | tojson }},{% endfor %})"
+        "{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    made, hermes = prompt(other, "tool_schema"), prompt(tokenizer, "tool_schema").problem
+    name, arguments = hermes.call["name"], hermes.call["arguments"]
+    written = f"{name}({''.join(f'{key}={json.dumps(value)},' for key, value in arguments.items())})"
+    assert made.problem.answer == written and made.answer_ids == other(written)["input_ids"]
+    assert judged(made, written) and judged(made, hermes.answer) and not judged(made, written.replace("(", "(x=1,"))
+    assert hermes.answer == f"<tool_call>\n{json.dumps(hermes.call)}\n</tool_call>"
+
+
 @pytest.mark.parametrize("index", range(8))
 def test_arithmetic_is_what_python_computes(tokenizer, index):
     made = prompt(tokenizer, "arithmetic", index)

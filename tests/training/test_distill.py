@@ -111,6 +111,16 @@ def test_rows_beyond_the_teachers_positions_are_named(tmp_path, capfd):
         assert ("warm-up of 2 steps is not shorter than the run of 2" in err) == (length == 128)  # printed once
 
 
+def test_an_objective_that_no_step_reaches_is_named(stage0, tmp_path, capfd):
+    print_once.cache_clear()
+    for layerwise in (1, 2):
+        given = settings(max_steps=2, save_steps=2)
+        objective = ObjectiveSettings(kl=1, layerwise_steps=layerwise)
+        distill(stage0, tmp_path / str(layerwise), given.model_copy(update={"objective": objective}))
+        assert ("2 is not below the run's 2 steps, so" in (err := capfd.readouterr().err)) == (layerwise == 2)
+    assert "without kl\n" in err
+
+
 def test_longer_training_lowers_the_loss(stage0, tmp_path):
     distill(stage0, tmp_path, settings(max_steps=40, save_steps=100))
     losses = [entry["loss"] for entry in json.loads((tmp_path / "stage1.log.json").read_text()) if "loss" in entry]

@@ -243,6 +243,14 @@ def test_rows_that_cannot_be_held_out_are_refused(hybrid, tmp_path):
         tuned(hybrid, tmp_path / "run", training=EVAL, data=file)
 
 
+def test_rows_of_text_are_refused_as_conversations_also_where_they_are_filled_up(hybrid, tmp_path):
+    data = prepared(hybrid, tmp_path / "data", sequence_length=128)
+    rows = PreparedDataset(data)
+    assert any((rows[index]["labels"][1:] == -100).sum() > 10 for index in range(len(rows)))
+    with pytest.raises(HmfError, match="every token is supervised, also in prompts; use method cpt for text"):
+        tuned(hybrid, tmp_path / "run", data, method="sft")
+
+
 def test_a_plain_no_of_yaml_and_a_value_in_place_of_epochs(tmp_path):
     (tmp_path / "recipe.yaml").write_text(
         "method: cpt\nmodel: m\noutput: o\ndata: {prepared: d}\ntrainable: {all: 1.0e-3}\n"

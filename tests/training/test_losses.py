@@ -230,6 +230,12 @@ def test_preferences_raise_the_margin_and_a_resume_keeps_the_start(hybrid, pairs
     with pytest.raises(HmfError, match="reference.safetensors: was measured on other pairs"):
         finetune(cut)
     pairs.write_text(original)
+    reference = cut.output / "reference.safetensors"
+    measured = reference.read_bytes()
+    reference.write_bytes(measured[:100])
+    with pytest.raises(HmfError, match="reference.safetensors: is damaged"):
+        finetune(cut)
+    reference.write_bytes(measured)
     finetune(cut)
     (ours, our_log), (wanted, log) = (cutting.result(run.output, "stage2", "model") for run in (cut, whole))
     assert our_log == log and all(torch.equal(ours[name], wanted[name]) for name in wanted)

@@ -228,6 +228,13 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_keeps_its_batch
     assert [entry["step"] for entry in json.loads((tmp_path / "run/stage1.log.json").read_text())] == [1, 2]
 
 
+def test_a_first_loss_that_is_not_finite_is_not_blamed_on_the_learning_rate(stage0, tmp_path, monkeypatch):
+    real = HybridTrainer.compute_loss
+    monkeypatch.setattr(HybridTrainer, "compute_loss", lambda *args, **kwargs: real(*args, **kwargs) * math.nan)
+    with pytest.raises(HmfError, match="step 1: the loss is nan; .*; check the weights of the model, and the data"):
+        distill(stage0, tmp_path, cutting.settings(stage0))
+
+
 def test_a_loss_that_runs_away_stops_the_run_and_keeps_the_batch_where_it_began(stage0, tmp_path, monkeypatch):
     real, batches = HybridTrainer.compute_loss, []
 

@@ -189,10 +189,10 @@ def distill(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     An interrupted run continues from its last checkpoint.
     """
-    from hmf.config.recipes import naming_recipe, read_recipe
+    from hmf.config.recipes import naming_recipe, read_run
     from hmf.config.runs import DistillRecipe
 
-    settings, text = read_recipe(recipe, DistillRecipe, overrides or ())
+    settings, text = read_run(recipe, DistillRecipe, overrides or ())
     with naming_recipe(recipe, DistillRecipe, overrides):
         settings = with_checkpoint(settings, "model")  # before imports that take seconds
 
@@ -248,10 +248,10 @@ def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
     The methods are continued pretraining, supervised fine-tuning and preference optimisation (DPO). An interrupted run
     continues from its last checkpoint.
     """
-    from hmf.config.recipes import naming_recipe, read_recipe
+    from hmf.config.recipes import naming_recipe, read_run
     from hmf.config.runs import FinetuneRecipe
 
-    settings, text = read_recipe(recipe, FinetuneRecipe, overrides or ())
+    settings, text = read_run(recipe, FinetuneRecipe, overrides or ())
     with naming_recipe(recipe, FinetuneRecipe, overrides):
         settings = with_checkpoint(settings, "model")
 
@@ -264,7 +264,7 @@ def finetune(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     with naming_recipe(recipe, FinetuneRecipe, overrides):
         check(settings)  # before the output folder is claimed for this recipe
-        check_tasks(settings.evaluate)
+        check_tasks(settings.evaluate, settings.model)
         scores = {}
         with run_folder(settings.output, text) as first:
             saved = run(settings, draw=draw_curves)
@@ -287,10 +287,10 @@ def prime(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     One recipe describes all steps, and everything is written to one run folder. Finished steps are not repeated.
     """
-    from hmf.config.recipes import naming_recipe, read_recipe
+    from hmf.config.recipes import naming_recipe, read_run
     from hmf.config.runs import PrimeRecipe
 
-    settings, text = read_recipe(recipe, PrimeRecipe, overrides or ())
+    settings, text = read_run(recipe, PrimeRecipe, overrides or ())
     with naming_recipe(recipe, PrimeRecipe, overrides):
         settings = with_checkpoint(settings, "base")
 

@@ -12,7 +12,8 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from hmf.errors import HmfError, listed, rewriting, unknown_name
+from hmf.errors import HmfError, listed, notice, rewriting, unknown_name
+from hmf.folders import RECIPE
 
 from .data import DataRecipe
 from .runs import DistillRecipe, FinetuneRecipe, PrimeRecipe
@@ -77,6 +78,19 @@ def read_recipe(path: str | Path, kind: type[Recipe], overrides: Sequence[str] =
         return kind.model_validate(content, context={"file": path}), text
     except ValidationError as error:
         raise HmfError(f"{_named(path, overrides)}: {_problems(error, kind)}") from None
+
+
+def read_run(path: str | Path, kind: type[Recipe], overrides: Sequence[str] = ()) -> tuple[Recipe, str]:
+    """`read_recipe` for a run. The recipe in a run's folder continues that run, also if the folder was moved or the
+    command is started in another directory, where a relative `output` would be another folder."""
+    recipe, text = read_recipe(path, kind, overrides)
+    path, output = Path(path), recipe.output  # type: ignore[attr-defined]  # every run has one
+    begun = path.name == RECIPE and any((*path.parent.glob("*.log.json"), *path.parent.glob("selection*")))
+    named = any(override.startswith("output=") for override in overrides)
+    if not begun or named or output.resolve() == path.parent.resolve():
+        return recipe, text
+    notice(f"{path}: continues the run in its folder, not in output, {output}; --set output=DIR starts another run")
+    return recipe.model_copy(update={"output": path.parent}), text
 
 
 def _named(path: str | Path, overrides: Sequence[str]) -> str:

@@ -128,6 +128,8 @@ class DataSettings(Settings):
     def _one_origin(self) -> DataSettings:
         if self.prepared is not None and (others := sorted(self.model_fields_set - {"prepared"})):
             raise ValueError(f"prepared: the rows are complete and take no other keys; leave out {', '.join(others)}")
+        if self.prepared is None and "prepared" in self.model_fields_set and "text" not in self.model_fields_set:
+            raise ValueError("prepared: has no value; give the folder of the prepared rows, or give text in its place")
         return self
 
     @model_validator(mode="after")
@@ -142,7 +144,7 @@ class DataSettings(Settings):
 
 
 def _as_schedule(value: Any) -> Any:
-    return {0: value} if isinstance(value, int | float) else value
+    return {0: value} if isinstance(value, int | float | str) else value  # YAML reads 1e-3 as text
 
 
 # Weights by step: linear between the given steps, constant before the first and after the last. A number is a constant

@@ -8,8 +8,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from decimal import Decimal
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -28,9 +29,27 @@ class Settings(BaseModel):
     @classmethod
     def _home_and_no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         assert info.field_name is not None
-        if isinstance(value, bool) and _numbers_alone(cls.model_fields[info.field_name].annotation):
-            raise ValueError("a number is expected, not true or false, as YAML reads yes, no, on and off")
+        annotation = cls.model_fields[info.field_name].annotation
+        for place in _switches(value, annotation):
+            raise ValueError(f"{place}a number is expected, not true or false, as YAML reads yes, no, on and off")
+        if value == "" and Path in _kinds(annotation):
+            raise ValueError("a path is expected, not an empty text")
         return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+
+
+def _switches(value: Any, annotation: Any) -> Iterator[str]:
+    """The places, each followed by a colon unless it is `value` itself, of true or false where a number is expected."""
+    if isinstance(value, bool) and _numbers_alone(annotation):
+        yield ""
+    for kind in _kinds(annotation):
+        origin, arguments = get_origin(kind), get_args(kind)
+        items: Iterable[Any] = ()
+        if isinstance(value, dict) and origin is dict:
+            items = value.items()
+        elif isinstance(value, list) and origin is list:
+            items = enumerate(value)
+        for name, item in items:
+            yield from (f"{name}: {place}" for place in _switches(item, arguments[-1]))
 
 
 def _numbers_alone(annotation: Any) -> bool:

@@ -12,15 +12,19 @@ import re
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import permutations
 from random import Random
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from hmf.config.strict import scan_json
 from hmf.data import phrases
 from hmf.data.template import Template
 from hmf.data.text import Split, stdlib_documents
+from hmf.data.tokenizer import special_tokens
 from hmf.errors import HmfError
 
 Message = dict[str, Any]
@@ -53,18 +57,87 @@ class Sample:
         """The whole conversation, which starts with `prompt`."""
         return Template.of(tokenizer).render(self.messages, self.tools, enable_thinking=self.thinking)
 
-    def is_correct(self, generated: str) -> bool:
-        """Whether a generated last turn (text without the end-of-turn token) has exactly this answer."""
+    def is_correct(self, generated: str, tokenizer: PreTrainedTokenizerBase | None = None) -> bool:
+        """Whether a generated last turn (text without the end-of-turn token) has exactly this answer.
+
+        tokenizer: a call may also be in the form in which this tokenizer's chat template writes it.
+        """
         final = generated.split("</think>")[-1].strip()
         if self.task != "tool_call":
             return final == self.answer
-        body = final.removeprefix("<tool_call>").removesuffix("</tool_call>")
-        if len(final) - len(body) != len("<tool_call></tool_call>"):
-            return False
+        call, body = json.loads(self.answer), final.removeprefix("<tool_call>").removesuffix("</tool_call>")
+        with suppress(ValueError, RecursionError):
+            tagged = len(final) - len(body) == len("<tool_call></tool_call>")
+            if tagged and parse_call(body, self.tools or ()) == call:
+                return True
+        return tokenizer is not None and is_written_call(final, call, self.messages[:-1], self.tools, tokenizer)
+
+
+def require_template(tasks: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """HmfError if the tokenizer has no chat template that writes all that these tasks need: tools and calls, too."""
+    for task in tasks:
         try:
-            return parse_call(body, self.tools or ()) == json.loads(self.answer)
-        except (ValueError, RecursionError):
-            return False
+            Template.of(tokenizer)
+            if task in ("tool_call", "tool_answer"):
+                made = sample("tool_call", 0, tokenizer, MIN_LENGTH, thinking=False)
+                written_call(json.loads(made.answer), made.messages[:-1], made.tools, tokenizer)
+        except HmfError as error:
+            raise HmfError(f"tasks: {task}: {error}, or leave the task out") from None
+
+
+def written_call(
+    call: Message, prompt: list[Message], tools: list[dict[str, Any]] | None, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """What the tokenizer's chat template writes for a turn with this call after `prompt`, without special tokens at the
+    end. HmfError if it leaves out the call or the tools."""
+    template, turn = Template.of(tokenizer), _call_turn(call, thinking=False)
+    turn["tool_calls"][0]["id"] = "a1b2c3d4e"  # Mistral's template asks for one of this length
+    messages = template.read([*prompt, turn], tools, {len(prompt): False}).messages
+    whole = template.render(messages, tools, enable_thinking=False)
+    for thinking in (False, True):
+        before = template.render(messages[:-1], tools, add_generation_prompt=True, enable_thinking=thinking)
+        if whole.startswith(before):
+            return _without_end(whole[len(before) :].split("</think>")[-1], tokenizer)
+    raise HmfError("the chat template writes another prompt before a call than for generation; use another template")
+
+
+def is_written_call(
+    text: str,
+    call: Message,
+    prompt: list[Message],
+    tools: list[dict[str, Any]] | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> bool:
+    """Whether a text is `written_call`, up to special tokens at the end, the order of arguments, the call's id, the
+    layout of JSON, and blanks beside punctuation."""
+    given = _without_layout(_without_end(text, tokenizer))
+    orders = ({**call, "arguments": dict(order)} for order in permutations(call["arguments"].items()))
+    return any(given == _without_layout(written_call(order, prompt, tools, tokenizer)) for order in orders)
+
+
+def _without_end(turn: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    return re.sub(rf"(?:\s|{special_tokens(tokenizer).pattern})*$", "", turn).strip()
+
+
+def _without_layout(text: str) -> str:
+    """The text with its JSON in one layout, without the ids of calls, and without blanks beside punctuation."""
+    parts, place, plain = list[str](), 0, 0
+    while place < len(text):
+        if text[place] in "[{":
+            with suppress(ValueError):
+                value, end = scan_json(text, place)
+                for part in value if isinstance(value, list) else [value]:
+                    if isinstance(part, dict) and "name" in part:
+                        part.pop("id", None)
+                parts += [_dense(text[plain:place]), json.dumps(value, sort_keys=True)]
+                place = plain = end
+                continue
+        place += 1
+    return "".join([*parts, _dense(text[plain:])])
+
+
+def _dense(text: str) -> str:
+    return re.sub(r"\s+(?=\W|$)|(?<=\W)\s+|^\s+", "", text)
 
 
 _XML_CALL = re.compile(r"<function=([^>\s]+)>(?:\s*<parameter=[^>\s]+>.*?</parameter>)*\s*</function>", re.DOTALL)

@@ -58,7 +58,7 @@ def write_answers(
     lines, counts = [], dict[str, Counter[str]]()
     for index, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
         count = counts.setdefault(sample.task, Counter())
-        correct = sample.is_correct(answer.text)
+        correct = sample.is_correct(answer.text, tokenizer)
         count.update({"asked": 1, "wrong": int(not correct), "unended": int(not answer.ended)})
         messages = answered(tokenizer, sample, answer) if answer.ended else None
         count["changed"] += answer.ended and messages is None

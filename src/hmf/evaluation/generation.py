@@ -64,7 +64,9 @@ def task_accuracy(
             prompt_sha256, expected, answer, correct, truncated and tokens.
     """
     answers = generate_answers(model, tokenizer, samples, batch_size, max_new_tokens, title, compose)
-    correct = [one.ended and sample.is_correct(one.text) for sample, one in zip(samples, answers, strict=True)]
+    correct = [
+        one.ended and sample.is_correct(one.text, tokenizer) for sample, one in zip(samples, answers, strict=True)
+    ]
     if answers_file is not None:
         lines = []
         for index, (sample, answer) in enumerate(zip(samples, answers, strict=True)):

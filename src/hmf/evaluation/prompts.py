@@ -7,13 +7,13 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hmf.data.tasks import fitting
+from hmf.data.tasks import fitting, is_written_call, written_call
 from hmf.data.template import Template
 from hmf.data.tokenizer import encode_parts, encode_texts
 from hmf.errors import HmfError
@@ -110,7 +110,7 @@ class Prompter:
         """
         for index in range(count):
             rng = Random(f"{self.seed}:{task.name}:{length}:{index}")
-            problem = task.make(Draw(index, rng, self.tokenizer, (length or 0) - self.max_new_tokens))
+            problem = self._called(task.make(Draw(index, rng, self.tokenizer, (length or 0) - self.max_new_tokens)))
             made = self._fitted(index, problem, length, rng.getrandbits(32), task.name)
             if len(made.ids) + made.limit > self.context:
                 raise HmfError(
@@ -118,6 +118,22 @@ class Prompter:
                     f"{self.context:,} that {self.of}; lower --max-new-tokens"
                 )
             yield made
+
+    def _called(self, problem: Problem) -> Problem:
+        """The problem, whose answer is a call in the form of the chat template, if it writes tools and calls."""
+        call, tools, tokenizer = problem.call, problem.tools, self.tokenizer
+        if call is None or not tokenizer.chat_template:
+            return problem
+        prompt = [{"role": "user", "content": problem.question}]
+        try:
+            answer = written_call(call, prompt, tools, tokenizer)
+        except HmfError:
+            return problem
+        return replace(
+            problem,
+            answer=answer,
+            check=lambda text: problem.check(text) or is_written_call(text, call, prompt, tools, tokenizer),
+        )
 
     def _fitted(self, index: int, problem: Problem, length: int | None, places: int, name: str) -> Prompt:
         limit = len(encode_texts(self.tokenizer, [problem.answer])[0]) + self.max_new_tokens

@@ -39,6 +39,7 @@ class Problem:
     lines: list[str] = field(default_factory=list)
     facts: list[str] = field(default_factory=list)
     tools: list[dict[str, Any]] | None = None
+    call: dict[str, Any] | None = None  # the call of one of the tools that is the answer
     thinking: bool | None = None  # None: the setting of the evaluation
 
     def text(self, kept: int, rng: Random) -> str:
@@ -243,9 +244,7 @@ def arithmetic(draw: Draw) -> Problem:
     return Problem(question, str(result), exactly(str(result)), thinking=True)
 
 
-@task(
-    "exactly one call, as JSON: the tool's name, and the same arguments with values of the schema's types", long=False
-)
+@task("exactly one call, as JSON or as the chat template writes it, with values of the schema's types", long=False)
 def tool_schema(draw: Draw) -> Problem:
     """Four tools are offered. The request matches one of them and states a value for each of its parameters."""
     offered = [_tool(draw, name) for name in draw.words(4)]
@@ -260,6 +259,7 @@ def tool_schema(draw: Draw) -> Problem:
         answer=f"<tool_call>\n{json.dumps(call)}\n</tool_call>",
         check=lambda text: list(map(_typed, _calls(text, tools))) == [_typed(call)],
         tools=tools,
+        call=call,
     )
 
 

@@ -60,7 +60,10 @@ def evaluate_model(
     Returns:
         {"text": {perplexity, bits_per_byte, tokens, bytes}, "tasks": {name: {accuracy, n, truncated, interval}},
         "length", "seconds"}; with `compose`, also "compose".
+    Raises:
+        HmfError: the chat template cannot write a task, for example its tools.
     """
+    generated.require_template(tasks, tokenizer)
     started = time.perf_counter()
     was_training = model.training
     model.eval()

@@ -16,7 +16,7 @@ from hmf.config.pattern import require_fused
 from hmf.config.runs import DistillSettings
 from hmf.data.mixture import PromptDataset, mixture, row_length
 from hmf.data.tokenizer import load_tokenizer
-from hmf.errors import HmfError, notice
+from hmf.errors import HmfError, counted, listed, notice
 from hmf.model.checkpoint import load_model, save_checkpoint
 from hmf.priming.distance import stage1_flops_per_token
 from hmf.priming.objectives import train_only_mixers
@@ -89,6 +89,12 @@ def _trainer(
         mixture(settings.data, tokenizer, 0, seed), training, settings.data, settings.eval_data, tokenizer, seed
     )
     training = known_steps(training, rows)
+    layerwise, steps = settings.objective.layerwise_steps, training.steps
+    if layerwise >= steps and (others := settings.objective.model_fields_set - {"layerwise_steps"}):
+        notice(
+            f"objective.layerwise_steps: {layerwise:,} is not below the run's {counted(steps, 'step')}, so every mixer "
+            f"is trained on its own throughout, without {listed(sorted(others))}"
+        )
     args = arguments(
         training,
         checkpoints,

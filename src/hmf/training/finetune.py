@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
@@ -17,6 +17,7 @@ from hmf.config.layers import experts_per_token
 from hmf.config.runs import FinetuneRecipe
 from hmf.data.encoding import IGNORED
 from hmf.data.mixture import mixture, row_length
+from hmf.data.packing import PackedRow
 from hmf.data.preference import PairDataset, pair_dataset
 from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError
@@ -151,11 +152,20 @@ def rows_for(recipe: FinetuneRecipe, tokenizer: PreTrainedTokenizerBase) -> tupl
     supervised = torch.cat([row["labels"][row["position_ids"] > 0] != IGNORED for row in checked])
     if not supervised.any():
         raise HmfError(f"data: no token of the first {len(checked)} rows is supervised; give data with labels")
-    if recipe.method == "sft" and supervised.all():
+    if recipe.method == "sft" and not any(map(_has_prompt, checked)):
         raise HmfError(
             "data: every token is supervised, also in prompts; use method cpt for text, sft for conversations"
         )
     return dataset, evaluated
+
+
+def _has_prompt(row: PackedRow) -> bool:
+    """Whether a document of the row has tokens with and without labels. What fills the row up has none."""
+    inside = row["position_ids"] > 0
+    documents = (~inside).cumsum(0)[inside]
+    counts = documents.bincount()
+    supervised = documents.bincount(row["labels"][inside] != IGNORED)
+    return bool(((supervised > 0) & (supervised < counts)).any())
 
 
 def flops_per_token(model: PreTrainedModel) -> float | None:
@@ -189,12 +199,18 @@ class _References(TrainerCallback):
         """Read the log-likelihoods that were measured when the run began."""
         if not self.path.is_file():
             raise HmfError(f"{self.path}: is missing, and a resumed run cannot measure it again; choose another output")
-        with safe_open(self.path, "pt") as stored:
-            if stored.metadata().get("pairs") != self.rows.digest():
-                raise HmfError(
-                    f"{self.path}: was measured on other pairs; restore the run's pairs, or choose another output"
-                )
-            self.rows.references.copy_(stored.get_tensor("references"))
+        try:
+            with safe_open(self.path, "pt") as stored:
+                pairs, references = stored.metadata().get("pairs"), stored.get_tensor("references")
+        except SafetensorError as error:
+            raise HmfError(
+                f"{self.path}: is damaged ({error}), and a resumed run cannot measure it again; choose another output"
+            ) from None
+        if pairs != self.rows.digest():
+            raise HmfError(
+                f"{self.path}: was measured on other pairs; restore the run's pairs, or choose another output"
+            )
+        self.rows.references.copy_(references)
 
     @torch.no_grad()
     def measure(self) -> None:

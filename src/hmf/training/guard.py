@@ -132,9 +132,11 @@ class LossGuard:
             save_file(tensors, run / name, {"step": str(step), "reason": wrong})
             follow_umask(run / name)
         self.accelerator.wait_for_everyone()
+        # Before the first step, the learning rate has changed nothing.
+        fix = "lower the learning rate, or fix the data" if step > 1 else "check the weights of the model, and the data"
         raise HmfError(
             f"step {step}: {wrong}; the batch is in {run / ('bad_batch.safetensors' if alone else 'bad_batch.*')}, and "
-            "the last checkpoint is kept; lower the learning rate, or fix the data, with a new output"
+            f"the last checkpoint is kept; {fix}, with a new output"
         )
 
 

@@ -21,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from hmf.config.recipes import read_recipe
+from hmf.config.recipes import read_run
 from hmf.config.rope import RopeSettings
 from hmf.config.runs import DataSettings, evaluation_conflicts
 from hmf.config.strict import Seed, Settings, Steps, require_none
@@ -116,11 +116,11 @@ def main(recipe_path: str, overrides: Sequence[str] = ()) -> Path | None:
     `training.json`, a record of the model, data, time and versions.
 
     Args:
-        overrides: "KEY=VALUE", as in `read_recipe`.
+        overrides: "KEY=VALUE", as in `read_run`.
     Returns:
         The output folder; None in processes that only take part in training.
     """
-    recipe, text = read_recipe(recipe_path, PretrainRecipe, overrides)
+    recipe, text = read_run(recipe_path, PretrainRecipe, overrides)
     require_reporters(recipe.training.report_to)
     if recipe.model is not None and recipe.tokenizer is not None:  # both, or none
         try:

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import PrinterCallback
 
 from hmf.config.training import OptimiserSettings, ParallelSettings
-from hmf.errors import HmfError, notice
+from hmf.errors import HmfError, counted, notice
 from hmf.folders import claimed
 from hmf.gpus import parse_gpus
 
@@ -57,10 +57,11 @@ def arguments(
             parse_gpus(training.gpus)
         except HmfError as error:
             raise HmfError(str(error).replace("--gpu", "training.gpus", 1)) from None
-    if training.warmup >= training.steps > 1:
+    if training.warmup >= training.steps:
+        effect = "only rises" if training.steps > 1 else "is 0"
         notice(
-            f"training: the warm-up of {training.warmup:,} steps is not shorter than the run of {training.steps:,}, so "
-            "the learning rate only rises"
+            f"training: the warm-up of {counted(training.warmup, 'step')} is not shorter than the run of "
+            f"{training.steps:,}, so the learning rate {effect}"
         )
     schedule = (
         {"min_lr_rate": training.final_learning_rate_ratio}
