@@ -92,7 +92,7 @@ def written_call(
     end. HmfError if it leaves out the call or the tools."""
     template, turn = Template.of(tokenizer), _call_turn(call, thinking=False)
     turn["tool_calls"][0]["id"] = "a1b2c3d4e"  # Mistral's template asks for one of this length
-    messages = template.read([*prompt, turn], tools, {len(prompt): False}).messages
+    messages = template.read([*prompt, turn], tools, {len(prompt): False}, variables={}).messages
     whole = template.render(messages, tools, enable_thinking=False)
     for thinking in (False, True):
         before = template.render(messages[:-1], tools, add_generation_prompt=True, enable_thinking=thinking)
