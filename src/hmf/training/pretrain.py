@@ -105,6 +105,11 @@ class PretrainRecipe(Settings):
             raise ValueError(
                 "eval_data.prepared: hmf pretrain cannot use rows of another tokenizer; give text and tasks"
             )
+        if self.training.compile and self.training.torch_compile:
+            raise ValueError(
+                "training.compile and training.torch_compile: compile compiles the whole model, torch_compile each "
+                "layer; leave one of them out"
+            )
         require_none(evaluation_conflicts(self.data, self.eval_data, self.training))
         return self
 
