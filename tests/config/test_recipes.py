@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TrainingArguments
 
+from hmf.config.data import DataRecipe
 from hmf.config.recipes import SHOWN, load_recipe
 from hmf.config.runs import DistillRecipe, FinetuneRecipe, PrimeRecipe
 from hmf.config.strict import parse_yaml
@@ -129,6 +130,13 @@ def test_a_key_that_yaml_reads_as_a_switch_is_named(tmp_path, line):
     key = next(key for key in ("on", "no", "yes") if f"{key}:" in line)
     with pytest.raises(HmfError, match=f"the key '{key}' in line 2 means true or false in YAML; quote it"):
         load_recipe(file, DistillRecipe)
+
+
+def test_a_date_among_variables_of_the_template_is_to_be_quoted(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("sources: [{path: a.jsonl, shape: alpaca, chat_template_kwargs: {date_string: 2024-07-26}}]")
+    with pytest.raises(HmfError, match=r"sources.0.chat_template_kwargs.date_string: a value of JSON .*; quote it"):
+        load_recipe(file, DataRecipe)
 
 
 # ---- names

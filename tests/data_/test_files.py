@@ -162,14 +162,28 @@ def test_a_folder_with_a_held_out_split_needs_a_pattern(tmp_path):
         (tmp_path / name).write_text(json.dumps({"text": name}))
     both = ["data/latest-training.jsonl", "data/train_sft-0.jsonl"]
     assert read(tmp_path) == both
-    for name in ("data/test_sft-0.jsonl", "Validation.jsonl"):
-        (tmp_path / name).write_text("{}")
-        with pytest.raises(
-            HmfError, match=r"a training split \(.*train.*\) and a held-out one .* such as .*/\*train\*$"
-        ):
+    for name in ("data/test_sft-0.jsonl", "Validation.jsonl", "data/train_eval.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": name}))
+        with pytest.raises(HmfError, match=r"a training split \(.*train.*\) and a held-out one"):
             read(tmp_path)
-        assert read(tmp_path / "**" / "*train*") == both
         (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["train-0.jsonl", "Train.jsonl", "train/0.jsonl", "sub/training-1/b/train.jsonl"])
+def test_the_patterns_that_an_error_about_splits_names_read_the_files(tmp_path, name):
+    for file in (name, "test.jsonl", "train.md"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(json.dumps({"text": file}))
+    with pytest.raises(HmfError, match="a held-out one") as error:
+        read(tmp_path, format="jsonl")
+    words = str(error.value).split()
+    assert read(words[words.index("example") + 1].rstrip(",")) == [name]
+    assert sorted(read(words[words.index("or") + 1], format="jsonl")) == sorted([name, "test.jsonl"])
+
+
+def test_one_file_is_no_two_splits(tmp_path):
+    (tmp_path / "train_eval.jsonl").write_text('{"text": "a"}')
+    assert read(tmp_path) == ["a"]
 
 
 def test_a_pointer_is_no_data_set(tmp_path):

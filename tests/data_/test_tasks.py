@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from hmf.data import phrases, tasks
+from hmf.data.encoding import encode_chat
 from hmf.data.tokenizer import encode_texts
 from hmf.errors import HmfError
 from hmf.evaluation.run import evaluate_model
@@ -141,6 +142,49 @@ def test_a_call_in_a_form_of_any_template_is_right_for_its_tokenizer(tokenizer, 
         for value in call["arguments"].values():
             assert not sample.is_correct(words[0].replace(str(value), "x"), templated)
         assert not any(sample.is_correct(text, templated) for text in ("", "<|im_end|>", words[0] * 2, words[0][:-1]))
+
+
+NINE = "{% if ID | length != 9 %}{{ raise_exception('ids have 9 characters') }}{% endif %}"  # as Mistral's
+WITH_RESULTS = (
+    "{{ tools | tojson }}{% for m in messages %}<|im_start|>{{ m.content }}{% for c in m.tool_calls or [] %}"
+    f"{NINE.replace('ID', 'c.id')}{{{{ c.function | tojson }}}}{{% endfor %}}"
+    f"{{% if m.role == 'tool' %}}{NINE.replace('ID', 'm.tool_call_id')}{{% endif %}}"
+    "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
+
+
+def test_tasks_with_tools_have_ids_for_templates_that_need_them(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = WITH_RESULTS
+    tasks.require_template(["tool_call", "tool_answer"], other)
+    for task in ("tool_call", "tool_answer"):
+        sample = tasks.sample(task, 1, other, 512, thinking=False)
+        assert sample.text(other).startswith(sample.prompt(other))
+        assert encode_chat(other, sample.messages, sample.tools, turns="last")
+
+
+def test_a_template_without_results_is_refused_for_answers_from_them(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = WITH_RESULTS.replace(
+        "<|im_start|>{{ m.content }}", "<|im_start|>{{ m.content if m.role != 'tool' }}"
+    )
+    tasks.require_template(["tool_call"], other)
+    with pytest.raises(HmfError, match="tasks: tool_answer: .* leaves its content out .*of role .tool"):
+        tasks.require_template(["tool_answer"], other)
+
+
+def test_blanks_inside_texts_are_not_layout(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = (
+        "{{ tools | tojson }}{% for m in messages %}<|im_start|>{{ m.content }}{% if m.tool_calls %}"
+        f"{CALL_FORMS['python']}{{% endif %}}<|im_end|>{{% endfor %}}{{% if add_generation_prompt %}}<|im_start|>"
+        "{% endif %}"
+    )
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "string"}}}}}]
+    call, prompt = {"name": "f", "arguments": {"a": "x, y"}}, [{"role": "user", "content": "Call."}]
+    for text, right in (('f( a = "x, y" )', True), ('f(a="x,y")', False), ('f(a=" x, y")', False)):
+        given = f"<calls>{text}</calls>"
+        assert tasks.is_written_call(given, call, prompt, tools, other) is right
 
 
 def test_a_template_without_calls_is_refused_for_tasks_with_tools(tokenizer):

@@ -2,6 +2,7 @@
 """`hmf data answers`: what a model answered becomes training data with exactly the generated tokens."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -106,3 +107,14 @@ def test_the_command(tmp_path):
     ):
         arguments = wrong if wrong is options else [*options[:-1], str(tmp_path / "new.jsonl"), *wrong]
         assert message in str(CliRunner().invoke(app, arguments).exception)
+
+
+@pytest.mark.parametrize("command", [["data", "answers"], ["evaluate"]])
+def test_a_task_that_the_template_cannot_write_is_refused_first(tmp_path, command):
+    shutil.copytree(resolve_base("teacher"), tmp_path / "model")
+    (tmp_path / "model/chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+    (tmp_path / "model/model.safetensors").write_bytes(b"")  # not read
+    options = ["--tasks", "tool_call", "--out", str(tmp_path / "out.jsonl")]
+    error = CliRunner().invoke(app, [*command, str(tmp_path / "model"), *options]).exception
+    assert isinstance(error, HmfError) and "--tasks: tool_call: the chat template leaves tools out" in str(error)
+    assert not (tmp_path / "out.jsonl").exists()

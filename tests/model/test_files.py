@@ -232,7 +232,7 @@ def test_export_names_what_it_casts(base, capfd):
 def test_export_refuses_what_its_dtype_cannot_hold(base):
     edit(base, lambda tensors: tensors.update({NORM: torch.full((64,), 7e4)}))
     make_stage0(base, PATTERN, base.parent / "stage0")
-    said = f"--dtype float16: tensor {NORM} has 64 values beyond its range; give another dtype"
+    said = f"--dtype float16: tensor {NORM} has 64 values beyond its range; leave the dtype out"
     refused(said, export, base.parent / "stage0", base.parent / "out", torch.float16)
     assert not (base.parent / "out").exists()
     export(base.parent / "stage0", base.parent / "out", torch.bfloat16)

@@ -239,6 +239,17 @@ def test_divided_work_takes_less_of_each_gpu():
     assert split.tokens_per_step * 4 == one.tokens_per_step
 
 
+def test_compiled_layers_store_fewer_activations_unless_their_outputs_are_compared():
+    """`objective.layers` reads outputs by hooks, with which the layers run uncompiled."""
+
+    def activations(*overrides):
+        return plan_of("quickstart/recipe.yaml", "h200", *overrides).memory["activations"]
+
+    compiled = "distill.training.torch_compile=true"
+    assert activations(compiled) < activations()
+    assert activations(compiled, "distill.objective.layers=residuals") == activations()
+
+
 def test_flops_are_those_of_the_parameters_and_of_attention(recipes):
     """A dense count of Qwen3-8B's 18 + 18 layers in rows of 131,072 tokens."""
     plan = recipes.plan(RECIPES / "qwen3-8b" / "gdn-2-long.yaml")

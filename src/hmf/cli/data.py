@@ -23,7 +23,7 @@ from hmf.cli.shared import (
     tokens,
     typed,
 )
-from hmf.errors import HmfError, unknown_name
+from hmf.errors import HmfError, rewriting, unknown_name
 from hmf.folders import find_recipe, resolve_base
 
 app = group("Prepare and show training data.")
@@ -141,11 +141,15 @@ def data_answers(
     source = resolve_base(model)  # before imports that take seconds
     weights = _weights(tasks)
 
+    from hmf.data.tasks import require_template
     from hmf.data.tokenizer import load_tokenizer
     from hmf.evaluation.conversations import described, prompts, write_answers
     from hmf.evaluation.run import load_for_evaluation
 
-    loaded, tokenizer = load_for_evaluation(source, device, dtype), load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
+    with rewriting(lambda message: f"--{message}"):
+        require_template(weights, tokenizer)
+    loaded = load_for_evaluation(source, device, dtype)
     asked = prompts(tokenizer, weights, samples, length, seed)
     counts = write_answers(loaded.eval(), tokenizer, out, asked, batch_size, max_new_tokens, only_correct)
     typer.echo(f"written: {described(counts)}")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -226,8 +227,9 @@ def _evaluate_tasks(
     import json
 
     from hmf.config.runs import EvaluateSettings
-    from hmf.data.tasks import TASKS
-    from hmf.errors import unknown_name
+    from hmf.data.tasks import TASKS, require_template
+    from hmf.data.tokenizer import load_tokenizer
+    from hmf.errors import rewriting, unknown_name
     from hmf.evaluation.command import save_tasks, task_files
     from hmf.evaluation.run import evaluate_checkpoint
     from hmf.report.table import print_scores
@@ -237,6 +239,10 @@ def _evaluate_tasks(
             raise HmfError(f"--tasks: {unknown_name('task', task, TASKS)}")
     settings = EvaluateSettings.model_validate(fields)
     files = task_files(folders, out, name, how["compose"])
+    for model, folder in folders.items() if settings.tasks else ():
+        tokenizer = load_tokenizer(folder)
+        with rewriting(partial("{}: --{}".format, model)):
+            require_template(settings.tasks, tokenizer)
     scores = {model: evaluate_checkpoint(folder, settings, name=model, **how) for model, folder in folders.items()}
     if as_json:
         typer.echo(json.dumps(scores, indent=2))

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from hmf.errors import HmfError, listed, notice, rewriting, unknown_name
-from hmf.folders import RECIPE
+from hmf.folders import RECIPE, STAGE0
 
 from .data import DataRecipe
 from .runs import DistillRecipe, FinetuneRecipe, PrimeRecipe
@@ -32,6 +32,7 @@ _PLAIN = {
     "model_type": "a section of keys is expected",
     "path_type": "a path is expected; quote it",
     "invalid_key": "a key must be text; quote it",
+    "invalid-json-value": "a value of JSON is expected; quote it, as YAML reads 2024-07-26 as a date",
 }
 SHOWN = 20  # largest number of errors of a recipe in one message
 
@@ -85,7 +86,9 @@ def read_run(path: str | Path, kind: type[Recipe], overrides: Sequence[str] = ()
     command is started in another directory, where a relative `output` would be another folder."""
     recipe, text = read_recipe(path, kind, overrides)
     path, output = Path(path), recipe.output  # type: ignore[attr-defined]  # every run has one
-    begun = path.name == RECIPE and any((*path.parent.glob("*.log.json"), *path.parent.glob("selection*")))
+    begun = path.name == RECIPE and any(
+        next(path.parent.glob(name), None) for name in (STAGE0, "*.log.json", "selection*")
+    )
     named = any(override.startswith("output=") for override in overrides)
     if not begun or named or output.resolve() == path.parent.resolve():
         return recipe, text

@@ -130,13 +130,20 @@ class Source:
 
     def _require_one_split(self) -> None:
         """HmfError for a folder with files of a training split and of a held-out one, by the words in their names."""
-        names = [(self.name(path), {*re.split("[^a-z]+", self.name(path).lower())}) for path in self.files]
-        firsts = [next((name for name, words in names if words & split), None) for split in (_TRAIN, _HELD_OUT)]
-        if all(firsts):
+        words = {name: {*re.split("[^a-z]+", name.lower())} for name in map(self.name, self.files)}
+        held = next((name for name in words if words[name] & _HELD_OUT), None)
+        train = next((name for name in words if words[name] & _TRAIN and not words[name] & _HELD_OUT), None)
+        if train and held:
             place = str(self.settings.path).rstrip("/")
+            *folders, file = Path(train).parts
+            split = [number for number, part in enumerate(folders, 1) if _TRAIN & {*re.split("[^a-z]+", part.lower())}]
+            word = "".join(re.findall("train", file, re.IGNORECASE)[:1])
+            pattern = "/".join(folders[: split[0]]) if split else f"**/*{word}*{Path(file).suffix}"
+            suffixes = {path.suffix for path in self.files}
+            every = f"{place}/**/*{''.join(suffixes) if len(suffixes) == 1 else ''}"
             raise HmfError(
-                f"{self.settings.key}.path: {place}: holds a training split ({firsts[0]}) and a held-out one "
-                f"({firsts[1]}); name the files to read by a pattern, such as {place}/**/*train*"
+                f"{self.settings.key}.path: {place}: holds a training split ({train}) and a held-out one ({held}); "
+                f"name the files to read, for example {place}/{pattern}, or {every} for all of them"
             )
 
     def _json(self, path: Path) -> Iterator[Record]:

@@ -29,6 +29,7 @@ from hmf.errors import HmfError
 
 Message = dict[str, Any]
 MIN_LENGTH = 96  # tokens; a shorter recall or needle conversation has no room for its context
+_CALL_ID = "a1b2c3d4e"  # Mistral's templates ask for one of this length
 _OVERHEAD = 72  # tokens of a recall or needle conversation besides its context: turns, question, thinking, answer
 
 
@@ -79,8 +80,11 @@ def require_template(tasks: Iterable[str], tokenizer: PreTrainedTokenizerBase) -
         try:
             Template.of(tokenizer)
             if task in ("tool_call", "tool_answer"):
-                made = sample("tool_call", 0, tokenizer, MIN_LENGTH, thinking=False)
-                written_call(json.loads(made.answer), made.messages[:-1], made.tools, tokenizer)
+                made = sample(task, 0, tokenizer, MIN_LENGTH, thinking=False)
+                Template.of(tokenizer).read(made.messages, made.tools, {len(made.messages) - 1: False}, variables={})
+                made.prompt(tokenizer)
+                if task == "tool_call":
+                    written_call(json.loads(made.answer), made.messages[:-1], made.tools, tokenizer)
         except HmfError as error:
             raise HmfError(f"tasks: {task}: {error}, or leave the task out") from None
 
@@ -91,7 +95,6 @@ def written_call(
     """What the tokenizer's chat template writes for a turn with this call after `prompt`, without special tokens at the
     end. HmfError if it leaves out the call or the tools."""
     template, turn = Template.of(tokenizer), _call_turn(call, thinking=False)
-    turn["tool_calls"][0]["id"] = "a1b2c3d4e"  # Mistral's template asks for one of this length
     messages = template.read([*prompt, turn], tools, {len(prompt): False}, variables={}).messages
     whole = template.render(messages, tools, enable_thinking=False)
     for thinking in (False, True):
@@ -123,7 +126,7 @@ def _without_layout(text: str) -> str:
     """The text with its JSON in one layout, without the ids of calls, and without blanks beside punctuation."""
     parts, place, plain = list[str](), 0, 0
     while place < len(text):
-        if text[place] in "[{":
+        if text[place] in '[{"':
             with suppress(ValueError):
                 value, end = scan_json(text, place)
                 for part in value if isinstance(value, list) else [value]:
@@ -347,7 +350,8 @@ def _tool_answer(rng: Random, tokenizer: PreTrainedTokenizerBase, length: int, s
     final = {"role": "assistant", "content": answer}
     if thinking:
         final["reasoning_content"] = f"The tool says {result}."
-    messages = [*messages, _call_turn(call, thinking), {"role": "tool", "content": content}, final]
+    told = {"role": "tool", "tool_call_id": _CALL_ID, "content": content}
+    messages = [*messages, _call_turn(call, thinking), told, final]
     return Sample("tool_answer", messages, answer, thinking, tools)
 
 
@@ -367,7 +371,8 @@ def _tool_request(rng: Random) -> tuple[list[Message], dict[str, Any], list[dict
 def _call_turn(call: dict[str, Any], thinking: bool) -> Message:
     """The assistant's turn with one call of a tool."""
     # OpenAI clients send arguments as a JSON string, others as a dict; the rendered text is the same.
-    turn = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+    tool_call = {"id": _CALL_ID, "type": "function", "function": call}
+    turn = {"role": "assistant", "content": "", "tool_calls": [tool_call]}
     if thinking:
         arguments = ", ".join(f"{key} {value}" for key, value in call["arguments"].items())
         turn["reasoning_content"] = f"I call {call['name']} with {arguments}."

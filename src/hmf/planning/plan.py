@@ -133,6 +133,13 @@ class TrainingPlan:
         return buckets + casts
 
     @property
+    def _compiled(self) -> bool:
+        """Whether decoder layers run compiled. An objective that compares outputs inside them runs them uncompiled."""
+        recipe = self.job.recipe
+        hooks = isinstance(recipe, DistillSettings) and recipe.objective.layers != "none"
+        return self.training.torch_compile and not hooks
+
+    @property
     def _backward_layers(self) -> list[nn.Module]:
         """The layers that store activations for the backward pass."""
         layers = list(self.job.model.model.layers)
@@ -142,7 +149,7 @@ class TrainingPlan:
         tokens = self.training.per_device_train_batch_size * self.job.sequence_length / self.training.sequence_parallel
         config = self.job.model.config
         stream = WIDE * config.hidden_size  # the residual stream is in float32
-        copies = COMPILED_COPIES if self.training.torch_compile else COPIES
+        copies = COMPILED_COPIES if self._compiled else COPIES
         inside = [
             copies * self._width * linear_widths(layer, config) + GKA_COPIES * WIDE * _solved_width(layer)
             for layer in self._backward_layers

@@ -50,8 +50,8 @@ def export(
         for tensor in changed:
             if count := not_finite(hybrid.get_parameter(tensor)):
                 raise HmfError(
-                    f"--dtype {name}: tensor {tensor} has {count} values beyond its range; give another dtype, such as "
-                    "bfloat16"
+                    f"--dtype {name}: tensor {tensor} has {count} values beyond its range; leave the dtype out, which "
+                    "keeps that of each tensor"
                 )
     save(hybrid, out, companions=fused)
     return hybrid
