@@ -468,10 +468,9 @@ def test_the_recipe_of_a_run_folder_continues_that_run(tmp_path, monkeypatch, ca
     run_folder.mkdir()
     recipe = run_folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**PRIME, "output": "runs/first"}))
+    (run_folder / "stage0").mkdir()  # by hmf init, beside the recipe
     assert read_run(recipe, PrimeRecipe)[0].output == Path("runs/first")  # no run is here
-    (run_folder / "stage0").mkdir()
-    assert read_run(recipe, PrimeRecipe)[0].output == run_folder
-    (run_folder / "stage0").rename(run_folder / "stage1.log.json")
+    (run_folder / "stage1.log.json").touch()
     settings, text = read_run(recipe, PrimeRecipe)
     assert settings.output == run_folder and text == recipe.read_text()
     assert "continues the run in its folder, not in output, runs/first; --set output=DIR" in capsys.readouterr().err

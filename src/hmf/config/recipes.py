@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from hmf.errors import HmfError, listed, notice, rewriting, unknown_name
-from hmf.folders import RECIPE, STAGE0
+from hmf.folders import HOLDER, RECIPE
 
 from .data import DataRecipe
 from .runs import DistillRecipe, FinetuneRecipe, PrimeRecipe
@@ -86,9 +86,8 @@ def read_run(path: str | Path, kind: type[Recipe], overrides: Sequence[str] = ()
     command is started in another directory, where a relative `output` would be another folder."""
     recipe, text = read_recipe(path, kind, overrides)
     path, output = Path(path), recipe.output  # type: ignore[attr-defined]  # every run has one
-    begun = path.name == RECIPE and any(
-        next(path.parent.glob(name), None) for name in (STAGE0, "*.log.json", "selection*")
-    )
+    # Only what nobody else writes beside a recipe: the log of a training, and what a killed process leaves.
+    begun = path.name == RECIPE and any(any(path.parent.glob(name)) for name in ("*.log.json", HOLDER))
     named = any(override.startswith("output=") for override in overrides)
     if not begun or named or output.resolve() == path.parent.resolve():
         return recipe, text
