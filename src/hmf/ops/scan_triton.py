@@ -7,6 +7,7 @@ Legend: S sequences, n chunks, H heads, K/V key/value head dims.
 from __future__ import annotations
 
 import functools
+from itertools import accumulate
 
 import torch
 import triton
@@ -36,7 +37,7 @@ def _scan(carry, update, out, state, firsts, counts, size, H: tl.constexpr, BLOC
 @functools.lru_cache(maxsize=8)
 def _steps(sequences: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The first chunk of each step, and the number of chunks of each sequence."""
-    firsts = [sum(sequences[:step]) for step in range(len(sequences))]
+    firsts = [0, *accumulate(sequences[:-1])]
     counts = [sum(count > sequence for count in sequences) for sequence in range(max(sequences, default=0))]
     return on_device(firsts, device), on_device(counts, device)
 
