@@ -51,6 +51,9 @@ def test_every_recipe_passes_the_dry_run(recipes, path):
     assert plan.fits, plan.advice()
     assert plan.gpu_hours > 0
     if large:
+        sizes = {planner.size_of(planner.figures(plan)["sum_bytes"])}
+        table = [line for line in (path.parent / "README.md").read_text().splitlines() if f"| {path.stem} |" in line]
+        assert all(sizes & {cell.strip() for cell in line.split("|")} for line in table)
         assert plan.tokens == pytest.approx(TOKENS[path.stem.split("-", 1)[1]], rel=0.01)
 
 

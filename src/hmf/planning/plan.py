@@ -39,10 +39,10 @@ WIDE = 4  # bytes of a float32 number: a master weight, a gradient or a moment
 # Activations that a layer stores for the backward pass, in multiples of the inputs and outputs of its linear layers:
 # norms, rotary positions, gates and casts create further tensors of the same widths. Compiled layers store fewer. These
 # and the next figure are from measured peaks (docs/performance.md), rounded up.
-COPIES, COMPILED_COPIES = 1.6, 0.9
+COPIES, COMPILED_COPIES = 1.5, 0.75
 # What GKA's op stores beside these, in multiples of float32 tensors [tokens, heads, head_dim]: states between chunks,
 # decays, and float32 copies of queries, keys and values.
-GKA_COPIES = 18
+GKA_COPIES = 19
 LOGITS = 4 * WIDE * LOGITS_AT_ONCE  # four tensors of the size of a chunk of logits
 FRAMEWORK = 3 * GIB  # CUDA context, kernel workspaces, buffers of the communication library
 
@@ -140,18 +140,27 @@ class TrainingPlan:
         return sum(x.numel() * (2 if x in self._narrow else WIDE) for x in parameters)
 
     def _copies(self) -> float:
-        """Bytes of gradient buckets and cached casts of weights. If the weights are sharded, bytes of the gathered
-        weights (those outside the layers, and of two layers) and of one layer's gradients."""
+        """Bytes of gradient buckets and of weights that autocast casts. If the weights are sharded, also bytes of the
+        gathered weights (those outside the layers, and of two layers) and of one layer's gradients."""
         layers = [list(layer.parameters()) for layer in self.job.model.model.layers]
         inside = {x for layer in layers for x in layer}
         outside = [x for x in self.job.model.parameters() if x not in inside]
-        casts = [sum(x.numel() for x in part if x not in self._narrow) for part in (*layers, outside)]
-        cast = 2 * (max(casts[:-1]) + casts[-1]) if self._width == 2 else 0
+        casts = self._casts(outside) if self._width == 2 else 0
         if self.divisors[0] > 1:
             gradients = max(sum(x.numel() for x in layer if x.requires_grad) for layer in layers)
-            return self._bytes(outside) + 2 * max(map(self._bytes, layers)) + WIDE * gradients + cast
-        buckets = WIDE * self.trained if self.ranks > 1 else 0
-        return buckets + cast + (2 * self.trained if self._width == 2 else 0)
+            return self._bytes(outside) + 2 * max(map(self._bytes, layers)) + WIDE * gradients + casts
+        return casts + (WIDE * self.trained if self.ranks > 1 else 0)
+
+    def _casts(self, outside: list[nn.Parameter]) -> int:
+        """Bytes of the copies in bfloat16 that the backward pass needs; recomputation needs those of one layer at a
+        time, but autocast keeps those of trained weights if these are not sharded."""
+        recomputed, unsharded = self.training.gradient_checkpointing, self.divisors[0] == 1
+        kept, briefly = sum(x.numel() for x in outside if x not in self._narrow), 0
+        for layer in self._backward_layers:
+            wide = [x for x in layer.parameters() if x not in self._narrow]
+            always = sum(x.numel() for x in wide if not recomputed or (unsharded and x.requires_grad))
+            kept, briefly = kept + always, max(briefly, sum(x.numel() for x in wide) - always)
+        return 2 * (kept + briefly + self.job.adapters)
 
     @property
     def _compiled(self) -> bool:

@@ -119,8 +119,11 @@ def complete_units(model: PreTrainedModel) -> None:
 
 
 def autocast_forward(model: nn.Module, device_type: str) -> None:
-    """Autocast the forward pass of `model` to bfloat16, as accelerate does without FSDP2."""
-    model.forward = torch.autocast(device_type, torch.bfloat16)(model.forward)
+    """Autocast the forward pass of `model` to bfloat16, as accelerate does without FSDP2.
+
+    The cache of autocast would keep copies of all gathered weights until the end of the forward pass.
+    """
+    model.forward = torch.autocast(device_type, torch.bfloat16, cache_enabled=False)(model.forward)
 
 
 def whole_weights(model: nn.Module) -> dict[str, Any] | None:
