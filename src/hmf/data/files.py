@@ -24,6 +24,7 @@ from typing import Any
 
 from hmf.config.strict import scan_json
 from hmf.errors import HmfError, listed, one_line
+from hmf.folders import require_downloaded
 
 TEXT_SUFFIXES = (".py", ".txt", ".md")
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"} | dict.fromkeys(
@@ -102,8 +103,7 @@ def downloaded(files: list[Path]) -> list[Path]:
     """The files. HmfError if Git LFS has not downloaded one of them."""
     for file in files:
         with _readable(file):
-            if file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs.github.com/spec/"):
-                raise HmfError(f"{file}: is a pointer of Git LFS, not the file; run `git lfs pull` in its repository")
+            require_downloaded(file)
     return files
 
 
