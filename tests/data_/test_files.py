@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 from datetime import date
+from decimal import Decimal
 
 import datasets
 import pyarrow as pa
@@ -162,14 +163,25 @@ def test_a_folder_with_a_held_out_split_needs_a_pattern(tmp_path):
         (tmp_path / name).write_text(json.dumps({"text": name}))
     both = ["data/latest-training.jsonl", "data/train_sft-0.jsonl"]
     assert read(tmp_path) == both
-    for name in ("data/test_sft-0.jsonl", "Validation.jsonl", "data/train_eval.jsonl"):
+    held_out = (
+        "testSet.jsonl",
+        "data/devset.jsonl",
+        "TESTDATA.jsonl",
+        "tests.jsonl",
+        "held_out.jsonl",
+        "holdout/0.jsonl",
+    )
+    for name in ("data/test_sft-0.jsonl", "Validation.jsonl", "data/train_eval.jsonl", *held_out):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"text": name}))
         with pytest.raises(HmfError, match=r"a training split \(.*train.*\) and a held-out one"):
             read(tmp_path)
         (tmp_path / name).unlink()
 
 
-@pytest.mark.parametrize("name", ["train-0.jsonl", "Train.jsonl", "train/0.jsonl", "sub/training-1/b/train.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["train-0.jsonl", "Train.jsonl", "trainSet.jsonl", "train/0.jsonl", "sub/training-1/b/train.jsonl"]
+)
 def test_the_patterns_that_an_error_about_splits_names_read_the_files(tmp_path, name):
     for file in (name, "test.jsonl", "train.md"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -319,7 +331,7 @@ REFUSED = {
     "unwanted, as a number": (
         {"prompt": "a", "completion": "b", "label": 0},
         "prompt_completion",
-        "'label' is 0, as KTO .*ignore_fields if it means something else",
+        "'label' is 0, as KTO .*ignore_fields",
     ),
     "messages": ({"conversations": said(("user", "a"))}, "sharegpt", "leave shape out and set messages_field"),
     "messages as text": (
@@ -449,6 +461,13 @@ UNREAD = {
     "unwanted, as a number": ({"kto_tag": 0}, "'kto_tag' is 0"),
     "unwanted, as text": ({"label": "False"}, "'label' is false"),
     "mask of answers": ({"train": [0, 1]}, "'train' has 0 or 1 for each message"),
+    "mask of answers as text": ({"learnt": "[0, 1]"}, "'learnt' has 0 or 1 for each message"),
+    "weights": ({"lossWeights": [1.0, 0.5]}, r"'lossWeights' is \[1.0, 0.5\], but rows have no weights"),
+    "weight of the row": ({"weight": 0}, "'weight' is 0, but rows have no weights; remove the row"),
+    "row that is not learnt": ({"is_train": False}, "'is_train' is False, but rows have no weights"),
+    "system message in one word": ({"systemPrompt": "Be kind."}, "'systemPrompt' belongs"),
+    "image": ({"image_url": "a.png"}, "'image_url' belongs"),
+    "tools without schemas": ({"all_tools": [{"name": "f", "description": "d"}]}, "set tools_field: all_tools"),
 }
 
 
@@ -460,6 +479,44 @@ def test_fields_under_other_names_are_not_passed_over(tmp_path, name):
         shaped(tmp_path, row, messages_field="messages")
     ignored = shaped(tmp_path, row, messages_field="messages", ignore_fields=list(more))
     assert ignored.messages == row["messages"] and not ignored.unread
+
+
+def test_the_answer_to_the_last_message_is_not_passed_over(tmp_path):
+    """In data sets with a prompt of several turns, the answer is in another field."""
+    asked = said(("user", "a"), ("assistant", "b"), ("user", "c"))
+    for name in ("output", "response", "Answer"):
+        row = {"messages": asked, name: "d"}
+        with pytest.raises(HmfError, match=f"'{name}' may hold the answer to the last message.* of role 'user'"):
+            shaped(tmp_path, row, messages_field="messages")
+        assert not shaped(tmp_path, row, messages_field="messages", ignore_fields=[name]).unread
+        answered = row | {"messages": [*asked, *said(("assistant", "d"))]}
+        assert shaped(tmp_path, answered, messages_field="messages").unread == (name,)
+
+
+def test_fields_that_weight_nothing_are_facts(tmp_path):
+    facts = {"weight": 1.0, "train": True, "mask_token": "[MASK]", "weights": "open"}
+    row = {"messages": said(("user", "a"), ("assistant", "b"))} | facts
+    assert shaped(tmp_path, row, messages_field="messages").unread == (*facts,)
+    pair = PAIRS[None] | {"weight": 0.5}
+    with pytest.raises(HmfError, match="'weight' is 0.5, but rows have no weights;.*add it to pairs.ignore_fields"):
+        shaped(tmp_path, pair, PairSettings)
+    assert not shaped(tmp_path, pair, PairSettings, ignore_fields=["weight"]).unread
+
+
+@pytest.mark.parametrize("value", [date(2024, 1, 2), Decimal("1.50"), b"ab"], ids=["date", "decimal", "bytes"])
+def test_values_of_tables_that_json_does_not_have_are_named(tmp_path, value):
+    file = tmp_path / "a.parquet"
+    call = {"function": {"name": "f", "arguments": {"x": value}}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+    pq.write_table(pa.Table.from_pylist([{"messages": turns}]), file)
+    [record] = Source(settings := SourceSettings(path=str(file), messages_field="messages")).records()
+    with pytest.raises(HmfError, match=r"messages\[1\].*arguments.x: JSON has no values of type .* as text"):
+        content(record, settings)
+    ignored = [{"role": "user", "content": "q", "time": value}, {"role": "assistant", "content": "a"}]
+    pq.write_table(pa.Table.from_pylist([{"messages": ignored}]), file)
+    settings = SourceSettings(path=str(file), messages_field="messages", ignore_keys=["time"])
+    [record] = Source(settings).records()
+    assert len(content(record, settings).messages) == 2
 
 
 def test_variables_of_the_template_are_those_of_the_row_and_the_recipe(tmp_path):
@@ -488,6 +545,8 @@ def test_variables_of_the_template_are_those_of_the_row_and_the_recipe(tmp_path)
         PairSettings(
             path="a.jsonl", chat_template_kwargs={"date_string": date(2024, 7, 26)}
         )  # as YAML reads 2024-07-26
+    with pytest.raises(ValueError, match="chat_template_kwargs.effort: has no value"):
+        PairSettings(path="a.jsonl", chat_template_kwargs={"effort": None})
 
 
 def test_tools_may_be_json_texts(tmp_path):

@@ -35,6 +35,9 @@ class PlaceSettings(Settings):
             raise ValueError("give either path or dataset")
         if set(self.ignore_keys) & {"role", "content"}:
             raise ValueError("ignore_keys: role and content are required in a message and cannot be ignored")
+        for name, value in self.chat_template_kwargs.items():
+            if value is None:
+                raise ValueError(f"chat_template_kwargs.{name}: has no value; give one, or leave it out")
         for key in ("subset", "revision") if self.dataset is None else ("format",):
             if getattr(self, key) is not None:
                 raise ValueError(

@@ -25,7 +25,9 @@ _ELSEWHERE = {
         "unknown key; write weight, 0 for a turn that is not supervised, or add it to ignore_keys",
     ),
     "functions": "belongs to OpenAI's older format; write tools beside the messages",
+    "tools": "unknown key; write tools beside the messages",
 }
+SCHEMAS = ("parameters", "input_schema", "inputSchema")  # names of the schema of a tool in common formats
 
 
 def normalise(
@@ -33,9 +35,9 @@ def normalise(
 ) -> tuple[list[Message], list[Message] | None]:
     """Bring a conversation into the normal form that chat templates read. The function is idempotent.
 
-    `arguments` in JSON text become objects. Calls without `function` get one. A tool's result that is an object, a list
-    or a number becomes JSON text. Results are sorted in the order of their calls. Keys without a value (null or empty)
-    and those in `ignore_keys` are left out.
+    `arguments` and schemas of tools in JSON text become objects. Calls without `function` get one. A tool's result that
+    is an object, a list or a number becomes JSON text. Results are sorted in the order of their calls. Keys without a
+    value (null or empty) and those in `ignore_keys` are left out.
 
     Raises:
         HmfError: names the message and the key of an unknown key, content that is not text, arguments that are not a
@@ -46,13 +48,7 @@ def normalise(
         raise HmfError(f"messages: a list of messages is expected, not {_kind(messages)}")
     if tools is not None and not isinstance(tools, list):
         raise HmfError(f"tools: a list of tools is expected, not {_kind(tools)}")
-    for number, tool in enumerate(tools or ()):
-        function = tool.get("function") or tool if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise HmfError(
-                f"tools[{number}]: is not a function with a name; write {{type: function, function: {{name: ...}}}}"
-            )
-    require_text(tools, "tools")
+    tools = [_tool(tool, f"tools[{number}]") for number, tool in enumerate(tools or ())]
     return _linked([_message(message, f"messages[{i}]", ignored) for i, message in enumerate(messages)]), tools or None
 
 
@@ -200,6 +196,36 @@ def _part(part: Any, place: str, ignored: frozenset[str]) -> Message:
     return {"type": "text", "text": text}
 
 
+def _tool(tool: Any, place: str) -> Message:
+    """The tool, with an object in place of a schema that is JSON text."""
+    function = tool.get("function") or tool if isinstance(tool, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise HmfError(f"{place}: is not a function with a name; write {{type: function, function: {{name: ...}}}}")
+    require_text(tool, place)
+    path = place if function is tool else f"{place}.function"
+    made = function | {name: _schema(function[name], f"{path}.{name}") for name in SCHEMAS if function.get(name)}
+    return made if function is tool else tool | {"function": made}
+
+
+def _schema(value: Any, place: str) -> Any:
+    value = _parsed(value, place)
+    if isinstance(value, dict) and isinstance(properties := value.get("properties"), str):
+        value = value | {"properties": _parsed(properties, f"{place}.properties")}
+    return value
+
+
+def _parsed(value: Any, place: str) -> Any:
+    """The value of JSON text; any other value unchanged."""
+    if not isinstance(value, str):
+        return value
+    try:
+        value = parse_json(value)
+    except ValueError as error:
+        raise HmfError(f"{place}: is text but not valid JSON ({error}); write an object") from None
+    require_text(value, place)
+    return value
+
+
 def _calls(calls: Any, place: str, ignored: frozenset[str]) -> list[Message]:
     if not isinstance(calls, list):
         raise HmfError(f"{place}: a list of calls is expected, not {_kind(calls)}")
@@ -229,13 +255,7 @@ def _arguments(value: Any, place: str) -> dict[str, Any]:
     """A call's arguments as an object. In the OpenAI format, they are JSON text."""
     if value is None:
         return {}
-    if isinstance(value, str):
-        try:
-            value = parse_json(value)
-        except ValueError as error:
-            raise HmfError(f"{place}: is text but not valid JSON ({error}); write an object") from None
-        require_text(value, place)
-    if not isinstance(value, dict):
+    if not isinstance(value := _parsed(value, place), dict):
         raise HmfError(f"{place}: an object is expected, not {_kind(value)}")
     return value
 

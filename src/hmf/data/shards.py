@@ -41,7 +41,7 @@ from hmf.data.sources import Record, Source, content, digest
 from hmf.data.tokenizer import load_tokenizer, special_tokens
 from hmf.errors import HmfError
 
-FORMAT = 4  # version of the file format and of the encoding; shards of other versions are not used
+FORMAT = 5  # version of the file format and of the encoding; shards of other versions are not used
 HASH_BYTES = 32
 SHARD_BYTES = 8 << 20  # a shard ends at this size of its records, or at the recipe's shard_documents
 _SCHEMA = pa.schema(

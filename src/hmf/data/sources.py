@@ -25,9 +25,9 @@ from hmf.data import files, formats, text
 from hmf.data.formats import Conversation, Pair
 from hmf.errors import HmfError, unknown_name
 
-# Words in the names of files that stand for splits, as for the datasets library.
+# Words in the names of files that stand for splits: those of the datasets library, and others.
 _TRAIN = {"train", "training"}
-_HELD_OUT = {"test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev"}
+_HELD_OUT = {"test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev", "held", "heldout", "holdout"}
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,13 @@ class Source:
 
     def _require_one_split(self) -> None:
         """HmfError for a folder with files of a training split and of a held-out one, by the words in their names."""
-        words = {name: {*re.split("[^a-z]+", name.lower())} for name in map(self.name, self.files)}
+        words = {name: _words(name) for name in map(self.name, self.files)}
         held = next((name for name in words if words[name] & _HELD_OUT), None)
         train = next((name for name in words if words[name] & _TRAIN and not words[name] & _HELD_OUT), None)
         if train and held:
             place = str(self.settings.path).rstrip("/")
             *folders, file = Path(train).parts
-            split = [number for number, part in enumerate(folders, 1) if _TRAIN & {*re.split("[^a-z]+", part.lower())}]
+            split = [number for number, part in enumerate(folders, 1) if _TRAIN & _words(part)]
             word = "".join(re.findall("train", file, re.IGNORECASE)[:1])
             pattern = "/".join(folders[: split[0]]) if split else f"**/*{word}*{Path(file).suffix}"
             suffixes = {path.suffix for path in self.files}
@@ -213,6 +213,12 @@ class Source:
             raise HmfError(f"{place}: the datasets library cannot read it ({' '.join(str(error).split())})") from None
 
 
+def _words(name: str) -> set[str]:
+    """The words of a file's name in lower case, without an ending as in trainset, testData and tests."""
+    words = re.findall("[A-Z]?[a-z]+|[A-Z]+", name)
+    return {re.sub("(?:set|data|split|s)$", "", word.lower()) for word in words}
+
+
 def _batch_size(facts: Any) -> int:
     """Number of rows of a Parquet file to read at once, such that they fit into memory even if one row holds it all."""
     groups = (facts.row_group(number) for number in range(facts.num_row_groups))
@@ -276,7 +282,8 @@ def _row(value: bytes | dict[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise HmfError(f"not valid JSON ({error})") from None
     if not isinstance(row, dict):
-        raise HmfError(f"a JSON object is expected, not {formats.kind_of(row)}")
+        fix = "; rename the file to .json, since it holds an array" if isinstance(row, list) else ""
+        raise HmfError(f"a JSON object is expected, not {formats.kind_of(row)}{fix}")
     return row
 
 

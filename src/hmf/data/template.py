@@ -15,12 +15,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from hmf.data import rendering
-from hmf.data.conversation import REASONING_FIELDS, RESULT_ROLES, ROLES, Message, strings_of
+from hmf.data.conversation import REASONING_FIELDS, RESULT_ROLES, ROLES, SCHEMAS, Message, strings_of
 from hmf.data.forms import NUMBER, PART, SPELLED, Form, spelled
 from hmf.data.marked import TOOLS, Leaf, MarkedConversation
 from hmf.errors import HmfError
@@ -135,6 +136,20 @@ class Template:
             HmfError: there is no such form. The message names what the template omits, of the first form on which it
                 does not fail.
         """
+        try:
+            return self._read(messages, tools, answers, variables)
+        except HmfError as error:
+            if isinstance(error, _Limit) or not tools or all("function" in tool for tool in tools):
+                raise
+            # Tools without the key `function`, as some data sets have them, for a template that reads this key.
+            wrapped = [tool if "function" in tool else _wrapped(tool) for tool in tools]
+            with suppress(HmfError):
+                return self._read(messages, wrapped, answers, variables)
+            raise
+
+    def _read(
+        self, messages: list[Message], tools: list[Any] | None, answers: dict[int, bool], variables: dict[str, Any]
+    ) -> MarkedConversation:
         conversation = MarkedConversation(messages, tools, variables)
         key = (conversation.structure, *answers.items())
         refusals: list[HmfError] = []
@@ -150,7 +165,7 @@ class Template:
                 continue
             keep(self.forms, key, form)
             inside = self._untagged(conversation, max(answers), answers[max(answers)])
-            return conversation if inside == messages else self.read(inside, tools, answers, variables)
+            return conversation if inside == messages else self._read(inside, tools, answers, variables)
         raise next((error for error in refusals if not isinstance(error, _Failure)), refusals[0])
 
     def require_variables(self, variables: dict[str, Any], tools: list[Any] | None) -> None:
@@ -235,6 +250,9 @@ class Template:
                     f"messages[{leaf.message}].{leaf.path}: the chat template writes it more than once; use another "
                     "template"
                 )
+        for marker, leaf in conversation.properties.items():
+            if marker not in text:
+                raise self._lost(conversation, leaf)
         if any(message <= last for message in conversation.literals):
             self._require_literals(conversation, last, thinking, text)
         # A template may move the system's message, for example to the turn before the answer.
@@ -318,6 +336,11 @@ class Template:
             f"messages[{leaf.message}]: the chat template leaves its {leaf.what} out ({leaf.path}, of role {role!r}); "
             f"{fix}use a tokenizer whose template writes {leaf.what}"
         )
+
+
+def _wrapped(tool: Message) -> Message:
+    function = {"parameters" if key in SCHEMAS else key: tool[key] for key in tool if key != "type"}
+    return {"type": "function", "function": function}
 
 
 @functools.lru_cache(maxsize=8)
