@@ -2,7 +2,9 @@
 """One reader: what files hold is read, however they are packed, or named in one line."""
 
 import bz2
+import csv
 import gzip
+import io
 import json
 import lzma
 import os
@@ -118,7 +120,13 @@ BAD = {
     "pointer.txt": (POINTER, "pointer.txt: is a pointer of Git LFS"),
     "none.parquet": (b"", "none.parquet: row 0: not readable Parquet"),
     "a.parquet.gz": (b"", "nothing to read .a.parquet.gz"),
-    "a.csv": (b"text\na", "nothing to read .a.csv"),
+    "a.xlsx": (b"text\na", "nothing to read .a.xlsx"),
+    "long.csv": (b"text,id\n\na,b,c\n", "long.csv:3: the row does not have 2 cells, as the first line has"),
+    "short.csv": (b'id,text\n1,"a\nb"\n2\n', "short.csv:4: the row does not have 2 cells"),
+    "twice.csv": (b"text,text\na,b\n", "twice.csv:1: two columns have the name 'text'"),
+    "open.csv": (b'text,id\n"a,b\n', "open.csv:2: not valid CSV"),
+    "semicolon.csv": (b"text;id\na;b\n", "semicolon.csv:2: no field 'text'; the row has 'text;id'"),
+    "utf16.csv": ("text\na\n".encode("utf-16"), "utf16.csv:1: cannot be read .'utf-8' codec"),
 }
 
 
@@ -129,6 +137,25 @@ def test_what_cannot_be_read_is_one_line_with_its_place(tmp_path, name):
     with pytest.raises(HmfError, match=expected) as caught:
         read(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.csv.gz"])
+def test_cells_of_csv_are_texts_as_they_are_in_the_file(tmp_path, name):
+    """No number loses its zeros, and no text such as NA is read as a missing value."""
+    values = ["007", "NA", "null", "1e5", 'a "b", c', "two\r\nlines", "é 😀"]
+    written, mark = io.StringIO(), "\ufeff"
+    rows = csv.writer(written, delimiter="\t" if "TSV" in name else ",")
+    rows.writerows([["instruction", "input", "output", "n"]] + [["q", value, value, 1] for value in values])
+    (tmp_path / name).write_bytes(PACK[".gz" if ".gz" in name else ""]((mark + written.getvalue()).encode()))
+    settings = SourceSettings(path=str(tmp_path), shape="alpaca", name="rows")
+    records = list(Source(settings).records())
+    assert [record.where for record in records] == [f"{name}:{line}" for line in (2, 3, 4, 5, 6, 7, 10)]
+    found = [content(record, settings) for record in records]
+    assert [[message["content"] for message in talk.messages] for talk in found] == [[f"q\n{v}", v] for v in values]
+    assert {talk.unread for talk in found} == {("n",)}
+    (tmp_path / "more.jsonl").write_text("{}")
+    with pytest.raises(HmfError, match="holds csv and jsonl files; set format to the one to read"):
+        Source(settings)
 
 
 def test_a_line_has_a_limit(tmp_path, monkeypatch):
@@ -219,11 +246,11 @@ def test_files_that_are_not_read_are_named(tmp_path, capsys):
     (tmp_path / "x.jsonl").mkdir()
     for name in ("a.jsonl", "inner/b.JSONL", "x.jsonl/c.jsonl"):
         (tmp_path / name).write_text(json.dumps({"text": name}))
-    for name in ("LICENSE", "b.csv", ".git/d.jsonl", "z.sha256"):
+    for name in ("LICENSE", "b.bin", ".git/d.jsonl", "z.sha256"):
         (tmp_path / name).write_text("?")
     (tmp_path / "link").symlink_to(tmp_path / "inner")
     assert sorted(read(tmp_path)) == ["a.jsonl", "inner/b.JSONL", "x.jsonl/c.jsonl"]
-    assert ": not read: .git/, LICENSE, b.csv and 2 more" in capsys.readouterr().err
+    assert ": not read: .git/, LICENSE, b.bin and 2 more" in capsys.readouterr().err
     assert read(tmp_path / "*.jsonl") == ["a.jsonl"]
     assert ": not read: x.jsonl/" in capsys.readouterr().err
     (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")

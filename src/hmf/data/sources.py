@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sources of documents and pairs: JSON, Parquet, text files, data sets of the `datasets` library. Read as streams.
+"""Sources of documents and pairs: JSON, Parquet, CSV, text files, data sets of the `datasets` library. Read as streams.
 
 The order of the records depends only on the source. A record is parsed later, by `content` or `pair_of`, in the process
 that encodes it.
@@ -85,7 +85,7 @@ class Source:
             return (Record(document.path, document.text, len(document.text)) for document in self.documents)
         if self.format in ("datasets", "saved"):
             return self._rows()
-        read = {"jsonl": self._json, "parquet": self._parquet, "text": self._texts}[self.format]
+        read = {"jsonl": self._json, "parquet": self._parquet, "csv": self._csv, "text": self._texts}[self.format]
         return (record for path in self.files for record in read(path))
 
     def _facts(self) -> list[Any]:
@@ -117,7 +117,8 @@ class Source:
         if self.format == "text":
             if not settings.reads_text:
                 raise HmfError(
-                    f"{key}.path: {path}: holds text files, but rows with fields are needed; give JSON or Parquet files"
+                    f"{key}.path: {path}: holds text files, but rows with fields are needed; give JSON, Parquet or CSV "
+                    "files"
                 )
             if getattr(settings, "text_field", None) is not None:
                 raise HmfError(f"{key}.text_field: text files have no fields; leave it out")
@@ -154,6 +155,10 @@ class Source:
         else:
             for number, content in files.lines(path):
                 yield Record(f"{name}:{number}", content, len(content))
+
+    def _csv(self, path: Path) -> Iterator[Record]:
+        for line, row in files.table_rows(path):
+            yield Record(f"{self.name(path)}:{line}", row, sum(map(len, row.values())))
 
     def _texts(self, path: Path) -> Iterator[Record]:
         if (content := files.read_text(path)).strip():
