@@ -234,6 +234,44 @@ def test_a_pointer_is_no_data_set(tmp_path):
             Source(SourceSettings(**place))
 
 
+def test_files_of_a_data_set_are_read_as_they_are(tmp_path):
+    """The datasets library would write the second text with quotes, 1 as 1.0, 007 as 7, and no text in place of NA."""
+    folder, arguments = tmp_path / "rows", ({"n": 1, "when": "2024-01-02T03:04:05"}, {"n": 1.5, "when": ["x"]})
+    folder.mkdir()
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: a\n  data_files: ['0.jsonl', '1.jsonl']\n---\n"
+    )
+    rows = []
+    for number, content_ in enumerate(("a", [{"type": "text", "text": "b"}])):
+        call = {"function": {"name": "f", "arguments": arguments[number]}}
+        rows.append(said(("user", "NA"), ("assistant", content_)))
+        rows[-1][1]["tool_calls"] = [call]
+        (folder / f"{number}.jsonl").write_text(json.dumps({"messages": rows[-1]}))
+    (folder / "other.jsonl").write_text("?")
+    settings = SourceSettings(dataset=str(folder), messages_field="messages")
+    records = list(Source(settings).records())
+    assert [content(record, settings).messages for record in records] == rows
+    assert [record.where for record in records] == ["0.jsonl:1", "1.jsonl:1"]
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    (tables / "train.csv").write_text("prompt,completion\n007,NA\n")
+    (tables / "test.csv").write_text("prompt,completion\nx,y\n")
+    settings = SourceSettings(dataset=str(tables), shape="prompt_completion")
+    [record] = Source(settings).records()
+    assert [message["content"] for message in content(record, settings).messages] == ["007", "NA"]
+    with pytest.raises(HmfError, match="unknown split 'dev'; valid: .*train"):
+        list(Source(SourceSettings(dataset=str(tables), split="dev")).records())
+
+
+@pytest.mark.parametrize("name", ["script.py", "train.zip", "train.wav"])
+def test_errors_of_the_datasets_library_are_one_line(tmp_path, name):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / ("rows.py" if name.endswith("py") else name)).write_bytes(b"RIFF")
+    with pytest.raises(HmfError, match="rows: the datasets library cannot read it") as caught:
+        list(Source(SourceSettings(dataset=str(tmp_path / "rows"))).records())
+    assert "\n" not in str(caught.value)
+
+
 def test_a_file_is_no_data_set(tmp_path):
     (tmp_path / "a.jsonl").write_text("{}")
     with pytest.raises(HmfError, match=r"sources.a.dataset: .*a.jsonl: is a file; write path in place of dataset"):

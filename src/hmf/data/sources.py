@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,10 +199,13 @@ class Source:
         datasets.disable_progress_bars()
         settings = self.settings
         place = settings.dataset or settings.path
-        try:
+        with _reading(str(place)):
+            builder = None
             if self.format == "saved":
                 rows: Any = datasets.load_from_disk(str(self.root))
             else:
+                if self.files:
+                    builder = datasets.load_dataset_builder(str(settings.dataset), settings.subset)
                 rows = datasets.load_dataset(
                     str(settings.dataset), settings.subset, revision=settings.revision, streaming=True
                 )
@@ -211,11 +216,29 @@ class Source:
                 rows = rows[split]
             elif settings.split is not None:
                 raise HmfError(f"{settings.key}.split: {place} has no splits; leave it out")
+        # The library gives all values of a field one type: it writes texts in quotes if a later file has lists, too.
+        if builder is not None and builder.name in ("json", "csv"):
+            paths = [Path(file) for file in builder.config.data_files[split]]
+            if all(map(files.kind_of, paths)):  # not archives
+                read = self._json if builder.name == "json" else self._csv
+                for path in paths:
+                    yield from read(self.root / os.path.relpath(path, os.path.abspath(self.root)))
+                return
+        with _reading(str(place)):
             kind = pa.struct(rows.features.arrow_schema) if rows.features else None
             for number, row in enumerate(rows):
                 yield Record(f"{place} row {number}", _plain(row, kind), 0)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise HmfError(f"{place}: the datasets library cannot read it ({' '.join(str(error).split())})") from None
+
+
+@contextmanager
+def _reading(place: str) -> Iterator[None]:
+    """Turn the errors of the datasets library, which lets through those of decoders and archives, into an HmfError."""
+    try:
+        yield
+    except HmfError:
+        raise
+    except Exception as error:
+        raise HmfError(f"{place}: the datasets library cannot read it ({' '.join(str(error).split())})") from None
 
 
 def _words(name: str) -> set[str]:
