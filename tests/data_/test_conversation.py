@@ -197,6 +197,22 @@ def test_the_parameters_of_a_tool_are_not_left_out(templated):
         assert "town" in text_of(templated(template), [HI, HELLO], tools)
 
 
+def test_calls_may_be_json_text_and_texts_may_be_json(templated):
+    """As in tables, where all messages have the same fields."""
+    objects = [HI, answer("", tool_calls=[call()]), result("21"), HELLO]
+    texts = [
+        HI,
+        answer("", tool_calls=json.dumps([call()])),
+        result("21", tool_calls=""),
+        answer("Hello.", tool_calls="[]"),
+    ]
+    assert normalise(texts) == normalise(objects)
+    parts = json.dumps([{"type": "text", "text": "21"}])
+    for said in ([{"type": "text", "text": parts}], json.dumps([{"type": "event"}]), '[{"type": "text", ', "[1]"):
+        assert normalise([user(said), HELLO])[0][0]["content"] == said
+    assert normalise([*objects[:2], result(parts), HELLO])[0][2]["content"] == parts  # as a tool may write it
+
+
 def test_schemas_as_json_text_are_those_of_objects(templated):
     """As in tables, whose columns have one type: quoted text in the prompt would be encoded twice."""
     schema = {"type": "object", "properties": {"city": {"type": "string"}}}
@@ -426,6 +442,18 @@ def test_several_templates_need_one_that_is_named_default(templated, tools):
 CALLS = answer("", tool_calls=[call("Lyon", "a"), call("Nice", "b")])
 REFUSED = {
     "calls as text": ([HI, answer("", tool_calls=[json.dumps(call())])], r"tool_calls\[0\]: an object .* not text"),
+    "no calls in JSON": (
+        [HI, answer("x", tool_calls="f(x)")],
+        r"\.tool_calls: is text but not .*; write a list of calls",
+    ),
+    "parts as text": (
+        [user(json.dumps([{"type": "text", "text": "x"}])), HELLO],
+        r"messages\[0\].content: is text that holds parts as JSON",
+    ),
+    "tools in a message": (
+        [{"role": "system", "content": "x", "tools": []} | {"tools": [1]}, HI, HELLO],
+        "beside the mess",
+    ),
     "older calls": ([HI, answer("x", function_call={"name": "f"})], r"messages\[1\].function_call: .*write tool_calls"),
     "unknown key": ([user("x", contentt="y"), HELLO], r"messages\[0\].contentt: unknown key .* did you mean 'content'"),
     "refusal": ([HI, answer("x", refusal="no")], r"messages\[1\].refusal: unknown key.*ignore_keys"),

@@ -238,9 +238,7 @@ def test_files_of_a_data_set_are_read_as_they_are(tmp_path):
     """The datasets library would write the second text with quotes, 1 as 1.0, 007 as 7, and no text in place of NA."""
     folder, arguments = tmp_path / "rows", ({"n": 1, "when": "2024-01-02T03:04:05"}, {"n": 1.5, "when": ["x"]})
     folder.mkdir()
-    (folder / "README.md").write_text(
-        "---\nconfigs:\n- config_name: a\n  data_files: ['0.jsonl', '1.jsonl']\n---\n"
-    )
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: a\n  data_files: ['0.jsonl', '1.jsonl']\n---\n")
     rows = []
     for number, content_ in enumerate(("a", [{"type": "text", "text": "b"}])):
         call = {"function": {"name": "f", "arguments": arguments[number]}}

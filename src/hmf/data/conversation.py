@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from hmf.config.strict import parse_json, require_text
@@ -17,6 +18,14 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 RESULT_ROLES = ("tool", "ipython")
 KEYS = ("role", "content", *REASONING_FIELDS, "tool_calls", "tool_call_id", "name", "weight")
 CALL_KEYS, FUNCTION_KEYS = ("id", "type", "function", "index"), ("name", "arguments")
+# Types of parts of a content in the formats of OpenAI, Anthropic and transformers.
+PARTS = {"text", "input_text", "output_text", "image", "image_url", "input_image", "video", "audio", "input_audio"} | {
+    "thinking",
+    "redacted_thinking",
+    "tool_use",
+    "tool_result",
+    "refusal",
+}
 THINK_BLOCK = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 _ELSEWHERE = {
     "function_call": "belongs to OpenAI's older format; write tool_calls, and the result as a message of role tool",
@@ -112,6 +121,8 @@ def strings_of(value: Any) -> Iterator[str]:
 def _message(message: Any, place: str, ignored: frozenset[str]) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise HmfError(f"{place} has no role; write role and content")
+    if isinstance(calls := message.get("tool_calls"), str) and calls:  # as in tables
+        message = message | {"tool_calls": _parsed(calls, f"{place}.tool_calls", "a list of calls")}
     role, kept = message["role"], _present(message, KEYS, place, ignored)
     if role not in ROLES and role.strip().lower() in ROLES:
         raise HmfError(f"{place}.role: {unknown_name('role', role, ROLES)}")
@@ -164,9 +175,14 @@ def _present(holder: Message, known: tuple[str, ...], place: str, ignored: froze
 
 def _content(value: Any, role: str, place: str, ignored: frozenset[str]) -> str | list[Message] | None:
     """The content as text or text parts; a tool's result may become JSON text."""
+    result = role in RESULT_ROLES
+    if isinstance(value, str) and not result and _holds_parts(value):
+        raise HmfError(
+            f"{place}: is text that holds parts as JSON; write the list of parts itself, or a list of one part "
+            "{type: text, text: ...} with this text"
+        )
     if value is None or isinstance(value, str):
         return value
-    result = role in RESULT_ROLES
     if isinstance(value, list) and (not value or any(isinstance(part, dict) and "type" in part for part in value)):
         if not value and result:
             raise HmfError(f"{place}: an empty list is ambiguous (no text, or the result []); write the text")
@@ -181,6 +197,17 @@ def _content(value: Any, role: str, place: str, ignored: frozenset[str]) -> str 
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError):
         raise HmfError(f"{place}: cannot be represented in JSON; write the result as text") from None
+
+
+def _holds_parts(text: str) -> bool:
+    """Whether a text is the JSON of a list of parts, as tables may hold them."""
+    if not re.match(r"\s*\[\s*\{", text) or '"type"' not in text:
+        return False
+    with suppress(ValueError):
+        parts = parse_json(text)
+        kinds = [part.get("type") for part in parts if isinstance(part, dict)]
+        return len(kinds) == len(parts) and all(isinstance(kind, str) and kind in PARTS for kind in kinds)
+    return False
 
 
 def _part(part: Any, place: str, ignored: frozenset[str]) -> Message:
@@ -214,14 +241,14 @@ def _schema(value: Any, place: str) -> Any:
     return value
 
 
-def _parsed(value: Any, place: str) -> Any:
+def _parsed(value: Any, place: str, expected: str = "an object") -> Any:
     """The value of JSON text; any other value unchanged."""
     if not isinstance(value, str):
         return value
     try:
         value = parse_json(value)
     except ValueError as error:
-        raise HmfError(f"{place}: is text but not valid JSON ({error}); write an object") from None
+        raise HmfError(f"{place}: is text but not valid JSON ({error}); write {expected}") from None
     require_text(value, place)
     return value
 
