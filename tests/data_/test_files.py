@@ -557,7 +557,7 @@ def test_the_answer_to_the_last_message_is_not_passed_over(tmp_path):
 
 
 def test_fields_that_weight_nothing_are_facts(tmp_path):
-    facts = {"weight": 1.0, "train": True, "mask_token": "[MASK]", "weights": "open"}
+    facts = {"weight": 1.0, "train": True, "mask_id": 7, "weights": "open", "train_id": 3}
     row = {"messages": said(("user", "a"), ("assistant", "b"))} | facts
     assert shaped(tmp_path, row, messages_field="messages").unread == (*facts,)
     pair = PAIRS[None] | {"weight": 0.5}

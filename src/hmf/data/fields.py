@@ -59,8 +59,11 @@ _CONVERSATION = (
 # Fields that may hold the answer to the last message, if that is not the assistant's.
 _ANSWERS = ("answer", "answers", "chosen", "completion", "output", "reply", "response", "responses", "target")
 _WANTED = ("label", "kto_tag")  # fields with which KTO marks an unwanted answer, if they are false
-# Words in the names of fields that may say whether, or how much, a row or its messages are supervised.
+# A field may say whether, or how much, a row or its messages are supervised, if its name has one of the first words and
+# otherwise only these.
 _SUPERVISION = {"mask", "masks", "train", "trainable", "weight", "weights"}
+_OF = "answer assistant do example for is label labels loss message messages on row sample token tokens turn turns"
+_SUPERVISED = {*_SUPERVISION, *_OF.split()}
 
 
 def unread_fields(
@@ -141,7 +144,7 @@ def _is_mask(value: Any, messages: Sequence[dict[str, Any]]) -> bool:
 def _is_supervision(words: list[str], value: Any) -> bool:
     """Whether a field may say that the row, or a part of it, is not fully supervised."""
     value = parsed(value)
-    if _SUPERVISION.isdisjoint(words) or value in (1, "1", "1.0"):
+    if _SUPERVISION.isdisjoint(words) or not _SUPERVISED.issuperset(words) or value in (1, "1", "1.0"):
         return False
     return not isinstance(value, str) or value.casefold() in ("0", "0.0", "false", "no")
 
