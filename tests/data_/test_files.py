@@ -544,6 +544,22 @@ def test_fields_under_other_names_are_not_passed_over(tmp_path, name):
     assert ignored.messages == row["messages"] and not ignored.unread
 
 
+def test_ignored_fields_are_left_out_of_every_shape(tmp_path):
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    rows = {
+        "sharegpt": {"conversations": turns, "system": "Be kind.", "tools": [{"name": "f", "parameters": SCHEMA}]},
+        "alpaca": {"instruction": "a", "output": "b", "input": "c", "system": "Be kind.", "history": [["x", "y"]]},
+    }
+    for shape, row in rows.items():
+        ignored = [name for name in row if name in ("system", "tools", "input", "history")]
+        found = shaped(tmp_path, row, shape=shape, ignore_fields=ignored)
+        assert (found.messages, found.tools, found.unread) == (said(("user", "a"), ("assistant", "b")), None, ())
+        pair = {"chosen": "b", "rejected": "c"} | row | ({"conversations": turns[:1]} if shape == "sharegpt" else {})
+        ignored += ["output"] if shape == "alpaca" else []
+        made = shaped(tmp_path, pair, PairSettings, shape=shape, ignore_fields=ignored)
+        assert (made.prompt, made.tools, made.unread) == (said(("user", "a")), None, ())
+
+
 def test_the_answer_to_the_last_message_is_not_passed_over(tmp_path):
     """In data sets with a prompt of several turns, the answer is in another field."""
     asked = said(("user", "a"), ("assistant", "b"), ("user", "c"))

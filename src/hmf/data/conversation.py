@@ -121,7 +121,8 @@ def strings_of(value: Any) -> Iterator[str]:
 def _message(message: Any, place: str, ignored: frozenset[str]) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise HmfError(f"{place} has no role; write role and content")
-    if isinstance(calls := message.get("tool_calls"), str) and calls:  # as in tables
+    calls = message.get("tool_calls")
+    if isinstance(calls, str) and calls and "tool_calls" not in ignored:  # as in tables
         message = message | {"tool_calls": _parsed(calls, f"{place}.tool_calls", "a list of calls")}
     role, kept = message["role"], _present(message, KEYS, place, ignored)
     if role not in ROLES and role.strip().lower() in ROLES:

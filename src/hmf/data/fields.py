@@ -69,14 +69,14 @@ _SUPERVISED = {*_SUPERVISION, *_OF.split()}
 def unread_fields(
     row: dict[str, Any], used: Iterable[str], settings: PlaceSettings, messages: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
-    """The fields with a value that are neither used nor ignored on purpose.
+    """The fields with a value that are not used.
 
     Args:
         messages: those of a conversation; none for pairs.
     Raises:
         HmfError: a field is not only a fact about the row.
     """
-    passed = {*used, settings.tools_field, VARIABLES, *settings.ignore_fields}
+    passed = {*used, settings.tools_field, VARIABLES}
     unread = {name: value for name, value in row.items() if name not in passed and value not in EMPTY}
     for name, value in unread.items():
         if problem := _problem(name, value, messages, settings):

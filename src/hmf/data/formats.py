@@ -54,6 +54,7 @@ class Pair:
 
 def conversation(row: Row, settings: SourceSettings) -> Conversation:
     """The conversation of a row. HmfError for a field that is invalid or missing, or that would be ignored."""
+    row = _without(row, settings.ignore_fields)
     match settings.shape:
         case None:
             _require(row, settings.field, SHAPES)
@@ -74,6 +75,7 @@ def conversation(row: Row, settings: SourceSettings) -> Conversation:
 
 def pair(row: Row, settings: PairSettings) -> Pair:
     """The pair of a row. HmfError for a field that is invalid or missing, or that would be ignored."""
+    row = _without(row, settings.ignore_fields)
     names = settings.chosen_field, settings.rejected_field
     used = {*names}
     if settings.shape == "ultrafeedback":
@@ -153,7 +155,7 @@ def _tools(row: Row, settings: PlaceSettings) -> list[Any] | None:
 
 def _variables(row: Row, settings: PlaceSettings) -> dict[str, Any]:
     """The variables of the chat template that have a value: those of the row, then those of the recipe."""
-    given = None if VARIABLES in settings.ignore_fields else decoded_field(row.get(VARIABLES) or None, VARIABLES)
+    given = decoded_field(row.get(VARIABLES) or None, VARIABLES)
     if not isinstance(given or {}, dict):
         raise HmfError(f"field {VARIABLES!r} holds {kind_of(given)} instead of an object")
     require_text(given, VARIABLES)
@@ -309,7 +311,7 @@ def _common(row: Row, settings: PairSettings) -> tuple[list[Message], list[Messa
         "messages": lambda value: messages(value, "messages") == chosen,
     }
     for name, is_same in same.items():
-        if row.get(name) and name not in settings.ignore_fields and not is_same(row[name]):
+        if row.get(name) and not is_same(row[name]):
             raise HmfError(
                 f"field {name!r} differs from {settings.chosen_field}; correct it, or add it to "
                 f"{settings.key}.ignore_fields"
