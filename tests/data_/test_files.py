@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hmf.config.data import SourceSettings
+from hmf.config.data import DataRecipe, SourceSettings
 from hmf.config.places import PairSettings
 from hmf.config.recipes import read_recipe
 from hmf.config.runs import DistillRecipe
@@ -26,7 +26,8 @@ from hmf.config.strict import parse_json, parse_yaml
 from hmf.data import files
 from hmf.data.conversation import normalise
 from hmf.data.encoding import IGNORED, encode_chat
-from hmf.data.sources import Source, content, pair_of
+from hmf.data.shards import Counts, Encoder
+from hmf.data.sources import Record, Source, content, pair_of
 from hmf.errors import HmfError
 
 
@@ -357,6 +358,17 @@ def test_only_the_completion_is_supervised(tmp_path, tokenizer):
         documents = encode_chat(tokenizer, shaped(tmp_path, row, shape="prompt_completion").messages)
         labels = [[label for label in document.labels if label != IGNORED] for document in documents]
         assert [tokenizer.decode(ids) for ids in labels] == learnt
+
+
+def test_an_ignored_weight_does_not_supervise_the_prompt(tmp_path, tokenizer):
+    prompt = said(("user", "1+1?"), ("assistant", "2"), ("user", "2+1?"))
+    prompt[1]["weight"] = 1
+    row = {"prompt": prompt, "completion": [*said(("assistant", "3"))]}
+    source = {"path": str(tmp_path / "a.jsonl"), "shape": "prompt_completion", "ignore_keys": ["weight"]}
+    recipe = DataRecipe(output="o", tokenizer="teacher", sequence_length=64, sources=[source])
+    record = Record("a.jsonl:1", row, 0)
+    [document] = Encoder.of(recipe.sources[0], recipe).encode(record, tokenizer, Counts())
+    assert tokenizer.decode([label for label in document.labels if label != IGNORED]) == "3<|im_end|>"
 
 
 def test_sharegpt_has_tools_and_calls(tmp_path):

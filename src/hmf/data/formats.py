@@ -55,6 +55,7 @@ class Pair:
 def conversation(row: Row, settings: SourceSettings) -> Conversation:
     """The conversation of a row. HmfError for a field that is invalid or missing, or that would be ignored."""
     row = _without(row, settings.ignore_fields)
+    prompt: list[Message] = []
     match settings.shape:
         case None:
             _require(row, settings.field, SHAPES)
@@ -67,9 +68,11 @@ def conversation(row: Row, settings: SourceSettings) -> Conversation:
             used, messages = {*ALPACA, "output"}, [*_alpaca(row), _message("assistant", _text(row, "output"), "output")]
         case "prompt_completion":
             used = {"prompt", "completion"}
-            messages = [*_context(_messages(row, "prompt", "user")), *_messages(row, "completion", "assistant")]
+            prompt, messages = _messages(row, "prompt", "user"), _messages(row, "completion", "assistant")
+    prompt, messages = ([_without(one, settings.ignore_keys) for one in part] for part in (prompt, messages))
+    messages = [*_context(prompt), *messages]
     tools, unread = _tools(row, settings), unread_fields(row, used, settings, messages)
-    require_text([_without(message, settings.ignore_keys) for message in messages], "messages")
+    require_text(messages, "messages")
     return Conversation(messages, tools, _variables(row, settings), tuple(unread))
 
 

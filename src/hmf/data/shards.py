@@ -98,7 +98,8 @@ class Encoder:
             item, split = content(record, self.source), self.source.split_special_tokens
             if isinstance(item, Conversation):
                 counts.add(Counts(unread=dict.fromkeys(item.unread, 1)))
-                messages, tools = normalise(item.messages, item.tools, self.source.ignore_keys)
+                # Those of messages are left out already, and a weight may be that of the shape.
+                messages, tools = normalise(item.messages, item.tools, {*self.source.ignore_keys} - {"weight"})
                 item = replace(item, messages=messages, tools=tools)
             if self.filters.repetition and (reason := repetition(_supervised_text(item), self.filters.repetition)):
                 counts.leave_out(reason)
