@@ -213,6 +213,24 @@ def test_calls_may_be_json_text_and_texts_may_be_json(templated):
     assert normalise([*objects[:2], result(parts), HELLO])[0][2]["content"] == parts  # as a tool may write it
 
 
+def test_ids_that_a_template_writes_are_not_empty(templated):
+    """A template such as Mistral's, but without a check, would write an empty id for a call that has none."""
+    writes = OLD.replace("<call>", "<call>#{{ c.id }}#").replace(
+        "{{ m.content }}", "{{ m.content }}{% if m.role == 'tool' %}@{{ m.tool_call_id }}@{% endif %}"
+    )
+    with pytest.raises(HmfError, match=r"messages\[1\]: a call or result has no id, but the chat template writes it"):
+        encode_chat(templated(writes), [HI, answer("", tool_calls=[call()]), result("21"), HELLO], TOOLS)
+    with pytest.raises(HmfError, match=r"messages\[1\]: a call or result has no id"):
+        encode_chat(templated(writes), [HI, result("21"), HELLO])
+    several = [HI, answer("", tool_calls=[call(identity="a"), call("Paris", "b")]), result("21"), result("18"), HELLO]
+    text = text_of(templated(writes), several, TOOLS)  # results without an id have that of their call
+    assert text.index("#a#") < text.index("#b#") < text.index("21@a@") < text.index("18@b@")
+    alike = [HI, answer("", tool_calls=[call(identity="a"), call("Paris", "a")]), result("21"), result("18"), HELLO]
+    assert "tool_call_id" not in normalise(normalise(alike)[0])[0][2]
+    optional = writes.replace("#{{ c.id }}#", "{{ '#' + c.id if c.id else '' }}").replace("@{{ m.tool_call_id }}@", "")
+    assert "#" not in text_of(templated(optional), [HI, answer("", tool_calls=[call()]), result("21"), HELLO], TOOLS)
+
+
 def test_schemas_as_json_text_are_those_of_objects(templated):
     """As in tables, whose columns have one type: quoted text in the prompt would be encoded twice."""
     schema = {"type": "object", "properties": {"city": {"type": "string"}}}

@@ -311,7 +311,15 @@ def _linked(messages: list[Message]) -> list[Message]:
             number = next(n for n in range(len(places)) if n not in places or places.count(n) > 1)
             problem = "has two results" if places.count(number) > 1 else "has no result, but a later call has one"
             raise HmfError(f"messages[{len(made) - 1}].tool_calls[{number}]: {problem}; write one result for each call")
-        made += [messages[start + places.index(n)] for n in range(len(places))] if calls else messages[start:stop]
+        results = [messages[start + places.index(n)] for n in range(len(places))] if calls else messages[start:stop]
+        # Some templates write the ids of results, too.
+        ids = [call.get("id") for call in calls]
+        made += [
+            {"tool_call_id": ids[n]} | result
+            if calls and isinstance(ids[n], str) and ids.count(ids[n]) == 1
+            else result
+            for n, result in enumerate(results)
+        ]
         start = stop
     return made
 
