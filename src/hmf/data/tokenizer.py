@@ -324,9 +324,15 @@ class SpecialTokenSplitter:
                 [part_ids] = encode_texts(self.tokenizer, [piece.translate(to_plain_text)], split_special_tokens=True)
             new_ids += part_ids
             new_mask += [mask_values[0]] * len(part_ids)
-        if self.tokenizer.decode(new_ids, clean_up_tokenization_spaces=False) != text.translate(to_plain_text):
+        plain = text.translate(to_plain_text)
+        if self.tokenizer.decode(new_ids, clean_up_tokenization_spaces=False) not in (plain, self._normalised(plain)):
             raise self._refusal()
         return new_ids, new_mask
+
+    def _normalised(self, text: str) -> str:
+        """The text that is encoded: Qwen's tokenizers, for example, compose letters and their accents (NFC)."""
+        normalizer = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "normalizer", None)
+        return normalizer.normalize_str(text) if normalizer else text
 
     def _refusal(self) -> HmfError:
         return HmfError(
