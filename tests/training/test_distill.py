@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from hmf.config.pattern import Pattern
-from hmf.config.runs import DistillSettings, ObjectiveSettings
+from hmf.config.runs import DataSettings, DistillSettings, ObjectiveSettings
 from hmf.errors import HmfError, print_once
 from hmf.folders import resolve_base
 from hmf.priming import objectives
@@ -175,4 +175,15 @@ def test_bad_settings_are_one_clear_line(stage0, tmp_path):
         distill(stage0, tmp_path / "run", unknown)
     with pytest.raises(HmfError, match="not a fused checkpoint"):
         distill(resolve_base("teacher"), tmp_path / "run", settings())
+    late = ObjectiveSettings(layerwise_steps=2, kl={2: 0.5}, kl_top_k=2048)
+    with pytest.raises(HmfError, match="^objective.kl_top_k: 2048 is not below the vocabulary size"):
+        distill(stage0, tmp_path / "run", settings().model_copy(update={"objective": late}))
+    plain = shutil.copytree(stage0, tmp_path / "plain")
+    (plain / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role + m.content }}{% endfor %}")
+    rare = DataSettings(text_share=0.9, sequence_length=96, tasks={"recall": 1, "tool_call": 0.01})
+    given = settings(eval_strategy="steps")
+    for key in ("data", "eval_data"):
+        with pytest.raises(HmfError, match=rf"^{key}.tasks: tool_call: the chat template leaves tools out"):
+            distill(plain, tmp_path / "run", given.model_copy(update={key: rare}))
+    assert not (tmp_path / "run/checkpoints").exists()
     shutil.rmtree(empty)

@@ -19,7 +19,7 @@ from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError, counted, listed, notice
 from hmf.model.checkpoint import load_model, save_checkpoint
 from hmf.priming.distance import stage1_flops_per_token
-from hmf.priming.objectives import train_only_mixers
+from hmf.priming.objectives import check_objective, train_only_mixers
 
 from .evaluation import with_evaluation
 from .progress import require_reporters
@@ -56,6 +56,7 @@ def distill(
     require_fused(fused.config, model)
     length = row_length(settings.data)
     check_positions(fused.config, length)
+    check_objective(settings.objective, fused.config.vocab_size)
     train_only_mixers(fused)
     tokenizer = load_tokenizer(model)
     training = settings.training

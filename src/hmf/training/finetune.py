@@ -227,6 +227,11 @@ class _References(TrainerCallback):
             likelihoods = model(**batch, objective=self._likelihoods)[0]
             likelihoods = accelerator.gather(likelihoods[None]).cpu()[: count - first]
             has_pair = ~references[first : first + step].isnan()
+            if not likelihoods[has_pair].isfinite().all():  # NaN stands for no pair
+                raise HmfError(
+                    "pairs: the log-likelihood of an answer under the initial model is not finite; check the weights "
+                    "of the model"
+                )
             references[first : first + step][has_pair] = likelihoods.float()[has_pair]
         model.train()
         if accelerator.is_main_process:
