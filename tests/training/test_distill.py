@@ -17,8 +17,9 @@ from hmf.folders import resolve_base
 from hmf.priming import objectives
 from hmf.priming.stage0 import make_stage0
 from hmf.training.distill import distill
+from hmf.training.run import check_windows
 from hmf.training.trainer import HybridTrainer
-from tests.hybrids import Case, tiny_hybrid
+from tests.hybrids import Case, tiny_config, tiny_hybrid
 from tests.numerics import assert_golden, assert_near
 from tests.training import cutting
 
@@ -109,6 +110,15 @@ def test_rows_beyond_the_teachers_positions_are_named(tmp_path, capfd):
         err = capfd.readouterr().err
         assert ("data: rows of 160 tokens are longer than the 128 positions" in err) == (length == 160)
         assert ("warm-up of 2 steps is not shorter than the run of 2" in err) == (length == 128)  # printed once
+
+
+def test_rows_within_the_window_of_a_recurrent_layer_are_named(capfd):
+    print_once.cache_clear()
+    check_windows(tiny_config(Case("BMF", "short"), "X-*-SWA-X"), 6)
+    check_windows(tiny_config(Case("SWA", "short"), "X-*-GDN"), 5)
+    assert capfd.readouterr().err == ""
+    check_windows(tiny_config(Case("BMF", "short"), "X-*-SWA-X"), 5)
+    assert "rows of 5 tokens do not reach beyond the window_size 5 of layers 0, 3, whose" in capfd.readouterr().err
 
 
 def test_an_objective_that_no_step_reaches_is_named(stage0, tmp_path, capfd):

@@ -23,7 +23,7 @@ from hmf.priming.objectives import check_objective, train_only_mixers
 
 from .evaluation import with_evaluation
 from .progress import require_reporters
-from .run import arguments, known_steps, rows_per_step, train
+from .run import arguments, check_windows, known_steps, rows_per_step, train
 from .stage1 import Stage1Loss
 from .strategy import strategy_arguments, whole_weights
 from .trainer import HybridTrainer
@@ -73,7 +73,9 @@ def distill(
 
 
 def check_positions(config: Any, length: int) -> None:
-    """Print a notice if rows of `length` tokens exceed the teacher's positions. Stage 1 cannot extend them."""
+    """Print a notice if rows of `length` tokens exceed the teacher's positions, which Stage 1 cannot extend, or if they
+    are too short for layers with a window."""
+    check_windows(config, length)
     if length > config.max_position_embeddings:
         notice(
             f"data: rows of {length:,} tokens are longer than the {config.max_position_embeddings:,} positions "

@@ -30,7 +30,7 @@ from .evaluation import evaluation_length, with_evaluation
 from .groups import add_adapters, choose, table
 from .losses import CrossEntropy, Preference
 from .progress import require_reporters
-from .run import arguments, known_steps, train
+from .run import arguments, check_windows, known_steps, train
 from .strategy import strategy_arguments, whole_weights
 from .trainer import HybridTrainer
 
@@ -126,6 +126,8 @@ def check_model(recipe: FinetuneRecipe, config: Any, sequence_length: int) -> No
             f"sequence_length: rows of {sequence_length} tokens are longer than the model's {positions} positions; "
             "set rope.max_position_embeddings"
         )
+    if {"all", "mixers"} & set(recipe.trainable) or (recipe.lora is not None and "mixers" in recipe.lora.groups):
+        check_windows(config, sequence_length)
 
 
 def sequence_length(recipe: FinetuneRecipe) -> int:

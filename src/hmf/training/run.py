@@ -17,9 +17,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import PrinterCallback
 
 from hmf.config.training import OptimiserSettings, ParallelSettings
-from hmf.errors import HmfError, counted, notice
+from hmf.errors import HmfError, counted, listed, notice
 from hmf.folders import claimed
 from hmf.gpus import parse_gpus
+from hmf.layers.registry import layer_states
 
 from .checkpoints import newest_valid, on_main_process
 from .evaluation import Epochs
@@ -119,6 +120,21 @@ def known_steps(training: Training, rows: Any) -> Training:
     training = training.with_steps(rows.epoch, step_rows)
     rows.rows = training.steps * step_rows
     return training
+
+
+def check_windows(config: Any, length: int) -> None:
+    """Print a notice if rows of `length` tokens do not train the recurrent parts of layers that also have a window."""
+    short: dict[int, list[int]] = {}
+    for index in config.pattern.replaced:
+        states = layer_states(config, index).values()
+        windows = [state.shape[0] + 1 for state in states if state.kind == "window"]
+        if windows and min(windows) >= length and any(state.kind == "recurrent" for state in states):
+            short.setdefault(min(windows), []).append(index)
+    for window, layers in short.items():
+        notice(
+            f"data: rows of {length:,} tokens do not reach beyond the window_size {window:,} of layers "
+            f"{listed(map(str, layers))}, whose recurrent parts are not trained by them"
+        )
 
 
 class SameData(TrainerCallback):
