@@ -21,12 +21,13 @@ from hmf.config.runs import DistillSettings, FinetuneRecipe
 from hmf.config.training import OptimiserSettings
 from hmf.data.prepare import prepare
 from hmf.data.prepared import PreparedDataset
-from hmf.errors import HmfError
+from hmf.errors import HmfError, print_once
 from hmf.model.checkpoint import load_model
 from hmf.report.curves import curves, draw_curves
 from hmf.training.distill import distill
 from hmf.training.finetune import finetune
 from hmf.training.losses import CrossEntropy
+from hmf.training.run import known_steps
 from tests.numerics import assert_near
 from tests.training import cutting
 
@@ -186,6 +187,15 @@ def test_epochs_are_passes_over_prepared_rows(hybrid, tmp_path):
     assert log[0]["epoch"] == pytest.approx(2 / rows, abs=1e-4) and log[-1]["epoch"] >= 1.5
     rates = [entry["learning_rate"] for entry in log if "loss" in entry]
     assert rates[-1] == pytest.approx(rates[0] / steps)  # the schedule ends with the run
+
+
+def test_epochs_of_less_than_a_step_are_named(capfd):
+    print_once.cache_clear()
+    for batch, named in ((9, False), (20, True)):
+        rows = MagicMock(epoch=10)
+        known_steps(OptimiserSettings(num_train_epochs=1, per_device_train_batch_size=batch), rows)
+        assert ("num_train_epochs: 1 is less than one step, which reads 20" in capfd.readouterr().err) == named
+        assert rows.rows == (18 if batch == 9 else 20)
 
 
 @given(st.integers(1, 400).map(lambda n: n / 8), st.integers(1, 500), st.integers(1, 64))

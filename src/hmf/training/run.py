@@ -116,8 +116,13 @@ def rows_per_step(training: OptimiserSettings) -> int:
 
 def known_steps(training: Training, rows: Any) -> Training:
     """The settings with `max_steps` set for the data set `rows`, whose length is set to the rows that are read."""
-    step_rows = rows_per_step(training)
+    step_rows, epochs = rows_per_step(training), training.num_train_epochs
     training = training.with_steps(rows.epoch, step_rows)
+    if epochs is not None and training.steps * step_rows >= 2 * epochs * rows.epoch:
+        notice(
+            f"training.num_train_epochs: {epochs:g} is less than one step, which reads {step_rows:,} rows, where an "
+            f"epoch has {rows.epoch:,}; lower the batch size or gradient_accumulation_steps"
+        )
     rows.rows = training.steps * step_rows
     return training
 
