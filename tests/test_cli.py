@@ -276,6 +276,15 @@ ONE_STEP = {"max_steps": 1, "per_device_train_batch_size": 1}
         ({"select": {"choices": 10**30}}, "select.choices: "),
         ({"seed": -1}, "seed: "),
         ({"evaluate": {"tasks": ["recal"]}}, "evaluate.tasks: unknown task 'recal'; did you mean 'recall'?"),
+        ({"evaluate": {"tasks": ["chat", "chat"]}}, "evaluate.tasks: chat is named twice; name each task once"),
+        (
+            {"distill": {**PRIME["distill"], "objective": {"layerwise_steps": 1, "kl": {1: 1}, "kl_top_k": 2048}}},
+            "distill.objective.kl_top_k: 2048 is not below the vocabulary size, 2048",
+        ),
+        (
+            {"distill": {**PRIME["distill"], "data": {"text_share": 0.5, "tasks": {"recal": 1}}}},
+            "distill.data.tasks: unknown task 'recal'; did you mean 'recall'?",
+        ),
     ],
 )
 def test_a_bad_recipe_names_key_and_mend_and_writes_nothing(change, said, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 """Whose an output folder is: one recipe's at a time, and one process's."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -28,6 +29,21 @@ def test_a_second_process_is_refused_by_the_first_ones_name_until_it_is_killed(t
     with claimed(output, "a"):
         assert f"process {os.getpid()} " in (output / ".running").read_text()
     assert (output / "recipe.yaml").read_text() == "a" and not (output / ".running").exists()
+
+
+def test_processes_of_a_killed_process_do_not_hold_its_folder(tmp_path):
+    """Such as those that load data, which notice seconds later that they have lost their parent."""
+    with locked(tmp_path / "run"):
+        child = os.fork()
+        if not child:
+            signal.pause()
+            os._exit(0)
+    try:
+        with locked(tmp_path / "run"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def fail_in(output, recipe):

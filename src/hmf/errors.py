@@ -6,7 +6,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -91,3 +91,12 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
     fix = f"did you mean {lower[nearest[0]]!r}?" if nearest else f"valid: {', '.join(known)}"
     return f"unknown {what} {name!r}; {fix}"
+
+
+def require_names(key: str, what: str, names: Sequence[str], known: Collection[str]) -> None:
+    """HmfError, which begins with `key`, for a name that is not among `known` or is given twice."""
+    for name in names:
+        if name not in known:
+            raise HmfError(f"{key}: {unknown_name(what, name, known)}")
+        if names.count(name) > 1:
+            raise HmfError(f"{key}: {name} is named twice; name each {what} once")

@@ -127,6 +127,19 @@ def require_unused(output: str | Path, allowed: Callable[[str], bool] = lambda n
         raise HmfError(f"{output}: the output directory is in use; choose another or remove it first")
 
 
+_locks: set[int] = set()  # descriptors of the locked folders of this process
+
+
+def _leave_locks() -> None:
+    """Close the locks of the parent process, which would outlive it as long as a data-loading process does."""
+    for folder in _locks:
+        os.close(folder)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_leave_locks)
+
+
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
     """Create the folder `output`, and lock it against other processes during the block.
@@ -160,6 +173,7 @@ def locked(output: Path) -> Iterator[None]:
             holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         except OSError as error:
             raise HmfError(f"{output}: cannot be written to ({error.strerror}); choose another output") from None
+        _locks.add(folder)
         try:
             yield
         finally:
@@ -167,6 +181,7 @@ def locked(output: Path) -> Iterator[None]:
             with suppress(OSError):  # it is not empty
                 output.rmdir()
     finally:
+        _locks.discard(folder)
         os.close(folder)
 
 

@@ -15,14 +15,17 @@ from hmf.config.pattern import Pattern
 from hmf.config.runs import EvaluateSettings, FinetuneRecipe, PrimeRecipe
 from hmf.config.strict import parse_sealed, seal_json
 from hmf.data import tasks
+from hmf.data.mixture import MixtureDataset, PromptDataset, require_tasks
+from hmf.data.mixture import check_tasks as data_tasks
 from hmf.data.tokenizer import load_tokenizer
-from hmf.errors import HmfError, notice, unknown_name
+from hmf.errors import HmfError, notice, require_names
 from hmf.evaluation.results import ANSWERS
 from hmf.evaluation.run import evaluate_checkpoint
 from hmf.folders import BASE, resolve_base
 from hmf.model.convert import base_pattern
 from hmf.model.text_only import take_text
 from hmf.priming.export import export
+from hmf.priming.objectives import check_objective
 from hmf.priming.stage0 import base_config, make_stage0
 from hmf.report.card import write_card
 from hmf.report.curves import draw_curves
@@ -49,7 +52,12 @@ def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[st
     source, run = resolve_base(recipe.base), recipe.output
     base = run / BASE if recipe.text_only else source
     check_tasks(recipe.evaluate, source)
+    for key, data in (("data", recipe.distill.data), ("eval_data", recipe.distill.eval_data)):
+        if data is not None and data.prepared is None:
+            data_tasks(key, data, PromptDataset if recipe.distill.on_policy else MixtureDataset)
+            require_tasks(key, data, load_tokenizer(source))
     config = base_config(source, recipe.text_only)
+    check_objective(recipe.distill.objective, config.vocab_size)
     layers = config.num_hidden_layers
     pattern = base_pattern(config, recipe.hybrid.spread_evenly())
     automatic = recipe.hybrid.layers == "auto"
@@ -111,11 +119,9 @@ def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[st
 
 
 def check_tasks(settings: EvaluateSettings | None, model: Path) -> None:
-    """HmfError if `settings.tasks` has an unknown task, or one that the model's chat template cannot write."""
+    """HmfError if `settings.tasks` has an unknown task, one twice, or one that the model's template cannot write."""
     chosen = settings.tasks if settings else []
-    for task in chosen:
-        if task not in tasks.TASKS:
-            raise HmfError(f"evaluate.tasks: {unknown_name('task', task, tasks.TASKS)}")
+    require_names("evaluate.tasks", "task", chosen, tasks.TASKS)
     if chosen:
         try:
             tasks.require_template(chosen, load_tokenizer(model))

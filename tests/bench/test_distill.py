@@ -5,10 +5,14 @@ import functools
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from hmf.bench import distill
 from hmf.bench.distill import WAYS, Case, Result, measure, prepared, rows, run, with_overrides
+from hmf.cli import app
 from hmf.errors import HmfError
+from tests import hybrids
+from tests.hybrids import tiny_hybrid
 from tests.numerics import assert_same
 
 
@@ -52,6 +56,13 @@ def test_rows_are_ratios_to_the_first_way(tiny_qwen3_config, capsys):
     distill.print_rows([first, second], "a title")
     printed = capsys.readouterr().out
     assert "2.00x" in printed and "3.00x" in printed and "torch" in printed
+
+
+def test_a_hybrid_is_refused_by_name(tmp_path):
+    """A Hybrid's own mixers are no attention that could be replaced."""
+    tiny_hybrid(hybrids.Case("GDN", "base"), "*-X-*-SWA").config.save_pretrained(tmp_path)
+    with pytest.raises(HmfError, match=r"is already a Hybrid \(\*-GDN-\*-SWA\); give the base Transformer"):
+        CliRunner().invoke(app, ["bench", "distill", str(tmp_path)], catch_exceptions=False)
 
 
 def test_a_config_is_changed_by_known_keys_alone(tiny_qwen3_config):

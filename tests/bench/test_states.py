@@ -73,6 +73,16 @@ def test_command(tmp_path):
     assert CliRunner().invoke(app, [*arguments, "--dtype", "int8"]).exit_code == 2
 
 
+def test_few_tokens_and_weights_that_are_not_finite():
+    model, ids = tiny_hybrid(SEVERAL).float(), random_ids(1, 3)
+    for tokens, places in ((3, [(0, 0), (1, 1)]), (2, [(0, 0)])):
+        found = state_drift(model, ids[:, :tokens], Stored(torch.bfloat16))
+        assert [(drift.first, drift.last) for drift in found] == places
+    model.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(HmfError, match="log-probabilities are not finite; check the weights of the model"):
+        state_drift(model, ids, Stored(torch.bfloat16))
+
+
 def _characters(kind):
     """A tokenizer of single letters."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers

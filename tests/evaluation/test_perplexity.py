@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
 import math
 from pathlib import Path
 
@@ -71,6 +72,14 @@ def test_stride_of_one_gives_each_token_its_window(model, tokenizer):
 def test_any_stride_counts_all(model, tokenizer, stride):
     score = perplexity(model, tokenizer, DOCUMENTS, window=16, stride=stride)
     assert score.tokens == sum(len(tokenizer(document).input_ids) for document in DOCUMENTS)
+
+
+def test_a_loss_without_a_finite_perplexity_is_an_error(model, tokenizer):
+    for factor, loss in ((torch.nan, "nan"), (1e5, r"[0-9.e+]+")):
+        broken = copy.deepcopy(model)
+        broken.model.norm.weight.data *= factor
+        with pytest.raises(HmfError, match=f"^broken: text: the mean loss of a token is {loss} nats"):
+            perplexity(broken, tokenizer, DOCUMENTS, title="broken: text")
 
 
 def test_bad_requests(model, tokenizer):

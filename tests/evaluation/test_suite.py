@@ -2,11 +2,14 @@
 """`hmf evaluate --suite`: files of results, resume, models in pairs, and what the card shows of them."""
 
 import json
+import shutil
 from math import comb
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from hmf.config.strict import parse_sealed
 from hmf.evaluation.local import Local
@@ -139,6 +142,8 @@ def test_the_table_counts_cut_off_answers_by_themselves(tiny, hmf):
     [
         (["--suite", "retent"], "unknown suite 'retent'; did you mean 'retention'?"),
         (["--suite", "retention", "--tasks", "needle"], "unknown task 'needle'; did you mean"),
+        (["--suite", "retention", "--tasks", "arithmetic,arithmetic"], "--tasks: arithmetic is named twice"),
+        (["--tasks", "recall,arithmetic,recall"], "--tasks: recall is named twice; name each task once"),
         (["--suite", "retention", "--lengths", "4K,128K"], "--lengths: 4,096 tokens exceed the 2,048"),
         (["--suite", "retention", "--lengths", "much"], "'--lengths': 'much' is not a number of tokens"),
         (["--suite", "retention", "--length", "512"], "--length: is not for a suite"),
@@ -149,6 +154,21 @@ def test_the_table_counts_cut_off_answers_by_themselves(tiny, hmf):
 def test_what_cannot_be_meant_is_one_line(tiny, hmf, arguments, said):
     code, _, err = hmf("evaluate", tiny / "base", *arguments)
     assert code == 2 and said in err and err.count("\n") == 1
+
+
+def test_weights_that_are_not_finite_are_named(tiny, hmf, tmp_path):
+    broken = shutil.copytree(tiny / "base", tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    suite = ("--suite", "retention", "--samples", 1, "--max-new-tokens", 8, "--tasks")
+    for arguments, said in (
+        (("--tasks", "", "--text-bytes", 500), f"{broken}: text: the mean loss of a token is nan nats"),
+        ((*suite, "arithmetic"), f"{broken}: the log-likelihood of an answer is nan; check the weights"),
+        ((*suite, "perplexity", "--lengths", 512), "retention: perplexity@512: the mean loss of a token is nan nats"),
+    ):
+        code, out, err = hmf("evaluate", broken, *arguments)
+        assert code == 2 and said in err.splitlines()[-1] and not out
 
 
 def test_the_small_tasks_are_saved_beside_the_suites(run, hmf):

@@ -136,7 +136,7 @@ def test_what_does_not_fit_says_what_to_change():
     assert not big.fits and big.advice() == "--set distill.training.strategy=fsdp2"
     long = plan_of("qwen3-8b/gdn-2-long.yaml", None, "training.sequence_parallel=1", "training.strategy=fsdp2")
     assert not long.fits and "--set training.sequence_parallel=" in long.advice()
-    assert plan_of("qwen3-8b/gdn-3-sft.yaml", "l4").advice() == "more GPUs or larger ones, by --gpu"
+    assert plan_of("qwen3-8b/gdn-3-sft.yaml", "l4x2").advice() == "more GPUs or larger ones, by --gpu"
     mended = plan_of("qwen3-32b/gdn-1-prime.yaml", "h200x8")
     assert mended.fits and mended.tokens_per_step == big.tokens_per_step
 
@@ -287,5 +287,12 @@ def test_the_command_and_its_errors(tmp_path, monkeypatch):
             planner.plans([orphan], resolve_base, "l4")
     with pytest.raises(HmfError, match="recipe.yaml: distill.training.gpus: is not set; set it, or give --gpu"):
         planner.plans([RECIPES / "quickstart" / "recipe.yaml"], resolve_base)
+    with pytest.raises(HmfError, match="gdn-3-sft.yaml: training.strategy: fsdp2 needs several GPUs; choose ddp"):
+        planner.plans(
+            [RECIPES / "qwen3-8b" / "gdn-3-sft.yaml"],
+            resolve_base,
+            "h200",
+            overrides=["training.strategy=fsdp2", "training.sequence_parallel=1"],
+        )
     with pytest.raises(HmfError, match="sequence_parallel: 4 does not divide 6 GPUs"):
         planner.plans([RECIPES / "qwen3-8b" / "gdn-2-long.yaml"], resolve_base, "h200x6")

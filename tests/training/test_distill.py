@@ -11,14 +11,15 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from hmf.config.pattern import Pattern
-from hmf.config.runs import DistillSettings, ObjectiveSettings
+from hmf.config.runs import DataSettings, DistillSettings, ObjectiveSettings
 from hmf.errors import HmfError, print_once
 from hmf.folders import resolve_base
 from hmf.priming import objectives
 from hmf.priming.stage0 import make_stage0
 from hmf.training.distill import distill
+from hmf.training.run import check_windows
 from hmf.training.trainer import HybridTrainer
-from tests.hybrids import Case, tiny_hybrid
+from tests.hybrids import Case, tiny_config, tiny_hybrid
 from tests.numerics import assert_golden, assert_near
 from tests.training import cutting
 
@@ -131,6 +132,15 @@ def test_rows_beyond_the_teachers_positions_are_named(tmp_path, capfd):
         assert ("warm-up of 2 steps is not shorter than the run of 2" in err) == (length == 128)  # printed once
 
 
+def test_rows_within_the_window_of_a_recurrent_layer_are_named(capfd):
+    print_once.cache_clear()
+    check_windows(tiny_config(Case("BMF", "short"), "X-*-SWA-X"), 6)
+    check_windows(tiny_config(Case("SWA", "short"), "X-*-GDN"), 5)
+    assert capfd.readouterr().err == ""
+    check_windows(tiny_config(Case("BMF", "short"), "X-*-SWA-X"), 5)
+    assert "rows of 5 tokens do not reach beyond the window_size 5 of layers 0, 3, whose" in capfd.readouterr().err
+
+
 def test_an_objective_that_no_step_reaches_is_named(stage0, tmp_path, capfd):
     print_once.cache_clear()
     for layerwise in (1, 2):
@@ -195,4 +205,15 @@ def test_bad_settings_are_one_clear_line(stage0, tmp_path):
         distill(stage0, tmp_path / "run", unknown)
     with pytest.raises(HmfError, match="not a fused checkpoint"):
         distill(resolve_base("teacher"), tmp_path / "run", settings())
+    late = ObjectiveSettings(layerwise_steps=2, kl={2: 0.5}, kl_top_k=2048)
+    with pytest.raises(HmfError, match="^objective.kl_top_k: 2048 is not below the vocabulary size"):
+        distill(stage0, tmp_path / "run", settings().model_copy(update={"objective": late}))
+    plain = shutil.copytree(stage0, tmp_path / "plain")
+    (plain / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role + m.content }}{% endfor %}")
+    rare = DataSettings(text_share=0.9, sequence_length=96, tasks={"recall": 1, "tool_call": 0.01})
+    given = settings(eval_strategy="steps")
+    for key in ("data", "eval_data"):
+        with pytest.raises(HmfError, match=rf"^{key}.tasks: tool_call: the chat template leaves tools out"):
+            distill(plain, tmp_path / "run", given.model_copy(update={key: rare}))
+    assert not (tmp_path / "run/checkpoints").exists()
     shutil.rmtree(empty)

@@ -21,12 +21,13 @@ from hmf.config.runs import DistillSettings, FinetuneRecipe
 from hmf.config.training import OptimiserSettings
 from hmf.data.prepare import prepare
 from hmf.data.prepared import PreparedDataset
-from hmf.errors import HmfError
+from hmf.errors import HmfError, print_once
 from hmf.model.checkpoint import load_model
 from hmf.report.curves import curves, draw_curves
 from hmf.training.distill import distill
 from hmf.training.finetune import finetune
 from hmf.training.losses import CrossEntropy
+from hmf.training.run import known_steps
 from tests.numerics import assert_near
 from tests.training import cutting
 
@@ -152,6 +153,21 @@ def test_preferences_are_evaluated_on_pairs_of_their_own_or_held_out_ones(hybrid
         assert evaluations(run)[2]["eval_loss"] == last["eval_loss"]
 
 
+def test_pairs_that_training_reads_are_named(hybrid, tmp_path, capfd):
+    for name, numbers in (("train", range(6)), ("all", range(2)), ("some", range(5, 8))):
+        rows = [{"prompt": f"{n}?", "chosen": f"two {n}", "rejected": f"six {n}"} for n in numbers]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train, other, partly = (
+        {"path": str(tmp_path / f"{name}.jsonl"), "sequence_length": length}
+        for name, length in (("train", 96), ("all", 64), ("some", 64))
+    )
+    kind = {"method": "dpo", "data": None, "pairs": train, "training": EVAL | {"eval_rows": None, "max_steps": 1}}
+    with pytest.raises(HmfError, match="eval_pairs: 2 of 2 pairs are read in training too; leave it out"):
+        tuned(hybrid, tmp_path / "run", **kind, eval_pairs=other)
+    tuned(hybrid, tmp_path / "run", **kind, eval_pairs=partly)
+    assert "eval_pairs: 1 of 3 pairs are read in training too\n" in capfd.readouterr().err
+
+
 def test_epochs_are_passes_over_prepared_rows(hybrid, tmp_path):
     data = prepared(hybrid, tmp_path / "data")
     rows = len(PreparedDataset(data)) - 3
@@ -171,6 +187,15 @@ def test_epochs_are_passes_over_prepared_rows(hybrid, tmp_path):
     assert log[0]["epoch"] == pytest.approx(2 / rows, abs=1e-4) and log[-1]["epoch"] >= 1.5
     rates = [entry["learning_rate"] for entry in log if "loss" in entry]
     assert rates[-1] == pytest.approx(rates[0] / steps)  # the schedule ends with the run
+
+
+def test_epochs_of_less_than_a_step_are_named(capfd):
+    print_once.cache_clear()
+    for batch, named in ((9, False), (20, True)):
+        rows = MagicMock(epoch=10)
+        known_steps(OptimiserSettings(num_train_epochs=1, per_device_train_batch_size=batch), rows)
+        assert ("num_train_epochs: 1 is less than one step, which reads 20" in capfd.readouterr().err) == named
+        assert rows.rows == (18 if batch == 9 else 20)
 
 
 @given(st.integers(1, 400).map(lambda n: n / 8), st.integers(1, 500), st.integers(1, 64))
@@ -234,6 +259,9 @@ def test_rows_that_cannot_be_held_out_are_refused(hybrid, tmp_path):
         tuned(hybrid, tmp_path / "run", data, EVAL | {"eval_rows": 1000}, eval_data={"prepared": str(other)})
     with pytest.raises(HmfError, match="eval_data.prepared: these are the rows that training reads"):
         tuned(hybrid, tmp_path / "run", data, EVAL, eval_data={"prepared": str(other)})
+    longer = prepared(hybrid, tmp_path / "longer", sequence_length=48, packing_window=3)
+    with pytest.raises(HmfError, match="eval_data.prepared: corpus: training reads the same documents"):
+        tuned(hybrid, tmp_path / "run", data, EVAL, eval_data={"prepared": str(longer)})
     sources = [{"path": str(corpus), "name": "words", "weight": 1}]
     twice = prepared(hybrid, tmp_path / "twice", sources=sources, tokens=4000)
     with pytest.raises(HmfError, match="documents of words .* times, so none can be held out"):

@@ -193,6 +193,18 @@ def test_a_bad_line_is_named(hybrid, tmp_path, line, said):
         pair_dataset(settings, tokenizer_of(hybrid), 1)
 
 
+def test_answers_whose_likelihood_is_not_finite_are_not_left_out(hybrid, pairs, tmp_path, monkeypatch):
+    real = Preference.likelihoods
+
+    def without_one(*args, **kwargs):
+        return real(*args, **kwargs).index_fill(1, torch.tensor([0]), torch.nan)
+
+    monkeypatch.setattr(Preference, "likelihoods", without_one)
+    changes = {"method": "dpo", "data": None, "pairs": {"path": str(pairs), "sequence_length": 96}}
+    with pytest.raises(HmfError, match="^pairs: the log-likelihood of an answer under the initial model is not finite"):
+        finetune(cutting.finetune_recipe(hybrid, tmp_path / "run", **changes))
+
+
 def test_preferences_raise_the_margin_and_a_resume_keeps_the_start(hybrid, pairs, tmp_path, monkeypatch):
     changes = {
         "method": "dpo",

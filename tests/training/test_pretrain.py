@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hmf.config.pattern import Pattern
 from hmf.config.recipes import load_recipe
 from hmf.errors import HmfError
+from hmf.priming.stage0 import make_stage0
 from hmf.training.pretrain import PretrainRecipe, main
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "teacher"
@@ -95,6 +99,15 @@ def test_the_recipes_are_valid(name):
         ({"compile": True, "torch_compile": True}, "compile compiles the whole model"),
         ({"start_from": "nowhere", "model": None, "tokenizer": None}, "nowhere"),
         ({"tokenizer": {"vocab_size": 320, "chat_template": "no.jinja", "task_samples": 1}}, "no.jinja"),
+        (
+            {"data": {"text": "stdlib", "text_share": 0.5, "tasks": {"recal": 1}}},
+            "recipe.yaml: data.tasks: unknown task 'recal'; did you mean 'recall'",
+        ),
+        (
+            {"data": {"text": "stdlib", "text_share": 0.5, "tasks": {"recall": 1}, "sequence_length": 64}},
+            "recipe.yaml: data.sequence_length: 64 tokens are too short",
+        ),
+        ({"data": {"text": "nowhere"}}, "recipe.yaml: data.text: nowhere: no such file or folder"),
     ],
 )
 def test_bad_recipes(tmp_path, recipe, change, named):
@@ -122,8 +135,38 @@ def test_sizes_of_no_model(tmp_path, recipe, size, value, named):
     assert not Path(recipe["output"]).exists()
 
 
+def test_a_vocabulary_that_the_text_does_not_fill_is_refused(tmp_path, recipe):
+    recipe["tokenizer"]["vocab_size"] = 5000
+    with pytest.raises(HmfError, match=r"recipe.yaml: tokenizer.vocab_size: the text gives [34]\d\d tokens, not 5,000"):
+        main(str(write(tmp_path, recipe)))
+    assert not Path(recipe["output"]).exists()
+
+
+def test_a_start_without_all_its_tensors_and_a_hybrid_are_refused(tmp_path, recipe):
+    main(str(write(tmp_path, recipe)))
+    output, start = Path(recipe["output"]), tmp_path / "start"
+    following = {name: part for name, part in recipe.items() if name not in ("tokenizer", "model")}
+    following |= {"output": str(tmp_path / "next"), "start_from": str(start)}
+    shutil.copytree(output, start, ignore=shutil.ignore_patterns("checkpoints"))
+    tensors = load_file(output / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, start / "model.safetensors", {"format": "pt"})
+    with pytest.raises(HmfError, match=r"start: .*mlp.up_proj.weight"):
+        main(str(write(tmp_path, following)))
+    shutil.rmtree(start)
+    make_stage0(output, Pattern.parse("GDN"), start)
+    with pytest.raises(HmfError, match="recipe.yaml: start_from: .*start is a Hybrid; train it with `hmf finetune`"):
+        main(str(write(tmp_path, following)))
+    assert not (tmp_path / "next").exists()
+
+
 def test_the_folder_belongs_to_its_recipe(tmp_path, recipe):
     main(str(write(tmp_path, recipe)))
+    files = {
+        name: (Path(recipe["output"]) / name).stat().st_mtime_ns for name in ("model.safetensors", "training.json")
+    }
+    main(str(write(tmp_path, recipe)))  # a finished run is not repeated
+    assert all((Path(recipe["output"]) / name).stat().st_mtime_ns == time for name, time in files.items())
     weights = (Path(recipe["output"]) / "model.safetensors").read_bytes()
     recipe["training"]["max_steps"] = 3
     with pytest.raises(HmfError, match="was started with another recipe"):

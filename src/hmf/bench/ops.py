@@ -19,7 +19,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from hmf.bench import machine
-from hmf.errors import HmfError, unknown_name
+from hmf.errors import HmfError, require_names, unknown_name
 from hmf.ops import dispatch
 from hmf.ops.samples import Sample, Shape, flat, sample
 
@@ -125,9 +125,7 @@ def run(
     if device == "cuda" and not torch.cuda.is_available():
         raise HmfError("--device cuda: PyTorch finds no GPU; omit --device")
     for option, names, known in (("--ops", ops, dispatch.ops()), ("--versions", versions, dispatch.all_versions())):
-        for name in names:
-            if name not in known:
-                raise HmfError(f"{option}: {unknown_name(option[2:-1], name, known)}")
+        require_names(option, option[2:-1], names, known)
     chosen = [
         (op, version)
         for op in ops or dispatch.ops()

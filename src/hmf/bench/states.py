@@ -64,12 +64,15 @@ class Stored:
 
 @torch.inference_mode()
 def state_drift(model: PreTrainedModel, input_ids: torch.Tensor, stored: Stored, parts: int = 4) -> list[Drift]:
-    """The drift of a Hybrid's log-probabilities in `parts` parts of input_ids [B, T], for caches `stored` so."""
+    """The drift of a Hybrid's log-probabilities in up to `parts` parts of input_ids [B, T], for caches `stored` so."""
     changes = []
     steps = zip(_decode(model, input_ids, Stored()), _decode(model, input_ids, stored), strict=True)
     for (full, best), (narrow, other) in tqdm(steps, "decoding", input_ids.shape[1] - 1, unit="token", disable=None):
+        if not full.isfinite().all():
+            raise HmfError(f"{model.name_or_path}: log-probabilities are not finite; check the weights of the model")
         changes.append(torch.stack([narrow - full, (best != other).to(full)]))
     table = torch.stack(changes)  # [T-1, 2, B]
+    parts = min(parts, len(table))
     bounds = [len(table) * part // parts for part in range(parts + 1)]
     drifts = []
     for first, end in zip(bounds, bounds[1:], strict=False):

@@ -162,10 +162,10 @@ def distill(
 
     from hmf.bench import distill as steps
     from hmf.bench import machine
-    from hmf.model.checkpoint import load_config
     from hmf.model.convert import base_pattern
+    from hmf.priming.stage0 import base_config
 
-    config = steps.with_overrides(load_config(folder, weights=False), overrides or ())
+    config = steps.with_overrides(base_config(folder, weights=False), overrides or ())
     layers = str(base_pattern(config, settings))
     place = available(device)
     case = steps.Case(config, layers, rows, tokens, kl, place, dtype, repeats, torch_compile)

@@ -229,14 +229,12 @@ def _evaluate_tasks(
     from hmf.config.runs import EvaluateSettings
     from hmf.data.tasks import TASKS, require_template
     from hmf.data.tokenizer import load_tokenizer
-    from hmf.errors import rewriting, unknown_name
+    from hmf.errors import require_names, rewriting
     from hmf.evaluation.command import save_tasks, task_files
     from hmf.evaluation.run import evaluate_checkpoint
     from hmf.report.table import print_scores
 
-    for task in fields["tasks"]:
-        if task not in TASKS:
-            raise HmfError(f"--tasks: {unknown_name('task', task, TASKS)}")
+    require_names("--tasks", "task", fields["tasks"], TASKS)
     settings = EvaluateSettings.model_validate(fields)
     files = task_files(folders, out, name, how["compose"])
     for model, folder in folders.items() if settings.tasks else ():

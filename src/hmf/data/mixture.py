@@ -16,7 +16,7 @@ from hmf.data.packing import PackedRow, row_tensors
 from hmf.data.prepared import PreparedDataset, read_index
 from hmf.data.tasks import Sample
 from hmf.data.tokenizer import document_separator, encode_texts
-from hmf.errors import HmfError, rewriting, unknown_name
+from hmf.errors import HmfError, require_names, rewriting
 
 
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, conversation: Sample) -> Encoded:
@@ -140,6 +140,25 @@ class PromptDataset(MixtureDataset):
         return {"prompt": document.ids[start : start + length]}
 
 
+def check_tasks(key: str, data: DataSettings, kind: type[MixtureDataset] = MixtureDataset) -> None:
+    """HmfError for a section `key` of which no rows of class `kind` can be made, with any tokenizer."""
+    require_names(f"{key}.tasks", "task", list(data.tasks), tasks.TASKS)
+    if not data.tasks and data.text_share < 1:
+        raise HmfError(f"{key}.text_share: is below 1, but {key}.tasks is empty; name tasks or set it to 1")
+    if data.text_share < 1 and kind is MixtureDataset and data.sequence_length < tasks.MIN_LENGTH:
+        raise HmfError(
+            f"{key}.sequence_length: {data.sequence_length} tokens are too short for {key}.tasks, which need "
+            f"{tasks.MIN_LENGTH}; raise it, or set {key}.text_share to 1"
+        )
+
+
+def require_tasks(key: str, data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+    """HmfError for a task of the section `key` that the tokenizer's chat template cannot write."""
+    if data.text_share < 1:
+        with rewriting(f"{key}.{{}}".format):
+            tasks.require_template([name for name, weight in data.tasks.items() if weight], tokenizer)
+
+
 def row_length(data: DataSettings) -> int:
     """Number of tokens in a row of `mixture`."""
     if data.prepared is not None:
@@ -154,29 +173,23 @@ def mixture(
     seed: int,
     kind: type[MixtureDataset] = MixtureDataset,
     split: text.Split | None = "train",
+    key: str = "data",
 ) -> MixtureDataset | PreparedDataset:
     """The rows that a recipe's `data` section describes. Row i depends only on `seed` and i.
 
     Args:
         kind: the class of rows that are made from text and tasks.
         split: the part of the text; None for all of it.
+        key: the section's key, for messages.
     """
     if data.prepared is not None:
         return PreparedDataset(data.prepared, tokenizer, rows, seed)
-    for name in data.tasks:
-        if name not in tasks.TASKS:
-            raise HmfError(f"data.tasks: {unknown_name('task', name, tasks.TASKS)}")
-    if not data.tasks and data.text_share < 1:
-        raise HmfError("data.text_share: is below 1, but data.tasks is empty; name tasks or set it to 1")
-    if data.text_share < 1 and kind is MixtureDataset and data.sequence_length < tasks.MIN_LENGTH:
-        raise HmfError(
-            f"data.sequence_length: {data.sequence_length} tokens are too short for data.tasks, which need "
-            f"{tasks.MIN_LENGTH}; raise it, or set data.text_share to 1"
-        )
+    check_tasks(key, data, kind)
+    require_tasks(key, data, tokenizer)
     documents = [document.text for document in text.documents(data.text, split)]
     encoded = encode_texts(tokenizer, documents)
     if data.text_share and not any(encoded):
         raise HmfError(
-            f"data.text: {data.text}: none of {len(documents)} documents has any text; choose another corpus"
+            f"{key}.text: {data.text}: none of {len(documents)} documents has any text; choose another corpus"
         )
     return kind(encoded, tokenizer, data.sequence_length, data.tasks, rows, data.text_share, seed)

@@ -57,6 +57,10 @@ class PairDataset(Dataset[PackedRow]):
         """A data set of one pass over the packed rows `start` to `stop` alone."""
         return PairDataset(self.packed[start:stop], self.sequence_length, self.filler, stop - start, self.seed)
 
+    def pairs(self) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """The tokens of each pair, independent of how they are packed."""
+        return {(tuple(chosen.ids), tuple(rejected.ids)) for pairs in self.packed for chosen, rejected in pairs}
+
     def digest(self) -> str:
         """A hash of all tokens of all pairs, and of how they are packed."""
         answers = [[(answer.ids, answer.labels) for pair in pairs for answer in pair] for pairs in self.packed]

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hmf.config.strict import parse_sealed, parse_yaml, seal_json
 from hmf.data.tokenizer import load_tokenizer
-from hmf.errors import HmfError, unknown_name
+from hmf.errors import HmfError, require_names, unknown_name
 from hmf.evaluation.chunks import Composition
 from hmf.evaluation.harness import require_name
 from hmf.evaluation.local import Local, Sampling
@@ -66,9 +66,7 @@ class Options:
             raise HmfError(f"--suite: {unknown_name('suite', self.suite, SUITES)}")
         known = SUITES[self.suite]
         chosen = known if self.tasks is None else tuple(task for task in self.tasks.split(",") if task)
-        for task in chosen:
-            if task not in known:
-                raise HmfError(f"--tasks: {unknown_name('task', task, known)}")
+        require_names("--tasks", "task", chosen, known)
         return Plan(self.suite, chosen, tuple(dict.fromkeys(self.lengths)), self.samples, self.seed)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hmf.errors import HmfError, unknown_name
+from hmf.errors import HmfError, require_names
 from hmf.evaluation.harness import copy_name, write_scores
 from hmf.evaluation.lm_eval_suites import RULER_LENGTHS, SUITES, Options
 
@@ -49,9 +49,7 @@ def evaluate(source: Path, tasks: Sequence[str], run: Path, name: str, options: 
         include_defaults=options.task_folder is None,
         metadata=metadata,
     )
-    for task in names:
-        if task not in manager.all_tasks:
-            raise HmfError(f"--tasks: {unknown_name('task', task, manager.all_tasks)}")
+    require_names("--tasks", "task", names, manager.all_tasks)
     chat = options.chat if options.chat is not None else bool(suite and suite.chat)
     generation = dict(suite.generation if suite else {})
     if options.max_new_tokens is not None:

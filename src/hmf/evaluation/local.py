@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,8 +131,13 @@ class Local:
         likelihoods: list[float | None] = []
         for row, (span, (_, answer)) in enumerate(zip(spans, rows, strict=True)):
             chosen = _wide(logits[row, [where[place] for place in span]])
-            loss = F.cross_entropy(chosen, torch.tensor(answer, device=chosen.device))
-            likelihoods.append(-loss.item())
+            loss = F.cross_entropy(chosen, torch.tensor(answer, device=chosen.device)).item()
+            if not math.isfinite(loss):
+                raise HmfError(
+                    f"{self.model.name_or_path}: the log-likelihood of an answer is {-loss}; check the weights of the "
+                    "model"
+                )
+            likelihoods.append(-loss)
         return likelihoods
 
     @torch.inference_mode()

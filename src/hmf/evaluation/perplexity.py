@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hmf.data.progress import Progress
 from hmf.data.tokenizer import document_separator, encode_texts
 from hmf.errors import HmfError
+from hmf.evaluation.results import perplexity_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def perplexity(
             each token more context and takes longer.
         title: label of the progress lines.
     Raises:
-        HmfError: no text, or a stride that skips tokens.
+        HmfError: no text, a stride that skips tokens, or a loss without a finite perplexity.
     """
     stride = window if stride is None else stride
     if not 1 <= stride <= window:
@@ -72,7 +73,7 @@ def perplexity(
         progress.add(tokens, tokens)
     progress.close()
     return TextScore(
-        perplexity=math.exp(nats / scored_tokens),
+        perplexity=perplexity_of(nats, scored_tokens, title),
         bits_per_byte=nats / math.log(2) / total_bytes,
         tokens=scored_tokens,
         bytes=total_bytes,

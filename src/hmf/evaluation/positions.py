@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from random import Random
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hmf.data.tasks import library_lines
 from hmf.data.tokenizer import document_separator, encode_texts
+from hmf.evaluation.results import perplexity_of
 
 PERPLEXITY = "perplexity"  # the name of this measurement among the tasks
 WINDOWS = 8  # number of texts, each of the full length
@@ -48,12 +48,12 @@ def nats_by_range(scorer: Scorer, ids: Sequence[int]) -> list[dict[str, Any]]:
     ]
 
 
-def by_position(windows: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+def by_position(windows: Sequence[Sequence[dict[str, Any]]], title: str = PERPLEXITY) -> list[dict[str, Any]]:
     """The perplexity in each range over several windows of one length, as fields of
-    `hmf.evaluation.results.PositionResult`."""
+    `hmf.evaluation.results.PositionResult`. HmfError, which begins with `title`, if one is not finite."""
     results = []
     for parts in zip(*windows, strict=True):
         nats, tokens = sum(part["nats"] for part in parts), sum(part["tokens"] for part in parts)
         place = {"start": parts[0]["start"], "end": parts[0]["end"]}
-        results.append({**place, "perplexity": math.exp(nats / tokens), "tokens": tokens})
+        results.append({**place, "perplexity": perplexity_of(nats, tokens, title), "tokens": tokens})
     return results

@@ -12,6 +12,7 @@ import json
 import math
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,6 +37,18 @@ def wilson(share: float, n: int, z: float = Z95) -> tuple[float, float]:
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def perplexity_of(nats: float, tokens: int, title: str) -> float:
+    """The perplexity of `tokens` tokens with this summed loss. HmfError, which begins with `title`, if it has no finite
+    value, as with weights that are not finite."""
+    with suppress(OverflowError):
+        if math.isfinite(value := math.exp(nats / tokens)):
+            return value
+    raise HmfError(
+        f"{title}: the mean loss of a token is {nats / tokens:.4g} nats, which is no finite perplexity; check the "
+        "weights of the model"
+    )
 
 
 class Result(BaseModel):

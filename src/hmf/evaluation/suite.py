@@ -194,7 +194,8 @@ def _perplexity(plan: Plan, tokenizer: PreTrainedTokenizerBase, engine: Engine, 
     if file is not None:
         with suppress(FileNotFoundError, ValueError):
             windows = parse_sealed(file.read_text(encoding="utf-8"))["windows"][:count]
-    progress = Progress(f"{store.name}: {PERPLEXITY}@{length}", count, unit=" texts")
+    title = f"{store.name}: {PERPLEXITY}@{length}"
+    progress = Progress(title, count, unit=" texts")
     progress.skip(len(windows))
     for index in range(len(windows), count):
         try:
@@ -208,4 +209,4 @@ def _perplexity(plan: Plan, tokenizer: PreTrainedTokenizerBase, engine: Engine, 
             replace_text(file, seal_json({"windows": windows}))
         progress.add(1, length)
     progress.close()
-    store.save(positions=by_position(windows))
+    store.save(positions=by_position(windows, title))

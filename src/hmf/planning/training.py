@@ -23,7 +23,7 @@ from hmf.model.checkpoint import load_config
 from hmf.model.convert import base_pattern, hybrid_config
 from hmf.model.rope import with_rope
 from hmf.model.text_only import language_config
-from hmf.priming.objectives import train_only_mixers
+from hmf.priming.objectives import check_objective, train_only_mixers
 from hmf.training.distill import check_positions
 from hmf.training.evaluation import held_out_from
 from hmf.training.finetune import check_model
@@ -97,6 +97,8 @@ class Recipes:
             raise HmfError(
                 f"{path}: {job.section}.sequence_parallel: {degree} does not divide {ranks} GPUs; choose a divisor"
             )
+        if job.training.strategy == "fsdp2" and ranks < 2:
+            raise HmfError(f"{path}: {job.section}.strategy: fsdp2 needs several GPUs; choose ddp, or more GPUs")
         plan = TrainingPlan(job, device, ranks, job.training, mfu)
         if job.training.num_train_epochs is None:
             return plan
@@ -126,6 +128,7 @@ class Recipes:
         train_only_mixers(model)
         length = self._row(recipe.data)
         check_positions(config, length)
+        check_objective(recipe.objective, config.vocab_size)
         return Job(title, recipe, model, config.dtype, length)
 
     def _stage2(self, title: str, recipe: FinetuneRecipe) -> Job:

@@ -182,6 +182,17 @@ def objective_at(
     )
 
 
+def check_objective(settings: ObjectiveSettings, vocabulary: int) -> None:
+    """HmfError for a term that cannot be computed at the step at which it begins, with a vocabulary of this size."""
+    if any(settings.kl.values()):
+        _require_below(settings.kl_top_k, vocabulary)
+
+
+def _require_below(top_k: int | None, vocabulary: int) -> None:
+    if top_k is not None and top_k >= vocabulary:
+        raise HmfError(f"objective.kl_top_k: {top_k} is not below the vocabulary size, {vocabulary}; leave it out")
+
+
 def token_counts(
     input_ids: torch.Tensor,
     labels: torch.Tensor | None = None,
@@ -241,8 +252,7 @@ def logit_divergence(
     weight, vocabulary = whole(head.weight), head.weight.shape[0]
     if torch.is_autocast_enabled(place := student.device.type):  # once, as autocast would for each chunk
         weight = weight.to(torch.get_autocast_dtype(place))
-    if top_k is not None and top_k >= vocabulary:
-        raise HmfError(f"objective.kl_top_k: {top_k} is not below the vocabulary size, {vocabulary}; leave it out")
+    _require_below(top_k, vocabulary)
 
     def logits(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # Not head(x): the hooks of a sharded module would mistake this gradient for that of the step.

@@ -161,12 +161,12 @@ def text_of(base: str | Path, out: str | Path, say: Callable[[str], None]) -> It
             yield text
 
 
-def base_config(base: str | Path, text_only: bool = False) -> Any:
+def base_config(base: str | Path, text_only: bool = False, weights: bool = True) -> Any:
     """The config of a base checkpoint; HmfError for an unsupported architecture or a Hybrid.
 
-    text_only: that of a multimodal checkpoint's language model.
+    text_only: that of a multimodal checkpoint's language model. weights: whether the directory must have weights too.
     """
-    config = load_config(base)
+    config = load_config(base, weights)
     if text_only:
         return language_config(config, base)
     require_language_model(config)

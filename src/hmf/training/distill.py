@@ -19,11 +19,11 @@ from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError, counted, listed, notice
 from hmf.model.checkpoint import cast, load_model, save_checkpoint
 from hmf.priming.distance import stage1_flops_per_token
-from hmf.priming.objectives import train_only_mixers
+from hmf.priming.objectives import check_objective, train_only_mixers
 
 from .evaluation import with_evaluation
 from .progress import require_reporters
-from .run import arguments, known_steps, narrow_frozen, rows_per_step, train
+from .run import arguments, check_windows, known_steps, narrow_frozen, rows_per_step, train
 from .stage1 import Stage1Loss
 from .strategy import strategy_arguments, whole_weights
 from .trainer import HybridTrainer
@@ -56,6 +56,7 @@ def distill(
     require_fused(fused.config, model)
     length = row_length(settings.data)
     check_positions(fused.config, length)
+    check_objective(settings.objective, fused.config.vocab_size)
     train_only_mixers(fused)
     if settings.training.narrows_frozen and settings.on_policy is None:
         narrow_frozen(fused)
@@ -77,7 +78,9 @@ def distill(
 
 
 def check_positions(config: Any, length: int) -> None:
-    """Print a notice if rows of `length` tokens exceed the teacher's positions. Stage 1 cannot extend them."""
+    """Print a notice if rows of `length` tokens exceed the teacher's positions, which Stage 1 cannot extend, or if they
+    are too short for layers with a window."""
+    check_windows(config, length)
     if length > config.max_position_embeddings:
         notice(
             f"data: rows of {length:,} tokens are longer than the {config.max_position_embeddings:,} positions "

@@ -19,7 +19,7 @@ from hmf.config.runs import DataSettings
 from hmf.config.training import OptimiserSettings
 from hmf.data.mixture import mixture, row_length
 from hmf.data.preference import pair_dataset
-from hmf.errors import HmfError
+from hmf.errors import HmfError, counted, listed, notice
 
 ROWS = 64  # default number of rows of an evaluation without its own data set
 OTHER_SEED = 2**32  # added to a recipe's seed, which is smaller, so that other rows are drawn than for training
@@ -44,9 +44,21 @@ def with_evaluation(
     if training.eval_strategy == "no":
         return rows, None
     if isinstance(eval_data, PairSettings):
-        return rows, _first(rows, pair_dataset(eval_data, tokenizer, seed=seed), training.eval_rows, "eval_pairs")
+        evaluated = _first(rows, pair_dataset(eval_data, tokenizer, seed=seed), training.eval_rows, "eval_pairs")
+        if both := len((own := evaluated.pairs()) & rows.pairs()):
+            line = f"eval_pairs: {both} of {counted(len(own), 'pair')} are read in training too"
+            if both == len(own):
+                raise HmfError(f"{line}; leave it out, and some of them are held out")
+            notice(line)
+        return rows, evaluated
     if eval_data is not None and eval_data.prepared is not None:
-        return rows, _first(rows, mixture(eval_data, tokenizer, 0, seed), training.eval_rows, "eval_data.prepared")
+        evaluated = _first(rows, mixture(eval_data, tokenizer, 0, seed), training.eval_rows, "eval_data.prepared")
+        if names := [name for facts, name in _sources(evaluated).items() if facts in _sources(rows)]:
+            raise HmfError(
+                f"eval_data.prepared: {listed(names)}: training reads the same documents; leave it out, and rows are "
+                "held out, or prepare a set of other documents"
+            )
+        return rows, evaluated
     count = training.eval_rows or ROWS
     if eval_data is not None or rows.epoch is None:
         return rows, _drawn(data, eval_data, tokenizer, count, seed)
@@ -82,6 +94,12 @@ def _first(trained: Any, rows: Any, count: int | None, key: str) -> Any:
     return rows.part(0, count or rows.epoch)
 
 
+def _sources(rows: Any) -> dict[tuple[Any, ...], str]:
+    """The names of the sources of a prepared set, by facts that differ unless their documents are the same."""
+    sources = getattr(rows, "index", {}).get("sources", ())
+    return {tuple(x.get(name) for name in ("content", "records", "tokens")): x["name"] for x in sources}
+
+
 def _drawn(
     data: DataSettings | PairSettings,
     own: DataSettings | None,
@@ -99,7 +117,8 @@ def _drawn(
             f"training.eval_strategy: {settings.text} is one file, which has no held-out part; name another text in "
             "eval_data"
         )
-    return mixture(settings, tokenizer, rows, seed + OTHER_SEED, split="heldout" if shared else None)
+    key = "data" if own is None else "eval_data"
+    return mixture(settings, tokenizer, rows, seed + OTHER_SEED, split="heldout" if shared else None, key=key)
 
 
 def evaluation_length(training: OptimiserSettings, eval_data: DataSettings | PairSettings | None) -> int:

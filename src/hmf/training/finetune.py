@@ -30,7 +30,7 @@ from .evaluation import evaluation_length, with_evaluation
 from .groups import add_adapters, choose, table
 from .losses import CrossEntropy, Preference
 from .progress import require_reporters
-from .run import arguments, frozen_matrices, known_steps, narrow_frozen, train
+from .run import arguments, check_windows, frozen_matrices, known_steps, narrow_frozen, train
 from .strategy import strategy_arguments, whole_weights
 from .trainer import HybridTrainer
 
@@ -130,6 +130,8 @@ def check_model(recipe: FinetuneRecipe, config: Any, sequence_length: int) -> No
             f"sequence_length: rows of {sequence_length} tokens are longer than the model's {positions} positions; "
             "set rope.max_position_embeddings"
         )
+    if {"all", "mixers"} & set(recipe.trainable) or (recipe.lora is not None and "mixers" in recipe.lora.groups):
+        check_windows(config, sequence_length)
 
 
 def sequence_length(recipe: FinetuneRecipe) -> int:
@@ -231,6 +233,11 @@ class _References(TrainerCallback):
             likelihoods = model(**batch, objective=self._likelihoods)[0]
             likelihoods = accelerator.gather(likelihoods[None]).cpu()[: count - first]
             has_pair = ~references[first : first + step].isnan()
+            if not likelihoods[has_pair].isfinite().all():  # NaN stands for no pair
+                raise HmfError(
+                    "pairs: the log-likelihood of an answer under the initial model is not finite; check the weights "
+                    "of the model"
+                )
             references[first : first + step][has_pair] = likelihoods.float()[has_pair]
         model.train()
         if accelerator.is_main_process:

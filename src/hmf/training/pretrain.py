@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from pydantic import Field, model_validator
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedTokenizerBase,
     Qwen3Config,
@@ -21,27 +20,30 @@ from transformers import (
     set_seed,
 )
 
-from hmf.config.recipes import read_run
+from hmf.config.recipes import naming_recipe, read_run
 from hmf.config.rope import RopeSettings
 from hmf.config.runs import DataSettings, evaluation_conflicts
 from hmf.config.strict import Seed, Settings, Steps, require_none
 from hmf.config.training import OptimiserSettings
 from hmf.data import tasks, text
 from hmf.data.files import read_text
-from hmf.data.mixture import mixture
+from hmf.data.mixture import check_tasks, mixture
 from hmf.data.packing import PackedRow
 from hmf.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 from hmf.errors import HmfError
+from hmf.model.checkpoint import load_config, load_model
 from hmf.model.families import family_of
 from hmf.model.files import follow_umask
 from hmf.model.rope import check_rope, with_rope
 from hmf.model.values import require_values
 
-from .checkpoints import published
+from .checkpoints import on_main_process, published, replace_text
 from .evaluation import with_evaluation
 from .progress import require_reporters
 from .run import arguments, known_steps, run_folder, train
 from .trainer import HybridTrainer
+
+RECORD = "training.json"
 
 
 class TokenizerSettings(Settings):
@@ -127,17 +129,17 @@ def main(recipe_path: str, overrides: Sequence[str] = ()) -> Path | None:
     """
     recipe, text = read_run(recipe_path, PretrainRecipe, overrides)
     require_reporters(recipe.training.report_to)
-    if recipe.model is not None and recipe.tokenizer is not None:  # both, or none
-        try:
+    with naming_recipe(recipe_path, PretrainRecipe, overrides):
+        check_tasks("data", recipe.data)
+        if recipe.model is not None and recipe.tokenizer is not None:  # both, or none
             _config(recipe.model, recipe.tokenizer.vocab_size)
-        except HmfError as error:
-            raise HmfError(f"{recipe_path}: {error}") from None
-    with run_folder(recipe.output, text) as first:
-        _pretrain(recipe, recipe_path)
+        with run_folder(recipe.output, text) as first:
+            if not (recipe.output / RECORD).is_file():  # which is written last
+                _pretrain(recipe, Path(recipe_path).parent)
     return recipe.output if first else None
 
 
-def _pretrain(recipe: PretrainRecipe, recipe_path: str) -> None:
+def _pretrain(recipe: PretrainRecipe, folder: Path) -> None:
     set_seed(recipe.seed)
     # Data workers are separate processes. Threads in each of them would only compete.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -145,8 +147,8 @@ def _pretrain(recipe: PretrainRecipe, recipe_path: str) -> None:
     checkpoints = recipe.output / "checkpoints"
     source = recipe.output if published(checkpoints) else recipe.start_from
     if source is not None and not (source / "tokenizer.json").is_file():
-        raise HmfError(f"{recipe_path}: start_from: {source} has no tokenizer.json; give a model folder")
-    tokenizer = _tokenizer(recipe, Path(recipe_path).parent) if source is None else load_tokenizer(source)
+        raise HmfError(f"start_from: {source} has no tokenizer.json; give a model folder")
+    tokenizer = _tokenizer(recipe, folder) if source is None else load_tokenizer(source)
     for option in ("is_local", "local_files_only"):  # options of loading, which must not be saved with the tokenizer
         tokenizer.init_kwargs.pop(option, None)
     args = _arguments(recipe, checkpoints)
@@ -156,10 +158,10 @@ def _pretrain(recipe: PretrainRecipe, recipe_path: str) -> None:
     model = _model(recipe, tokenizer)
     if (length := recipe.data.sequence_length) > (positions := model.config.max_position_embeddings):
         raise HmfError(
-            f"{recipe_path}: data.sequence_length: rows of {length} tokens are longer than the model's {positions} "
-            "positions; raise max_position_embeddings, or shorten the rows"
+            f"data.sequence_length: rows of {length} tokens are longer than the model's {positions} positions; raise "
+            "max_position_embeddings, or shorten the rows"
         )
-    tokenizer.save_pretrained(recipe.output)
+    on_main_process(lambda: tokenizer.save_pretrained(recipe.output))
     model.config.use_cache = False  # a cache would treat the documents of a row as one
     trainer = HybridTrainer(
         model=model,
@@ -184,9 +186,13 @@ def _pretrain(recipe: PretrainRecipe, recipe_path: str) -> None:
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
     }
     model.config.use_cache = True
-    model.to(torch.bfloat16).save_pretrained(recipe.output)
-    follow_umask(recipe.output)
-    (recipe.output / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    def save() -> None:
+        model.to(torch.bfloat16).save_pretrained(recipe.output)
+        follow_umask(recipe.output)
+        replace_text(recipe.output / RECORD, json.dumps(record, indent=2) + "\n")
+
+    on_main_process(save)
 
 
 def _tokenizer(recipe: PretrainRecipe, folder: Path) -> PreTrainedTokenizerBase:
@@ -200,17 +206,24 @@ def _tokenizer(recipe: PretrainRecipe, folder: Path) -> PreTrainedTokenizerBase:
     # A first tokenizer, trained on text only, renders and measures the conversations.
     first = train_tokenizer(documents, size, template, context)
     conversations = [
-        tasks.sample(task, seed, first, recipe.data.sequence_length).text(first)
+        tasks.sample(task, seed, first, max(recipe.data.sequence_length, tasks.MIN_LENGTH)).text(first)
         for task in recipe.data.tasks
         for seed in range(recipe.tokenizer.task_samples)
     ]
-    return train_tokenizer([*documents, *conversations], size, template, context)
+    tokenizer = train_tokenizer([*documents, *conversations], size, template, context)
+    if (made := len(tokenizer)) < size:
+        raise HmfError(
+            f"tokenizer.vocab_size: the text gives {made:,} tokens, not {size:,}; lower it, or give more text"
+        )
+    return tokenizer
 
 
 def _model(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase) -> Any:
     if recipe.start_from is not None:
-        config = with_rope(AutoConfig.from_pretrained(recipe.start_from), recipe.rope)
-        return AutoModelForCausalLM.from_pretrained(recipe.start_from, config=config, dtype=torch.float32)
+        config = load_config(recipe.start_from)
+        if getattr(config, "pattern", None) is not None:
+            raise HmfError(f"start_from: {recipe.start_from} is a Hybrid; train it with `hmf finetune`")
+        return load_model(recipe.start_from, dtype=torch.float32, config=with_rope(config, recipe.rope))
     assert recipe.model is not None  # the recipe's validator ensures this
     config = _config(
         recipe.model,

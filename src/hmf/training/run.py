@@ -17,9 +17,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import PrinterCallback
 
 from hmf.config.training import OptimiserSettings, ParallelSettings
-from hmf.errors import HmfError, counted, notice
+from hmf.errors import HmfError, counted, listed, notice
 from hmf.folders import claimed
 from hmf.gpus import parse_gpus
+from hmf.layers.registry import layer_states
 
 from .checkpoints import newest_valid, on_main_process
 from .evaluation import Epochs
@@ -115,10 +116,30 @@ def rows_per_step(training: OptimiserSettings) -> int:
 
 def known_steps(training: Training, rows: Any) -> Training:
     """The settings with `max_steps` set for the data set `rows`, whose length is set to the rows that are read."""
-    step_rows = rows_per_step(training)
+    step_rows, epochs = rows_per_step(training), training.num_train_epochs
     training = training.with_steps(rows.epoch, step_rows)
+    if epochs is not None and training.steps * step_rows >= 2 * epochs * rows.epoch:
+        notice(
+            f"training.num_train_epochs: {epochs:g} is less than one step, which reads {step_rows:,} rows, where an "
+            f"epoch has {rows.epoch:,}; lower the batch size or gradient_accumulation_steps"
+        )
     rows.rows = training.steps * step_rows
     return training
+
+
+def check_windows(config: Any, length: int) -> None:
+    """Print a notice if rows of `length` tokens do not train the recurrent parts of layers that also have a window."""
+    short: dict[int, list[int]] = {}
+    for index in config.pattern.replaced:
+        states = layer_states(config, index).values()
+        windows = [state.shape[0] + 1 for state in states if state.kind == "window"]
+        if windows and min(windows) >= length and any(state.kind == "recurrent" for state in states):
+            short.setdefault(min(windows), []).append(index)
+    for window, layers in short.items():
+        notice(
+            f"data: rows of {length:,} tokens do not reach beyond the window_size {window:,} of layers "
+            f"{listed(map(str, layers))}, whose recurrent parts are not trained by them"
+        )
 
 
 class SameData(TrainerCallback):
