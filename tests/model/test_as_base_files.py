@@ -129,6 +129,24 @@ def test_auto_classes_and_configs(model, folders, request, tmp_path):
         assert described(other) == described(model.config)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("hybrid_override_pattern", "*-*-*-GDN", r"hybrid_override_pattern \*-\*-\*-GDN and layer_types .* differ"),
+        ("layer_types", ["full_attention"] * 4, "hybrid_override_pattern .* and layer_types .* differ, as one was set"),
+        ("is_causal", False, "is_causal: false: mixers are causal"),
+    ],
+)
+def test_a_field_set_on_a_finished_config_is_refused_where_others_follow_from_it(field, value, problem, trio):
+    config = copy.deepcopy(trio["gdn"].config)
+    setattr(config, field, value)
+    with pytest.raises(HmfError, match=problem):
+        AutoModelForCausalLM.from_config(config)
+    if field == "hybrid_override_pattern":
+        anew = AutoModelForCausalLM.from_config(type(config).from_dict(config.to_dict())).eval()
+        assert generate(anew).tolist() == greedy(anew, IDS).tolist()
+
+
 def test_push_to_hub_uploads_the_whole_checkpoint(model, monkeypatch):
     from huggingface_hub import HfApi, RepoUrl
 
@@ -220,7 +238,7 @@ def test_transformers_trainer(trio, tmp_path):
         checkpointed = trained(copy.deepcopy(model), tmp_path, rows, 4, gradient_checkpointing=True)
         assert pieces == pytest.approx(whole, rel=1e-4)
         assert checkpointed == pytest.approx(whole, rel=1e-4)
-        losses[name] = whole
+        losses[name] = whole + trained(copy.deepcopy(model), tmp_path, rows, 8, label_smoothing_factor=0.1)
     assert losses["twin"] == pytest.approx(losses["base"], rel=1e-4)
     assert losses["gdn"][1] < losses["gdn"][0]
 
@@ -289,3 +307,17 @@ def test_peft_tunes_norms_of_heads_and_refuses_short_convolutions(trio):
     wrapped = get_peft_model(copy.deepcopy(trio["gdn"]), saved)
     wrapped(IDS, labels=IDS).loss.backward()
     assert all(x.grad is not None for x in wrapped.parameters() if x.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ["q_proj", "gate_proj", "up_proj", "down_proj"]], ids=["all", "named"]
+)
+def test_peft_adapts_stacked_experts_as_in_the_base(targets, families):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = {}
+    for name, model in families["qwen3_moe"].items():
+        lora = LoraConfig(task_type="CAUSAL_LM", target_modules=targets, r=2)
+        parameters = get_peft_model(copy.deepcopy(model), lora).named_parameters()
+        adapted[name] = {name: x.shape for name, x in parameters if x.requires_grad and "mlp.experts" in name}
+    assert adapted["gdn"] == adapted["twin"] == adapted["base"] != {}

@@ -116,7 +116,7 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
     _other_tensors = ("lm_head.",)  # checkpoints of the causal language model can be loaded too
 
     def __init__(self, config: Any):
-        config.check_windows()
+        config.check_finished()
         with config.as_base():
             super().__init__(config)
         stock = self.family.class_named("DecoderLayer")
