@@ -462,3 +462,18 @@ def test_an_offloaded_cache_on_a_gpu(trio):
         expected = generate(model, ids, attention_mask=mask, **given)
         found = generate(model, ids, attention_mask=mask, cache_implementation="offloaded", **given)
         assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("symbol", ["GDN", "KDA", "GKA", "M2"])
+def test_second_derivatives_are_refused(symbol, trio):
+    """A base with eager attention has them. Gradients with a graph are those without one."""
+    model = drop_teacher(fused_model(trio["base"], f"*-{symbol}-*-*"))
+    model.set_attn_implementation("eager")
+    x = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    with_graph, plain = (
+        torch.autograd.grad(model(inputs_embeds=x, use_cache=False).logits.sum(), x, create_graph=graph)[0]
+        for graph in (True, False)
+    )
+    close(with_graph / plain.abs().max(), plain / plain.abs().max())
+    with pytest.raises(HmfError, match="create_graph: the ops of recurrent layers have first derivatives only"):
+        torch.autograd.grad(with_graph.square().sum(), x)
