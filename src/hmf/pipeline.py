@@ -54,8 +54,9 @@ def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[st
     check_tasks(recipe.evaluate, source)
     for key, data in (("data", recipe.distill.data), ("eval_data", recipe.distill.eval_data)):
         if data is not None and data.prepared is None:
-            data_tasks(key, data, PromptDataset if recipe.distill.on_policy else MixtureDataset)
-            require_tasks(key, data, load_tokenizer(source))
+            kind = PromptDataset if recipe.distill.on_policy else MixtureDataset
+            data_tasks(key, data, kind)
+            require_tasks(key, data, load_tokenizer(source), kind)
     config = base_config(source, recipe.text_only)
     check_objective(recipe.distill.objective, config.vocab_size)
     layers = config.num_hidden_layers

@@ -192,6 +192,21 @@ def test_forward_with_a_mask_has_generates_positions(name, families):
 
 
 @torch.no_grad()
+def test_padding_inside_a_row_has_positions_as_in_a_base(trio):
+    """A forward pass counts it, on cached tokens too; generate's positions leave it out."""
+    hole, right = torch.ones_like(IDS), MASK.flip(1)
+    hole[1, 4:7] = 0
+    after = torch.cat([right, torch.ones_like(MORE)], 1)
+    found = {}
+    for name in ("twin", "base"):
+        model, cache = trio[name], DynamicCache()
+        model(IDS, attention_mask=right, past_key_values=cache)
+        turn = model(MORE, attention_mask=after, past_key_values=cache).logits
+        found[name] = model(IDS, attention_mask=hole).logits[hole.bool()], turn, generate(model, attention_mask=hole)
+    close(found["twin"], found["base"])
+
+
+@torch.no_grad()
 def test_generate_computes_one_position_of_the_prompt(model):
     positions = []
     model.lm_head.register_forward_hook(lambda module, args, output: positions.append(output.shape[1]))
@@ -225,9 +240,13 @@ def test_a_cache_travels(model):
     expected, rest = model(IDS).logits[:, 8:], IDS[:, 8:]
     for cache in (copy.deepcopy(filled()), pickle.loads(pickle.dumps(filled()))):
         close(model(rest, past_key_values=cache).logits, expected)
-    for change, rows in (("batch_select_indices", [1]), ("reorder_cache", [1, 0])):
+    for change, rows in (
+        ("batch_select_indices", torch.tensor([1])),
+        ("batch_select_indices", torch.tensor([False, True])),
+        ("reorder_cache", torch.tensor([1, 0])),
+    ):
         cache = filled()
-        getattr(cache, change)(torch.tensor(rows))
+        getattr(cache, change)(rows)
         close(model(rest[rows], past_key_values=cache).logits, expected[rows])
     (cache := filled()).batch_repeat_interleave(2)
     close(model(rest.repeat_interleave(2, 0), past_key_values=cache).logits, expected.repeat_interleave(2, 0))
@@ -259,6 +278,14 @@ def refused(name, model, folder):
             model(IDS, attention_mask=mask)
         case "masks by layer type":
             model(IDS, attention_mask={"full_attention": mask})
+        case "right padding":
+            generate(model, IDS, attention_mask=MASK.flip(1))
+        case "right padding, uncached":
+            generate(model, IDS, attention_mask=MASK.flip(1).bool(), use_cache=False)
+        case "right padding by its token":
+            generate(model, PADDED.flip(1))
+        case "right padding of embeddings":
+            generate(model, None, inputs_embeds=model.get_input_embeddings()(IDS), attention_mask=MASK.flip(1))
         case "positions of images":
             model(IDS, position_ids=torch.arange(12).expand(3, 2, 12))
         case "positions of another length":
@@ -319,9 +346,18 @@ REFUSED = {
     "sliding_window": "cache_implementation='sliding_window' is not supported",
     "static by hand": "past_key_values: StaticCache is not supported",
     "tuples": "past_key_values: tuple is not supported",
-    "a base's cache": "past_key_values: another model filled the cache",
+    "a base's cache": "past_key_values: another model, or prefix tuning, filled the cache",
     "4-D mask": r"attention_mask: .* \[2, 12\], not \[2, 1, 12, 12\]",
     "masks by layer type": "attention_mask: .*not dict",
+    **dict.fromkeys(
+        (
+            "right padding",
+            "right padding, uncached",
+            "right padding by its token",
+            "right padding of embeddings",
+        ),
+        r"attention_mask: a row ends in padding, .*; pad on the left \(padding_side='left'\)",
+    ),
     "positions of images": r"position_ids: .* \[2, 12\], not \[3, 2, 12\]",
     "positions of another length": r"position_ids: .* \[2, 12\], not \[1, 11\]",
     "listed positions": r"position_ids: .* not list",
@@ -426,3 +462,18 @@ def test_an_offloaded_cache_on_a_gpu(trio):
         expected = generate(model, ids, attention_mask=mask, **given)
         found = generate(model, ids, attention_mask=mask, cache_implementation="offloaded", **given)
         assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("symbol", ["GDN", "KDA", "GKA", "M2"])
+def test_second_derivatives_are_refused(symbol, trio):
+    """A base with eager attention has them. Gradients with a graph are those without one."""
+    model = drop_teacher(fused_model(trio["base"], f"*-{symbol}-*-*"))
+    model.set_attn_implementation("eager")
+    x = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    with_graph, plain = (
+        torch.autograd.grad(model(inputs_embeds=x, use_cache=False).logits.sum(), x, create_graph=graph)[0]
+        for graph in (True, False)
+    )
+    close(with_graph / plain.abs().max(), plain / plain.abs().max())
+    with pytest.raises(HmfError, match="create_graph: the ops of recurrent layers have first derivatives only"):
+        torch.autograd.grad(with_graph.square().sum(), x)

@@ -7,12 +7,14 @@ import pickle
 
 import pytest
 import torch
-from accelerate import init_empty_weights, load_checkpoint_and_dispatch
+from accelerate import cpu_offload, init_empty_weights, load_checkpoint_and_dispatch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from hmf.data.tokenizer import train_tokenizer
+from hmf.errors import HmfError
+from hmf.model.convert import drop_teacher
 from tests.hybrids import random_ids
-from tests.twins import IDS, MASK, PADDED, SETTINGS, close, generate, greedy
+from tests.twins import IDS, MASK, PADDED, SETTINGS, close, fused_model, generate, greedy
 
 # Ways to load a folder; each gives the saved model.
 LOADS = {
@@ -83,6 +85,20 @@ def test_loading(load, model, folders, request):
     assert described(loaded.config) == described(model.config)
 
 
+@pytest.mark.parametrize(("symbol", "tensor"), [("GDN", "q_conv1d"), ("M2", "conv1d"), ("BMF", "A_log"), ("SWA", None)])
+@torch.no_grad()
+def test_offloaded_by_accelerate_itself(symbol, tensor, trio):
+    """A mixer that reads tensors without calling their modules says so; torch would compute anything with them."""
+    model = drop_teacher(fused_model(trio["base"], f"*-{symbol}-*-*"))
+    expected = model(IDS).logits
+    offloaded = cpu_offload(model, execution_device=torch.device("cpu"))
+    if tensor is None:
+        close(offloaded(IDS).logits, expected)
+    else:
+        with pytest.raises(HmfError, match=f"{tensor}: is offloaded, and this layer reads it without a call"):
+            offloaded(IDS)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_narrow_loads_and_casts_agree(dtype, model, folders, request):
@@ -111,6 +127,24 @@ def test_auto_classes_and_configs(model, folders, request, tmp_path):
         type(config)(**json.loads(model.config.to_json_string(False))),
     ):
         assert described(other) == described(model.config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("hybrid_override_pattern", "*-*-*-GDN", r"hybrid_override_pattern \*-\*-\*-GDN and layer_types .* differ"),
+        ("layer_types", ["full_attention"] * 4, "hybrid_override_pattern .* and layer_types .* differ, as one was set"),
+        ("is_causal", False, "is_causal: false: mixers are causal"),
+    ],
+)
+def test_a_field_set_on_a_finished_config_is_refused_where_others_follow_from_it(field, value, problem, trio):
+    config = copy.deepcopy(trio["gdn"].config)
+    setattr(config, field, value)
+    with pytest.raises(HmfError, match=problem):
+        AutoModelForCausalLM.from_config(config)
+    if field == "hybrid_override_pattern":
+        anew = AutoModelForCausalLM.from_config(type(config).from_dict(config.to_dict())).eval()
+        assert generate(anew).tolist() == greedy(anew, IDS).tolist()
 
 
 def test_push_to_hub_uploads_the_whole_checkpoint(model, monkeypatch):
@@ -204,7 +238,7 @@ def test_transformers_trainer(trio, tmp_path):
         checkpointed = trained(copy.deepcopy(model), tmp_path, rows, 4, gradient_checkpointing=True)
         assert pieces == pytest.approx(whole, rel=1e-4)
         assert checkpointed == pytest.approx(whole, rel=1e-4)
-        losses[name] = whole
+        losses[name] = whole + trained(copy.deepcopy(model), tmp_path, rows, 8, label_smoothing_factor=0.1)
     assert losses["twin"] == pytest.approx(losses["base"], rel=1e-4)
     assert losses["gdn"][1] < losses["gdn"][0]
 
@@ -252,3 +286,38 @@ def test_peft_adapters(model):
     wrapped(IDS, labels=IDS).loss.backward()
     trained_layers = {name.split(".")[4] for name, x in wrapped.named_parameters() if x.grad is not None}
     assert trained_layers == {"0", "1", "2", "3"}
+
+
+def test_peft_tunes_norms_of_heads_and_refuses_short_convolutions(trio):
+    """A short convolution runs without a call of its module, where peft's tensors would have no effect."""
+    from peft import LNTuningConfig, LoHaConfig, LoraConfig, get_peft_model
+
+    model = copy.deepcopy(trio["gdn"])
+    tuned = get_peft_model(model, LNTuningConfig(task_type="CAUSAL_LM", target_modules=["o_norm"]))
+    close(tuned(IDS).logits, trio["gdn"](IDS).logits)
+    tuned(IDS, labels=IDS).loss.backward()
+    assert all(x.grad.any() for x in tuned.parameters() if x.requires_grad)
+    for adapter in (
+        LoHaConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "k_conv1d"], r=2),
+        LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], target_parameters=["k_conv1d.weight"], r=2),
+    ):
+        with pytest.raises(HmfError, match="k_conv1d: an adapter has no effect on a short convolution; leave it out"):
+            get_peft_model(copy.deepcopy(trio["gdn"]), adapter)(IDS)
+    saved = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["k_conv1d"], r=2)
+    wrapped = get_peft_model(copy.deepcopy(trio["gdn"]), saved)
+    wrapped(IDS, labels=IDS).loss.backward()
+    assert all(x.grad is not None for x in wrapped.parameters() if x.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ["q_proj", "gate_proj", "up_proj", "down_proj"]], ids=["all", "named"]
+)
+def test_peft_adapts_stacked_experts_as_in_the_base(targets, families):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = {}
+    for name, model in families["qwen3_moe"].items():
+        lora = LoraConfig(task_type="CAUSAL_LM", target_modules=targets, r=2)
+        parameters = get_peft_model(copy.deepcopy(model), lora).named_parameters()
+        adapted[name] = {name: x.shape for name, x in parameters if x.requires_grad and "mlp.experts" in name}
+    assert adapted["gdn"] == adapted["twin"] == adapted["base"] != {}

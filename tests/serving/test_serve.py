@@ -139,9 +139,13 @@ class TestOptions:
             ("plain", ""),
         ],
     )
-    def test_parsers_follow_the_template(self, scripted, monkeypatch, template, options):
+    def test_parsers_follow_the_template(self, scripted, monkeypatch, tmp_path, template, options):
         monkeypatch.setattr(serve, "load_tokenizer", lambda source: types.SimpleNamespace(chat_template=template))
         assert " ".join(serve.prepare(scripted).arguments[len([1, *PREFIXES, *STATES, *LOCAL]) + 4 :]) == options
+        monkeypatch.undo()
+        (tmp_path / "other.jinja").write_text(template)
+        for given in (template, str(tmp_path / "other.jinja")):
+            assert " ".join(filter(None, sum(serve.parsers(scripted, {"chat_template": given}).items(), ()))) == options
 
     def test_a_template_whose_calls_no_parser_reads_is_named(self, scripted, monkeypatch, capsys):
         template = "{{ m.tool_calls }}"
@@ -221,6 +225,12 @@ class TestOptions:
                 launch.require_port()
         launch.require_port()
         serve.prepare(scripted, ["--uds", "/tmp/socket"]).require_port()
+        for given, problem in (
+            (["--port", "99999"], "choose another port"),
+            (["--host", "203.0.113.7"], "correct the host"),
+        ):
+            with pytest.raises(HmfError, match=f"{given[1]}.*; {problem}"):
+                serve.prepare(scripted, given).require_port()
 
     def test_quantised_checkpoint(self, tmp_path):
         quantise(tmp_path, engines.save_hybrid(tmp_path, Case("GDN", "int8"), "X-*"), lambda name: ".mlp." in name)

@@ -52,9 +52,10 @@ class MixtureDataset(Dataset[PackedRow]):
         self._documents = [enclosed(ids, separator) for ids in self.texts]
         self._sizes = [len(document) for document in self._documents]
         drawn = [task for task, weight in self.weights.items() if weight and self.text_share < 1]
-        self._modes = {task: self._possible(task) for task in drawn}
+        self._modes = {task: self.modes(task, self.tokenizer) for task in drawn}
 
-    def _possible(self, task: str) -> list[bool]:
+    @classmethod
+    def modes(cls, task: str, tokenizer: PreTrainedTokenizerBase) -> list[bool]:
         """Whether a task's conversations have thinking: the values for which the template writes all that they hold.
 
         Raises:
@@ -63,14 +64,12 @@ class MixtureDataset(Dataset[PackedRow]):
         modes, refusals = [], []
         for thinking in (False, True):
             try:
-                encode_conversation(
-                    self.tokenizer, tasks.sample(task, 0, self.tokenizer, tasks.MIN_LENGTH, thinking=thinking)
-                )
+                encode_conversation(tokenizer, tasks.sample(task, 0, tokenizer, tasks.MIN_LENGTH, thinking=thinking))
                 modes.append(thinking)
             except HmfError as error:
                 refusals.append(error)
         if not modes:
-            raise HmfError(f"data.tasks: {task}: {refusals[0]}, or leave the task out")
+            raise HmfError(f"tasks: {task}: {refusals[0]}, or leave the task out")
         return modes
 
     def __len__(self) -> int:
@@ -120,9 +119,9 @@ class PromptDataset(MixtureDataset):
     """Prompts {"prompt": ids} of at most `sequence_length` tokens that the student continues: prompts of conversations,
     or pieces of text of any length. Row i depends only on `seed` and i."""
 
-    def _possible(self, task: str) -> list[bool]:
-        with rewriting(lambda message: f"data.{message}"):
-            tasks.require_template([task], self.tokenizer)
+    @classmethod
+    def modes(cls, task: str, tokenizer: PreTrainedTokenizerBase) -> list[bool]:
+        tasks.require_template([task], tokenizer)
         return [False, True]
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
@@ -152,11 +151,14 @@ def check_tasks(key: str, data: DataSettings, kind: type[MixtureDataset] = Mixtu
         )
 
 
-def require_tasks(key: str, data: DataSettings, tokenizer: PreTrainedTokenizerBase) -> None:
-    """HmfError for a task of the section `key` that the tokenizer's chat template cannot write."""
+def require_tasks(
+    key: str, data: DataSettings, tokenizer: PreTrainedTokenizerBase, kind: type[MixtureDataset] = MixtureDataset
+) -> None:
+    """HmfError for a task of the section `key` that the chat template cannot write in rows of class `kind`."""
     if data.text_share < 1:
         with rewriting(f"{key}.{{}}".format):
-            tasks.require_template([name for name, weight in data.tasks.items() if weight], tokenizer)
+            for task in [name for name, weight in data.tasks.items() if weight]:
+                kind.modes(task, tokenizer)
 
 
 def row_length(data: DataSettings) -> int:
@@ -185,7 +187,7 @@ def mixture(
     if data.prepared is not None:
         return PreparedDataset(data.prepared, tokenizer, rows, seed)
     check_tasks(key, data, kind)
-    require_tasks(key, data, tokenizer)
+    require_tasks(key, data, tokenizer, kind)
     documents = [document.text for document in text.documents(data.text, split)]
     encoded = encode_texts(tokenizer, documents)
     if data.text_share and not any(encoded):

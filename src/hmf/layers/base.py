@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from hmf.config.layers import layer_options
@@ -106,6 +107,26 @@ class Start:
             )
 
 
+def require_loaded(x: torch.Tensor, **tensors: torch.Tensor) -> None:
+    """HmfError for tensors that accelerate has offloaded, with which torch computes anything."""
+    if not x.is_meta and (name := next((name for name, tensor in tensors.items() if tensor.is_meta), None)):
+        raise HmfError(
+            f"{name}: is offloaded, and this layer reads it without a call of its module; place the layer on a GPU, or "
+            "the whole model on the CPU"
+        )
+
+
+class HeadRMSNorm(nn.RMSNorm):
+    """RMSNorm of each head, in float32 or wider: [..., H, K] -> the same shape. The weight has K or H K values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        shared = self.weight.shape == x.shape[-1:]
+        weight = self.weight.to(x.dtype)
+        y = F.rms_norm(x, x.shape[-1:], weight if shared else None, self.eps)
+        return y if shared else y * weight.view(x.shape[-2:])
+
+
 class Stateful(nn.Module):
     """A token mixer with states: one that replaces an attention, or a recurrent layer of the base's own (own.py).
 
@@ -166,6 +187,19 @@ class Stateful(nn.Module):
         if cache is not None:
             cache.store(states, hidden_states.shape[1])
         return output, None
+
+    def filters(self, x: torch.Tensor, *names: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias of the short convolutions `names`, which one op applies to x without a call of a module."""
+        convs = [getattr(self, name) for name in names]
+        for name, conv in zip(names, convs, strict=True):
+            if hasattr(conv, "base_layer"):  # peft's, whose own tensors take effect in its forward alone
+                raise HmfError(
+                    f"{name}: an adapter has no effect on a short convolution; leave it out of target_modules and "
+                    "target_parameters. modules_to_save trains the convolution itself"
+                )
+        require_loaded(x, **{name: conv.weight for name, conv in zip(names, convs, strict=True)})
+        biases = [conv.bias for conv in convs if conv.bias is not None]
+        return torch.cat([conv.weight for conv in convs]), torch.cat(biases) if biases else None
 
     def _apply(self, fn, recurse=True):
         kept = {name: getattr(self, name) for name in self.float32_parameters if getattr(self, name, None) is not None}

@@ -32,7 +32,7 @@ from .attention import (
     with_query_scale,
     without_positions,
 )
-from .base import Mixer, Start, States, StateShape, split_heads
+from .base import Mixer, Start, States, StateShape, require_loaded, split_heads
 from .gdn import GatedDeltaNet
 from .gka import GatedKalmaNet
 from .mamba2 import Mamba2
@@ -147,6 +147,7 @@ class BMojoF(Mixer):
     def mix(self, hidden_states, states, cu_seqlens, position_embeddings) -> tuple[torch.Tensor, States]:
         before = states or {}
         inner = {name.removeprefix(INNER): x for name, x in before.items() if name.startswith(INNER)} or None
+        require_loaded(hidden_states, **dict(self.inner.named_parameters(recurse=False)))
         fading, inner = self.inner.mix(hidden_states, inner, cu_seqlens, position_embeddings[:2])
         new = {INNER + name: x for name, x in inner.items()}
         new["seen"] = count_tokens(hidden_states, states, cu_seqlens)

@@ -105,14 +105,16 @@ def default_positions(
 ) -> torch.Tensor:
     """Positions [B or 1, tokens] of new tokens: from 0 in each document of `cu_seqlens`, or after `past` tokens.
 
-    With an attention mask [B, past + tokens], the real tokens of a row start at 0. This matters because after a short
-    convolution the result depends on absolute rotary positions, not only on differences.
+    With an attention mask [B, past + tokens], the first real token of a row is at 0. This matters because after a short
+    convolution the result depends on absolute rotary positions, not only on differences. Later padding has positions
+    too, as in transformers.
     """
     if cu_seqlens is not None:
         first = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff())
         return (torch.arange(tokens, device=device) - first)[None]
     if attention_mask is not None:
-        return (attention_mask.bool().long().cumsum(1) - 1).clamp_min(0)[:, -tokens:]
+        first = attention_mask.bool().long().argmax(1, keepdim=True)
+        return (torch.arange(attention_mask.shape[1], device=device) - first).clamp_min(0)[:, -tokens:]
     return (torch.arange(tokens, device=device) + past)[None]
 
 

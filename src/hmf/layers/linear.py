@@ -14,7 +14,7 @@ from torch import nn
 
 from hmf.ops import short_conv
 
-from .base import Mixer, Start, States, StateShape, init_decay, split_heads
+from .base import HeadRMSNorm, Mixer, Start, States, StateShape, init_decay, split_heads
 
 
 class LowRank(nn.Module):
@@ -51,7 +51,7 @@ class LinearMixer(Mixer):
             self.add_decay()
         if o.use_gate:
             self.add_gate(inner)
-        self.o_norm = nn.RMSNorm(o.head_dim, eps=o.norm_eps)
+        self.o_norm = HeadRMSNorm(o.head_dim, eps=o.norm_eps)
         self.o_proj = nn.Linear(inner, o.hidden_size, bias=False)
         if o.kv_proj_rank:
             self.proj_k = LowRank(widths["k"], o.kv_proj_rank, inner)
@@ -95,15 +95,13 @@ class LinearMixer(Mixer):
         One call convolves all of them, because torch.compile divides a layer into parts at each op.
         """
         projected = {name: getattr(self, f"{name}_proj")(hidden_states) for name in "qkv"}
-        convs = {name: getattr(self, f"{name}_conv1d") for name in self.convs(self.options)}
+        convs = self.convs(self.options)
         if convs:
-            weight = torch.cat([conv.weight for conv in convs.values()])
-            biases = [conv.bias for conv in convs.values() if conv.bias is not None]
-            bias = torch.cat(biases) if biases else None
             before = None if states is None else torch.cat([states[f"conv_{name}"] for name in convs], 1)
             x = torch.cat([projected[name] for name in convs], -1)
+            weight, bias = self.filters(x, *(f"{name}_conv1d" for name in convs))
             x, after = short_conv(x, weight, bias, before, cu_seqlens)
-            widths = [len(conv.weight) for conv in convs.values()]
+            widths = [projected[name].shape[-1] for name in convs]
             projected |= zip(convs, x.split(widths, -1), strict=True)
             if after is not None:  # sequence parallelism computes no final states
                 new.update(zip((f"conv_{name}" for name in convs), after.split(widths, 1), strict=True))
@@ -138,10 +136,9 @@ class LinearMixer(Mixer):
 
     def output(self, o: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """RMSNorm per head, then the gate, then the output projection: o [B, T, H, K] -> [B, T, D]."""
-        compute = torch.promote_types(o.dtype, torch.float32)
-        y = F.rms_norm(o.to(compute), o.shape[-1:], self.o_norm.weight.to(compute), self.o_norm.eps)
+        y = self.o_norm(o)
         if self.options.use_gate:
-            y = y * self.gate(hidden_states, compute).view_as(y)
+            y = y * self.gate(hidden_states, y.dtype).view_as(y)
         return self.o_proj(y.to(hidden_states.dtype).flatten(-2))
 
     def gate(self, hidden_states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

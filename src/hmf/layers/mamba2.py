@@ -16,7 +16,7 @@ from torch import nn
 from hmf.ops import short_conv, state_space_dual
 
 from .attention import norm_offset, rotate, stock_parameters
-from .base import Mixer, Start, States, StateShape, init_decay, split_heads
+from .base import HeadRMSNorm, Mixer, Start, States, StateShape, init_decay, split_heads
 
 CONV_SIZE, QK_NORM_EPS, NORM_EPS = 4, 1e-6, 1e-5  # fixed in the published format
 
@@ -40,7 +40,7 @@ class Mamba2(Mixer):
         self.A_log = nn.Parameter(torch.zeros(self.heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.zeros(self.heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.ones(self.heads))
-        self.norm = nn.RMSNorm(o.d_inner, eps=NORM_EPS)  # holds the weight of all heads; `output` normalises per head
+        self.norm = HeadRMSNorm(o.d_inner, eps=NORM_EPS)
         self.out_proj = nn.Linear(o.d_inner, o.d_model, bias=False)
 
     @property
@@ -75,7 +75,7 @@ class Mamba2(Mixer):
         """Convolution and recurrence: x and dt from `project` -> y [B, T, H, K] for `output`, and the new states."""
         new: States = {}
         before = (None, None) if states is None else (states["conv"], states["recurrent"])
-        x, new["conv"] = short_conv(x, self.conv1d.weight, self.conv1d.bias, before[0], cu_seqlens)
+        x, new["conv"] = short_conv(x, *self.filters(x, "conv1d"), before[0], cu_seqlens)
         x, B, C = self.heads_of(x)
         dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
         y, new["recurrent"] = state_space_dual(x, B, C, dt, -self.A_log.exp(), self.D, before[1], cu_seqlens)
@@ -106,8 +106,7 @@ class Mamba2(Mixer):
         """y [B, T, H, K] and the gate z [B, T, H K] -> [B, T, D]."""
         dtype, compute = z.dtype, torch.promote_types(y.dtype, torch.float32)
         y = y.to(compute) * F.silu(z.to(compute)).view_as(y)
-        y = F.rms_norm(y, y.shape[-1:], eps=NORM_EPS) * self.norm.weight.to(compute).view(self.heads, -1)
-        return self.out_proj(y.to(dtype).flatten(-2))
+        return self.out_proj(self.norm(y).to(dtype).flatten(-2))
 
     def init_recurrence(self, generator: torch.Generator | None = None) -> None:
         init_decay(self.A_log, self.dt_bias, generator)

@@ -42,7 +42,7 @@ def own_recurrence_class(stock: type[nn.Module]) -> type[nn.Module]:
     ) -> tuple[torch.Tensor, States]:
         new, before = {}, states or {}
         qkv, z, b, a = _projected(self, hidden_states)
-        qkv, new["conv"] = short_conv(qkv, self.conv1d.weight, None, before.get("conv"), cu_seqlens)
+        qkv, new["conv"] = short_conv(qkv, *self.filters(qkv, "conv1d"), before.get("conv"), cu_seqlens)
         q, k, v = qkv.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
         q, k = (x.unflatten(-1, (-1, self.head_k_dim)) for x in (q, k))
         q, k = (x.repeat_interleave(self.num_v_heads // self.num_k_heads, dim=-2) for x in (q, k))

@@ -51,10 +51,10 @@ class MixerCacheLayer(CacheLayerMixin):
         self.states, self.seen_tokens, self.is_initialized = {}, 0, False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.batch_select_indices(beam_idx)
+        self.states = {name: x.index_select(0, beam_idx.to(x.device)) for name, x in self.states.items()}
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.states = {name: x.index_select(0, indices.to(x.device)) for name, x in self.states.items()}
+    def batch_select_indices(self, indices: torch.Tensor) -> None:  # of numbers, or bool, as in transformers' layers
+        self.states = {name: x[indices, ...] for name, x in self.states.items()}
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.states = {name: x.repeat_interleave(repeats, dim=0) for name, x in self.states.items()}
@@ -101,7 +101,8 @@ def adopt(cache: Cache, config: Any, batch: int | None = None) -> Cache:
             continue
         if getattr(layer, "is_initialized", False):
             raise HmfError(
-                "past_key_values: another model filled the cache; start from an empty DynamicCache(config=model.config)"
+                "past_key_values: another model, or prefix tuning, filled the cache; start from an empty "
+                "DynamicCache(config=model.config)"
             )
         cache.layers[index] = MixerCacheLayer()
     lengths = {layer.get_seq_length() for layer in cache.layers}

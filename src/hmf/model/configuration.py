@@ -78,10 +78,7 @@ class HybridConfigMixin(Mixin):
         check_rope_names({"rope_parameters": self.rope_parameters} | kwargs, "config.json")
         super().__post_init__(**kwargs)
         check_rope(vars(self), self.family, "config.json")
-        if not getattr(self, "is_causal", True):
-            raise HmfError("config.json: is_causal: false: mixers are causal; give a causal base model")
-        if getattr(self, "use_bidirectional_attention", False):
-            raise HmfError("config.json: use_bidirectional_attention: mixers are causal; give a causal base model")
+        self._check_causal()
         if self.return_dict is False:
             raise HmfError("config.json: return_dict: false: transformers runs no such model; remove the key")
         self.head_dim = base_head_dim(self)  # published for every family, also where the base leaves it out
@@ -104,10 +101,7 @@ class HybridConfigMixin(Mixin):
             check_own_layers(self)
             self.base_layer_types = list(self.attention_types)
         self._check_from_recurrent(pattern, own)
-        self.layer_types = [
-            kind if symbol == ATTENTION else RECURRENT
-            for kind, symbol in zip(self.attention_types, pattern.symbols, strict=True)
-        ]
+        self.layer_types = self._mixed_types()
         if listed and not has_symbols and list(listed) not in (self.layer_types, self.attention_types):
             raise HmfError(
                 f"config.json: layer_types {list(listed)} differs from {self.layer_types}, which follows from the "
@@ -144,6 +138,27 @@ class HybridConfigMixin(Mixin):
         # Llama's attention has no windows, even if its config.json has a sliding_window.
         window = self.sliding_window if hasattr(self.family.config_class(), "sliding_window") else None
         return "full_attention" if window is None else "sliding_attention"
+
+    def _mixed_types(self) -> list[str]:
+        types = zip(self.attention_types, self.pattern.symbols, strict=True)
+        return [kind if symbol == ATTENTION else RECURRENT for kind, symbol in types]
+
+    def _check_causal(self) -> None:
+        if not getattr(self, "is_causal", True):
+            raise HmfError("config.json: is_causal: false: mixers are causal; give a causal base model")
+        if getattr(self, "use_bidirectional_attention", False):
+            raise HmfError("config.json: use_bidirectional_attention: mixers are causal; give a causal base model")
+
+    def check_finished(self) -> None:
+        """HmfError for a field that was set on a finished config, where other fields follow from its former value."""
+        self._check_causal()
+        self.check_windows()
+        if self.layer_types != self._mixed_types():
+            raise HmfError(
+                f"config.json: hybrid_override_pattern {self.hybrid_override_pattern} and layer_types "
+                f"{self.layer_types} differ, as one was set on a finished config; give the pattern to from_pretrained, "
+                "or make the config anew: type(config).from_dict(config.to_dict())"
+            )
 
     def check_windows(self) -> None:
         """HmfError for a `sliding_window` that the layers cannot have, or that was set after their types were."""

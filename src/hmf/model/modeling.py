@@ -116,7 +116,7 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
     _other_tensors = ("lm_head.",)  # checkpoints of the causal language model can be loaded too
 
     def __init__(self, config: Any):
-        config.check_windows()
+        config.check_finished()
         with config.as_base():
             super().__init__(config)
         stock = self.family.class_named("DecoderLayer")
@@ -304,6 +304,12 @@ class HybridCausalLMMixin(AsItsFamily, StrictLoading):
                 "generate: gradient checkpointing keeps no cache in training mode; call model.eval() first, or give "
                 "use_cache=False"
             )
+        mask = model_kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask[:, -1].all()):
+            raise HmfError(
+                "attention_mask: a row ends in padding, where recurrent layers have no output to generate from; pad on "
+                "the left (padding_side='left'), or give an attention_mask if the last token is a real one"
+            )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if (cache := model_kwargs.get("past_key_values")) is not None:
             adopt(cache, self.config)
@@ -367,7 +373,7 @@ def hybrid_classes(family: Family) -> HybridClasses:
 
     def _init_weights(self, module: nn.Module) -> None:
         super(type(self), self)._init_weights(module)
-        if type(module) is nn.RMSNorm:  # a mixer's; Gemma sets norms, whose weights are offsets from one, to zero
+        if isinstance(module, nn.RMSNorm):  # a mixer's; Gemma sets norms, whose weights are offsets from one, to zero
             initialization.ones_(module.weight)
         if isinstance(module, Mixer) and not any(p.is_meta for p in module.parameters(recurse=False)):
             module.init_recurrence()

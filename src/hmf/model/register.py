@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, configuration_utils
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.models.auto import tokenization_auto
+from transformers.conversion_mapping import (
+    _MODEL_TO_CONVERSION_PATTERN,
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.models.auto import modeling_auto, tokenization_auto
 
 from hmf.config.layers import LAYER_KINDS
 from hmf.config.pattern import ATTENTION, FROM_RECURRENT, FUSED_ATTENTION
@@ -21,9 +25,15 @@ def register() -> None:
         AutoConfig.register(family.hybrid_model_type, classes.config, exist_ok=True)
         AutoModel.register(classes.config, classes.model, exist_ok=True)
         AutoModelForCausalLM.register(classes.config, classes.causal_lm, exist_ok=True)
+        # By this table the Trainer shifts labels for label smoothing, and lm-eval recognises a causal language model.
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.hybrid_model_type] = classes.causal_lm.__name__
         # Some families' modules have other tensors than their files, such as stacked experts.
         if conversions := get_checkpoint_conversion_mapping(family.model_type):
             register_checkpoint_conversion_mapping(family.hybrid_model_type, conversions, overwrite=True)
+        # By this one peft finds the stacked experts that target_modules names one by one. It takes every gate_proj for
+        # theirs, and mixers have one where the base's attention has a gate, as in Qwen3-Next.
+        if family.model_type in _MODEL_TO_CONVERSION_PATTERN and not family.own_recurrence:
+            _MODEL_TO_CONVERSION_PATTERN[family.hybrid_model_type] = _MODEL_TO_CONVERSION_PATTERN[family.model_type]
         _register_tokenizer(family, classes.config)
     _allow_symbols()
 

@@ -22,7 +22,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from hmf.errors import HmfError, unknown_name
 
@@ -100,14 +99,34 @@ def entry(op: str, recurrence: bool = False):
     return mark
 
 
-def backward(function: Callable) -> Callable:
-    """Mark the decorated backward of an op's autograd function: it runs once and, like `entry`, without autocast."""
+class _Once(torch.autograd.Function):
+    """The first `count` tensors, as outputs of all of them, whose gradients cannot be computed."""
 
-    @once_differentiable
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor):
+        raise HmfError("create_graph: the ops of recurrent layers have first derivatives only")
+
+
+def backward(function: Callable) -> Callable:
+    """Mark the decorated backward of an op's autograd function: it runs once and, like `entry`, without autocast.
+
+    torch's `once_differentiable` raises no error in `torch.autograd.grad`, which leaves its node out.
+    """
+
     @functools.wraps(function)
-    def call(ctx: Any, grad: torch.Tensor, *others: torch.Tensor):
-        with torch.autocast(grad.device.type, enabled=False):
-            return function(ctx, grad, *others)
+    def call(ctx: Any, *grads: torch.Tensor):
+        with torch.no_grad(), torch.autocast(grads[0].device.type, enabled=False):
+            outputs = function(ctx, *grads)
+        if not torch.is_grad_enabled():  # no graph of the gradients is made
+            return outputs
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        values = [x for x in outputs if x is not None]
+        marked = iter(_Once.apply(len(values), *values, *grads, *(x for x in ctx.saved_tensors if x is not None)))
+        return tuple(None if x is None else next(marked) for x in outputs)
 
     return call
 

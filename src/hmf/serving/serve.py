@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib.util
 import ipaddress
@@ -12,7 +13,7 @@ import re
 import shlex
 import socket
 from argparse import ArgumentParser, Namespace
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -58,10 +59,11 @@ class Launch:
             with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM does
                 probe.bind(self.address)
-        except OSError as error:
-            raise HmfError(
-                f"{host or '0.0.0.0'}:{port}: {error.strerror}; choose another port: -- --port NUMBER"
-            ) from None
+        except (OSError, OverflowError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "ports are numbers up to 65535"
+            is_host = isinstance(error, socket.gaierror) or getattr(error, "errno", None) == errno.EADDRNOTAVAIL
+            fix = "correct the host: -- --host ADDRESS" if is_host else "choose another port: -- --port NUMBER"
+            raise HmfError(f"{host or '0.0.0.0'}:{port}: {reason}; {fix}") from None
 
     @property
     def line(self) -> str:
@@ -277,12 +279,17 @@ TOOL_PARSERS = {
 }
 
 
-def parsers(source: str | Path, given: Container[str] = ()) -> dict[str, str | None]:
+def parsers(source: str | Path, given: Mapping[str, Any] | None = None) -> dict[str, str | None]:
     """vLLM's options for parsers of tool calls and reasoning, if the chat template has their markers.
 
-    A notice says that there is none for its tool calls, unless `tool_call_parser` is among the `given` options.
+    The template is that of the `given` options, or else the checkpoint's. A notice says that there is none for its tool
+    calls, unless `tool_call_parser` is given.
     """
-    template = load_tokenizer(source).chat_template or ""
+    given, template = given or {}, load_tokenizer(source).chat_template or ""
+    if own := given.get("chat_template"):  # a file, or the template itself
+        template = own
+        with suppress(OSError, UnicodeError):
+            template = Path(own).read_text(encoding="utf-8")
     if isinstance(template, list | dict):  # several named templates
         template = str(template)
     options: dict[str, str | None] = {}
