@@ -49,6 +49,11 @@ def test_every_recipe_passes_the_dry_run(recipes, path):
         return
     assert plan.fits, plan.advice()
     assert plan.gpu_hours > 0
+    memory, guide = planner.rows(plan)["sum, of each GPU"], (RECIPES.parent / "docs/guide.md").read_text()
+    pages = (path.parent / "README.md").read_text() + (guide if path.parent.name == "qwen3-8b" else "")
+    assert {*re.findall(rf"^\| {path.stem} \|.* ([\d.]+ GiB) ", pages, re.MULTILINE)} <= {memory}
+    if path.parent.name == "qwen3-0.6b-1b":
+        assert memory in re.findall(r"│ sum, of each GPU .*", guide)[0]
     if large:
         assert plan.tokens == pytest.approx(TOKENS[path.stem.split("-", 1)[1]], rel=0.01)
 
