@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for every recurrence: its versions agree; cuts, packing, narrow dtypes and autocast do not change results."""
+"""What holds for every recurrence: its versions agree; cuts, packing, dtypes and autocast do not change results."""
 
 import pytest
 import torch
