@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 import hmf
@@ -61,6 +62,16 @@ def test_every_command_explains_itself_with_an_example(command):
     assert f"hmf {command} " in result.output.split("Examples:")[1]
     recipes = [word for word in result.output.replace("`", " ").split() if word.startswith("recipes/")]
     assert all((ROOT / recipe).exists() for recipe in recipes), recipes
+
+
+@pytest.mark.parametrize("command", [["plan", "--gpu", "h100"], ["plan", "--gpu", "h100", "--ratio", "0.5"]])
+@pytest.mark.parametrize("model_type", ["bloom", "mamba", "paligemma", "clip_vision_model"])
+def test_a_model_that_cannot_be_planned_is_named(monkeypatch, capsys, tmp_path, command, model_type):
+    """Their configs have no max_position_embeddings, which was read first."""
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    code, _, err = run(monkeypatch, capsys, command[0], str(tmp_path), *command[1:])
+    assert code == 2
+    assert re.fullmatch(rf"hmf: {tmp_path}/config.json: model_type '\w+' (cannot be a base|is not among).*\n", err)
 
 
 @pytest.mark.parametrize("command", ["", "data", "bench", *commands()])

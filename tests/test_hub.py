@@ -24,6 +24,10 @@ from tests.training.cutting import make_tiny_stage0
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 
 
+# Names of Qwen3's shards, of Qwen3.5's, and of shards that were converted from pickled ones.
+SHARDS = ("model-1-of-2.safetensors", "model.safetensors-2-of-2.safetensors", "pytorch_model-1-of-2.safetensors")
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """(address, folder by repository and revision, requested paths) of a server."""
@@ -45,7 +49,7 @@ def served(tmp_path_factory):
         (data / part).write_text(json.dumps({"text": part}) + "\n")
     shards = root / "shards"
     shards.mkdir()
-    for name in ("model-1-of-2.safetensors", "model.safetensors-2-of-2.safetensors", "model.fp16.safetensors"):
+    for name in (*SHARDS, "model.fp16.safetensors"):
         (shards / name).write_text("weights")
     repositories = {
         "models/some-org/Tiny.1": model,
@@ -167,9 +171,9 @@ def test_a_model_comes_by_name_once_and_loads_as_its_folder_does(served, tmp_pat
     assert ask("resolve_base('some-org/Tiny.1')", served, cache, HF_HUB_OFFLINE="1") == str(folder) and not asked
     assert ask("resolve_base('some-org/Tiny.1')", served, cache) == str(folder)
     assert not [path for path in asked if "resolve" in path]
-    shards = "*sorted(path.name for path in resolve_base('some-org/Shards').iterdir())"  # Qwen3's names, and Qwen3.5's
+    shards = "*sorted(path.name for path in resolve_base('some-org/Shards').iterdir())"
     found = ask(f"resolve_base('hf://some-org/Tiny.1@v1').name, {shards}", served, cache)
-    assert found == f"{COMMITS['v1']} model-1-of-2.safetensors model.safetensors-2-of-2.safetensors"
+    assert found == " ".join((COMMITS["v1"], *SHARDS))
 
 
 def test_what_the_hub_does_not_have_is_one_line_that_says_both(served, tmp_path):

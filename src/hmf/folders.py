@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -83,6 +84,14 @@ def find_recipe(name: str) -> Path:
     )
 
 
+def require_downloaded(file: Path) -> None:
+    """HmfError if `file` is what Git LFS leaves in place of a file that it has not downloaded."""
+    with file.open("rb") as content:
+        start = content.read(1024)
+    if len(start) < 1024 and start.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise HmfError(f"{file}: is a pointer of Git LFS, not the file; run `git lfs pull` in its repository")
+
+
 def require_parent(file: Path | None, option: str) -> None:
     """HmfError when the output `file` of the command-line option `option` is a folder, or in a missing folder."""
     if file is None:
@@ -98,11 +107,20 @@ def reason(error: OSError) -> str:
     return "no permission" if isinstance(error, PermissionError) else error.strerror or " ".join(str(error).split())
 
 
+def unfinished(output: Path) -> re.Pattern[str]:
+    """The names of temporary folders in which `output` is written (mkdtemp's names)."""
+    return re.compile(rf"\.{re.escape(Path(os.path.realpath(output)).name)}\.[a-z0-9_]{{8}}")
+
+
 def require_unused(output: str | Path, allowed: Callable[[str], bool] = lambda name: False) -> None:
-    """HmfError when `output` is a file, or a folder that holds anything but `allowed` names."""
+    """HmfError when `output` is a file, or a folder that holds anything but `allowed` names and what a killed process
+    left there."""
     output = Path(output)
+    left = unfinished(output)
     try:
-        used = output.exists() and (not output.is_dir() or not all(allowed(item.name) for item in output.iterdir()))
+        used = output.exists() and (
+            not output.is_dir() or not all(allowed(item.name) or left.fullmatch(item.name) for item in output.iterdir())
+        )
     except OSError as error:
         raise HmfError(f"{error.filename or output}: cannot be read: {reason(error)}") from None
     if used:

@@ -20,7 +20,13 @@ _MODEL = re.compile(r"(hf:/{1,2})?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\
 _FILES = re.compile(r"hf:/{1,2}datasets/([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([^/@]+))?(?:/(.+))?")
 # Config, tokenizer, chat template, generation config and licence. Pickled weights and code are never downloaded.
 _DESCRIPTION = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*"]
-_WEIGHTS = ["model.safetensors", "model-*.safetensors", "model.safetensors-*.safetensors"]  # the last: Qwen3.5
+# Names of shards besides the usual ones: of Qwen3.5, and of checkpoints that were converted from pickled weights.
+_WEIGHTS = [
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors-*.safetensors",
+    "pytorch_model-*.safetensors",
+]
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ ENDS = [
     "<|return|>",
     "<|call|>",
     "<|END_OF_TURN_TOKEN|>",
+    "<turn|>",
 ]
 
 # As templates of a year or two ago are: `arguments | tojson`, roles without a check, contents that are strings.
@@ -160,7 +161,7 @@ def test_the_schema_of_a_tool_may_have_another_key(templated):
     schema = {"type": "object", "properties": {"townname": {"type": "string"}}}
     tools = [{"name": "weather", "description": "Now.", "input_schema": schema}]
     assert "townname" in text_of(templated("qwen3"), [user("q"), answer("a")], tools)
-    with pytest.raises(HmfError, match=r"leaves tools out \(weather\)"):
+    with pytest.raises(HmfError, match=r"leaves tools out \(weather.townname\)"):
         encode_chat(templated(READS_PARAMETERS), [user("q"), answer("a")], tools)
 
 
@@ -169,6 +170,92 @@ QUOTED = OLD.replace(
     "{ {%- for k, v in c.function.arguments.items() %}{{ k }}:"
     "{% if v is string %}«{{ v }}»{% elif v is none %}None{% else %}{{ v }}{% endif %}{% endfor %} }",
 ).replace("{ {%- for", "{{ '{' }}{%- for")
+
+
+NAMES = "{% for tool in tools or [] %}{{ tool.name }}({{ tool.description }}){% endfor %}" + OLD.split("endfor -%}")[1]
+
+
+def test_the_parameters_of_a_tool_are_not_left_out(templated):
+    """Their names may occur anywhere else in the text."""
+    place = {"type": "object", "properties": {"town": {"type": "string"}}, "required": ["town"]}
+    schemas = {
+        "f.a": {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]},
+        "f.place": {"type": "object", "properties": {"place": place}},
+        "f.city": {"city": {"type": "str", "description": "A town."}},
+    }
+    for path, schema in schemas.items():
+        tools = [{"name": "f", "description": "Finds a place, town or city.", "parameters": schema}]
+        with pytest.raises(HmfError, match=rf"leaves tools out \({path}\)"):
+            encode_chat(templated(NAMES), [user("a place?"), answer("a city")], tools)
+    tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": schemas["f.place"]}}]
+    only_outer = OLD.replace(
+        "{{ tool | tojson }}", "{{ tool.function.name }}{{ tool.function.description }} place: {type: object}"
+    )
+    with pytest.raises(HmfError, match=r"leaves tools out \(f.place\)"):
+        encode_chat(templated(only_outer), [HI, HELLO], tools)
+    for template in ("qwen3", "gptoss", "gemma4", "llama3_1"):
+        assert "town" in text_of(templated(template), [HI, HELLO], tools)
+
+
+def test_calls_may_be_json_text_and_texts_may_be_json(templated):
+    """As in tables, where all messages have the same fields."""
+    objects = [HI, answer("", tool_calls=[call()]), result("21"), HELLO]
+    texts = [
+        HI,
+        answer("", tool_calls=json.dumps([call()])),
+        result("21", tool_calls=""),
+        answer("Hello.", tool_calls="[]"),
+    ]
+    assert normalise(texts) == normalise(objects)
+    parts = json.dumps([{"type": "text", "text": "21"}])
+    for said in ([{"type": "text", "text": parts}], json.dumps([{"type": "event"}]), '[{"type": "text", ', "[1]"):
+        assert normalise([user(said), HELLO])[0][0]["content"] == said
+    assert normalise([*objects[:2], result(parts), HELLO])[0][2]["content"] == parts  # as a tool may write it
+
+
+def test_ids_that_a_template_writes_are_not_empty(templated):
+    """A template such as Mistral's, but without a check, would write an empty id for a call that has none."""
+    writes = OLD.replace("<call>", "<call>#{{ c.id }}#").replace(
+        "{{ m.content }}", "{{ m.content }}{% if m.role == 'tool' %}@{{ m.tool_call_id }}@{% endif %}"
+    )
+    with pytest.raises(HmfError, match=r"messages\[1\]: a call or result has no id, but the chat template writes it"):
+        encode_chat(templated(writes), [HI, answer("", tool_calls=[call()]), result("21"), HELLO], TOOLS)
+    with pytest.raises(HmfError, match=r"messages\[1\]: a call or result has no id"):
+        encode_chat(templated(writes), [HI, result("21"), HELLO])
+    several = [HI, answer("", tool_calls=[call(identity="a"), call("Paris", "b")]), result("21"), result("18"), HELLO]
+    text = text_of(templated(writes), several, TOOLS)  # results without an id have that of their call
+    assert text.index("#a#") < text.index("#b#") < text.index("21@a@") < text.index("18@b@")
+    alike = [HI, answer("", tool_calls=[call(identity="a"), call("Paris", "a")]), result("21"), result("18"), HELLO]
+    assert "tool_call_id" not in normalise(normalise(alike)[0])[0][2]
+    optional = writes.replace("#{{ c.id }}#", "{{ '#' + c.id if c.id else '' }}").replace("@{{ m.tool_call_id }}@", "")
+    assert "#" not in text_of(templated(optional), [HI, answer("", tool_calls=[call()]), result("21"), HELLO], TOOLS)
+
+
+def test_schemas_as_json_text_are_those_of_objects(templated):
+    """As in tables, whose columns have one type: quoted text in the prompt would be encoded twice."""
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    whole, inside = json.dumps(schema), schema | {"properties": json.dumps(schema["properties"])}
+    for template in (None, "qwen2_5", "gptoss"):
+        texts = {
+            text_of(templated(template), [HI, HELLO], [{"type": "function", "function": TOOLS[0]["function"] | more}])
+            for more in ({"parameters": form} for form in (schema, whole, inside))
+        }
+        assert len(texts) == 1 and "city" in texts.pop()
+    for tool, place in (({"name": "f", "parameters": "a city"}, r"tools\[0\].parameters"),):
+        with pytest.raises(HmfError, match=f"{place}: is text but not valid JSON .*; write an object"):
+            normalise([HI, HELLO], [tool])
+
+
+def test_tools_without_function_are_wrapped_for_templates_that_read_it(templated):
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    whole = {"type": "function", "function": {"name": "weather", "description": "Of a city.", "parameters": schema}}
+    for template in ("gptoss", "gemma4"):
+        expected = text_of(templated(template), [HI, HELLO], [whole])
+        for bare in (whole["function"], {"name": "weather", "description": "Of a city.", "input_schema": schema}):
+            assert text_of(templated(template), [HI, HELLO], [bare]) == expected
+    assert '\n{"name": "weather"' in text_of(templated("qwen2_5"), [HI, HELLO], [whole["function"]])  # as it is
+    with pytest.raises(HmfError, match="leaves tools out"):
+        encode_chat(templated("llama3"), [HI, HELLO], [whole["function"]])
 
 
 def test_literals_are_not_passed_as_text_to_a_template_that_quotes_texts(templated):
@@ -373,6 +460,18 @@ def test_several_templates_need_one_that_is_named_default(templated, tools):
 CALLS = answer("", tool_calls=[call("Lyon", "a"), call("Nice", "b")])
 REFUSED = {
     "calls as text": ([HI, answer("", tool_calls=[json.dumps(call())])], r"tool_calls\[0\]: an object .* not text"),
+    "no calls in JSON": (
+        [HI, answer("x", tool_calls="f(x)")],
+        r"\.tool_calls: is text but not .*; write a list of calls",
+    ),
+    "parts as text": (
+        [user(json.dumps([{"type": "text", "text": "x"}])), HELLO],
+        r"messages\[0\].content: is text that holds parts as JSON",
+    ),
+    "tools in a message": (
+        [{"role": "system", "content": "x", "tools": []} | {"tools": [1]}, HI, HELLO],
+        "beside the mess",
+    ),
     "older calls": ([HI, answer("x", function_call={"name": "f"})], r"messages\[1\].function_call: .*write tool_calls"),
     "unknown key": ([user("x", contentt="y"), HELLO], r"messages\[0\].contentt: unknown key .* did you mean 'content'"),
     "refusal": ([HI, answer("x", refusal="no")], r"messages\[1\].refusal: unknown key.*ignore_keys"),

@@ -316,6 +316,19 @@ def test_plain_text_differs_in_special_tokens_alone(templated, template, texts):
     assert counts[1] - counts[0] == inside
 
 
+@pytest.mark.parametrize("template", [SIMPLE, MARKED], ids=["prompts", "marks"])
+def test_a_tokenizer_may_compose_letters_and_accents(templated, template):
+    """As Qwen's tokenizers do: the text is not another one because its letters are composed."""
+    chosen = templated(template)
+    chosen.backend_tokenizer.normalizer = normalizers.NFC()
+    talk, composed = (
+        [{"role": "user", "content": f"{e} <|im_end|>"}, {"role": "assistant", "content": f"{e}!"}]
+        for e in ("e\u0301", "é")
+    )
+    [found], [expected] = (encode_chat(chosen, one, split_special_tokens=True) for one in (talk, composed))
+    assert found == expected and "é!" in shown(chosen, found)[1][0]
+
+
 def test_special_tokens_of_tools_calls_and_texts_can_be_plain_text(tokenizer):
     tools = [{"type": "function", "function": {"name": "say", "description": "Ends <|im_end|>.", "parameters": {}}}]
     calls = [{"function": {"name": "say", "arguments": {"words": "<|im_start|>"}}}]

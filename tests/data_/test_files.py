@@ -2,11 +2,14 @@
 """One reader: what files hold is read, however they are packed, or named in one line."""
 
 import bz2
+import csv
 import gzip
+import io
 import json
 import lzma
 import os
 from datetime import date
+from decimal import Decimal
 
 import datasets
 import pyarrow as pa
@@ -15,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hmf.config.data import SourceSettings
+from hmf.config.data import DataRecipe, SourceSettings
 from hmf.config.places import PairSettings
 from hmf.config.recipes import read_recipe
 from hmf.config.runs import DistillRecipe
@@ -23,7 +26,8 @@ from hmf.config.strict import parse_json, parse_yaml
 from hmf.data import files
 from hmf.data.conversation import normalise
 from hmf.data.encoding import IGNORED, encode_chat
-from hmf.data.sources import Source, content, pair_of
+from hmf.data.shards import Counts, Encoder
+from hmf.data.sources import Record, Source, content, pair_of
 from hmf.errors import HmfError
 
 
@@ -117,7 +121,13 @@ BAD = {
     "pointer.txt": (POINTER, "pointer.txt: is a pointer of Git LFS"),
     "none.parquet": (b"", "none.parquet: row 0: not readable Parquet"),
     "a.parquet.gz": (b"", "nothing to read .a.parquet.gz"),
-    "a.csv": (b"text\na", "nothing to read .a.csv"),
+    "a.xlsx": (b"text\na", "nothing to read .a.xlsx"),
+    "long.csv": (b"text,id\n\na,b,c\n", "long.csv:3: the row does not have 2 cells, as the first line has"),
+    "short.csv": (b'id,text\n1,"a\nb"\n2\n', "short.csv:4: the row does not have 2 cells"),
+    "twice.csv": (b"text,text\na,b\n", "twice.csv:1: two columns have the name 'text'"),
+    "open.csv": (b'text,id\n"a,b\n', "open.csv:2: not valid CSV"),
+    "semicolon.csv": (b"text;id\na;b\n", "semicolon.csv:2: no field 'text'; the row has 'text;id'"),
+    "utf16.csv": ("text\na\n".encode("utf-16"), "utf16.csv:1: cannot be read .'utf-8' codec"),
 }
 
 
@@ -128,6 +138,25 @@ def test_what_cannot_be_read_is_one_line_with_its_place(tmp_path, name):
     with pytest.raises(HmfError, match=expected) as caught:
         read(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.csv.gz"])
+def test_cells_of_csv_are_texts_as_they_are_in_the_file(tmp_path, name):
+    """No number loses its zeros, and no text such as NA is read as a missing value."""
+    values = ["007", "NA", "null", "1e5", 'a "b", c', "two\r\nlines", "é 😀"]
+    written, mark = io.StringIO(), "\ufeff"
+    rows = csv.writer(written, delimiter="\t" if "TSV" in name else ",")
+    rows.writerows([["instruction", "input", "output", "n"]] + [["q", value, value, 1] for value in values])
+    (tmp_path / name).write_bytes(PACK[".gz" if ".gz" in name else ""]((mark + written.getvalue()).encode()))
+    settings = SourceSettings(path=str(tmp_path), shape="alpaca", name="rows")
+    records = list(Source(settings).records())
+    assert [record.where for record in records] == [f"{name}:{line}" for line in (2, 3, 4, 5, 6, 7, 10)]
+    found = [content(record, settings) for record in records]
+    assert [[message["content"] for message in talk.messages] for talk in found] == [[f"q\n{v}", v] for v in values]
+    assert {talk.unread for talk in found} == {("n",)}
+    (tmp_path / "more.jsonl").write_text("{}")
+    with pytest.raises(HmfError, match="holds csv and jsonl files; set format to the one to read"):
+        Source(settings)
 
 
 def test_a_line_has_a_limit(tmp_path, monkeypatch):
@@ -162,14 +191,25 @@ def test_a_folder_with_a_held_out_split_needs_a_pattern(tmp_path):
         (tmp_path / name).write_text(json.dumps({"text": name}))
     both = ["data/latest-training.jsonl", "data/train_sft-0.jsonl"]
     assert read(tmp_path) == both
-    for name in ("data/test_sft-0.jsonl", "Validation.jsonl", "data/train_eval.jsonl"):
+    held_out = (
+        "testSet.jsonl",
+        "data/devset.jsonl",
+        "TESTDATA.jsonl",
+        "tests.jsonl",
+        "held_out.jsonl",
+        "holdout/0.jsonl",
+    )
+    for name in ("data/test_sft-0.jsonl", "Validation.jsonl", "data/train_eval.jsonl", *held_out):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"text": name}))
         with pytest.raises(HmfError, match=r"a training split \(.*train.*\) and a held-out one"):
             read(tmp_path)
         (tmp_path / name).unlink()
 
 
-@pytest.mark.parametrize("name", ["train-0.jsonl", "Train.jsonl", "train/0.jsonl", "sub/training-1/b/train.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["train-0.jsonl", "Train.jsonl", "trainSet.jsonl", "train/0.jsonl", "sub/training-1/b/train.jsonl"]
+)
 def test_the_patterns_that_an_error_about_splits_names_read_the_files(tmp_path, name):
     for file in (name, "test.jsonl", "train.md"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -195,6 +235,42 @@ def test_a_pointer_is_no_data_set(tmp_path):
             Source(SourceSettings(**place))
 
 
+def test_files_of_a_data_set_are_read_as_they_are(tmp_path):
+    """The datasets library would write the second text with quotes, 1 as 1.0, 007 as 7, and no text in place of NA."""
+    folder, arguments = tmp_path / "rows", ({"n": 1, "when": "2024-01-02T03:04:05"}, {"n": 1.5, "when": ["x"]})
+    folder.mkdir()
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: a\n  data_files: ['0.jsonl', '1.jsonl']\n---\n")
+    rows = []
+    for number, content_ in enumerate(("a", [{"type": "text", "text": "b"}])):
+        call = {"function": {"name": "f", "arguments": arguments[number]}}
+        rows.append(said(("user", "NA"), ("assistant", content_)))
+        rows[-1][1]["tool_calls"] = [call]
+        (folder / f"{number}.jsonl").write_text(json.dumps({"messages": rows[-1]}))
+    (folder / "other.jsonl").write_text("?")
+    settings = SourceSettings(dataset=str(folder), messages_field="messages")
+    records = list(Source(settings).records())
+    assert [content(record, settings).messages for record in records] == rows
+    assert [record.where for record in records] == ["0.jsonl:1", "1.jsonl:1"]
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    (tables / "train.csv").write_text("prompt,completion\n007,NA\n")
+    (tables / "test.csv").write_text("prompt,completion\nx,y\n")
+    settings = SourceSettings(dataset=str(tables), shape="prompt_completion")
+    [record] = Source(settings).records()
+    assert [message["content"] for message in content(record, settings).messages] == ["007", "NA"]
+    with pytest.raises(HmfError, match="unknown split 'dev'; valid: .*train"):
+        list(Source(SourceSettings(dataset=str(tables), split="dev")).records())
+
+
+@pytest.mark.parametrize("name", ["script.py", "train.zip", "train.wav"])
+def test_errors_of_the_datasets_library_are_one_line(tmp_path, name):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / ("rows.py" if name.endswith("py") else name)).write_bytes(b"RIFF")
+    with pytest.raises(HmfError, match="rows: the datasets library cannot read it") as caught:
+        list(Source(SourceSettings(dataset=str(tmp_path / "rows"))).records())
+    assert "\n" not in str(caught.value)
+
+
 def test_a_file_is_no_data_set(tmp_path):
     (tmp_path / "a.jsonl").write_text("{}")
     with pytest.raises(HmfError, match=r"sources.a.dataset: .*a.jsonl: is a file; write path in place of dataset"):
@@ -207,11 +283,11 @@ def test_files_that_are_not_read_are_named(tmp_path, capsys):
     (tmp_path / "x.jsonl").mkdir()
     for name in ("a.jsonl", "inner/b.JSONL", "x.jsonl/c.jsonl"):
         (tmp_path / name).write_text(json.dumps({"text": name}))
-    for name in ("LICENSE", "b.csv", ".git/d.jsonl", "z.sha256"):
+    for name in ("LICENSE", "b.bin", ".git/d.jsonl", "z.sha256"):
         (tmp_path / name).write_text("?")
     (tmp_path / "link").symlink_to(tmp_path / "inner")
     assert sorted(read(tmp_path)) == ["a.jsonl", "inner/b.JSONL", "x.jsonl/c.jsonl"]
-    assert ": not read: .git/, LICENSE, b.csv and 2 more" in capsys.readouterr().err
+    assert ": not read: .git/, LICENSE, b.bin and 2 more" in capsys.readouterr().err
     assert read(tmp_path / "*.jsonl") == ["a.jsonl"]
     assert ": not read: x.jsonl/" in capsys.readouterr().err
     (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")
@@ -284,6 +360,17 @@ def test_only_the_completion_is_supervised(tmp_path, tokenizer):
         assert [tokenizer.decode(ids) for ids in labels] == learnt
 
 
+def test_an_ignored_weight_does_not_supervise_the_prompt(tmp_path, tokenizer):
+    prompt = said(("user", "1+1?"), ("assistant", "2"), ("user", "2+1?"))
+    prompt[1]["weight"] = 1
+    row = {"prompt": prompt, "completion": [*said(("assistant", "3"))]}
+    source = {"path": str(tmp_path / "a.jsonl"), "shape": "prompt_completion", "ignore_keys": ["weight"]}
+    recipe = DataRecipe(output="o", tokenizer="teacher", sequence_length=64, sources=[source])
+    record = Record("a.jsonl:1", row, 0)
+    [document] = Encoder.of(recipe.sources[0], recipe).encode(record, tokenizer, Counts())
+    assert tokenizer.decode([label for label in document.labels if label != IGNORED]) == "3<|im_end|>"
+
+
 def test_sharegpt_has_tools_and_calls(tmp_path):
     call = {"name": "add", "arguments": {"a": 1}}
     turns = [
@@ -319,7 +406,7 @@ REFUSED = {
     "unwanted, as a number": (
         {"prompt": "a", "completion": "b", "label": 0},
         "prompt_completion",
-        "'label' is 0, as KTO .*ignore_fields if it means something else",
+        "'label' is 0, as KTO .*ignore_fields",
     ),
     "messages": ({"conversations": said(("user", "a"))}, "sharegpt", "leave shape out and set messages_field"),
     "messages as text": (
@@ -449,6 +536,13 @@ UNREAD = {
     "unwanted, as a number": ({"kto_tag": 0}, "'kto_tag' is 0"),
     "unwanted, as text": ({"label": "False"}, "'label' is false"),
     "mask of answers": ({"train": [0, 1]}, "'train' has 0 or 1 for each message"),
+    "mask of answers as text": ({"learnt": "[0, 1]"}, "'learnt' has 0 or 1 for each message"),
+    "weights": ({"lossWeights": [1.0, 0.5]}, r"'lossWeights' is \[1.0, 0.5\], but rows have no weights"),
+    "weight of the row": ({"weight": 0}, "'weight' is 0, but rows have no weights; remove the row"),
+    "row that is not learnt": ({"is_train": False}, "'is_train' is False, but rows have no weights"),
+    "system message in one word": ({"systemPrompt": "Be kind."}, "'systemPrompt' belongs"),
+    "image": ({"image_url": "a.png"}, "'image_url' belongs"),
+    "tools without schemas": ({"all_tools": [{"name": "f", "description": "d"}]}, "set tools_field: all_tools"),
 }
 
 
@@ -460,6 +554,60 @@ def test_fields_under_other_names_are_not_passed_over(tmp_path, name):
         shaped(tmp_path, row, messages_field="messages")
     ignored = shaped(tmp_path, row, messages_field="messages", ignore_fields=list(more))
     assert ignored.messages == row["messages"] and not ignored.unread
+
+
+def test_ignored_fields_are_left_out_of_every_shape(tmp_path):
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    rows = {
+        "sharegpt": {"conversations": turns, "system": "Be kind.", "tools": [{"name": "f", "parameters": SCHEMA}]},
+        "alpaca": {"instruction": "a", "output": "b", "input": "c", "system": "Be kind.", "history": [["x", "y"]]},
+    }
+    for shape, row in rows.items():
+        ignored = [name for name in row if name in ("system", "tools", "input", "history")]
+        found = shaped(tmp_path, row, shape=shape, ignore_fields=ignored)
+        assert (found.messages, found.tools, found.unread) == (said(("user", "a"), ("assistant", "b")), None, ())
+        pair = {"chosen": "b", "rejected": "c"} | row | ({"conversations": turns[:1]} if shape == "sharegpt" else {})
+        ignored += ["output"] if shape == "alpaca" else []
+        made = shaped(tmp_path, pair, PairSettings, shape=shape, ignore_fields=ignored)
+        assert (made.prompt, made.tools, made.unread) == (said(("user", "a")), None, ())
+
+
+def test_the_answer_to_the_last_message_is_not_passed_over(tmp_path):
+    """In data sets with a prompt of several turns, the answer is in another field."""
+    asked = said(("user", "a"), ("assistant", "b"), ("user", "c"))
+    for name in ("output", "response", "Answer"):
+        row = {"messages": asked, name: "d"}
+        with pytest.raises(HmfError, match=f"'{name}' may hold the answer to the last message.* of role 'user'"):
+            shaped(tmp_path, row, messages_field="messages")
+        assert not shaped(tmp_path, row, messages_field="messages", ignore_fields=[name]).unread
+        answered = row | {"messages": [*asked, *said(("assistant", "d"))]}
+        assert shaped(tmp_path, answered, messages_field="messages").unread == (name,)
+
+
+def test_fields_that_weight_nothing_are_facts(tmp_path):
+    facts = {"weight": 1.0, "train": True, "mask_id": 7, "weights": "open", "train_id": 3}
+    row = {"messages": said(("user", "a"), ("assistant", "b"))} | facts
+    assert shaped(tmp_path, row, messages_field="messages").unread == (*facts,)
+    pair = PAIRS[None] | {"weight": 0.5}
+    with pytest.raises(HmfError, match="'weight' is 0.5, but rows have no weights;.*add it to pairs.ignore_fields"):
+        shaped(tmp_path, pair, PairSettings)
+    assert not shaped(tmp_path, pair, PairSettings, ignore_fields=["weight"]).unread
+
+
+@pytest.mark.parametrize("value", [date(2024, 1, 2), Decimal("1.50"), b"ab"], ids=["date", "decimal", "bytes"])
+def test_values_of_tables_that_json_does_not_have_are_named(tmp_path, value):
+    file = tmp_path / "a.parquet"
+    call = {"function": {"name": "f", "arguments": {"x": value}}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+    pq.write_table(pa.Table.from_pylist([{"messages": turns}]), file)
+    [record] = Source(settings := SourceSettings(path=str(file), messages_field="messages")).records()
+    with pytest.raises(HmfError, match=r"messages\[1\].*arguments.x: JSON has no values of type .* as text"):
+        content(record, settings)
+    ignored = [{"role": "user", "content": "q", "time": value}, {"role": "assistant", "content": "a"}]
+    pq.write_table(pa.Table.from_pylist([{"messages": ignored}]), file)
+    settings = SourceSettings(path=str(file), messages_field="messages", ignore_keys=["time"])
+    [record] = Source(settings).records()
+    assert len(content(record, settings).messages) == 2
 
 
 def test_variables_of_the_template_are_those_of_the_row_and_the_recipe(tmp_path):
@@ -488,6 +636,8 @@ def test_variables_of_the_template_are_those_of_the_row_and_the_recipe(tmp_path)
         PairSettings(
             path="a.jsonl", chat_template_kwargs={"date_string": date(2024, 7, 26)}
         )  # as YAML reads 2024-07-26
+    with pytest.raises(ValueError, match="chat_template_kwargs.effort: has no value"):
+        PairSettings(path="a.jsonl", chat_template_kwargs={"effort": None})
 
 
 def test_tools_may_be_json_texts(tmp_path):

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
 from contextlib import nullcontext
 from random import Random
 
@@ -74,6 +75,21 @@ def test_rows_too_short_for_a_task_are_refused(tokenizer):
         short = DataSettings(**given | {"text_share": share}, sequence_length=tasks.MIN_LENGTH - 1)
         with pytest.raises(HmfError, match="data.sequence_length: 95 tokens") if refused else nullcontext():
             mixture(short, tokenizer, 1, 0)
+
+
+def test_tasks_are_checked_with_the_template_before_the_first_row(tokenizer):
+    changed = copy.deepcopy(tokenizer)
+    given = {"text": str(ROOT / "docs"), "text_share": 0.1, "sequence_length": 128}
+    # It writes neither tools nor thinking.
+    changed.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}" + (
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    for kind in (MixtureDataset, PromptDataset):
+        with pytest.raises(HmfError, match="^data.tasks: tool_call: .* leaves tools out .*, or leave the task out"):
+            mixture(DataSettings(**given, tasks={"arithmetic": 1.0, "tool_call": 1e-9}), changed, 1, 0, kind)
+    rows = mixture(DataSettings(**given, tasks={"arithmetic": 1.0, "tool_call": 0}), changed, 8, 0)
+    texts = "".join(tokenizer.decode(rows[index]["input_ids"]) for index in range(8))
+    assert texts.count("assistant: ") > 8 and "<think>" not in texts
 
 
 def test_prompts_fit_and_depend_on_seed_and_row_alone(tokenizer):

@@ -287,7 +287,7 @@ def test_filters_leave_out_what_repeats_and_what_is_short(folder, tmp_path):
 TEXT, CHAT = {}, {"messages_field": "messages"}
 BAD = {
     "not JSON": (TEXT, '{"text": "a"', r"bad: bad.jsonl:3: not valid JSON .* at the end of the line"),
-    "no object": (TEXT, "[1]", r"bad.jsonl:3: a JSON object is expected, not list"),
+    "no object": (TEXT, "[1]", r"bad.jsonl:3: a JSON object is expected, not list; rename the file to .json"),
     "no field": (
         TEXT,
         '{"body": "a", "id": 1}',

@@ -27,6 +27,7 @@ def test_every_sample_is_whole(tokenizer, task, thinking):
         assert turn.startswith("<think>") == thinking
         assert sample.is_correct(turn)
         assert not sample.is_correct(turn + "x") and not sample.is_correct("")
+        assert sample.is_correct("[THINK]" + turn.replace("<think>", "").replace("</think>", "[/THINK]")) == thinking
         assert len(encode_texts(tokenizer, [text])[0]) <= 512
 
 

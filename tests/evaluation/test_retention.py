@@ -62,6 +62,7 @@ def test_a_task_is_a_function_of_the_seed_and_takes_its_own_answer_alone(tokeniz
     assert judged(made, f"<think>\nLet me see.\n</think>\n\n{answer}\n")
     assert not judged(made, answer, truncated=True)
     assert not judged(made, f"<think>\n{answer}")  # reasoning that does not end
+    assert judged(made, f"[THINK]Let me see.[/THINK]{answer}") and not judged(made, f"[THINK]{answer}")  # Ministral's
     for wrong in ("", f"{answer} and more", answer[:-1], answer[1:], f"The answer is {answer}"):
         assert not judged(made, wrong) or name == "instructions"
 

@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -238,7 +239,7 @@ def test_config_that_is_no_json_object(checkpoint, content):
         ({"gdn_config": [1]}, r"gdn_config: \[1\] is not an object of options"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: 3 does not divide"),
         ({"state_dtype": "float31"}, "state_dtype 'float31'"),
-        ({"model_type": "hybrid_qwen9"}, "'hybrid_qwen9' is not among the supported families .*add a row"),
+        ({"model_type": "hybrid_qwen9"}, "'hybrid_qwen9' is not among the supported families .*docs.families.md"),
         ({"model_type": "absent"}, "model_type"),
         ({"hidden_size": "abc"}, "hidden_size: 'abc' is not a whole number"),
     ],
@@ -306,6 +307,31 @@ def test_directory_appears_whole(tmp_path):
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o755
 
 
+@pytest.mark.parametrize("place", ["current folder", "link", "link to nothing"])
+def test_directory_that_cannot_be_replaced(tmp_path, monkeypatch, place):
+    """An empty folder as `--out`: a rename onto it would fail after the whole computation, or leave the user's shell in
+    a folder that is gone."""
+    folder, given = tmp_path / "folder", tmp_path / "out"
+    if place == "link to nothing":
+        given.symlink_to(folder)
+    else:
+        folder.mkdir()
+        given.symlink_to(folder)
+        (folder / ".folder.abcd1234").mkdir()  # left there by a killed process
+    if place == "current folder":
+        monkeypatch.chdir(folder)
+        given = Path()
+    for fails in (True, False):
+        with suppress(ValueError), new_directory(given) as work:
+            for name in ("config.json", "a", "z/inner"):
+                (work / name).parent.mkdir(exist_ok=True)
+                (work / name).write_text("written")
+            if fails:
+                raise ValueError
+        assert listing(folder) == ([] if fails else ["a", "config.json", "z", "z/inner"])
+    assert listing(Path(os.path.realpath(given))) == listing(folder)
+
+
 @pytest.mark.parametrize("used", ["out/file", "out"], ids=["directory", "file"])
 def test_directory_in_use_is_left_alone(tmp_path, used):
     (tmp_path / used).parent.mkdir(exist_ok=True)
@@ -363,6 +389,13 @@ def test_companions_are_byte_identical(checkpoint, tmp_path, capsys):
     assert line.count("\n") == 1 and all(name.split("/")[0] in line for name in sorted(stays)[:8])
     saved = load_file(target / "model.safetensors")
     assert saved.keys() == load_file(STORED / "model.safetensors").keys()
+
+
+def test_a_result_inside_the_source_is_no_companion(tmp_path, capsys):
+    with new_directory(tmp_path / "out") as work:
+        copy_companions(tmp_path, work)
+        assert listing(work) == []
+    assert capsys.readouterr().err == ""
 
 
 def test_absent_companions_are_no_error(tmp_path):

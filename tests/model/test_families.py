@@ -21,13 +21,15 @@ from hmf.layers.attention import separate
 from hmf.layers.own import RECURRENT
 from hmf.layers.registry import MIXERS
 from hmf.model.checkpoint import load_config, load_model, published_tensors
-from hmf.model.convert import attention_layers, drop_teacher, hybrid_config, hybridise
+from hmf.model.convert import attention_layers, drop_teacher, footprint, hybrid_config, hybridise
 from hmf.model.families import CANNOT_FIT, FAMILIES, family_of
 from hmf.model.modeling import TEACHER, hybrid_classes, logits_of
 from hmf.model.register import register
+from hmf.model.text_only import require_language_model
 from hmf.priming.export import export
 from hmf.priming.objectives import Stage1Objective, train_only_mixers
 from hmf.priming.stage0 import initialise, make_stage0
+from hmf.report.table import print_scores
 from hmf.training.losses import CrossEntropy
 from tests.hybrids import random_ids, randomise
 from tests.numerics import assert_golden, assert_same, widened
@@ -781,12 +783,28 @@ def _encoded(tokenizer: Any, text: str) -> list[int] | str:
 
 
 def test_another_family_is_refused(tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
-    saved(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=61)), tmp_path / "base")
-    with pytest.raises(HmfError, match=r"model_type 'gpt2' is not among .*families\.py as docs/families\.md shows"):
+    saved(Starcoder2ForCausalLM(Starcoder2Config(**SIZES)), tmp_path / "base")
+    with pytest.raises(HmfError, match=r"model_type 'starcoder2' is not among .*docs/families\.md has the conditions"):
         make_stage0(tmp_path / "base", Pattern.parse("GDN"), tmp_path / "fused")
     assert not (tmp_path / "fused").exists()
+
+
+def test_the_footprint_of_another_model_is_its_parameters(capsys):
+    """Of layers that are not known here, neither the cache's size nor the states' can be told."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=8, num_hidden_layers=1))
+    assert footprint(model) == {"parameters": model.num_parameters()}
+    print_scores({"mamba": {"tasks": {}, "footprint": footprint(model)}})
+    assert re.search(r"mamba +│ +[\d,]+ │ +- │ +- │", capsys.readouterr().out)
+
+
+def test_a_wrapper_without_a_language_model_is_refused_by_its_own_name(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma4_assistant", "text_config": None}))
+    with pytest.raises(HmfError, match="model_type 'gemma4_assistant' is not among the supported families"):
+        require_language_model(load_config(tmp_path, weights=False))
 
 
 @pytest.mark.parametrize("name", [name for names in CANNOT_FIT.values() for name in names])

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ PATTERN = Pattern.parse("*-GDN-*-GDN")
 TEACHER = Path(hmf.__file__).parent / "assets" / "teacher"
 WEIGHTS = "model.safetensors"
 EMBEDDINGS, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 5\n"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
@@ -345,6 +347,14 @@ def test_the_decoder_s_own_names_are_read(base):
     assert all(same(fused[f"model.{name}"], x) for name, x in given.items())
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
+def test_a_file_that_git_lfs_has_not_downloaded(base, name):
+    (base / name).write_bytes(POINTER)
+    refused(
+        f"{name}: is a pointer of Git LFS, not the file; run `git lfs pull`", partial(load_model, generates=True), base
+    )
+
+
 def test_weights_in_another_format_alone(base):
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
     refused(r"no weights .*pytorch_model\.bin cannot be read", load_model, base)
@@ -498,6 +508,7 @@ def test_a_tokenizer_larger_than_the_model(worded, capfd):
         ),
         (lambda f: edit_json(f / "tokenizer_config.json", eos_token=3), "the tokenizer cannot be loaded"),
         (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff\xfe"), "the tokenizer cannot be loaded"),
+        (lambda f: (f / "tokenizer.json").write_bytes(POINTER), r"tokenizer\.json: is a pointer of Git LFS"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_read(worded, damage, said, capfd):

@@ -78,6 +78,7 @@ def require_same(hybrid, stock):
         (EPS | {"use_short_conv": False}, {"hidden_act": "swish"}),
         ({"norm_eps": 1e-3}, {"rms_norm_eps": 1e-3}),
         (EPS, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5}}),
+        (EPS, {"rope_parameters": {"rope_type": "proportional", "rope_theta": 5e5, "partial_rotary_factor": 0.5}}),
         (EPS, {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
         (EPS, {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}),
         (
@@ -85,7 +86,20 @@ def require_same(hybrid, stock):
             {"rope_parameters": {key: YARN[key] for key in YARN if key != "llama_4_scaling_beta"}},
         ),
     ],
-    ids=["gqa", "tied", "mha", "conv-1", "conv-3", "no-conv", "eps", "default-rope", "linear", "dynamic", "yarn"],
+    ids=[
+        "gqa",
+        "tied",
+        "mha",
+        "conv-1",
+        "conv-3",
+        "no-conv",
+        "eps",
+        "default-rope",
+        "proportional",
+        "linear",
+        "dynamic",
+        "yarn",
+    ],
 )
 def test_the_stock_model_gives_the_same_numbers(tmp_path, options, base):
     save_hybrid(tmp_path / "hybrid", options, base)

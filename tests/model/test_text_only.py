@@ -239,6 +239,20 @@ def test_keys_of_the_language_model_are_checked_as_its_own_config_s_are(model_ty
         load_config(tmp_path, weights=False)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "rope", "said"),
+    [
+        ("qwen2_vl", {"type": "longrop", "mrope_section": [1, 1, 2]}, "rope_type: 'longrop' is not one of"),
+        ("qwen3_vl", {"rope_type": "linear", "factor": 0.5, "mrope_section": [1, 1, 2]}, "factor: .*0.5"),
+    ],
+)
+def test_positions_with_image_axes_are_checked_as_others_are(model_type, rope, said, tmp_path):
+    content = {"model_type": model_type, "text_config": {"rope_scaling": rope}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(HmfError, match=rf"config.json: text_config: rope_parameters\.{said}"):
+        language_config(load_config(tmp_path, weights=False), tmp_path)
+
+
 @torch.no_grad()
 def test_the_command(tmp_path):
     model, run = whole_model("mistral3-ministral3", tmp_path / "whole"), CliRunner().invoke

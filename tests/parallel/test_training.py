@@ -91,7 +91,7 @@ def test_parameters_shared_by_two_processes_and_a_resume(stage0, alone, tmp_path
 @pytest.mark.slow
 def test_rows_and_parameters_shared_in_bfloat16_with_checkpointing(tmp_path):
     """And with embeddings that are the head too, which Stage 1 does not run."""
-    stage0 = cutting.make_tiny_stage0(tmp_path / "tiny" / "model", tied=True)
+    stage0 = cutting.make_tiny_stage0(tmp_path / "tiny" / "model", tied=True, dtype=torch.bfloat16)
     given = {"precision": "bfloat16", "gradient_checkpointing": True}
     distill(stage0, tmp_path / "alone", DistillSettings.model_validate(recipe(stage0, **given)))
     on(2, stage0, tmp_path / "two", strategy="fsdp2", sequence_parallel=2, **given)

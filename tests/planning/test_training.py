@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
@@ -55,6 +56,9 @@ def test_every_recipe_passes_the_dry_run(recipes, path):
     if path.parent.name == "qwen3-0.6b-1b":
         assert memory in re.findall(r"│ sum, of each GPU .*", guide)[0]
     if large:
+        sizes = {planner.size_of(planner.figures(plan)["sum_bytes"])}
+        table = [line for line in (path.parent / "README.md").read_text().splitlines() if f"| {path.stem} |" in line]
+        assert all(sizes & {cell.strip() for cell in line.split("|")} for line in table)
         assert plan.tokens == pytest.approx(TOKENS[path.stem.split("-", 1)[1]], rel=0.01)
 
 
@@ -97,10 +101,13 @@ def record(monkeypatch):
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 3, "learning_rate": 1e-3}])
-def test_stage_2_holds_what_was_planned(tmp_path, monkeypatch, lora):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_stage_2_holds_what_was_planned(tmp_path, monkeypatch, lora, precision):
     if lora:
         pytest.importorskip("peft")
-    recipe = cutting.finetune_recipe(cutting.make_tiny_hybrid(tmp_path / "model"), tmp_path / "run", lora=lora)
+    model = cutting.make_tiny_hybrid(tmp_path / "model", dtype=getattr(torch, precision))
+    recipe = cutting.finetune_recipe(model, tmp_path / "run", lora=lora)
+    recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"precision": precision})})
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True)))
     (plan,) = planner.plans([file], resolve_base, "l4")
@@ -110,9 +117,10 @@ def test_stage_2_holds_what_was_planned(tmp_path, monkeypatch, lora):
     assert {name: plan.memory[name] for name in found} == found
 
 
-def test_stage_1_holds_what_was_planned(tmp_path, monkeypatch):
-    stage0 = cutting.make_tiny_stage0(tmp_path / "model")
-    settings = cutting.settings(stage0)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_stage_1_holds_what_was_planned(tmp_path, monkeypatch, precision):
+    stage0 = cutting.make_tiny_stage0(tmp_path / "model", dtype=getattr(torch, precision))
+    settings = cutting.settings(stage0, precision=precision)
     file = tmp_path / "recipe.yaml"
     content = settings.model_dump(mode="json", exclude_unset=True)
     file.write_text(yaml.safe_dump(content | {"model": str(stage0), "output": str(tmp_path / "run")}))
@@ -233,9 +241,10 @@ def test_epochs_are_planned_as_the_steps_that_they_come_to(tmp_path, monkeypatch
 
 
 def test_divided_work_takes_less_of_each_gpu():
-    whole = plan_of("qwen3-8b/gdn-3-sft.yaml", "h200", "training.strategy=ddp").memory
+    wide = "training.precision=float32"
+    whole = plan_of("qwen3-8b/gdn-3-sft.yaml", "h200", "training.strategy=ddp", wide).memory
     for strategy, shares in (("ddp", (1, 1)), ("fsdp2", (8, 8)), ("deepspeed", (1, 8))):
-        parts = plan_of("qwen3-8b/gdn-3-sft.yaml", "h200x8", f"training.strategy={strategy}").memory
+        parts = plan_of("qwen3-8b/gdn-3-sft.yaml", "h200x8", f"training.strategy={strategy}", wide).memory
         for name, share in zip(("weights", "gradients", "moments of AdamW"), (*shares, shares[1]), strict=True):
             assert parts[name] * share == whole[name]
     split = plan_of("qwen3-8b/gdn-3-sft.yaml", "h200x8", "training.sequence_parallel=4")

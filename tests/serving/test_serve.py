@@ -397,6 +397,7 @@ class TestChat:
         pieces = ["a", "<think>", "b\n", " c</think>d", "<think></think>", "e"]
         parts = [part for piece in pieces for part in markers.parts(piece)]
         assert parts == [("a", False), ("b\n", True), (" c", True), ("d", False), ("e", False)]
+        assert list(Markers().parts("[THINK]b[/THINK]c")) == [("b", True), ("c", False)]
 
     def test_local(self, scripted):
         chat = LocalChat(scripted)
@@ -404,6 +405,15 @@ class TestChat:
         assert "".join(text for text, is_thought in parts if is_thought) == "ponder deeply"
         assert "".join(text for text, is_thought in parts if not is_thought).strip() == "Hello world"
         assert [message["role"] for message in chat.messages] == ["user", "assistant"]
+
+    def test_markers_that_are_special_tokens(self, scripted):
+        """As Ministral's are. Other special tokens, such as the end of the answer, are not shown."""
+        chat = LocalChat(scripted)
+        chat.tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+        parts = list(chat.answer("Hi"))
+        assert "".join(text for text, is_thought in parts if is_thought) == "ponder deeply"
+        assert "".join(text for text, is_thought in parts if not is_thought).strip() == "Hello world"
+        assert "".join(chat.messages[-1]["content"].split()) == "<think>ponderdeeply</think>Helloworld"
 
     def test_a_thought_that_begins_in_the_prompt(self, scripted):
         """As in Qwen3.5's template. The model then ends a thought that it did not begin."""

@@ -42,7 +42,12 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tiny_stage0(folder: Path, template: str = "{{ messages[0].content }}", tied: bool = False) -> Path:
+def make_tiny_stage0(
+    folder: Path,
+    template: str = "{{ messages[0].content }}",
+    tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     """A fused checkpoint of 2 layers of width 32 with a tokenizer of 300 entries, and a corpus beside it."""
     (folder / "corpus").mkdir(parents=True)
     for number, text in enumerate(TEXTS):
@@ -60,7 +65,7 @@ def make_tiny_stage0(folder: Path, template: str = "{{ messages[0].content }}", 
         initializer_range=0.3,
         tie_word_embeddings=tied,
     )
-    Qwen3ForCausalLM(config).save_pretrained(folder / "base")
+    Qwen3ForCausalLM(config).to(dtype).save_pretrained(folder / "base")
     train_tokenizer(TEXTS, 300, template, 128).save_pretrained(folder / "base")
     make_stage0(folder / "base", Pattern.parse("*-GDN"), folder / "stage0")
     return folder / "stage0"
@@ -77,9 +82,9 @@ def settings(stage0: Path, **training: Any) -> DistillSettings:
     )
 
 
-def make_tiny_hybrid(folder: Path, template: str = CHAT_TEMPLATE) -> Path:
+def make_tiny_hybrid(folder: Path, template: str = CHAT_TEMPLATE, **options: Any) -> Path:
     """The plain Hybrid of that checkpoint."""
-    export(make_tiny_stage0(folder, template), folder / "hybrid")
+    export(make_tiny_stage0(folder, template, **options), folder / "hybrid")
     return folder / "hybrid"
 
 

@@ -58,6 +58,26 @@ def test_only_mixers_change_and_the_loss_is_logged_in_parts(stage0, finished):
     assert log[0]["loss"] == pytest.approx(log[0]["loss_hidden"] + log[0]["loss_mixer"], rel=1e-3)
 
 
+def test_frozen_matrices_in_bfloat16_give_the_same_bits(tmp_path, monkeypatch):
+    """A base of bfloat16, trained in it: as with all weights in float32, which the result has in either case."""
+    stage0 = cutting.make_tiny_stage0(tmp_path / "tiny", dtype=torch.bfloat16)
+    bytes_seen, real = [], HybridTrainer.training_step
+
+    def seen(self, model, *args, **kwargs):
+        bytes_seen.append(sum(x.numel() * x.element_size() for x in model.parameters()))
+        return real(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(HybridTrainer, "training_step", seen)
+    distill(stage0, tmp_path / "narrow", cutting.settings(stage0, precision="bfloat16"))
+    monkeypatch.setattr("hmf.training.distill.narrow_frozen", lambda model: None)
+    distill(stage0, tmp_path / "wide", cutting.settings(stage0, precision="bfloat16"))
+    assert bytes_seen[0] < 0.8 * bytes_seen[-1]
+    (weights, log), (wanted, wanted_log) = (cutting.result(tmp_path / name) for name in ("narrow", "wide"))
+    assert {x.dtype for x in weights.values()} == {torch.float32}
+    assert all(weights[name].equal(x) for name, x in wanted.items())
+    assert [entry.get("loss") for entry in log] == [entry.get("loss") for entry in wanted_log]
+
+
 def test_tokenizer_files_and_config_stay_as_they_are(stage0, finished):
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         wanted = (resolve_base("teacher") / name).read_bytes()

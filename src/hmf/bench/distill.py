@@ -33,12 +33,12 @@ from hmf.model.convert import drop_teacher, hybridise
 from hmf.model.values import changed
 from hmf.priming.objectives import Stage1Objective, train_only_mixers
 from hmf.priming.stage0 import initialise
-from hmf.training.run import compile_layers
+from hmf.training.run import compile_layers, narrow_frozen
 
 WAYS = {
     "two models": "each called in the ordinary way: whole logits, activations of both stored",
-    "two models, frugal": "the teacher without gradients, logits only where the loss has a KL term",
-    "one model": "as hmf distill does: shared layers once, teacher without gradients, logits in chunks",
+    "two models, frugal": "no gradients for the teacher, frozen matrices in the dtype, logits only for KL",
+    "one model": "as hmf distill does: also shared layers once, and logits in chunks",
 }
 WARM_UP = 2
 
@@ -48,7 +48,7 @@ class Case:
     """The measured case: a base `config`, the layers that become mixers, and a batch of rows [rows, tokens].
 
     The loss is the MSE before the head plus `kl` times the divergence of the logits of all tokens. bfloat16 is
-    autocast over float32 weights, as in training. compiled: compile the decoder layers, and the divergence of the
+    autocast, over float32 weights that are trained. compiled: compile the decoder layers, and the divergence of the
     fused model's logits, as `training.torch_compile` does.
     """
 
@@ -94,12 +94,17 @@ def prepared(case: Case, way: str) -> tuple[nn.Module, Callable[[], torch.Tensor
     """The model that is trained, and a function that computes the loss of a batch."""
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(case.config, dtype=torch.float32)
+    for parameter in base.parameters():  # weights of a published model are exact in a narrow dtype
+        parameter.data = parameter.data.to(getattr(torch, case.dtype)).float()
     fused = hybridise(base, Pattern.parse(case.pattern, case.config.num_hidden_layers))
     initialise(fused)
     ids = torch.randint(case.config.vocab_size, (case.rows, case.tokens)).to(case.device)
+    narrows = case.dtype == "bfloat16"
     if way == "one model":
         fused.to(case.device).train()
         train_only_mixers(fused)
+        if narrows:
+            narrow_frozen(fused)
         objective = Stage1Objective(kl=case.kl, compiled=case.compiled)
         if case.compiled:
             compile_layers(fused)
@@ -107,6 +112,10 @@ def prepared(case: Case, way: str) -> tuple[nn.Module, Callable[[], torch.Tensor
     frugal = way == "two models, frugal"
     teacher, student = copy.deepcopy(base).to(case.device).train(), drop_teacher(fused).to(case.device).train()
     train_only_mixers(student)
+    if frugal and narrows:
+        teacher.requires_grad_(False)
+        narrow_frozen(teacher)
+        narrow_frozen(student)
     for model in (teacher, student) if case.compiled else ():
         compile_layers(model)
 

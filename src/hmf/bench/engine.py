@@ -18,6 +18,8 @@ from hmf.errors import HmfError
 from hmf.planning.serving import short
 
 COPIED = 2**30  # bytes of a copy that measures bandwidth
+WARM_TOKENS = 4  # decoded by a warm-up
+WARM_LENGTH = 256  # of the prompts of the full batch that decodes in a warm-up
 
 
 @dataclass(frozen=True)
@@ -87,16 +89,21 @@ def measure(job: dict[str, Any], progress: Callable[[str], None]) -> Measured:
     prefill, decode, ttft = list[list[float]](), list[list[float]](), list[list[float]]()
     for load in (Load(**fields) for fields in job["loads"]):
         lead, times = load.lead(job["batched_tokens"]), []
-        for repeat in range(1 + job["repeats"]):
-            warm = repeat > 0
-            seconds = []
-            for tokens in (0, job["output"]) if warm else (min(4, job["output"]),):
-                sequences = load.sequences if tokens else load.prefilled or load.sequences
-                prompts = torch.randint(job["vocabulary"], (sequences, load.tokens), generator=generator).tolist()
-                seconds.append(_generate(llm.llm_engine, prompts, tokens, lead))
-                progress(f"{short(load.tokens)} x {sequences}")
-            if warm:
-                times.append((seconds[0][0], seconds[1][1], seconds[0][2]))
+
+        def timed(sequences: int, length: int, tokens: int, lead: int = lead) -> tuple[float, float, float]:
+            prompts = torch.randint(job["vocabulary"], (sequences, length), generator=generator).tolist()
+            seconds = _generate(llm.llm_engine, prompts, tokens, lead)
+            progress(f"{short(length)} x {sequences}")
+            return seconds
+
+        # The shapes of the timed runs: steps full of long prompts, and a full batch that decodes.
+        some = 1 + math.ceil(2 * job["batched_tokens"] / load.tokens)
+        timed(min(some, load.sequences), load.tokens, min(WARM_TOKENS, job["output"]))
+        timed(load.sequences, min(load.tokens, WARM_LENGTH), min(WARM_TOKENS, job["output"]))
+        for _ in range(job["repeats"]):
+            first = timed(load.prefilled or load.sequences, load.tokens, 0)
+            second = timed(load.sequences, load.tokens, job["output"])
+            times.append((first[0], second[1], first[2]))
         for results, part in zip((prefill, decode, ttft), zip(*times, strict=True), strict=True):
             results.append(list(part))
     graphs, backends = llm.collective_rpc(Inspection.hmf_choices.__name__)[0]

@@ -2,7 +2,8 @@
 """`hmf bench serving`: prefill and decode throughput of several models in vLLM, one engine after the other.
 
 Every engine runs in its own process, so that its memory is freed before the next one starts. Prompts are random token
-ids, the same for all models but different in each run, and prefix caching is off. After a warm-up with the same shapes:
+ids, the same for all models but different in each run, and prefix caching is off. After a warm-up with steps of the
+same shapes:
 
 - prefill: sequences are submitted together, and each generates one token. The results are the prompt tokens divided by
   the time to the last token, and the mean time to a token. The number of sequences is the same for all models; if each
@@ -202,7 +203,7 @@ def _filled(load: Load, name: str, config: Any, run: Run, settings: ServingSetti
 
 def run_all(subjects: Sequence[Subject], run: Run) -> Iterator[Measured | HmfError]:
     """Measure the models in turn, each in its own process. An error names the model that failed."""
-    steps = len(subjects) * (1 + len(run.loads) * (1 + 2 * run.repeats))
+    steps = len(subjects) * (1 + len(run.loads) * 2 * (1 + run.repeats))
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # runs the clean-up of the engine
     try:
         with tqdm(total=steps, unit="run", disable=None) as bar, _plugin() as environment:

@@ -80,13 +80,14 @@ def plan(
 
     from hmf.model.checkpoint import load_config
     from hmf.model.convert import base_pattern, hybrid_config
-    from hmf.model.text_only import language_config, text_family
+    from hmf.model.text_only import language_config, require_language_model, text_family
     from hmf.planning import serving as planner
 
     config = load_config(folder, weights=False)
     if text_family(config) is not None:
         config = language_config(config, folder)
         notice(f"{folder}: planned without its modules for images and sound, as {config.model_type}")
+    require_language_model(config)
     if settings is not None:
         config = hybrid_config(config, base_pattern(config, settings))
     if context > (longest := config.max_position_embeddings):

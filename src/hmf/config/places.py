@@ -19,7 +19,7 @@ class PlaceSettings(Settings):
     revision: str | None = None  # branch, tag or commit of the dataset
     split: str | None = None  # split of a dataset, by default train; for text: train or heldout, by a hash of the path
     # format of the files; left out: chosen by the suffix
-    format: Literal["jsonl", "parquet", "text", "saved"] | None = None
+    format: Literal["jsonl", "parquet", "csv", "text", "saved"] | None = None
     tools_field: str = "tools"  # field with the tools of a conversation
     ignore_fields: list[str] = Field(default_factory=list)  # fields of a row that are deliberately not used
     # keys of messages that are deliberately not used; other unknown keys are errors
@@ -34,6 +34,9 @@ class PlaceSettings(Settings):
             raise ValueError("give either path or dataset")
         if set(self.ignore_keys) & {"role", "content"}:
             raise ValueError("ignore_keys: role and content are required in a message and cannot be ignored")
+        for name, value in self.chat_template_kwargs.items():
+            if value is None:
+                raise ValueError(f"chat_template_kwargs.{name}: has no value; give one, or leave it out")
         for key in ("subset", "revision") if self.dataset is None else ("format",):
             if getattr(self, key) is not None:
                 raise ValueError(
@@ -71,7 +74,7 @@ class PairSettings(PlaceSettings):
     @model_validator(mode="after")
     def _rows_with_fields(self) -> PairSettings:
         if self.format == "text":
-            raise ValueError("format: pairs are rows with fields, not text; give jsonl, parquet or saved")
+            raise ValueError("format: pairs are rows with fields, not text; give jsonl, parquet, csv or saved")
         if self.shape in ("sharegpt", "alpaca") and "prompt_field" in self.model_fields_set:
             raise ValueError(f"prompt_field has no effect with shape {self.shape}; leave it out")
         return self

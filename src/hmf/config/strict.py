@@ -229,7 +229,8 @@ _NOT_DECIMAL = re.compile(r"[-+]?(?:0[0-7_]*[0-7]$|[0-9_]+:)")
 
 
 def require_text(value: Any, place: str) -> None:
-    """HmfError if `value` has a string with a lone surrogate, or a number that JSON or a float cannot represent."""
+    """HmfError if `value` has a string with a lone surrogate, a number that JSON or a float cannot represent, or a
+    value of a type that JSON does not have, such as a date of a table."""
     if isinstance(value, str):
         if not value.isascii():
             try:
@@ -250,3 +251,5 @@ def require_text(value: Any, place: str) -> None:
         raise HmfError(f"{place}: {value} is not a valid JSON number; remove or replace it")
     elif isinstance(value, Rounded):
         raise HmfError(f"{place}: the number has more digits than are kept ({value!r}); round it, or write it as text")
+    elif value is not None and not isinstance(value, int | float):
+        raise HmfError(f"{place}: JSON has no values of type {type(value).__name__} ({value!r:.40}); write it as text")

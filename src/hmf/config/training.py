@@ -143,6 +143,11 @@ class ParallelSettings(OptimiserSettings):
     strategy: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
     sequence_parallel: int = Field(1, ge=1)  # number of processes that share each row
 
+    @property
+    def narrows_frozen(self) -> bool:
+        """Whether frozen matrices are stored in bfloat16 (`hmf.training.run.narrow_frozen`)."""
+        return self.precision == "bfloat16" and self.strategy != "deepspeed"
+
     @model_validator(mode="after")
     def _known_to_work(self) -> ParallelSettings:
         if self.strategy == "deepspeed" and self.sequence_parallel > 1:

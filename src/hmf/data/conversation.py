@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from hmf.config.strict import parse_json, require_text
@@ -17,6 +18,14 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 RESULT_ROLES = ("tool", "ipython")
 KEYS = ("role", "content", *REASONING_FIELDS, "tool_calls", "tool_call_id", "name", "weight")
 CALL_KEYS, FUNCTION_KEYS = ("id", "type", "function", "index"), ("name", "arguments")
+# Types of parts of a content in the formats of OpenAI, Anthropic and transformers.
+PARTS = {"text", "input_text", "output_text", "image", "image_url", "input_image", "video", "audio", "input_audio"} | {
+    "thinking",
+    "redacted_thinking",
+    "tool_use",
+    "tool_result",
+    "refusal",
+}
 THINK_BLOCK = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 _ELSEWHERE = {
     "function_call": "belongs to OpenAI's older format; write tool_calls, and the result as a message of role tool",
@@ -25,7 +34,9 @@ _ELSEWHERE = {
         "unknown key; write weight, 0 for a turn that is not supervised, or add it to ignore_keys",
     ),
     "functions": "belongs to OpenAI's older format; write tools beside the messages",
+    "tools": "unknown key; write tools beside the messages",
 }
+SCHEMAS = ("parameters", "input_schema", "inputSchema")  # names of the schema of a tool in common formats
 
 
 def normalise(
@@ -33,9 +44,9 @@ def normalise(
 ) -> tuple[list[Message], list[Message] | None]:
     """Bring a conversation into the normal form that chat templates read. The function is idempotent.
 
-    `arguments` in JSON text become objects. Calls without `function` get one. A tool's result that is an object, a list
-    or a number becomes JSON text. Results are sorted in the order of their calls. Keys without a value (null or empty)
-    and those in `ignore_keys` are left out.
+    `arguments` and schemas of tools in JSON text become objects. Calls without `function` get one. A tool's result that
+    is an object, a list or a number becomes JSON text. Results are sorted in the order of their calls. Keys without a
+    value (null or empty) and those in `ignore_keys` are left out.
 
     Raises:
         HmfError: names the message and the key of an unknown key, content that is not text, arguments that are not a
@@ -46,13 +57,7 @@ def normalise(
         raise HmfError(f"messages: a list of messages is expected, not {_kind(messages)}")
     if tools is not None and not isinstance(tools, list):
         raise HmfError(f"tools: a list of tools is expected, not {_kind(tools)}")
-    for number, tool in enumerate(tools or ()):
-        function = tool.get("function") or tool if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise HmfError(
-                f"tools[{number}]: is not a function with a name; write {{type: function, function: {{name: ...}}}}"
-            )
-    require_text(tools, "tools")
+    tools = [_tool(tool, f"tools[{number}]") for number, tool in enumerate(tools or ())]
     return _linked([_message(message, f"messages[{i}]", ignored) for i, message in enumerate(messages)]), tools or None
 
 
@@ -116,6 +121,9 @@ def strings_of(value: Any) -> Iterator[str]:
 def _message(message: Any, place: str, ignored: frozenset[str]) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise HmfError(f"{place} has no role; write role and content")
+    calls = message.get("tool_calls")
+    if isinstance(calls, str) and calls and "tool_calls" not in ignored:  # as in tables
+        message = message | {"tool_calls": _parsed(calls, f"{place}.tool_calls", "a list of calls")}
     role, kept = message["role"], _present(message, KEYS, place, ignored)
     if role not in ROLES and role.strip().lower() in ROLES:
         raise HmfError(f"{place}.role: {unknown_name('role', role, ROLES)}")
@@ -168,9 +176,14 @@ def _present(holder: Message, known: tuple[str, ...], place: str, ignored: froze
 
 def _content(value: Any, role: str, place: str, ignored: frozenset[str]) -> str | list[Message] | None:
     """The content as text or text parts; a tool's result may become JSON text."""
+    result = role in RESULT_ROLES
+    if isinstance(value, str) and not result and _holds_parts(value):
+        raise HmfError(
+            f"{place}: is text that holds parts as JSON; write the list of parts itself, or a list of one part "
+            "{type: text, text: ...} with this text"
+        )
     if value is None or isinstance(value, str):
         return value
-    result = role in RESULT_ROLES
     if isinstance(value, list) and (not value or any(isinstance(part, dict) and "type" in part for part in value)):
         if not value and result:
             raise HmfError(f"{place}: an empty list is ambiguous (no text, or the result []); write the text")
@@ -187,6 +200,17 @@ def _content(value: Any, role: str, place: str, ignored: frozenset[str]) -> str 
         raise HmfError(f"{place}: cannot be represented in JSON; write the result as text") from None
 
 
+def _holds_parts(text: str) -> bool:
+    """Whether a text is the JSON of a list of parts, as tables may hold them."""
+    if not re.match(r"\s*\[\s*\{", text) or '"type"' not in text:
+        return False
+    with suppress(ValueError):
+        parts = parse_json(text)
+        kinds = [part.get("type") for part in parts if isinstance(part, dict)]
+        return len(kinds) == len(parts) and all(isinstance(kind, str) and kind in PARTS for kind in kinds)
+    return False
+
+
 def _part(part: Any, place: str, ignored: frozenset[str]) -> Message:
     if not isinstance(part, dict) or part.get("type") != "text":
         kind = repr(part.get("type")) if isinstance(part, dict) else _kind(part)
@@ -198,6 +222,36 @@ def _part(part: Any, place: str, ignored: frozenset[str]) -> Message:
     if not isinstance(text, str):
         raise HmfError(f"{place}.text: text is expected, not {_kind(text)}")
     return {"type": "text", "text": text}
+
+
+def _tool(tool: Any, place: str) -> Message:
+    """The tool, with an object in place of a schema that is JSON text."""
+    function = tool.get("function") or tool if isinstance(tool, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise HmfError(f"{place}: is not a function with a name; write {{type: function, function: {{name: ...}}}}")
+    require_text(tool, place)
+    path = place if function is tool else f"{place}.function"
+    made = function | {name: _schema(function[name], f"{path}.{name}") for name in SCHEMAS if function.get(name)}
+    return made if function is tool else tool | {"function": made}
+
+
+def _schema(value: Any, place: str) -> Any:
+    value = _parsed(value, place)
+    if isinstance(value, dict) and isinstance(properties := value.get("properties"), str):
+        value = value | {"properties": _parsed(properties, f"{place}.properties")}
+    return value
+
+
+def _parsed(value: Any, place: str, expected: str = "an object") -> Any:
+    """The value of JSON text; any other value unchanged."""
+    if not isinstance(value, str):
+        return value
+    try:
+        value = parse_json(value)
+    except ValueError as error:
+        raise HmfError(f"{place}: is text but not valid JSON ({error}); write {expected}") from None
+    require_text(value, place)
+    return value
 
 
 def _calls(calls: Any, place: str, ignored: frozenset[str]) -> list[Message]:
@@ -229,13 +283,7 @@ def _arguments(value: Any, place: str) -> dict[str, Any]:
     """A call's arguments as an object. In the OpenAI format, they are JSON text."""
     if value is None:
         return {}
-    if isinstance(value, str):
-        try:
-            value = parse_json(value)
-        except ValueError as error:
-            raise HmfError(f"{place}: is text but not valid JSON ({error}); write an object") from None
-        require_text(value, place)
-    if not isinstance(value, dict):
+    if not isinstance(value := _parsed(value, place), dict):
         raise HmfError(f"{place}: an object is expected, not {_kind(value)}")
     return value
 
@@ -263,7 +311,15 @@ def _linked(messages: list[Message]) -> list[Message]:
             number = next(n for n in range(len(places)) if n not in places or places.count(n) > 1)
             problem = "has two results" if places.count(number) > 1 else "has no result, but a later call has one"
             raise HmfError(f"messages[{len(made) - 1}].tool_calls[{number}]: {problem}; write one result for each call")
-        made += [messages[start + places.index(n)] for n in range(len(places))] if calls else messages[start:stop]
+        results = [messages[start + places.index(n)] for n in range(len(places))] if calls else messages[start:stop]
+        # Some templates write the ids of results, too.
+        ids = [call.get("id") for call in calls]
+        made += [
+            {"tool_call_id": ids[n]} | result
+            if calls and isinstance(ids[n], str) and ids.count(ids[n]) == 1
+            else result
+            for n, result in enumerate(results)
+        ]
         start = stop
     return made
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import csv
 import gzip
 import io
 import lzma
@@ -24,11 +25,17 @@ from typing import Any
 
 from hmf.config.strict import scan_json
 from hmf.errors import HmfError, listed, one_line
+from hmf.folders import require_downloaded
 
 TEXT_SUFFIXES = (".py", ".txt", ".md")
-SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"} | dict.fromkeys(
-    TEXT_SUFFIXES, "text"
-)
+SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+} | dict.fromkeys(TEXT_SUFFIXES, "text")
 LIMIT = 256 << 20  # largest size in bytes of a line, object or text; a small compressed file can expand to any size
 CHUNK = 1 << 20
 SHOWN = 3  # number of skipped files that a message names
@@ -102,8 +109,7 @@ def downloaded(files: list[Path]) -> list[Path]:
     """The files. HmfError if Git LFS has not downloaded one of them."""
     for file in files:
         with _readable(file):
-            if file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs.github.com/spec/"):
-                raise HmfError(f"{file}: is a pointer of Git LFS, not the file; run `git lfs pull` in its repository")
+            require_downloaded(file)
     return files
 
 
@@ -198,6 +204,35 @@ def objects(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
             at, allowed = end, ",]" if array else "{"
     if array and allowed:
         raise HmfError(f"{path}:{line}: the array does not end, so the file is incomplete; copy it again")
+
+
+def table_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of a CSV file, whose first line names the columns; of a TSV file, with tabs between the cells.
+
+    All values are texts, as they are in the file.
+
+    Yields:
+        (number of the row's first line, the row)
+    """
+    csv.field_size_limit(LIMIT)
+    tabs, line = ".tsv" in [suffix.lower() for suffix in path.suffixes], 1
+    with _opened(path) as file, _readable(path, lambda: line):
+        stream = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        reader = csv.DictReader(stream, delimiter="\t" if tabs else ",", strict=True)
+        try:
+            names = reader.fieldnames or []
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise HmfError(f"{path}:1: two columns have the name {twice[0]!r}; rename one")
+            for row in reader:
+                line = reader.line_num - sum(cell.count("\n") for cell in row.values() if isinstance(cell, str))
+                if None in row or None in row.values():
+                    raise HmfError(
+                        f"{path}:{line}: the row does not have {len(names)} cells, as the first line has; quote cells "
+                        "with commas or line breaks"
+                    )
+                yield line, row
+        except csv.Error as error:
+            raise HmfError(f"{path}:{reader.reader.line_num}: not valid CSV ({error})") from None
 
 
 def read_text(path: Path) -> str:

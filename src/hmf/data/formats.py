@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from hmf.config.data import SourceSettings
 from hmf.config.places import PairSettings, PlaceSettings
 from hmf.config.strict import parse_json, require_text
+from hmf.data.fields import EMPTY, VARIABLES, parsed, unread_fields
 from hmf.errors import HmfError, unknown_name
 
 Message = dict[str, Any]
@@ -27,40 +27,6 @@ SPEAKERS = {
     "function_response": "tool",
     "function_call": "assistant",
 }
-# Fields, in any capitalisation, that belong to the conversation in one of the common formats. A format that does not
-# read such a field refuses it. Other fields (id, source, score ...) are facts about the row; their names are counted.
-CONVERSATION_FIELDS = (
-    "system",
-    "system_prompt",
-    "system_message",
-    "system_instruction",
-    "developer",
-    "context",
-    "instruction",
-    "input",
-    "history",
-    "messages",
-    "tools",
-    "functions",
-    "function_call",
-    "tool_choice",
-    "parallel_tool_calls",
-    "documents",
-    "images",
-    "image",
-    "videos",
-    "video",
-    "audios",
-    "audio",
-    "reasoning",
-    "reasoning_content",
-    "thinking",
-    "chat_template_kwargs",
-    "enable_thinking",
-)
-VARIABLES = "chat_template_kwargs"  # name of the field with variables of the chat template
-EMPTY: tuple[Any, ...] = (None, "", [], {})  # values of a field that count as no value
-WANTED = ("label", "kto_tag")  # fields with which KTO marks an unwanted answer, if they are false
 
 
 @dataclass(frozen=True)
@@ -88,6 +54,8 @@ class Pair:
 
 def conversation(row: Row, settings: SourceSettings) -> Conversation:
     """The conversation of a row. HmfError for a field that is invalid or missing, or that would be ignored."""
+    row = _without(row, settings.ignore_fields)
+    prompt: list[Message] = []
     match settings.shape:
         case None:
             _require(row, settings.field, SHAPES)
@@ -100,26 +68,17 @@ def conversation(row: Row, settings: SourceSettings) -> Conversation:
             used, messages = {*ALPACA, "output"}, [*_alpaca(row), _message("assistant", _text(row, "output"), "output")]
         case "prompt_completion":
             used = {"prompt", "completion"}
-            messages = [*_context(_messages(row, "prompt", "user")), *_messages(row, "completion", "assistant")]
-    tools = _tools(row, used, settings)
+            prompt, messages = _messages(row, "prompt", "user"), _messages(row, "completion", "assistant")
+    prompt, messages = ([_without(one, settings.ignore_keys) for one in part] for part in (prompt, messages))
+    messages = [*_context(prompt), *messages]
+    tools, unread = _tools(row, settings), unread_fields(row, used, settings, messages)
     require_text(messages, "messages")
-    unread = _unread(row, used, settings)
-    for name, value in unread.items():
-        if _is_unwanted(name, value, settings):
-            raise HmfError(
-                f"field {name!r} is {str(value).casefold()}, as KTO marks an unwanted answer; remove the row, or add "
-                f"{name} to {settings.key}.ignore_fields if it means something else"
-            )
-        if _is_mask(value, messages):
-            raise HmfError(
-                f"field {name!r} has 0 or 1 for each message but is not read; write weight into the assistant's "
-                f"messages, or add it to {settings.key}.ignore_fields"
-            )
     return Conversation(messages, tools, _variables(row, settings), tuple(unread))
 
 
 def pair(row: Row, settings: PairSettings) -> Pair:
     """The pair of a row. HmfError for a field that is invalid or missing, or that would be ignored."""
+    row = _without(row, settings.ignore_fields)
     names = settings.chosen_field, settings.rejected_field
     used = {*names}
     if settings.shape == "ultrafeedback":
@@ -140,10 +99,13 @@ def pair(row: Row, settings: PairSettings) -> Pair:
                 used |= set(ALPACA)
                 prompt = _alpaca(row)
         answers = [_answer(row, name, settings) for name in names]
-    tools = _tools(row, used, settings)
-    for place, messages in (("prompt", prompt), *zip(names, answers, strict=True)):
-        require_text(messages, place)
-    return Pair(prompt, answers[0], answers[1], tools, _variables(row, settings), tuple(_unread(row, used, settings)))
+    tools, unread = _tools(row, settings), unread_fields(row, used, settings)
+    for place, messages in (
+        ("prompt", prompt),
+        *((name, [answer]) for name, answer in zip(names, answers, strict=True)),
+    ):
+        require_text([_without(message, settings.ignore_keys) for message in messages], place)
+    return Pair(prompt, answers[0], answers[1], tools, _variables(row, settings), tuple(unread))
 
 
 def message_list(value: Any, field: str) -> list[Message]:
@@ -171,6 +133,10 @@ def decoded_field(value: Any, field: str) -> Any:
         raise HmfError(f"field {field!r} is text but not valid JSON ({error})") from None
 
 
+def _without(message: Message, keys: Iterable[str]) -> Message:
+    return {key: value for key, value in message.items() if key not in keys}
+
+
 def kind_of(value: Any) -> str:
     return "nothing" if value is None else "an empty list" if value == [] else type(value).__name__
 
@@ -179,78 +145,25 @@ def missing(row: Row, field: str, fix: str) -> HmfError:
     return HmfError(f"no field {field!r}; the row has {', '.join(map(repr, row)) or 'none with a value'}: {fix}")
 
 
-def _tools(row: Row, used: Iterable[str], settings: PlaceSettings) -> list[Any] | None:
-    """The tools of a row. HmfError for a field of the conversation that is not `used`, and for invalid text in them."""
+def _tools(row: Row, settings: PlaceSettings) -> list[Any] | None:
+    """The tools of a row. HmfError for invalid text in them."""
     field = settings.tools_field
     tools = decoded_field(row.get(field) or None, field) or None
     if tools is not None and not isinstance(tools, list):
         raise HmfError(f"field {field!r} holds {kind_of(tools)} instead of a list of tools")
     tools = tools and [decoded_field(tool, f"{field}[{number}]") for number, tool in enumerate(tools)]
-    for name, value in _unread(row, used, settings).items():
-        fix = "move it into the messages" if name.casefold() in CONVERSATION_FIELDS else None
-        if name in ("documents", "enable_thinking"):
-            fix = f"move it into {VARIABLES}"
-        if _holds_tools(value):
-            fix = f"set tools_field: {name}"
-        if fix:
-            raise HmfError(
-                f"field {name!r} belongs to the conversation but is not read; {fix}, or add it to "
-                f"{settings.key}.ignore_fields"
-            )
     require_text(tools, field)
     return tools
 
 
 def _variables(row: Row, settings: PlaceSettings) -> dict[str, Any]:
     """The variables of the chat template that have a value: those of the row, then those of the recipe."""
-    given = None if VARIABLES in settings.ignore_fields else decoded_field(row.get(VARIABLES) or None, VARIABLES)
+    given = decoded_field(row.get(VARIABLES) or None, VARIABLES)
     if not isinstance(given or {}, dict):
         raise HmfError(f"field {VARIABLES!r} holds {kind_of(given)} instead of an object")
     require_text(given, VARIABLES)
     own = {name: value for name, value in (given or {}).items() if value not in EMPTY}
     return settings.chat_template_kwargs | own
-
-
-def _unread(row: Row, used: Iterable[str], settings: PlaceSettings) -> Row:
-    """The fields with a value that are neither used nor ignored on purpose."""
-    passed = {*used, settings.tools_field, VARIABLES, *settings.ignore_fields}
-    return {name: value for name, value in row.items() if name not in passed and value not in EMPTY}
-
-
-def _holds_tools(value: Any) -> bool:
-    """Whether a field holds a list of tools, also as JSON text."""
-    value = _parsed(value)
-    return isinstance(value, list) and bool(value) and all(map(_is_tool, value))
-
-
-def _parsed(value: Any) -> Any:
-    """A list or an object from its JSON text; any other value unchanged."""
-    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
-        with suppress(ValueError):
-            return parse_json(value)
-    return value
-
-
-def _is_tool(value: Any) -> bool:
-    value = _parsed(value)
-    function = value.get("function", value) if isinstance(value, dict) else None
-    schemas = {"parameters", "input_schema", "inputSchema"}
-    return isinstance(function, dict) and isinstance(function.get("name"), str) and bool(schemas & function.keys())
-
-
-def _is_unwanted(name: str, value: Any, settings: SourceSettings) -> bool:
-    """Whether a field may mark an unwanted answer. A number in `label` does so only in the shape of KTO data; in other
-    rows it is the number of a class."""
-    numbers = {"0", "0.0"} if name == "kto_tag" or settings.shape == "prompt_completion" else set()
-    return name in WANTED and str(value).casefold() in {"false", *numbers}
-
-
-def _is_mask(value: Any, messages: list[Message]) -> bool:
-    """Whether a field may say which messages, or which of the assistant's, are supervised."""
-    answers = sum(message["role"] == "assistant" for message in messages)
-    if not isinstance(value, list) or not all(item in (0, 1) for item in value):
-        return False
-    return len(value) == len(messages) or (len(value) == answers and 0 in value)
 
 
 # The shape of rows that have a field of this name.
@@ -304,7 +217,7 @@ def _context(messages: list[Message]) -> list[Message]:
 
 
 def _holds_messages(text: str) -> bool:
-    value = _parsed(text)
+    value = parsed(text)
     messages = [value] if isinstance(value, dict) else value
     return bool(messages) and all(isinstance(item, dict) and {"role", "content"} <= item.keys() for item in messages)
 
@@ -383,8 +296,7 @@ def _common(row: Row, settings: PairSettings) -> tuple[list[Message], list[Messa
     """The shared messages and both answers of two whole conversations, which differ only in their last message."""
 
     def messages(value: Any, field: str) -> list[Message]:
-        ignored = settings.ignore_keys
-        return [{key: message[key] for key in message if key not in ignored} for message in message_list(value, field)]
+        return [_without(message, settings.ignore_keys) for message in message_list(value, field)]
 
     chosen, rejected = (messages(_field(row, name), name) for name in (settings.chosen_field, settings.rejected_field))
     prompt = chosen[:-1]
@@ -402,7 +314,7 @@ def _common(row: Row, settings: PairSettings) -> tuple[list[Message], list[Messa
         "messages": lambda value: messages(value, "messages") == chosen,
     }
     for name, is_same in same.items():
-        if row.get(name) and name not in settings.ignore_fields and not is_same(row[name]):
+        if row.get(name) and not is_same(row[name]):
             raise HmfError(
                 f"field {name!r} differs from {settings.chosen_field}; correct it, or add it to "
                 f"{settings.key}.ignore_fields"

@@ -33,7 +33,9 @@ class MarkedConversation:
         variables: variables of the template, the same for the copy.
         messages, marked: the conversation and its copy, in the form that `Template.read` chose.
         leaves: the texts and numbers that the markers stand for, by the markers' numbers.
-        names: names of arguments and of tools' properties. They are not marked, since templates may look them up.
+        names: names of arguments and of tools' properties. Those of arguments are not marked, since templates may look
+            them up.
+        properties: the names of tools' properties by their markers, which have no order: templates may sort them.
         literals: the index of the message of each argument that is null, true or false.
         spelled, numbered: the marked copy, in the form that `Template.read` chose, with texts or numbers in place of
             these literals.
@@ -45,6 +47,7 @@ class MarkedConversation:
         self.original, self.tools, self.variables = messages, tools, variables
         self.leaves: list[Leaf] = []
         self.names: list[Leaf] = []
+        self.properties: dict[str, Leaf] = {}
         self.literals: list[int] = []
         self.marked_tools = [self._tool(tool) for tool in tools] if tools else None
         self._marked = [self._message(message, number) for number, message in enumerate(messages)]
@@ -126,14 +129,34 @@ class MarkedConversation:
         return any(call["function"]["name"] == name for call in calls)
 
     def _tool(self, tool: Message) -> Message:
-        """A tool with its name and description marked. Its schema is not: templates write it in many ways."""
+        """A tool with its name, its description and the names of its parameters marked. The rest of its schema is not:
+        templates write it in many ways."""
         function = tool.get("function") or tool
-        for schema in function.values():  # under any key: parameters, or input_schema, which templates may not read
-            properties = schema.get("properties") if isinstance(schema, dict) else None
-            if isinstance(properties, dict):
-                self.names += [Leaf(TOOLS, "tools", function["name"], name) for name in properties]
-        made = dict(function)
+        # A schema may be under any key: parameters, or input_schema, which templates may not read.
+        made = {key: self._schema(value, function["name"]) for key, value in function.items()}
         for key in ("name", "description"):
             if isinstance(function.get(key), str):
                 made[key] = self._mark(function[key], TOOLS, "tools", function["name"])
         return tool | {"function": made} if tool.get("function") else made
+
+    def _schema(self, value: Any, tool: str) -> Any:
+        """A schema with the names of its properties marked, also in objects inside of it. Some data sets have the
+        properties alone."""
+        if not isinstance(value, dict):
+            return value
+        if value and all(isinstance(item, dict) and isinstance(item.get("type"), str) for item in value.values()):
+            return {self._property(name, tool): self._schema(item, tool) for name, item in value.items()}
+        if not isinstance(value.get("properties"), dict):
+            return value | ({"items": self._schema(value["items"], tool)} if "items" in value else {})
+        names = {name: self._property(name, tool) for name in value["properties"]}
+        made = {names[name]: self._schema(item, tool) for name, item in value["properties"].items()}
+        required = value.get("required")
+        if isinstance(required, list):
+            required = [names.get(name, name) if isinstance(name, str) else name for name in required]
+        return value | {"properties": made} | ({"required": required} if "required" in value else {})
+
+    def _property(self, name: str, tool: str) -> str:
+        self.names.append(leaf := Leaf(TOOLS, "tools", f"{tool}.{name}", name))
+        marker = f"marked_property_{len(self.properties)}_"
+        self.properties[marker] = leaf
+        return marker

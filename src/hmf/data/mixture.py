@@ -16,7 +16,7 @@ from hmf.data.packing import PackedRow, row_tensors
 from hmf.data.prepared import PreparedDataset, read_index
 from hmf.data.tasks import Sample
 from hmf.data.tokenizer import document_separator, encode_texts
-from hmf.errors import HmfError, unknown_name
+from hmf.errors import HmfError, rewriting, unknown_name
 
 
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, conversation: Sample) -> Encoded:
@@ -30,7 +30,8 @@ class MixtureDataset(Dataset[PackedRow]):
 
     Args:
         texts: token ids of each document, as from `encode_texts`.
-        weights: relative frequency of each task by name; half of the conversations have thinking.
+        weights: relative frequency of each task by name; half of the conversations have thinking, if the chat template
+            writes it.
         text_share: share of the rows that hold only text; in the others, text fills the room after conversations.
         rows: length of the data set.
     """
@@ -44,11 +45,33 @@ class MixtureDataset(Dataset[PackedRow]):
     seed: int = 0
     _documents: list[Encoded] = field(init=False, repr=False)
     _sizes: list[int] = field(init=False, repr=False)
+    _modes: dict[str, list[bool]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         separator = document_separator(self.tokenizer)
         self._documents = [enclosed(ids, separator) for ids in self.texts]
         self._sizes = [len(document) for document in self._documents]
+        drawn = [task for task, weight in self.weights.items() if weight and self.text_share < 1]
+        self._modes = {task: self._possible(task) for task in drawn}
+
+    def _possible(self, task: str) -> list[bool]:
+        """Whether a task's conversations have thinking: the values for which the template writes all that they hold.
+
+        Raises:
+            HmfError: there are none.
+        """
+        modes, refusals = [], []
+        for thinking in (False, True):
+            try:
+                encode_conversation(
+                    self.tokenizer, tasks.sample(task, 0, self.tokenizer, tasks.MIN_LENGTH, thinking=thinking)
+                )
+                modes.append(thinking)
+            except HmfError as error:
+                refusals.append(error)
+        if not modes:
+            raise HmfError(f"data.tasks: {task}: {refusals[0]}, or leave the task out")
+        return modes
 
     def __len__(self) -> int:
         return self.rows
@@ -75,7 +98,8 @@ class MixtureDataset(Dataset[PackedRow]):
             while room >= tasks.MIN_LENGTH:
                 task = rng.choices(names, weights)[0]
                 seed, length = rng.getrandbits(62), tasks.random_length(rng, room)
-                thinking = rng.random() < 0.5
+                thinking, modes = rng.random() < 0.5, self._modes[task]
+                thinking = thinking if thinking in modes else modes[0]
                 conversation = tasks.sample(task, seed, self.tokenizer, length, thinking=thinking)
                 item = encode_conversation(self.tokenizer, conversation)
                 if len(item) > room:
@@ -95,6 +119,11 @@ class MixtureDataset(Dataset[PackedRow]):
 class PromptDataset(MixtureDataset):
     """Prompts {"prompt": ids} of at most `sequence_length` tokens that the student continues: prompts of conversations,
     or pieces of text of any length. Row i depends only on `seed` and i."""
+
+    def _possible(self, task: str) -> list[bool]:
+        with rewriting(lambda message: f"data.{message}"):
+            tasks.require_template([task], self.tokenizer)
+        return [False, True]
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         rng, room = Random(f"{self.seed}:prompt {index}"), self.sequence_length

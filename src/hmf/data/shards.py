@@ -41,7 +41,7 @@ from hmf.data.sources import Record, Source, content, digest
 from hmf.data.tokenizer import load_tokenizer, special_tokens
 from hmf.errors import HmfError
 
-FORMAT = 4  # version of the file format and of the encoding; shards of other versions are not used
+FORMAT = 5  # version of the file format and of the encoding; shards of other versions are not used
 HASH_BYTES = 32
 SHARD_BYTES = 8 << 20  # a shard ends at this size of its records, or at the recipe's shard_documents
 _SCHEMA = pa.schema(
@@ -98,7 +98,8 @@ class Encoder:
             item, split = content(record, self.source), self.source.split_special_tokens
             if isinstance(item, Conversation):
                 counts.add(Counts(unread=dict.fromkeys(item.unread, 1)))
-                messages, tools = normalise(item.messages, item.tools, self.source.ignore_keys)
+                # Those of messages are left out already, and a weight may be that of the shape.
+                messages, tools = normalise(item.messages, item.tools, {*self.source.ignore_keys} - {"weight"})
                 item = replace(item, messages=messages, tools=tools)
             if self.filters.repetition and (reason := repetition(_supervised_text(item), self.filters.repetition)):
                 counts.leave_out(reason)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sources of documents and pairs: JSON, Parquet, text files, data sets of the `datasets` library. Read as streams.
+"""Sources of documents and pairs: JSON, Parquet, CSV, text files, data sets of the `datasets` library. Read as streams.
 
 The order of the records depends only on the source. A record is parsed later, by `content` or `pair_of`, in the process
 that encodes it.
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,9 @@ from hmf.data import files, formats, text
 from hmf.data.formats import Conversation, Pair
 from hmf.errors import HmfError, unknown_name
 
-# Words in the names of files that stand for splits, as for the datasets library.
+# Words in the names of files that stand for splits: those of the datasets library, and others.
 _TRAIN = {"train", "training"}
-_HELD_OUT = {"test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev"}
+_HELD_OUT = {"test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev", "held", "heldout", "holdout"}
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Source:
             return (Record(document.path, document.text, len(document.text)) for document in self.documents)
         if self.format in ("datasets", "saved"):
             return self._rows()
-        read = {"jsonl": self._json, "parquet": self._parquet, "text": self._texts}[self.format]
+        read = {"jsonl": self._json, "parquet": self._parquet, "csv": self._csv, "text": self._texts}[self.format]
         return (record for path in self.files for record in read(path))
 
     def _facts(self) -> list[Any]:
@@ -117,7 +119,8 @@ class Source:
         if self.format == "text":
             if not settings.reads_text:
                 raise HmfError(
-                    f"{key}.path: {path}: holds text files, but rows with fields are needed; give JSON or Parquet files"
+                    f"{key}.path: {path}: holds text files, but rows with fields are needed; give JSON, Parquet or CSV "
+                    "files"
                 )
             if getattr(settings, "text_field", None) is not None:
                 raise HmfError(f"{key}.text_field: text files have no fields; leave it out")
@@ -130,13 +133,13 @@ class Source:
 
     def _require_one_split(self) -> None:
         """HmfError for a folder with files of a training split and of a held-out one, by the words in their names."""
-        words = {name: {*re.split("[^a-z]+", name.lower())} for name in map(self.name, self.files)}
+        words = {name: _words(name) for name in map(self.name, self.files)}
         held = next((name for name in words if words[name] & _HELD_OUT), None)
         train = next((name for name in words if words[name] & _TRAIN and not words[name] & _HELD_OUT), None)
         if train and held:
             place = str(self.settings.path).rstrip("/")
             *folders, file = Path(train).parts
-            split = [number for number, part in enumerate(folders, 1) if _TRAIN & {*re.split("[^a-z]+", part.lower())}]
+            split = [number for number, part in enumerate(folders, 1) if _TRAIN & _words(part)]
             word = "".join(re.findall("train", file, re.IGNORECASE)[:1])
             pattern = "/".join(folders[: split[0]]) if split else f"**/*{word}*{Path(file).suffix}"
             suffixes = {path.suffix for path in self.files}
@@ -154,6 +157,10 @@ class Source:
         else:
             for number, content in files.lines(path):
                 yield Record(f"{name}:{number}", content, len(content))
+
+    def _csv(self, path: Path) -> Iterator[Record]:
+        for line, row in files.table_rows(path):
+            yield Record(f"{self.name(path)}:{line}", row, sum(map(len, row.values())))
 
     def _texts(self, path: Path) -> Iterator[Record]:
         if (content := files.read_text(path)).strip():
@@ -192,10 +199,13 @@ class Source:
         datasets.disable_progress_bars()
         settings = self.settings
         place = settings.dataset or settings.path
-        try:
+        with _reading(str(place)):
+            builder = None
             if self.format == "saved":
                 rows: Any = datasets.load_from_disk(str(self.root))
             else:
+                if self.files:
+                    builder = datasets.load_dataset_builder(str(settings.dataset), settings.subset)
                 rows = datasets.load_dataset(
                     str(settings.dataset), settings.subset, revision=settings.revision, streaming=True
                 )
@@ -206,11 +216,35 @@ class Source:
                 rows = rows[split]
             elif settings.split is not None:
                 raise HmfError(f"{settings.key}.split: {place} has no splits; leave it out")
+        # The library gives all values of a field one type: it writes texts in quotes if a later file has lists, too.
+        if builder is not None and builder.name in ("json", "csv"):
+            paths = [Path(file) for file in builder.config.data_files[split]]
+            if all(map(files.kind_of, paths)):  # not archives
+                read = self._json if builder.name == "json" else self._csv
+                for path in paths:
+                    yield from read(self.root / os.path.relpath(path, os.path.abspath(self.root)))
+                return
+        with _reading(str(place)):
             kind = pa.struct(rows.features.arrow_schema) if rows.features else None
             for number, row in enumerate(rows):
                 yield Record(f"{place} row {number}", _plain(row, kind), 0)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise HmfError(f"{place}: the datasets library cannot read it ({' '.join(str(error).split())})") from None
+
+
+@contextmanager
+def _reading(place: str) -> Iterator[None]:
+    """Turn the errors of the datasets library, which lets through those of decoders and archives, into an HmfError."""
+    try:
+        yield
+    except HmfError:
+        raise
+    except Exception as error:
+        raise HmfError(f"{place}: the datasets library cannot read it ({' '.join(str(error).split())})") from None
+
+
+def _words(name: str) -> set[str]:
+    """The words of a file's name in lower case, without an ending as in trainset, testData and tests."""
+    words = re.findall("[A-Z]?[a-z]+|[A-Z]+", name)
+    return {re.sub("(?:set|data|split|s)$", "", word.lower()) for word in words}
 
 
 def _batch_size(facts: Any) -> int:
@@ -276,7 +310,8 @@ def _row(value: bytes | dict[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise HmfError(f"not valid JSON ({error})") from None
     if not isinstance(row, dict):
-        raise HmfError(f"a JSON object is expected, not {formats.kind_of(row)}")
+        fix = "; rename the file to .json, since it holds an array" if isinstance(row, list) else ""
+        raise HmfError(f"a JSON object is expected, not {formats.kind_of(row)}{fix}")
     return row
 
 

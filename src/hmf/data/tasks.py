@@ -63,7 +63,7 @@ class Sample:
 
         tokenizer: a call may also be in the form in which this tokenizer's chat template writes it.
         """
-        final = generated.split("</think>")[-1].strip()
+        final = after_thinking(generated).strip()
         if self.task != "tool_call":
             return final == self.answer
         call, body = json.loads(self.answer), final.removeprefix("<tool_call>").removesuffix("</tool_call>")
@@ -72,6 +72,11 @@ class Sample:
             if tagged and parse_call(body, self.tools or ()) == call:
                 return True
         return tokenizer is not None and is_written_call(final, call, self.messages[:-1], self.tools, tokenizer)
+
+
+def after_thinking(answer: str) -> str:
+    """The part of an answer after its thinking. Ministral's templates write [/THINK] at the end of it."""
+    return re.split(r"</think>|\[/THINK\]", answer)[-1]
 
 
 def require_template(tasks: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -100,7 +105,7 @@ def written_call(
     for thinking in (False, True):
         before = template.render(messages[:-1], tools, add_generation_prompt=True, enable_thinking=thinking)
         if whole.startswith(before):
-            return _without_end(whole[len(before) :].split("</think>")[-1], tokenizer)
+            return _without_end(after_thinking(whole[len(before) :]), tokenizer)
     raise HmfError("the chat template writes another prompt before a call than for generation; use another template")
 
 

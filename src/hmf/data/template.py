@@ -15,12 +15,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from hmf.data import rendering
-from hmf.data.conversation import REASONING_FIELDS, RESULT_ROLES, ROLES, Message, strings_of
+from hmf.data.conversation import REASONING_FIELDS, RESULT_ROLES, ROLES, SCHEMAS, Message, strings_of
 from hmf.data.forms import NUMBER, PART, SPELLED, Form, spelled
 from hmf.data.marked import TOOLS, Leaf, MarkedConversation
 from hmf.errors import HmfError
@@ -41,6 +42,7 @@ _NOT_VARIABLES = frozenset(
     ("messages", "conversations", "tools", "chat_template", "add_generation_prompt")
     + ("continue_final_message", "return_assistant_tokens_mask", "self")
 )
+_ID = "m4rk3dId9"  # of a length that Mistral's templates accept
 _TAG = re.compile(r"\s*(<[^<>\s]+>)")
 _TAGGED = re.compile(r"\s*(<([^<>/\s]+)>)\s*(.*?)\s*</\2>\s*", re.DOTALL)
 _CACHE_SIZE = 1024  # structures of conversations that are cached for each template
@@ -135,6 +137,20 @@ class Template:
             HmfError: there is no such form. The message names what the template omits, of the first form on which it
                 does not fail.
         """
+        try:
+            return self._read(messages, tools, answers, variables)
+        except HmfError as error:
+            if isinstance(error, _Limit) or not tools or all("function" in tool for tool in tools):
+                raise
+            # Tools without the key `function`, as some data sets have them, for a template that reads this key.
+            wrapped = [tool if "function" in tool else _wrapped(tool) for tool in tools]
+            with suppress(HmfError):
+                return self._read(messages, wrapped, answers, variables)
+            raise
+
+    def _read(
+        self, messages: list[Message], tools: list[Any] | None, answers: dict[int, bool], variables: dict[str, Any]
+    ) -> MarkedConversation:
         conversation = MarkedConversation(messages, tools, variables)
         key = (conversation.structure, *answers.items())
         refusals: list[HmfError] = []
@@ -150,7 +166,7 @@ class Template:
                 continue
             keep(self.forms, key, form)
             inside = self._untagged(conversation, max(answers), answers[max(answers)])
-            return conversation if inside == messages else self.read(inside, tools, answers, variables)
+            return conversation if inside == messages else self._read(inside, tools, answers, variables)
         raise next((error for error in refusals if not isinstance(error, _Failure)), refusals[0])
 
     def require_variables(self, variables: dict[str, Any], tools: list[Any] | None) -> None:
@@ -235,6 +251,10 @@ class Template:
                     f"messages[{leaf.message}].{leaf.path}: the chat template writes it more than once; use another "
                     "template"
                 )
+        for marker, leaf in conversation.properties.items():
+            if marker not in text:
+                raise self._lost(conversation, leaf)
+        self._require_ids(conversation, last, thinking, text)
         if any(message <= last for message in conversation.literals):
             self._require_literals(conversation, last, thinking, text)
         # A template may move the system's message, for example to the turn before the answer.
@@ -249,6 +269,23 @@ class Template:
                 )
         keep(self.orders, key, tuple(numbers))
         return self.orders[key]
+
+    def _require_ids(self, conversation: MarkedConversation, last: int, thinking: bool, text: str) -> None:
+        """HmfError if the template writes the id of a call or result that has none, and so an empty one, in `text`."""
+        messages = conversation.marked[: last + 1]
+        identified = [_identified(message) for message in messages]
+        if identified == messages:
+            return
+        try:
+            written = self._marked_text(conversation, identified, last, thinking)
+        except HmfError:
+            return
+        if _ID in written and written.replace(_ID, "") == text:
+            number = next(n for n, message in enumerate(messages) if message != identified[n])
+            raise HmfError(
+                f"messages[{number}]: a call or result has no id, but the chat template writes it; add id to "
+                "tool_calls, and tool_call_id to their results"
+            )
 
     def _require_literals(self, conversation: MarkedConversation, last: int, thinking: bool, text: str) -> None:
         """HmfError unless `text`, rendered from the marked messages, has null, true and false in arguments as JSON."""
@@ -318,6 +355,18 @@ class Template:
             f"messages[{leaf.message}]: the chat template leaves its {leaf.what} out ({leaf.path}, of role {role!r}); "
             f"{fix}use a tokenizer whose template writes {leaf.what}"
         )
+
+
+def _identified(message: Message) -> Message:
+    """The message with an id for its calls, or of its call, if it has none."""
+    if calls := message.get("tool_calls"):
+        return message | {"tool_calls": [{"id": _ID} | call for call in calls]}
+    return {"tool_call_id": _ID} | message if message["role"] in RESULT_ROLES else message
+
+
+def _wrapped(tool: Message) -> Message:
+    function = {"parameters" if key in SCHEMAS else key: tool[key] for key in tool if key != "type"}
+    return {"type": "function", "function": function}
 
 
 @functools.lru_cache(maxsize=8)

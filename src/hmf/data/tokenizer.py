@@ -16,6 +16,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from hmf.config.strict import require_text
 from hmf.data.conversation import strings_of
 from hmf.errors import HmfError, notice
+from hmf.folders import require_downloaded
 from hmf.model.files import meant, read_object, reading, require_folder
 from hmf.model.values import require_values
 
@@ -64,7 +65,7 @@ def check_tokenizer(source: str | Path) -> None:
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     # Without any file, transformers makes a tokenizer with an empty vocabulary, which encodes every text to no tokens.
-    if not any(item for pattern in VOCABULARIES for item in folder.glob(pattern)):
+    if not (vocabularies := [item for pattern in VOCABULARIES for item in folder.glob(pattern)]):
         raise HmfError(
             f"{folder}: has no tokenizer ({', '.join(VOCABULARIES[:3])}, ...); "
             + (meant(folder) or "copy the tokenizer's files into it")
@@ -82,6 +83,8 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         )
     try:
         with reading(folder):
+            for file in vocabularies:
+                require_downloaded(file)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         readable = tokenizer(string.printable, add_special_tokens=False)["input_ids"]
     except HmfError:
@@ -321,9 +324,15 @@ class SpecialTokenSplitter:
                 [part_ids] = encode_texts(self.tokenizer, [piece.translate(to_plain_text)], split_special_tokens=True)
             new_ids += part_ids
             new_mask += [mask_values[0]] * len(part_ids)
-        if self.tokenizer.decode(new_ids, clean_up_tokenization_spaces=False) != text.translate(to_plain_text):
+        plain = text.translate(to_plain_text)
+        if self.tokenizer.decode(new_ids, clean_up_tokenization_spaces=False) not in (plain, self._normalised(plain)):
             raise self._refusal()
         return new_ids, new_mask
+
+    def _normalised(self, text: str) -> str:
+        """The text that is encoded: Qwen's tokenizers, for example, compose letters and their accents (NFC)."""
+        normalizer = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "normalizer", None)
+        return normalizer.normalize_str(text) if normalizer else text
 
     def _refusal(self) -> HmfError:
         return HmfError(

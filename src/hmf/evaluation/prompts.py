@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hmf.data.tasks import fitting, is_written_call, written_call
+from hmf.data.tasks import after_thinking, fitting, is_written_call, written_call
 from hmf.data.template import Template
 from hmf.data.tokenizer import encode_parts, encode_texts
 from hmf.errors import HmfError
@@ -72,8 +72,8 @@ class Prompt:
         incorrect."""
         if answer.truncated:
             return False
-        _, _, final = answer.text.rpartition(THINK_END)
-        return THINK_START not in final and self.problem.check(final.strip())
+        final = after_thinking(answer.text)
+        return not any(start in final for start in (THINK_START, "[THINK]")) and self.problem.check(final.strip())
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from hmf.layers.own import base_mixer, base_mixer_name, own_layers, own_state_sh
 from hmf.layers.registry import layer_states
 
 from .configuration import STATE_DTYPES, building
-from .families import family_of
+from .families import FAMILIES, family_of
 from .modeling import hybrid_classes
 from .text_only import require_language_model
 
@@ -165,8 +165,13 @@ def _rebuild(config: Any, source: PreTrainedModel, dropped: tuple[str, ...] = ()
 
 
 def footprint(model: PreTrainedModel) -> dict[str, int]:
-    """parameters; for one sequence kv_bytes_per_token, in the model's dtype, and state_bytes, as in computation."""
+    """parameters; for one sequence kv_bytes_per_token, in the model's dtype, and state_bytes, as in computation.
+
+    The last two are known of the supported families.
+    """
     config = model.config
+    if config.model_type.removeprefix("hybrid_") not in FAMILIES:
+        return {"parameters": model.num_parameters()}
     pattern = getattr(config, "pattern", None)
     recurrent = config.recurrent_layers if pattern else own_layers(config)
     attention_layers = config.num_hidden_layers - len(recurrent)

@@ -103,16 +103,26 @@ FAMILIES: dict[str, Family] = {
 # Models that a row would not make a base, by what their layers have. Others may fit; docs/families.md shows the check.
 CANNOT_FIT = {
     "latent attention, without a projection for each of queries, keys and values": (
-        *("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_linear"),
-        *("longcat_flash", "minicpm3", "mistral4"),
+        *("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "hy_v4"),
+        *("kimi_linear", "longcat_flash", "minicpm3", "mistral4", "youtu"),
     ),
     "attention sinks": ("deepseek_v4", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"),
-    "rotary positions that pair neighbouring dimensions": ("cohere", "cohere2", "ernie4_5", "glm", "glm4", "helium"),
+    "rotary positions that pair neighbouring dimensions": (
+        *("cohere", "cohere2", "cohere_compass_text", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "helium"),
+    ),
+    "no rotary positions": (
+        *("bart", "bert", "biogpt", "bloom", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "mpt", "openai-gpt", "opt"),
+        *("roberta", "whisper", "xglm"),
+    ),
+    "modules of other names than self_attn, or no final norm of that name": (
+        *("codegen", "dbrx", "falcon", "gpt_neox", "gptj", "jetmoe", "persimmon", "phi"),
+    ),
     "keys and values that layers share": ("gemma3n_text", "gemma4_text"),
     "chunked attention": ("llama4_text",),
     "recurrences of their own": (
-        *("bamba", "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "minimax", "nemotron_h", "olmo_hybrid", "zamba2"),
-        *("falcon_mamba", "mamba", "mamba2"),
+        *("bamba", "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "minimax", "nemotron_h"),
+        *("olmo_hybrid", "recurrent_gemma", "zamba", "zamba2"),
+        *("falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"),
     ),
 }
 
@@ -129,5 +139,5 @@ def family_of(model_type: str, source: str = "config.json") -> Family:
             ) from None
         raise HmfError(
             f"{source}: model_type {model_type!r} is not among the supported families ({', '.join(sorted(FAMILIES))}); "
-            "add a row to FAMILIES in hmf/model/families.py as docs/families.md shows"
+            "docs/families.md has the conditions under which a row of FAMILIES in hmf/model/families.py makes it one"
         ) from None

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from hmf.config.strict import parse_json
 from hmf.errors import HmfError, listed, notice, standing_for
-from hmf.folders import reason, require_unused, shown
+from hmf.folders import reason, require_downloaded, require_unused, shown, unfinished
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model(\.safetensors)?-\d+-of-\d+\.safetensors")
@@ -65,7 +65,7 @@ def reading(what: Path) -> Iterator[None]:
 def opened(file: Path) -> Iterator[Any]:
     """An open safetensors file; HmfError with the reason if it cannot be read."""
     with reading(file):
-        file.open("rb").close()  # safetensors reports every failure as a missing file
+        require_downloaded(file)  # also because safetensors reports every failure as a missing file
         with safe_open(file, "pt") as weights:
             yield weights
 
@@ -74,6 +74,7 @@ def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in `file`; HmfError if it cannot be read or is not a JSON object."""
     try:
         with reading(file):
+            require_downloaded(file)
             content = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise HmfError(f"{file}: not valid JSON ({error}); copy the file again") from None
@@ -199,7 +200,8 @@ def weight_files(folder: Path) -> list[str]:
         )
         raise HmfError(
             f"{folder}: no weights ({WEIGHTS} or {INDEX}"
-            f"{f'; {listed(others)} cannot be read' if others else ''}); a checkpoint needs both config and weights"
+            f"{f'; {listed(others)} cannot be read' if others else ''}); "
+            + ("save the model with save_pretrained" if others else "a checkpoint needs both config and weights")
         )
     if stray := sorted(shards - set(names)):
         used = INDEX if index.exists() else WEIGHTS
@@ -277,33 +279,45 @@ def follow_umask(path: Path) -> None:
 
 @contextmanager
 def new_directory(target: str | Path) -> Iterator[Path]:
-    """A temporary directory that is renamed to `target` when the block succeeds.
+    """A temporary directory that becomes `target` when the block succeeds.
+
+    A new `target` appears by one rename. An empty folder may be a mount, a link or the current folder, and cannot be
+    replaced: the files are written inside it and moved up at the end, config.json last.
 
     HmfError if `target` exists and is not empty, or cannot be written. After a failure nothing is left behind; the
     directory of a killed process is removed by the next call.
     """
     target = Path(target)
+    place = Path(os.path.realpath(target))
     made: list[Path] = []
+    moved: list[Path] = []
     try:
         require_unused(target)
-        made = [parent for parent in target.parents if not parent.exists()]  # nearest first
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}")  # mkdtemp's names
-        for sibling in target.parent.iterdir():
-            if unfinished.fullmatch(sibling.name):
-                shutil.rmtree(sibling, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        made = [parent for parent in place.parents if not parent.exists()]  # nearest first
+        place.parent.mkdir(parents=True, exist_ok=True)
+        home = place if place.is_dir() else place.parent
+        for item in home.iterdir():
+            if unfinished(place).fullmatch(item.name):
+                shutil.rmtree(item, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=home))
     except OSError as error:
         raise HmfError(f"{target}: cannot be created ({reason(error)}: {error.filename}); choose another") from None
     try:
         with standing_for(work, target):
             yield work
         follow_umask(work)
-        if target.is_dir():
-            target.rmdir()
-        work.rename(target)
+        if home == place:
+            for item in sorted(work.iterdir(), key=lambda item: item.name == "config.json"):
+                moved.append(item.rename(place / item.name))
+            work.rmdir()
+        else:
+            work.rename(place)
     except BaseException as error:
-        shutil.rmtree(work, ignore_errors=True)
+        for item in (work, *moved):
+            if item.is_dir():
+                shutil.rmtree(item, ignore_errors=True)
+            else:
+                item.unlink(missing_ok=True)
         for parent in made:
             with suppress(OSError):  # not empty: another process uses it
                 parent.rmdir()
@@ -320,10 +334,11 @@ def copy_companions(source: str | Path, target: str | Path, leave: re.Pattern[st
     and `LEFT_BEHIND`, and those whose names match `leave`. Of folders, only those with chat templates are copied.
     """
     source, target, not_copied = Path(source), Path(target), []
+    within = Path(os.path.realpath(target))
     for item in sorted(require_folder(source).iterdir()):
         if item.is_dir() and item.name in TEMPLATES:
             shutil.copytree(item, target / item.name, copy_function=shutil.copyfile)
-        elif WRITTEN.fullmatch(item.name):
+        elif WRITTEN.fullmatch(item.name) or within.is_relative_to(os.path.realpath(item)):
             continue
         elif LEFT_BEHIND.fullmatch(item.name) or not item.is_file() or (leave and leave.fullmatch(item.name)):
             not_copied.append(item.name + "/" * item.is_dir())

@@ -297,7 +297,7 @@ class HybridCausalLMMixin(AsItsFamily, StrictLoading):
         if generation_config.cache_implementation not in (None, "dynamic", "offloaded"):
             raise HmfError(
                 f"cache_implementation={generation_config.cache_implementation!r} is not supported with recurrent "
-                "layers; leave it out"
+                "layers; leave it out, also of generation_config.json"
             )
         if generation_config.use_cache and self.training and self.is_gradient_checkpointing:
             raise HmfError(

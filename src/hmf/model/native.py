@@ -244,6 +244,8 @@ def _new_config(config: Any, source: str) -> Any:
         notice(f"{source}: keys that the config of {FORMAT} does not have are left out: {listed(dropped, 8)}")
     # Without mrope_section, which divides positions by image axes: in text all axes have the same position.
     rope = {key: value for key, value in config.rope_parameters.items() if not key.startswith("mrope")}
+    # Qwen3 reads the key with this type of positions alone, and otherwise rotates whole heads.
+    rotated = rope.get("partial_rotary_factor", 1.0) if rope["rope_type"] == "proportional" else 1.0
     # The shared expert (all zeros) has the size of a routed expert, so that it can be split and quantised like one.
     shared = {"shared_expert_intermediate_size": config.moe_intermediate_size} if with_experts else {}
     return config_class(
@@ -254,8 +256,8 @@ def _new_config(config: Any, source: str) -> Any:
             "layer_types": [
                 "full_attention" if symbol == ATTENTION else "linear_attention" for symbol in config.pattern.symbols
             ],
-            "rope_parameters": {**rope, "partial_rotary_factor": 1.0},
-            "partial_rotary_factor": 1.0,  # otherwise the class writes its own default next to the table
+            "rope_parameters": {**rope, "partial_rotary_factor": rotated},
+            "partial_rotary_factor": rotated,  # otherwise the class writes its own default next to the table
             "linear_conv_kernel_dim": _conv_width(config),
             "linear_key_head_dim": options.head_dim,
             "linear_value_head_dim": options.head_dim,

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from .files import (
     require_token_ids,
     stored_tensors,
 )
+from .rope import check_rope
 
 # Language models that are those of another family in text, where the positions on all axes of an image are the same.
 SAME_AS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
@@ -69,7 +69,7 @@ def require_language_model(config: Any) -> None:
             f"{source}: {config.model_type!r} is a multimodal model; use its language model ({text.model_type}): hmf "
             "init with --text-only, or text_only: true in a recipe of hmf prime"
         )
-    family_of(getattr(getattr(config, "text_config", config), "model_type", ""), source=str(source))
+    family_of((getattr(config, "text_config", None) or config).model_type, source=str(source))
 
 
 def language_config(whole: Any, source: str | Path) -> Any:
@@ -80,7 +80,7 @@ def language_config(whole: Any, source: str | Path) -> Any:
     file = Path(source) / "config.json"
     require_token_ids(file, whole.text_config.vocab_size)
     with building(source):
-        config = _text_config(whole, family, read_object(file).keys())
+        config = _text_config(whole, family, file)
     config.name_or_path = str(source)
     return config
 
@@ -136,12 +136,12 @@ def _require_decoder(whole: Any, family: Family, source: Path) -> None:
             )
 
 
-def _text_config(whole: Any, family: Family, given: Set[str]) -> Any:
+def _text_config(whole: Any, family: Family, file: Path) -> Any:
     """The config of the language model; the whole config's values for embeddings, dtype and tokens take precedence.
 
-    given: the keys of the whole config.json. Token ids that are only defaults of its class are not the model's.
+    file: the whole config.json. Token ids that it lacks are only defaults of its class, and not the model's.
     """
-    fields = whole.text_config.to_dict()
+    fields, given = whole.text_config.to_dict(), read_object(file).keys()
     for key in ("model_type", "architectures", "transformers_version"):
         fields.pop(key, None)
     tokens = {"bos_token_id", "eos_token_id", "pad_token_id"}
@@ -151,6 +151,7 @@ def _text_config(whole: Any, family: Family, given: Set[str]) -> Any:
     if whole.text_config.model_type in SAME_AS:
         rope = {key: x for key, x in fields["rope_parameters"].items() if not key.startswith("mrope") and x != "mrope"}
         fields["rope_parameters"] = rope
+        check_rope(fields, family, f"{file}: text_config")  # `load_config` checks those of the families themselves
     config: Any = family.config_class()
     return config(**fields, architectures=[family.class_named("ForCausalLM").__name__])
 

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A plan of a training recipe, from the recipe and a config: memory of each GPU, tokens, steps, GPU-hours.
 
-The model is built on the meta device, and its tensors are counted as in training: all weights in float32; for trained
-weights also gradients and AdamW's two moments in float32. Activations are estimated. No GPU is needed.
+The model is built on the meta device, and its tensors are counted as in training: weights in float32, or frozen
+matrices in bfloat16 if the run stores them so; for trained weights also gradients and AdamW's two moments in float32.
+Activations are estimated. No GPU is needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,16 +32,17 @@ from hmf.model.configuration import building
 from hmf.priming.distance import stage1_flops_per_token
 from hmf.priming.divergence import LOGITS_AT_ONCE
 from hmf.training.finetune import flops_per_token
+from hmf.training.run import frozen_matrices
 
 USABLE = 0.92  # usable share of a GPU's memory; the rest is lost to fragmentation
 WIDE = 4  # bytes of a float32 number: a master weight, a gradient or a moment
 # Activations that a layer stores for the backward pass, in multiples of the inputs and outputs of its linear layers:
 # norms, rotary positions, gates and casts create further tensors of the same widths. Compiled layers store fewer. These
 # and the next figure are from measured peaks (docs/performance.md), rounded up.
-COPIES, COMPILED_COPIES = 1.6, 0.9
+COPIES, COMPILED_COPIES = 1.5, 0.75
 # What GKA's op stores beside these, in multiples of float32 tensors [tokens, heads, head_dim]: states between chunks,
 # decays, and float32 copies of queries, keys and values.
-GKA_COPIES = 18
+GKA_COPIES = 19
 LOGITS = 4 * WIDE * LOGITS_AT_ONCE  # four tensors of the size of a chunk of logits
 FRAMEWORK = 3 * GIB  # CUDA context, kernel workspaces, buffers of the communication library
 
@@ -51,6 +54,7 @@ class Job:
     title: str
     recipe: DistillSettings | FinetuneRecipe
     model: PreTrainedModel  # on the meta device; trained parameters require a gradient
+    dtype: torch.dtype | None  # in which the weights are stored, according to the config
     sequence_length: int
     adapters: int = 0  # number of parameters that low-rank adapters add
     section: str = "training"  # key path of the `training` section in the recipe
@@ -62,6 +66,12 @@ class Job:
     @property
     def distils(self) -> bool:
         return isinstance(self.recipe, DistillSettings)
+
+    @property
+    def narrows(self) -> bool:
+        """Whether frozen matrices are exact in bfloat16, and are stored in it if the settings do so."""
+        generates = isinstance(self.recipe, DistillSettings) and self.recipe.on_policy is not None
+        return self.dtype == torch.bfloat16 and not generates
 
 
 @dataclass(frozen=True)
@@ -100,10 +110,9 @@ class TrainingPlan:
     @cached_property
     def memory(self) -> dict[str, float]:
         """Bytes of one GPU by use. The first three are exact, the others are estimates."""
-        total = self.job.adapters + sum(x.numel() for x in self.job.model.parameters())
         weights, rest = self.divisors
         return {
-            "weights": WIDE * total / weights,
+            "weights": (WIDE * self.job.adapters + self._bytes(self.job.model.parameters())) / weights,
             "gradients": WIDE * self.trained / rest,
             "moments of AdamW": 2 * WIDE * self.trained / rest,
             "buffers and casts": self._copies(),
@@ -121,16 +130,37 @@ class TrainingPlan:
         """Bytes of an activation."""
         return 2 if self.training.precision == "bfloat16" else 4
 
+    @cached_property
+    def _narrow(self) -> set[nn.Parameter]:
+        """The frozen parameters that are stored in bfloat16."""
+        stored = self.training.narrows_frozen and self.job.narrows
+        return set(frozen_matrices(self.job.model)) if stored else set()
+
+    def _bytes(self, parameters: Iterable[nn.Parameter]) -> int:
+        return sum(x.numel() * (2 if x in self._narrow else WIDE) for x in parameters)
+
     def _copies(self) -> float:
-        """Bytes of gradient buckets and cached casts of weights. If the weights are sharded, bytes of the gathered
-        weights (those outside the layers, and of two layers) and of one layer's gradients."""
-        layers = [sum(x.numel() for x in layer.parameters()) for layer in self.job.model.model.layers]
-        outside = sum(x.numel() for x in self.job.model.parameters()) - sum(layers)
+        """Bytes of gradient buckets and of weights that autocast casts. If the weights are sharded, also bytes of the
+        gathered weights (those outside the layers, and of two layers) and of one layer's gradients."""
+        layers = [list(layer.parameters()) for layer in self.job.model.model.layers]
+        inside = {x for layer in layers for x in layer}
+        outside = [x for x in self.job.model.parameters() if x not in inside]
+        casts = self._casts(outside) if self._width == 2 else 0
         if self.divisors[0] > 1:
-            return WIDE * (outside + 3 * max(layers)) + (2 * (outside + max(layers)) if self._width == 2 else 0)
-        buckets = WIDE * self.trained if self.ranks > 1 else 0
-        casts = 2 * (self.trained + max(layers) + outside) if self._width == 2 else 0
-        return buckets + casts
+            gradients = max(sum(x.numel() for x in layer if x.requires_grad) for layer in layers)
+            return self._bytes(outside) + 2 * max(map(self._bytes, layers)) + WIDE * gradients + casts
+        return casts + (WIDE * self.trained if self.ranks > 1 else 0)
+
+    def _casts(self, outside: list[nn.Parameter]) -> int:
+        """Bytes of the copies in bfloat16 that the backward pass needs; recomputation needs those of one layer at a
+        time, but autocast keeps those of trained weights if these are not sharded."""
+        recomputed, unsharded = self.training.gradient_checkpointing, self.divisors[0] == 1
+        kept, briefly = sum(x.numel() for x in outside if x not in self._narrow), 0
+        for layer in self._backward_layers:
+            wide = [x for x in layer.parameters() if x not in self._narrow]
+            always = sum(x.numel() for x in wide if not recomputed or (unsharded and x.requires_grad))
+            kept, briefly = kept + always, max(briefly, sum(x.numel() for x in wide) - always)
+        return 2 * (kept + briefly + self.job.adapters)
 
     @property
     def _compiled(self) -> bool:
@@ -274,6 +304,6 @@ def linear_widths(layer: nn.Module, config: Any) -> float:
 def without_memory(config: Any) -> PreTrainedModel:
     """A Hybrid on the meta device, in float32."""
     with building(config.name_or_path), torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)  # it sets config.dtype
     model.tie_weights()
     return model

@@ -126,7 +126,7 @@ class Recipes:
         train_only_mixers(model)
         length = self._row(recipe.data)
         check_positions(config, length)
-        return Job(title, recipe, model, length)
+        return Job(title, recipe, model, config.dtype, length)
 
     def _stage2(self, title: str, recipe: FinetuneRecipe) -> Job:
         config = self._config(recipe.model)
@@ -138,7 +138,7 @@ class Recipes:
         if recipe.lora is not None:
             layers = [model.get_submodule(name) for name in adapter_targets(model, groups, recipe.lora)]
             adapters = sum(recipe.lora.rank * (x.in_features + x.out_features) for x in layers)
-        return Job(title, recipe, model, length, adapters)
+        return Job(title, recipe, model, config.dtype, length, adapters)
 
     def _row(self, data: DataSettings) -> int:
         """Tokens of a row. If the rows are not prepared yet, the value comes from the recipe that prepares them."""
@@ -284,7 +284,8 @@ def print_plans(plans: Sequence[TrainingPlan]) -> None:
         title_justify="left",
         caption_justify="left",
         caption=f"GPU-hours assume a model FLOPs utilisation (MFU) of {plans[0].mfu:.0%}. Weights, "
-        "gradients and moments are counted exactly, all in float32; the rest of the memory is estimated.",
+        "gradients and moments are counted exactly, in float32, but frozen matrices of a bfloat16 model that is "
+        "trained in bfloat16 in that; the rest of the memory is estimated.",
     )
     table.add_column("")
     for plan in plans:

@@ -29,7 +29,8 @@ def print_scores(scores: dict[str, dict[str, Any]]) -> None:
         if "text" in score:
             row.append(f"{score['text']['perplexity']:.2f}")
         row += [_accuracy(task) for task in score["tasks"].values()]
-        row += [f"{score['footprint'][key]:,}" for key in ("parameters", "kv_bytes_per_token", "state_bytes")]
+        sizes = [score["footprint"].get(key) for key in ("parameters", "kv_bytes_per_token", "state_bytes")]
+        row += ["-" if size is None else f"{size:,}" for size in sizes]
         table.add_row(*row)
     console = Console(width=max(110, Console().width), markup=False, emoji=False)
     console.width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)

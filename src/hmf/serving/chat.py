@@ -16,7 +16,7 @@ from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from hmf.config.strict import require_text
 from hmf.data.template import Template
-from hmf.data.tokenizer import load_tokenizer
+from hmf.data.tokenizer import load_tokenizer, special_tokens
 from hmf.errors import HmfError, notice
 from hmf.evaluation.chunks import Composition, conversation_parts
 from hmf.evaluation.compose import prefill
@@ -25,6 +25,7 @@ from hmf.evaluation.prompts import THINK_END, THINK_START
 from hmf.evaluation.server import api_key, served_name, server_root
 from hmf.model.checkpoint import load_model
 
+STARTS, ENDS = (THINK_START, "[THINK]"), (THINK_END, "[/THINK]")  # Ministral's are special tokens
 Part = tuple[str, bool]  # a piece of an answer, and whether it is a thought
 
 
@@ -70,7 +71,7 @@ class LocalChat:
     def answer(self, text: str) -> Iterator[Part]:
         self.messages.append({"role": "user", "content": text})
         inputs = self._inputs()
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True)
         sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
         ends = end_tokens(self.model, self.tokenizer)
         arguments = {**inputs, **sampling, "streamer": streamer, "max_new_tokens": self.max_new_tokens}
@@ -97,10 +98,13 @@ class LocalChat:
         worker = threading.Thread(target=generate, daemon=True)
         worker.start()
         # Some templates write the start of the thinking into the prompt.
-        opened = self.tokenizer.decode(inputs["input_ids"][0, -8:]).rstrip().endswith(THINK_START)
-        pieces, markers = [f"{THINK_START}\n"] if opened else [], Markers(opened)
+        end = self.tokenizer.decode(inputs["input_ids"][0, -8:]).rstrip()
+        pieces = [f"{start}\n" for start in STARTS if end.endswith(start)]
+        markers = Markers(bool(pieces))
+        special = special_tokens(self.tokenizer)
         try:
             for piece in streamer:
+                piece = special.sub(lambda match: match[0] if match[0] in (*STARTS, *ENDS) else "", piece)
                 pieces.append(piece)
                 yield from markers.parts(piece)
         finally:  # also if the caller stops early, or on Ctrl-C
@@ -241,8 +245,8 @@ class Markers:
 
     def parts(self, piece: str) -> Iterator[Part]:
         """The parts of a piece of text, without the markers."""
-        for part in re.split(f"({THINK_START}|{THINK_END})", piece):
-            if part in (THINK_START, THINK_END):
-                self.inside = part == THINK_START
+        for part in re.split(f"({'|'.join(map(re.escape, (*STARTS, *ENDS)))})", piece):
+            if part in (*STARTS, *ENDS):
+                self.inside = part in STARTS
             elif part:
                 yield part, self.inside

@@ -88,7 +88,7 @@ def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
     folder = Path(source)
     if not quantised:
         require_checkpoint(source)
-        if config.tie_word_embeddings and has_own_head(folder):
+        if getattr(config, "tie_word_embeddings", False) and has_own_head(folder):
             raise HmfError(
                 f"{folder / 'config.json'}: tie_word_embeddings is true, but lm_head.weight differs from the "
                 "embeddings, and vLLM would drop it; set it to false"

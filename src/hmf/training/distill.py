@@ -17,13 +17,13 @@ from hmf.config.runs import DistillSettings
 from hmf.data.mixture import PromptDataset, mixture, row_length
 from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError, counted, listed, notice
-from hmf.model.checkpoint import load_model, save_checkpoint
+from hmf.model.checkpoint import cast, load_model, save_checkpoint
 from hmf.priming.distance import stage1_flops_per_token
 from hmf.priming.objectives import train_only_mixers
 
 from .evaluation import with_evaluation
 from .progress import require_reporters
-from .run import arguments, known_steps, rows_per_step, train
+from .run import arguments, known_steps, narrow_frozen, rows_per_step, train
 from .stage1 import Stage1Loss
 from .strategy import strategy_arguments, whole_weights
 from .trainer import HybridTrainer
@@ -57,6 +57,8 @@ def distill(
     length = row_length(settings.data)
     check_positions(fused.config, length)
     train_only_mixers(fused)
+    if settings.training.narrows_frozen and settings.on_policy is None:
+        narrow_frozen(fused)
     tokenizer = load_tokenizer(model)
     training = settings.training
     make = _trainer if settings.on_policy is None else _on_policy_trainer
@@ -66,6 +68,9 @@ def distill(
     train(trainer, rows, "distil", output / "stage1.log.json", training, row_tokens, flops, draw)
     weights = whole_weights(fused)
     if trainer.is_world_process_zero():
+        if weights is None:
+            fused.cpu()  # the GPU may lack the memory for it in float32
+        cast(fused, dict.fromkeys(weights or dict(fused.named_parameters()), torch.float32), weights)
         save_checkpoint(fused, target, companions=model, weights=weights)
     trainer.accelerator.wait_for_everyone()
     return target

@@ -30,7 +30,7 @@ from .evaluation import evaluation_length, with_evaluation
 from .groups import add_adapters, choose, table
 from .losses import CrossEntropy, Preference
 from .progress import require_reporters
-from .run import arguments, known_steps, train
+from .run import arguments, frozen_matrices, known_steps, narrow_frozen, train
 from .strategy import strategy_arguments, whole_weights
 from .trainer import HybridTrainer
 
@@ -61,6 +61,8 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
     if recipe.lora is not None:
         adapters, added = add_adapters(model, groups, recipe.lora)
         groups.append(added)
+    if training.narrows_frozen:
+        narrow_frozen(model)
     rows, evaluated = rows_for(recipe, load_tokenizer(recipe.model))
     training = known_steps(training, rows)
     args = arguments(
@@ -92,6 +94,8 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
     log, flops = output / "stage2.log.json", flops_per_token(model)
     train(trainer, rows, recipe.method, log, training, sequence_length(recipe), flops, draw)
     if adapters is not None:
+        for parameter in frozen_matrices(model):
+            parameter.data = parameter.data.float()  # before the sum with the adapters
         adapters.merge_and_unload()
     weights = whole_weights(model)
     if trainer.is_world_process_zero():

@@ -55,7 +55,7 @@ def keep_parameter_dtypes(args: TrainingArguments) -> None:
     """Make FSDP2 keep the dtypes of parameters. Call it before the Trainer creates its accelerator.
 
     accelerate's mixed precision would cast all parameters, and decays must stay in float32. Products use autocast
-    instead (`autocast`), as without FSDP.
+    instead (`autocast_forward`), as without FSDP.
     """
     if args.fsdp:
         args.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy()
@@ -118,9 +118,12 @@ def complete_units(model: PreTrainedModel) -> None:
     model.register_forward_hook(run_missing, prepend=True)  # before the hook of FSDP2 that ends the forward pass
 
 
-def autocast(args: TrainingArguments) -> torch.autocast | None:
-    """The autocast context under FSDP2; otherwise None, because accelerate provides it."""
-    return torch.autocast(args.device.type, torch.bfloat16) if args.fsdp and args.bf16 else None
+def autocast_forward(model: nn.Module, device_type: str) -> None:
+    """Autocast the forward pass of `model` to bfloat16, as accelerate does without FSDP2.
+
+    The cache of autocast would keep copies of all gathered weights until the end of the forward pass.
+    """
+    model.forward = torch.autocast(device_type, torch.bfloat16, cache_enabled=False)(model.forward)
 
 
 def whole_weights(model: nn.Module) -> dict[str, Any] | None:

@@ -20,7 +20,13 @@ from .groups import ALL, ParameterGroup, optimiser_groups
 from .guard import LossGuard
 from .losses import TrainingLoss, labels_count
 from .sequence import SequenceParallel
-from .strategy import autocast, complete_accelerator, complete_units, keep_parameter_dtypes, reach_inner_mixers
+from .strategy import (
+    autocast_forward,
+    complete_accelerator,
+    complete_units,
+    keep_parameter_dtypes,
+    reach_inner_mixers,
+)
 
 
 class HybridTrainer(Trainer):
@@ -40,22 +46,21 @@ class HybridTrainer(Trainer):
     1. `create_accelerator_and_postprocess`: FSDP2 keeps dtypes; base; FSDP on CPUs.
     2. `_load_from_checkpoint`: base, on a view of the checkpoint without its config.
     3. `_prepare_for_training`: base, which creates the optimiser (4) and wraps the model; then FSDP2 is set up for
-       mixers inside mixers and for modules that do not run.
+       mixers inside mixers, for modules that do not run and for autocast.
     4. `create_optimizer`: from `groups`.
     5. `get_batch_samples`: base; the counts of `loss` for the step's batches, summed over all processes.
     6. `training_step`, for each batch: `guard` remembers it, and forgets earlier losses if the objective changes; base,
-       which calls 7 to 9 and runs the backward pass; `sequence` reports its traffic; `guard` checks the loss.
+       which calls 7 and 8 and runs the backward pass; `sequence` reports its traffic; `guard` checks the loss.
     7. `_prepare_inputs`: base; `sequence` adds `shards`.
-    8. `compute_loss_context_manager`: autocast under FSDP2.
-    9. `compute_loss`: the batch's share of the step's loss; its parts are summed for the log.
-    10. `_get_grad_norm`: base; `guard` checks the norm. The optimiser's step follows.
-    11. `log`: the summary of a resumed run is corrected; figures and parts of `loss` are added; base.
-    12. `evaluate`, when an evaluation is due: base; the state of random numbers is restored.
-    13. `evaluation_loop`: base, which calls 14; the sums of `evaluation` become the figures that 11 logs.
-    14. `prediction_step`, for each batch: 7 and 8; `evaluation` adds the batch's share of the loss of all rows.
-    15. `_save_checkpoint`: `checkpoints` checks the free space; `guard` checks the weights; base; `checkpoints`
+    8. `compute_loss`: the batch's share of the step's loss; its parts are summed for the log.
+    9. `_get_grad_norm`: base; `guard` checks the norm. The optimiser's step follows.
+    10. `log`: the summary of a resumed run is corrected; figures and parts of `loss` are added; base.
+    11. `evaluate`, when an evaluation is due: base; the state of random numbers is restored.
+    12. `evaluation_loop`: base, which calls 13; the sums of `evaluation` become the figures that 10 logs.
+    13. `prediction_step`, for each batch: 7; `evaluation` adds the batch's share of the loss of all rows.
+    14. `_save_checkpoint`: `checkpoints` checks the free space; `guard` checks the weights; base; `checkpoints`
         publishes.
-    16. `_get_output_dir`: the folder into which base writes a checkpoint, from `checkpoints`.
+    15. `_get_output_dir`: the folder into which base writes a checkpoint, from `checkpoints`.
 
     A class that combines this one with a trainer of another library lists this one first; "base" is then the other's.
     """
@@ -123,6 +128,8 @@ class HybridTrainer(Trainer):
         reach_inner_mixers(self.model)
         if self.is_fsdp_enabled:
             complete_units(self.model)
+            if self.args.bf16:
+                autocast_forward(self.model, self.args.device.type)
         return prepared
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -162,9 +169,6 @@ class HybridTrainer(Trainer):
     def _prepare_inputs(self, inputs: Any) -> Any:
         inputs = super()._prepare_inputs(inputs)
         return inputs if self.sequence is None else self.sequence.with_shards(inputs)
-
-    def compute_loss_context_manager(self) -> Any:
-        return autocast(self.args) or super().compute_loss_context_manager()
 
     def compute_loss(
         self,
