@@ -434,6 +434,8 @@ def test_version_and_short_help(monkeypatch, capsys):
 def test_no_recipe_and_broken_yaml(tmp_path, monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, "prime", tmp_path / "none.yaml")
     assert code == 2 and "no such recipe" in err
+    code, _, err = run(monkeypatch, capsys, "data", "show", tmp_path / "none")
+    assert code == 2 and err.endswith("; or the output folder of hmf data prepare\n")
     (tmp_path / "broken.yaml").write_text("base: [")
     code, _, err = run(monkeypatch, capsys, "distill", tmp_path / "broken.yaml")
     assert code == 2 and "not valid YAML" in err and err.count("\n") == 1

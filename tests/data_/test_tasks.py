@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,10 @@ def test_a_key_is_asked_that_is_in_the_list_once(tokenizer):
         sample = tasks.sample("recall", seed, tokenizer, 512, thinking=True)
         line = sample.messages[-1]["reasoning_content"]
         assert sample.messages[0]["content"].split("\n").count(line) == 1
+    # With this seed two of the random words are the same.
+    context = tasks.sample("needle_many", 33, tokenizer, 16384).messages[0]["content"]
+    names = re.findall(r"^The favourite word of (\w+) is \w+\.$", context, re.MULTILINE)
+    assert len({*names}) == len(names) == 158
 
 
 @pytest.mark.parametrize("task", ["recall", "needle", "arithmetic", "tool_call"])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hmf.cli import main
-from hmf.config.strict import parse_sealed
+from hmf.config.strict import parse_sealed, seal_json
 from hmf.errors import HmfError
 from hmf.evaluation import nemo
 from hmf.evaluation.harness import read_results, write_scores
@@ -258,6 +258,11 @@ def test_rows_are_added_and_replaced_by_key_and_the_same_row_twice_is_refused(tm
     (tmp_path / "scores.primed-s.json").write_text("{}")
     with pytest.raises(HmfError, match=r"scores.primed-s.json: is not a file of scores"):
         write_scores(tmp_path, "primed", "s", [second])
+    own = {"suite": "retention", "tasks": {"needle@4096": {"task": "needle", "accuracy": 0.5, "n": 10}}}
+    (tmp_path / "scores.primed-retention.json").write_text(text := seal_json(own))
+    with pytest.raises(HmfError, match="has scores of `hmf evaluate`; give another --suite or --name"):
+        write_scores(tmp_path, "primed", "retention", [second])
+    assert (tmp_path / "scores.primed-retention.json").read_text() == text
 
 
 def test_cards_link_to_the_harness_file_and_to_no_file_elsewhere(tmp_path):

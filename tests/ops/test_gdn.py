@@ -5,13 +5,11 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 
 from hmf.ops import gated_delta_rule, gdn
 from tests.numerics import assert_near, assert_same
 from tests.ops import recurrent
-from tests.ops.cases import QUICK, documents, log_decay, normal
+from tests.ops.cases import log_decay, normal
 
 H, K, V = 2, 4, 3
 
@@ -28,36 +26,6 @@ case = recurrent.RecurrentCase(
     reference=gdn.reference,
     chunked=functools.partial(gdn.chunked, chunk_size=8),
 )
-
-
-@QUICK
-@given(documents, st.booleans())
-def test_chunked_is_the_reference(lengths, with_state):
-    recurrent.check_versions_agree(case, lengths, with_state)
-
-
-@QUICK
-@given(st.lists(st.integers(0, 22), max_size=4))
-def test_split_is_whole(cuts):
-    recurrent.check_split_is_whole(case, case.chunked, cuts, 23)
-
-
-@QUICK
-@given(documents.filter(bool))
-def test_packed_is_alone(lengths):
-    recurrent.check_packed_is_alone(case, case.chunked, lengths)
-
-
-def test_groups_are_whole(monkeypatch):
-    recurrent.check_groups_are_whole(case, monkeypatch)
-
-
-def test_arguments_stay():
-    recurrent.check_arguments_stay("gdn", gdn.chunked)
-
-
-def test_bfloat16():
-    recurrent.check_bfloat16(case)
 
 
 def test_strong_decay_stays_finite():

@@ -77,26 +77,6 @@ def test_states_of_all_sequences_together(lengths, with_state):
     assert_same(outputs_and_grads(together, x), outputs_and_grads(one_by_one, x))
 
 
-@QUICK
-@given(st.lists(st.integers(0, 22), max_size=4))
-def test_split_is_whole(cuts):
-    recurrent.check_split_is_whole(case, case.chunked, cuts, 23)
-
-
-@QUICK
-@given(documents.filter(bool))
-def test_packed_is_alone(lengths):
-    recurrent.check_packed_is_alone(case, case.chunked, lengths)
-
-
-def test_arguments_stay():
-    recurrent.check_arguments_stay("gka", gka.chunked)
-
-
-def test_bfloat16():
-    recurrent.check_bfloat16(case)
-
-
 def test_alpha_none_is_one():
     q, k, v, g, gk, alpha = inputs(1, 11)
     for version in (case.reference, case.chunked):

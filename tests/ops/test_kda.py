@@ -31,36 +31,6 @@ case = recurrent.RecurrentCase(
 
 
 @QUICK
-@given(documents, st.booleans())
-def test_chunked_is_the_reference(lengths, with_state):
-    recurrent.check_versions_agree(case, lengths, with_state)
-
-
-@QUICK
-@given(st.lists(st.integers(0, 22), max_size=4))
-def test_split_is_whole(cuts):
-    recurrent.check_split_is_whole(case, case.chunked, cuts, 23)
-
-
-@QUICK
-@given(documents.filter(bool))
-def test_packed_is_alone(lengths):
-    recurrent.check_packed_is_alone(case, case.chunked, lengths)
-
-
-def test_groups_are_whole(monkeypatch):
-    recurrent.check_groups_are_whole(case, monkeypatch)
-
-
-def test_arguments_stay():
-    recurrent.check_arguments_stay("kda", kda.chunked)
-
-
-def test_bfloat16():
-    recurrent.check_bfloat16(case)
-
-
-@QUICK
 @given(st.sampled_from([4.0, 60.0, 800.0]), st.integers(1, 150), st.booleans())
 def test_strong_decays(strongest, tokens, of_some_channels):
     """Channels that forget at once beside others that keep: no overflow and no lost digit in float32."""

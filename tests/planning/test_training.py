@@ -50,6 +50,11 @@ def test_every_recipe_passes_the_dry_run(recipes, path):
         return
     assert plan.fits, plan.advice()
     assert plan.gpu_hours > 0
+    memory, guide = planner.rows(plan)["sum, of each GPU"], (RECIPES.parent / "docs/guide.md").read_text()
+    pages = (path.parent / "README.md").read_text() + (guide if path.parent.name == "qwen3-8b" else "")
+    assert {*re.findall(rf"^\| {path.stem} \|.* ([\d.]+ GiB) ", pages, re.MULTILINE)} <= {memory}
+    if path.parent.name == "qwen3-0.6b-1b":
+        assert memory in re.findall(r"│ sum, of each GPU .*", guide)[0]
     if large:
         sizes = {planner.size_of(planner.figures(plan)["sum_bytes"])}
         table = [line for line in (path.parent / "README.md").read_text().splitlines() if f"| {path.stem} |" in line]

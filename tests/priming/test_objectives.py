@@ -15,12 +15,12 @@ from hmf.errors import HmfError
 from hmf.model.checkpoint import load_model
 from hmf.model.convert import drop_teacher, hybridise, mixers
 from hmf.model.modeling import STUDENT, TEACHER
+from hmf.priming.divergence import logit_divergence
 from hmf.priming.objectives import (
     PARTS,
     LayerwiseObjective,
     Stage1Objective,
     attention_sizes,
-    logit_divergence,
     objective_at,
     token_counts,
     train_only_mixers,

@@ -4,6 +4,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -207,9 +208,10 @@ class TestOptions:
         assert "localhost:8000, for this machine only" in serve.prepare(scripted, ["--host", "localhost"]).access
         opened = serve.prepare(scripted, ["--host", "::"])
         assert "http://[::]:8000: everyone who reaches" in opened.access and opened.arguments.count("--host") == 1
-        keyed = serve.prepare(scripted, ["--host=0.0.0.0", "--api-key", "sesame", "--api_key=abracadabra"])
-        assert "for clients with the API key" in keyed.access
-        assert "abracadabra" in keyed.arguments[-1] and "abracadabra" not in keyed.line
+        for given in (["--api-key", "sesame"], ["--api-key=sesame"], ["--api-key", "c2U=="], ["--api_key=c2U=="]):
+            keyed = serve.prepare(scripted, ["--host=0.0.0.0", *given])
+            assert "for clients with the API key" in keyed.access
+            assert given[-1] in keyed.arguments and not re.search("sesame|c2U", keyed.line)
         monkeypatch.setenv(serve.API_KEY, "sesame")
         assert "for clients with the API key" in serve.prepare(scripted, ["--host", "0.0.0.0"]).access
         assert "--host" not in serve.prepare(scripted, ["--uds", "/tmp/socket"]).arguments

@@ -14,7 +14,7 @@ from hmf.config.pattern import Pattern
 from hmf.config.runs import DataSettings, DistillSettings, ObjectiveSettings
 from hmf.errors import HmfError, print_once
 from hmf.folders import resolve_base
-from hmf.priming import objectives
+from hmf.priming import divergence
 from hmf.priming.stage0 import make_stage0
 from hmf.training.distill import distill
 from hmf.training.run import check_windows
@@ -176,14 +176,14 @@ def test_compiled_layers_compute_the_same(stage0, tmp_path, monkeypatch, layers)
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    objectives._compiled_divergence.cache_clear()
+    divergence._compiled_divergence.cache_clear()
     objective = {"layers": layers, "kl": 0.5, "layerwise_steps": 1}
     for compiled in (False, True):
         options = {"max_steps": 2, "torch_compile": compiled, "eval_strategy": "steps", "eval_rows": 2}
         given = settings(**options, logging_steps=1)
         given = given.model_copy(update={"objective": ObjectiveSettings.model_validate(objective)})
         distill(stage0, tmp_path / str(compiled), given)
-    objectives._compiled_divergence.cache_clear()
+    divergence._compiled_divergence.cache_clear()
     assert len(captured) > (15 if layers == "none" else 0)
     (weights, log), (wanted, wanted_log) = (cutting.result(tmp_path / str(compiled)) for compiled in (True, False))
     torch.testing.assert_close(weights, wanted, rtol=1e-4, atol=1e-6)
@@ -209,7 +209,9 @@ def test_bad_settings_are_one_clear_line(stage0, tmp_path):
     with pytest.raises(HmfError, match="^objective.kl_top_k: 2048 is not below the vocabulary size"):
         distill(stage0, tmp_path / "run", settings().model_copy(update={"objective": late}))
     plain = shutil.copytree(stage0, tmp_path / "plain")
-    (plain / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role + m.content }}{% endfor %}")
+    (plain / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
+    )
     rare = DataSettings(text_share=0.9, sequence_length=96, tasks={"recall": 1, "tool_call": 0.01})
     given = settings(eval_strategy="steps")
     for key in ("data", "eval_data"):

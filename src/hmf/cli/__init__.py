@@ -96,9 +96,8 @@ def main() -> None:
     except BaseException as error:  # a panic in a Rust library is not an Exception
         if os.environ.get(DEBUG):
             raise
-        if (
-            isinstance(error, OSError) and error.strerror
-        ):  # for example a full disk, or a folder without write permission
+        # For example a full disk, or a folder without write permission.
+        if isinstance(error, OSError) and error.strerror:
             _end(f"{error.filename or 'a file'}: {error.strerror}", 2)
         with tempfile.NamedTemporaryFile("w", prefix="hmf-", suffix=".log", delete=False, encoding="utf-8") as log:
             traceback.print_exc(file=log)

@@ -29,6 +29,13 @@ from hmf.folders import find_recipe, resolve_base
 app = group("Prepare and show training data.")
 
 
+def _recipe_or_rows(name: str) -> Path:
+    try:
+        return find_recipe(name)
+    except HmfError as error:
+        raise HmfError(f"{error}; or the output folder of hmf data prepare") from None
+
+
 @app.command(
     name="prepare",
     epilog=epilog(
@@ -75,7 +82,7 @@ def data_show(
     source: Annotated[
         Path,
         typer.Argument(
-            parser=find_recipe,
+            parser=_recipe_or_rows,
             help="Recipe that is not prepared yet, or output folder of prepare.",
             metavar="RECIPE|DIR",
         ),

@@ -22,9 +22,8 @@ class PlaceSettings(Settings):
     format: Literal["jsonl", "parquet", "csv", "text", "saved"] | None = None
     tools_field: str = "tools"  # field with the tools of a conversation
     ignore_fields: list[str] = Field(default_factory=list)  # fields of a row that are deliberately not used
-    ignore_keys: list[str] = Field(
-        default_factory=list
-    )  # keys of messages that are deliberately not used; other unknown keys are errors
+    # keys of messages that are deliberately not used; other unknown keys are errors
+    ignore_keys: list[str] = Field(default_factory=list)
     # variables of the chat template, such as enable_thinking; those in a row's field of this name take precedence
     chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
     split_special_tokens: bool = False  # encode special tokens in texts and messages as plain text

@@ -47,9 +47,8 @@ class RopeScaling(Settings):
     attention_factor: Positive | None = None  # for yarn: multiplies cosines and sines; left out: follows from factor
     mscale: NotNegative | None = None  # for yarn: with mscale_all_dim, determines attention_factor
     mscale_all_dim: NotNegative | None = None  # for yarn: see mscale
-    truncate: bool | None = (
-        None  # for yarn: whether the range between beta_slow and beta_fast is rounded to whole dimensions
-    )
+    # for yarn: whether the range between beta_slow and beta_fast is rounded to whole dimensions
+    truncate: bool | None = None
     # for llama3: wavelengths above the original context divided by this are scaled by factor
     low_freq_factor: Positive | None = None
     # for llama3: wavelengths below the original context divided by this are not scaled

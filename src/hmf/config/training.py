@@ -43,9 +43,8 @@ class OptimiserSettings(Settings):
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"] = (
         "constant_with_warmup"
     )
-    final_learning_rate_ratio: float = Field(
-        0.1, ge=0, le=1
-    )  # last learning rate of cosine_with_min_lr, relative to the highest
+    # last learning rate of cosine_with_min_lr, relative to the highest
+    final_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
     warmup_steps: int = Field(0, ge=0, le=10**9)  # number of first steps in which the learning rate rises from 0
     # number of warm-up steps as a share of max_steps, rounded up; in place of warmup_steps
     warmup_ratio: float | None = Field(None, ge=0, le=1)

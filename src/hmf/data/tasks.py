@@ -247,7 +247,10 @@ def _facts(
     asked: int,
 ) -> Sample:
     statement, question = rng.choice(phrases.NEEDLE)
-    names = [phrases.word(rng).capitalize() for _ in range(stated)]
+    distinct: dict[str, None] = {}
+    while len(distinct) < stated:
+        distinct[phrases.word(rng).capitalize()] = None
+    names = list(distinct)
     values = [phrases.value(rng) for _ in names]
     statements = [statement.format(name=name, value=value) for name, value in zip(names, values, strict=True)]
     # A statement is about 20 tokens. Those that the question asks for are repeated in reasoning and answer.

@@ -19,6 +19,7 @@ from hmf.errors import HmfError
 from hmf.training.checkpoints import replace_text
 
 from .generation import Answer, generate_answers
+from .prompts import THINK_START
 
 
 def prompts(
@@ -79,7 +80,7 @@ def answered(tokenizer: PreTrainedTokenizerBase, sample: Sample, answer: Answer)
     answer."""
     prompt = sample.prompt(tokenizer)
     # Some templates write the start of the thinking into the prompt.
-    opened = "<think>\n" if prompt.rstrip().endswith("<think>") else ""
+    opened = f"{THINK_START}\n" if prompt.rstrip().endswith(THINK_START) else ""
     messages = [*sample.messages[:-1], {"role": "assistant", "content": opened + answer.text}]
     try:
         encoded = encode_chat(tokenizer, messages, sample.tools, turns="last")[-1]

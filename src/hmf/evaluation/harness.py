@@ -9,7 +9,6 @@ NeMo-Skills' metrics.json. A metric that is known to be a share becomes a row of
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hmf.config.strict import parse_json, parse_sealed, parse_yaml, seal_json
 from hmf.errors import HmfError, listed, notice
-from hmf.evaluation.results import Z95, Scores, wilson
+from hmf.evaluation.results import Z95, Scores, Share, wilson
 from hmf.folders import reason
 
 from . import nemo
@@ -73,9 +72,7 @@ class _LmEval(_Part):
     shots: dict[str, Any] = Field({}, alias="n-shot")
     higher_is_better: dict[str, dict[str, Any]] = {}
     group_subtasks: dict[str, list[str]] = {}
-    truncated: dict[
-        str, Annotated[float, Field(ge=0, le=1)]
-    ] = {}  # added by hmf, since lm-eval does not count truncated answers
+    truncated: dict[str, Share] = {}  # added by hmf, since lm-eval does not count truncated answers
     hmf: dict[str, Any] = {}  # how hmf called lm-eval
 
 
@@ -119,7 +116,8 @@ def write_scores(run: Path, name: str, suite: str, files: Sequence[Path]) -> Pat
     """Read results files into RUN/scores.NAME-SUITE.json and return its path.
 
     The files are copied into the run folder, and each row names its copy under `source`. Existing rows of the scores
-    are kept, except that a new row replaces the one with the same key. Raises HmfError if two files have the same row.
+    are kept, except that a new row replaces the one with the same key. Raises HmfError if two files have the same row,
+    or if the existing rows are not from results files.
     """
     require_name("--name", name)
     require_name("suite", suite)
@@ -172,7 +170,7 @@ def _parse(file: Path, data: bytes) -> dict[str, Any]:
     parse = parse_yaml if file.suffix in (".yml", ".yaml") else parse_json
     try:
         content = parse(data.decode())
-    except (ValueError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise HmfError(f"{file}: cannot be read: {error}; give a complete results file") from None
     if not isinstance(content, dict):
         raise HmfError(f"{file}: is not a mapping; give a complete results file")
@@ -188,6 +186,10 @@ def _existing(target: Path) -> dict[str, Any]:
     except ValueError as error:
         why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise HmfError(f"{target}: is not a file of scores: {why}; remove it and write it again") from None
+    measures = content.get("measures", {})
+    rows = [*content["tasks"].values(), *(measures.values() if isinstance(measures, dict) else [measures])]
+    if not all(isinstance(row, dict) and "source" in row for row in rows):
+        raise HmfError(f"{target}: has scores of `hmf evaluate`; give another --suite or --name")
     return content
 
 

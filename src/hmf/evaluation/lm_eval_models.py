@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -20,11 +19,11 @@ from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError, listed
 from hmf.evaluation.generation import generating
 from hmf.evaluation.lm_eval_suites import Options
+from hmf.evaluation.prompts import THINK_END
 from hmf.evaluation.run import load_for_evaluation
-from hmf.evaluation.server import server_root
+from hmf.evaluation.server import api_key, served_name, server_root
 from hmf.model.checkpoint import load_config
 
-THINK_END = "</think>"
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the names used by tasks
 DEFAULT_LIMIT = 256  # lm-eval's limit for tasks that have none
 SECONDS = 3600  # timeout for one answer; a long answer from a busy server takes many minutes
@@ -48,9 +47,9 @@ def here(source: Path, chat: bool, options: Options) -> LocalModel:
 def served(source: Path, url: str, chat: bool, options: Options) -> ServedModel:
     """The model of the server at `url`, with the tokenizer and the context length of the checkpoint at `source`."""
     base = f"{server_root(url)}/v1"
-    key = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY")
-    header = {"Authorization": f"Bearer {key}"} if key else {}
-    name, context = _served_name(source, url, base, header)
+    header = {"Authorization": f"Bearer {key}"} if (key := api_key()) else {}
+    models = _models_at(url, base, header)
+    name = served_name(source, url, [*models])
     tokenizer = load_tokenizer(source)
     common: dict[str, Any] = {
         "model": name,
@@ -59,7 +58,7 @@ def served(source: Path, url: str, chat: bool, options: Options) -> ServedModel:
         "timeout": SECONDS,
         "header": header | {"Content-Type": "application/json"},
         "eos_string": tokenizer.eos_token,
-        "max_length": context or load_config(source).max_position_embeddings,
+        "max_length": models[name] or load_config(source).max_position_embeddings,
     }
     if chat:
         end = THINK_END if options.thinking else None
@@ -73,17 +72,14 @@ def served(source: Path, url: str, chat: bool, options: Options) -> ServedModel:
     )
 
 
-def _served_name(source: Path, url: str, base: str, header: dict[str, str]) -> tuple[str, int | None]:
-    """The model's name on the server, and its context length in tokens if the server reports it."""
+def _models_at(url: str, base: str, header: dict[str, str]) -> dict[str, int | None]:
+    """The names of the server's models, each with its context length in tokens if the server reports it."""
     try:
         with urllib.request.urlopen(urllib.request.Request(f"{base}/models", headers=header), timeout=30) as answer:
-            models = {str(model["id"]): model.get("max_model_len") for model in json.load(answer)["data"]}
+            return {str(model["id"]): model.get("max_model_len") for model in json.load(answer)["data"]}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         why = " ".join(str(error).split())
         raise HmfError(f"--url: {url}: {why}; is the server up? `hmf serve DIR` starts one") from None
-    if str(source) not in models and len(models) != 1:
-        raise HmfError(f"--url: {url} does not serve {source}; it serves {', '.join(models) or 'nothing'}")
-    return (str(source), models[str(source)]) if str(source) in models else next(iter(models.items()))
 
 
 class _Counted:

@@ -60,7 +60,7 @@ def evaluate(source: Path, tasks: Sequence[str], run: Path, name: str, options: 
     model = (
         lm_eval_models.here(source, chat, options)
         if options.url is None
-        else (lm_eval_models.served(source, options.url, chat, options))
+        else lm_eval_models.served(source, options.url, chat, options)
     )
     target = None
     for task in names:  # one at a time, so that finished tasks are saved if a later one fails

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from hmf.errors import HmfError
 from hmf.evaluation.generation import end_tokens, generating, left_padded, pad_token
 from hmf.evaluation.prompts import Answer, Prompt
+from hmf.priming.divergence import wide
 
 BATCH_LENGTH = 4096  # tokens; batches of longer prompts have fewer prompts
 CHUNK = 2048  # tokens that are scored in one forward pass
@@ -130,7 +131,7 @@ class Local:
         where = {place: number for number, place in enumerate(places)}
         likelihoods: list[float | None] = []
         for row, (span, (_, answer)) in enumerate(zip(spans, rows, strict=True)):
-            chosen = _wide(logits[row, [where[place] for place in span]])
+            chosen = wide(logits[row, [where[place] for place in span]])
             loss = F.cross_entropy(chosen, torch.tensor(answer, device=chosen.device)).item()
             if not math.isfinite(loss):
                 raise HmfError(
@@ -153,7 +154,7 @@ class Local:
             chunk = row[:, start : min(start + CHUNK, len(ids) - 1)]
             output = self.model(input_ids=chunk, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
-            yield _wide(output.logits[0]).log_softmax(-1)
+            yield wide(output.logits[0]).log_softmax(-1)
 
     def token_log_probabilities(self, ids: Sequence[int]) -> list[float]:
         """Log-probability of each token except the first, given the tokens before it."""
@@ -162,10 +163,6 @@ class Local:
             next_ids = torch.tensor(ids[len(scores) + 1 : len(scores) + 1 + len(chunk)], device=chunk.device)
             scores += chunk.gather(1, next_ids[:, None])[:, 0].tolist()
         return scores
-
-
-def _wide(logits: torch.Tensor) -> torch.Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class _Stop(StoppingCriteria):

@@ -13,6 +13,7 @@ from hmf.data.progress import Progress
 from hmf.data.tokenizer import document_separator, encode_texts
 from hmf.errors import HmfError
 from hmf.evaluation.results import perplexity_of
+from hmf.priming.divergence import wide
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,8 @@ def perplexity(
     if scored_tokens == 0:
         raise HmfError("perplexity: no text to score; give at least one document that is not empty")
     total_bytes = sum(len(document.encode()) for document in documents)
-    windows.sort(
-        key=lambda item: len(item[0]), reverse=True
-    )  # similar lengths share a batch, which needs little padding
+    # Windows of similar lengths share a batch, which needs little padding.
+    windows.sort(key=lambda item: len(item[0]), reverse=True)
     nats, progress = 0.0, Progress(title, scored_tokens, unit=" tokens")
     for start in range(0, len(windows), batch_size):
         batch = windows[start : start + batch_size]
@@ -89,5 +89,5 @@ def _batch_nats(model: PreTrainedModel, windows: Sequence[tuple[list[int], int]]
         targets[row, len(ids) - scored : len(ids)] = input_ids[row, len(ids) - scored : len(ids)]
     mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in windows], device=model.device)
     logits = model(input_ids=input_ids[:, :-1], attention_mask=mask[:, :-1], use_cache=False).logits
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets[:, 1:].flatten(), reduction="sum")
+    losses = F.cross_entropy(wide(logits.flatten(0, 1)), targets[:, 1:].flatten(), reduction="sum")
     return losses.item()

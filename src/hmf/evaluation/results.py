@@ -8,7 +8,6 @@ comparisons of two models.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import platform
 from collections.abc import Sequence
@@ -162,7 +161,7 @@ def read_answers(file: Path) -> list[Answered]:
             problem = error.errors()[0]
             where = ".".join(map(str, problem["loc"]))
             raise HmfError(f"{file}: line {number}: {where}: {problem['msg']}; remove the file") from None
-        except (ValueError, json.JSONDecodeError) as error:
+        except ValueError as error:
             raise HmfError(f"{file}: line {number}: {error}; remove the file") from None
         by_index[answered.index] = answered
     return [by_index[index] for index in sorted(by_index)]

@@ -30,6 +30,18 @@ def server_root(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
+def api_key() -> str | None:
+    """The key for a server, from the environment."""
+    return os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY")
+
+
+def served_name(source: str | Path, url: str, names: Sequence[str]) -> str:
+    """The name of `source` among those of the models at `url`, or the only name. HmfError if there are only others."""
+    if str(source) not in names and len(names) != 1:
+        raise HmfError(f"--url: {url} does not serve {source}; it serves {', '.join(names) or 'nothing'}")
+    return str(source) if str(source) in names else names[0]
+
+
 class NotOffered(HmfError):
     """The server does not return log-probabilities of prompts."""
 
@@ -51,19 +63,15 @@ class Server:
             raise HmfError("--url: needs the openai client; pip install openai") from None
         self._openai = openai
         self.url, self.endpoint, self.sampling, self.concurrency = url, endpoint, sampling, concurrency
-        key = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY", "none")
         self.client = openai.OpenAI(
-            base_url=f"{server_root(url)}/v1", api_key=key, max_retries=RETRIES, timeout=SECONDS
+            base_url=f"{server_root(url)}/v1", api_key=api_key() or "none", max_retries=RETRIES, timeout=SECONDS
         )
         try:
             served = list(self.client.with_options(max_retries=0, timeout=30.0).models.list())
         except openai.OpenAIError as error:
             raise self._error(error, "is the server up? `hmf serve DIR` starts one") from None
-        names = [model.id for model in served]
-        if str(source) not in names and len(names) != 1:
-            raise HmfError(f"--url: {url} does not serve {source}; it serves {', '.join(names) or 'nothing'}")
-        chosen = next((model for model in served if model.id == str(source)), served[0])
-        self.name: str = chosen.id
+        self.name = served_name(source, url, [model.id for model in served])
+        chosen = next(model for model in served if model.id == self.name)
         self.context: int | None = getattr(chosen, "max_model_len", None)
 
     def version(self) -> str | None:

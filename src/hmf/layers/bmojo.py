@@ -29,14 +29,12 @@ from .attention import (
     rotate_query,
     stock_attention,
     stock_parameters,
-    with_query_scale,
-    without_positions,
 )
 from .base import Mixer, Start, States, StateShape, require_loaded, split_heads
 from .gdn import GatedDeltaNet
 from .gka import GatedKalmaNet
 from .mamba2 import Mamba2
-from .swa import count_tokens
+from .swa import WindowMixer, count_tokens
 
 # The recurrent layers that can make the fading tokens.
 INNER_MIXERS: dict[str, type[Mixer]] = {cls.symbol: cls for cls in (GatedDeltaNet, GatedKalmaNet, Mamba2)}
@@ -99,7 +97,7 @@ class BMojoAttention(nn.Module):
         return self.o_proj(o * self.gate_proj(x).sigmoid() if hasattr(self, "gate_proj") else o)
 
 
-class BMojoF(Mixer):
+class BMojoF(WindowMixer):
     """Options: `hmf.config.layers.BMojoFOptions`.
 
     States: those of the recurrent layer; k, v [S, P, Hk, K] with P < window_size; fading_k, fading_v with
@@ -138,11 +136,6 @@ class BMojoF(Mixer):
         fading = StateShape((2 * o.window_size - 1, *shape), "window", o.window_size)
         windows = {"k": near, "v": near, "fading_k": fading, "fading_v": fading}
         return {INNER + name: state for name, state in inner.items()} | windows | {"seen": StateShape((), "count")}
-
-    def positioned(self, position_embeddings, position_ids) -> tuple[torch.Tensor, ...]:
-        if not self.has_positions:
-            position_embeddings = without_positions(position_embeddings)
-        return with_query_scale(position_embeddings, position_ids, self.growth)
 
     def mix(self, hidden_states, states, cu_seqlens, position_embeddings) -> tuple[torch.Tensor, States]:
         before = states or {}

@@ -7,6 +7,7 @@ K head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,7 +33,22 @@ from .attention import (
 from .base import Mixer, Start, States, StateShape, split_heads
 
 
-class SlidingWindowAttention(Mixer):
+class WindowMixer(Mixer):
+    """A mixer with attention over windows, whose queries and keys have the base's positions.
+
+    A subclass sets `has_positions`, and `growth` to the result of `query_growth` or None.
+    """
+
+    has_positions: bool
+    growth: Callable[[torch.Tensor], torch.Tensor] | None
+
+    def positioned(self, position_embeddings, position_ids) -> tuple[torch.Tensor, ...]:
+        if not self.has_positions:
+            position_embeddings = without_positions(position_embeddings)
+        return with_query_scale(position_embeddings, position_ids, self.growth)
+
+
+class SlidingWindowAttention(WindowMixer):
     """Options: `hmf.config.layers.SWAOptions`. States: k, v [S, P, Hk, K] with P < window_size; seen [S] tokens."""
 
     symbol = "SWA"
@@ -60,11 +76,6 @@ class SlidingWindowAttention(Mixer):
         reach, kv_heads = cls.options_for(config).window_size - 1, split_heads(config.num_key_value_heads, ranks)
         window = StateShape((reach, kv_heads, base_head_dim(config)), "window")
         return {"k": window, "v": window, "seen": StateShape((), "count")}
-
-    def positioned(self, position_embeddings, position_ids) -> tuple[torch.Tensor, ...]:
-        if not self.has_positions:
-            position_embeddings = without_positions(position_embeddings)
-        return with_query_scale(position_embeddings, position_ids, self.growth)
 
     def mix(self, hidden_states, states, cu_seqlens, position_embeddings) -> tuple[torch.Tensor, States]:
         q, k, v = (

@@ -76,7 +76,7 @@ def read_object(file: Path) -> dict[str, Any]:
         with reading(file):
             require_downloaded(file)
             content = parse_json(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise HmfError(f"{file}: not valid JSON ({error}); copy the file again") from None
     if not isinstance(content, dict):
         raise HmfError(f"{file}: is not a JSON object; copy the file again")

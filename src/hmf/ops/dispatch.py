@@ -3,8 +3,9 @@
 
 Every op has a `reference` (the definition), a `chunked` version in plain PyTorch and, on CUDA, a `fast` one. An op may
 have a further version with GPU kernels, which is preferred to `fast` for the inputs that it supports. The environment
-variable HMF_OPS selects a version for all ops, for debugging and for `hmf doctor`. If an op lacks the named version, or
-a further version does not support the inputs, the op runs as it would without HMF_OPS.
+variable HMF_OPS selects a version for all ops, for debugging and for `hmf doctor`. An op that lacks one of the three
+raises HmfError. Where an op lacks a further version, or that does not support the inputs, the op runs as without
+HMF_OPS.
 
 Sequence parallelism and the composition of caches wrap ops with `set_wrappers`.
 """

@@ -30,7 +30,7 @@ from hmf.layers.gka import GatedKalmaNet
 from hmf.layers.own import base_mixer_name
 from hmf.model.configuration import building
 from hmf.priming.distance import stage1_flops_per_token
-from hmf.priming.objectives import LOGITS_AT_ONCE
+from hmf.priming.divergence import LOGITS_AT_ONCE
 from hmf.training.finetune import flops_per_token
 from hmf.training.run import frozen_matrices
 

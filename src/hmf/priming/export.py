@@ -41,11 +41,11 @@ def export(
     hybrid = drop_teacher(model)
     require_finite(Path(fused))
     if dtype is not None:
-        before = {name: x.dtype for name, x in hybrid.named_parameters()}
+        before = {tensor: x.dtype for tensor, x in hybrid.named_parameters()}
         hybrid = hybrid.to(dtype)
         hybrid.config.dtype = dtype
         name = str(dtype).removeprefix("torch.")
-        if changed := [name for name, x in hybrid.named_parameters() if x.dtype != before[name]]:
+        if changed := [tensor for tensor, x in hybrid.named_parameters() if x.dtype != before[tensor]]:
             notice(f"{fused}: {len(changed)} of {len(before)} tensors are cast to {name}: {listed(changed, 2)}")
         for tensor in changed:
             if count := not_finite(hybrid.get_parameter(tensor)):

@@ -229,8 +229,8 @@ def intervals(
 
     def draw(axes: Any) -> None:
         width = 0.6 / max(1, len(series))
-        for number, one in enumerate(series):
-            places = [x + (number - (len(series) - 1) / 2) * width for x in one.x]
+        for turn, one in enumerate(series):
+            places = [x + (turn - (len(series) - 1) / 2) * width for x in one.x]
             below = [max(0.0, y - low) for y, low in zip(one.y, one.low or one.y, strict=True)]
             above = [max(0.0, high - y) for y, high in zip(one.y, one.high or one.y, strict=True)]
             axes.errorbar(

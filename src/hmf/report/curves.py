@@ -142,9 +142,16 @@ def broken(curve: Curve, changes: Iterable[int]) -> Curve:
 
 
 def _log_scale(axes: Any) -> None:
-    """A logarithmic scale, if there is a positive value to show on it."""
-    if any(y > 0 for line in axes.get_lines() for y in line.get_ydata()):
-        axes.set_yscale("log")
+    """A logarithmic scale with plain numbers, if the positive values differ by more than a factor of two."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    values = [y for line in axes.get_lines() for y in line.get_ydata() if y > 0]
+    if not values or max(values) <= 2 * min(values):
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if max(values) > 1000 * min(values) else (1.0, 2.0, 5.0)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _marker(curve: Curve) -> str | None:

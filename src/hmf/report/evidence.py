@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -182,7 +181,7 @@ def _read(file: Path, kind: type[Content]) -> Content:
         content: Mapping[str, Any] = parse_sealed(file.read_text(encoding="utf-8"), required=False)
     except OSError as error:
         raise HmfError(f"{file}: cannot be read: {reason(error)}") from None
-    except (ValueError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise HmfError(f"{file}: has no valid {what}: {error}; {fix}") from None
     try:
         return kind.model_validate(content)

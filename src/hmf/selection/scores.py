@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from hmf.data.encoding import IGNORED
 from hmf.data.packing import PackedRow
 from hmf.model.modeling import STUDENT, TEACHER, logits_of
-from hmf.priming.objectives import LOGITS_AT_ONCE
+from hmf.priming.divergence import LOGITS_AT_ONCE, wide
 
 Choice = frozenset[int]
 # KL(teacher || student) in nats per token, for text and for answers; for answers also the loss, and the share of
@@ -88,10 +88,7 @@ class Scorer:
         head, parts = self.model.get_output_embeddings(), []
         size = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
         for ours, theirs, labels in zip(student.split(size), teacher.split(size), targets.split(size), strict=True):
-            log_q, log_p = (
-                logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-                for logits in (logits_of(self.model, head(ours)), logits_of(self.model, head(theirs)))
-            )
+            log_q, log_p = (wide(logits_of(self.model, head(x))).log_softmax(-1) for x in (ours, theirs))
             kl = torch.linalg.vecdot(log_p.exp(), log_p - log_q)
             loss = -log_q.gather(-1, labels[:, None])[:, 0]
             parts.append(torch.stack([kl, loss, (log_q.argmax(-1) != log_p.argmax(-1)).to(kl.dtype)]))

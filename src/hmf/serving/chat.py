@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import threading
@@ -22,10 +21,10 @@ from hmf.errors import HmfError, notice
 from hmf.evaluation.chunks import Composition, conversation_parts
 from hmf.evaluation.compose import prefill
 from hmf.evaluation.generation import end_tokens, generating, pad_token
-from hmf.evaluation.server import server_root
+from hmf.evaluation.prompts import THINK_END, THINK_START
+from hmf.evaluation.server import api_key, served_name, server_root
 from hmf.model.checkpoint import load_model
 
-THINK_START, THINK_END = "<think>", "</think>"
 STARTS, ENDS = (THINK_START, "[THINK]"), (THINK_END, "[/THINK]")  # Ministral's are special tokens
 Part = tuple[str, bool]  # a piece of an answer, and whether it is a thought
 
@@ -148,17 +147,14 @@ class ServerChat:
             import openai
         except ImportError:
             raise HmfError("--url: needs the openai client; pip install openai") from None
-        api_key = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY", "none")
-        self.client = openai.OpenAI(base_url=f"{server_root(url)}/v1", api_key=api_key, max_retries=0)
+        self.client = openai.OpenAI(base_url=f"{server_root(url)}/v1", api_key=api_key() or "none", max_retries=0)
         self.url, self.failure, self.unreachable = url, openai.OpenAIError, openai.APIConnectionError
         try:
             served = [model.id for model in self.client.models.list()]
         except openai.OpenAIError as error:
             raise self._server_error(error) from None
-        if str(source) not in served and len(served) != 1:
-            raise HmfError(f"--url: {url} does not serve {source}; it serves {', '.join(served) or 'nothing'}")
         self.arguments: dict[str, Any] = {
-            "model": str(source) if str(source) in served else served[0],
+            "model": served_name(source, url, served),
             "max_tokens": max_new_tokens,
             "temperature": temperature,
             "extra_body": {"chat_template_kwargs": {"enable_thinking": thinking}},

@@ -72,8 +72,10 @@ class Launch:
         return " ".join([*settings, shlex.join(["vllm", "serve", *map(self._shown, self.arguments)])])
 
     def _shown(self, argument: str) -> str:
-        name, equals, value = argument.rpartition("=")
-        return f"{name}{equals}..." if value in self.secrets else argument
+        if argument in self.secrets:
+            return "..."
+        name, _, value = argument.partition("=")  # the first one: a key may have others
+        return f"{name}=..." if value in self.secrets else argument
 
 
 def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:

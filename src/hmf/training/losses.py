@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from hmf.data.encoding import IGNORED
 from hmf.model.modeling import logits_of
-from hmf.priming.objectives import LOGITS_AT_ONCE
+from hmf.priming.divergence import LOGITS_AT_ONCE, wide
 
 # measure(objective, count): the numbers that an objective returns for the first `count` rows of the run.
 Measure = Callable[[Callable[..., tuple[float, ...]], int], tuple[float, ...]]
@@ -61,8 +61,7 @@ def token_losses(
     """
 
     def of_chunk(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        logits = logits_of(model, head(x))
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y, reduction="none")
+        return F.cross_entropy(wide(logits_of(model, head(x))), y, reduction="none")
 
     head: Any = model.get_output_embeddings()
     size = chunk_size or max(1, LOGITS_AT_ONCE // head.weight.shape[0])

@@ -33,15 +33,8 @@ from .hosted import HostedMixer
 from .parts import convolve, joined, rms_norm
 from .recurrent import Tensors, started
 
-PROJECTIONS = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "g_proj",
-    "a_proj",
-    "b_proj",
-    "alpha_proj",
-)  # in this order, some are optional
+# In this order; some are optional.
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "g_proj", "a_proj", "b_proj", "alpha_proj")
 BUILDER = RecurrentMetadataBuilder
 
 
