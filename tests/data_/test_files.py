@@ -539,6 +539,7 @@ UNREAD = {
     "mask of answers as text": ({"learnt": "[0, 1]"}, "'learnt' has 0 or 1 for each message"),
     "weights": ({"lossWeights": [1.0, 0.5]}, r"'lossWeights' is \[1.0, 0.5\], but rows have no weights"),
     "weight of the row": ({"weight": 0}, "'weight' is 0, but rows have no weights; remove the row"),
+    "weight of the row, as text": ({"loss_weight": "0.5"}, "'loss_weight' is '0.5', but rows have no weights"),
     "row that is not learnt": ({"is_train": False}, "'is_train' is False, but rows have no weights"),
     "system message in one word": ({"systemPrompt": "Be kind."}, "'systemPrompt' belongs"),
     "image": ({"image_url": "a.png"}, "'image_url' belongs"),
@@ -585,7 +586,7 @@ def test_the_answer_to_the_last_message_is_not_passed_over(tmp_path):
 
 
 def test_fields_that_weight_nothing_are_facts(tmp_path):
-    facts = {"weight": 1.0, "train": True, "mask_id": 7, "weights": "open", "train_id": 3}
+    facts = {"weight": 1.0, "train": True, "mask_id": 7, "weights": "open", "train_id": 3, "loss_weight": "1.00"}
     row = {"messages": said(("user", "a"), ("assistant", "b"))} | facts
     assert shaped(tmp_path, row, messages_field="messages").unread == (*facts,)
     pair = PAIRS[None] | {"weight": 0.5}

@@ -144,9 +144,15 @@ def _is_mask(value: Any, messages: Sequence[dict[str, Any]]) -> bool:
 def _is_supervision(words: list[str], value: Any) -> bool:
     """Whether a field may say that the row, or a part of it, is not fully supervised."""
     value = parsed(value)
-    if _SUPERVISION.isdisjoint(words) or not _SUPERVISED.issuperset(words) or value in (1, "1", "1.0"):
+    if _SUPERVISION.isdisjoint(words) or not _SUPERVISED.issuperset(words):
         return False
-    return not isinstance(value, str) or value.casefold() in ("0", "0.0", "false", "no")
+    if isinstance(value, str):  # as in tables; other texts, such as the name of a split, say nothing about it
+        if value.casefold() in ("false", "no"):
+            return True
+        with suppress(ValueError):
+            return float(value) != 1
+        return False
+    return value != 1
 
 
 def _words(name: str) -> list[str]:
