@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from hmf.cli import app
@@ -101,12 +102,18 @@ def record(monkeypatch):
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 3, "learning_rate": 1e-3}])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_stage_2_holds_what_was_planned(tmp_path, monkeypatch, lora, precision):
+@pytest.mark.parametrize(("precision", "widened"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
+def test_stage_2_holds_what_was_planned(tmp_path, monkeypatch, lora, precision, widened):
     if lora:
         pytest.importorskip("peft")
     model = cutting.make_tiny_hybrid(tmp_path / "model", dtype=getattr(torch, precision))
+    if widened:  # as Stage 1 stores its result: all in float32, and trained mixers
+        tensors = load_file(model / "model.safetensors")
+        tensors = {name: x.float() + 1e-5 * (".gdn." in name) for name, x in tensors.items()}
+        save_file(tensors, model / "model.safetensors", {"format": "pt"})
     recipe = cutting.finetune_recipe(model, tmp_path / "run", lora=lora)
+    if widened:
+        recipe = recipe.model_copy(update={"trainable": {"norms": 1e-3}})
     recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"precision": precision})})
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True)))
@@ -134,6 +141,17 @@ def test_stage_1_holds_what_was_planned(tmp_path, monkeypatch, precision):
 def plan_of(name, gpu=None, *overrides):
     (plan,) = planner.plans([RECIPES / name], resolve_base, gpu, overrides=overrides)
     return plan
+
+
+def test_mixers_of_a_planned_stage_1_are_not_exact_in_bfloat16():
+    """Its result is in float32; that of the next stage is cast to bfloat16."""
+    primed, tuned = (
+        plan_of(f"qwen3-8b/gdn-{stage}.yaml", "h200x4", "trainable={norms: 0.001}", "training.strategy=ddp").job
+        for stage in ("2-long", "3-sft")
+    )
+    counts = [sum(x.numel() for x in job.narrow) for job in (primed, tuned)]
+    mixers = [x for name, x in tuned.model.named_parameters() if ".gdn." in name]
+    assert counts[1] - counts[0] == sum(x.numel() for x in mixers if x in tuned.narrow) > 0
 
 
 def test_what_does_not_fit_says_what_to_change():

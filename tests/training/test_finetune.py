@@ -239,6 +239,23 @@ def test_merged_adapters_give_the_logits_of_the_adapters(hybrid):
     assert_same(model(ids).logits, before)
 
 
+def test_adapters_are_merged_on_the_cpu(tmp_path, monkeypatch):
+    """A GPU that holds the frozen matrices in bfloat16 may not hold them in float32."""
+    pytest.importorskip("peft")
+    moved_names, real = [], torch.nn.Module.cpu
+
+    def cpu(model):
+        moved_names.extend(name for name, x in model.named_parameters() if x.dtype == torch.bfloat16)
+        return real(model)
+
+    monkeypatch.setattr(torch.nn.Module, "cpu", cpu)
+    hybrid = cutting.make_tiny_hybrid(tmp_path / "tiny", dtype=torch.bfloat16)
+    lora = {"groups": ["mlp"], "rank": 2, "learning_rate": 1e-2}
+    training = {"max_steps": 1, "per_device_train_batch_size": 1, "precision": "bfloat16"}
+    finetune(cutting.finetune_recipe(hybrid, tmp_path / "run", lora=lora, training=training))
+    assert any(".up_proj.base_layer." in name for name in moved_names)
+
+
 @pytest.mark.slow  # alone: the killed process imports everything first
 def test_a_killed_run_ends_bit_for_bit_like_one_that_was_not(hybrid, tmp_path):
     """With adapters, if there are any to be had: their state and their dropout must go on too."""

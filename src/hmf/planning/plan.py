@@ -32,7 +32,6 @@ from hmf.model.configuration import building
 from hmf.priming.distance import stage1_flops_per_token
 from hmf.priming.divergence import LOGITS_AT_ONCE
 from hmf.training.finetune import flops_per_token
-from hmf.training.run import frozen_matrices
 
 USABLE = 0.92  # usable share of a GPU's memory; the rest is lost to fragmentation
 WIDE = 4  # bytes of a float32 number: a master weight, a gradient or a moment
@@ -54,7 +53,7 @@ class Job:
     title: str
     recipe: DistillSettings | FinetuneRecipe
     model: PreTrainedModel  # on the meta device; trained parameters require a gradient
-    dtype: torch.dtype | None  # in which the weights are stored, according to the config
+    narrow: frozenset[nn.Parameter]  # the frozen matrices that are exact in bfloat16
     sequence_length: int
     adapters: int = 0  # number of parameters that low-rank adapters add
     section: str = "training"  # key path of the `training` section in the recipe
@@ -66,12 +65,6 @@ class Job:
     @property
     def distils(self) -> bool:
         return isinstance(self.recipe, DistillSettings)
-
-    @property
-    def narrows(self) -> bool:
-        """Whether frozen matrices are exact in bfloat16, and are stored in it if the settings do so."""
-        generates = isinstance(self.recipe, DistillSettings) and self.recipe.on_policy is not None
-        return self.dtype == torch.bfloat16 and not generates
 
 
 @dataclass(frozen=True)
@@ -131,10 +124,11 @@ class TrainingPlan:
         return 2 if self.training.precision == "bfloat16" else 4
 
     @cached_property
-    def _narrow(self) -> set[nn.Parameter]:
+    def _narrow(self) -> frozenset[nn.Parameter]:
         """The frozen parameters that are stored in bfloat16."""
-        stored = self.training.narrows_frozen and self.job.narrows
-        return set(frozen_matrices(self.job.model)) if stored else set()
+        recipe = self.job.recipe
+        generates = isinstance(recipe, DistillSettings) and recipe.on_policy is not None
+        return self.job.narrow if self.training.narrows_frozen and not generates else frozenset()
 
     def _bytes(self, parameters: Iterable[nn.Parameter]) -> int:
         return sum(x.numel() * (2 if x in self._narrow else WIDE) for x in parameters)

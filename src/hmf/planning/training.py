@@ -10,6 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
 from hmf.config.data import DataRecipe
 from hmf.config.pattern import require_fused
 from hmf.config.recipes import load_recipe
@@ -19,8 +23,10 @@ from hmf.data.mixture import row_length
 from hmf.data.prepared import read_index
 from hmf.errors import HmfError, notice
 from hmf.gpus import MFU, parse_gpus
+from hmf.layers.base import Mixer
 from hmf.model.checkpoint import load_config
 from hmf.model.convert import base_pattern, hybrid_config
+from hmf.model.files import opened, weight_files
 from hmf.model.rope import with_rope
 from hmf.model.text_only import language_config
 from hmf.priming.objectives import check_objective, train_only_mixers
@@ -28,6 +34,7 @@ from hmf.training.distill import check_positions
 from hmf.training.evaluation import held_out_from
 from hmf.training.finetune import check_model
 from hmf.training.groups import adapter_targets, choose
+from hmf.training.run import frozen_matrices
 
 from .plan import USABLE, Job, TrainingPlan, without_memory
 from .serving import size_of
@@ -112,24 +119,26 @@ class Recipes:
         recipe = self.read[path]
         try:
             if isinstance(recipe, PrimeRecipe):
-                job = self._stage1(path.stem, recipe.distill, self._prime_config(path, recipe))
+                job = self._stage1(
+                    path.stem, recipe.distill, self._prime_config(path, recipe), recipe.output / "stage0"
+                )
                 return replace(job, section="distill.training")
             if isinstance(recipe, DistillRecipe):
-                return self._stage1(path.stem, recipe, self._config(recipe.model))
+                return self._stage1(path.stem, recipe, self._config(recipe.model), recipe.model)
             if isinstance(recipe, FinetuneRecipe):
                 return self._stage2(path.stem, recipe)
         except HmfError as error:
             raise HmfError(f"{path}: {error}") from None
         return None
 
-    def _stage1(self, title: str, recipe: DistillSettings, config: Any) -> Job:
+    def _stage1(self, title: str, recipe: DistillSettings, config: Any, source: Path) -> Job:
         require_fused(config, "model")
         model = without_memory(config)
         train_only_mixers(model)
         length = self._row(recipe.data)
         check_positions(config, length)
         check_objective(recipe.objective, config.vocab_size)
-        return Job(title, recipe, model, config.dtype, length)
+        return Job(title, recipe, model, self._narrow(source, model, config.dtype), length)
 
     def _stage2(self, title: str, recipe: FinetuneRecipe) -> Job:
         config = self._config(recipe.model)
@@ -141,7 +150,28 @@ class Recipes:
         if recipe.lora is not None:
             layers = [model.get_submodule(name) for name in adapter_targets(model, groups, recipe.lora)]
             adapters = sum(recipe.lora.rank * (x.in_features + x.out_features) for x in layers)
-        return Job(title, recipe, model, config.dtype, length, adapters)
+        return Job(title, recipe, model, self._narrow(recipe.model, model, config.dtype), length, adapters)
+
+    def _narrow(self, source: Path, model: PreTrainedModel, dtype: torch.dtype | None) -> frozenset[nn.Parameter]:
+        """The frozen matrices of `model` that are exact in bfloat16: by the first values in the files of the checkpoint
+        `source`, or by the `dtype` of its config if there are no files yet."""
+        names = {x: name for name, x in model.named_parameters()}
+        if any(source.glob("*.safetensors")):
+            exact = _exact(source, {names[x] for x in frozen_matrices(model)})
+        else:
+            wide = self._has_wide_mixers(source)
+            of_mixers = {x for module in model.modules() if isinstance(module, Mixer) for x in module.parameters()}
+            exact = {name: not (wide and x in of_mixers) for x, name in names.items() if dtype == torch.bfloat16}
+        return frozenset(x for x in frozen_matrices(model) if exact.get(names[x], False))
+
+    def _has_wide_mixers(self, model: Path) -> bool:
+        """Whether the recipe that creates the checkpoint `model` stores trained mixers in float32, as Stage 1 does."""
+        for _, recipe in self.all():
+            if isinstance(recipe, PrimeRecipe) and model in (recipe.output / "model", recipe.output / "stage1"):
+                return True
+            if isinstance(recipe, FinetuneRecipe) and model == recipe.output / "model":
+                return recipe.dtype == "float32" or (recipe.dtype is None and self._has_wide_mixers(recipe.model))
+        return False
 
     def _row(self, data: DataSettings) -> int:
         """Tokens of a row. If the rows are not prepared yet, the value comes from the recipe that prepares them."""
@@ -278,6 +308,17 @@ def billions(number: float) -> str:
     return f"{number / 1e9:,.2f} B" if number >= 1e9 else f"{number / 1e6:,.2f} M"
 
 
+def _exact(checkpoint: Path, names: set[str]) -> dict[str, bool]:
+    """Whether the first values of those of the tensors `names` that are in the files are exact in bfloat16."""
+    exact = {}
+    for file in weight_files(checkpoint):
+        with opened(checkpoint / file) as weights:
+            for name in names.intersection(weights.keys()):
+                values = weights.get_slice(name)[:8].double()
+                exact[name] = values.bfloat16().double().equal(values)
+    return exact
+
+
 def print_plans(plans: Sequence[TrainingPlan]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -287,8 +328,8 @@ def print_plans(plans: Sequence[TrainingPlan]) -> None:
         title_justify="left",
         caption_justify="left",
         caption=f"GPU-hours assume a model FLOPs utilisation (MFU) of {plans[0].mfu:.0%}. Weights, "
-        "gradients and moments are counted exactly, in float32, but frozen matrices of a bfloat16 model that is "
-        "trained in bfloat16 in that; the rest of the memory is estimated.",
+        "gradients and moments are counted exactly, in float32, but in bfloat16 for frozen matrices that are "
+        "exact in it, if that is the training's precision; the rest of the memory is estimated.",
     )
     table.add_column("")
     for plan in plans:

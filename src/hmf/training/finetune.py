@@ -94,6 +94,7 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
     log, flops = output / "stage2.log.json", flops_per_token(model)
     train(trainer, rows, recipe.method, log, training, sequence_length(recipe), flops, draw)
     if adapters is not None:
+        model.cpu()  # the GPU may lack the memory for it in float32
         for parameter in frozen_matrices(model):
             parameter.data = parameter.data.float()  # before the sum with the adapters
         adapters.merge_and_unload()
