@@ -262,6 +262,22 @@ def test_files_of_a_data_set_are_read_as_they_are(tmp_path):
         list(Source(SourceSettings(dataset=str(tables), split="dev")).records())
 
 
+@pytest.mark.parametrize(
+    ("file", "text_", "options"),
+    [
+        ("a.csv", "text;id\nhi;1\n", 'sep: ";"'),
+        ("a.csv", "hi,1\n", "header: null\n  names: [text, id]"),
+        ("a.json", '{"data": [{"text": "hi"}], "version": 1}', "field: data"),
+    ],
+    ids=["separator", "no header", "field"],
+)
+def test_options_of_a_data_set_are_kept(tmp_path, file, text_, options):
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: a\n  data_files: {file}\n  {options}\n---\n")
+    (tmp_path / file).write_text(text_)
+    settings = SourceSettings(dataset=str(tmp_path))
+    assert [content(record, settings) for record in Source(settings).records()] == ["hi"]
+
+
 @pytest.mark.parametrize("name", ["script.py", "train.zip", "train.wav"])
 def test_errors_of_the_datasets_library_are_one_line(tmp_path, name):
     (tmp_path / "rows").mkdir()

@@ -219,7 +219,7 @@ class Source:
         # The library gives all values of a field one type: it writes texts in quotes if a later file has lists, too.
         if builder is not None and builder.name in ("json", "csv"):
             paths = [Path(file) for file in builder.config.data_files[split]]
-            if all(map(files.kind_of, paths)):  # not archives
+            if all(map(files.kind_of, paths)) and not _options(builder.config, paths):  # no archives
                 read = self._json if builder.name == "json" else self._csv
                 for path in paths:
                     yield from read(self.root / os.path.relpath(path, os.path.abspath(self.root)))
@@ -239,6 +239,14 @@ def _reading(place: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise HmfError(f"{place}: the datasets library cannot read it ({' '.join(str(error).split())})") from None
+
+
+def _options(config: Any, paths: list[Path]) -> set[str]:
+    """The options of reading, such as another separator, that a data set's README gives to the datasets library."""
+    tabs = all(".tsv" in path.suffixes for path in paths)
+    default = vars(type(config)(**({"sep": "\t"} if tabs else {})))
+    changed = {name for name, value in vars(config).items() if value != default.get(name)}
+    return changed - {"name", "version", "description", "data_dir", "data_files"}
 
 
 def _words(name: str) -> set[str]:
