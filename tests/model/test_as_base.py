@@ -464,11 +464,14 @@ def test_an_offloaded_cache_on_a_gpu(trio):
         assert found.tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("symbol", ["GDN", "KDA", "GKA", "M2"])
-def test_second_derivatives_are_refused(symbol, trio):
+def test_second_derivatives_are_refused(symbol, checkpointing, trio):
     """A base with eager attention has them. Gradients with a graph are those without one."""
     model = drop_teacher(fused_model(trio["base"], f"*-{symbol}-*-*"))
     model.set_attn_implementation("eager")
+    if checkpointing:
+        model.train().gradient_checkpointing_enable()
     x = model.get_input_embeddings()(IDS).detach().requires_grad_()
     with_graph, plain = (
         torch.autograd.grad(model(inputs_embeds=x, use_cache=False).logits.sum(), x, create_graph=graph)[0]

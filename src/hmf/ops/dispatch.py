@@ -112,6 +112,16 @@ class _Once(torch.autograd.Function):
         raise HmfError("create_graph: the ops of recurrent layers have first derivatives only")
 
 
+class _Unpacked:
+    """The context of an autograd function whose saved tensors are unpacked once, as gradient checkpointing demands."""
+
+    def __init__(self, ctx: Any):
+        self.ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ctx, name)
+
+
 def backward(function: Callable) -> Callable:
     """Mark the decorated backward of an op's autograd function: it runs once and, like `entry`, without autocast.
 
@@ -120,9 +130,11 @@ def backward(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(ctx: Any, *grads: torch.Tensor):
+        makes_graph = torch.is_grad_enabled()  # of the gradients
+        ctx = _Unpacked(ctx) if makes_graph else ctx
         with torch.no_grad(), torch.autocast(grads[0].device.type, enabled=False):
             outputs = function(ctx, *grads)
-        if not torch.is_grad_enabled():  # no graph of the gradients is made
+        if not makes_graph:
             return outputs
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         values = [x for x in outputs if x is not None]
