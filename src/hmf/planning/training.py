@@ -287,8 +287,8 @@ def print_plans(plans: Sequence[TrainingPlan]) -> None:
         title_justify="left",
         caption_justify="left",
         caption=f"GPU-hours assume a model FLOPs utilisation (MFU) of {plans[0].mfu:.0%}. Weights, "
-        "gradients and moments are counted exactly, in float32, but frozen matrices of a bfloat16 model that is "
-        "trained in bfloat16 in that; the rest of the memory is estimated.",
+        "gradients and moments are counted exactly. They are float32, except that the frozen matrices of a bfloat16 "
+        "model are bfloat16 with precision bfloat16. The rest of the memory is estimated.",
     )
     table.add_column("")
     for plan in plans:
