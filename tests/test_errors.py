@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from hmf.errors import HmfError, naming_config, notice, standing_for
+from hmf.errors import HmfError, naming_config, notice, standing_for, unknown_name
 
 
 class Kind(HmfError):
@@ -36,3 +36,9 @@ def test_a_block_of_another_thread_changes_no_message(capsys):
     left.set()
     thread.join()
     assert capsys.readouterr().err.splitlines() == ["hmf: of the test: mine", "hmf: of a thread: other"]
+
+
+def test_an_unknown_name_is_told_a_readable_number_of_valid_ones():
+    known = [f"task_{number}" for number in range(5000)]
+    assert unknown_name("task", "x", ["b", "a"]) == "unknown task 'x'; valid: a, b"
+    assert unknown_name("task", "?", known).endswith(" and 4,960 more")

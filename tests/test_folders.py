@@ -85,10 +85,10 @@ def test_other_things_in_the_way(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").touch()
-    for name in ("file", "mine"):
-        with pytest.raises(HmfError, match=f"{name}: the output directory is in use"), claimed(tmp_path / name, "a"):
+    for name, what in (("file", "is a file"), ("mine", "holds other files")):
+        with pytest.raises(HmfError, match=f"{name}: {what}; choose another"), claimed(tmp_path / name, "a"):
             pass
-        with pytest.raises(HmfError, match=f"{name}: the output directory is in use"):
+        with pytest.raises(HmfError, match=f"{name}: {what}; choose another"):
             require_unused(tmp_path / name)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     with pytest.raises(HmfError, match="cannot be created.*file/run"), locked(tmp_path / "file/run"):

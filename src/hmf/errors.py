@@ -85,11 +85,11 @@ def counted(number: int, noun: str) -> str:
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
-    """Error text for a name that is not among `known`: it suggests the closest valid name, or lists all of them."""
+    """Error text for a name that is not among `known`: it suggests the closest valid name, or lists them."""
     known = sorted(known)
     lower = {candidate.lower(): candidate for candidate in known}
     nearest = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
-    fix = f"did you mean {lower[nearest[0]]!r}?" if nearest else f"valid: {', '.join(known)}"
+    fix = f"did you mean {lower[nearest[0]]!r}?" if nearest else f"valid: {listed(known, 40)}"
     return f"unknown {what} {name!r}; {fix}"
 
 

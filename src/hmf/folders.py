@@ -102,6 +102,15 @@ def require_parent(file: Path | None, option: str) -> None:
         raise HmfError(f"{option}: {file.parent}: no such directory; create it or choose another")
 
 
+def require_writable(folder: Path, option: str) -> None:
+    """HmfError when `folder`, or the folder in which it would be created, cannot be written to."""
+    place = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.exists(place))
+    if not place.is_dir():
+        raise HmfError(f"{option}: {place}: is a file; choose another folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise HmfError(f"{option}: {place}: cannot be written to: no permission; choose another folder")
+
+
 def reason(error: OSError) -> str:
     """Why a file cannot be read or written, in one line."""
     return "no permission" if isinstance(error, PermissionError) else error.strerror or " ".join(str(error).split())
@@ -124,7 +133,8 @@ def require_unused(output: str | Path, allowed: Callable[[str], bool] = lambda n
     except OSError as error:
         raise HmfError(f"{error.filename or output}: cannot be read: {reason(error)}") from None
     if used:
-        raise HmfError(f"{output}: the output directory is in use; choose another or remove it first")
+        what = "holds other files" if output.is_dir() else "is a file"
+        raise HmfError(f"{output}: {what}; choose another output or remove it first")
 
 
 _locks: set[int] = set()  # descriptors of the locked folders of this process

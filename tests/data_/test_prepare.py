@@ -337,7 +337,7 @@ def test_places_and_recipes_that_cannot_be(folder, tmp_path, whole):
         prepare(recipe(folder, tmp_path / "out", sources=[{"path": str(tmp_path / "a.jsonl")}]), TEACHER)
     with pytest.raises(HmfError, match="holds the rows of another recipe"):
         prepare(recipe(folder, whole, seed=1), TEACHER)
-    with pytest.raises(HmfError, match="the output directory is in use"):
+    with pytest.raises(HmfError, match="holds other files; choose another output"):
         prepare(recipe(folder, folder), TEACHER)
     (tmp_path / "out").mkdir(exist_ok=True)
     busy = os.open(tmp_path / "out", os.O_RDONLY)

@@ -286,6 +286,8 @@ def test_layers_whose_caches_cannot_be_combined_are_refused():
         (lambda: Composition(tail=0), "at least the last token"),
         (lambda: cut([5], 0, Composition()), "at least one token before"),
         (lambda: Parts([1], [[2], []], [3]), "no chunk may be empty"),
+        (lambda: conversation_parts(load_tokenizer(TEACHER), "Hello!", Composition()), "give a list of messages"),
+        (lambda: prefill(tiny_hybrid(ONE_EACH[0]), [], Composition()), "there are no prompts"),
     ],
 )
 def test_settings_that_are_refused(make, message):

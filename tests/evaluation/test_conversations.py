@@ -86,9 +86,12 @@ def test_answers_without_an_end_and_wrong_ones_are_counted_and_left_out(teacher,
     counts = write_answers(*teacher, file, [*wrong, *right[2:]], only_correct=True)["recall"]
     assert (counts["asked"], counts["wrong"], counts["written"]) == (4, 2, 2)
     assert [json.loads(line)["correct"] for line in file.read_text().splitlines()] == [True, True]
-    with pytest.raises(HmfError, match=r"none of 4 answers can be written: recall 0 of 4 \(4 wrong, 4 unended\)"):
+    with pytest.raises(
+        HmfError,
+        match=r"none of 4 answers can be written: recall 0 of 4 \(4 wrong, 4 not ended\); raise --max-new-tokens",
+    ):
         write_answers(*teacher, tmp_path / "none.jsonl", right, max_new_tokens=1)
-    with pytest.raises(HmfError, match=r"recall 0 of 1 \(1 wrong, 1 unended\)"):
+    with pytest.raises(HmfError, match=r"recall 0 of 1 \(1 wrong, 1 not ended\)"):
         write_answers(*teacher, tmp_path / "none.jsonl", right[:1], max_new_tokens=1)
     assert not (tmp_path / "none.jsonl").exists()
 

@@ -2,6 +2,7 @@
 """`hmf evaluate --suite`: files of results, resume, models in pairs, and what the card shows of them."""
 
 import json
+import os
 import shutil
 from math import comb
 
@@ -98,6 +99,15 @@ def test_a_changed_setting_is_refused_and_restart_begins_anew(run, evaluated, hm
     assert sorted(asked) == [0, 1, 2]
 
 
+def test_a_refused_evaluation_leaves_nothing(run, evaluated, hmf):
+    """A length that is too small is found at the first prompt; its fix, fewer tokens of an answer, then works."""
+    arguments = ("--suite", "retention", "--tasks", "needle_single", "--lengths", "512")
+    code, _, err = hmf("evaluate", run / "model", *arguments)
+    assert code == 2 and "--lengths: 512 is too small" in err and "lower --max-new-tokens" in err
+    assert not (run / "evaluation/primed-retention").exists()
+    evaluated(run / "model", *arguments[2:])
+
+
 def test_a_damaged_line_is_named(run, evaluated, hmf):
     arguments = (run / "model", "--tasks", "arithmetic")
     evaluated(*arguments)
@@ -169,6 +179,17 @@ def test_weights_that_are_not_finite_are_named(tiny, hmf, tmp_path):
     ):
         code, out, err = hmf("evaluate", broken, *arguments)
         assert code == 2 and said in err.splitlines()[-1] and not out
+
+
+@pytest.mark.parametrize("arguments", [["--tasks", "recall"], ["--suite", "retention"]])
+def test_an_output_that_cannot_be_written_is_found_first(run, hmf, monkeypatch, arguments):
+    monkeypatch.setattr("hmf.evaluation.run.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    (run / "file").touch()
+    code, _, err = hmf("evaluate", run / "model", *arguments, "--out", run / "file/scores")
+    assert code == 2 and err == f"hmf: --out: {run / 'file'}: is a file; choose another folder\n"
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    code, _, err = hmf("evaluate", run / "model", *arguments)
+    assert code == 2 and err == f"hmf: --out: {run}: cannot be written to: no permission; choose another folder\n"
 
 
 def test_the_small_tasks_are_saved_beside_the_suites(run, hmf):

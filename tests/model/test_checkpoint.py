@@ -336,7 +336,7 @@ def test_directory_that_cannot_be_replaced(tmp_path, monkeypatch, place):
 def test_directory_in_use_is_left_alone(tmp_path, used):
     (tmp_path / used).parent.mkdir(exist_ok=True)
     (tmp_path / used).write_text("mine")
-    with pytest.raises(HmfError, match="out: the output directory is in use"), new_directory(tmp_path / "out"):
+    with pytest.raises(HmfError, match="out: (holds other files|is a file);"), new_directory(tmp_path / "out"):
         pytest.fail("the block must not run")
     assert (tmp_path / used).read_text() == "mine"
     assert len(listing(tmp_path)) == len(Path(used).parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,9 +24,22 @@ from hmf.cli.shared import (
     typed,
 )
 from hmf.errors import HmfError, rewriting, unknown_name
-from hmf.folders import find_recipe, resolve_base
+from hmf.folders import find_recipe, require_writable, resolve_base
 
 app = group("Prepare and show training data.")
+
+
+def _settings(recipe: Path, overrides: list[str] | None) -> tuple[Any, Path]:
+    """The recipe and the folder of its tokenizer. HmfError if a source does not exist. Imports nothing that takes
+    seconds."""
+    from hmf.config.data import DataRecipe
+    from hmf.config.recipes import load_recipe, naming_recipe
+
+    settings = load_recipe(recipe, DataRecipe, overrides or ())
+    with naming_recipe(recipe, DataRecipe, overrides):
+        tokenizer = _tokenizer(settings.tokenizer)
+        require_data(settings)
+    return settings, tokenizer
 
 
 def _recipe_or_rows(name: str) -> Path:
@@ -55,12 +68,7 @@ def data_prepare(
 
     Documents are texts and conversations. An interrupted run continues.
     """
-    from hmf.config.data import DataRecipe
-    from hmf.config.recipes import load_recipe
-
-    settings = load_recipe(recipe, DataRecipe, overrides or ())
-    tokenizer = _tokenizer(settings.tokenizer)  # before imports that take seconds
-    require_data(settings)
+    settings, tokenizer = _settings(recipe, overrides)
 
     from hmf.data.prepare import prepare
     from hmf.report.samples import print_counts
@@ -103,12 +111,7 @@ def data_show(
 
         return show_prepared(source, _tokenizer, samples, tokens)
 
-    from hmf.config.data import DataRecipe
-    from hmf.config.recipes import load_recipe
-
-    settings = load_recipe(source, DataRecipe, overrides or ())
-    tokenizer = _tokenizer(settings.tokenizer)
-    require_data(settings)
+    settings, tokenizer = _settings(source, overrides)
 
     from hmf.report.samples import show_recipe
 
@@ -145,6 +148,7 @@ def data_answers(
     """
     if out.exists():
         raise HmfError(f"{out}: exists; choose another file or remove it")
+    require_writable(out.parent, "--out")
     source = resolve_base(model)  # before imports that take seconds
     weights = _weights(tasks)
 

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from hmf import hub
-from hmf.errors import HmfError
+from hmf.errors import HmfError, rewriting
 from hmf.folders import find_recipe, resolve_base
 
 Dtype = Literal["float32", "bfloat16"]
@@ -121,7 +121,8 @@ def composition(compose: str | None, chunk: int) -> Any:
         return None
     from hmf.evaluation.chunks import Composition
 
-    return Composition.parse(compose, chunk=chunk)
+    with rewriting(lambda message: f"--{message}"):
+        return Composition.parse(compose, chunk=chunk)
 
 
 def with_checkpoint(settings: Any, key: str) -> Any:

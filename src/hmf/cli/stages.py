@@ -7,7 +7,7 @@ import json
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import typer
 
@@ -28,7 +28,7 @@ from hmf.cli.shared import (
     typed,
     with_checkpoint,
 )
-from hmf.errors import HmfError
+from hmf.errors import HmfError, unknown_name
 from hmf.folders import find_recipe, require_unused, resolve_base
 
 app = group("")
@@ -136,6 +136,11 @@ def select(
     if (keep is None) == (ratio is None):
         raise HmfError("give exactly one of --keep and --ratio")
     source = resolve_base(base)
+
+    from hmf.config.selection import Method
+
+    if method is not None and method not in (methods := get_args(Method)):
+        raise HmfError(f"--method: {unknown_name('method', method, methods)}")
 
     from hmf.config.pattern import Pattern
     from hmf.config.recipes import read_recipe

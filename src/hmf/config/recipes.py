@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -69,6 +69,8 @@ def read_recipe(path: str | Path, kind: type[Recipe], overrides: Sequence[str] =
         raise HmfError(f"{path}: a recipe must be a YAML mapping with the keys {', '.join(kind.model_fields)}")
     if not content.keys() <= kind.model_fields.keys():
         fitting = [command for command, other in COMMANDS.items() if content.keys() <= other.model_fields.keys()]
+        if len(fitting) > 1:
+            fitting = [command for command in fitting if _required(COMMANDS[command]) <= content.keys()]
         if len(fitting) == 1:
             raise HmfError(f"{path}: is a recipe of `{fitting[0]}`; give it to that command")
     for override in overrides:
@@ -95,6 +97,10 @@ def read_run(path: str | Path, kind: type[Recipe], overrides: Sequence[str] = ()
     return recipe.model_copy(update={"output": path.parent}), text
 
 
+def _required(kind: type[Settings]) -> set[str]:
+    return {name for name, field in kind.model_fields.items() if field.is_required()}
+
+
 def _named(path: str | Path, overrides: Sequence[str]) -> str:
     return f"{path} with {' '.join(overrides):.200}" if overrides else str(path)
 
@@ -106,7 +112,7 @@ def naming_recipe(
     whole key: `pattern: ...` becomes `recipe.yaml: hybrid.pattern: ...`."""
 
     def rewrite(line: str) -> str:
-        key = re.match(r"\w+(\.\w+)*(?=: )", line)
+        key = re.match(r"\w+(\.[\w-]+)*(?=: )", line)
         section = key and next((place for place in _sections(kind) if _has_key(place[1], key[0].split("."))), None)
         return f"{_named(path, overrides or ())}: {section[0]}{line}" if section else line
 
@@ -123,10 +129,14 @@ def _sections(kind: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
 
 
 def _has_key(kind: type[BaseModel] | None, path: Sequence[str]) -> bool:
-    """Whether a section has the key at `path`; of a key without keys of its own, such as a mapping, any part fits."""
+    """Whether a section has the key at `path`; of a key without keys of its own, such as a mapping, any part fits, and
+    so does the name of an item of a list."""
     if kind is None or not path:
         return True
-    return path[0] in kind.model_fields and _has_key(_model(kind.model_fields[path[0]].annotation), path[1:])
+    if path[0] not in kind.model_fields:
+        return False
+    annotation = kind.model_fields[path[0]].annotation
+    return _has_key(_model(annotation), path[2 if get_origin(annotation) is list else 1 :])
 
 
 def _model(annotation: Any) -> type[BaseModel] | None:
@@ -170,7 +180,7 @@ def _problems(error: ValidationError, kind: type[BaseModel]) -> str:
 
 
 def _problem(problem: Any, kind: type[BaseModel]) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
+    where = ".".join(str(part) for part in problem["loc"] if part != "[key]")  # pydantic's mark of a mapping's key
     if problem["type"] == "extra_forbidden":
         section = _section(kind, problem["loc"][:-1])
         prefix = ".".join(str(part) for part in problem["loc"][:-1])

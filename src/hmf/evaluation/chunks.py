@@ -109,6 +109,8 @@ def conversation_parts(
     system message, the tools, and the header of that turn. Where possible, chunks and tail begin at the start of a
     line. Raises HmfError if the template fails.
     """
+    if isinstance(messages, str):
+        raise HmfError('compose: messages are text; give a list of messages: [{"role": "user", "content": ...}]')
     render = partial(Template.of(tokenizer).render, tools=tools, add_generation_prompt=True, enable_thinking=thinking)
     text = render(list(messages))
     first = next((at for at, message in enumerate(messages) if message["role"] not in ("system", "developer")), None)

@@ -26,7 +26,7 @@ from hmf.evaluation.retention import TASKS
 from hmf.evaluation.run import load_for_evaluation
 from hmf.evaluation.server import Endpoint, Server
 from hmf.evaluation.suite import SUITES, Plan, Store, run
-from hmf.folders import RECIPE
+from hmf.folders import RECIPE, require_writable
 from hmf.model.checkpoint import load_config
 from hmf.training.checkpoints import replace_text
 
@@ -144,6 +144,8 @@ def _places(models: Mapping[str, Path], options: Options) -> tuple[Path | None, 
     if options.name:
         require_name("--name", options.name)
     folder = options.out or next((run for model in models.values() if (run := run_of(model))), None)
+    if folder is not None:
+        require_writable(folder, "--out")
     names = {model: options.name or name_of(model, path, folder, options) for model, path in models.items()}
     if len(set(names.values())) < len(names):
         raise HmfError(

@@ -72,8 +72,10 @@ def prefill(model: PreTrainedModel, prompts: Sequence[Parts], composition: Compo
         model: a causal language model in evaluation mode, a Hybrid or a Transformer with full attention.
         prompts: from `hmf.evaluation.chunks`.
     Raises:
-        HmfError: a layer whose cache cannot be combined.
+        HmfError: a layer whose cache cannot be combined, or no prompts.
     """
+    if not prompts:
+        raise HmfError("compose: there are no prompts; give at least one")
     return _joined(model, prompts, [_composed(model, parts, composition) for parts in prompts])
 
 

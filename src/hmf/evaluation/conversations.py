@@ -51,7 +51,7 @@ def write_answers(
     it was generated (training would then read another text) and, with `only_correct`, that is not the expected one.
 
     Returns:
-        By task how many were asked, written, unended, changed and wrong; wrong ones may be written.
+        By task how many were asked, written, not ended, changed and wrong; wrong ones may be written.
     Raises:
         HmfError: no answer can be written.
     """
@@ -60,7 +60,7 @@ def write_answers(
     for index, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
         count = counts.setdefault(sample.task, Counter())
         correct = sample.is_correct(answer.text, tokenizer)
-        count.update({"asked": 1, "wrong": int(not correct), "unended": int(not answer.ended)})
+        count.update({"asked": 1, "wrong": int(not correct), "not ended": int(not answer.ended)})
         messages = answered(tokenizer, sample, answer) if answer.ended else None
         count["changed"] += answer.ended and messages is None
         if messages is None or (only_correct and not correct):
@@ -69,7 +69,8 @@ def write_answers(
         line = {"id": f"{sample.task}-{index}", "messages": messages, "tools": sample.tools, "correct": correct}
         lines.append(json.dumps(line))
     if not lines:
-        raise HmfError(f"{file}: none of {len(samples)} answers can be written: {described(counts)}")
+        fix = "; raise --max-new-tokens" if any(count["not ended"] for count in counts.values()) else ""
+        raise HmfError(f"{file}: none of {len(samples)} answers can be written: {described(counts)}{fix}")
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_text(file, "".join(line + "\n" for line in lines))
     return counts
@@ -94,6 +95,6 @@ def described(counts: Mapping[str, Counter[str]]) -> str:
     """The counts of `write_answers` in one line."""
     parts = []
     for task, count in sorted(counts.items()):
-        others = ", ".join(f"{count[name]} {name}" for name in ("wrong", "unended", "changed") if count[name])
+        others = ", ".join(f"{count[name]} {name}" for name in ("wrong", "not ended", "changed") if count[name])
         parts.append(f"{task} {count['written']} of {count['asked']}" + (f" ({others})" if others else ""))
     return "; ".join(parts)

@@ -20,7 +20,7 @@ from hmf.evaluation.prompts import Answer, Prompt, Prompter
 from hmf.evaluation.results import ANSWERS, Answered, excerpt, read_answers, summary
 from hmf.evaluation.retention import TASKS, Task
 from hmf.evaluation.server import NotOffered
-from hmf.folders import locked
+from hmf.folders import HOLDER, locked
 from hmf.training.checkpoints import replace_text
 
 SUITES: dict[str, tuple[str, ...]] = {"retention": (*TASKS, PERPLEXITY)}
@@ -89,7 +89,11 @@ class Store:
             replace_text(self.home / SETTINGS, seal_json(self.about))
             with suppress(FileNotFoundError, ValueError):
                 self.scores = parse_sealed(self.file.read_text(encoding="utf-8"))
-            yield
+            try:
+                yield
+            finally:  # without results, the settings hold for nothing, and other ones may follow
+                if not self.file.is_file() and {item.name for item in self.home.iterdir()} <= {SETTINGS, HOLDER}:
+                    (self.home / SETTINGS).unlink()
 
     def _resume(self, file: Path, restart: bool) -> None:
         assert self.file is not None

@@ -22,6 +22,7 @@ import torch
 
 from hmf.config.pattern import ATTENTION, Pattern, is_fused
 from hmf.errors import HmfError, unknown_name
+from hmf.folders import reason
 from hmf.gpus import COPY_SHARE, GIB, Device, parse_gpus
 from hmf.layers.base import heads_fit
 from hmf.layers.own import RECURRENT
@@ -346,7 +347,8 @@ def plot(plans: Sequence[Plan], context: int, path: Path, model: str) -> None:
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise HmfError(f"--plot: {path}: {error}; give a .png or .svg file in an existing directory") from None
+        why = f"cannot be written: {reason(error)}" if isinstance(error, OSError) else error
+        raise HmfError(f"--plot: {path}: {why}; give a .png or .svg file in an existing directory") from None
 
 
 def short(tokens: int) -> str:

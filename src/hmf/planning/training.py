@@ -328,8 +328,8 @@ def print_plans(plans: Sequence[TrainingPlan]) -> None:
         title_justify="left",
         caption_justify="left",
         caption=f"GPU-hours assume a model FLOPs utilisation (MFU) of {plans[0].mfu:.0%}. Weights, "
-        "gradients and moments are counted exactly, in float32, but in bfloat16 for frozen matrices that are "
-        "exact in it, if that is the training's precision; the rest of the memory is estimated.",
+        "gradients and moments are counted exactly. They are float32, except that frozen matrices that are exact in "
+        "bfloat16 are bfloat16 with precision bfloat16. The rest of the memory is estimated.",
     )
     table.add_column("")
     for plan in plans:

@@ -49,7 +49,7 @@ def _caption(score: dict[str, Any]) -> str:
     if score["tasks"]:
         count = next(iter(score["tasks"].values()))["n"]
         prompts = counted(count, "prompt")
-        parts.append(f"accuracy of greedy answers to {prompts} a task, up to {score['length']:,} tokens")
+        parts.append(f"accuracy of greedy answers to {prompts} a task, of up to {score['length']:,} tokens each")
     if baselines := score.get("baselines"):
         values = ", ".join(f"{name.removeprefix('order3_')} {value:.3f}" for name, value in baselines.items())
         parts.append(f"order-3 models, bits per byte: {values} (the first model: {score['text']['bits_per_byte']:.3f})")
