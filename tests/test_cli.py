@@ -220,6 +220,8 @@ def test_lengths_are_taken_with_a_unit_wherever_they_are_asked_for(tmp_path, mon
         assert code == 2 and f"write for example {example}" in err, (command, err)
     code, _, err = run(monkeypatch, capsys, "evaluate", "teacher", "--length", "64")
     assert (code, err) == (2, "hmf: Invalid value for '--length': 64 is less than 96\n")
+    code, _, err = run(monkeypatch, capsys, "evaluate", "teacher", "--length", "100M")
+    assert (code, err) == (2, "hmf: Invalid value for '--length': 104857600 is more than 16777216\n")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**PRIME, "output": "here", "evaluate": {"length": "1k", "max_new_tokens": "1K"}}))
     settings, _ = read_recipe(recipe, PrimeRecipe, ["distill.data.sequence_length=128K"])
@@ -228,6 +230,23 @@ def test_lengths_are_taken_with_a_unit_wherever_they_are_asked_for(tmp_path, mon
     recipe.write_text(yaml.safe_dump({**PRIME, "output": "here", "evaluate": {"length": "1 KB"}}))
     with pytest.raises(HmfError, match="evaluate.length: '1 KB' is not a number of tokens; write for example"):
         read_recipe(recipe, PrimeRecipe)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "bench distill teacher --kl",
+        "chat teacher --temperature",
+        "evaluate teacher --parity-bound",
+        "plan teacher --gpu h100 --gpu-memory-utilization",
+        "plan teacher --gpu h100 --layer-overhead",
+        "plan-training quickstart --mfu",
+    ],
+)
+def test_numbers_of_the_command_line_are_finite(command, monkeypatch, capsys):
+    for number in ("inf", "nan", "1e999"):
+        code, _, err = run(monkeypatch, capsys, *command.split(), number)
+        assert code == 2 and f"Invalid value for '{command.split()[-1]}': " in err, err
 
 
 def test_init_explains_the_marks_of_a_fused_pattern(tmp_path, monkeypatch, capsys):

@@ -71,6 +71,8 @@ def test_command(tmp_path):
     caught = CliRunner().invoke(app, [*arguments, "--tokens", "300"]).exception
     assert isinstance(caught, HmfError) and "--tokens: 300 is not between 2 and 256" in str(caught)
     assert CliRunner().invoke(app, [*arguments, "--dtype", "int8"]).exit_code == 2
+    shown = CliRunner().invoke(app, ["bench", "states", "--help"]).output
+    assert "Device to run on. Default: cuda if a GPU is available, else cpu." in " ".join(shown.split())
 
 
 def test_few_tokens_and_weights_that_are_not_finite():

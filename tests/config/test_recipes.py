@@ -20,7 +20,13 @@ from hmf.training.run import arguments
 
 WRONG = {  # section, key and value, and the words of the error
     ("training", "precision"): ("int4", "training.precision: Input should be"),
-    ("training", "learning_rate"): (-1, "training.learning_rate: Input should be greater than 0 (got -1)"),
+    ("training", "learning_rate"): (
+        -1,
+        "training.learning_rate: Input should be greater than or equal to 0.000000000001 (got -1)",
+    ),
+    ("training", "divergence_factor"): (0.5, "training.divergence_factor: losses that do not grow would stop the run"),
+    ("training", "weight_decay"): (1e300, "training.weight_decay: Input should be less than or equal to 1000"),
+    ("objective", "kl"): (1e300, "objective.kl.0: Input should be less than or equal to 1000000"),
     ("training", "warmpu_steps"): (3, "training: unknown key 'warmpu_steps'; did you mean 'warmup_steps'?"),
     ("data", "sequence_length"): ("long", "data.sequence_length: 'long' is not a number of tokens"),
     ("objective", "kl_top_k"): (0, "objective.kl_top_k: Input should be greater than or equal to 1 (got 0)"),
@@ -234,3 +240,11 @@ def test_a_warmup_as_long_as_the_run_is_named(steps, tmp_path, capsys):
 
 def test_bf16_is_bfloat16():
     assert OptimiserSettings(**PRESENT, precision="bf16") == OptimiserSettings(**PRESENT, precision="bfloat16")
+
+
+@pytest.mark.parametrize("rate", [0, 1e-300, 1e-40, 1e300, float("nan"), float("inf")])
+def test_learning_rates_move_weights(tmp_path, rate):
+    rates = {"trainable": {"mixers": rate}, "lora": {"groups": ["mlp"], "learning_rate": rate}}
+    content = {"method": "cpt", "model": "a", "output": "b", "data": {}, "training": TRAINING} | rates
+    line = error_of(tmp_path, FinetuneRecipe, content)
+    assert "trainable.mixers: Input should be" in line and "lora.learning_rate: Input should be" in line

@@ -715,3 +715,11 @@ def test_what_is_normal_stays(talk):
     except HmfError:
         assume(False)
     assert normalise(*found) == found
+
+
+@pytest.mark.parametrize("arguments", [[], "[]"])
+def test_a_list_of_arguments_is_refused(arguments):
+    """As PHP writes an empty object."""
+    for made in (call(arguments=arguments), call(arguments=arguments)["function"]):
+        with pytest.raises(HmfError, match=r"arguments: an object is expected, not a list"):
+            normalise([HI, answer("", tool_calls=[made])], None)

@@ -361,7 +361,8 @@ def test_a_shape_is_one_key(tmp_path, shape):
     row, messages = SHAPED[shape]
     assert shaped(tmp_path, row, shape=shape).messages == messages
     for name in row.keys() - {"id", "input", "system", "history"}:
-        with pytest.raises(HmfError, match=f"no field '{name}'; the row has"):
+        fix = "set the recipe's key" if name == "conversations" else f"shape {shape} needs it"
+        with pytest.raises(HmfError, match=f"no field '{name}'; the row has .*{fix}"):
             shaped(tmp_path, {key: value for key, value in row.items() if key != name}, shape=shape)
 
 
@@ -647,8 +648,9 @@ def test_variables_of_the_template_are_those_of_the_row_and_the_recipe(tmp_path)
     ):
         with pytest.raises(HmfError, match=expected):
             shaped(tmp_path, talk | changes, **settings)
-    with pytest.raises(ValueError, match="chat_template_kwargs has no effect on texts"):
-        SourceSettings(path="a.txt", chat_template_kwargs={"effort": "low"})
+    for key, value in (("chat_template_kwargs", {"effort": "low"}), ("tools_field", "tools"), ("ignore_keys", ["id"])):
+        with pytest.raises(ValueError, match=f"{key} has no effect on texts"):
+            SourceSettings(path="a.txt", **{key: value})
     with pytest.raises(ValueError, match="date_string\n  input was not a valid JSON value"):
         PairSettings(
             path="a.jsonl", chat_template_kwargs={"date_string": date(2024, 7, 26)}
@@ -793,3 +795,23 @@ def test_a_row_of_a_table_has_a_limit(tmp_path, monkeypatch):
     assert read(tmp_path / "900.parquet") == ["a" * 900] * 300
     with pytest.raises(HmfError, match=r"2000.parquet: row 0: has more than"):
         read(tmp_path / "2000.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("system", "You call functions.", "belongs to a conversation but is not read; set messages_field or shape"),
+        ("tools", [{"name": "add", "description": "Adds."}], "belongs to a conversation but is not read"),
+        ("chat_template_kwargs", {"thinking": True}, "belongs to a conversation but is not read"),
+        ("weight", 0, "is 0, but rows have no weights; remove the row, or add it to sources.rows.ignore_fields"),
+    ],
+)
+def test_a_field_beside_a_text_is_refused_or_ignored(tmp_path, name, value, said):
+    """As in other sources: Glaive has the system prompt beside the text `chat`. Facts about the row are no problem."""
+    row = {"chat": "USER: Hi?", "source": "web", "score": 3, name: value}
+    with pytest.raises(HmfError, match=f"^field '{name}' {said}"):
+        shaped(tmp_path, row, text_field="chat")
+    assert shaped(tmp_path, row, text_field="chat", ignore_fields=[name]) == "USER: Hi?"
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    with pytest.raises(HmfError, match=f"field '{name}' {said}"):
+        read(tmp_path / "rows.parquet", text_field="chat")

@@ -312,7 +312,8 @@ BAD = {
 def test_a_bad_line_is_named(folder, tmp_path, name):
     fields, line, expected = BAD[name]
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    (tmp_path / "bad.jsonl").write_text(json.dumps({"messages": talk, "text": "a"}) + f"\n\n{line}\n")
+    row = {"messages": talk} if "messages_field" in fields else {"text": "a"}
+    (tmp_path / "bad.jsonl").write_text(json.dumps(row) + f"\n\n{line}\n")
     source = fields | {"path": str(tmp_path / "bad.jsonl")}
     with pytest.raises(HmfError, match=expected):
         prepare(recipe(folder, tmp_path / "out", sources=[source]), TEACHER)

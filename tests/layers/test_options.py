@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every option of every layer type changes what a layer is or computes, or its class lists it as format only."""
 
+from types import NoneType
 from typing import Any, get_args
 
 import pytest
@@ -52,7 +53,7 @@ def other_values(symbol: str, name: str) -> list[Any]:
     """Values that the option takes, and that are not the one of the other tests' models."""
     field = LAYER_KINDS[symbol].options.model_fields[name]
     usual = SMALL.get(symbol, {}).get(name, field.default)
-    tried = [not usual] if isinstance(usual, bool) else [5, 6, 0.5, *get_args(field.annotation)]
+    tried = [not usual] if isinstance(usual, bool) else [0.5, 5, 6, *get_args(field.annotation)]
     found = []
     for value in tried:
         try:
@@ -83,3 +84,15 @@ def test_what_is_for_the_format_only_is_kept(symbol, name, tmp_path):
     config.save_pretrained(tmp_path)
     again = type(config).from_pretrained(tmp_path)
     assert getattr(again, LAYER_KINDS[symbol].config_key)[name] == 128
+
+
+def default(symbol: str, name: str) -> Any:
+    return LAYER_KINDS[symbol].options.model_fields[name].default
+
+
+@pytest.mark.parametrize(
+    ("symbol", "name"), [(s, n) for s, n in CHOSEN if type(default(s, n)) in (int, float, NoneType)]
+)
+def test_a_number_out_of_all_proportion_is_named(symbol, name):
+    with pytest.raises(HmfError, match=rf"{name}: Input should be less than or equal to .* \(got 10{{12}}\)"):
+        config_of(symbol, {name: 10**12}, name)

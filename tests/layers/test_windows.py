@@ -9,7 +9,7 @@ import torch
 from hmf.layers.attention import separate
 from hmf.layers.registry import MIXERS
 from hmf.model.families import FAMILIES, family_of
-from tests.hybrids import Case, randomise, tiny_config
+from tests.hybrids import Case, random_ids, randomise, tiny_config, tiny_hybrid
 from tests.numerics import assert_same
 
 TOKENS = 20
@@ -165,3 +165,15 @@ def test_states_stop_growing_at_the_window(symbol):
         "BMF": {"k": [3] * 4, "v": [3] * 4, "fading_k": [3, 6, 7, 7], "fading_v": [3, 6, 7, 7]},
     }[symbol]
     assert states["seen"].tolist() == [12]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("symbol", ["SWA", "BMF", "GDN"])
+@torch.no_grad()
+def test_windows_have_the_bases_dropout_in_training(symbol, dropout):
+    """Recurrent layers have no weights of attention, and none."""
+    model = tiny_hybrid(Case(symbol, "gqa", base={"attention_dropout": dropout}), "X-X")
+    ids = random_ids(1, 12)
+    whole = model(ids).logits
+    assert torch.equal(model(ids).logits, whole)
+    assert torch.equal(model.train()(ids).logits, whole) == (symbol == "GDN" or not dropout)

@@ -87,6 +87,10 @@ CALLS = {
     "empty cache": lambda m: pieces(m, DynamicCache()),
     "cache with config": lambda m: pieces(m, DynamicCache(config=m.config)),
     "cache comes back": lambda m: [m(IDS, use_cache=x).past_key_values is None for x in (True, False, None)],
+    "given cache comes back": lambda m: [
+        m(IDS, past_key_values=DynamicCache(config=m.config), use_cache=x).past_key_values is None
+        for x in (True, False, None)
+    ],
     "generate": generate,
     "generate with a mask": lambda m: generate(m, PADDED, attention_mask=MASK),
     "generate infers the mask": lambda m: generate(m, PADDED),
@@ -480,3 +484,17 @@ def test_second_derivatives_are_refused(symbol, checkpointing, trio):
     close(with_graph / plain.abs().max(), plain / plain.abs().max())
     with pytest.raises(HmfError, match="create_graph: the ops of recurrent layers have first derivatives only"):
         torch.autograd.grad(with_graph.square().sum(), x)
+
+
+@torch.no_grad()
+def test_new_windows_count_real_tokens(trio):
+    """As the base's attention under a mask in which padding between tokens does not count."""
+    hybrid = drop_teacher(fused_model(trio["base"], "SWA-SWA-SWA-SWA", {"swa_config": {"window_size": 4}}))
+    mask = torch.ones_like(ONE)
+    mask[0, 4:7] = 0
+    real, tokens = mask[0].bool(), mask[0].cumsum(0)
+    distance = tokens[:, None] - tokens
+    seen = (distance < 4) & real & torch.ones_like(distance).tril().bool() | torch.eye(len(tokens)).bool()
+    bias = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
+    base = trio["base"](ONE, attention_mask=bias, position_ids=torch.arange(12)[None]).logits
+    close(hybrid(ONE, attention_mask=mask).logits[0, real], base[0, real])

@@ -229,7 +229,7 @@ def test_config_that_is_no_json_object(checkpoint, content):
         ({"hybrid_override_pattern": "*DA-GDN*-*DA-GDN*", "layer_types": ["*DA", "GDN*", "GDN*", "*DA"]}, "disagree"),
         ({"gdn_config": {"use_gatee": False}}, "gdn_config: unknown key 'use_gatee'; did you mean 'use_gate'"),
         ({"gdn_config": {"conv_size": "four"}}, "gdn_config: conv_size: .*integer"),
-        ({"gdn_config": {"conv_size": 0}}, "gdn_config: conv_size: .*greater than 0"),
+        ({"gdn_config": {"conv_size": 0}}, "gdn_config: conv_size: .*greater than or equal to 1"),
         ({"gdn_config": {"kv_proj_rank": -1}}, "gdn_config: kv_proj_rank: "),
         ({"rms_norm_eps": -1e-6}, "rms_norm_eps: -1e-06 is not a number from 0 to 1"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps: nan is not a number"),

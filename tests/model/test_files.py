@@ -323,6 +323,41 @@ def test_a_tensor_that_the_index_does_not_list_is_used(base):
     assert all(same(fused[name], x) for name, x in given.items())
 
 
+def test_shards_of_other_names_are_not_said_to_be_left_out(base, capfd):
+    shard(base)
+    index = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
+    for name in (FIRST, SECOND):
+        (base / name).rename(base / f"of-{name}")
+    (base / "other.safetensors").write_bytes(b"")
+    edit_json(base / "model.safetensors.index.json", weight_map={name: f"of-{file}" for name, file in index.items()})
+    primed(base)
+    assert "not copied to the result: other.safetensors\n" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["Qwen3ForSequenceClassification", "Qwen3ForRewardModel", "Qwen3ForCausalLMEagle3", "LlamaModel"]
+)
+def test_other_heads_are_refused_by_name(base, name):
+    edit_json(base / "config.json", architectures=[name])
+    for load in (load_model, load_config):
+        with pytest.raises(HmfError, match=f"config.json: architectures: {name} is not a causal language model; give"):
+            load(base)
+    for named in ("Qwen3ForCausalLM", "Qwen3Model", "AnyForCausalLM"):
+        edit_json(base / "config.json", architectures=[named])
+        load_config(base)
+
+
+def test_float64_stays_float64(base, capfd):
+    """Also vectors that no cast makes narrower than float32."""
+    edit(base, lambda tensors: tensors.update({name: x.double() for name, x in tensors.items()}))
+    edit_json(base / "config.json", dtype="float64")
+    _, hybrid = primed(base)
+    assert {x.dtype for x in hybrid.values()} == {torch.float64}
+    loaded = load_model(base.parent / "hybrid").state_dict()
+    assert all(torch.equal(loaded[name], x) for name, x in hybrid.items())
+    assert "narrower" not in capfd.readouterr().err
+
+
 def test_two_copies_of_a_parameter(base):
     edit(base, lambda tensors: tensors.update({"norm.weight": torch.ones(64)}))
     refused(f"tensor norm.weight is stored as {NORM} too", base_stage0, base)

@@ -365,6 +365,17 @@ def test_three_to_one_becomes_seven_to_one(family, tmp_path):
     assert before.keys() == after.keys()
 
 
+@pytest.mark.parametrize("family", OWN)
+@torch.no_grad()
+def test_an_activation_has_several_names(family):
+    """transformers calls silu swish too; vLLM does not, so a stock model is written with the former name."""
+    stock, ids = stock_model(family, hidden_act="swish"), random_ids(1, 9)
+    assert torch.equal(stock(ids).logits, stock_model(family)(ids).logits)
+    assert native_config(hybrid_of(stock, "*-GDN-*-*").config, to=FORMAT[family]).hidden_act == "silu"
+    with pytest.raises(HmfError, match="hidden_act: 'gelu': the convolutions of GDN layers need silu"):
+        hybrid_of(stock_model(family, hidden_act="gelu"), "*-GDN-*-*")
+
+
 CLEAN = """
 import json, sys
 import torch

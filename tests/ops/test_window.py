@@ -154,3 +154,14 @@ def test_half_a_past_is_refused():
     x = normal(1, 3, HK, K)
     with pytest.raises(HmfError, match="pass both or neither"):
         KeySet(x, x, 0, 4, past_k=x)
+
+
+@pytest.mark.parametrize("version", [reference, blockwise])
+def test_dropout_leaves_the_mean(version):
+    """Each weight is 0 in a share of the calls, and larger in the others."""
+    x, bounds = tokens_of(1, 6, 2), windows(3, True)
+    sets = [KeySet(x[1 + 2 * i], x[2 + 2 * i], *b) for i, b in enumerate(bounds)]
+    calls = torch.stack([version(x[0], sets, SCALE, dropout=0.3) for _ in range(600)])
+    whole = version(x[0], sets, SCALE)
+    assert (calls.std(0) > 0).all()
+    assert (calls.mean(0) - whole).abs().max() < 6 * calls.std(0).max() / 600**0.5

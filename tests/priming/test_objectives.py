@@ -343,3 +343,16 @@ def test_layerwise_where_queries_grow_with_their_position(kind):
     initialise(model)
     ids, objective = torch.randint(0, 64, (2, 20)), LayerwiseObjective()
     check(model(input_ids=ids, objective=objective)["loss"].item(), SAME)
+
+
+def test_the_teachers_outputs_have_no_dropout(fused):
+    """The students' do, in layers that both share."""
+    ids = torch.arange(3, 15)[None]
+    fused.config.attention_dropout = 0.5
+    for layer in fused.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    fused.train()
+    sizes = [attention_sizes(fused, input_ids=ids) for _ in range(2)]
+    assert sizes[0] == sizes[1] and all(module.training for module in fused.modules())
+    losses = [fused(input_ids=ids, objective=Stage1Objective())["loss"].item() for _ in range(2)]
+    assert losses[0] != losses[1]

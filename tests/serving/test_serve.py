@@ -81,6 +81,14 @@ def no_gpu(monkeypatch):
 
 @pytest.mark.usefixtures("no_gpu")
 class TestOptions:
+    @pytest.mark.parametrize("names", [["HybridQwen3Model"], ["Qwen3ForCausalLM"], None])
+    def test_what_vllm_would_not_generate_text_with(self, scripted, tmp_path, names):
+        folder = shutil.copytree(scripted, tmp_path / "model")
+        content = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(content | {"architectures": names}))
+        with pytest.raises(HmfError, match=f"architectures: {re.escape(repr(names))}: .* only HybridQwen3ForCausalLM"):
+            serve.prepare(folder)
+
     def test_hybrid_on_a_cpu(self, scripted):
         launch = serve.prepare(scripted)
         assert launch.environment == {"VLLM_CPU_KVCACHE_SPACE": "1"}

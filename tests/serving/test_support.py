@@ -240,7 +240,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("family", "fields", "line"),
         [
-            ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu': vLLM's MLPs support only silu"),
+            ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu': vLLM's MLPs support only silu; generate with"),
+            ("llama", {"hidden_act": "swish"}, "hidden_act 'swish': vLLM's MLPs support only silu; write silu, which"),
             ("qwen2", {}, "head_dim 32: vLLM's Qwen2 assumes hidden_size / num_attention_heads, 16"),
             ("qwen3", {"dual_chunk_attention_config": {"chunk_size": 64}}, "dual_chunk_attention_config in"),
             ("qwen3", {"rswa_window": 0}, "rswa_window in config.json"),

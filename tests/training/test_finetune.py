@@ -146,7 +146,11 @@ def test_rows_that_workers_make_are_those_of_one_process(recipe, tmp_path):
 
 
 def test_the_result_has_the_dtype_that_was_asked_for(recipe):
-    out = finetune(recipe(dtype="bfloat16", training={"max_steps": 1, "per_device_train_batch_size": 1}))
+    training = {"max_steps": 1, "per_device_train_batch_size": 1, "logging_steps": 1}
+    run = recipe(dtype="bfloat16", training=training, trainable={"mixers": 4e-3, "norms": 1e-3})
+    out = finetune(run)
+    rates = {name: value for name, value in losses(run.output)[-1].items() if name.startswith("learning_rate_")}
+    assert rates == {"learning_rate_mixers": 4e-3, "learning_rate_norms": 1e-3}  # each group's, in the picture too
     dtypes = {name: x.dtype for name, x in load_file(out / "model.safetensors").items()}
     assert dtypes.pop("model.layers.1.gdn.A_log") == dtypes.pop("model.layers.1.gdn.dt_bias") == torch.float32
     assert set(dtypes.values()) == {torch.bfloat16}

@@ -61,6 +61,9 @@ def test_time_left_and_rate_count_this_processes_steps(monkeypatch, capsys):
     line.on_step_begin(args, state, None)
     state.global_step, now = 912, 132.0  # the time in which the rows of the step were made counts
     assert line.status(args, state).endswith("32 tokens/s")
+    groups = {"learning_rate_mixers": 1e-3, "learning_rate_norms": 1e-4}
+    line.on_log(args, state, None, {"loss": 0.5, "learning_rate": 1e-3, **groups})
+    assert line.status(args, state).startswith("loss 0.5000 lr mixers 0.001 lr norms 0.0001 ")
 
 
 def test_rows_of_any_length_have_no_rate_of_tokens():

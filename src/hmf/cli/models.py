@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
 from hmf.cli.shared import (
     HYBRID,
     MODEL,
     AsJson,
+    Command,
     Compose,
     ComposeChunk,
     Device,
@@ -64,7 +64,7 @@ def evaluate(
         str | None,
         typer.Option(help="Generated tasks, separated by commas; '' for none.", show_default="recall,needle, or all"),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Prompts per task.")] = 50,
+    samples: Annotated[int, typer.Option(min=1, max=10**6, help="Prompts per task.")] = 50,
     length: Annotated[int, tokens("Length of the longest prompts, and of the window for text.", 96)] = 512,
     text_bytes: Annotated[int, typer.Option(min=0, help="Bytes of held-out text to score.")] = 100_000,
     thinking: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = True,
@@ -72,7 +72,7 @@ def evaluate(
         int | None,
         tokens("Largest length of an answer. Default: 160; with a suite, 1024 more than the expected answer."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, max=2**16, help="Prompts per batch.")] = 16,
     baselines: Annotated[bool, typer.Option(help="Also score order-3 n-gram models of bytes and of tokens.")] = False,
     compose: Compose = None,
     compose_chunk: ComposeChunk = 768,
@@ -285,7 +285,7 @@ def chat(
         run(ServerChat(source, url, **options), model)
 
 
-class _Serve(TyperCommand):
+class _Serve(Command):
     """Names the place of vLLM's options where one is given as an option of hmf."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from hmf import hub
 from hmf.errors import HmfError, rewriting
@@ -50,8 +51,11 @@ PATTERN = (
 )
 
 
+MOST = 2**24  # tokens, as in recipes
+
+
 def tokens(help: str, least: int = 1) -> Any:
-    """An option for a number of tokens, which may be written as 128K or 1M, and is at least `least`."""
+    """An option for a number of tokens from `least` to `MOST`, which may be written as 128K or 1M."""
     return typer.Option(parser=lambda value: _parsed(value, least), metavar="TOKENS", help=help)
 
 
@@ -73,6 +77,8 @@ def _parsed(value: str | int, least: int) -> int:
         raise typer.BadParameter(str(error)) from None
     if number < least:
         raise typer.BadParameter(f"{number} is less than {least}")
+    if number > MOST:
+        raise typer.BadParameter(f"{number} is more than {MOST}")
     return number
 
 
@@ -164,14 +170,34 @@ class Group(TyperGroup):
         return super().parse_args(ctx, args)
 
 
+class Command(TyperCommand):
+    """A command whose numbers are finite. Bounds of options do not refuse nan, and those without an upper one inf."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        option: Any
+        for option in self.params:
+            value = ctx.params.get(option.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise typer.BadParameter(f"{value} is not a finite number", ctx, option)
+        return rest
+
+
+class App(typer.Typer):
+    """A Typer app whose commands are of the class `Command`, unless they name a subclass of it."""
+
+    def command(self, name: str | None = None, **options: Any) -> Any:
+        return super().command(name, **({"cls": Command} | options))
+
+
 def typed(*words: object) -> str:
     """A command of `hmf` with these words, as a user can type it here."""
     return f"{command()} {shlex.join(map(str, words))}"
 
 
-def group(help: str, cls: type[Group] = Group, **options: Any) -> typer.Typer:
+def group(help: str, cls: type[Group] = Group, **options: Any) -> App:
     """A `Group` as a Typer app."""
-    return typer.Typer(cls=cls, rich_markup_mode=None, help=help, **options)
+    return App(cls=cls, rich_markup_mode=None, help=help, **options)
 
 
 def epilog(*examples: str) -> str:

@@ -32,7 +32,7 @@ class FilterSettings(Settings):
     """Which documents are left out. `repetition: true` selects the default thresholds."""
 
     min_tokens: TokenCount = Field(0, ge=0)  # shorter documents are left out
-    max_tokens: TokenCount | None = Field(None, ge=1)  # longer documents are left out
+    max_tokens: TokenCount | None = Field(None, ge=1, le=2**50)  # longer documents are left out
     repetition: RepetitionSettings | None = None  # thresholds of the repetition filters; left out: no such filters
 
     @field_validator("repetition", mode="before")
@@ -50,7 +50,7 @@ class SourceSettings(PlaceSettings):
     messages_field: str | None = None  # field with messages; the documents are then conversations
     # layout of a conversation; left out: messages with role and content
     shape: Literal["sharegpt", "alpaca", "prompt_completion"] | None = None
-    weight: float | None = Field(None, gt=0)  # share of the mixture's tokens
+    weight: float | None = Field(None, ge=1e-9, le=10**9)  # share of the mixture's tokens
     filters: FilterSettings | None = None  # filters of this source; left out: the recipe's
 
     @model_validator(mode="after")
@@ -58,10 +58,9 @@ class SourceSettings(PlaceSettings):
         if self.text_field is not None and self.chat:
             other = "messages_field" if self.messages_field is not None else "shape"
             raise ValueError(f"give either text_field or {other}: a document is either a text or a conversation")
-        if self.chat_template_kwargs and not self.chat:
-            raise ValueError(
-                "chat_template_kwargs has no effect on texts; set messages_field or shape, or leave it out"
-            )
+        of_chat = {"tools_field", "ignore_keys", "chat_template_kwargs"} & self.model_fields_set
+        if of_chat and not self.chat:
+            raise ValueError(f"{min(of_chat)} has no effect on texts; set messages_field or shape, or leave it out")
         if self.messages_field is not None and self.shape in ("alpaca", "prompt_completion"):
             raise ValueError(
                 f"messages_field has no effect with shape {self.shape}, which has its own field names; leave it out"
@@ -87,10 +86,6 @@ class SourceSettings(PlaceSettings):
         return not self.chat
 
     @property
-    def columns(self) -> list[str] | None:
-        return None if self.chat else [self.field]
-
-    @property
     def title(self) -> str:
         """`name`, or the last part of the place if there is no name."""
         if self.name is not None:
@@ -110,7 +105,7 @@ class DataRecipe(Settings):
     tokenizer: str  # a checkpoint directory, or "teacher" for the embedded one
     sequence_length: Tokens  # tokens in a row
     sources: list[SourceSettings] = Field(min_length=1)  # sources of documents
-    tokens: TokenCount | None = Field(None, ge=1)  # tokens of the whole mixture; needs weights
+    tokens: TokenCount | None = Field(None, ge=1, le=2**50)  # tokens of the whole mixture; needs weights
     seed: Seed = 0  # seed of the order of documents
     thinking: Literal["keep", "strip"] = "keep"  # whether assistant turns keep their thinking; strip: it is removed
     turns: Literal["all", "last"] = "all"  # which assistant turns are supervised

@@ -10,20 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
     StrictBool,
     ValidationError,
 )
 
 from hmf.errors import HmfError, notice, unknown_name
+
+# The upper bounds are far above every use: they turn a typing error into a message in place of exhausted memory.
+Window = Annotated[int, Field(ge=1, le=2**24)]
+Epsilon = Annotated[float, Field(ge=0, le=1)]
 
 
 class LayerOptions(BaseModel):
@@ -102,6 +103,9 @@ def base_intermediate_size(base: Any) -> int:
     return getattr(base, "intermediate_size", None) or base.moe_intermediate_size
 
 
+SILU = ("silu", "swish")  # the names of this activation in transformers
+
+
 def base_activation(base: Any) -> str:
     """The activation of a base's MLPs; Gemma's configs may have `hidden_act` too, which its modules do not read."""
     return base.hidden_activation if has_key(base, "hidden_activation") else base.hidden_act
@@ -154,8 +158,10 @@ class _LinearOptions(LayerOptions):
     num_k_heads: int
     num_v_heads: int
     use_gate: bool = True  # whether the output is gated
-    conv_size: PositiveInt = 4  # width of the short convolutions
-    kv_proj_rank: NonNegativeInt | None = None  # rank of the correction that is added to the repeated heads of k and v
+    conv_size: int = Field(4, ge=1, le=2**10)  # width of the short convolutions
+    kv_proj_rank: int | None = Field(
+        None, ge=0, le=2**14
+    )  # rank of the correction that is added to the repeated heads of k and v
     kv_learnable_residual: bool = False  # with kv_proj_rank: repeated heads have learned factors
     # Heads as in the base's own recurrent layers (Qwen3.5), not as in attention. Written only if it is true.
     own_shape: StrictBool = Field(False, exclude_if=lambda value: not value)
@@ -190,7 +196,7 @@ class GDNOptions(_LinearOptions):
     use_short_conv: bool = True  # short convolutions on q, k and v
     allow_neg_eigval: bool = False  # whether beta is doubled, so that transitions can have negative eigenvalues
     conv_bias: bool = False  # biases in the short convolutions
-    norm_eps: NonNegativeFloat = 1e-5  # epsilon of the norm over each head; new layers use the base's rms_norm_eps
+    norm_eps: Epsilon = 1e-5  # epsilon of the norm over each head; new layers use the base's rms_norm_eps
 
 
 class KDAOptions(GDNOptions):
@@ -212,10 +218,10 @@ class GKAOptions(_LinearOptions):
     gla_rescale: bool = True  # whether outputs are scaled by 1 / sqrt(head_dim)
     solver_type: Literal["chebyshev"] = "chebyshev"  # the only solver
     bp_lambda: bool = True  # whether gradients flow through lambda
-    num_iter: NonNegativeInt = 30  # Chebyshev iterations of the solver
-    ridge_strength: NonNegativeFloat = 0.02  # lambda relative to the norm of the covariance
-    norm_eps: NonNegativeFloat = 1e-6  # epsilon of the norm over each head
-    chunk_size: PositiveInt = 64  # kept for readers of config.json; it has no effect
+    num_iter: int = Field(30, ge=0, le=10**4)  # Chebyshev iterations of the solver
+    ridge_strength: float = Field(0.02, ge=0, le=10**6)  # lambda relative to the norm of the covariance
+    norm_eps: Epsilon = 1e-6  # epsilon of the norm over each head
+    chunk_size: Window = 64  # kept for readers of config.json; it has no effect
 
 
 class Mamba2Options(LayerOptions):
@@ -260,7 +266,7 @@ class BMojoFOptions(LayerOptions):
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
-    window_size: PositiveInt = 2048  # tokens of the window
+    window_size: Window = 2048  # tokens of the window
     tie_attn_weights: bool = True  # whether fading tokens use the projections of the input
     # Scales queries by their position, as the base does (Ministral 3). The published software does not know this key,
     # so it is written only if it is true.
@@ -286,7 +292,7 @@ class BMojoFOptions(LayerOptions):
 class SWAOptions(LayerOptions):
     """Sliding-window attention, `swa_config`."""
 
-    window_size: PositiveInt = 2048  # tokens of the window
+    window_size: Window = 2048  # tokens of the window
 
     @classmethod
     def dimensions(cls, base: Any, own_shape: bool = False) -> dict[str, Any]:

@@ -54,11 +54,6 @@ class PlaceSettings(Settings):
         """Whether a record may be a plain text instead of a row with fields."""
         return False
 
-    @property
-    def columns(self) -> list[str] | None:
-        """The fields of a row that are read; None for all."""
-        return None
-
 
 class PairSettings(PlaceSettings):
     """Preference pairs: rows with a prompt, a chosen and a rejected answer; see docs/training.md."""
@@ -69,7 +64,9 @@ class PairSettings(PlaceSettings):
     chosen_field: str = "chosen"  # field with the better answer
     rejected_field: str = "rejected"  # field with the worse answer
     sequence_length: Tokens = 1024  # tokens in a row, which holds whole pairs
-    beta: float = Field(0.1, gt=0)  # DPO's beta: the larger, the closer the model stays to its starting point
+    beta: float = Field(
+        0.1, ge=1e-6, le=10**6
+    )  # DPO's beta: the larger, the closer the model stays to its starting point
 
     @model_validator(mode="after")
     def _rows_with_fields(self) -> PairSettings:

@@ -18,7 +18,7 @@ from .pattern import Pattern, mixer_symbol
 from .places import EvalPairSettings, PairSettings
 from .rope import RopeSettings
 from .selection import SelectSettings
-from .strict import Seed, Settings, TokenCount, Tokens, require_none
+from .strict import Rate, Seed, Settings, TokenCount, Tokens, require_none
 from .training import OptimiserSettings, ParallelSettings
 
 TrainableGroup = Literal["mixers", "norms", "attention", "mlp", "embeddings"]
@@ -35,7 +35,7 @@ class CalibrationSettings(Settings):
     # steps of Adam on decay, gates and convolutions; 0: only the output projection is fitted
     steps: int = Field(100, ge=0, le=10**9)
     # learning rate of Adam at the first step; for matrices with more than 256 inputs, it is multiplied by 256 / inputs
-    learning_rate: float = Field(0.01, gt=0)
+    learning_rate: Rate = 0.01
 
 
 class HybridSettings(Settings):
@@ -150,7 +150,7 @@ def _as_schedule(value: Any) -> Any:
 # Weights by step: linear between the given steps, constant before the first and after the last. A number is a constant
 # weight.
 Schedule = Annotated[
-    dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0, allow_inf_nan=False)]],
+    dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0, le=10**6, allow_inf_nan=False)]],
     Field(min_length=1),
     BeforeValidator(_as_schedule),
 ]
@@ -188,9 +188,9 @@ class ObjectiveSettings(Settings):
     # number of the teacher's most likely tokens that are compared; all others count as one outcome. Left out: all
     kl_top_k: int | None = Field(None, ge=1)
     # temperature that divides the logits; the term is multiplied by its square
-    kl_temperature: float = Field(1.0, ge=1e-3, le=1e3)
+    kl_temperature: float = Field(1.0, ge=1e-3, le=10**3)
     # weight of tokens where the student's likeliest token is not the teacher's, relative to the other tokens
-    kl_differing_weight: float = Field(1.0, gt=0, le=1e6)
+    kl_differing_weight: float = Field(1.0, gt=0, le=10**6)
     # tokens whose logits are computed at a time; left out: chosen by the size of the vocabulary
     kl_chunk_size: TokenCount | None = Field(None, ge=1)
 
@@ -225,7 +225,7 @@ class OnPolicySettings(Settings):
     """Stage 1 on texts that the student generates: it continues prompts from `data`, up to `data.sequence_length`."""
 
     max_new_tokens: TokenCount = Field(128, ge=1)  # largest number of tokens of a continuation
-    temperature: float = Field(1.0, gt=0)  # temperature of sampling, independent of kl_temperature
+    temperature: float = Field(1.0, ge=1e-6, le=10**3)  # temperature of sampling, independent of kl_temperature
     top_p: float = Field(1.0, gt=0, le=1)  # top-p of sampling
 
 
@@ -303,9 +303,9 @@ class LoraSettings(Settings):
 
     groups: list[TrainableGroup] = Field(["attention", "mlp"], min_length=1)  # frozen groups that get adapters
     rank: int = Field(16, ge=1, le=2**16)  # rank of the adapters
-    alpha: float = Field(32.0, gt=0)  # adapters are scaled by alpha / rank
+    alpha: float = Field(32.0, ge=1e-6, le=10**6)  # adapters are scaled by alpha / rank
     dropout: float = Field(0.0, ge=0, lt=1)  # dropout of the adapters' inputs
-    learning_rate: float = Field(gt=0)  # learning rate of the adapters
+    learning_rate: Rate  # learning rate of the adapters
 
 
 class EvaluateSettings(Settings):
@@ -340,7 +340,7 @@ class FinetuneRecipe(Settings):
     eval_pairs: EvalPairSettings | None = None  # pairs to evaluate on, for dpo; left out: rows held out of pairs
     rope: RopeSettings = Field(default_factory=RopeSettings)  # changes to rotary positions
     # learning rate of each trained group
-    trainable: dict[TrainableName, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    trainable: dict[TrainableName, Rate] = Field(default_factory=dict)
     lora: LoraSettings | None = None  # adapters on frozen groups
     training: ParallelSettings  # optimiser, log, checkpoints, processes
     dtype: Literal["float32", "bfloat16"] | None = None  # dtype of the result; left out: the dtype of `model`

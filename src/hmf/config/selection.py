@@ -24,7 +24,7 @@ class SelectSettings(Settings):
     # for supernet: steps in which a random subset of the layers is replaced
     subset_steps: int = Field(240, ge=0, le=10**9)
     rows: int = Field(48, ge=2, le=2**16)  # rows of data on which choices are scored
-    window_size: TokenCount = Field(128, ge=1)  # for window: number of tokens to which a layer still attends
+    window_size: TokenCount = Field(128, ge=1, le=2**24)  # for window: number of tokens to which a layer still attends
     # if there are at most this many choices, all are scored; otherwise a search scores some of them
     choices: int = Field(512, ge=1, le=2**20)
     # for scores: JSON or CSV file with a number for each layer, larger where attention is needed

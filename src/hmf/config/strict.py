@@ -91,6 +91,8 @@ TokenCount = Annotated[int, BeforeValidator(parse_tokens)]
 # Bounds that turn a typing error into an error message instead of exhausted memory.
 Tokens = Annotated[TokenCount, Field(ge=16, le=2**24)]  # in a row
 Steps = Annotated[int, Field(ge=1, le=10**9)]
+# Learning rates. A smaller one moves no weight of float32, and AdamW's numbers overflow with a much larger one.
+Rate = Annotated[float, Field(ge=1e-12, le=10**6)]
 SEAL = "seal"
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the range that random number generators accept
 

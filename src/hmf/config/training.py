@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
 from hmf.errors import notice
 
-from .strict import Settings, Steps, require_none
+from .strict import Rate, Settings, Steps, require_none
 
 # Former names of keys of `training`; they are accepted until the next release.
 RENAMED = {"steps": "max_steps", "rows_per_step": "per_device_train_batch_size", "schedule": "lr_scheduler_type"}
@@ -29,6 +29,12 @@ def _as_strategy(value: Any) -> Any:
     return "no" if value is False else value  # what YAML makes of a plain no
 
 
+def _as_factor(value: float) -> float:
+    if 0 < value < 1:
+        raise ValueError("losses that do not grow would stop the run; give 1 or more, or 0 to turn the check off")
+    return value
+
+
 class OptimiserSettings(Settings):
     """AdamW with a warm-up. Keys that transformers' Trainer also has have its names and values."""
 
@@ -38,7 +44,7 @@ class OptimiserSettings(Settings):
     # rows in a batch of one process; see gradient_accumulation_steps
     per_device_train_batch_size: int = Field(ge=1, le=2**16)
     gradient_accumulation_steps: int = Field(1, ge=1, le=2**16)  # batches per optimiser step and process
-    learning_rate: float = Field(1e-4, gt=0)  # learning rate; `hmf finetune` has one per group, in trainable
+    learning_rate: Rate = 1e-4  # learning rate; `hmf finetune` has one per group, in trainable
     # schedule of the learning rate
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_min_lr"] = (
         "constant_with_warmup"
@@ -48,9 +54,9 @@ class OptimiserSettings(Settings):
     warmup_steps: int = Field(0, ge=0, le=10**9)  # number of first steps in which the learning rate rises from 0
     # number of warm-up steps as a share of max_steps, rounded up; in place of warmup_steps
     warmup_ratio: float | None = Field(None, ge=0, le=1)
-    weight_decay: float = Field(0.0, ge=0)  # weight decay of AdamW, for matrices only
+    weight_decay: float = Field(0.0, ge=0, le=10**3)  # weight decay of AdamW, for matrices only
     adam_beta2: float = Field(0.95, gt=0, lt=1)  # second beta of AdamW; the first is 0.9
-    max_grad_norm: float = Field(1.0, gt=0)  # gradients are clipped to this norm
+    max_grad_norm: float = Field(1.0, ge=1e-9)  # gradients are clipped to this norm
     logging_steps: Steps = 10  # steps between log entries; there is one at each checkpoint, too
     save_steps: Steps = 500  # steps between checkpoints
     save_total_limit: int = Field(2, ge=1)  # number of checkpoints that are kept; older ones are removed
@@ -67,8 +73,8 @@ class OptimiserSettings(Settings):
     torch_compile: bool = False  # whether decoder layers are compiled, which takes a minute or more when a run starts
     # GPUs that the recipe is written for, such as h200x8, for `hmf plan-training`
     gpus: str | None = None
-    # the run stops if the loss stays above this multiple of the median of recent losses; 0: never
-    divergence_factor: float = Field(10.0, ge=0)
+    # the run stops if the loss stays above this multiple, 1 or more, of the median of recent losses; 0: never
+    divergence_factor: Annotated[float, AfterValidator(_as_factor)] = Field(10.0, ge=0)
     # experiment trackers that receive the log
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     run_name: str | None = None  # name of the run in the trackers; left out: chosen by the tracker

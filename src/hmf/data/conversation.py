@@ -262,6 +262,9 @@ def _calls(calls: Any, place: str, ignored: frozenset[str]) -> list[Message]:
         where = f"{place}[{number}]"
         if not isinstance(call, dict):
             raise HmfError(f"{where}: an object with a function's name and arguments is expected, not {_kind(call)}")
+        stated, of = (call["function"], ".function") if "function" in call else (call, "")
+        if isinstance(stated, dict) and stated.get("arguments") == []:
+            raise HmfError(f"{where}{of}.arguments: an object is expected, not a list; without arguments, write {{}}")
         if "function" in call:
             kept = _present(call, CALL_KEYS, where, ignored)
             function, inside = kept.get("function"), f"{where}.function"

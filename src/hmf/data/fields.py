@@ -72,11 +72,11 @@ def unread_fields(
     """The fields with a value that are not used.
 
     Args:
-        messages: those of a conversation; none for pairs.
+        messages: those of a conversation; none for pairs and texts.
     Raises:
         HmfError: a field is not only a fact about the row.
     """
-    passed = {*used, settings.tools_field, VARIABLES}
+    passed = {*used} if _of_text(settings) else {*used, settings.tools_field, VARIABLES}
     unread = {name: value for name, value in row.items() if name not in passed and value not in EMPTY}
     for name, value in unread.items():
         if problem := _problem(name, value, messages, settings):
@@ -86,7 +86,10 @@ def unread_fields(
 
 def _problem(name: str, value: Any, messages: Sequence[dict[str, Any]], settings: PlaceSettings) -> str | None:
     words = _words(name)
-    if _holds_tools(value, named=not {"tools", "functions"}.isdisjoint(words)):
+    has_tools = _holds_tools(value, named=not {"tools", "functions"}.isdisjoint(words))
+    if _of_text(settings) and (has_tools or "".join(words) in _JOINED):
+        return "belongs to a conversation but is not read; set messages_field or shape, move it into the text"
+    if has_tools:
         return f"belongs to the conversation but is not read; set tools_field: {name}"
     if name in ("documents", "enable_thinking"):
         return f"belongs to the conversation but is not read; move it into {VARIABLES}"
@@ -97,10 +100,15 @@ def _problem(name: str, value: Any, messages: Sequence[dict[str, Any]], settings
     if _is_mask(value, messages):
         return "has 0 or 1 for each message but is not read; write weight into the assistant's messages"
     if _is_supervision(words, value):
-        return f"is {value!r:.40}, but rows have no weights; remove the row, or write weight into its messages"
+        fix = "" if _of_text(settings) else ", or write weight into its messages"
+        return f"is {value!r:.40}, but rows have no weights; remove the row{fix}"
     if messages and name.casefold() in _ANSWERS and (role := messages[-1]["role"]) != "assistant":
         return f"may hold the answer to the last message, which is of role {role!r}; append it to the messages"
     return None
+
+
+def _of_text(settings: PlaceSettings) -> bool:
+    return isinstance(settings, SourceSettings) and not settings.chat
 
 
 def parsed(value: Any) -> Any:

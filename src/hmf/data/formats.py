@@ -65,9 +65,11 @@ def conversation(row: Row, settings: SourceSettings) -> Conversation:
             messages = [*_system(row), *_turns(_field(row, settings.field), settings.field)]
             _one_system(messages)
         case "alpaca":
+            _require_of_shape(row, settings, "instruction", "output")
             used, messages = {*ALPACA, "output"}, [*_alpaca(row), _message("assistant", _text(row, "output"), "output")]
         case "prompt_completion":
             used = {"prompt", "completion"}
+            _require_of_shape(row, settings, "prompt", "completion")
             prompt, messages = _messages(row, "prompt", "user"), _messages(row, "completion", "assistant")
     prompt, messages = ([_without(one, settings.ignore_keys) for one in part] for part in (prompt, messages))
     messages = [*_context(prompt), *messages]
@@ -93,10 +95,12 @@ def pair(row: Row, settings: PairSettings) -> Pair:
                 prompt = _messages(row, settings.prompt_field, "user")
             case "sharegpt":
                 used |= {"conversations", "system"}
+                _require_of_shape(row, settings, "conversations")
                 prompt = [*_system(row), *_turns(_field(row, "conversations"), "conversations")]
                 _one_system(prompt)
             case "alpaca":
                 used |= set(ALPACA)
+                _require_of_shape(row, settings, "instruction")
                 prompt = _alpaca(row)
         answers = [_answer(row, name, settings) for name in names]
     tools, unread = _tools(row, settings), unread_fields(row, used, settings)
@@ -175,6 +179,13 @@ def _require(row: Row, field: str, shapes: dict[str, str]) -> None:
     if field not in row:
         shape = next((f", or shape: {shape}" for name, shape in shapes.items() if name in row and name != field), "")
         raise missing(row, field, f"add it, or set the recipe's key for its name{shape}")
+
+
+def _require_of_shape(row: Row, settings: SourceSettings | PairSettings, *fields: str) -> None:
+    """HmfError without a field whose name belongs to the shape, so that no key of the recipe can give another."""
+    for name in fields:
+        if name not in row:
+            raise missing(row, name, f"shape {settings.shape} needs it; add it, or give the shape of these rows")
 
 
 def _field(row: Row, field: str) -> Any:

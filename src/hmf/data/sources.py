@@ -24,6 +24,7 @@ from hmf.config.data import SourceSettings
 from hmf.config.places import PairSettings, PlaceSettings
 from hmf.config.strict import parse_json, require_text
 from hmf.data import files, formats, text
+from hmf.data.fields import unread_fields
 from hmf.data.formats import Conversation, Pair
 from hmf.errors import HmfError, unknown_name
 
@@ -173,12 +174,10 @@ class Source:
         try:
             with parquet.ParquetFile(path) as file:
                 size = path.stat().st_size // max(1, file.metadata.num_rows)
-                names, needed = file.schema_arrow.names, self.settings.columns
+                names = file.schema_arrow.names
                 if len({*names}) < len(names):
                     raise HmfError(f"{path}: two columns have the same name; rename one")
-                # All columns are read, so that an error about a missing one can name the others.
-                columns = needed if needed is not None and {*needed} <= {*names} else None
-                for batch in file.iter_batches(batch_size=_batch_size(file.metadata), columns=columns):
+                for batch in file.iter_batches(batch_size=_batch_size(file.metadata)):
                     for at in range(batch.num_rows if batch.nbytes > files.LIMIT else 0):
                         if batch.slice(at, 1).nbytes > files.LIMIT:
                             raise HmfError(
@@ -283,6 +282,7 @@ def content(record: Record, settings: SourceSettings) -> str | Conversation:
         fix = "; set messages_field or shape to read conversations" if isinstance(value, list) else ""
         raise HmfError(f"field {field!r} holds {formats.kind_of(value)} instead of text{fix}")
     require_text(value, field)
+    unread_fields({name: x for name, x in row.items() if name not in settings.ignore_fields}, {field}, settings)
     return value
 
 

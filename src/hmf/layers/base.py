@@ -263,6 +263,11 @@ class Mixer(Stateful):
         """Initialise the mixer's direct parameters, which belong to no submodule (decay, step size). Default: none."""
 
 
+def wide_zeros(size: int) -> nn.Parameter:
+    """A vector of zeros for `Stateful.float32_parameters`: float32, or float64 in a model of this dtype."""
+    return nn.Parameter(torch.zeros(size, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32)))
+
+
 def init_decay(A_log: nn.Parameter, dt_bias: nn.Parameter, generator: torch.Generator | None = None) -> None:
     """Mamba's initialisation (arXiv 2312.00752): A_log = log U(0, 16); softplus(dt_bias) log-uniform in [1e-3, 0.1]."""
     with torch.no_grad():

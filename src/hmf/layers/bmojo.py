@@ -55,7 +55,7 @@ class BMojoAttention(nn.Module):
             bias, o_bias = getattr(config, "attention_bias", True), getattr(config, "attention_bias", False)
             whole = getattr(config, "whole", config)  # the whole model's, if `config` is of a tensor-parallel rank
             scale = (options.head_dim if qk_norm else whole.hidden_size // whole.num_attention_heads) ** -0.5
-        self.scale = scale
+        self.scale, self.dropout = scale, config.attention_dropout or 0.0
         norms = stock_attention(config, layer_idx)
         for end in ("",) if self.tied else ("", "_"):
             for name, width in (("q", inner), ("k", kv), ("v", kv)):
@@ -89,7 +89,8 @@ class BMojoAttention(nn.Module):
         if fading_q:  # concatenate both queries, and pad each set's keys with zeros in place of the other query
             q = torch.cat([q, *fading_q], -1)
             sets = [_widened(keys, fading=keys.low > 0) for keys in sets]
-        return windowed_attention(q, sets, self.scale, seen, cu_seqlens)
+        dropout = self.dropout if self.training else 0.0
+        return windowed_attention(q, sets, self.scale, seen, cu_seqlens, dropout)
 
     def output(self, o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The result of `attend`, [B, T, H, K], gated by the layer's input x [B, T, D] where the base does it."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from hmf.ops import kimi_delta_attention
 
-from .base import Start
+from .base import Start, wide_zeros
 from .gdn import GatedDeltaNet
 
 
@@ -28,8 +28,8 @@ class KimiDeltaAttention(GatedDeltaNet):
         heads, head_dim = self.options.num_heads, self.options.head_dim
         self.f_a_proj = nn.Linear(self.hidden_size, head_dim, bias=False)
         self.f_b_proj = nn.Linear(head_dim, heads * head_dim, bias=False)
-        self.A_log = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
-        self.dt_bias = nn.Parameter(torch.zeros(heads * head_dim, dtype=torch.float32))
+        self.A_log = wide_zeros(heads)
+        self.dt_bias = wide_zeros(heads * head_dim)
 
     def add_gate(self, inner: int) -> None:
         self.g_a_proj = nn.Linear(self.hidden_size, self.options.head_dim, bias=False)

@@ -14,7 +14,7 @@ from torch import nn
 
 from hmf.ops import short_conv
 
-from .base import HeadRMSNorm, Mixer, Start, States, StateShape, init_decay, split_heads
+from .base import HeadRMSNorm, Mixer, Start, States, StateShape, init_decay, split_heads, wide_zeros
 
 
 class LowRank(nn.Module):
@@ -64,8 +64,8 @@ class LinearMixer(Mixer):
         """Make the parameters that `decay` reads."""
         heads = self.options.num_heads
         self.add_module(self.decay_name, nn.Linear(self.hidden_size, heads, bias=False))
-        self.A_log = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
-        self.dt_bias = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
+        self.A_log = wide_zeros(heads)
+        self.dt_bias = wide_zeros(heads)
 
     def add_gate(self, inner: int) -> None:
         """Make the parameters that `gate` reads, for `inner` = H K channels."""

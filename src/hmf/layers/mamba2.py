@@ -16,7 +16,7 @@ from torch import nn
 from hmf.ops import short_conv, state_space_dual
 
 from .attention import norm_offset, rotate, stock_parameters
-from .base import HeadRMSNorm, Mixer, Start, States, StateShape, init_decay, split_heads
+from .base import HeadRMSNorm, Mixer, Start, States, StateShape, init_decay, split_heads, wide_zeros
 
 CONV_SIZE, QK_NORM_EPS, NORM_EPS = 4, 1e-6, 1e-5  # fixed in the published format
 
@@ -37,8 +37,8 @@ class Mamba2(Mixer):
         if o.use_qk_norm and "q_norm.weight" in stock_parameters(config, layer_idx):  # per head, whatever the base's
             self.B_norm = nn.RMSNorm(self.head_dim, eps=QK_NORM_EPS)
             self.C_norm = nn.RMSNorm(self.head_dim, eps=QK_NORM_EPS)
-        self.A_log = nn.Parameter(torch.zeros(self.heads, dtype=torch.float32))
-        self.dt_bias = nn.Parameter(torch.zeros(self.heads, dtype=torch.float32))
+        self.A_log = wide_zeros(self.heads)
+        self.dt_bias = wide_zeros(self.heads)
         self.D = nn.Parameter(torch.ones(self.heads))
         self.norm = HeadRMSNorm(o.d_inner, eps=NORM_EPS)
         self.out_proj = nn.Linear(o.d_inner, o.d_model, bias=False)

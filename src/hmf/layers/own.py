@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hmf.config.layers import SILU
 from hmf.errors import HmfError
 from hmf.ops import gated_delta_rule, short_conv
 
@@ -148,7 +149,7 @@ def check_own_layers(config: Any) -> None:
     """HmfError for a config whose layers cannot run here; transformers' attention has its gate in any case."""
     if getattr(config, "attn_output_gate", True) is not True:
         raise HmfError(f"config.json: attn_output_gate: {config.attn_output_gate!r}: must be true, or left out")
-    if config.hidden_act != "silu":
+    if config.hidden_act not in SILU:
         raise HmfError(f"config.json: hidden_act: {config.hidden_act!r}: the convolutions of GDN layers need silu")
     for name in OWN_SIZES:
         if getattr(config, name) < 1:

@@ -57,7 +57,7 @@ class SlidingWindowAttention(WindowMixer):
         super().__init__(config, layer_idx)
         self.head_dim = base_head_dim(config)
         self.growth, self.has_positions = query_growth(config), has_positions(config, layer_idx)
-        self.scale = attention_scale(config, layer_idx)
+        self.scale, self.dropout = attention_scale(config, layer_idx), config.attention_dropout or 0.0
         stock = stock_parameters(config, layer_idx)
         inner, kv = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, inner, bias="q_proj.bias" in stock)
@@ -86,7 +86,8 @@ class SlidingWindowAttention(WindowMixer):
         reach = self.options.window_size - 1
         before, new = states or {}, {"seen": count_tokens(hidden_states, states, cu_seqlens)}
         keys = KeySet(k, v, 0, reach, before.get("k"), before.get("v"))
-        o = windowed_attention(q, [keys], self.scale, before.get("seen"), cu_seqlens)
+        dropout = self.dropout if self.training else 0.0
+        o = windowed_attention(q, [keys], self.scale, before.get("seen"), cu_seqlens, dropout)
         for name, x in (("k", k), ("v", v)):
             new[name] = latest(x, reach, before.get(name), cu_seqlens)
         o = o.flatten(-2)

@@ -225,6 +225,7 @@ def load_config(source: str | Path, weights: bool = True) -> Any:
                 f"{config.model_type!r}, which is not a supported family; remove the key if sliding_window applies to "
                 "every layer"
             )
+        _require_language_model(content, file)
         check_heads(config, str(file))
         if (active := experts_per_token(config)) > (experts := getattr(config, "num_experts", active)):
             raise HmfError(f"{file}: num_experts_per_tok: {active} is more than num_experts, {experts}; correct it")
@@ -242,6 +243,19 @@ def _check_fields(content: Mapping[str, Any], source: str) -> None:
     model_type = str(content.get("model_type"))
     if model_type in FAMILIES or model_type.startswith("hybrid_"):
         check_rope(content, family_of(model_type, source), source)
+
+
+def _require_language_model(content: Mapping[str, Any], file: Path) -> None:
+    """HmfError if `architectures` names a model with another head, such as a classifier, or one that is not causal."""
+    family = family_of(content["model_type"])
+    decoders = {f"{family.prefix}{family.text}Model", f"{family.hybrid_prefix}Model"}
+    names = content.get("architectures")
+    for name in names if isinstance(names, list) else ():
+        if isinstance(name, str) and not name.endswith("ForCausalLM") and name not in decoders:
+            raise HmfError(
+                f"{file}: architectures: {name} is not a causal language model; give one, whose class is "
+                f"{family.prefix}ForCausalLM"
+            )
 
 
 def require_own_names(folder: Path) -> None:

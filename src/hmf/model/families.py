@@ -56,6 +56,11 @@ class Family:
         is_moe = hasattr(self._module("modeling"), "load_balancing_loss_func")
         return modeling_outputs.MoeModelOutputWithPast if is_moe else modeling_outputs.BaseModelOutputWithPast
 
+    def returns_given_cache(self) -> bool:
+        """Whether the decoder's result has a cache that was passed with use_cache=False. The families differ."""
+        decoder: Any = self.class_named("Model")
+        return "past_key_values if use_cache" not in inspect.getsource(decoder.forward)
+
     def query_growth(self) -> Callable[..., Any] | None:
         """The function for the position-dependent factor of queries (Ministral 3), or None.
 

@@ -334,11 +334,13 @@ def copy_companions(source: str | Path, target: str | Path, leave: re.Pattern[st
     and `LEFT_BEHIND`, and those whose names match `leave`. Of folders, only those with chat templates are copied.
     """
     source, target, not_copied = Path(source), Path(target), []
+    index = source / INDEX
+    shards = set(weight_files(source)) if index.exists() else set()  # of any names
     within = Path(os.path.realpath(target))
     for item in sorted(require_folder(source).iterdir()):
         if item.is_dir() and item.name in TEMPLATES:
             shutil.copytree(item, target / item.name, copy_function=shutil.copyfile)
-        elif WRITTEN.fullmatch(item.name) or within.is_relative_to(os.path.realpath(item)):
+        elif WRITTEN.fullmatch(item.name) or item.name in shards or within.is_relative_to(os.path.realpath(item)):
             continue
         elif LEFT_BEHIND.fullmatch(item.name) or not item.is_file() or (leave and leave.fullmatch(item.name)):
             not_copied.append(item.name + "/" * item.is_dir())

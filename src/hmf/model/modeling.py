@@ -113,6 +113,7 @@ class AsItsFamily(Mixin):
 class HybridModelMixin(AsItsFamily, StrictLoading):
     """The first base class of a Hybrid's decoder; the second is the family's decoder (`Qwen3Model`, ...)."""
 
+    returns_given_cache: bool  # `Family.returns_given_cache`, read once
     _other_tensors = ("lm_head.",)  # checkpoints of the causal language model can be loaded too
 
     def __init__(self, config: Any):
@@ -253,9 +254,10 @@ class HybridModelMixin(AsItsFamily, StrictLoading):
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
         )
         hidden_states = self.run_layers(inputs.hidden_states, inputs, range(len(self.layers)))
+        given = past_key_values is not None and self.returns_given_cache
         return self.family.output_class()(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=inputs.shared["past_key_values"] if use_cache else None,
+            past_key_values=inputs.shared["past_key_values"] if use_cache or given else None,
         )
 
 
@@ -389,7 +391,8 @@ def hybrid_classes(family: Family) -> HybridClasses:
         ),
     }
     stock: Any = family.class_named("ForCausalLM")
-    model = type(f"{family.hybrid_prefix}Model", (HybridModelMixin, family.class_named("Model")), dict(common))
+    decoder = common | {"returns_given_cache": family.returns_given_cache()}
+    model = type(f"{family.hybrid_prefix}Model", (HybridModelMixin, family.class_named("Model")), decoder)
     causal_lm = type(
         f"{family.hybrid_prefix}ForCausalLM",
         (HybridCausalLMMixin, stock),

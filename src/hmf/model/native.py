@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers.models.auto import tokenization_auto
 
-from hmf.config.layers import LAYER_KINDS, layer_options, own_shape_problem
+from hmf.config.layers import LAYER_KINDS, SILU, layer_options, own_shape_problem
 from hmf.config.pattern import ATTENTION
 from hmf.errors import HmfError, listed, notice
 from hmf.layers.attention import stock_parameters
@@ -214,7 +214,7 @@ def _require_expressible(config: Any, source: str, to: str) -> None:
             refuse(key, f"{getattr(config, key)!r}: {cause}; use the Hybrid's own format")
     if config.attention_bias:
         refuse("attention_bias", "serving engines ignore biases in this format; use the Hybrid's own format")
-    if config.hidden_act not in ("silu", "swish"):
+    if config.hidden_act not in SILU:
         refuse(
             "hidden_act",
             f"{config.hidden_act!r} would also become the activation of the convolutions, which is silu; use the "
@@ -253,6 +253,7 @@ def _new_config(config: Any, source: str) -> Any:
         | shared
         | {
             "architectures": [model_class.__name__],
+            "hidden_act": "silu",  # also where the base calls it swish, a name that vLLM does not know
             "layer_types": [
                 "full_attention" if symbol == ATTENTION else "linear_attention" for symbol in config.pattern.symbols
             ],
@@ -305,6 +306,7 @@ def _own_config(config: Any) -> Any:
     config_class, model_class = classes(config)
     changed = {
         "architectures": [model_class.__name__],
+        "hidden_act": "silu",  # also where the base calls it swish, a name that vLLM does not know
         "layer_types": config.layer_types,
         "mamba_ssm_dtype": config.state_dtype,
     }

@@ -54,18 +54,20 @@ def windowed_attention(
     scale: float,
     seen: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
     """softmax(scale q k^T) v over the union of the sets' windows.
 
     q [B, T, H, K] with H a multiple of Hk. seen [S] int is the number of tokens before each sequence: the last
     min(seen, P) of its past slots are used (None: no slots are used). cu_seqlens [S+1] packs S documents in one row
-    (then B = 1). Returns [B, T, H, V] in q.dtype, with zeros for a query that has no key.
+    (then B = 1). dropout is the share of the weights that become 0, in training. Returns [B, T, H, V] in q.dtype, with
+    zeros for a query that has no key.
     """
-    return dispatch.resolve("window", q)(q, sets, scale, seen, cu_seqlens)
+    return dispatch.resolve("window", q)(q, sets, scale, seen, cu_seqlens, dropout)
 
 
 @dispatch.implementation("window", "reference")
-def reference(q, sets, scale, seen=None, cu_seqlens=None) -> torch.Tensor:
+def reference(q, sets, scale, seen=None, cu_seqlens=None, dropout=0.0) -> torch.Tensor:
     """The definition: a loop over the queries, each with the keys in its window."""
     batch, tokens, heads, _ = q.shape
     compute = dispatch.compute_dtype(q)
@@ -80,7 +82,7 @@ def reference(q, sets, scale, seen=None, cu_seqlens=None) -> torch.Tensor:
                 visible = slice(max(at - keys.high, 0), max(at - keys.low + 1, 0))
                 scores.append(torch.einsum("hk,lhk->hl", query, k[visible]) * scale)
                 values.append(v[visible])
-            weights = torch.cat(scores, -1).softmax(-1).split([len(v) for v in values], -1)
+            weights = F.dropout(torch.cat(scores, -1).softmax(-1), dropout).split([len(v) for v in values], -1)
             outputs.append(sum(torch.einsum("hl,lhv->hv", w, v) for w, v in zip(weights, values, strict=True)))
         first += length
     return torch.stack(outputs).unflatten(0, (batch, tokens)).to(q.dtype)
@@ -98,7 +100,7 @@ def _with_past(
 
 
 @dispatch.implementation("window", "chunked")
-def blockwise(q, sets, scale, seen=None, cu_seqlens=None, block_size: int | None = None) -> torch.Tensor:
+def blockwise(q, sets, scale, seen=None, cu_seqlens=None, dropout=0.0, block_size: int | None = None) -> torch.Tensor:
     """Attention of each block of queries to the blocks of keys in its windows, in memory O(T window).
 
     Each block is one product for all sequences. Larger blocks copy fewer keys, but mask more of them. Small blocks do
@@ -123,7 +125,7 @@ def blockwise(q, sets, scale, seen=None, cu_seqlens=None, block_size: int | None
             bias = torch.cat([x.expand(rows, -1, -1) for x in biases], -1)[:, None]  # [n or 1, 1, H/Hk C, L]
         else:  # away from the start all steps share one bias, also in what is stored for the backward
             bias = inner = torch.cat(biases, -1)[:, None] if inner is None else inner
-        attend = partial(F.scaled_dot_product_attention, query, k, v, scale=scale)
+        attend = partial(F.scaled_dot_product_attention, query, k, v, scale=scale, dropout_p=dropout)
         if sees_itself:
             outputs.append(attend(attn_mask=bias))
         else:  # softmax of a query without keys is NaN

@@ -131,7 +131,7 @@ def _initial(shards: Shards, entering: torch.Tensor) -> torch.Tensor:
     return entering.new_zeros(len(shards.lengths), *entering.shape[1:]).index_copy(0, shards.first, entering)
 
 
-def window(shards, op, q, sets, scale, seen=None, cu_seqlens=None):
+def window(shards, op, q, sets, scale, seen=None, cu_seqlens=None, dropout=0.0):
     """The first segment of a chunk needs the positions before the chunk. Other segments begin in the chunk."""
     in_first = shards.in_first.flatten()
     token, rest = in_first.nonzero()[:, 0], (~in_first).nonzero()[:, 0]
@@ -141,7 +141,7 @@ def window(shards, op, q, sets, scale, seen=None, cu_seqlens=None):
     def part(token: torch.Tensor, lengths: torch.Tensor, sets: list[KeySet], seen: torch.Tensor | None) -> torch.Tensor:
         bounds = F.pad(lengths.cumsum(0), (1, 0))
         sets = [replace(keys, k=keys.k[:, token], v=keys.v[:, token]) for keys in sets]
-        return op(q[:, token], sets, scale, seen, bounds)
+        return op(q[:, token], sets, scale, seen, bounds, dropout)
 
     with_past = []
     for keys in sets:
@@ -179,7 +179,7 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if sliding_window is not None:
         q, k, v = (x.transpose(1, 2).flatten(0, 1)[None] for x in (query, key, value))
-        o = window(shards, windowed_attention, q, [KeySet(k, v, 0, sliding_window - 1)], scale)
+        o = window(shards, windowed_attention, q, [KeySet(k, v, 0, sliding_window - 1)], scale, dropout=dropout)
         return o[0].unflatten(0, (shards.batch, -1)), None
     row = shards.gather_tokens(torch.cat([key, value], -1), 2)
     row_k, row_v = row.split([key.shape[-1], value.shape[-1]], -1)

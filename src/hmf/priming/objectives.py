@@ -37,6 +37,7 @@ PARTS: dict[str, tuple[Part, ...]] = {
     "residuals": ("mixer", "mlp"),
     "all": ("decoder", "mixer", "mlp"),
 }
+DROPOUT = ("attention_dropout", "resid_pdrop")  # keys of a base's config; the second is Phi-3's
 assert set(PARTS) == set(get_args(LayerTarget))
 
 
@@ -84,7 +85,7 @@ class Stage1Objective:
         inputs = decoder.prepare(**batch, use_cache=False)
         mixed = frozenset(config.pattern.replaced) if self.replaced is None else self.replaced
         first, count = min(mixed), config.num_hidden_layers
-        with torch.no_grad():
+        with torch.no_grad(), _without_dropout(model):
             shared = decoder.run_layers(inputs.hidden_states, inputs, range(first), TEACHER)
             with _recorded(model, frozenset(), parts, first) as teacher_outputs:
                 teacher = decoder.run_layers(shared, inputs, range(first, count), TEACHER)
@@ -249,7 +250,7 @@ def _attentions(model: PreTrainedModel, inputs: Any) -> dict[int, tuple[torch.Te
     attentions = {index: base_mixer(model.model.layers[index]) for index in replaced}
     hooks = [x.register_forward_hook(keep(index), with_kwargs=True) for index, x in attentions.items()]
     try:
-        with torch.no_grad(), _uncompiled():
+        with torch.no_grad(), _without_dropout(model), _uncompiled():
             model.model.run_layers(inputs.hidden_states, inputs, range(replaced[-1] + 1), TEACHER)
     finally:
         for hook in hooks:
@@ -287,6 +288,20 @@ def _recorded(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def _without_dropout(model: PreTrainedModel) -> Iterator[None]:
+    """In the block, a base with dropout runs as in evaluation: the teacher's outputs are targets."""
+    dropout = any(getattr(model.config, name, 0) for name in DROPOUT)
+    training = [module for module in model.modules() if module.training] if dropout else []
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _uncompiled() -> Any:

@@ -103,10 +103,16 @@ def draw_curves(log_file: Path) -> Path:
             panels["right"].plot(*curve, label=name, marker=_marker(curve))
         panels["right"].set(title="preferences: chosen against rejected")
         panels["right"].legend()
-    for panel, name in (("rate", "learning_rate"), ("norm", "grad_norm")):
+    groups = dict.fromkeys(name for entry in log for name in entry if name.startswith("learning_rate_"))
+    for name in (*(groups or ["learning_rate"]), "grad_norm"):
+        panel, label = "norm" if name == "grad_norm" else "rate", name.removeprefix("learning_rate_")
         curve = [entry["step"] for entry in log if name in entry], [entry[name] for entry in log if name in entry]
-        panels[panel].plot(*curve, color="tab:gray", marker=_marker(curve))
-        panels[panel].set(title=name.replace("_", " ").replace("grad ", "gradient "), xlabel="step")
+        colour = None if name in groups else "tab:gray"
+        panels[panel].plot(*curve, color=colour, label=label, marker=_marker(curve))
+    panels["rate"].set(title="learning rate", xlabel="step")
+    panels["norm"].set(title="gradient norm", xlabel="step")
+    if groups:
+        panels["rate"].legend()
     _log_scale(panels["norm"])
     for axes in panels.values():
         axes.grid(alpha=0.3)

@@ -95,11 +95,19 @@ def prepare(source: str | Path, extra: Sequence[str] = ()) -> Launch:
                 f"{folder / 'config.json'}: tie_word_embeddings is true, but lm_head.weight differs from the "
                 "embeddings, and vLLM would drop it; set it to false"
             )
+    architectures = config.architectures  # of the base, which `servable` makes a Hybrid
     config = servable(config, source)
     generation_config(folder, config, needed=True)  # vLLM reads it too
     user_options = given_options(source, extra)
     for key, value in (user_options.get("hf_overrides") or {}).items():
         setattr(config, key, value)  # as vLLM does
+    architectures = (user_options.get("hf_overrides") or {}).get("architectures", architectures)
+    served = f"{config.family.hybrid_prefix if is_hybrid else config.family.prefix}ForCausalLM"
+    if served not in (architectures or ()):  # vLLM then serves embeddings, or nothing
+        raise HmfError(
+            f"{folder / 'config.json'}: architectures: {architectures!r}: vLLM serves the class that is named there, "
+            f"and only {served} generates text; write [{served!r}] if that is what this checkpoint is"
+        )
     start = Start.given(config, not torch.cuda.is_available(), quantization, user_options)
     (require_served if is_hybrid else require_stock)(source, start)  # vLLM serves a base without the plugin
     settings = ServingSettings(

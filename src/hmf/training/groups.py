@@ -156,6 +156,15 @@ def optimiser_groups(model: nn.Module, groups: Iterable[ParameterGroup], weight_
     return optimised
 
 
+def group_rates(groups: Iterable[ParameterGroup], first: float) -> dict[str, float]:
+    """The learning rates of several groups for the log, when that of the first is `first`; all have one schedule."""
+    rates = {group.name: group.learning_rate for group in groups if group.learning_rate is not None}
+    if len(rates) < 2:
+        return {}
+    highest = next(iter(rates.values()))
+    return {f"learning_rate_{name}": first * rate / highest for name, rate in rates.items()}
+
+
 def table(groups: Iterable[ParameterGroup]) -> list[str]:
     """The lines of a text table of the groups: parameters and learning rate of each."""
     rows = [(g.name, f"{g.size:,}", "frozen" if g.learning_rate is None else f"{g.learning_rate:g}") for g in groups]

@@ -51,7 +51,7 @@ class TokenizerSettings(Settings):
 
     vocab_size: int = Field(ge=300, le=2**20)  # number of tokens
     chat_template: Path  # file of the chat template, relative to the recipe
-    task_samples: int = Field(ge=0)  # conversations of each task in the tokenizer's training text
+    task_samples: int = Field(ge=0, le=10**6)  # conversations of each task in the tokenizer's training text
 
 
 class ModelSettings(Settings):

@@ -130,7 +130,8 @@ class ProgressLine(TrainerCallback):
         parts = [f"{name} {value:.4f}" for name, value in self.logged.items() if name.startswith("loss")]
         if self.evaluated is not None:
             parts.append(f"eval_loss {self.evaluated:.4f}")
-        names = (("lr", "learning_rate"), ("grad norm", "grad_norm"))
+        groups = [(f"lr {name[14:]}", name) for name in self.logged if name.startswith("learning_rate_")]
+        names = (*(groups or [("lr", "learning_rate")]), ("grad norm", "grad_norm"))
         parts += [f"{short} {float(self.logged[name]):.3g}" for short, name in names if name in self.logged]
         if self.rows_per_step is not None:
             parts.append(f"{steps_per_second * self.rows_per_step:,.2f} rows/s")

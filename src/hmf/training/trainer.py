@@ -16,7 +16,7 @@ from hmf.model.checkpoint import without_generation_config
 
 from .checkpoints import PublishedCheckpoints, without_config
 from .evaluation import EvaluationLoss, same_random_numbers
-from .groups import ALL, ParameterGroup, optimiser_groups
+from .groups import ALL, ParameterGroup, group_rates, optimiser_groups
 from .guard import LossGuard
 from .losses import TrainingLoss, labels_count
 from .sequence import SequenceParallel
@@ -54,7 +54,8 @@ class HybridTrainer(Trainer):
     7. `_prepare_inputs`: base; `sequence` adds `shards`.
     8. `compute_loss`: the batch's share of the step's loss; its parts are summed for the log.
     9. `_get_grad_norm`: base; `guard` checks the norm. The optimiser's step follows.
-    10. `log`: the summary of a resumed run is corrected; figures and parts of `loss` are added; base.
+    10. `log`: the summary of a resumed run is corrected; the learning rates of `groups`, and figures and parts of
+        `loss` are added; base.
     11. `evaluate`, when an evaluation is due: base; the state of random numbers is restored.
     12. `evaluation_loop`: base, which calls 13; the sums of `evaluation` become the figures that 10 logs.
     13. `prediction_step`, for each batch: 7; `evaluation` adds the batch's share of the loss of all rows.
@@ -200,6 +201,8 @@ class HybridTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "train_loss" in logs:
             logs |= self.checkpoints.summary(logs, self.state)
+        if "learning_rate" in logs:
+            logs |= group_rates(self.groups or (), logs["learning_rate"])
         if "loss" in logs and self.loss is not None:
             logs |= self.loss.figures(self.model_wrapped, self._latest_batch)
             logs |= self._part_means()

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-from hmf.config.layers import base_activation, base_head_dim, layer_options, needed_kinds
+from hmf.config.layers import SILU, base_activation, base_head_dim, layer_options, needed_kinds
 from hmf.config.pattern import ATTENTION
 from hmf.config.rope import ROPE_KEYS, ROPE_SCALING_KEYS
 from hmf.errors import HmfError
@@ -105,7 +105,10 @@ def unlike_transformers(start: Start) -> str | None:
 def activation(start: Start) -> str | None:
     """An activation that vLLM's MLPs lack."""
     name = base_activation(start.config)
-    return None if name == "silu" else f"hidden_act {name!r}: vLLM's MLPs support only silu; {ELSEWHERE}"
+    if name == "silu":
+        return None
+    fix = "write silu, which is the same" if name in SILU else ELSEWHERE
+    return f"hidden_act {name!r}: vLLM's MLPs support only silu; {fix}"
 
 
 def whole_width(start: Start) -> str | None:
