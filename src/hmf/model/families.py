@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,9 @@ class Family:
     def returns_given_cache(self) -> bool:
         """Whether the decoder's result has a cache that was passed with use_cache=False. The families differ."""
         decoder: Any = self.class_named("Model")
-        return "past_key_values if use_cache" not in inspect.getsource(decoder.forward)
+        with suppress(OSError):  # an installation without source files
+            return "past_key_values if use_cache" not in inspect.getsource(decoder.forward)
+        return False
 
     def query_growth(self) -> Callable[..., Any] | None:
         """The function for the position-dependent factor of queries (Ministral 3), or None.
