@@ -101,7 +101,7 @@ class HybridConfigMixin(Mixin):
             check_own_layers(self)
             self.base_layer_types = list(self.attention_types)
         self._check_from_recurrent(pattern, own)
-        self.layer_types = self._mixed_types()
+        self.layer_types = self.mixed_types()
         if listed and not has_symbols and list(listed) not in (self.layer_types, self.attention_types):
             raise HmfError(
                 f"config.json: layer_types {list(listed)} differs from {self.layer_types}, which follows from the "
@@ -139,7 +139,8 @@ class HybridConfigMixin(Mixin):
         window = self.sliding_window if hasattr(self.family.config_class(), "sliding_window") else None
         return "full_attention" if window is None else "sliding_attention"
 
-    def _mixed_types(self) -> list[str]:
+    def mixed_types(self) -> list[str]:
+        """`layer_types` by the pattern."""
         types = zip(self.attention_types, self.pattern.symbols, strict=True)
         return [kind if symbol == ATTENTION else RECURRENT for kind, symbol in types]
 
@@ -153,7 +154,7 @@ class HybridConfigMixin(Mixin):
         """HmfError for a field that was set on a finished config, where other fields follow from its former value."""
         self._check_causal()
         self.check_windows()
-        if self.layer_types != self._mixed_types():
+        if self.layer_types != self.mixed_types():
             raise HmfError(
                 f"config.json: hybrid_override_pattern {self.hybrid_override_pattern} and layer_types "
                 f"{self.layer_types} differ, as one was set on a finished config; give the pattern to from_pretrained, "

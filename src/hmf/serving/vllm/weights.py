@@ -32,6 +32,7 @@ def expected_tensors(config: Any) -> tuple[dict[str, torch.Size], dict[str, str]
     """
     config = copy.copy(config)
     config._attn_implementation = config._experts_implementation = None  # a config may name code on the Hub
+    config.layer_types = config.mixed_types()  # vLLM's are others if all layers have windows
     # Not with AutoModel: a worker process has a copy of the config's class, which is not registered.
     with torch.device("meta"):
         model = hybrid_classes(family_of(config.model_type)).causal_lm(config)
