@@ -268,7 +268,7 @@ def test_scores_of_a_file_choose_the_layers_and_the_next_command_primes_them(tmp
         (["--keep", 2, "--ratio", 0.5], "exactly one of --keep and --ratio"),
         (["--keep", 6], "not below 6"),
         (["--keep", 2, "--method", "scores"], "scores"),
-        (["--keep", 2, "--method", "magic"], "select.method"),
+        (["--keep", 2, "--method", "magic"], "--method: unknown method"),
         (["--keep", 2, "--mixer", "rnn"], "rnn"),
         (["--keep", 2, "--recipe", "nowhere"], "no such recipe"),
         (["--keep", 2, "--set", "hybrid.ratio=0.9"], "hybrid.ratio follow"),

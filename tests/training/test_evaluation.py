@@ -227,7 +227,7 @@ WRONG = [
     ({"eval_rows": 5}, {}, "eval_rows is read with eval_strategy steps or epoch"),
     ({"wandb_project": "hybrids"}, {}, r"wandb_project is read with report_to: \[wandb\]"),
     ({"lr_scheduler_type": "constant", "warmup_steps": 2}, {}, "constant has no warm-up; set constant_with_warmup"),
-    ({"lr_scheduler_type": "cosine", "final_learning_rate_ratio": 0.1}, {}, "is read with .* cosine_with_min_lr"),
+    ({"lr_scheduler_type": "cosine", "final_learning_rate_ratio": 0.2}, {}, "is read with .* cosine_with_min_lr"),
     ({}, {"data": {"tasks": {"recall": 1}}}, "text_share, the share of rows without tasks, is 1 if it is left out"),
     ({}, {"data": {"text_share": 0.5, "tasks": {"recall": 0, "chat": 0}}}, "weights must have a finite sum above 0"),
     ({}, {"eval_data": {"text": "stdlib"}}, "eval_data is read with training.eval_strategy"),

@@ -54,7 +54,7 @@ def two_steps(stage0, folder, rows, accumulation, environment=None):
         max_steps=2,
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=accumulation,
-        learning_rate=1e-30,
+        learning_rate=1e-12,
         max_grad_norm=1e9,
     )
     HybridTrainer(

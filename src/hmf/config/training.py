@@ -106,7 +106,8 @@ class OptimiserSettings(Settings):
             yield "give warmup_steps or warmup_ratio, not both"
         if self.lr_scheduler_type == "constant" and (self.warmup_ratio or self.warmup_steps):
             yield "lr_scheduler_type constant has no warm-up; set constant_with_warmup, or leave the warm-up out"
-        if "final_learning_rate_ratio" in self.model_fields_set and self.lr_scheduler_type != "cosine_with_min_lr":
+        usual = type(self).model_fields["final_learning_rate_ratio"].default  # a recipe that was written out has it
+        if self.final_learning_rate_ratio != usual and self.lr_scheduler_type != "cosine_with_min_lr":
             yield (
                 "final_learning_rate_ratio is read with lr_scheduler_type cosine_with_min_lr; set that, or leave "
                 "final_learning_rate_ratio out"
