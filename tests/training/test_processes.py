@@ -162,4 +162,4 @@ def test_what_one_process_cannot_do_is_an_error_of_all(tmp_path):
             (output / "mine.txt").touch()
         assert cutting.in_processes(claim_in_one, (output,), 2) == [0, 0]
         said = [(tmp_path / name / f"said-{rank}.txt").read_text() for rank in (0, 1)]
-        assert said == wanted if wanted else all("in use" in line for line in said)
+        assert said == wanted if wanted else all("holds other files" in line for line in said)
