@@ -139,7 +139,7 @@ def test_killed(command, models, campaign, tmp_path):
             assert result(folder, command) == wanted
             campaign.count(f"{command}: ends after kills with the same bits")
         else:  # it was killed after its folder had got its name
-            assert "is in use; choose another or remove it first" in ended.err
+            assert "holds other files; choose another output or remove it first" in ended.err
             assert result(folder, command) == wanted
             campaign.count(f"{command}: found complete after a kill")
         left = {item.name for item in folder.iterdir()} - {item.name for item in whole.iterdir()}
