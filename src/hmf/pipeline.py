@@ -16,7 +16,6 @@ from hmf.config.runs import EvaluateSettings, FinetuneRecipe, PrimeRecipe
 from hmf.config.strict import parse_sealed, seal_json
 from hmf.data import tasks
 from hmf.data.mixture import MixtureDataset, PromptDataset, require_tasks
-from hmf.data.mixture import check_tasks as data_tasks
 from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError, notice, require_names
 from hmf.evaluation.results import ANSWERS
@@ -55,7 +54,6 @@ def prime(recipe: PrimeRecipe, text: str, say: Any = print) -> dict[str, dict[st
     for key, data in (("data", recipe.distill.data), ("eval_data", recipe.distill.eval_data)):
         if data is not None and data.prepared is None:
             kind = PromptDataset if recipe.distill.on_policy else MixtureDataset
-            data_tasks(key, data, kind)
             require_tasks(key, data, load_tokenizer(source), kind)
     config = base_config(source, recipe.text_only)
     check_objective(recipe.distill.objective, config.vocab_size)

@@ -20,6 +20,7 @@ from hmf.cli.shared import (
     KVCacheDtype,
     Mixer,
     Ratio,
+    count,
     epilog,
     group,
     replacement,
@@ -40,8 +41,8 @@ app = group("Measure speed, memory and accuracy on this machine.")
 )
 def ops(
     tokens: Annotated[int, tokens("Length of the sequence.")] = 2048,
-    heads: Annotated[int, typer.Option(min=1, max=2**16, help="Number of heads.")] = 8,
-    head_dim: Annotated[int, typer.Option(min=1, max=2**16, help="Dimension of a head's keys and values.")] = 64,
+    heads: Annotated[int, count("Number of heads.")] = 8,
+    head_dim: Annotated[int, count("Dimension of a head's keys and values.")] = 64,
     ops: Annotated[str, typer.Option(help="Ops, separated by commas. Default: all.")] = "",
     versions: Annotated[
         str, typer.Option(help="Some of reference,chunked,fast,triton. Default: all that run here.")
@@ -83,10 +84,8 @@ def ops(
 @app.command(epilog=epilog("hmf bench solver", "hmf bench solver --head-dim 64 --plot solver.png"))
 def solver(
     tokens: Annotated[int, tokens("Length of the sequence.")] = 256,
-    heads: Annotated[
-        int, typer.Option(min=1, max=2**16, help="Number of heads, whose decay ranges from fast to slow.")
-    ] = 4,
-    head_dim: Annotated[int, typer.Option(min=1, max=2**16, help="Dimension of a head's keys and values.")] = 128,
+    heads: Annotated[int, count("Number of heads, whose decay ranges from fast to slow.")] = 4,
+    head_dim: Annotated[int, count("Dimension of a head's keys and values.")] = 128,
     ridge_strength: Annotated[
         float, typer.Option(min=0, help="Option of the GKA layer. The solver converges more slowly at a smaller value.")
     ] = 0.02,
@@ -136,7 +135,7 @@ def distill(
         float | None, typer.Option(min=0, max=1, help="Share of layers to replace.", show_default="0.5")
     ] = None,
     pattern: Annotated[str | None, typer.Option(help=f"Layer pattern. {PATTERN}")] = None,
-    rows: Annotated[int, typer.Option(min=1, max=2**16, help="Rows in the batch.")] = 2,
+    rows: Annotated[int, count("Rows in the batch.")] = 2,
     tokens: Annotated[int, tokens("Length of a row.", 2)] = 512,
     kl: Annotated[
         float,
@@ -197,7 +196,7 @@ def states(
     ] = "nearest",
     kv_cache_dtype: KVCacheDtype = "auto",
     tokens: Annotated[int, tokens("Length of each excerpt.", 2)] = 1024,
-    batch: Annotated[int, typer.Option(min=1, max=2**16, help="Number of excerpts of held-out text.")] = 4,
+    batch: Annotated[int, count("Number of excerpts of held-out text.")] = 4,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:

@@ -17,6 +17,7 @@ from hmf.cli.shared import (
     Overrides,
     RecipeFile,
     command,
+    count,
     epilog,
     group,
     require_data,
@@ -131,10 +132,10 @@ def data_answers(
     tasks: Annotated[
         str, typer.Option(help="Generated tasks, each with its weight.")
     ] = "recall_many=3,recall=1,needle=1,arithmetic=1,tool_call=1",
-    samples: Annotated[int, typer.Option(min=1, max=10**6, help="Prompts, half of them with thinking.")] = 1000,
+    samples: Annotated[int, count("Prompts, half of them with thinking.", 10**6)] = 1000,
     length: Annotated[int, tokens("Largest length of a generated conversation.", 96)] = 512,
     max_new_tokens: Annotated[int, tokens("Largest length of an answer; longer answers are left out.")] = 512,
-    batch_size: Annotated[int, typer.Option(min=1, max=2**16, help="Prompts per batch.")] = 16,
+    batch_size: Annotated[int, count("Prompts per batch.")] = 16,
     only_correct: Annotated[bool, typer.Option("--only-correct", help="Leave out answers that are wrong.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the prompts.")] = 0,
     device: Device = None,

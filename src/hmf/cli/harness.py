@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hmf.cli.shared import MODEL, Device, Dtype, epilog, group, tokens
+from hmf.cli.shared import MODEL, Device, Dtype, count, epilog, group, tokens
 from hmf.errors import HmfError
 from hmf.folders import resolve_base
 
@@ -51,7 +51,7 @@ def lm_eval(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Number of prompts of each task, from the first. Default: all.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, max=2**16, help="Prompts per batch.")] = 8,
+    batch_size: Annotated[int, count("Prompts per batch.")] = 8,
     concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests to the server.")] = 16,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of sampling and of the few-shot examples.")] = 0,
     task_folder: Annotated[

@@ -59,6 +59,11 @@ def tokens(help: str, least: int = 1) -> Any:
     return typer.Option(parser=lambda value: _parsed(value, least), metavar="TOKENS", help=help)
 
 
+def count(help: str, most: int = 2**16) -> Any:
+    """An option for a number of things that are held in memory, from 1 to `most`."""
+    return typer.Option(min=1, max=most, help=help)
+
+
 def token_list(help: str, **options: Any) -> Any:
     """An option for several numbers of tokens, joined by commas; the value is a tuple."""
 

@@ -159,9 +159,8 @@ class _LinearOptions(LayerOptions):
     num_v_heads: int
     use_gate: bool = True  # whether the output is gated
     conv_size: int = Field(4, ge=1, le=2**10)  # width of the short convolutions
-    kv_proj_rank: int | None = Field(
-        None, ge=0, le=2**14
-    )  # rank of the correction that is added to the repeated heads of k and v
+    # rank of the correction that is added to the repeated heads of k and v
+    kv_proj_rank: int | None = Field(None, ge=0, le=2**14)
     kv_learnable_residual: bool = False  # with kv_proj_rank: repeated heads have learned factors
     # Heads as in the base's own recurrent layers (Qwen3.5), not as in attention. Written only if it is true.
     own_shape: StrictBool = Field(False, exclude_if=lambda value: not value)

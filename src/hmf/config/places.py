@@ -64,9 +64,8 @@ class PairSettings(PlaceSettings):
     chosen_field: str = "chosen"  # field with the better answer
     rejected_field: str = "rejected"  # field with the worse answer
     sequence_length: Tokens = 1024  # tokens in a row, which holds whole pairs
-    beta: float = Field(
-        0.1, ge=1e-6, le=10**6
-    )  # DPO's beta: the larger, the closer the model stays to its starting point
+    # DPO's beta: the larger, the closer the model stays to its starting point
+    beta: float = Field(0.1, ge=1e-6, le=10**6)
 
     @model_validator(mode="after")
     def _rows_with_fields(self) -> PairSettings:

@@ -154,7 +154,8 @@ def check_tasks(key: str, data: DataSettings, kind: type[MixtureDataset] = Mixtu
 def require_tasks(
     key: str, data: DataSettings, tokenizer: PreTrainedTokenizerBase, kind: type[MixtureDataset] = MixtureDataset
 ) -> None:
-    """HmfError for a task of the section `key` that the chat template cannot write in rows of class `kind`."""
+    """`check_tasks`, and HmfError for a task that the chat template cannot write in rows of class `kind`."""
+    check_tasks(key, data, kind)
     if data.text_share < 1:
         with rewriting(f"{key}.{{}}".format):
             for task in [name for name, weight in data.tasks.items() if weight]:
@@ -186,7 +187,6 @@ def mixture(
     """
     if data.prepared is not None:
         return PreparedDataset(data.prepared, tokenizer, rows, seed)
-    check_tasks(key, data, kind)
     require_tasks(key, data, tokenizer, kind)
     documents = [document.text for document in text.documents(data.text, split)]
     encoded = encode_texts(tokenizer, documents)

@@ -17,13 +17,13 @@ from hmf.config.runs import DistillSettings
 from hmf.data.mixture import PromptDataset, mixture, row_length
 from hmf.data.tokenizer import load_tokenizer
 from hmf.errors import HmfError, counted, listed, notice
-from hmf.model.checkpoint import cast, load_model, save_checkpoint
+from hmf.model.checkpoint import load_model, save_checkpoint
 from hmf.priming.distance import stage1_flops_per_token
 from hmf.priming.objectives import check_objective, train_only_mixers
 
 from .evaluation import with_evaluation
 from .progress import require_reporters
-from .run import arguments, check_windows, known_steps, narrow_frozen, rows_per_step, train
+from .run import arguments, check_windows, known_steps, narrow_frozen, rows_per_step, train, widen_frozen
 from .stage1 import Stage1Loss
 from .strategy import strategy_arguments, whole_weights
 from .trainer import HybridTrainer
@@ -70,8 +70,9 @@ def distill(
     weights = whole_weights(fused)
     if trainer.is_world_process_zero():
         if weights is None:
-            fused.cpu()  # the GPU may lack the memory for it in float32
-        cast(fused, dict.fromkeys(weights or dict(fused.named_parameters()), torch.float32), weights)
+            widen_frozen(fused)
+        else:
+            weights = {name: x.float() for name, x in weights.items()}
         save_checkpoint(fused, target, companions=model, weights=weights)
     trainer.accelerator.wait_for_everyone()
     return target

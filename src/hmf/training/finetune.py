@@ -30,7 +30,7 @@ from .evaluation import evaluation_length, with_evaluation
 from .groups import add_adapters, choose, table
 from .losses import CrossEntropy, Preference
 from .progress import require_reporters
-from .run import arguments, check_windows, frozen_matrices, known_steps, narrow_frozen, train
+from .run import arguments, check_windows, known_steps, narrow_frozen, train, widen_frozen
 from .strategy import strategy_arguments, whole_weights
 from .trainer import HybridTrainer
 
@@ -93,13 +93,11 @@ def finetune(recipe: FinetuneRecipe, draw: Callable[[Path], object] | None = Non
             trainer.add_callback(_References(trainer, loss, evaluated, output / "reference.eval.safetensors"))
     log, flops = output / "stage2.log.json", flops_per_token(model)
     train(trainer, rows, recipe.method, log, training, sequence_length(recipe), flops, draw)
-    if adapters is not None:
-        model.cpu()  # the GPU may lack the memory for it in float32
-        for parameter in frozen_matrices(model):
-            parameter.data = parameter.data.float()  # before the sum with the adapters
-        adapters.merge_and_unload()
     weights = whole_weights(model)
     if trainer.is_world_process_zero():
+        if adapters is not None:  # the model is then not sharded
+            widen_frozen(model)
+            adapters.merge_and_unload()
         if recipe.dtype is not None:
             dtypes = dict.fromkeys(dtypes, getattr(torch, recipe.dtype))
         cast(model, dtypes, weights)

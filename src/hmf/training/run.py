@@ -193,6 +193,13 @@ def narrow_frozen(model: PreTrainedModel) -> None:
             parameter.data = narrow
 
 
+def widen_frozen(model: PreTrainedModel) -> None:
+    """Undo `narrow_frozen`, at the end of a run. On the CPU, as the GPU may lack the memory for these weights."""
+    model.cpu()
+    for parameter in frozen_matrices(model):
+        parameter.data = parameter.data.float()
+
+
 def train(
     trainer: HybridTrainer,
     rows: Any,
